@@ -1,0 +1,22 @@
+//! The vocabulary of diskplane.
+//!
+//! Every other crate speaks in these words: a guest's [`Op`] on a range of
+//! [`GuestOffset`]s becomes extents at [`HostOffset`]s of files; memory is
+//! described by [`IoVec`]s; what went wrong is an [`Error`] for people and a
+//! [`GuestError`] for guests. Nothing here does I/O or allocates on a data path.
+
+#![deny(unsafe_op_in_unsafe_fn)]
+
+mod error;
+pub mod limits;
+mod offset;
+mod op;
+pub mod size;
+mod storage;
+mod vector;
+
+pub use error::{Context, Error, ErrorKind, GuestError, Result};
+pub use offset::{GuestOffset, HostOffset, align_down, align_up};
+pub use op::Op;
+pub use storage::{Range, RangeKind, Storage, Zeroed};
+pub use vector::{IoVec, clip, total_len};

@@ -1,0 +1,82 @@
+//! Blocking access to a file, for everything that is slow, rare or both.
+
+use crate::Result;
+use std::fmt;
+
+/// What a part of a file holds, as far as the host knows without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RangeKind {
+    /// Possibly anything.
+    Data,
+    /// A hole: reads as zeros and takes no space.
+    Hole,
+}
+
+/// A run of bytes of one [`RangeKind`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// What it holds.
+    pub kind: RangeKind,
+}
+
+/// Whether newly allocated space is known to read as zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zeroed {
+    /// It reads as zeros until it is written.
+    Yes,
+    /// It holds whatever the device held before.
+    No,
+}
+
+/// A file or device, accessed with blocking calls.
+///
+/// Opening, creating, checking and repairing images use this on threads that
+/// may wait; the data path uses an engine of crate `io` instead. Offsets and
+/// lengths are bytes with no alignment demanded.
+pub trait Storage: Send + Sync + fmt::Debug {
+    /// The name that messages give it: a path, or what a test calls it.
+    fn name(&self) -> String;
+
+    /// Current size in bytes.
+    fn len(&self) -> Result<u64>;
+
+    /// Whether the file is empty.
+    fn is_empty(&self) -> Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Fills `buf` from `offset`. Fails with [`crate::ErrorKind::Corrupt`] where the file ends
+    /// before: a caller that expects a short file asks [`Storage::len`] first.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+
+    /// Writes all of `buf` at `offset`, growing a file that ends before.
+    fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()>;
+
+    /// Returns when everything written before survives a crash (`fdatasync`).
+    fn sync(&self) -> Result<()>;
+
+    /// Makes the file `len` bytes long; new bytes read as zeros.
+    fn set_len(&self, len: u64) -> Result<()>;
+
+    /// Reserves space for the range, growing the file if it ends before. Never
+    /// changes what existing bytes read as; says whether space behind the old
+    /// end reads as zeros.
+    fn allocate(&self, offset: u64, len: u64) -> Result<Zeroed>;
+
+    /// Makes the range read as zeros, giving its space back where the host can
+    /// and `unmap` allows it. Does not grow the file.
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()>;
+
+    /// Tells the host that the range is not needed: it may read as anything
+    /// afterwards. Not supported is not an error.
+    fn discard(&self, offset: u64, len: u64) -> Result<()>;
+
+    /// The run of data or hole that starts at `offset`, at most to the file's
+    /// end. Storage that cannot tell says `Data` up to its end. `None` at and
+    /// behind the end.
+    fn range_at(&self, offset: u64) -> Result<Option<Range>>;
+}

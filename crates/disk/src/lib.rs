@@ -1,0 +1,2 @@
+//! A served disk: requests in, engine operations out.
+

@@ -1,0 +1,13 @@
+//! Image formats: pure state machines that map guest ranges and never do I/O.
+//!
+//! [`Image`] is the contract between a format and the disk layer; read its
+//! documentation first.
+
+#![forbid(unsafe_code)]
+
+mod contract;
+
+pub use contract::{
+    Allocation, Compressed, Description, Extent, ExtentKind, FileId, Fill, FlushRun, Freed, Image,
+    Key, Load, MetaWrite, Need, Plan, Reserve, Stage, Step, Ticket, ZeroMode, ZeroPlan,
+};
