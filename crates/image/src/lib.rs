@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod contract;
+pub mod qcow2;
 
 pub use contract::{
     Allocation, Compressed, Description, Extent, ExtentKind, FileId, Fill, FlushRun, Freed, Image,
