@@ -6,9 +6,15 @@
 #![forbid(unsafe_code)]
 
 mod contract;
+mod null;
+mod probe;
 pub mod qcow2;
+mod raw;
 
 pub use contract::{
     Allocation, Compressed, Description, Extent, ExtentKind, FileId, Fill, FlushRun, Freed, Image,
     Key, Load, MetaWrite, Need, Plan, Reserve, Stage, Step, Ticket, ZeroMode, ZeroPlan,
 };
+pub use null::Null;
+pub use probe::{Format, PROBE_BYTES, probe, probe_bytes};
+pub use raw::Raw;

@@ -1,0 +1,143 @@
+//! Null: `null:SIZE` reads as zeros and forgets what is written.
+//!
+//! There is no file below it. It measures everything that a request passes
+//! through but the storage itself.
+
+use crate::{
+    contract::{
+        Description, Extent, ExtentKind, FlushRun, Freed, Image, Load, Plan, Reserve, Step, Ticket,
+        ZeroMode, ZeroPlan,
+    },
+    raw::{Raw, barrier_only, not_compressed},
+};
+use block::{GuestOffset, Result, Storage, Zeroed, size};
+
+/// A disk of zeros without a file.
+#[derive(Debug)]
+pub struct Null {
+    size: u64,
+}
+
+impl Null {
+    /// What names of such disks begin with.
+    pub const PREFIX: &'static str = "null:";
+
+    /// A disk of `bytes`, rounded up to whole sectors of 512 bytes.
+    pub fn new(bytes: u64) -> Result<Self> {
+        Ok(Self {
+            size: Raw::with_size(bytes)?.size(),
+        })
+    }
+
+    /// The disk that `spec` names: `null:20G`. `None` when it names something else.
+    pub fn parse(spec: &str) -> Option<Result<Self>> {
+        let text = spec.strip_prefix(Self::PREFIX)?;
+        Some(
+            size::parse(text)
+                .and_then(Self::new)
+                .map_err(|e| e.within(spec)),
+        )
+    }
+}
+
+impl Image for Null {
+    fn describe(&self) -> Description {
+        Description {
+            format: "null",
+            size: self.size,
+            cluster_size: 1,
+            backing: None,
+            backing_format: None,
+            read_only_because: None,
+            facts: Vec::new(),
+        }
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn map(&self, _: GuestOffset, len: u64) -> Result<Step<Extent>> {
+        Ok(Step::Done(Extent {
+            len,
+            kind: ExtentKind::Zero { allocated: false },
+        }))
+    }
+
+    fn plan_write(&self, _: GuestOffset, len: u64) -> Result<Step<Plan>> {
+        Ok(Step::Done(Plan::Drop { len }))
+    }
+
+    fn commit(&self, _: Ticket) {}
+
+    fn abort(&self, _: Ticket) {}
+
+    fn plan_zero(&self, _: GuestOffset, len: u64, _: ZeroMode) -> Result<Step<ZeroPlan>> {
+        Ok(Step::Done(ZeroPlan::Skip { len }))
+    }
+
+    fn loaded(&self, _: &Load, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn load_failed(&self, _: &Load) {}
+
+    fn reserved(&self, _: &Reserve, _: Zeroed) {}
+
+    fn reserve_failed(&self, _: &Reserve) {}
+
+    fn decompress(&self, _: &[u8], _: &mut [u8]) -> Result<()> {
+        Err(not_compressed("null"))
+    }
+
+    fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
+        barrier_only(run);
+        Ok(())
+    }
+
+    fn flush_end(&self, _: &mut FlushRun, _: bool) {}
+
+    fn is_dirty(&self) -> bool {
+        false
+    }
+
+    fn take_freed(&self, _: &mut Vec<Freed>) {}
+
+    fn release(&self, _: &Freed, _: Zeroed) {}
+
+    fn close(&self, _: &[&dyn Storage]) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn its_name_gives_its_size() {
+        assert_eq!(Null::parse("null:64K").unwrap().unwrap().size(), 65536);
+        assert!(Null::parse("disk.raw").is_none());
+        let error = Null::parse("null:big").unwrap().unwrap_err().to_string();
+        assert!(
+            error.starts_with("null:big: 'big' is not a size"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn reads_zeros_and_forgets_writes() {
+        let null = Null::new(4096).unwrap();
+        assert_eq!(
+            null.map(GuestOffset(512), 100).unwrap(),
+            Step::Done(Extent {
+                len: 100,
+                kind: ExtentKind::Zero { allocated: false }
+            })
+        );
+        assert_eq!(
+            null.plan_write(GuestOffset(0), 4096).unwrap(),
+            Step::Done(Plan::Drop { len: 4096 })
+        );
+    }
+}

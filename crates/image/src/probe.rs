@@ -1,0 +1,111 @@
+//! Which formats there are, and which of them a file shows unmistakably.
+//!
+//! Only a format's magic counts. That a file looks like nothing known does not make it raw:
+//! a guest writes what it likes at the start of a raw disk, another format's header included,
+//! so raw has to be said by the user or by the image that names the file.
+
+use block::{Error, ErrorKind, Result, Storage};
+use serde::Serialize;
+use std::{fmt, str::FromStr};
+
+/// An image format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// The bytes as they are.
+    Raw,
+    /// `null:SIZE`: zeros, without a file.
+    Null,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
+}
+
+impl Format {
+    /// Formats that a file can have, as messages list them.
+    pub const NAMES: &'static str = "raw or qcow2";
+
+    /// The name, as after `-f`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+            Format::Null => "null",
+            Format::Qcow2 => "qcow2",
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Format {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "raw" => Ok(Format::Raw),
+            "qcow2" => Ok(Format::Qcow2),
+            _ => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "format '{}' is not supported: {}",
+                    text.escape_default(),
+                    Self::NAMES
+                ),
+            )),
+        }
+    }
+}
+
+/// Bytes from the start of a file that [`probe_bytes`] wants to see.
+pub const PROBE_BYTES: usize = 8;
+
+const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// The format whose magic `start`, the first bytes of a file, shows.
+pub fn probe_bytes(start: &[u8]) -> Option<Format> {
+    let version = start.get(4..8)?;
+    // Version 1 has the same magic, but is another format (qcow).
+    (start.starts_with(&QCOW2_MAGIC) && version != [0, 0, 0, 1]).then_some(Format::Qcow2)
+}
+
+/// The format whose magic `file` shows; `None` where it shows none.
+pub fn probe(file: &dyn Storage) -> Result<Option<Format>> {
+    let mut start = [0; PROBE_BYTES];
+    if file.len()? < PROBE_BYTES as u64 {
+        return Ok(None);
+    }
+    file.read_at(0, &mut start)?;
+    Ok(probe_bytes(&start))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_unmistakable_magic_counts() {
+        for (start, format) in [
+            (&b"QFI\xfb\0\0\0\x03"[..], Some(Format::Qcow2)),
+            (b"QFI\xfb\0\0\0\x02", Some(Format::Qcow2)),
+            (b"QFI\xfb\0\0\0\x01", None),
+            (b"QFI\xfb", None),
+            (b"\0\0\0\0\0\0\0\0", None),
+            (b"conectix", None),
+            (b"", None),
+        ] {
+            assert_eq!(probe_bytes(start), format, "{start:?}");
+        }
+    }
+
+    #[test]
+    fn names_are_those_after_f() {
+        for format in [Format::Raw, Format::Qcow2] {
+            assert_eq!(format.name().parse::<Format>().unwrap(), format);
+        }
+        let error = "vmdk".parse::<Format>().unwrap_err().to_string();
+        assert_eq!(error, "format 'vmdk' is not supported: raw or qcow2");
+    }
+}
