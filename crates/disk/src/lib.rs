@@ -1,2 +1,3 @@
 //! A served disk: requests in, engine operations out.
 
+pub mod blocking;

@@ -1,0 +1,598 @@
+//! Drives a chain of images with blocking calls, one request at a time.
+//!
+//! Whole-image tools use it, and tests: it is the contract of [`image::Image`] carried out in the
+//! most obvious order, and so the reference for the served disk, which does the same
+//! with many requests in flight.
+//!
+//! ```text
+//!   write: plan ─┬─ in place: write
+//!                └─ allocate: head (from the chain) · data · tail ─ commit
+//!   flush: stage 1 writes · sync · stage 2 writes · sync … · free space punched, released
+//! ```
+
+use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed};
+use image::{
+    Allocation, Compressed, ExtentKind, FileId, Fill, FlushRun, Freed, Image, Load, Need, Plan,
+    Step, ZeroMode, ZeroPlan,
+};
+use std::sync::Arc;
+
+/// Bytes that are copied or zeroed at a time.
+const PIECE_BYTES: u64 = 1 << 20;
+
+/// Questions that a format may leave open in a row for one range before it counts as broken: each
+/// needs a block or space that the one before did not bring.
+const NEEDS_MAX: usize = 4096;
+
+/// One image of a chain with the files that it is made of, by [`FileId`].
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// The format's state.
+    pub image: Arc<dyn Image>,
+    /// Its files.
+    pub files: Vec<Arc<dyn Storage>>,
+}
+
+/// What a guest range is made of, seen through the whole chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChainExtent {
+    /// Bytes from where was asked.
+    pub len: u64,
+    /// Which image answers, 0 is the active one. `None`: no image has the range, it is zeros.
+    pub depth: Option<usize>,
+    /// Where its bytes are.
+    pub kind: ExtentKind,
+}
+
+/// A chain of images driven with blocking calls.
+///
+/// Dropping it without [`Driver::close`] is what a crash of the process does to the image.
+#[derive(Debug)]
+pub struct Driver {
+    members: Vec<Member>,
+    read_only: bool,
+    run: FlushRun,
+}
+
+impl Driver {
+    /// Drives `members`, of which the first is the active one. With `read_only`, nothing is ever written.
+    pub fn new(members: Vec<Member>, read_only: bool) -> Result<Self> {
+        if members.is_empty() {
+            return Err(Error::invalid("a chain without an image"));
+        }
+        Ok(Self {
+            members,
+            read_only,
+            run: FlushRun::default(),
+        })
+    }
+
+    /// Bytes of the virtual disk.
+    pub fn size(&self) -> u64 {
+        self.members.first().map_or(0, |m| m.image.size())
+    }
+
+    /// Fills `buf` with the guest's bytes from `at` on.
+    pub fn read(&mut self, at: u64, buf: &mut [u8]) -> Result<()> {
+        self.check(at, buf.len() as u64)?;
+        self.read_from(0, at, buf)
+    }
+
+    /// Writes the guest's bytes `data` at `at`.
+    pub fn write(&mut self, at: u64, data: &[u8]) -> Result<()> {
+        self.check_write(at, data.len() as u64)?;
+        let mut done = 0;
+        while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
+            let here = GuestOffset(at + done as u64);
+            let len = rest.len() as u64;
+            let plan = self.answer(0, |image| image.plan_write(here, len))?;
+            done += match plan {
+                Plan::InPlace { file, offset, len } => {
+                    let part = prefix(rest, len)?;
+                    self.file(0, file)?.write_at(offset.0, part)?;
+                    part.len()
+                }
+                Plan::Drop { len } => prefix(rest, len)?.len(),
+                Plan::Allocate(allocation) => {
+                    let part = prefix(rest, allocation.write_len)?;
+                    let written = self.write_allocated(here, part, &allocation);
+                    let image = &self.member(0)?.image;
+                    match written {
+                        Ok(()) => image.commit(allocation.ticket),
+                        Err(error) => {
+                            image.abort(allocation.ticket);
+                            return Err(error);
+                        }
+                    }
+                    part.len()
+                }
+            };
+        }
+        Ok(())
+    }
+
+    /// Makes a range read as zeros, giving its space back with `unmap`.
+    pub fn write_zeroes(&mut self, at: u64, len: u64, unmap: bool) -> Result<()> {
+        self.zero(at, len, ZeroMode::Zero { unmap })
+    }
+
+    /// Gives up a range: it reads as before or as zeros.
+    pub fn discard(&mut self, at: u64, len: u64) -> Result<()> {
+        self.zero(at, len, ZeroMode::Discard)
+    }
+
+    /// Makes everything written before survive a crash.
+    pub fn flush(&mut self) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        let image = Arc::clone(&self.member(0)?.image);
+        let mut run = std::mem::take(&mut self.run);
+        let carried_out = image
+            .flush_begin(&mut run)
+            .and_then(|()| {
+                let done = self.carry_out(&run);
+                image.flush_end(&mut run, done.is_ok());
+                done
+            })
+            .and_then(|()| self.release_freed(image.as_ref()));
+        self.run = run;
+        carried_out
+    }
+
+    /// Flushes, and leaves the image as one that was closed cleanly.
+    pub fn close(mut self) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.flush()?;
+        let member = self.member(0)?;
+        let files: Vec<&dyn Storage> = member.files.iter().map(AsRef::as_ref).collect();
+        member.image.close(&files)
+    }
+
+    /// What the range is made of: one run from `at` on, at most `len` bytes.
+    pub fn extent_at(&mut self, at: u64, len: u64) -> Result<ChainExtent> {
+        self.check(at, len)?;
+        let mut len = len;
+        for depth in 0..self.members.len() {
+            let left = self.member(depth)?.image.size().saturating_sub(at);
+            if left == 0 {
+                // This image, and so all below it, end before: a shorter base reads as zeros.
+                break;
+            }
+            let asked = len.min(left);
+            let extent = self.answer(depth, |image| image.map(GuestOffset(at), asked))?;
+            len = whole(extent.len, asked)?;
+            if extent.kind != ExtentKind::Unallocated {
+                return Ok(ChainExtent {
+                    len,
+                    depth: Some(depth),
+                    kind: extent.kind,
+                });
+            }
+        }
+        Ok(ChainExtent {
+            len,
+            depth: None,
+            kind: ExtentKind::Unallocated,
+        })
+    }
+
+    fn check(&self, at: u64, len: u64) -> Result<()> {
+        match at.checked_add(len) {
+            Some(end) if end <= self.size() => Ok(()),
+            _ => Err(Error::invalid(format!(
+                "{len} bytes at {at:#x} lie outside the disk of {} bytes",
+                self.size()
+            ))),
+        }
+    }
+
+    fn check_write(&self, at: u64, len: u64) -> Result<()> {
+        if self.read_only {
+            return Err(Error::new(ErrorKind::ReadOnly, "the disk is read-only"));
+        }
+        self.check(at, len)
+    }
+
+    fn member(&self, depth: usize) -> Result<&Member> {
+        self.members
+            .get(depth)
+            .ok_or_else(|| Error::invalid(format!("the chain has no image {depth}")))
+    }
+
+    fn file(&self, depth: usize, file: FileId) -> Result<Arc<dyn Storage>> {
+        let files = &self.member(depth)?.files;
+        let found = files.get(usize::from(file.0));
+        found.map(Arc::clone).ok_or_else(|| {
+            Error::corrupt(format!("image {depth} of the chain has no file {}", file.0))
+        })
+    }
+
+    /// Asks the image at `depth` until it has an answer, doing what it needs in between.
+    fn answer<T>(
+        &mut self,
+        depth: usize,
+        mut ask: impl FnMut(&dyn Image) -> Result<Step<T>>,
+    ) -> Result<T> {
+        for _ in 0..NEEDS_MAX {
+            let image = Arc::clone(&self.member(depth)?.image);
+            match ask(image.as_ref())? {
+                Step::Done(answer) => return Ok(answer),
+                Step::Need(need) => self.satisfy(depth, image.as_ref(), need)?,
+                Step::Wait(key) => {
+                    // One request at a time, each need met before the next question:
+                    // there is nobody to wait for.
+                    return Err(Error::new(
+                        ErrorKind::Io,
+                        format!("image {depth} of the chain waits for {key:?}, which nobody does"),
+                    ));
+                }
+            }
+        }
+        Err(Error::corrupt(format!(
+            "image {depth} of the chain: no answer after {NEEDS_MAX} metadata blocks"
+        )))
+    }
+
+    fn satisfy(&mut self, depth: usize, image: &dyn Image, need: Need) -> Result<()> {
+        match need {
+            Need::Load(load) => {
+                let bytes = self.load(depth, &load).inspect_err(|_| {
+                    image.load_failed(&load);
+                })?;
+                image.loaded(&load, &bytes)
+            }
+            Need::Reserve(reserve) => {
+                let file = self.file(depth, reserve.file);
+                match file.and_then(|f| f.allocate(reserve.offset.0, reserve.len)) {
+                    Ok(zeroed) => {
+                        image.reserved(&reserve, zeroed);
+                        Ok(())
+                    }
+                    Err(error) => {
+                        image.reserve_failed(&reserve);
+                        Err(error)
+                    }
+                }
+            }
+            Need::Commit if depth == 0 => self.flush(),
+            Need::Commit => Err(Error::corrupt(format!(
+                "image {depth} of the chain is read only, but wants to be flushed"
+            ))),
+        }
+    }
+
+    fn load(&self, depth: usize, load: &Load) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; usize_of(u64::from(load.len))?];
+        read_padded(&*self.file(depth, load.file)?, load.offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// The guest's bytes as the image at `depth` and those below it have them.
+    fn read_from(&mut self, depth: usize, at: u64, buf: &mut [u8]) -> Result<()> {
+        let size = self.members.get(depth).map_or(0, |m| m.image.size());
+        // Behind the end of a shorter backing image there are zeros.
+        let inside = usize_of(size.saturating_sub(at))?.min(buf.len());
+        let (mut rest, behind) = buf.split_at_mut(inside);
+        behind.fill(0);
+        let mut at = at;
+        while !rest.is_empty() {
+            let asked = rest.len() as u64;
+            let extent = self.answer(depth, |image| image.map(GuestOffset(at), asked))?;
+            let len = usize_of(whole(extent.len, asked)?)?;
+            let (part, later) = rest.split_at_mut(len);
+            match extent.kind {
+                ExtentKind::Data { file, offset } => {
+                    read_padded(&*self.file(depth, file)?, offset, part)?;
+                }
+                ExtentKind::Zero { .. } => part.fill(0),
+                ExtentKind::Compressed(packed) => self.unpack(depth, &packed, part)?,
+                ExtentKind::Unallocated => self.read_from(depth + 1, at, part)?,
+            }
+            at += extent.len;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn unpack(&self, depth: usize, packed: &Compressed, out: &mut [u8]) -> Result<()> {
+        let file = self.file(depth, packed.file)?;
+        let there = file.len()?.saturating_sub(packed.offset.0);
+        let mut input = vec![0; usize_of(u64::from(packed.len).min(there))?];
+        file.read_at(packed.offset.0, &mut input)?;
+        let mut unpacked = vec![0; usize_of(u64::from(packed.unpacked_len))?];
+        self.member(depth)?
+            .image
+            .decompress(&input, &mut unpacked)?;
+        let skip = usize_of(u64::from(packed.skip))?;
+        let part = unpacked
+            .get(skip..)
+            .and_then(|rest| rest.get(..out.len()))
+            .ok_or_else(|| Error::corrupt("an extent runs out of its compressed cluster"))?;
+        out.copy_from_slice(part);
+        Ok(())
+    }
+
+    /// Writes all that belongs into newly allocated clusters: `data` for guest offset `at`, and
+    /// around it what the allocation asks for.
+    fn write_allocated(&mut self, at: GuestOffset, data: &[u8], new: &Allocation) -> Result<()> {
+        let end = new.start.plus(new.len);
+        let data_end = at.plus(data.len() as u64);
+        if at < new.start || data_end > end {
+            return Err(Error::corrupt(format!(
+                "{new:?} does not cover {} bytes at {at}",
+                data.len()
+            )));
+        }
+        self.fill(new, new.start, at)?;
+        let file = self.file(0, new.file)?;
+        file.write_at(new.host.plus(at.since(new.start)).0, data)?;
+        self.fill(new, data_end, end)
+    }
+
+    /// Writes the guest range `from..to` of an allocation, which the guest did not.
+    fn fill(&mut self, new: &Allocation, from: GuestOffset, to: GuestOffset) -> Result<()> {
+        match new.fill {
+            Fill::Nothing => return Ok(()),
+            Fill::Zero if new.zeroed => return Ok(()),
+            Fill::Zero | Fill::Existing => {}
+        }
+        let file = self.file(0, new.file)?;
+        let size = self.size();
+        let mut piece = vec![0; usize_of(to.since(from).min(PIECE_BYTES))?];
+        let mut at = from;
+        while at < to {
+            let len = usize_of(to.since(at))?.min(piece.len());
+            let part = prefix_mut(&mut piece, len)?;
+            part.fill(0);
+            if new.fill == Fill::Existing {
+                let inside = usize_of(size.saturating_sub(at.0))?.min(len);
+                self.read_from(0, at.0, prefix_mut(part, inside)?)?;
+            }
+            file.write_at(new.host.plus(at.since(new.start)).0, part)?;
+            at = at.plus(len as u64);
+        }
+        Ok(())
+    }
+
+    fn zero(&mut self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
+        self.check_write(at, len)?;
+        let (mut at, mut left) = (at, len);
+        while left > 0 {
+            let plan = self.answer(0, |image| image.plan_zero(GuestOffset(at), left, mode))?;
+            let len = match plan {
+                ZeroPlan::Done { len } | ZeroPlan::Skip { len } => len,
+                ZeroPlan::Host { file, offset, len } => {
+                    let file = self.file(0, file)?;
+                    match mode {
+                        ZeroMode::Discard => file.discard(offset.0, len)?,
+                        ZeroMode::Zero { unmap } => file.write_zeroes(offset.0, len, unmap)?,
+                    }
+                    len
+                }
+                ZeroPlan::Write { len } => {
+                    let zeros = vec![0; usize_of(len.min(PIECE_BYTES))?];
+                    let mut done = 0;
+                    while done < len {
+                        let part = prefix(&zeros, (len - done).min(PIECE_BYTES))?;
+                        self.write(at + done, part)?;
+                        done += part.len() as u64;
+                    }
+                    len
+                }
+            };
+            let len = whole(len, left)?;
+            at += len;
+            left -= len;
+        }
+        Ok(())
+    }
+
+    /// Writes the stages of a flush with a barrier after each.
+    fn carry_out(&self, run: &FlushRun) -> Result<()> {
+        let member = self.member(0)?;
+        for stage in &run.stages {
+            for write in run.writes.get(stage.first..stage.end).unwrap_or_default() {
+                let bytes = run.bytes.get(write.start..write.start + write.len);
+                let bytes = bytes.ok_or_else(|| {
+                    Error::corrupt(format!("{write:?} lies outside the flush's bytes"))
+                })?;
+                self.file(0, write.file)?.write_at(write.offset.0, bytes)?;
+            }
+            for file in &member.files {
+                file.sync()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives space that became free back to the host, then to the format: nothing else is in flight.
+    fn release_freed(&self, image: &dyn Image) -> Result<()> {
+        let mut freed: Vec<Freed> = Vec::new();
+        image.take_freed(&mut freed);
+        for space in &freed {
+            let file = self.file(0, space.file)?;
+            // The hole is a courtesy: where it fails the space is still free.
+            let zeroed = match file.write_zeroes(space.offset.0, space.len, true) {
+                Ok(()) => Zeroed::Yes,
+                Err(_) => Zeroed::No,
+            };
+            image.release(space, zeroed);
+        }
+        Ok(())
+    }
+}
+
+/// Reads from `file`; what lies behind its end are zeros.
+fn read_padded(file: &dyn Storage, offset: HostOffset, buf: &mut [u8]) -> Result<()> {
+    let there = usize_of(file.len()?.saturating_sub(offset.0))?.min(buf.len());
+    let (inside, behind) = buf.split_at_mut(there);
+    behind.fill(0);
+    if inside.is_empty() {
+        return Ok(());
+    }
+    file.read_at(offset.0, inside)
+}
+
+/// `len`, when a format may answer so to a question about `asked` bytes.
+fn whole(len: u64, asked: u64) -> Result<u64> {
+    if len == 0 || len > asked {
+        return Err(Error::corrupt(format!(
+            "a format answered with {len} bytes to a question about {asked}"
+        )));
+    }
+    Ok(len)
+}
+
+fn prefix(data: &[u8], len: u64) -> Result<&[u8]> {
+    whole(len, data.len() as u64)?;
+    data.get(..usize_of(len)?)
+        .ok_or_else(|| Error::invalid("a range runs out of its buffer"))
+}
+
+fn prefix_mut(data: &mut [u8], len: usize) -> Result<&mut [u8]> {
+    data.get_mut(..len)
+        .ok_or_else(|| Error::invalid("a range runs out of its buffer"))
+}
+
+fn usize_of(bytes: u64) -> Result<usize> {
+    usize::try_from(bytes)
+        .map_err(|_| Error::invalid(format!("{bytes} bytes do not fit this machine's memory")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use block::{Range, RangeKind};
+    use image::{Null, Raw};
+    use std::sync::Mutex;
+
+    #[derive(Debug, Default)]
+    struct Memory {
+        bytes: Mutex<Vec<u8>>,
+        syncs: Mutex<usize>,
+    }
+
+    impl Memory {
+        fn with(bytes: &[u8]) -> Arc<Self> {
+            let memory = Self::default();
+            *memory.bytes.lock().unwrap() = bytes.to_vec();
+            Arc::new(memory)
+        }
+    }
+
+    impl Storage for Memory {
+        fn name(&self) -> String {
+            "memory".into()
+        }
+        fn len(&self) -> Result<u64> {
+            Ok(self.bytes.lock().unwrap().len() as u64)
+        }
+        fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+            let at = offset as usize;
+            buf.copy_from_slice(&self.bytes.lock().unwrap()[at..at + buf.len()]);
+            Ok(())
+        }
+        fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+            let end = offset as usize + buf.len();
+            let mut bytes = self.bytes.lock().unwrap();
+            if bytes.len() < end {
+                bytes.resize(end, 0);
+            }
+            bytes[offset as usize..end].copy_from_slice(buf);
+            Ok(())
+        }
+        fn sync(&self) -> Result<()> {
+            *self.syncs.lock().unwrap() += 1;
+            Ok(())
+        }
+        fn set_len(&self, len: u64) -> Result<()> {
+            self.bytes.lock().unwrap().resize(len as usize, 0);
+            Ok(())
+        }
+        fn allocate(&self, _: u64, _: u64) -> Result<Zeroed> {
+            Ok(Zeroed::No)
+        }
+        fn write_zeroes(&self, offset: u64, len: u64, _: bool) -> Result<()> {
+            let mut bytes = self.bytes.lock().unwrap();
+            let end = bytes.len().min((offset + len) as usize);
+            if let Some(part) = bytes.get_mut(offset as usize..end) {
+                part.fill(0);
+            }
+            Ok(())
+        }
+        fn discard(&self, _: u64, _: u64) -> Result<()> {
+            Ok(())
+        }
+        fn range_at(&self, offset: u64) -> Result<Option<Range>> {
+            let len = self.len()?.saturating_sub(offset);
+            Ok((len > 0).then_some(Range {
+                offset,
+                len,
+                kind: RangeKind::Data,
+            }))
+        }
+    }
+
+    fn raw(file: &Arc<Memory>, read_only: bool) -> Driver {
+        let image = Arc::new(Raw::open(&**file).unwrap());
+        let files: Vec<Arc<dyn Storage>> = vec![file.clone()];
+        Driver::new(vec![Member { image, files }], read_only).unwrap()
+    }
+
+    #[test]
+    fn raw_reads_what_was_written_and_zeros_behind_the_file() {
+        let file = Memory::with(&[7; 700]);
+        let mut disk = raw(&file, false);
+        assert_eq!(disk.size(), 1024);
+        let mut buf = [1; 1024];
+        disk.read(0, &mut buf).unwrap();
+        assert!(buf[..700].iter().all(|b| *b == 7));
+        assert!(buf[700..].iter().all(|b| *b == 0));
+        disk.write(690, &[9; 20]).unwrap();
+        disk.write_zeroes(0, 100, true).unwrap();
+        disk.flush().unwrap();
+        assert_eq!(*file.syncs.lock().unwrap(), 1);
+        disk.read(0, &mut buf).unwrap();
+        assert_eq!(buf[99..101], [0, 7]);
+        assert_eq!(buf[689..711], *[&[7][..], &[9; 20], &[0]].concat());
+    }
+
+    #[test]
+    fn refuses_ranges_outside_and_writes_to_a_read_only_disk() {
+        let file = Memory::with(&[7; 512]);
+        let mut disk = raw(&file, true);
+        let mut buf = [0; 2];
+        for at in [511, 512, u64::MAX] {
+            let error = disk.read(at, &mut buf).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid);
+        }
+        for refused in [
+            disk.write(0, &[1]),
+            disk.write_zeroes(0, 1, false),
+            disk.discard(0, 1),
+        ] {
+            assert_eq!(refused.unwrap_err().kind(), ErrorKind::ReadOnly);
+        }
+        disk.close().unwrap();
+        assert_eq!(*file.bytes.lock().unwrap(), [7; 512]);
+        assert_eq!(*file.syncs.lock().unwrap(), 0);
+    }
+
+    #[test]
+    fn null_forgets() {
+        let image = Arc::new(Null::new(4096).unwrap());
+        let member = Member {
+            image,
+            files: Vec::new(),
+        };
+        let mut disk = Driver::new(vec![member], false).unwrap();
+        disk.write(100, &[1; 200]).unwrap();
+        let mut buf = [1; 4096];
+        disk.read(0, &mut buf).unwrap();
+        assert_eq!(buf, [0; 4096]);
+        disk.close().unwrap();
+    }
+}
