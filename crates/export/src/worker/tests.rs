@@ -1,0 +1,204 @@
+//! A worker with sessions that talk over eventfds.
+
+use super::*;
+use io::{EngineKind, EventFd};
+use std::{
+    os::fd::AsFd,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
+};
+
+/// Adds up what it reads from an eventfd, and reports each sum.
+struct Adder {
+    fd: Arc<EventFd>,
+    sum: u64,
+    changed: bool,
+    runs: Arc<AtomicU64>,
+    out: mpsc::Sender<u64>,
+}
+
+impl Session for Adder {
+    fn ready(&mut self, _cx: &mut Cx, key: u32) {
+        assert_eq!(key, 7);
+        while let Ok(Some(value)) = self.fd.read() {
+            self.sum += value;
+            self.changed = true;
+        }
+    }
+
+    fn completed(&mut self, _cx: &mut Cx, _completion: &Completion) {}
+
+    fn run(&mut self, _cx: &mut Cx) -> bool {
+        self.runs.fetch_add(1, Ordering::SeqCst);
+        let changed = std::mem::take(&mut self.changed);
+        if changed {
+            let _ = self.out.send(self.sum);
+        }
+        changed
+    }
+
+    fn stop(&mut self, cx: &mut Cx) {
+        let _ = cx.unwatch(self.fd.as_fd(), 7);
+        cx.close();
+    }
+}
+
+struct Rig {
+    worker: WorkerHandle,
+    fd: Arc<EventFd>,
+    runs: Arc<AtomicU64>,
+    sums: mpsc::Receiver<u64>,
+    id: SessionId,
+}
+
+fn rig(poll_max_ns: u64) -> Rig {
+    let worker = Worker::spawn(WorkerOptions {
+        poll_max_ns,
+        ..WorkerOptions::new(0, EngineKind::Threads)
+    })
+    .unwrap();
+    let fd = Arc::new(EventFd::new().unwrap());
+    let runs = Arc::new(AtomicU64::new(0));
+    let (out, sums) = mpsc::channel();
+    let id = {
+        let (fd, runs) = (fd.clone(), runs.clone());
+        worker
+            .call_wait(move |cx| {
+                cx.add(|cx| {
+                    cx.watch(fd.as_fd(), 7, false)?;
+                    Ok(Adder {
+                        fd,
+                        sum: 0,
+                        changed: false,
+                        runs,
+                        out,
+                    })
+                })
+            })
+            .unwrap()
+            .unwrap()
+    };
+    Rig {
+        worker,
+        fd,
+        runs,
+        sums,
+        id,
+    }
+}
+
+#[test]
+fn events_reach_their_session() {
+    for poll_max_ns in [0, POLL_NS_MAX] {
+        let rig = rig(poll_max_ns);
+        for turn in 1..=200u64 {
+            rig.fd.write().unwrap();
+            assert_eq!(rig.sums.recv().unwrap(), turn);
+        }
+        rig.worker.stop();
+    }
+}
+
+#[test]
+fn a_call_finds_its_session_by_type() {
+    let rig = rig(0);
+    let id = rig.id;
+    let sum = rig
+        .worker
+        .call_wait(move |cx| cx.with::<Adder, _>(id, |adder, _| adder.sum))
+        .unwrap();
+    assert_eq!(sum, Some(0));
+    let other = rig
+        .worker
+        .call_wait(move |cx| cx.with::<Adder, _>(id + (1 << 16), |_, _| ()))
+        .unwrap();
+    assert_eq!(other, None, "a session's id is not its slot's next owner's");
+    rig.worker.stop();
+}
+
+#[test]
+fn a_failed_builder_leaves_no_session() {
+    let rig = rig(0);
+    let counts = rig
+        .worker
+        .call_wait(|cx| {
+            let failed = cx.add::<Adder>(|_| Err(block::Error::invalid("no")));
+            (failed.is_err(), cx.session_count())
+        })
+        .unwrap();
+    assert_eq!(counts, (true, 1));
+    rig.worker.stop();
+}
+
+#[test]
+fn a_sleeping_worker_runs_nothing_and_a_wake_runs_all() {
+    let rig = rig(POLL_NS_MAX);
+    // An event and its answer: afterwards the worker goes to sleep at once or soon.
+    rig.fd.write().unwrap();
+    rig.sums.recv().unwrap();
+    // Two wakes that are both observed: each must run the session again.
+    for _ in 0..2 {
+        let before = rig.runs.load(Ordering::SeqCst);
+        rig.worker.waker().wake();
+        while rig.runs.load(Ordering::SeqCst) == before {
+            std::thread::yield_now();
+        }
+    }
+    // The CPU time of the worker does not grow while it sleeps.
+    let clock = rig
+        .worker
+        .call_wait(|_| rustix::thread::gettid().as_raw_nonzero().get())
+        .unwrap();
+    let ticks = || {
+        let stat = std::fs::read_to_string(format!("/proc/self/task/{clock}/schedstat")).unwrap();
+        let mut fields = stat.split_whitespace();
+        let cpu_ns: u64 = fields.next().unwrap().parse().unwrap();
+        cpu_ns
+    };
+    // Wait for it to settle, then look over a while: the figure, not the time, decides.
+    let mut last = ticks();
+    let settled = (0..200).any(|_| {
+        std::thread::sleep(Duration::from_millis(5));
+        let now = ticks();
+        let still = now == last;
+        last = now;
+        still
+    });
+    assert!(settled, "the worker burns a core at rest");
+    rig.worker.stop();
+}
+
+#[test]
+fn stop_closes_sessions_and_later_calls_fail() {
+    let rig = rig(0);
+    rig.worker.stop();
+    assert!(rig.worker.call_wait(|_| ()).is_err());
+    // The session is gone, and its sender with it.
+    assert!(rig.sums.recv().is_err());
+    rig.worker.stop();
+}
+
+#[test]
+fn calls_run_in_order_from_many_threads() {
+    let rig = rig(POLL_NS_MAX);
+    let counter = Arc::new(AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..200 {
+                    let counter = counter.clone();
+                    rig.worker
+                        .call_wait(move |_| counter.fetch_add(1, Ordering::SeqCst))
+                        .unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(counter.load(Ordering::SeqCst), 800);
+    rig.worker.stop();
+}
+
+use std::time::Duration;
