@@ -2,10 +2,12 @@
 //!
 //! Source: QEMU's `docs/interop/qcow2.txt`.
 
+mod create;
 pub mod extensions;
 pub mod features;
 mod header;
 
+pub use create::{CreateOptions, create};
 pub use header::{
     Compression, HOST_OFFSET_END, Header, L1_BYTES_MAX, MAGIC, REFCOUNT_TABLE_BYTES_MAX,
     SNAPSHOTS_MAX, V2_LEN, V3_LEN,
