@@ -1,0 +1,79 @@
+//! Group commit: flushes that arrive together share one run of the format's
+//! flush stages.
+//!
+//! A flush must be covered by a run that *began* after it arrived. So flushes
+//! that arrive while a run is under way wait for the next one, which one queue then
+//! leads for all of them.
+
+use crate::wait::{Message, Waiter};
+use block::GuestError;
+use image::FlushRun;
+use std::sync::{Mutex, PoisonError};
+
+/// What happens after a flush or a run's end.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// The asking queue leads the next run: call [`GroupCommit::begin`] at the end of its batch.
+    Lead,
+    /// Another queue is at it.
+    Follow,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// A run is under way, or a queue has been told to lead one.
+    led: bool,
+    /// Waiters that the run under way covers.
+    current: Vec<Waiter>,
+    /// Waiters of the next run.
+    next: Vec<Waiter>,
+    /// The run's buffers between runs.
+    run: Option<Box<FlushRun>>,
+}
+
+/// The flushes of one disk.
+#[derive(Debug, Default)]
+pub(crate) struct GroupCommit(Mutex<State>);
+
+impl GroupCommit {
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A flush arrived: its waiter hears [`Message::Committed`] when a run that covers it ended.
+    pub fn arrive(&self, waiter: Waiter) -> Turn {
+        let mut state = self.state();
+        state.next.push(waiter);
+        if state.led {
+            Turn::Follow
+        } else {
+            state.led = true;
+            Turn::Lead
+        }
+    }
+
+    /// The leader begins: everyone who arrived until now is covered. Returns the run's buffers.
+    pub fn begin(&self) -> Box<FlushRun> {
+        let mut state = self.state();
+        let State { current, next, .. } = &mut *state;
+        std::mem::swap(current, next);
+        state.run.take().unwrap_or_default()
+    }
+
+    /// The leader's run ended with `result`: tells everyone covered. `Lead` when more
+    /// flushes arrived meanwhile, for which the same queue goes on leading.
+    pub fn end(&self, run: Box<FlushRun>, result: Result<(), GuestError>) -> Turn {
+        let mut state = self.state();
+        state.run = Some(run);
+        // Posted under the lock: the mailboxes' locks are leaves, and `current` keeps its memory.
+        for waiter in state.current.drain(..) {
+            waiter.mailbox.post(Message::Committed(waiter.slot, result));
+        }
+        if state.next.is_empty() {
+            state.led = false;
+            Turn::Follow
+        } else {
+            Turn::Lead
+        }
+    }
+}

@@ -1,0 +1,634 @@
+//! One thread's entrance to a disk: the request table and its turn.
+//!
+//! ```text
+//!   submit ─▶ drive: ask the format ─▶ engine operations (sub.rs)
+//!                     │ Need: load or reserve, then ask again
+//!                     │ Wait: park until the key's owner wakes us (wait.rs)
+//!   completed ─▶ count down ─▶ durable? join a commit (flush.rs) ─▶ done
+//! ```
+//!
+//! All state is in tables made at attach; in the steady state nothing is allocated, and no lock
+//! is taken but for what other queues really share: allocations, misses and commits.
+
+use crate::{
+    buffers::Buffers,
+    clock::now_ns,
+    disk::Disk,
+    fill::FillOp,
+    flush::Committer,
+    grace::Member,
+    memory::Pieces,
+    request::{Done, Owner, Request, Slot, State, StatusExtent, Task},
+    stats::{self, QueueStats, Stamps},
+    sub::{Purpose, Sub},
+    wait::{Mailbox, Message, Waiter},
+};
+use block::{Error, GuestError, GuestOffset, Op, Result, limits};
+use image::{Freed, Key, Need};
+use io::{Engine, FileSlot, IoOp, Waker};
+use std::{collections::VecDeque, sync::Arc};
+
+/// How a queue is made.
+#[derive(Clone, Debug)]
+pub struct QueueOptions {
+    /// Requests that it takes at a time, 1 to [`limits::QUEUE_DEPTH_MAX`].
+    pub depth: u16,
+    /// Upper 32 bits of its operations' tokens, so that their completions find it.
+    pub token_base: u64,
+    /// Wakes the thread that owns it.
+    pub waker: Arc<Waker>,
+}
+
+/// Copy-on-write fills and other allocations that a queue has under way at most.
+const FILLS_MAX: usize = 64;
+
+/// What asking the format led to.
+pub(crate) enum Next {
+    /// Progress: ask for the rest.
+    Continue,
+    /// The slot's state says what it waits for.
+    Blocked,
+    /// It failed.
+    Fail(GuestError),
+}
+
+/// A disk as one thread sees it. Never used by two threads; its `Disk` is.
+#[derive(Debug)]
+pub struct DiskQueue {
+    pub(crate) disk: Arc<Disk>,
+    pub(crate) token_base: u64,
+    /// The engine's names for the files, by layer and file.
+    pub(crate) files: Vec<Vec<FileSlot>>,
+    pub(crate) slots: Box<[Slot]>,
+    guest_free: Vec<u32>,
+    /// Slots of fills: two for each fill, taken with it.
+    pub(crate) inner_free: Vec<u32>,
+    pub(crate) subs: Box<[Sub]>,
+    pub(crate) subs_free: Vec<u32>,
+    pub(crate) unstaged: VecDeque<u32>,
+    pub(crate) fills: Box<[FillOp]>,
+    pub(crate) fills_free: Vec<u32>,
+    pub(crate) fills_in_use: usize,
+    /// Fills whose parts have been read and that must be written.
+    pub(crate) fills_read: VecDeque<u32>,
+    pub(crate) buffers: Buffers,
+    stalled: VecDeque<u32>,
+    done: VecDeque<Done>,
+    status_done: Vec<(u64, Vec<StatusExtent>)>,
+    pub(crate) mailbox: Arc<Mailbox>,
+    messages: Vec<Message>,
+    /// Guest requests in flight.
+    in_flight: usize,
+    pub(crate) leads: bool,
+    pub(crate) committer: Option<Committer>,
+    /// Freed space that waits for its epoch to pass, oldest first.
+    pub(crate) retired: VecDeque<(u64, Freed)>,
+    pub(crate) freed: Vec<Freed>,
+    pub(crate) punches: usize,
+    epochs: Member,
+    pub(crate) stats: Arc<QueueStats>,
+    /// The clock as last read, and whether it must be read again.
+    clock_ns: u64,
+    clock_stale: bool,
+    errors_logged: u32,
+}
+
+impl DiskQueue {
+    /// Joins `disk` on the thread that owns `engine`.
+    pub fn attach(
+        disk: &Arc<Disk>,
+        engine: &mut dyn Engine,
+        options: QueueOptions,
+    ) -> Result<DiskQueue> {
+        let depth = usize::from(options.depth);
+        if depth == 0 || options.depth > limits::QUEUE_DEPTH_MAX {
+            return Err(Error::invalid(format!(
+                "a queue of {depth} requests: 1 to {} are possible",
+                limits::QUEUE_DEPTH_MAX
+            )));
+        }
+        let mut files: Vec<Vec<FileSlot>> = Vec::with_capacity(disk.layers.len());
+        for layer in &disk.layers {
+            let mut slots = Vec::with_capacity(layer.files.len());
+            for file in &layer.files {
+                match engine.attach(file) {
+                    Ok(slot) => slots.push(slot),
+                    Err(error) => {
+                        for slot in files.iter().flatten().chain(&slots) {
+                            engine.detach(*slot);
+                        }
+                        return Err(error);
+                    }
+                }
+            }
+            files.push(slots);
+        }
+        let inner = FILLS_MAX * 2;
+        let slots = depth + inner;
+        let subs = depth * 2 + 64 + FILLS_MAX;
+        Ok(DiskQueue {
+            token_base: options.token_base,
+            files,
+            slots: (0..slots).map(|_| Slot::new()).collect(),
+            guest_free: (0..depth as u32).rev().collect(),
+            inner_free: (depth as u32..slots as u32).rev().collect(),
+            subs: (0..subs).map(|_| Sub::new()).collect(),
+            subs_free: (0..subs as u32).rev().collect(),
+            unstaged: VecDeque::with_capacity(subs),
+            fills: (0..FILLS_MAX).map(|_| FillOp::new()).collect(),
+            fills_free: (0..FILLS_MAX as u32).rev().collect(),
+            fills_in_use: 0,
+            fills_read: VecDeque::with_capacity(FILLS_MAX),
+            buffers: Buffers::default(),
+            stalled: VecDeque::with_capacity(slots),
+            done: VecDeque::with_capacity(depth),
+            status_done: Vec::new(),
+            mailbox: Arc::new(Mailbox::new(options.waker, slots * 2)),
+            messages: Vec::with_capacity(slots * 2),
+            in_flight: 0,
+            leads: false,
+            committer: None,
+            retired: VecDeque::new(),
+            freed: Vec::new(),
+            punches: 0,
+            epochs: disk.epochs.join(),
+            stats: disk.new_stats(),
+            clock_ns: 0,
+            clock_stale: true,
+            errors_logged: 0,
+            disk: disk.clone(),
+        })
+    }
+
+    /// The disk that it belongs to.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// Guest requests that were accepted and whose `Done` was not taken yet.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Whether the queue has work of its own (commits, space being returned) at the
+    /// engine: it must not be detached before that ended.
+    pub fn is_busy(&self) -> bool {
+        self.in_flight > 0 || self.leads || self.committer.is_some() || self.punches > 0
+    }
+
+    /// Leaves the disk.
+    ///
+    /// # Panics
+    ///
+    /// When the queue [is busy](Self::is_busy): operations of it would then complete to nobody.
+    pub fn detach(mut self, engine: &mut dyn Engine) {
+        assert!(!self.is_busy(), "a busy queue is not detached");
+        for slot in std::mem::take(&mut self.files).into_iter().flatten() {
+            engine.detach(slot);
+        }
+        self.disk.epochs.leave(&self.epochs);
+        self.disk
+            .orphans
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .extend(self.retired.drain(..).map(|(_, freed)| freed));
+    }
+
+    /// Takes a request. What cannot be done at all (a range outside the disk, a write to a read-only
+    /// one) is accepted and ends with its error. `Err` gives it back when the table is
+    /// full: submit it again after a `Done`.
+    ///
+    /// # Safety
+    ///
+    /// The array of pieces and the memory that they describe must stay valid until the request's
+    /// [`Done`] was taken; for reads nobody else may borrow that memory meanwhile.
+    pub unsafe fn submit(
+        &mut self,
+        engine: &mut dyn Engine,
+        request: Request,
+    ) -> Result<(), Request> {
+        let Some(index) = self.take_slot(Task::Op(request.op), request.at, request.len) else {
+            return Err(request);
+        };
+        let checked = self.check(&request);
+        let durable = match request.op {
+            Op::Write { fua } | Op::WriteZeroes { fua, .. } => fua || !self.disk.writeback(),
+            _ => false,
+        };
+        let slot = &mut self.slots[index as usize];
+        slot.tag = request.tag;
+        slot.iov = Pieces::new(request.iov, request.iov_len);
+        slot.durable = durable;
+        slot.stamps = Stamps {
+            seen: request.seen_ns,
+            ..Stamps::default()
+        };
+        slot.error = checked.err();
+        self.drive(engine, index);
+        let now = self.now();
+        self.slots[index as usize].stamps.mapped = now;
+        Ok(())
+    }
+
+    /// Asks what the range holds: at most `extents_max` runs from `at` on. Ends with a `Done`
+    /// of `tag`; then [`Self::take_status`] has the answer. `Err` when the table is full.
+    pub fn block_status(
+        &mut self,
+        engine: &mut dyn Engine,
+        at: GuestOffset,
+        len: u64,
+        extents_max: usize,
+        tag: u64,
+    ) -> Result<(), ()> {
+        let task = Task::Status { extents_max };
+        let index = self.take_slot(task, at, len).ok_or(())?;
+        let inside = at
+            .checked_add(len)
+            .is_some_and(|end| end.0 <= self.disk.size());
+        let slot = &mut self.slots[index as usize];
+        slot.tag = tag;
+        slot.iov = Pieces::NONE;
+        slot.durable = false;
+        slot.stamps = Stamps::default();
+        slot.error = (!inside || extents_max == 0).then_some(GuestError::Invalid);
+        self.drive(engine, index);
+        Ok(())
+    }
+
+    /// The answer to the status query of `tag`, after its `Done`.
+    pub fn take_status(&mut self, tag: u64) -> Vec<StatusExtent> {
+        match self.status_done.iter().position(|(t, _)| *t == tag) {
+            Some(index) => self.status_done.swap_remove(index).1,
+            None => Vec::new(),
+        }
+    }
+
+    fn take_slot(&mut self, task: Task, at: GuestOffset, len: u64) -> Option<u32> {
+        let index = self.guest_free.pop()?;
+        self.in_flight += 1;
+        self.begin(index, Owner::Guest, task, at, len);
+        Some(index)
+    }
+
+    /// Starts a slot's new life.
+    pub(crate) fn begin(
+        &mut self,
+        index: u32,
+        owner: Owner,
+        task: Task,
+        at: GuestOffset,
+        len: u64,
+    ) {
+        let epoch = self.epochs.enter(&self.disk.epochs);
+        let slot = &mut self.slots[index as usize];
+        slot.state = State::Running;
+        slot.owner = owner;
+        slot.task = task;
+        slot.at = at;
+        slot.len = len;
+        slot.pos = 0;
+        slot.zeros_until = 0;
+        slot.pending = 0;
+        slot.error = None;
+        slot.durable = false;
+        slot.registered = None;
+        slot.refused = u64::MAX;
+        slot.all_zero = true;
+        slot.epoch = epoch;
+    }
+
+    fn check(&self, request: &Request) -> Result<(), GuestError> {
+        if request.op.is_write() && self.disk.read_only() {
+            return Err(GuestError::ReadOnly);
+        }
+        let end = request.at.checked_add(request.len);
+        if end.is_none_or(|end| end.0 > self.disk.size()) {
+            return Err(GuestError::Invalid);
+        }
+        if request.op.has_data() {
+            let pieces = Pieces::new(request.iov, request.iov_len);
+            if request.len > limits::REQUEST_BYTES_MAX
+                || pieces.get().len() > limits::REQUEST_SEGMENTS_MAX
+                || block::total_len(pieces.get()) != request.len
+            {
+                return Err(GuestError::Invalid);
+            }
+        }
+        Ok(())
+    }
+
+    /// The end of a request, if one is there. Its slot and memory are the submitter's again.
+    pub fn done(&mut self) -> Option<Done> {
+        let done = self.done.pop_front()?;
+        self.in_flight -= 1;
+        Some(done)
+    }
+
+    /// The rest of a turn: messages from other threads, requests that waited for room, the commit
+    /// that this queue leads. Call once after all submits and completions of a turn.
+    pub fn advance(&mut self, engine: &mut dyn Engine) {
+        self.clock_stale = true;
+        if !self.unstaged.is_empty() {
+            self.restage(engine);
+        }
+        self.read_mail(engine);
+        self.advance_fills(engine);
+        for _ in 0..self.stalled.len() {
+            if !self.has_sub() {
+                break;
+            }
+            if let Some(index) = self.stalled.pop_front() {
+                self.drive(engine, index);
+            }
+        }
+        self.advance_commit(engine);
+        // A commit that ended within this turn (nothing to write, a barrier that is ignored)
+        // has left messages to ourselves.
+        self.read_mail(engine);
+        self.advance_retired(engine);
+    }
+
+    fn read_mail(&mut self, engine: &mut dyn Engine) {
+        if !self.mailbox.is_filled() {
+            return;
+        }
+        let mut messages = std::mem::take(&mut self.messages);
+        self.mailbox.take(&mut messages);
+        for message in messages.drain(..) {
+            match message {
+                Message::Ask(id) => {
+                    if self.is_current(id) && self.slots[id.index as usize].state == State::Parked {
+                        self.slots[id.index as usize].registered = None;
+                        self.drive(engine, id.index);
+                    }
+                }
+                Message::Committed(id, result) => {
+                    if self.is_current(id) {
+                        self.committed(engine, id.index, result);
+                    }
+                }
+            }
+        }
+        self.messages = messages;
+    }
+
+    fn is_current(&self, id: crate::wait::SlotId) -> bool {
+        let slot = &self.slots[id.index as usize];
+        slot.generation == id.generation && slot.state != State::Free
+    }
+
+    /// Works on a request until nothing more can be done for it now.
+    pub(crate) fn drive(&mut self, engine: &mut dyn Engine, index: u32) {
+        self.slots[index as usize].state = State::Running;
+        loop {
+            let slot = &self.slots[index as usize];
+            if slot.error.is_some() || slot.pos >= slot.len {
+                break;
+            }
+            let next = match slot.task {
+                Task::Op(Op::Read) => self.step_read(engine, index),
+                Task::Op(Op::Write { .. }) => self.step_write(engine, index),
+                Task::Op(Op::Discard | Op::WriteZeroes { .. }) => self.step_zero(engine, index),
+                Task::Op(Op::Flush) => break,
+                Task::Status { extents_max } => self.step_status(engine, index, extents_max),
+            };
+            match next {
+                Next::Continue => {}
+                Next::Blocked => return,
+                Next::Fail(error) => {
+                    self.slots[index as usize].error.get_or_insert(error);
+                    break;
+                }
+            }
+        }
+        self.settle(index);
+    }
+
+    /// An operation or allocation of a request ended.
+    pub(crate) fn part_ended(
+        &mut self,
+        index: u32,
+        error: Option<GuestError>,
+    ) {
+        let now = self.now();
+        let slot = &mut self.slots[index as usize];
+        slot.pending -= 1;
+        slot.stamps.device_done = now;
+        if let Some(error) = error {
+            slot.error.get_or_insert(error);
+        }
+        if slot.state == State::Running && slot.pending == 0 {
+            self.settle(index);
+        }
+    }
+
+    /// A load or reservation that a request waited for ended.
+    pub(crate) fn metadata_ended(
+        &mut self,
+        engine: &mut dyn Engine,
+        index: u32,
+        error: Option<GuestError>,
+    ) {
+        if let Some(error) = error {
+            self.slots[index as usize].error.get_or_insert(error);
+        }
+        self.drive(engine, index);
+    }
+
+    /// Ends a request on which nothing is under way any more, after a commit where it must be durable.
+    fn settle(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        debug_assert_eq!(slot.state, State::Running);
+        if slot.pending > 0 {
+            return;
+        }
+        let flush = slot.durable || slot.op() == Some(Op::Flush);
+        if flush && slot.error.is_none() && !self.disk.read_only() {
+            slot.state = State::CommitThenDone;
+            self.join_commit(index);
+        } else {
+            self.finish(index);
+        }
+    }
+
+    /// Ends a request.
+    pub(crate) fn finish(&mut self, index: u32) {
+        let now = self.now();
+        let slot = &mut self.slots[index as usize];
+        self.epochs.leave(slot.epoch);
+        slot.generation = slot.generation.wrapping_add(1);
+        let result = slot.error.map_or(Ok(()), Err);
+        match slot.owner {
+            Owner::Guest => {
+                slot.state = State::Free;
+                let tag = slot.tag;
+                match slot.task {
+                    Task::Op(op) => {
+                        let (row, len) = (stats::row(op), slot.len);
+                        if slot.stamps.mapped == 0 {
+                            slot.stamps.mapped = now;
+                        }
+                        let stamps = slot.stamps;
+                        self.stats.ended(row, len, result.is_err(), &stamps, now);
+                    }
+                    Task::Status { .. } => {
+                        let status = std::mem::take(&mut slot.status);
+                        self.status_done.push((tag, status));
+                    }
+                }
+                self.guest_free.push(index);
+                self.done.push_back(Done { tag, result });
+            }
+            Owner::Fill { fill, part } => {
+                let all_zero = slot.all_zero;
+                slot.state = State::Free;
+                self.inner_free.push(index);
+                self.fill_read(fill, part, all_zero, result.err());
+            }
+        }
+    }
+
+    /// Parks the request until `key` of `layer` is woken; `Continue` asks once more first.
+    pub(crate) fn wait(&mut self, index: u32, layer: u8, key: Key) -> Next {
+        let slot = &mut self.slots[index as usize];
+        if slot.registered == Some((layer, key)) {
+            slot.state = State::Parked;
+            self.stats.wait();
+            return Next::Blocked;
+        }
+        slot.registered = Some((layer, key));
+        let waiter = self.waiter(index);
+        self.disk.waits.register(layer, key, waiter);
+        Next::Continue
+    }
+
+    /// How other threads reach the request.
+    pub(crate) fn waiter(&self, index: u32) -> Waiter {
+        Waiter {
+            mailbox: self.mailbox.clone(),
+            slot: self.slots[index as usize].id(index),
+        }
+    }
+
+    /// Leaves the request until there is room.
+    pub(crate) fn stall(&mut self, index: u32) -> Next {
+        self.stats.stall();
+        self.slots[index as usize].state = State::Stalled;
+        self.stalled.push_back(index);
+        Next::Blocked
+    }
+
+    /// Does what a format needs; the request goes on when that ended. Needs an operation (`has_sub`).
+    pub(crate) fn meet(
+        &mut self,
+        engine: &mut dyn Engine,
+        index: u32,
+        layer: u8,
+        need: Need,
+    ) -> Next {
+        match need {
+            Need::Load(load) => {
+                let Some(sub) = self.take_sub() else {
+                    self.disk.layers[layer as usize].image.load_failed(&load);
+                    self.disk.waits.wake(layer, load.key);
+                    return self.stall(index);
+                };
+                self.stats.load();
+                let buffer = self.buffers.take(load.len as usize);
+                let piece = buffer.piece(0, load.len as usize);
+                self.subs[sub as usize].buffer = Some(buffer);
+                self.subs[sub as usize].iov.push(piece);
+                self.slots[index as usize].state = State::Loading;
+                let purpose = Purpose::Load {
+                    slot: index,
+                    layer,
+                    load,
+                };
+                let file = self.file(layer, load.file);
+                let (offset, len) = (load.offset.0, u64::from(load.len));
+                self.issue(engine, sub, purpose, file, IoOp::Read, offset, len, None);
+                Next::Blocked
+            }
+            Need::Reserve(reserve) => {
+                let refused = self.slots[index as usize].refused;
+                let sub = if reserve.len < refused {
+                    self.take_sub()
+                } else {
+                    None
+                };
+                let Some(sub) = sub else {
+                    self.disk.layers[layer as usize]
+                        .image
+                        .reserve_failed(&reserve);
+                    self.disk.waits.wake(layer, reserve.key);
+                    return Next::Fail(GuestError::NoSpace);
+                };
+                self.slots[index as usize].state = State::Loading;
+                let purpose = Purpose::Reserve {
+                    slot: index,
+                    reserve,
+                };
+                let file = self.file(layer, reserve.file);
+                let (offset, len) = (reserve.offset.0, reserve.len);
+                self.issue(
+                    engine,
+                    sub,
+                    purpose,
+                    file,
+                    IoOp::Allocate,
+                    offset,
+                    len,
+                    None,
+                );
+                Next::Blocked
+            }
+            Need::Commit => {
+                self.slots[index as usize].state = State::CommitThenAsk;
+                self.join_commit(index);
+                Next::Blocked
+            }
+        }
+    }
+
+    /// The engine's name for a layer's file.
+    pub(crate) fn file(&self, layer: u8, file: image::FileId) -> FileSlot {
+        self.files[layer as usize][file.0 as usize]
+    }
+
+    /// The clock, read at most once per batch.
+    fn now(&mut self) -> u64 {
+        if self.clock_stale {
+            self.clock_ns = now_ns();
+            self.clock_stale = false;
+        }
+        self.clock_ns
+    }
+
+    /// What a guest is told of a format's error; logs it.
+    pub(crate) fn refuse(&mut self, layer: u8, error: &Error) -> GuestError {
+        if self.may_log() {
+            let path = self.disk.layers[layer as usize].path.display();
+            tracing::error!("{path}: {error}");
+        }
+        error.for_guest()
+    }
+
+    /// Logs the failure of an operation.
+    pub(crate) fn log_error(&mut self, purpose: &Purpose, error: GuestError, errno: i32) {
+        if self.may_log() {
+            let path = self.disk.layers[0].path.display();
+            let os = std::io::Error::from_raw_os_error(errno);
+            tracing::error!("{path}: {error} ({os}) during {purpose:?}");
+        }
+    }
+
+    /// At most so many messages per queue: a failing device must not fill the log.
+    fn may_log(&mut self) -> bool {
+        const LOGGED_MAX: u32 = 100;
+        self.errors_logged = self.errors_logged.saturating_add(1);
+        if self.errors_logged == LOGGED_MAX {
+            tracing::error!("further errors of this queue are not logged");
+        }
+        self.errors_logged < LOGGED_MAX
+    }
+}

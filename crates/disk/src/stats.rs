@@ -1,0 +1,344 @@
+//! Counts and latencies, per queue, operation and stage.
+//!
+//! Written by the queue's thread alone with plain relaxed stores; read by anyone at any time.
+//! A stage's time ends where the next one's begins:
+//!
+//! ```text
+//!   seen ──map──▶ mapped ──device──▶ device done ──complete──▶ completed
+//! ```
+
+use crate::clock;
+use block::Op;
+use serde::Serialize;
+use std::{
+    fmt::Write as _,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
+
+/// Operations that are counted apart.
+pub(crate) const OPS: [&str; 5] = ["read", "write", "flush", "discard", "write-zeroes"];
+
+/// Stages that are timed apart; the last is the whole request.
+const STAGES: [&str; 4] = ["map", "device", "complete", "total"];
+
+/// Linear steps per power of two: a bucket is at most 1/8 wide.
+const STEPS_LOG2: u32 = 3;
+/// Buckets: latencies to 2^40 ns (18 minutes); the last takes all above.
+const BUCKETS: usize = (40 << STEPS_LOG2) as usize;
+
+/// The row of `op` in [`OPS`].
+pub(crate) fn row(op: Op) -> usize {
+    match op {
+        Op::Read => 0,
+        Op::Write { .. } => 1,
+        Op::Flush => 2,
+        Op::Discard => 3,
+        Op::WriteZeroes { .. } => 4,
+    }
+}
+
+/// When a request reached each stage; nanoseconds of [`crate::now_ns`].
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Stamps {
+    pub seen: u64,
+    pub mapped: u64,
+    pub device_done: u64,
+}
+
+/// A counter that one thread writes.
+#[derive(Debug, Default)]
+struct Counter(AtomicU64);
+
+impl Counter {
+    fn add(&self, value: u64) {
+        self.0
+            .store(self.0.load(Relaxed).wrapping_add(value), Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// A log-linear histogram of nanoseconds.
+#[derive(Debug)]
+struct Histogram(Box<[Counter]>);
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Self((0..BUCKETS).map(|_| Counter::default()).collect())
+    }
+}
+
+impl Histogram {
+    fn bucket(ns: u64) -> usize {
+        let steps = 1u64 << STEPS_LOG2;
+        if ns < steps {
+            return ns as usize;
+        }
+        let log = 63 - ns.leading_zeros();
+        let step = (ns >> (log - STEPS_LOG2)) - steps;
+        (((log - STEPS_LOG2 + 1) << STEPS_LOG2) as usize + step as usize).min(BUCKETS - 1)
+    }
+
+    /// The highest value that falls into a bucket.
+    fn upper(bucket: usize) -> u64 {
+        let steps = 1u64 << STEPS_LOG2;
+        let bucket = bucket as u64;
+        if bucket < steps {
+            return bucket;
+        }
+        let log = (bucket >> STEPS_LOG2) - 1;
+        let step = bucket & (steps - 1);
+        ((steps + step + 1) << log) - 1
+    }
+}
+
+#[derive(Debug, Default)]
+struct Row {
+    count: Counter,
+    bytes: Counter,
+    errors: Counter,
+    /// Sums of nanoseconds per stage.
+    sums: [Counter; STAGES.len()],
+    total: Histogram,
+}
+
+/// The statistics of one queue.
+#[derive(Debug, Default)]
+pub(crate) struct QueueStats {
+    rows: [Row; OPS.len()],
+    commits: Counter,
+    loads: Counter,
+    copies: Counter,
+    waits: Counter,
+    stalls: Counter,
+}
+
+impl QueueStats {
+    /// A request ended.
+    pub fn ended(&self, row: usize, bytes: u64, failed: bool, stamps: &Stamps, completed: u64) {
+        let row = &self.rows[row];
+        row.count.add(1);
+        if failed {
+            row.errors.add(1);
+        } else {
+            row.bytes.add(bytes);
+        }
+        // A request that needed no device has no time there.
+        let device_done = stamps.device_done.max(stamps.mapped);
+        let times = [
+            stamps.mapped.saturating_sub(stamps.seen),
+            device_done.saturating_sub(stamps.mapped),
+            completed.saturating_sub(device_done),
+            completed.saturating_sub(stamps.seen),
+        ];
+        for (sum, time) in row.sums.iter().zip(times) {
+            sum.add(time);
+        }
+        row.total.0[Histogram::bucket(times[3])].add(1);
+    }
+
+    pub fn commit(&self) {
+        self.commits.add(1);
+    }
+
+    pub fn load(&self) {
+        self.loads.add(1);
+    }
+
+    pub fn copy(&self) {
+        self.copies.add(1);
+    }
+
+    pub fn wait(&self) {
+        self.waits.add(1);
+    }
+
+    pub fn stall(&self) {
+        self.stalls.add(1);
+    }
+}
+
+/// What a disk did so far; sums over its queues.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Statistics {
+    /// One entry per operation that occurred.
+    pub operations: Vec<OpStatistics>,
+    /// Runs of the format's flush stages.
+    pub commits: u64,
+    /// Metadata blocks loaded: misses of the metadata cache.
+    pub metadata_loads: u64,
+    /// Copy-on-write fills: allocations whose head or tail was read first.
+    pub copies: u64,
+    /// Times that a request waited for another one's allocation or load.
+    pub waits: u64,
+    /// Times that a request waited for a free slot or buffer.
+    pub stalls: u64,
+}
+
+/// One operation's counts and latencies.
+#[derive(Clone, Debug, Serialize)]
+pub struct OpStatistics {
+    /// `read`, `write`, `flush`, `discard` or `write-zeroes`.
+    pub operation: &'static str,
+    /// Requests that ended.
+    pub count: u64,
+    /// Bytes of those that succeeded.
+    pub bytes: u64,
+    /// Requests that failed.
+    pub errors: u64,
+    /// Mean nanoseconds from seen in the ring to mapped and submitted.
+    pub map_ns: u64,
+    /// Mean nanoseconds at the device.
+    pub device_ns: u64,
+    /// Mean nanoseconds from device done to completed.
+    pub complete_ns: u64,
+    /// Mean nanoseconds in all.
+    pub total_ns: u64,
+    /// Median nanoseconds in all (upper edge of its bucket, as the following).
+    pub p50_ns: u64,
+    /// 99th percentile.
+    pub p99_ns: u64,
+    /// 99.9th percentile.
+    pub p999_ns: u64,
+    /// Slowest.
+    pub max_ns: u64,
+}
+
+impl Statistics {
+    /// Sums `queues` up.
+    pub(crate) fn sum<'a>(queues: impl Iterator<Item = &'a QueueStats> + Clone) -> Self {
+        let total = |pick: fn(&QueueStats) -> &Counter| queues.clone().map(|q| pick(q).get()).sum();
+        let mut statistics = Statistics {
+            operations: Vec::new(),
+            commits: total(|q| &q.commits),
+            metadata_loads: total(|q| &q.loads),
+            copies: total(|q| &q.copies),
+            waits: total(|q| &q.waits),
+            stalls: total(|q| &q.stalls),
+        };
+        for (index, operation) in OPS.into_iter().enumerate() {
+            let rows = || queues.clone().map(|q| &q.rows[index]);
+            let count: u64 = rows().map(|r| r.count.get()).sum();
+            if count == 0 {
+                continue;
+            }
+            let mean = |stage: usize| rows().map(|r| r.sums[stage].get()).sum::<u64>() / count;
+            let buckets: Vec<u64> = (0..BUCKETS)
+                .map(|b| rows().map(|r| r.total.0[b].get()).sum())
+                .collect();
+            // Read while it is written: its own sum is the consistent one.
+            let samples: u64 = buckets.iter().sum();
+            let percentile = |per_mille: u64| {
+                let rank = (samples * per_mille).div_ceil(1000).max(1);
+                let mut seen = 0;
+                for (bucket, n) in buckets.iter().enumerate() {
+                    seen += n;
+                    if seen >= rank {
+                        return Histogram::upper(bucket);
+                    }
+                }
+                0
+            };
+            statistics.operations.push(OpStatistics {
+                operation,
+                count,
+                bytes: rows().map(|r| r.bytes.get()).sum(),
+                errors: rows().map(|r| r.errors.get()).sum(),
+                map_ns: mean(0),
+                device_ns: mean(1),
+                complete_ns: mean(2),
+                total_ns: mean(3),
+                p50_ns: percentile(500),
+                p99_ns: percentile(990),
+                p999_ns: percentile(999),
+                max_ns: percentile(1000),
+            });
+        }
+        statistics
+    }
+
+    /// A table for people.
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        let _ = writeln!(
+            text,
+            "{:<13}{:>12}{:>12}{:>8}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}",
+            "operation",
+            "requests",
+            "bytes",
+            "errors",
+            "map",
+            "device",
+            "complete",
+            "mean",
+            "p50",
+            "p99",
+            "p99.9"
+        );
+        for o in &self.operations {
+            let _ = writeln!(
+                text,
+                "{:<13}{:>12}{:>12}{:>8}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}",
+                o.operation,
+                o.count,
+                block::size::human(o.bytes),
+                o.errors,
+                clock::human(o.map_ns),
+                clock::human(o.device_ns),
+                clock::human(o.complete_ns),
+                clock::human(o.total_ns),
+                clock::human(o.p50_ns),
+                clock::human(o.p99_ns),
+                clock::human(o.p999_ns),
+            );
+        }
+        let _ = writeln!(
+            text,
+            "commits {}, metadata loads {}, copy-on-write fills {}, waits {}, stalls {}",
+            self.commits, self.metadata_loads, self.copies, self.waits, self.stalls
+        );
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_are_contiguous_and_narrow() {
+        let mut last = 0;
+        for ns in 0..100_000u64 {
+            let bucket = Histogram::bucket(ns);
+            assert!(bucket == last || bucket == last + 1, "{ns}");
+            assert!(Histogram::upper(bucket) >= ns);
+            assert!(Histogram::upper(bucket) <= ns + ns / 8 + 1, "{ns}");
+            last = bucket;
+        }
+        assert_eq!(Histogram::bucket(u64::MAX), BUCKETS - 1);
+    }
+
+    #[test]
+    fn sums_over_queues() {
+        let (a, b) = (QueueStats::default(), QueueStats::default());
+        let stamps = Stamps {
+            seen: 100,
+            mapped: 200,
+            device_done: 1000,
+        };
+        for _ in 0..99 {
+            a.ended(0, 4096, false, &stamps, 1100);
+        }
+        b.ended(0, 4096, true, &stamps, 100_100);
+        let sum = Statistics::sum([&a, &b].into_iter());
+        let read = &sum.operations[0];
+        assert_eq!((read.count, read.errors), (100, 1));
+        assert_eq!(read.bytes, 99 * 4096);
+        assert_eq!((read.map_ns, read.device_ns), (100, 800));
+        assert!((1000..1130).contains(&read.p50_ns), "{}", read.p50_ns);
+        assert!((100_000..113_000).contains(&read.max_ns));
+        assert!(sum.table().contains("read"));
+    }
+}

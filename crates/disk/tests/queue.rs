@@ -1,0 +1,292 @@
+//! The queue against a model: many requests in flight, in neighbouring parts of the same
+//! clusters, over every kind of chain; and what qemu then makes of the image.
+
+#[allow(dead_code)]
+mod common;
+
+use block::{GuestError, Op};
+use common::{Random, Rig, arg, open, qemu_content, qemu_create, run};
+use disk::DiskOptions;
+use image::Format;
+use io::{EngineKind, Wait};
+use std::{collections::HashMap, path::Path, time::Duration};
+
+/// A request in flight and what it does to the model.
+enum Effect {
+    Read(u64, u64),
+    Write(u64, Vec<u8>),
+    Zero(u64, u64),
+    Discard(u64, u64),
+    Flush,
+}
+
+impl Effect {
+    fn range(&self) -> (u64, u64) {
+        match self {
+            Effect::Read(at, len) | Effect::Zero(at, len) | Effect::Discard(at, len) => (*at, *len),
+            Effect::Write(at, data) => (*at, data.len() as u64),
+            Effect::Flush => (0, 0),
+        }
+    }
+}
+
+/// Runs `count` random requests with up to `depth` in flight that never overlap; `model` is what
+/// the disk holds, `None` for bytes that a discard left open.
+fn storm(rig: &mut Rig, model: &mut [u8], seed: u64, count: u32, depth: usize, len_max: u64) {
+    let size = model.len() as u64;
+    let mut random = Random(seed);
+    let mut running: HashMap<u64, Effect> = HashMap::new();
+    let mut begun = 0;
+    while begun < count || !running.is_empty() {
+        let mut tries = 0;
+        while begun < count && running.len() < depth && tries < 20 {
+            tries += 1;
+            let at = random.below(size / 512) * 512;
+            let len = ((1 + random.below(len_max / 512)) * 512).min(size - at);
+            let overlaps = running.values().any(|e| {
+                let (a, l) = e.range();
+                at < a + l && a < at + len
+            });
+            if overlaps {
+                continue;
+            }
+            let cut = [random.below(len) as usize];
+            let (effect, tag) = match random.below(20) {
+                0..7 => (
+                    Effect::Read(at, len),
+                    rig.submit(Op::Read, at, vec![], len, &cut),
+                ),
+                7..15 => {
+                    let byte = 1 + random.below(255) as u8;
+                    let data: Vec<u8> = (0..len).map(|i| byte ^ (i / 512) as u8).collect();
+                    let fua = random.below(10) == 0;
+                    let op = Op::Write { fua };
+                    let tag = rig.submit(op, at, data.clone(), len, &cut);
+                    (Effect::Write(at, data), tag)
+                }
+                15 | 16 => {
+                    let op = Op::WriteZeroes {
+                        unmap: random.below(2) == 0,
+                        fast: false,
+                        fua: false,
+                    };
+                    (Effect::Zero(at, len), rig.submit(op, at, vec![], len, &[]))
+                }
+                17 | 18 => (
+                    Effect::Discard(at, len),
+                    rig.submit(Op::Discard, at, vec![], len, &[]),
+                ),
+                _ => (Effect::Flush, rig.submit(Op::Flush, 0, vec![], 0, &[])),
+            };
+            running.insert(tag, effect);
+            begun += 1;
+        }
+        for ended in rig.turn(Wait::For(Duration::from_secs(5))) {
+            ended.result.expect("succeeds");
+            match running.remove(&ended.tag).expect("ours") {
+                Effect::Read(at, len) => {
+                    let expected = &model[at as usize..(at + len) as usize];
+                    let differs = expected.iter().zip(&ended.buffer).position(|(a, b)| a != b);
+                    assert_eq!(differs, None, "read of {len:#x} at {at:#x}, seed {seed}");
+                }
+                Effect::Write(at, data) => {
+                    model[at as usize..at as usize + data.len()].copy_from_slice(&data);
+                }
+                Effect::Zero(at, len) => model[at as usize..(at + len) as usize].fill(0),
+                Effect::Discard(at, len) => {
+                    // Old bytes or zeros, sector by sector: look which.
+                    let got = rig_read(rig, &mut running, model, at, len);
+                    for (i, sector) in got.chunks(512).enumerate() {
+                        let from = at as usize + i * 512;
+                        let old = &mut model[from..from + sector.len()];
+                        if sector.iter().all(|b| *b == 0) {
+                            old.fill(0);
+                        } else {
+                            assert_eq!(sector, &*old, "discard invented bytes at {from:#x}");
+                        }
+                    }
+                }
+                Effect::Flush => {}
+            }
+        }
+    }
+}
+
+/// Reads a range that nobody touches while others go on; applies what ends meanwhile.
+fn rig_read(
+    rig: &mut Rig,
+    running: &mut HashMap<u64, Effect>,
+    model: &mut [u8],
+    at: u64,
+    len: u64,
+) -> Vec<u8> {
+    let tag = rig.submit(Op::Read, at, vec![], len, &[]);
+    let mut got = None;
+    while got.is_none() {
+        for ended in rig.turn(Wait::For(Duration::from_secs(5))) {
+            ended.result.expect("succeeds");
+            if ended.tag == tag {
+                got = Some(ended.buffer);
+                continue;
+            }
+            match running.remove(&ended.tag).expect("ours") {
+                Effect::Write(at, data) => {
+                    model[at as usize..at as usize + data.len()].copy_from_slice(&data);
+                }
+                Effect::Zero(at, len) => model[at as usize..(at + len) as usize].fill(0),
+                Effect::Read(at, len) => {
+                    assert_eq!(ended.buffer, model[at as usize..(at + len) as usize]);
+                }
+                Effect::Discard(at, len) => {
+                    let inner = rig_read(rig, running, model, at, len);
+                    model[at as usize..(at + len) as usize].copy_from_slice(&inner);
+                }
+                Effect::Flush => {}
+            }
+        }
+    }
+    got.unwrap_or_default()
+}
+
+/// A storm, a close, qemu's opinion, and a second storm on the reopened image.
+fn torture(path: &Path, format: Format, mut model: Vec<u8>, seed: u64, len_max: u64) {
+    for round in 0..2 {
+        for kind in [EngineKind::Threads, EngineKind::IoUring] {
+            let disk = open(path, format, DiskOptions::default());
+            let mut rig = Rig::new(&disk, kind, 64);
+            storm(&mut rig, &mut model, seed + round, 400, 24, len_max);
+            rig.detach();
+            disk.close().expect("closes");
+            drop(disk);
+            let name = format.to_string();
+            if format != Format::Raw {
+                run("qemu-img", &["check", "-q", "-f", &name, arg(path)]);
+            }
+            let content = qemu_content(path, &name);
+            let differs = content.iter().zip(&model).position(|(a, b)| a != b);
+            assert_eq!(differs, None, "qemu reads other bytes, seed {seed}");
+            assert_eq!(content.len(), model.len());
+        }
+    }
+}
+
+fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut random = Random(seed);
+    let mut bytes = vec![0; len];
+    for sector in bytes.chunks_mut(512) {
+        // Some of it zeros, as real images have.
+        if random.below(3) > 0 {
+            let word = random.next().to_le_bytes();
+            for chunk in sector.chunks_mut(8) {
+                chunk.copy_from_slice(&word[..chunk.len()]);
+            }
+        }
+    }
+    bytes
+}
+
+#[test]
+fn raw() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.raw");
+    let model = pattern(4 << 20, 3);
+    std::fs::write(&path, &model).unwrap();
+    torture(&path, Format::Raw, model, 1, 64 << 10);
+}
+
+#[test]
+fn qcow2_of_every_cluster_size() {
+    let dir = tempfile::tempdir().unwrap();
+    for (index, options) in [
+        "cluster_size=512",
+        "cluster_size=4k,refcount_bits=1",
+        "cluster_size=64k",
+        "cluster_size=64k,compat=0.10",
+        "cluster_size=2M,refcount_bits=64",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let path = dir.path().join(format!("{index}.qcow2"));
+        qemu_create(&path, options, None, 8 << 20);
+        torture(&path, Format::Qcow2, vec![0; 8 << 20], 11 + index as u64, 200 << 10);
+    }
+}
+
+#[test]
+fn overlays_longer_and_shorter_than_their_base() {
+    let dir = tempfile::tempdir().unwrap();
+    for (index, (base_len, top_len, options)) in [
+        (4 << 20, 4 << 20, "cluster_size=64k"),
+        ((1 << 20) + 512 * 7, 4 << 20, "cluster_size=64k"),
+        (4 << 20, (2 << 20) + 512 * 3, "cluster_size=16k"),
+        (4 << 20, 4 << 20, "cluster_size=64k,compat=0.10"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let base = dir.path().join(format!("base{index}.raw"));
+        let middle = dir.path().join(format!("middle{index}.qcow2"));
+        let top = dir.path().join(format!("top{index}.qcow2"));
+        let bytes = pattern(base_len, 5);
+        std::fs::write(&base, &bytes).unwrap();
+        qemu_create(&middle, "cluster_size=4k", Some((&base, "raw")), base_len as u64);
+        qemu_create(&top, options, Some((&middle, "qcow2")), top_len as u64);
+        let mut model = bytes;
+        model.resize(top_len, 0);
+        torture(&top, Format::Qcow2, model, 31 + index as u64, 150 << 10);
+    }
+}
+
+#[test]
+fn compressed_images_are_read_and_overwritten() {
+    let dir = tempfile::tempdir().unwrap();
+    for compression in ["zlib", "zstd"] {
+        let flat = dir.path().join("flat.raw");
+        let path = dir.path().join(format!("{compression}.qcow2"));
+        let model = pattern(4 << 20, 8);
+        std::fs::write(&flat, &model).unwrap();
+        let option = format!("compression_type={compression}");
+        run(
+            "qemu-img",
+            &[
+                "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &option,
+                arg(&flat), arg(&path),
+            ],
+        );
+        torture(&path, Format::Qcow2, model, 51, 150 << 10);
+    }
+}
+
+#[test]
+fn what_cannot_be_done_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    qemu_create(&path, "", None, 1 << 20);
+    let disk = open(&path, Format::Qcow2, DiskOptions::default());
+    let mut rig = Rig::new(&disk, EngineKind::Threads, 4);
+    let write = Op::Write { fua: false };
+    let refused = Err(GuestError::Invalid);
+    assert_eq!(rig.one(write, 1 << 20, vec![1; 512], 512), refused);
+    assert_eq!(rig.one(write, u64::MAX - 100, vec![1; 512], 512), refused);
+    assert_eq!(rig.one(Op::Read, (1 << 20) - 512, vec![], 1024), refused);
+    assert_eq!(rig.one(Op::Discard, 512, vec![], 1 << 20), refused);
+    assert_eq!(rig.one(Op::Read, 1 << 20, vec![], 0), Ok(vec![]));
+    rig.detach();
+    disk.close().unwrap();
+    drop(disk);
+
+    let read_only = DiskOptions {
+        read_only: true,
+        ..DiskOptions::default()
+    };
+    let disk = open(&path, Format::Qcow2, read_only);
+    let mut rig = Rig::new(&disk, EngineKind::Threads, 4);
+    let refused = Err(GuestError::ReadOnly);
+    assert_eq!(rig.one(write, 0, vec![1; 512], 512), refused);
+    assert_eq!(rig.one(Op::Discard, 0, vec![], 512), refused);
+    assert_eq!(rig.one(Op::Flush, 0, vec![], 0), Ok(vec![]));
+    assert_eq!(rig.one(Op::Read, 0, vec![], 512), Ok(vec![0; 512]));
+    rig.detach();
+    disk.close().unwrap();
+}
