@@ -1,0 +1,409 @@
+//! Opening a chain of images: the active one, its backing image, that one's, and so on.
+//!
+//! ```text
+//!   layers[0]   active      opened as asked, under a lock that keeps writers out
+//!   layers[1]   backing     read-only, locked so that others may read it too
+//!   …
+//! ```
+//!
+//! **What an image may name.** A backing file's name is data from a file that we do not trust: it
+//! could name a private key, and the guest would read it. So a name is resolved (symbolic links
+//! too), and the result must lie below the directory of the image that names it or below one
+//! that the user allowed. The format must be recorded beside the name: probing
+//! would let a guest turn its raw base into a qcow2 that names what it likes. Names with
+//! a protocol (`nbd://`, `json:`) are refused.
+
+use crate::blocking::{Driver, Member};
+use block::{Context, Error, ErrorKind, Result, Storage, limits};
+use image::{Format, Image, Null, Raw, qcow2};
+use io::{Cache, File, Lock};
+use std::{
+    fs,
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::{FileTypeExt, MetadataExt},
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// The lock of who only reads: others may read too.
+const SHARED: Lock = Lock::Read { share_write: false };
+
+/// How to open a chain.
+#[derive(Clone, Debug, Default)]
+pub struct ChainOptions {
+    /// The active image's format; probed when absent, see [`Chain::open`].
+    pub format: Option<Format>,
+    /// Open the active image for reading only.
+    pub read_only: bool,
+    /// How the host caches the files.
+    pub cache: Cache,
+    /// Go through the host's page cache where the file system refuses `O_DIRECT`.
+    pub direct_fallback: bool,
+    /// Read although another process may be writing (no locks). Needs `read_only`.
+    pub force_share: bool,
+    /// Directories, besides each image's own, below which backing files may lie.
+    pub allow_backing: Vec<PathBuf>,
+    /// Most bytes of memory for each image's metadata cache; sized from the disk when absent.
+    pub cache_bytes: Option<u64>,
+    /// Leave backing images closed. What the chain reads as is wrong then: for `info` only.
+    pub without_backing: bool,
+}
+
+/// One image of a chain.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// The format's state.
+    pub image: Arc<dyn Image>,
+    /// Its files by [`image::FileId`]; none for `null:`.
+    pub files: Vec<Arc<File>>,
+    /// As the user gave it; for a backing image resolved.
+    pub path: PathBuf,
+    /// What it is.
+    pub format: Format,
+}
+
+/// Open images, each the backing of the one before.
+#[derive(Clone, Debug)]
+pub struct Chain {
+    /// The first is the active one; never empty.
+    pub layers: Vec<Layer>,
+    /// Whether the active image was opened for reading only.
+    pub read_only: bool,
+}
+
+impl Chain {
+    /// Opens `spec` (a path, or `null:SIZE`) and all its backing images.
+    ///
+    /// Without a format in `options`, qcow2 is known by its magic, and a file that shows none counts as
+    /// raw only when it is opened read-only: a guest that could write such a file could make
+    /// it show any format next time.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Denied`] for a backing name that the policy forbids, [`ErrorKind::Locked`] when another process
+    /// uses an image, [`ErrorKind::Corrupt`] and [`ErrorKind::Unsupported`] for contents; nothing was
+    /// written to any file then.
+    pub fn open(spec: &str, options: &ChainOptions) -> Result<Self> {
+        if options.force_share && !options.read_only {
+            return Err(Error::invalid(
+                "--force-share is for reading only: another process may be writing",
+            ));
+        }
+        let mut layers = Vec::new();
+        if let Some(null) = Null::parse(spec) {
+            layers.push(Layer {
+                image: Arc::new(null?),
+                files: Vec::new(),
+                path: PathBuf::from(spec),
+                format: Format::Null,
+            });
+            return Ok(Self {
+                layers,
+                read_only: options.read_only,
+            });
+        }
+        let path = PathBuf::from(spec);
+        let mut seen = vec![identity(&path)?];
+        layers.push(open_active(&path, options)?);
+        while !options.without_backing {
+            let Some(above) = layers.last() else { break };
+            let description = above.image.describe();
+            let Some(name) = description.backing else {
+                break;
+            };
+            if layers.len() >= limits::CHAIN_LENGTH_MAX {
+                return Err(Error::invalid(format!(
+                    "{spec}: its chain of backing files is longer than {} images",
+                    limits::CHAIN_LENGTH_MAX
+                )));
+            }
+            let named = || format!("{}: backing file", above.path.display());
+            let path = resolve(&above.path, &name, &options.allow_backing).context(named)?;
+            let format = recorded(&above.path, &name, description.backing_format.as_deref())
+                .context(named)?;
+            let this = identity(&path).context(named)?;
+            if seen.contains(&this) {
+                return Err(Error::corrupt(format!(
+                    "'{}' is in the chain already: the chain is a loop",
+                    name.escape_default()
+                ))
+                .within(named()));
+            }
+            seen.push(this);
+            let layer = open_backing(path, format, options).context(named)?;
+            layers.push(layer);
+        }
+        Ok(Self {
+            layers,
+            read_only: options.read_only,
+        })
+    }
+
+    /// The images and files, for a blocking [`Driver`].
+    pub fn members(&self) -> Vec<Member> {
+        let members = self.layers.iter().map(|layer| Member {
+            image: Arc::clone(&layer.image),
+            files: layer
+                .files
+                .iter()
+                .map(|file| Arc::clone(file) as Arc<dyn Storage>)
+                .collect(),
+        });
+        members.collect()
+    }
+
+    /// A blocking driver of the chain.
+    pub fn driver(&self) -> Result<Driver> {
+        Driver::new(self.members(), self.read_only)
+    }
+}
+
+fn open_active(path: &Path, options: &ChainOptions) -> Result<Layer> {
+    let lock = match (options.force_share, options.read_only) {
+        (true, _) => Lock::None,
+        (false, true) => SHARED,
+        (false, false) => Lock::Write,
+    };
+    let file = open_file(path, options, options.read_only, lock)?;
+    let format = match options.format {
+        Some(format) => format,
+        None => match image::probe(&*file)? {
+            Some(format) => format,
+            None if options.read_only => Format::Raw,
+            None => {
+                return Err(Error::invalid(format!(
+                    "{}: its first bytes show no known format: say -f raw if it is a raw disk",
+                    path.display()
+                )));
+            }
+        },
+    };
+    let image = open_image(&file, format, options.read_only, options)?;
+    if let (false, Some(why)) = (options.read_only, image.describe().read_only_because) {
+        return Err(Error::unsupported(format!(
+            "{}: can only be opened with --read-only: {why}",
+            path.display()
+        )));
+    }
+    Ok(Layer {
+        image,
+        files: vec![file],
+        path: path.to_owned(),
+        format,
+    })
+}
+
+fn open_backing(path: PathBuf, format: Format, options: &ChainOptions) -> Result<Layer> {
+    let lock = match options.force_share {
+        true => Lock::None,
+        false => SHARED,
+    };
+    let file = open_file(&path, options, true, lock)?;
+    // Between the check and the opening someone may have put a link in the way.
+    let opened = fs::read_link(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
+        .context(|| format!("{}: which file was opened", path.display()))?;
+    if opened != path {
+        return Err(Error::new(
+            ErrorKind::Denied,
+            format!(
+                "'{}' became '{}' while it was opened",
+                path.display(),
+                opened.display()
+            ),
+        ));
+    }
+    let image = open_image(&file, format, true, options)?;
+    Ok(Layer {
+        image,
+        files: vec![file],
+        path,
+        format,
+    })
+}
+
+fn open_file(
+    path: &Path,
+    options: &ChainOptions,
+    read_only: bool,
+    lock: Lock,
+) -> Result<Arc<File>> {
+    File::open(
+        path,
+        &io::OpenOptions {
+            read_only,
+            cache: options.cache,
+            direct_fallback: options.direct_fallback,
+            lock,
+        },
+    )
+}
+
+fn open_image(
+    file: &Arc<File>,
+    format: Format,
+    read_only: bool,
+    options: &ChainOptions,
+) -> Result<Arc<dyn Image>> {
+    let storage: &dyn Storage = &**file;
+    Ok(match format {
+        Format::Raw => Arc::new(Raw::open(storage)?),
+        Format::Qcow2 => {
+            let _ = (read_only, qcow2::Header::read(storage)?);
+            return Err(Error::unsupported("qcow2 cannot be opened yet"));
+        }
+        Format::Null => {
+            return Err(Error::invalid("null is no format of a file: say null:SIZE"));
+        }
+    })
+}
+
+/// The format that the image `above` records for its backing file `name`.
+fn recorded(above: &Path, name: &str, format: Option<&str>) -> Result<Format> {
+    match format {
+        Some(format) => format
+            .parse()
+            .context(|| format!("'{}'", name.escape_default())),
+        None => Err(Error::new(
+            ErrorKind::Denied,
+            format!(
+                "the format of '{0}' is not recorded in the image, and is not guessed: record it with \
+                 qemu-img rebase -u -b '{0}' -F raw|qcow2 '{1}'",
+                name.escape_default(),
+                above.display()
+            ),
+        )),
+    }
+}
+
+/// The file that `name`, stored in the image at `above`, may mean, or why it may not.
+fn resolve(above: &Path, name: &str, allowed: &[PathBuf]) -> Result<PathBuf> {
+    let shown = name.escape_default();
+    if has_protocol(name) {
+        return Err(Error::new(
+            ErrorKind::Denied,
+            format!("'{shown}' has a protocol, only names of files are opened"),
+        ));
+    }
+    // As in QEMU, a relative name starts at the directory of the name by which the image was
+    // opened, also where that is a symbolic link.
+    let directory = above.parent().unwrap_or(Path::new(""));
+    let path = fs::canonicalize(directory.join(name)).context(|| format!("'{shown}'"))?;
+    let real = fs::canonicalize(above).context(|| above.display().to_string())?;
+    if real.parent().is_some_and(|own| path.starts_with(own)) {
+        return Ok(path);
+    }
+    for directory in allowed {
+        let real = fs::canonicalize(directory)
+            .context(|| format!("--allow-backing {}", directory.display()))?;
+        if path.starts_with(&real) {
+            return Ok(path);
+        }
+    }
+    Err(Error::new(
+        ErrorKind::Denied,
+        format!(
+            "'{}' lies outside the image's own directory: if that is intended, say --allow-backing {}",
+            path.display(),
+            path.parent().unwrap_or(&path).display()
+        ),
+    ))
+}
+
+/// Whether a name is not a path to QEMU: a colon comes before the first slash.
+fn has_protocol(name: &str) -> bool {
+    name.find([':', '/'])
+        .is_some_and(|at| name.get(at..).is_some_and(|rest| rest.starts_with(':')))
+}
+
+/// What makes a file this file, whatever its name.
+fn identity(path: &Path) -> Result<(u64, u64)> {
+    let metadata = fs::metadata(path).context(|| path.display().to_string())?;
+    let kind = metadata.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(Error::invalid(format!(
+            "{}: neither a file nor a block device",
+            path.display()
+        )));
+    }
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn protocols_are_what_qemu_takes_for_them() {
+        for (name, protocol) in [
+            ("base.qcow2", false),
+            ("/images/base:1.qcow2", false),
+            ("./base:1.qcow2", false),
+            ("base:1.qcow2", true),
+            ("nbd://host/disk", true),
+            ("json:{\"driver\":\"raw\"}", true),
+            ("file:base.qcow2", true),
+            ("", false),
+        ] {
+            assert_eq!(has_protocol(name), protocol, "{name}");
+        }
+    }
+
+    #[test]
+    fn names_lead_below_the_own_or_an_allowed_directory_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(dir.path()).unwrap();
+        for sub in ["own/deep", "other", "allowed"] {
+            fs::create_dir_all(root.join(sub)).unwrap();
+        }
+        let files = [
+            "own/top",
+            "own/base",
+            "own/deep/base",
+            "other/key",
+            "allowed/base",
+        ];
+        for file in files {
+            fs::write(root.join(file), "x").unwrap();
+        }
+        symlink(root.join("other/key"), root.join("own/link")).unwrap();
+        symlink(root.join("own/base"), root.join("own/good-link")).unwrap();
+        symlink(root.join("own/top"), root.join("other/top-link")).unwrap();
+        let allowed = [root.join("allowed")];
+        let absolute = root.join("own/base").display().to_string();
+        let top = root.join("own/top");
+        for (above, name, reached) in [
+            (&top, "base", Ok("own/base")),
+            (&top, "deep/base", Ok("own/deep/base")),
+            (&top, "./deep/../base", Ok("own/base")),
+            (&top, &absolute, Ok("own/base")),
+            (&top, "good-link", Ok("own/base")),
+            (&top, "../allowed/base", Ok("allowed/base")),
+            (&top, "../other/key", Err(ErrorKind::Denied)),
+            (&top, "link", Err(ErrorKind::Denied)),
+            (&top, "/etc/hostname", Err(ErrorKind::Denied)),
+            (&top, "nbd:localhost:1", Err(ErrorKind::Denied)),
+            (&top, "absent", Err(ErrorKind::NotFound)),
+            // The link's directory is where the name starts, but not where the image is.
+            (&root.join("other/top-link"), "key", Err(ErrorKind::Denied)),
+        ] {
+            let found = resolve(above, name, &allowed);
+            let found = found.as_ref().map_err(Error::kind);
+            let reached = reached.map(|path| root.join(path));
+            assert_eq!(found, reached.as_ref().map_err(|kind| *kind), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_format_that_is_not_recorded_is_not_guessed() {
+        let top = Path::new("top");
+        assert_eq!(recorded(top, "b", Some("raw")).unwrap(), Format::Raw);
+        let error = recorded(top, "b", None).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Denied);
+        assert!(error.to_string().contains("rebase -u -b 'b'"), "{error}");
+        let error = recorded(top, "b", Some("vmdk")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+    }
+}
