@@ -3,11 +3,16 @@
 //! [`Engine`] is the contract; [`File`] is what it works on.
 
 mod engine;
+mod eventfd;
+mod file;
+mod gate;
+mod memory;
+mod sim;
+mod sys;
 
 pub use engine::{
     Aio, Cache, Completion, Counters, Engine, EngineKind, Events, FileSlot, Io, IoOp, Token, Wait,
 };
-
-/// An open image file or device.
-#[derive(Debug)]
-pub struct File;
+pub use eventfd::{EventFd, Waker};
+pub use file::{Alignment, File, FileKind, Lock, OpenOptions};
+pub use sim::{Fault, FaultOp, LogEntry, SimDisk, SimOptions};

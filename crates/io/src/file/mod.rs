@@ -1,0 +1,224 @@
+//! Image files and block devices, open for positioned I/O.
+//!
+//! ```text
+//!   open      flags, O_DIRECT, kind, alignment            open.rs
+//!   lock      QEMU's image locks                          lock.rs
+//!   blocking  reads, writes, zeroes, … of any alignment   blocking.rs
+//!   Storage   the same behind `block::Storage`            storage.rs
+//! ```
+//!
+//! The engines use the descriptor, the alignment and the gate of a [`File`]; everything that is
+//! slow or rare uses its [`block::Storage`].
+
+mod blocking;
+mod lock;
+mod open;
+mod storage;
+
+pub use lock::Lock;
+pub use open::OpenOptions;
+
+use crate::{Cache, gate::Gate, sim::SimDisk};
+use block::{Context, Result};
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering},
+    },
+};
+
+/// What a [`File`] is on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileKind {
+    /// A regular file.
+    Regular,
+    /// A block device; cannot grow.
+    BlockDevice,
+    /// A [`SimDisk`].
+    Simulated,
+}
+
+/// What unbuffered I/O demands, in bytes. Both are powers of two; 1 means nothing is demanded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alignment {
+    /// Of offsets and lengths.
+    pub offset: u32,
+    /// Of addresses of memory.
+    pub memory: u32,
+}
+
+impl Alignment {
+    /// No demands.
+    pub const NONE: Alignment = Alignment {
+        offset: 1,
+        memory: 1,
+    };
+}
+
+/// An open image file or device. Shared as `Arc<File>`; closing it releases its locks.
+#[derive(Debug)]
+pub struct File {
+    fd: OwnedFd,
+    path: PathBuf,
+    kind: FileKind,
+    cache: Cache,
+    read_only: bool,
+    direct: bool,
+    fallback: Option<String>,
+    alignment: Alignment,
+    optimal: u64,
+    lock: Mutex<Lock>,
+    /// Errno of the first `fdatasync` that failed on a buffered file, else 0.
+    sync_failed: AtomicI32,
+    /// What the host turned out not to support; asked only once.
+    lacks: Lacks,
+    /// Cached size of a block device, which seldom changes; `u64::MAX` when not known.
+    device_len: AtomicU64,
+    gate: Gate,
+    sim: Option<Arc<SimDisk>>,
+}
+
+#[derive(Debug, Default)]
+struct Lacks {
+    zero_range: AtomicBool,
+    punch_hole: AtomicBool,
+    fallocate: AtomicBool,
+    discard: AtomicBool,
+}
+
+impl File {
+    /// The path that it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether writes are refused.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Whether `O_DIRECT` is in effect.
+    pub fn direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Why `O_DIRECT` is not in effect although the cache mode asks for it, when
+    /// [`OpenOptions::direct_fallback`] allowed that.
+    pub fn fallback(&self) -> Option<&str> {
+        self.fallback.as_deref()
+    }
+
+    /// The cache mode that it was opened with.
+    pub fn cache(&self) -> Cache {
+        self.cache
+    }
+
+    /// What direct I/O on it demands ([`Alignment::NONE`] when it is buffered).
+    pub fn alignment(&self) -> Alignment {
+        self.alignment
+    }
+
+    /// What it is.
+    pub fn kind(&self) -> FileKind {
+        self.kind
+    }
+
+    /// The transfer size in bytes that the host recommends (`st_blksize`), at least 512.
+    pub fn optimal_block_size(&self) -> u64 {
+        self.optimal
+    }
+
+    /// Current size in bytes.
+    pub fn len(&self) -> Result<u64> {
+        self.size().context(|| self.path.display().to_string())
+    }
+
+    /// Whether the size is zero.
+    pub fn is_empty(&self) -> Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// The simulated disk behind it, if there is one.
+    pub fn simulated(&self) -> Option<&Arc<SimDisk>> {
+        self.sim.as_ref()
+    }
+
+    /// A simulated disk as a file, for the `sim` engine.
+    pub fn sim(disk: Arc<SimDisk>) -> Result<Arc<File>> {
+        // A descriptor that nothing reads: the simulated engine never uses it.
+        let fd: OwnedFd = std::fs::File::open("/dev/null")
+            .context(|| "/dev/null")?
+            .into();
+        let alignment = disk.alignment();
+        Ok(Arc::new(File {
+            fd,
+            path: PathBuf::from(disk.label()),
+            kind: FileKind::Simulated,
+            cache: Cache::None,
+            read_only: false,
+            direct: alignment.offset > 1,
+            fallback: None,
+            alignment,
+            optimal: 4096,
+            lock: Mutex::new(Lock::None),
+            sync_failed: AtomicI32::new(0),
+            lacks: Lacks::default(),
+            device_len: AtomicU64::new(u64::MAX),
+            gate: Gate::new(),
+            sim: Some(disk),
+        }))
+    }
+
+    pub(crate) fn raw_fd(&self) -> RawFd {
+        use std::os::fd::AsRawFd;
+        self.fd.as_raw_fd()
+    }
+
+    /// The gate of writes, while the file demands alignment.
+    pub(crate) fn gate(&self) -> Option<&Gate> {
+        (self.alignment.offset > 1).then_some(&self.gate)
+    }
+
+    pub(crate) fn size(&self) -> io::Result<u64> {
+        if let Some(sim) = &self.sim {
+            return Ok(sim.size());
+        }
+        if self.kind == FileKind::BlockDevice {
+            let cached = self.device_len.load(Ordering::Relaxed);
+            if cached != u64::MAX {
+                return Ok(cached);
+            }
+            let len = rustix::fs::seek(&self.fd, rustix::fs::SeekFrom::End(0))?;
+            self.device_len.store(len, Ordering::Relaxed);
+            return Ok(len);
+        }
+        let stat = rustix::fs::fstat(&self.fd)?;
+        Ok(u64::try_from(stat.st_size).unwrap_or(0))
+    }
+
+    /// The errno that every `Sync` gets, once a buffered one has failed: the page cache may have
+    /// dropped the data, and a later success would promise what is lost.
+    pub(crate) fn sync_failure(&self) -> Option<i32> {
+        match self.sync_failed.load(Ordering::Acquire) {
+            0 => None,
+            errno => Some(errno),
+        }
+    }
+
+    pub(crate) fn note_sync_failure(&self, errno: i32) {
+        if !self.direct {
+            let _ =
+                self.sync_failed
+                    .compare_exchange(0, errno, Ordering::AcqRel, Ordering::Acquire);
+        }
+    }
+}
+
+impl AsFd for File {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}

@@ -1,0 +1,5 @@
+//! Simulated storage: a disk in memory and the engine that drives it in virtual time.
+
+mod disk;
+
+pub use disk::{Fault, FaultOp, LogEntry, SimDisk, SimOptions};
