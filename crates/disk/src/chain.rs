@@ -263,7 +263,7 @@ fn open_image(
 fn recorded(above: &Path, name: &str, format: Option<&str>) -> Result<Format> {
     match format {
         Some(format) => format
-            .parse()
+            .parse::<Format>()
             .context(|| format!("'{}'", name.escape_default())),
         None => Err(Error::new(
             ErrorKind::Denied,
