@@ -62,7 +62,7 @@ pub fn human(bytes: u64) -> String {
     for (name, shift) in UNITS.iter().rev() {
         let unit = 1u64 << shift;
         if bytes >= unit {
-            if bytes % unit == 0 {
+            if bytes.is_multiple_of(unit) {
                 return format!("{} {name}iB", bytes / unit);
             }
             // Three significant digits say enough; exact figures are in --json.

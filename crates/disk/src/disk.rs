@@ -53,8 +53,9 @@ pub struct Disk {
     pub(crate) commits: GroupCommit,
     pub(crate) epochs: Epochs,
     stats: Mutex<Vec<Arc<QueueStats>>>,
-    /// Freed space that queues left behind when they were detached.
-    pub(crate) orphans: Mutex<Vec<Freed>>,
+    /// Freed space that queues left behind when they were detached, with the epoch that must
+    /// have passed; the next queue takes it over.
+    pub(crate) orphans: Mutex<Vec<(u64, Freed)>>,
     cluster_size: u64,
 }
 
@@ -176,7 +177,7 @@ impl Disk {
             .collect();
         let orphans =
             std::mem::take(&mut *self.orphans.lock().unwrap_or_else(PoisonError::into_inner));
-        for freed in orphans {
+        for (_, freed) in orphans {
             if self.discard
                 && let Some(file) = files.get(usize::from(freed.file.0))
             {

@@ -148,7 +148,12 @@ impl DiskQueue {
             in_flight: 0,
             leads: false,
             committer: None,
-            retired: VecDeque::new(),
+            retired: disk
+                .orphans
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .drain(..)
+                .collect(),
             freed: Vec::new(),
             punches: 0,
             epochs: disk.epochs.join(),
@@ -191,7 +196,7 @@ impl DiskQueue {
             .orphans
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .extend(self.retired.drain(..).map(|(_, freed)| freed));
+            .extend(self.retired.drain(..));
     }
 
     /// Takes a request. What cannot be done at all (a range outside the disk, a write to a read-only
@@ -331,20 +336,29 @@ impl DiskQueue {
         if !self.unstaged.is_empty() {
             self.restage(engine);
         }
-        self.read_mail(engine);
-        self.advance_fills(engine);
-        for _ in 0..self.stalled.len() {
-            if !self.has_sub() {
+        // A commit that ends at once (nothing to write, no file to sync) leaves messages to
+        // ourselves, and what they wake may lead the next commit.
+        const ROUNDS_MAX: usize = 64;
+        for round in 0.. {
+            self.read_mail(engine);
+            self.advance_fills(engine);
+            for _ in 0..self.stalled.len() {
+                if !self.has_sub() {
+                    break;
+                }
+                if let Some(index) = self.stalled.pop_front() {
+                    self.drive(engine, index);
+                }
+            }
+            self.advance_commit(engine);
+            if !self.mailbox.is_filled() && (!self.leads || self.committer.is_some()) {
                 break;
             }
-            if let Some(index) = self.stalled.pop_front() {
-                self.drive(engine, index);
+            if round == ROUNDS_MAX {
+                self.mailbox.wake_owner();
+                break;
             }
         }
-        self.advance_commit(engine);
-        // A commit that ended within this turn (nothing to write, a barrier that is ignored)
-        // has left messages to ourselves.
-        self.read_mail(engine);
         self.advance_retired(engine);
     }
 

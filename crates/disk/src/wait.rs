@@ -56,6 +56,11 @@ impl Mailbox {
         self.waker.wake();
     }
 
+    /// Makes the owner take another turn before it sleeps.
+    pub fn wake_owner(&self) {
+        self.waker.wake();
+    }
+
     /// Whether there is something to take; no lock.
     pub fn is_filled(&self) -> bool {
         self.filled.load(Ordering::Acquire)

@@ -30,9 +30,48 @@ impl Effect {
     }
 }
 
+/// A thread's share of a disk: every `of`th unit, so that several meet in one cluster.
+#[derive(Clone, Copy)]
+struct Stripe {
+    unit: u64,
+    of: u64,
+    index: u64,
+}
+
+impl Stripe {
+    /// All of the disk.
+    const WHOLE: Stripe = Stripe {
+        unit: u64::MAX,
+        of: 1,
+        index: 0,
+    };
+
+    /// Where on the disk byte `at` of the share is.
+    fn place(self, at: u64) -> u64 {
+        if self.of == 1 {
+            return at;
+        }
+        (at / self.unit * self.of + self.index) * self.unit + at % self.unit
+    }
+
+    /// Bytes from `at` to the end of its unit.
+    fn left(self, at: u64) -> u64 {
+        self.unit - at % self.unit
+    }
+}
+
 /// Runs `count` random requests with up to `depth` in flight that never overlap; `model` is what
 /// the disk holds, `None` for bytes that a discard left open.
-fn storm(rig: &mut Rig, model: &mut [u8], seed: u64, count: u32, depth: usize, len_max: u64) {
+#[allow(clippy::too_many_arguments)]
+fn storm(
+    rig: &mut Rig,
+    model: &mut [u8],
+    stripe: Stripe,
+    seed: u64,
+    count: u32,
+    depth: usize,
+    len_max: u64,
+) {
     let size = model.len() as u64;
     let mut random = Random(seed);
     let mut running: HashMap<u64, Effect> = HashMap::new();
@@ -42,7 +81,10 @@ fn storm(rig: &mut Rig, model: &mut [u8], seed: u64, count: u32, depth: usize, l
         while begun < count && running.len() < depth && tries < 20 {
             tries += 1;
             let at = random.below(size / 512) * 512;
-            let len = ((1 + random.below(len_max / 512)) * 512).min(size - at);
+            let len = ((1 + random.below(len_max / 512)) * 512)
+                .min(size - at)
+                .min(stripe.left(at));
+            let place = stripe.place(at);
             let overlaps = running.values().any(|e| {
                 let (a, l) = e.range();
                 at < a + l && a < at + len
@@ -54,14 +96,14 @@ fn storm(rig: &mut Rig, model: &mut [u8], seed: u64, count: u32, depth: usize, l
             let (effect, tag) = match random.below(20) {
                 0..7 => (
                     Effect::Read(at, len),
-                    rig.submit(Op::Read, at, vec![], len, &cut),
+                    rig.submit(Op::Read, place, vec![], len, &cut),
                 ),
                 7..15 => {
                     let byte = 1 + random.below(255) as u8;
                     let data: Vec<u8> = (0..len).map(|i| byte ^ (i / 512) as u8).collect();
                     let fua = random.below(10) == 0;
                     let op = Op::Write { fua };
-                    let tag = rig.submit(op, at, data.clone(), len, &cut);
+                    let tag = rig.submit(op, place, data.clone(), len, &cut);
                     (Effect::Write(at, data), tag)
                 }
                 15 | 16 => {
@@ -70,11 +112,11 @@ fn storm(rig: &mut Rig, model: &mut [u8], seed: u64, count: u32, depth: usize, l
                         fast: false,
                         fua: false,
                     };
-                    (Effect::Zero(at, len), rig.submit(op, at, vec![], len, &[]))
+                    (Effect::Zero(at, len), rig.submit(op, place, vec![], len, &[]))
                 }
                 17 | 18 => (
                     Effect::Discard(at, len),
-                    rig.submit(Op::Discard, at, vec![], len, &[]),
+                    rig.submit(Op::Discard, place, vec![], len, &[]),
                 ),
                 _ => (Effect::Flush, rig.submit(Op::Flush, 0, vec![], 0, &[])),
             };
@@ -95,7 +137,7 @@ fn storm(rig: &mut Rig, model: &mut [u8], seed: u64, count: u32, depth: usize, l
                 Effect::Zero(at, len) => model[at as usize..(at + len) as usize].fill(0),
                 Effect::Discard(at, len) => {
                     // Old bytes or zeros, sector by sector: look which.
-                    let got = rig_read(rig, &mut running, model, at, len);
+                    let got = rig_read(rig, &mut running, model, stripe, at, len);
                     for (i, sector) in got.chunks(512).enumerate() {
                         let from = at as usize + i * 512;
                         let old = &mut model[from..from + sector.len()];
@@ -117,10 +159,11 @@ fn rig_read(
     rig: &mut Rig,
     running: &mut HashMap<u64, Effect>,
     model: &mut [u8],
+    stripe: Stripe,
     at: u64,
     len: u64,
 ) -> Vec<u8> {
-    let tag = rig.submit(Op::Read, at, vec![], len, &[]);
+    let tag = rig.submit(Op::Read, stripe.place(at), vec![], len, &[]);
     let mut got = None;
     while got.is_none() {
         for ended in rig.turn(Wait::For(Duration::from_secs(5))) {
@@ -138,7 +181,7 @@ fn rig_read(
                     assert_eq!(ended.buffer, model[at as usize..(at + len) as usize]);
                 }
                 Effect::Discard(at, len) => {
-                    let inner = rig_read(rig, running, model, at, len);
+                    let inner = rig_read(rig, running, model, stripe, at, len);
                     model[at as usize..(at + len) as usize].copy_from_slice(&inner);
                 }
                 Effect::Flush => {}
@@ -154,7 +197,15 @@ fn torture(path: &Path, format: Format, mut model: Vec<u8>, seed: u64, len_max: 
         for kind in [EngineKind::Threads, EngineKind::IoUring] {
             let disk = open(path, format, DiskOptions::default());
             let mut rig = Rig::new(&disk, kind, 64);
-            storm(&mut rig, &mut model, seed + round, 400, 24, len_max);
+            storm(
+                &mut rig,
+                &mut model,
+                Stripe::WHOLE,
+                seed + round,
+                400,
+                24,
+                len_max,
+            );
             rig.detach();
             disk.close().expect("closes");
             drop(disk);
@@ -289,4 +340,78 @@ fn what_cannot_be_done_is_refused() {
     assert_eq!(rig.one(Op::Read, 0, vec![], 512), Ok(vec![0; 512]));
     rig.detach();
     disk.close().unwrap();
+}
+
+/// Several threads, each with a queue of its own, in alternating units of the same disk.
+fn threads_meet(path: &Path, size: u64, unit: u64, len_max: u64, seed: u64, base: &[u8]) {
+    const THREADS: u64 = 3;
+    let disk = open(path, Format::Qcow2, DiskOptions::default());
+    let share = size / THREADS / unit * unit;
+    let models: Vec<Vec<u8>> = std::thread::scope(|scope| {
+        let run = |index: u64| {
+            let disk = &disk;
+            move || {
+                let stripe = Stripe {
+                    unit,
+                    of: THREADS,
+                    index,
+                };
+                let mut model: Vec<u8> = (0..share)
+                    .map(|at| base.get(stripe.place(at) as usize).copied().unwrap_or(0))
+                    .collect();
+                let mut rig = Rig::new(disk, EngineKind::IoUring, 32);
+                storm(
+                    &mut rig,
+                    &mut model,
+                    stripe,
+                    seed + index,
+                    1500,
+                    16,
+                    len_max,
+                );
+                rig.detach();
+                model
+            }
+        };
+        let threads: Vec<_> = (0..THREADS).map(|index| scope.spawn(run(index))).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    disk.close().expect("closes");
+    drop(disk);
+    run("qemu-img", &["check", "-q", "-f", "qcow2", arg(path)]);
+    let content = qemu_content(path, "qcow2");
+    for (index, model) in models.iter().enumerate() {
+        let stripe = Stripe {
+            unit,
+            of: THREADS,
+            index: index as u64,
+        };
+        for (at, byte) in model.iter().enumerate() {
+            let place = stripe.place(at as u64) as usize;
+            assert_eq!(content[place], *byte, "thread {index}, byte {place:#x}");
+        }
+    }
+}
+
+#[test]
+fn threads_write_into_the_same_clusters() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.raw");
+    let bytes = pattern(12 << 20, 9);
+    std::fs::write(&base, &bytes).unwrap();
+    for seed in [100, 200] {
+        let path = dir.path().join(format!("{seed}.qcow2"));
+        qemu_create(&path, "cluster_size=64k", Some((&base, "raw")), 12 << 20);
+        threads_meet(&path, 12 << 20, 4096, 4096, seed, &bytes);
+    }
+}
+
+#[test]
+fn threads_reuse_what_others_freed() {
+    let dir = tempfile::tempdir().unwrap();
+    for (seed, options) in [(300, "cluster_size=4k"), (400, "cluster_size=4k,refcount_bits=1")] {
+        let path = dir.path().join(format!("{seed}.qcow2"));
+        qemu_create(&path, options, None, 3 << 20);
+        threads_meet(&path, 3 << 20, 16 << 10, 16 << 10, seed, &[]);
+    }
 }

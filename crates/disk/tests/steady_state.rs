@@ -1,0 +1,132 @@
+//! What the steady state costs: no allocation, and at most one submission call per batch.
+
+#[allow(dead_code)]
+mod common;
+
+use block::{GuestOffset, IoVec, Op};
+use common::{Rig, open, qemu_create};
+use disk::{DiskOptions, Request};
+use image::Format;
+use io::{EngineKind, Events, Wait};
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    cell::Cell,
+    path::Path,
+};
+
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+// SAFETY: passes everything on to the system's allocator; the counter is a plain thread-local
+// cell without a destructor, so it can be used at any time.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.with(|n| n.set(n.get() + 1));
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, base: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.dealloc(base, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+const DEPTH: usize = 32;
+
+/// Batches of `DEPTH` scattered 4 KiB requests; returns allocations and submission calls per batch
+/// after a warm-up.
+fn measure(path: &Path, format: Format, kind: EngineKind, op: Op, batches: u64) -> (u64, f64) {
+    let disk = open(path, format, DiskOptions::default());
+    let mut rig = Rig::new(&disk, kind, DEPTH as u16);
+    let mut buffers = vec![[7u8; 4096]; DEPTH];
+    let iov: Vec<IoVec> = buffers.iter_mut().map(|b| IoVec::from_mut(b)).collect();
+    let mut queue = rig.queue.take().expect("attached");
+    let engine = &mut *rig.engine;
+    let mut events = Events::default();
+    let mut batch = |number: u64| {
+        for (tag, piece) in iov.iter().enumerate() {
+            // Scattered, so that nothing merges.
+            let at = ((number * 37 + tag as u64 * 211) % 1000) * 8192;
+            let request = Request {
+                op,
+                at: GuestOffset(at),
+                len: if op == Op::Flush { 0 } else { 4096 },
+                iov: piece,
+                iov_len: u32::from(op.has_data()),
+                tag: tag as u64,
+                seen_ns: disk::now_ns(),
+            };
+            // SAFETY: buffers and pieces outlive the loop below, which waits for every `Done`.
+            let taken = unsafe { queue.submit(engine, request) };
+            assert!(taken.is_ok());
+        }
+        let mut left = DEPTH;
+        while left > 0 {
+            queue.advance(engine);
+            engine.turn(Wait::Forever, &mut events).expect("a turn");
+            for completion in events.completions.drain(..) {
+                queue.completed(engine, &completion);
+            }
+            events.ready.clear();
+            queue.advance(engine);
+            while let Some(done) = queue.done() {
+                done.result.expect("succeeds");
+                left -= 1;
+            }
+        }
+    };
+    for number in 0..64 {
+        batch(number);
+    }
+    let before = ALLOCATIONS.with(Cell::get);
+    for number in 0..batches {
+        batch(number);
+    }
+    let allocations = ALLOCATIONS.with(Cell::get) - before;
+    let calls_before = engine.counters().submit_calls;
+    let mut batch = batch;
+    for number in 0..batches {
+        batch(number);
+    }
+    drop(batch);
+    let calls = engine.counters().submit_calls - calls_before;
+    queue.detach(engine);
+    disk.close().expect("closes");
+    (allocations, calls as f64 / batches as f64)
+}
+
+#[test]
+fn nothing_is_allocated_and_a_batch_is_one_call() {
+    let dir = tempfile::tempdir().unwrap();
+    let raw = dir.path().join("disk.raw");
+    std::fs::write(&raw, vec![1; 8 << 20]).unwrap();
+    let qcow2 = dir.path().join("disk.qcow2");
+    qemu_create(&qcow2, "cluster_size=64k", None, 8 << 20);
+    {
+        let disk = open(&qcow2, Format::Qcow2, DiskOptions::default());
+        let mut rig = Rig::new(&disk, EngineKind::Threads, 4);
+        let write = Op::Write { fua: false };
+        for at in (0..8 << 20).step_by(1 << 20) {
+            rig.one(write, at, vec![3; 1 << 20], 1 << 20).unwrap();
+        }
+        rig.detach();
+        disk.close().unwrap();
+    }
+    for (path, format) in [(&raw, Format::Raw), (&qcow2, Format::Qcow2)] {
+        for kind in [EngineKind::Threads, EngineKind::IoUring] {
+            for op in [Op::Read, Op::Write { fua: false }, Op::Flush] {
+                let (allocations, calls) = measure(path, format, kind, op, 50);
+                let what = format!("{op:?} of {format} with {kind}");
+                assert_eq!(allocations, 0, "{what} allocates");
+                assert!(calls <= 1.0, "{what}: {calls} submission calls per batch");
+            }
+        }
+    }
+}
