@@ -1,1 +1,55 @@
-fn main() {}
+//! The `diskplane` command.
+//!
+//! Exit codes: 0 done, 1 failed (one line on stderr says what, where and what to do), 2 wrong usage.
+
+#![deny(unsafe_op_in_unsafe_fn)]
+
+mod args;
+mod create;
+mod info;
+mod map;
+mod options;
+mod serve;
+mod signals;
+mod systemd;
+
+use args::{Cli, Command};
+use clap::Parser;
+use std::{
+    io::{ErrorKind, Write},
+    process::ExitCode,
+};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    // DISKPLANE_LOG=debug, or per module as tracing-subscriber describes.
+    let filter = EnvFilter::try_from_env("DISKPLANE_LOG").unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .init();
+    let outcome = match &cli.command {
+        Command::Create(args) => create::run(args),
+        Command::Info(args) => info::run(args),
+        Command::Map(args) => map::run(args),
+        Command::Serve(args) => serve::run(args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("diskplane: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints `text`; a reader that has gone (`diskplane map … | head`) is no error.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}

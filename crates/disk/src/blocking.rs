@@ -38,9 +38,10 @@ pub struct Member {
 pub struct ChainExtent {
     /// Bytes from where was asked.
     pub len: u64,
-    /// Which image answers, 0 is the active one. `None`: no image has the range, it is zeros.
-    pub depth: Option<usize>,
-    /// Where its bytes are.
+    /// Which image answers, 0 is the active one.
+    pub depth: usize,
+    /// Where its bytes are. `Unallocated`: neither this image, the last that is long enough, nor any
+    /// above has the range; it is zeros.
     pub kind: ExtentKind,
 }
 
@@ -154,29 +155,20 @@ impl Driver {
     /// What the range is made of: one run from `at` on, at most `len` bytes.
     pub fn extent_at(&mut self, at: u64, len: u64) -> Result<ChainExtent> {
         self.check(at, len)?;
-        let mut len = len;
-        for depth in 0..self.members.len() {
+        let (mut len, mut depth) = (len, 0);
+        loop {
             let left = self.member(depth)?.image.size().saturating_sub(at);
-            if left == 0 {
-                // This image, and so all below it, end before: a shorter base reads as zeros.
-                break;
-            }
             let asked = len.min(left);
             let extent = self.answer(depth, |image| image.map(GuestOffset(at), asked))?;
             len = whole(extent.len, asked)?;
-            if extent.kind != ExtentKind::Unallocated {
-                return Ok(ChainExtent {
-                    len,
-                    depth: Some(depth),
-                    kind: extent.kind,
-                });
+            let below = self.members.get(depth + 1).map_or(0, |m| m.image.size());
+            // An image that ends before reads as zeros there, and so do all below it.
+            if extent.kind != ExtentKind::Unallocated || below <= at {
+                let kind = extent.kind;
+                return Ok(ChainExtent { len, depth, kind });
             }
+            depth += 1;
         }
-        Ok(ChainExtent {
-            len,
-            depth: None,
-            kind: ExtentKind::Unallocated,
-        })
     }
 
     fn check(&self, at: u64, len: u64) -> Result<()> {

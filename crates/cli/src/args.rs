@@ -1,0 +1,169 @@
+//! The command line. Stable: scripts rely on it.
+
+use block::{Result, size};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use image::Format;
+use io::{Aio, Cache};
+use std::path::PathBuf;
+
+/// Opens virtual disk images, looks after them and serves them to virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "diskplane", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create an image
+    Create(Create),
+    /// Show what an image is
+    Info(Info),
+    /// Show what an image's ranges are made of
+    Map(Map),
+    /// Serve an image to virtual machines and NBD clients
+    Serve(Serve),
+}
+
+/// `create`.
+#[derive(Args, Debug)]
+pub struct Create {
+    /// Format of the new image: raw or qcow2 [default: by FILE's extension, .qcow2, .raw or .img]
+    #[arg(short, long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Options of the format, as key=value,…: `-o help` lists them
+    #[arg(short, long = "option", value_name = "K=V,…")]
+    pub options: Vec<String>,
+    /// The new image shows what BASE holds wherever it was not written
+    #[arg(short, long, value_name = "BASE", requires = "backing_format")]
+    pub backing: Option<String>,
+    /// Format of BASE
+    #[arg(short = 'F', long, value_name = "FMT", value_parser = format, requires = "backing")]
+    pub backing_format: Option<Format>,
+    /// File to create; it must not exist yet
+    pub file: PathBuf,
+    /// Size of the disk (20G, 512M, …) [default: the size of BASE]
+    #[arg(value_parser = bytes)]
+    pub size: Option<u64>,
+}
+
+/// What `info` and `map` have in common.
+#[derive(Args, Debug)]
+pub struct Reading {
+    /// Format of the image [default: known by its magic, else raw]
+    #[arg(short, long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Read the image even while another process writes it
+    #[arg(long)]
+    pub force_share: bool,
+    /// Also open backing files below DIR, not only below each image's own directory
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+    /// Image to read, or null:SIZE
+    pub file: String,
+}
+
+/// `info`.
+#[derive(Args, Debug)]
+pub struct Info {
+    /// Show the images below it too
+    #[arg(long)]
+    pub backing_chain: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub reading: Reading,
+}
+
+/// `map`.
+#[derive(Args, Debug)]
+pub struct Map {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub reading: Reading,
+}
+
+/// What becomes of a guest's discards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Discard {
+    /// Give the space back to the host
+    Unmap,
+    /// Ignore them
+    Ignore,
+}
+
+/// `serve`.
+#[derive(Args, Debug)]
+pub struct Serve {
+    /// Format of the image: needed for raw, known by its magic otherwise
+    #[arg(short, long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Image to serve, or null:SIZE
+    pub file: String,
+    /// Serve it over vhost-user-blk on this Unix socket
+    #[arg(long, value_name = "SOCK", required_unless_present = "nbd")]
+    pub vhost_user: Option<PathBuf>,
+    /// Serve it over NBD at unix:PATH or HOST:PORT
+    #[arg(long, value_name = "unix:PATH|HOST:PORT")]
+    pub nbd: Option<String>,
+    /// Queues that a virtual machine may use
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub queues: u16,
+    /// Threads that do the I/O
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub io_threads: u16,
+    /// How I/O is submitted: auto, threads, native or io_uring
+    #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<Aio>)]
+    pub aio: Aio,
+    /// How the host caches: none, writeback, writethrough, directsync or unsafe
+    #[arg(long, value_name = "MODE", default_value = "writeback", value_parser = str::parse::<Cache>)]
+    pub cache: Cache,
+    /// Refuse writes
+    #[arg(long)]
+    pub read_only: bool,
+    /// Allow --vhost-user and --nbd at the same time
+    #[arg(long)]
+    pub shared: bool,
+    /// What becomes of discards
+    #[arg(long, value_name = "MODE", default_value = "unmap")]
+    pub discard: Discard,
+    /// Also open backing files below DIR, not only below each image's own directory
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+    /// Print statistics to stderr at the end (and, as always, on SIGUSR1)
+    #[arg(long)]
+    pub stats: bool,
+}
+
+fn bytes(text: &str) -> Result<u64> {
+    size::parse(text)
+}
+
+fn format(text: &str) -> Result<Format> {
+    text.parse()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn serve_needs_a_socket() {
+        let parse = |args: &[&str]| Cli::try_parse_from([&["diskplane", "serve"], args].concat());
+        assert!(parse(&["disk"]).is_err());
+        assert!(parse(&["disk", "--nbd", "unix:/run/s"]).is_ok());
+        assert!(parse(&["disk", "--vhost-user", "/run/s", "--queues", "0"]).is_err());
+        assert!(parse(&["disk", "--vhost-user", "/run/s", "--aio", "posix"]).is_err());
+    }
+}

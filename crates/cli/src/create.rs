@@ -1,0 +1,211 @@
+//! `diskplane create`.
+
+use crate::{
+    args, options,
+    options::{Options, Preallocation},
+};
+use anyhow::{Context, Result, bail};
+use block::{ErrorKind, Storage, limits, size};
+use disk::chain::{Chain, ChainOptions};
+use image::{Format, qcow2};
+use io::{File, FileKind, OpenOptions};
+use std::{fs, path::Path};
+
+/// Bytes of zeros written at a time by `preallocation=full`.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// Creates an image.
+pub fn run(args: &args::Create) -> Result<()> {
+    let format = format_of(args)?;
+    if args.options.iter().any(|o| o == "help" || o == "?") {
+        return crate::print(&options::help(format));
+    }
+    let mut options = options::parse(format, &args.options)?;
+    let backing = backing_of(args, &options)?;
+    let base_bytes = match &backing {
+        Some((name, backing_format)) => {
+            if format != Format::Qcow2 {
+                bail!("-b: {format} images have no backing file");
+            }
+            Some(base_size(&args.file, name, *backing_format)?)
+        }
+        None => None,
+    };
+    let Some(bytes) = args.size.or(base_bytes) else {
+        bail!("say how large the disk is to be: 20G, 512M, …");
+    };
+    if bytes > limits::DISK_BYTES_MAX {
+        bail!(
+            "a disk of {} is too large: the most is {} bytes",
+            size::human(bytes),
+            limits::DISK_BYTES_MAX
+        );
+    }
+    options.qcow2.size = bytes;
+    options.qcow2.backing = backing
+        .as_ref()
+        .map(|(name, format)| (name.clone(), format.name().to_owned()));
+    if format == Format::Qcow2 {
+        // Before the file is touched.
+        options.qcow2.validate()?;
+    }
+    write(&args.file, format, &options)?;
+    let bytes = block::align_up(bytes, 512);
+    let mut line = format!(
+        "created {}: {format}, {}",
+        args.file.display(),
+        size::human(bytes)
+    );
+    if format == Format::Qcow2 {
+        let cluster = size::human(options.qcow2.cluster_size);
+        line.push_str(&format!(", clusters of {cluster}"));
+    }
+    if let Some((name, format)) = &backing {
+        line.push_str(&format!(", on {name} ({format})"));
+    }
+    crate::print(&format!("{line}\n"))?;
+    warn_of_policy(&args.file, backing.is_some());
+    Ok(())
+}
+
+fn format_of(args: &args::Create) -> Result<Format> {
+    if let Some(format) = args.format {
+        return Ok(format);
+    }
+    let extension = args.file.extension().and_then(|e| e.to_str());
+    Ok(match extension {
+        Some("qcow2") => Format::Qcow2,
+        Some("raw" | "img") => Format::Raw,
+        _ => bail!(
+            "{}: its name does not say which format it is to have: say -f {}",
+            args.file.display(),
+            Format::NAMES
+        ),
+    })
+}
+
+fn backing_of(args: &args::Create, options: &Options) -> Result<Option<(String, Format)>> {
+    let name = match (&args.backing, &options.backing_file) {
+        (Some(a), Some(b)) if a != b => {
+            bail!("-b {a} and -o backing_file={b} contradict each other")
+        }
+        (a, b) => a.as_ref().or(b.as_ref()),
+    };
+    let format = match (args.backing_format, options.backing_format) {
+        (Some(a), Some(b)) if a != b => {
+            bail!("-F {a} and -o backing_fmt={b} contradict each other")
+        }
+        (a, b) => a.or(b),
+    };
+    Ok(match (name, format) {
+        (Some(name), Some(format)) => Some((name.clone(), format)),
+        (Some(name), None) => bail!("-b {name}: say its format with -F"),
+        (None, Some(_)) => bail!("-F without -b"),
+        (None, None) => None,
+    })
+}
+
+/// Opens the base as the new image will and gives its size.
+fn base_size(file: &Path, name: &str, format: Format) -> Result<u64> {
+    // A relative name starts at the directory of the image that stores it.
+    let path = file.parent().unwrap_or(Path::new("")).join(name);
+    let Some(spec) = path.to_str() else {
+        bail!("-b {}: the name is not UTF-8", path.display());
+    };
+    let options = ChainOptions {
+        format: Some(format),
+        read_only: true,
+        without_backing: true,
+        ..ChainOptions::default()
+    };
+    let chain = Chain::open(spec, &options).context("backing file")?;
+    Ok(chain.layers.first().map_or(0, |layer| layer.image.size()))
+}
+
+fn write(path: &Path, format: Format, options: &Options) -> Result<()> {
+    let open = OpenOptions::default();
+    let created = match File::create_new(path, &open) {
+        Ok(file) => return write_new(path, &file, format, options),
+        Err(error) if path.exists() => error,
+        Err(error) => return Err(error.into()),
+    };
+    let file = match File::open(path, &open) {
+        Ok(file) if file.kind() == FileKind::BlockDevice => file,
+        Ok(_) => bail!(
+            "{}: the file exists already: remove it or choose another name",
+            path.display()
+        ),
+        Err(error) if error.kind() == ErrorKind::Locked => return Err(error.into()),
+        Err(_) => return Err(created.into()),
+    };
+    match format {
+        Format::Qcow2 => Ok(qcow2::create(&*file, &options.qcow2)?),
+        _ if file.len()? < options.qcow2.size => bail!(
+            "{}: the device has {}, less than {}",
+            path.display(),
+            size::human(file.len()?),
+            size::human(options.qcow2.size)
+        ),
+        // A raw disk on a device is whatever the device holds.
+        _ => Ok(()),
+    }
+}
+
+/// Fills a file that did not exist before; takes it away again when that fails.
+fn write_new(path: &Path, file: &File, format: Format, options: &Options) -> Result<()> {
+    let written = match format {
+        Format::Qcow2 => qcow2::create(file, &options.qcow2).map_err(Into::into),
+        _ => write_raw(file, options),
+    };
+    if written.is_err() {
+        // What matters is why it failed.
+        let _ = fs::remove_file(path);
+        return written;
+    }
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    fs::File::open(directory)
+        .and_then(|d| d.sync_all())
+        .with_context(|| format!("{}: sync", directory.display()))
+}
+
+fn write_raw(file: &File, options: &Options) -> Result<()> {
+    let bytes = block::align_up(options.qcow2.size, 512);
+    file.set_len(bytes)?;
+    match options.preallocation {
+        Preallocation::Off => {}
+        Preallocation::Falloc if bytes > 0 => {
+            file.allocate(0, bytes)?;
+        }
+        Preallocation::Falloc => {}
+        Preallocation::Full => {
+            let zeros = vec![0; PIECE_BYTES];
+            let mut at = 0;
+            while at < bytes {
+                let len = (bytes - at).min(PIECE_BYTES as u64);
+                file.write_at(at, zeros.get(..usize::try_from(len)?).unwrap_or(&zeros))?;
+                at += len;
+            }
+        }
+    }
+    Ok(file.sync()?)
+}
+
+/// Says so when the new image's backing file will not be opened without being allowed.
+fn warn_of_policy(path: &Path, has_backing: bool) {
+    let Some(spec) = path.to_str().filter(|_| has_backing) else {
+        return;
+    };
+    let options = ChainOptions {
+        format: Some(Format::Qcow2),
+        read_only: true,
+        ..ChainOptions::default()
+    };
+    if let Err(error) = Chain::open(spec, &options)
+        && error.kind() == ErrorKind::Denied
+    {
+        eprintln!("diskplane: note: {error}");
+    }
+}

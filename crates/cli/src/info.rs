@@ -1,0 +1,191 @@
+//! `diskplane info`.
+//!
+//! With `--json` an object, or with `--backing-chain` an array of them, the active image first. Fields, which
+//! stay as they are (names as in `qemu-img info` where it has them):
+//!
+//! | field | |
+//! |---|---|
+//! | `filename` | as given; of a backing image resolved |
+//! | `format` | `raw`, `qcow2` or `null` |
+//! | `virtual-size` | bytes of the disk |
+//! | `file-size`, `actual-size` | bytes of the file, and bytes that it takes on the host; absent for `null` |
+//! | `cluster-size` | bytes; absent for formats without clusters |
+//! | `backing-filename`, `backing-filename-format` | as stored in the image; absent where it has none |
+//! | `read-only-because` | why the image cannot be written; absent where it can |
+//! | `format-specific` | object of strings: further facts of the format, the metadata cache's coverage among them |
+//! | `engine` | object with `name` and `reason`: what `--aio auto` picks for the file; the active image only |
+
+use crate::{args, print};
+use anyhow::Result;
+use block::size;
+use comfy_table::{Table, presets};
+use disk::chain::{Chain, ChainOptions, Layer};
+use image::Description;
+use io::Aio;
+use serde::Serialize;
+use std::{collections::BTreeMap, fs, os::unix::fs::MetadataExt};
+
+/// One image, as `--json` prints it.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Entry {
+    filename: String,
+    format: &'static str,
+    virtual_size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    actual_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cluster_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename_format: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    read_only_because: Option<String>,
+    format_specific: BTreeMap<&'static str, String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    engine: Option<Engine>,
+    /// The facts in the format's order, for the table.
+    #[serde(skip)]
+    facts: Vec<(&'static str, String)>,
+}
+
+#[derive(Debug, Serialize)]
+struct Engine {
+    name: String,
+    reason: String,
+}
+
+/// Shows what an image is.
+pub fn run(args: &args::Info) -> Result<()> {
+    let reading = &args.reading;
+    let chain = Chain::open(
+        &reading.file,
+        &ChainOptions {
+            format: reading.format,
+            read_only: true,
+            force_share: reading.force_share,
+            allow_backing: reading.allow_backing.clone(),
+            without_backing: !args.backing_chain,
+            ..ChainOptions::default()
+        },
+    )?;
+    let mut entries = Vec::new();
+    for layer in &chain.layers {
+        entries.push(entry(layer)?);
+    }
+    if let Some(active) = entries.first_mut() {
+        active.engine = Some(engine(&chain)?);
+    }
+    let text = match (reading.json, args.backing_chain) {
+        (true, true) => serde_json::to_string_pretty(&entries)? + "\n",
+        (true, false) => serde_json::to_string_pretty(&entries.first())? + "\n",
+        (false, _) => {
+            let tables: Vec<String> = entries.iter().map(table).collect();
+            tables.join("\n")
+        }
+    };
+    print(&text)
+}
+
+fn entry(layer: &Layer) -> Result<Entry> {
+    let Description {
+        format,
+        size,
+        cluster_size,
+        backing,
+        backing_format,
+        read_only_because,
+        facts,
+    } = layer.image.describe();
+    let file = layer.files.first();
+    let host = match file {
+        Some(_) => Some(fs::metadata(&layer.path)?),
+        None => None,
+    };
+    Ok(Entry {
+        filename: layer.path.display().to_string(),
+        format,
+        virtual_size: size,
+        file_size: file.map(|f| f.len()).transpose()?,
+        actual_size: host.map(|m| m.blocks().saturating_mul(512)),
+        cluster_size: Some(cluster_size).filter(|bytes| *bytes > 1),
+        backing_filename: backing,
+        backing_filename_format: backing_format,
+        read_only_because,
+        format_specific: facts.iter().cloned().collect(),
+        engine: None,
+        facts,
+    })
+}
+
+fn engine(chain: &Chain) -> Result<Engine> {
+    let files: Vec<_> = chain.layers.iter().flat_map(|l| l.files.clone()).collect();
+    let _ = (Aio::Auto, &files);
+    Ok(Engine {
+        name: "threads".into(),
+        reason: "not chosen yet".into(),
+    })
+}
+
+fn table(entry: &Entry) -> String {
+    let sized = |bytes: u64| match bytes {
+        0..1024 => format!("{bytes} bytes"),
+        _ => format!("{} ({bytes} bytes)", size::human(bytes)),
+    };
+    let mut rows: Vec<(&str, String)> = vec![
+        ("image", shown(&entry.filename)),
+        ("format", entry.format.to_owned()),
+        ("virtual size", sized(entry.virtual_size)),
+    ];
+    let mut push = |name, value: Option<String>| rows.extend(value.map(|value| (name, value)));
+    push("file size", entry.file_size.map(sized));
+    push("on the host", entry.actual_size.map(size::human));
+    push("cluster size", entry.cluster_size.map(size::human));
+    push(
+        "backing file",
+        entry.backing_filename.as_ref().map(|name| {
+            let format = entry.backing_filename_format.as_deref();
+            format!(
+                "{} ({})",
+                shown(name),
+                shown(format.unwrap_or("no format recorded"))
+            )
+        }),
+    );
+    push("read-only", entry.read_only_because.clone());
+    for (name, value) in &entry.facts {
+        push(name, Some(shown(value)));
+    }
+    push(
+        "engine",
+        entry
+            .engine
+            .as_ref()
+            .map(|e| format!("{}: {}", e.name, e.reason)),
+    );
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    for (name, value) in rows {
+        table.add_row([name, &value]);
+    }
+    let lines: Vec<String> = table.lines().map(|l| l.trim().to_owned()).collect();
+    lines.join("\n") + "\n"
+}
+
+/// A string from an image, for a terminal: nothing in it may steer that.
+fn shown(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn names_cannot_steer_the_terminal() {
+        assert_eq!(super::shown("base\x1b[2J.raw\n"), "base?[2J.raw?");
+    }
+}

@@ -1,0 +1,210 @@
+//! `diskplane map`.
+//!
+//! With `--json` an array with the fields of `qemu-img map --output=json`:
+//!
+//! | field | |
+//! |---|---|
+//! | `start`, `length` | guest bytes |
+//! | `depth` | which image of the chain answers, 0 is the active one |
+//! | `present` | whether that image has the range (zeros included) |
+//! | `zero` | whether it is known to read as zeros |
+//! | `data` | whether data are stored for it |
+//! | `compressed` | whether they are compressed |
+//! | `offset` | where they are in that image's file; absent where there are none |
+
+use crate::{args, print};
+use anyhow::Result;
+use block::{RangeKind, Storage, size};
+use comfy_table::{CellAlignment, Table, presets};
+use disk::{
+    blocking::{ChainExtent, Driver},
+    chain::{Chain, ChainOptions},
+};
+use image::ExtentKind;
+use serde::Serialize;
+use std::fmt::Write;
+
+/// Guest bytes asked about at a time.
+const STRIDE_BYTES: u64 = 1 << 30;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+struct Entry {
+    start: u64,
+    length: u64,
+    depth: usize,
+    present: bool,
+    zero: bool,
+    data: bool,
+    compressed: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<u64>,
+}
+
+impl Entry {
+    /// Whether `next`, which follows, is the same run going on.
+    fn joins(&self, next: &Entry) -> bool {
+        let like = Entry {
+            start: next.start,
+            length: next.length,
+            offset: next.offset,
+            ..*self
+        };
+        let offset = self.offset.map(|at| at.saturating_add(self.length));
+        like == *next && offset == next.offset
+    }
+}
+
+/// Shows what an image's ranges are made of.
+pub fn run(args: &args::Map) -> Result<()> {
+    let reading = &args.reading;
+    let chain = Chain::open(
+        &reading.file,
+        &ChainOptions {
+            format: reading.format,
+            read_only: true,
+            force_share: reading.force_share,
+            allow_backing: reading.allow_backing.clone(),
+            ..ChainOptions::default()
+        },
+    )?;
+    if reading.json {
+        let mut lead = "[";
+        walk(&chain, |entry| {
+            let line = format!("{lead}{}", serde_json::to_string(&entry)?);
+            lead = ",\n";
+            print(&line)
+        })?;
+        return print(if lead == "[" { "[]\n" } else { "]\n" });
+    }
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    table.set_header(["start", "length", "what", "file offset", "file"]);
+    walk(&chain, |entry| {
+        let file = chain.layers.get(entry.depth);
+        let file = file.map(|layer| layer.path.display().to_string());
+        table.add_row([
+            format!("{:#x}", entry.start),
+            size::human(entry.length),
+            what(&entry).to_owned(),
+            entry
+                .offset
+                .filter(|_| entry.data)
+                .map_or_else(String::new, |at| format!("{at:#x}")),
+            file.filter(|_| entry.present).unwrap_or_default(),
+        ]);
+        Ok(())
+    })?;
+    for column in [0, 1, 3] {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    let mut text = String::new();
+    for line in table.lines() {
+        writeln!(text, "{}", line.trim_end())?;
+    }
+    print(&text)
+}
+
+fn what(entry: &Entry) -> &'static str {
+    match entry {
+        Entry {
+            compressed: true, ..
+        } => "compressed",
+        Entry { data: true, .. } => "data",
+        Entry { present: true, .. } => "zero",
+        _ => "nothing",
+    }
+}
+
+/// Hands the whole disk's runs to `out`, in order, each as long as it goes.
+fn walk(chain: &Chain, mut out: impl FnMut(Entry) -> Result<()>) -> Result<()> {
+    let mut driver = chain.driver()?;
+    let (end, mut at) = (driver.size(), 0);
+    let mut run: Option<Entry> = None;
+    while at < end {
+        let next = one(chain, &mut driver, at, (end - at).min(STRIDE_BYTES))?;
+        at += next.length;
+        run = Some(match run {
+            Some(mut before) if before.joins(&next) => {
+                before.length += next.length;
+                before
+            }
+            Some(before) => {
+                out(before)?;
+                next
+            }
+            None => next,
+        });
+    }
+    run.map_or(Ok(()), out)
+}
+
+fn one(chain: &Chain, driver: &mut Driver, start: u64, len: u64) -> Result<Entry> {
+    let ChainExtent { len, depth, kind } = driver.extent_at(start, len)?;
+    let mut entry = Entry {
+        start,
+        length: len,
+        depth,
+        present: true,
+        zero: false,
+        data: true,
+        compressed: false,
+        offset: None,
+    };
+    match kind {
+        ExtentKind::Data { file, offset } => {
+            entry.offset = Some(offset.0);
+            let layer = chain.layers.get(depth);
+            let file = layer.and_then(|l| l.files.get(usize::from(file.0)).map(|f| (l, f)));
+            if let Some((layer, file)) = file
+                && layer.format == image::Format::Raw
+            {
+                // Only in a raw file do holes say something about the disk.
+                match file.range_at(offset.0)? {
+                    Some(range) => {
+                        entry.length = len.min(range.len);
+                        entry.data = range.kind == RangeKind::Data;
+                    }
+                    None => entry.data = false,
+                }
+                entry.zero = !entry.data;
+            }
+        }
+        ExtentKind::Compressed(_) => entry.compressed = true,
+        ExtentKind::Zero { .. } => (entry.zero, entry.data) = (true, false),
+        ExtentKind::Unallocated => {
+            (entry.present, entry.zero, entry.data) = (false, true, false);
+        }
+    }
+    Ok(entry)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_join_only_where_the_file_goes_on() {
+        let a = Entry {
+            start: 0,
+            length: 512,
+            depth: 0,
+            present: true,
+            zero: false,
+            data: true,
+            compressed: false,
+            offset: Some(4096),
+        };
+        let next = |offset, depth| Entry {
+            start: 512,
+            offset,
+            depth,
+            ..a
+        };
+        assert!(a.joins(&next(Some(4608), 0)));
+        assert!(!a.joins(&next(Some(4608), 1)));
+        assert!(!a.joins(&next(Some(5120), 0)));
+        assert!(!a.joins(&next(None, 0)));
+    }
+}
