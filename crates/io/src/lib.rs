@@ -2,14 +2,21 @@
 //!
 //! [`Engine`] is the contract; [`File`] is what it works on.
 
+mod choose;
 mod engine;
 mod eventfd;
 mod file;
 mod gate;
 mod memory;
+mod poller;
+mod pool;
+mod queue;
+mod runner;
 mod sim;
 mod sys;
+mod threads;
 
+pub use choose::{Choice, EngineOptions, choose, open_engine};
 pub use engine::{
     Aio, Cache, Completion, Counters, Engine, EngineKind, Events, FileSlot, Io, IoOp, Token, Wait,
 };

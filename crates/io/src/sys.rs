@@ -147,3 +147,50 @@ fn flock(start: u64, len: u64, lock: Option<LockKind>) -> libc::flock {
     flock.l_len = len as libc::off_t;
     flock
 }
+
+/// `epoll_pwait2(2)`, to the nanosecond; before Linux 5.11 `epoll_wait(2)`, rounded up to milliseconds.
+pub(crate) fn epoll_wait(
+    epoll: BorrowedFd<'_>,
+    events: &mut [libc::epoll_event],
+    timeout: Option<std::time::Duration>,
+) -> io::Result<usize> {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    static OLD: AtomicBool = AtomicBool::new(false);
+    let max = events.len() as libc::c_int;
+    if !OLD.load(Ordering::Relaxed) {
+        let spec = timeout.map(|t| libc::timespec {
+            tv_sec: libc::time_t::try_from(t.as_secs()).unwrap_or(libc::time_t::MAX),
+            tv_nsec: libc::c_long::from(t.subsec_nanos() as i32),
+        });
+        let spec = spec
+            .as_ref()
+            .map_or(std::ptr::null(), |s| s as *const libc::timespec);
+        // SAFETY: `events` has room for `max`, `spec` is null or a timespec that lives on, and there is
+        // no signal mask.
+        let ret = unsafe {
+            libc::syscall(
+                libc::SYS_epoll_pwait2,
+                epoll.as_raw_fd(),
+                events.as_mut_ptr(),
+                max,
+                spec,
+                std::ptr::null::<libc::sigset_t>(),
+                0usize,
+            )
+        };
+        match check(ret as libc::ssize_t) {
+            Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => OLD.store(true, Ordering::Relaxed),
+            result => return result,
+        }
+    }
+    let millis = timeout.map_or(-1, |t| {
+        t.as_nanos()
+            .div_ceil(1_000_000)
+            .min(libc::c_int::MAX as u128) as libc::c_int
+    });
+    // SAFETY: `events` has room for `max`.
+    check(
+        unsafe { libc::epoll_wait(epoll.as_raw_fd(), events.as_mut_ptr(), max, millis) }
+            as libc::ssize_t,
+    )
+}
