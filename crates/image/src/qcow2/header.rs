@@ -254,7 +254,9 @@ impl Header {
     pub fn validate(&self) -> Result<()> {
         let cluster = self.cluster_size();
         let placed = |field: &str, byte: usize, at: u64, len: u64| {
-            if at % cluster != 0 || at.checked_add(len).is_none_or(|end| end > HOST_OFFSET_END) {
+            if !at.is_multiple_of(cluster)
+                || at.checked_add(len).is_none_or(|end| end > HOST_OFFSET_END)
+            {
                 let what = format!("is {at:#x}: not a cluster within 56 bits");
                 return Err(wrong(field, byte, what));
             }

@@ -1,17 +1,266 @@
-//! qcow2, versions 2 and 3.
+//! qcow2, versions 2 and 3 (source: QEMU's `docs/interop/qcow2.rst`, called *specification* here).
 //!
-//! Source: QEMU's `docs/interop/qcow2.txt`.
+//! ```text
+//!   guest cluster ─▶ L1 table ─▶ L2 table ─▶ host cluster ─▶ refcount table ─▶ refcount block
+//!                    in memory   slices in                   in memory         slices in
+//!                                frames                                        frames
+//! ```
+//!
+//! * [`tables`]: what is read without a lock — L1, slots, frames, checked by sequence tags.
+//! * [`state`]: what the lock guards, made of [`cache`], [`refcount`], [`alloc`] and [`tickets`].
+//! * [`map`], [`write`], [`zero`]: the questions. [`flush`]: the order on disk, and why it is safe.
+//! * [`header`], [`extensions`], [`features`], [`entry`]: the format. [`open`], [`close`], [`compress`].
+//!
+//! Internal functions answer with [`state::Ask`]: a value, or why there is none now (`?` passes it up).
 
+mod alloc;
+mod cache;
+mod close;
+mod compress;
 mod create;
+mod entry;
 pub mod extensions;
 pub mod features;
+mod flush;
 mod header;
+mod map;
+mod open;
+mod refcount;
+mod state;
+mod tables;
+mod tickets;
+mod write;
+mod zero;
 
 pub use create::{CreateOptions, create};
 pub use header::{
     Compression, HOST_OFFSET_END, Header, L1_BYTES_MAX, MAGIC, REFCOUNT_TABLE_BYTES_MAX,
     SNAPSHOTS_MAX, V2_LEN, V3_LEN,
 };
+pub use open::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX, OpenOptions};
+
+use crate::{
+    Description, Extent, FileId, FlushRun, Freed, Image, Load, Plan, Reserve, Step, Ticket,
+    ZeroMode, ZeroPlan,
+};
+use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
+use cache::Owner;
+use entry::{Entry, Geometry, OVERLAP};
+use state::{Ask, Halt, State};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tables::Tables;
+
+/// An open qcow2 image.
+#[derive(Debug)]
+pub struct Qcow2 {
+    name: String,
+    header: Header,
+    geometry: Geometry,
+    compression: Compression,
+    /// `Some` when it must not be written: by wish (empty) or for a reason.
+    read_only: Option<String>,
+    /// The reason, when the image has one.
+    lacks: Option<String>,
+    first_sector: [u8; 512],
+    opened_len: u64,
+    tables: Tables,
+    state: Mutex<State>,
+}
+
+impl Qcow2 {
+    /// Its header as it was when the image was opened.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing in here panics with the state half changed; and refusing all
+        // further requests would help nobody.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        match &self.read_only {
+            None => Ok(()),
+            Some(why) => Err(Error::new(
+                ErrorKind::ReadOnly,
+                match why.as_str() {
+                    "" => format!("{}: is open for reading only", self.name),
+                    why => format!("{}: is open for reading only: {why}", self.name),
+                },
+            )),
+        }
+    }
+
+    /// Takes the bytes of a loaded slice in.
+    fn end_loading(&self, st: &mut State, load: &Load, bytes: Option<&[u8]>) -> Result<()> {
+        let unknown = || Error::invalid(format!("{}: a load nobody asked for", self.name));
+        let owner = Owner::of_key(load.key).ok_or_else(unknown)?;
+        let host = load.offset.0;
+        let Some(bytes) = bytes else {
+            st.cache.end_load(&self.tables, owner, host, None);
+            return Ok(());
+        };
+        let judge = matches!(owner, Owner::L2(_)) && self.read_only.is_none();
+        let words: Vec<u64> = bytes
+            .chunks(8)
+            .map(open::word_of)
+            .map(|raw| if judge { self.judge(st, raw) } else { raw })
+            .collect();
+        let mut words = words.into_iter();
+        match st
+            .cache
+            .end_load(&self.tables, owner, host, Some(&mut words))
+        {
+            true => Ok(()),
+            false => Err(unknown()),
+        }
+    }
+
+    /// Marks an L2 entry that points at metadata: a write through it would destroy the image.
+    fn judge(&self, st: &State, raw: u64) -> u64 {
+        let host = match self.geometry.decode(raw) {
+            Ok(Entry::Data { host, .. }) => host,
+            Ok(Entry::Zero {
+                host: Some(host), ..
+            }) => host,
+            _ => return raw,
+        };
+        match st.is_meta(host >> self.geometry.cluster_bits) {
+            true => raw | OVERLAP,
+            false => raw,
+        }
+    }
+}
+
+impl Image for Qcow2 {
+    fn describe(&self) -> Description {
+        let h = &self.header;
+        let st = self.lock();
+        let slice = self.geometry.slice();
+        let cache = self.tables.frames.len() as u64 * slice;
+        let covered = (cache / 8).saturating_mul(h.cluster_size()).min(h.size);
+        let mut facts = vec![
+            ("version", h.version.to_string()),
+            ("refcount bits", h.refcount_bits().to_string()),
+        ];
+        if h.version >= 3 {
+            let compression = match self.compression {
+                Compression::Zlib => "zlib",
+                Compression::Zstd => "zstd",
+            };
+            let lazy = h.compatible & features::LAZY_REFCOUNTS != 0;
+            facts.push(("compression", compression.to_owned()));
+            facts.push(("lazy refcounts", lazy.to_string()));
+        }
+        facts.push((
+            "metadata cache",
+            format!(
+                "{} at most, covers {} of {}, {} misses",
+                size::human(cache),
+                size::human(covered),
+                size::human(h.size),
+                st.cache.misses
+            ),
+        ));
+        Description {
+            format: "qcow2",
+            size: h.size,
+            cluster_size: h.cluster_size(),
+            backing: h.backing.clone(),
+            backing_format: h.backing_format(),
+            read_only_because: self.lacks.clone(),
+            facts,
+        }
+    }
+
+    fn size(&self) -> u64 {
+        self.geometry.size
+    }
+
+    fn map(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
+        self.map_extent(at, len)
+    }
+
+    fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>> {
+        self.check_writable()?;
+        if let Some(plan) = self.plan_in_place(at, len)? {
+            return Ok(Step::Done(plan));
+        }
+        let mut st = self.lock();
+        let plan = self.plan_allocating(&mut st, at, len);
+        st.step(plan)
+    }
+
+    fn commit(&self, ticket: Ticket) {
+        self.end_ticket(&mut self.lock(), ticket, true);
+    }
+
+    fn abort(&self, ticket: Ticket) {
+        self.end_ticket(&mut self.lock(), ticket, false);
+    }
+
+    fn plan_zero(&self, at: GuestOffset, len: u64, mode: ZeroMode) -> Result<Step<ZeroPlan>> {
+        self.check_writable()?;
+        self.check_range(at, len)?;
+        let mut st = self.lock();
+        let plan = self.plan_zeroes(&mut st, at, len, mode);
+        st.step(plan)
+    }
+
+    fn loaded(&self, load: &Load, bytes: &[u8]) -> Result<()> {
+        self.end_loading(&mut self.lock(), load, Some(bytes))
+    }
+
+    fn load_failed(&self, load: &Load) {
+        self.drop_load(&mut self.lock(), load);
+    }
+
+    fn reserved(&self, reserve: &Reserve, zeroed: Zeroed) {
+        let zeroed = Some(zeroed == Zeroed::Yes);
+        self.end_reserve(&mut self.lock(), reserve, zeroed);
+    }
+
+    fn reserve_failed(&self, reserve: &Reserve) {
+        self.end_reserve(&mut self.lock(), reserve, None);
+    }
+
+    fn decompress(&self, input: &[u8], output: &mut [u8]) -> Result<()> {
+        compress::unpack(self.compression, input, output).map_err(|e| e.within(&self.name))
+    }
+
+    fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
+        self.begin_flush(&mut self.lock(), run);
+        Ok(())
+    }
+
+    fn flush_end(&self, run: &mut FlushRun, ok: bool) {
+        self.finish_flush(&mut self.lock(), ok);
+        run.clear();
+    }
+
+    fn is_dirty(&self) -> bool {
+        self.has_dirty(&self.lock())
+    }
+
+    fn take_freed(&self, out: &mut Vec<Freed>) {
+        self.fetch_freed(&mut self.lock(), out);
+    }
+
+    fn release(&self, freed: &Freed, zeroed: Zeroed) {
+        self.end_freed(&mut self.lock(), freed, zeroed == Zeroed::Yes);
+    }
+
+    fn close(&self, files: &[&dyn Storage]) -> Result<()> {
+        match files.get(usize::from(FileId::IMAGE.0)) {
+            Some(storage) => self.close_blocking(*storage),
+            None => Err(Error::invalid(format!(
+                "{}: closed without its file",
+                self.name
+            ))),
+        }
+    }
+}
 
 /// The big-endian number at byte `at`; `None` when the bytes end before.
 fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {

@@ -1,0 +1,151 @@
+//! Clean close: what a closed image has over a crashed one.
+
+use super::Qcow2;
+use super::cache::Owner;
+use super::state::{Ask, Halt, State};
+use crate::{FlushRun, Need};
+use block::{Context, Error, Result, Storage, align_up};
+
+/// Flushes that a close may need: one for what is dirty, one for the refcounts that the
+/// first set free, and as many for the former places of the refcount table.
+const FLUSHES_MAX: u32 = 8;
+
+impl Qcow2 {
+    pub(super) fn close_blocking(&self, storage: &dyn Storage) -> Result<()> {
+        if self.read_only.is_some() {
+            return Ok(());
+        }
+        self.flush_blocking(storage)?;
+        let mut st = self.lock();
+        let former = std::mem::take(&mut st.refs.former);
+        for old in former {
+            for cluster in old.first..old.first + old.count {
+                let frame =
+                    self.ask_blocking(&mut st, storage, |st| self.ref_frame(st, cluster))?;
+                match self.refcount(frame, cluster) {
+                    0 => {}
+                    count => self.set_refcount(&mut st, frame, cluster, count - 1),
+                }
+            }
+        }
+        drop(st);
+        self.flush_blocking(storage)?;
+        self.cut_tail(storage)?;
+        storage.sync()
+    }
+
+    /// Flushes until nothing is dirty.
+    fn flush_blocking(&self, storage: &dyn Storage) -> Result<()> {
+        let mut run = FlushRun::default();
+        for _ in 0..FLUSHES_MAX {
+            let mut st = self.lock();
+            if !self.has_dirty(&st) {
+                return Ok(());
+            }
+            self.begin_flush(&mut st, &mut run);
+            drop(st);
+            let written = Self::carry_out(storage, &run);
+            self.finish_flush(&mut self.lock(), written.is_ok());
+            written?;
+        }
+        Err(Error::new(
+            block::ErrorKind::Io,
+            format!("{}: metadata stays dirty", self.name),
+        ))
+    }
+
+    fn carry_out(storage: &dyn Storage, run: &FlushRun) -> Result<()> {
+        for stage in &run.stages {
+            for write in run.writes.get(stage.first..stage.end).unwrap_or_default() {
+                let bytes = run.bytes.get(write.start..write.start + write.len);
+                storage
+                    .write_at(write.offset.0, bytes.unwrap_or_default())
+                    .context(|| format!("write metadata at {}", write.offset))?;
+            }
+            storage.sync()?;
+        }
+        Ok(())
+    }
+
+    /// Asks until there is an answer, doing what it needs.
+    fn ask_blocking<T>(
+        &self,
+        st: &mut State,
+        storage: &dyn Storage,
+        mut ask: impl FnMut(&mut State) -> Ask<T>,
+    ) -> Result<T> {
+        loop {
+            match ask(st) {
+                Ok(answer) => return Ok(answer),
+                Err(Halt::Fail(error)) => return Err(error),
+                Err(Halt::Need(Need::Load(load))) => {
+                    let loaded = read_short(storage, load.offset.0, load.len as usize)
+                        .and_then(|bytes| self.end_loading(st, &load, Some(&bytes)));
+                    if let Err(error) = loaded {
+                        self.drop_load(st, &load);
+                        return Err(error);
+                    }
+                }
+                Err(Halt::Need(Need::Commit)) => {
+                    let mut run = FlushRun::default();
+                    self.begin_flush(st, &mut run);
+                    let written = Self::carry_out(storage, &run);
+                    self.finish_flush(st, written.is_ok());
+                    written?;
+                }
+                Err(_) => {
+                    return Err(Error::new(
+                        block::ErrorKind::Io,
+                        format!("{}: closed while requests were in flight", self.name),
+                    ));
+                }
+            }
+        }
+    }
+
+    /// Gives reserved space that was not used back.
+    fn cut_tail(&self, storage: &dyn Storage) -> Result<()> {
+        let mut st = self.lock();
+        let bits = self.geometry.cluster_bits;
+        let opened_end = align_up(self.opened_len, self.geometry.cluster()) >> bits;
+        if st.space.end <= opened_end {
+            return Ok(());
+        }
+        let mut end = st.space.end;
+        while end > opened_end {
+            let cluster = end - 1;
+            let used = self.ask_blocking(&mut st, storage, |st| self.refcount_of(st, cluster))?;
+            if used != 0 {
+                break;
+            }
+            end -= 1;
+            // A block's worth of clusters that has no refcounts is passed in one step.
+            if !self.has_block(&st, cluster) {
+                let block = self.geometry.block_refcount_bits();
+                end = ((cluster >> block) << block).max(opened_end);
+            }
+        }
+        // Never below whole clusters: the last one may have been completed in place.
+        storage.set_len(end << bits)?;
+        self.forget_behind(&mut st, end);
+        Ok(())
+    }
+
+    /// Gives up a load that nobody will carry out.
+    pub(super) fn drop_load(&self, st: &mut State, load: &crate::Load) {
+        if let Some(owner) = Owner::of_key(load.key) {
+            st.cache.end_load(&self.tables, owner, load.offset.0, None);
+        }
+    }
+}
+
+/// Reads `len` bytes at `offset`; what lies behind the end of the file is zeros.
+pub(super) fn read_short(storage: &dyn Storage, offset: u64, len: usize) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    let there = storage.len()?.saturating_sub(offset);
+    let there = usize::try_from(there).unwrap_or(len).min(len);
+    if let Some(part) = bytes.get_mut(..there).filter(|p| !p.is_empty()) {
+        storage.read_at(offset, part)?;
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,358 @@
+//! Entries of L1, L2 and refcount tables, and the arithmetic between guest clusters and them
+//! (specification: "L1 table entry", "L2 table entry").
+//!
+//! ```text
+//!   L2   63 COPIED │ 62 compressed │ 61–56 reserved │ 55–9 host offset │ 8–1 reserved │ 0 reads as zeros
+//!   L1   63 COPIED │ 62–56 reserved                 │ 55–9 L2 table    │ 8–0 reserved
+//! ```
+
+use super::header::{HOST_OFFSET_END, Header};
+
+/// The entry's cluster has refcount 1: it may be written in place.
+pub(super) const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+/// The cluster reads as zeros (version 3).
+pub(super) const ZERO: u64 = 1;
+/// Bits of the host offset.
+pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// In memory only: the entry points at a cluster that holds metadata. All of the low reserved
+/// bits, which no sound entry has.
+pub(super) const OVERLAP: u64 = 0x1fe;
+/// In memory only, in L1 and refcount table entries: the block behind it was never written, so
+/// what is not in the cache is zeros.
+pub(super) const FRESH: u64 = 1;
+/// In memory only, with [`FRESH`]: its host cluster reads as zeros already.
+pub(super) const FRESH_ZEROED: u64 = 2;
+
+/// Bytes of the writes that make metadata durable: what a disk writes without tearing.
+pub(super) const SECTOR: u64 = 512;
+/// Slices of L2 tables are so large, or a cluster, or what keeps the slot table below [`SLOTS_MAX`].
+const SLICE_BYTES: u64 = 4096;
+/// Most slices of all L2 tables together: 64 MiB of slots.
+const SLOTS_MAX: u64 = 1 << 24;
+
+/// What an L2 entry says. Offsets are bytes of the image file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Entry {
+    /// Nothing here: the backing file's bytes, or zeros.
+    Unallocated,
+    /// Zeros, perhaps with a cluster under them.
+    Zero { host: Option<u64>, copied: bool },
+    /// A cluster of data.
+    Data { host: u64, copied: bool },
+    /// `len` bytes from `offset` on hold the compressed cluster.
+    Compressed { offset: u64, len: u64 },
+}
+
+/// Why an entry is not sound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Bad {
+    Reserved,
+    Misaligned,
+    ZeroInV2,
+    Overlap,
+    TooFar,
+}
+
+impl Bad {
+    pub(super) fn text(self) -> &'static str {
+        match self {
+            Bad::Reserved => "has reserved bits set",
+            Bad::Misaligned => "points between clusters",
+            Bad::ZeroInV2 => "has the zero flag, which version 2 lacks",
+            Bad::Overlap => "points at a cluster that holds metadata",
+            Bad::TooFar => "points behind 2^56",
+        }
+    }
+}
+
+/// The image's constants, as shifts.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Geometry {
+    /// log2 of the cluster size.
+    pub(super) cluster_bits: u32,
+    /// log2 of the bytes of a slice.
+    pub(super) slice_bits: u32,
+    /// log2 of a refcount's width in bits.
+    pub(super) refcount_order: u32,
+    /// 2 or 3.
+    pub(super) version: u32,
+    /// Bytes of the virtual disk.
+    pub(super) size: u64,
+    /// Whether unallocated clusters read from elsewhere.
+    pub(super) has_backing: bool,
+}
+
+impl Geometry {
+    pub(super) fn of(header: &Header) -> Self {
+        let tables = header.l1_entries_needed();
+        let mut slice = SLICE_BYTES.min(header.cluster_size());
+        while slice < header.cluster_size() && tables * (header.cluster_size() / slice) > SLOTS_MAX
+        {
+            slice *= 2;
+        }
+        Self {
+            cluster_bits: header.cluster_bits,
+            slice_bits: slice.trailing_zeros(),
+            refcount_order: header.refcount_order,
+            version: header.version,
+            size: header.size,
+            has_backing: header.backing.is_some(),
+        }
+    }
+
+    #[inline]
+    pub(super) fn cluster(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    #[inline]
+    pub(super) fn slice(&self) -> u64 {
+        1 << self.slice_bits
+    }
+
+    /// 64-bit words of a slice; for L2 its entries.
+    #[inline]
+    pub(super) fn slice_words(&self) -> usize {
+        1 << (self.slice_bits - 3)
+    }
+
+    /// log2 of the L2 entries of a slice.
+    #[inline]
+    pub(super) fn slice_entry_bits(&self) -> u32 {
+        self.slice_bits - 3
+    }
+
+    /// log2 of the slices of a table or block.
+    #[inline]
+    pub(super) fn slices_per_cluster_bits(&self) -> u32 {
+        self.cluster_bits - self.slice_bits
+    }
+
+    /// log2 of the guest clusters behind one L1 entry.
+    #[inline]
+    pub(super) fn l2_bits(&self) -> u32 {
+        self.cluster_bits - 3
+    }
+
+    /// Guest clusters of the disk.
+    pub(super) fn guest_clusters(&self) -> u64 {
+        self.size.div_ceil(self.cluster())
+    }
+
+    /// Slices of all L2 tables that the disk can have.
+    pub(super) fn l2_slices(&self) -> u64 {
+        self.guest_clusters().div_ceil(self.slice_words() as u64)
+    }
+
+    /// log2 of the refcounts in a slice.
+    #[inline]
+    pub(super) fn slice_refcount_bits(&self) -> u32 {
+        self.slice_bits + 3 - self.refcount_order
+    }
+
+    /// log2 of the refcounts in a refcount block.
+    #[inline]
+    pub(super) fn block_refcount_bits(&self) -> u32 {
+        self.cluster_bits + 3 - self.refcount_order
+    }
+
+    /// Bytes of the unit in which a slice's changes are tracked and written: at most 64 per slice.
+    #[inline]
+    pub(super) fn granule_bits(&self) -> u32 {
+        9.max(self.slice_bits.saturating_sub(6))
+    }
+
+    /// Decodes an L2 entry.
+    #[inline]
+    pub(super) fn decode(&self, raw: u64) -> Result<Entry, Bad> {
+        if raw & COMPRESSED != 0 {
+            return self.decode_compressed(raw);
+        }
+        if raw & L2_RESERVED != 0 {
+            return Err(match raw & L2_RESERVED {
+                OVERLAP => Bad::Overlap,
+                _ => Bad::Reserved,
+            });
+        }
+        let host = raw & OFFSET_MASK;
+        if host & (self.cluster() - 1) != 0 {
+            return Err(Bad::Misaligned);
+        }
+        let copied = raw & COPIED != 0;
+        Ok(match (raw & ZERO != 0, host) {
+            (true, _) if self.version < 3 => return Err(Bad::ZeroInV2),
+            (true, 0) => Entry::Zero {
+                host: None,
+                copied: false,
+            },
+            (true, _) => Entry::Zero {
+                host: Some(host),
+                copied,
+            },
+            (false, 0) => Entry::Unallocated,
+            (false, _) => Entry::Data { host, copied },
+        })
+    }
+
+    fn decode_compressed(&self, raw: u64) -> Result<Entry, Bad> {
+        // Bits from `split` on count the further 512-byte sectors.
+        let split = 62 - (self.cluster_bits - 8);
+        let offset = raw & ((1 << split) - 1);
+        let sectors = ((raw & (COMPRESSED - 1)) >> split) + 1;
+        let len = sectors * SECTOR - offset % SECTOR;
+        if offset + len > HOST_OFFSET_END {
+            return Err(Bad::TooFar);
+        }
+        Ok(Entry::Compressed { offset, len })
+    }
+
+    /// The L2 table's offset in an L1 entry, 0 for none.
+    #[inline]
+    pub(super) fn decode_l1(&self, raw: u64) -> Result<u64, Bad> {
+        // The marks of fresh tables are ours.
+        if raw & L1_RESERVED & !(FRESH | FRESH_ZEROED) != 0 {
+            return Err(Bad::Reserved);
+        }
+        let offset = raw & OFFSET_MASK;
+        if offset & (self.cluster() - 1) != 0 {
+            return Err(Bad::Misaligned);
+        }
+        Ok(offset)
+    }
+
+    /// Whether an L1 entry read from a file is sound: the in-memory marks are not allowed there.
+    pub(super) fn l1_sound(&self, raw: u64) -> bool {
+        raw & L1_RESERVED == 0 && raw & OFFSET_MASK & (self.cluster() - 1) == 0
+    }
+
+    /// The refcount block's offset in an entry of the refcount table as the file has it.
+    pub(super) fn decode_ref(&self, raw: u64) -> Result<u64, Bad> {
+        if raw & (SECTOR - 1) != 0 {
+            Err(Bad::Reserved)
+        } else if raw & (self.cluster() - 1) != 0 {
+            Err(Bad::Misaligned)
+        } else if raw >= HOST_OFFSET_END {
+            Err(Bad::TooFar)
+        } else {
+            Ok(raw)
+        }
+    }
+}
+
+/// Where refcount `index` of a block lies in the big-endian 64-bit words of the block:
+/// word, shift, mask.
+#[inline]
+pub(super) fn refcount_at(index: u64, order: u32) -> (usize, u32, u64) {
+    let width = 1u32 << order;
+    let bit = index << order;
+    let word = (bit >> 6) as usize;
+    let bit = (bit & 63) as u32;
+    let mask = if width == 64 {
+        u64::MAX
+    } else {
+        (1 << width) - 1
+    };
+    // Bytes count from the word's high end, bits within a byte from its low end; wider
+    // refcounts are big-endian.
+    let shift = if width < 8 {
+        56 - (bit & !7) + (bit & 7)
+    } else {
+        64 - width - bit
+    };
+    (word, shift, mask)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geometry(cluster_bits: u32, version: u32) -> Geometry {
+        Geometry {
+            cluster_bits,
+            slice_bits: cluster_bits.min(12),
+            refcount_order: 4,
+            version,
+            size: 1 << 30,
+            has_backing: false,
+        }
+    }
+
+    #[test]
+    fn decodes_l2_entries() {
+        let (v2, v3) = (geometry(16, 2), geometry(16, 3));
+        for (g, raw, want) in [
+            (v3, 0, Ok(Entry::Unallocated)),
+            (v3, COPIED, Ok(Entry::Unallocated)),
+            (
+                v3,
+                1,
+                Ok(Entry::Zero {
+                    host: None,
+                    copied: false,
+                }),
+            ),
+            (
+                v3,
+                COPIED | 0x5_0001,
+                Ok(Entry::Zero {
+                    host: Some(0x5_0000),
+                    copied: true,
+                }),
+            ),
+            (v2, 1, Err(Bad::ZeroInV2)),
+            (
+                v3,
+                0x5_0000,
+                Ok(Entry::Data {
+                    host: 0x5_0000,
+                    copied: false,
+                }),
+            ),
+            (v3, 0x5_0200, Err(Bad::Misaligned)),
+            (v3, 0x5_0002, Err(Bad::Reserved)),
+            (v3, 1 << 56 | 0x5_0000, Err(Bad::Reserved)),
+            (v3, 0x5_0000 | OVERLAP, Err(Bad::Overlap)),
+            // 16-bit clusters: 54 bits of offset, 8 of sectors.
+            (
+                v3,
+                COMPRESSED | 3 << 54 | 0x5_0123,
+                Ok(Entry::Compressed {
+                    offset: 0x5_0123,
+                    len: 4 * 512 - 0x123,
+                }),
+            ),
+            (
+                geometry(9, 3),
+                COMPRESSED | ((1 << 61) - 512),
+                Err(Bad::TooFar),
+            ),
+        ] {
+            assert_eq!(g.decode(raw), want, "{raw:#x}");
+        }
+    }
+
+    #[test]
+    fn refcounts_lie_where_the_specification_says() {
+        let block: Vec<u8> = (1..=16).collect();
+        let words: Vec<u64> = block
+            .chunks_exact(8)
+            .map(|b| u64::from_be_bytes(b.try_into().unwrap()))
+            .collect();
+        let get = |index, order| {
+            let (word, shift, mask) = refcount_at(index, order);
+            words[word] >> shift & mask
+        };
+        // Byte 2 is 0b11, byte 8 is 9 = 0b1001.
+        assert_eq!([0, 1].map(|i| get(16 + i, 0)), [1, 1]);
+        assert_eq!([0, 1, 2, 3].map(|i| get(64 + i, 0)), [1, 0, 0, 1]);
+        assert_eq!([0, 1].map(|i| get(32 + i, 1)), [1, 2]);
+        assert_eq!([0, 1].map(|i| get(18 + i, 2)), [10, 0]);
+        assert_eq!(get(8, 3), 9);
+        assert_eq!(get(5, 4), 0x0b0c);
+        assert_eq!(get(3, 5), 0x0d0e_0f10);
+        assert_eq!(get(1, 6), 0x090a_0b0c_0d0e_0f10);
+    }
+}

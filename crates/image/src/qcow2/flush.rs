@@ -1,0 +1,298 @@
+//! What a flush writes, and in which order.
+//!
+//! ```text
+//!   stage 0   refcount blocks that the table on disk does not know yet        (only if any)
+//!   ── barrier ──
+//!   stage 1   refcounts, refcount table, L2 tables that the L1 table on disk does not know yet
+//!   ── barrier ──
+//!   header    where the refcount table is                                     (only if it moved)
+//!   ── barrier ──
+//!   stage 2   entries of L2 tables, entries of the L1 table
+//!   ── barrier ──
+//! ```
+//!
+//! Why a crash anywhere leaves no error, only leaks:
+//!
+//! * All bytes come from one moment under the lock ([`crate::Image::flush_begin`]). An L2 entry
+//!   that refers to a new cluster got there by a commit, so the guest's data and the fill around it were
+//!   written before that moment, and the first barrier makes them durable. Entries that are committed
+//!   later are not in the run, however long it takes.
+//! * Nothing on disk refers to what stages 0 and 1 write but what was there before: raised
+//!   refcounts of new clusters are leaks until stage 2; a new refcount block is complete before the
+//!   table refers to it; a new table is complete before the header does; a new L2 table is
+//!   complete before the L1 table does.
+//! * Lowered refcounts in stage 1 are of clusters whose last reference went away in an *earlier* flush
+//!   that succeeded: [`super::State::derefs`] are applied when a flush ends.
+//! * Stage 2 changes sectors of 512 bytes, each of them whole or not at all, and each entry by itself
+//!   is right before and after: what it refers to is durable and counted. An L1 entry and the
+//!   entries of its new table became durable in the other order.
+//! * A freed cluster is given out again only after its dereference is durable, so no old entry can show
+//!   a new owner's bytes.
+//!
+//! Without anything newly referred to ([`super::State::ordered`]) stages 1 and 2 are independent, and share one barrier.
+//! A run that failed part of the way changes nothing in this: all it covered is dirty
+//! again, and written again in the same order.
+
+use super::Qcow2;
+use super::cache::{Changed, Owner};
+use super::entry::{FRESH, FRESH_ZEROED, OFFSET_MASK, OVERLAP, SECTOR};
+use super::state::{Covered, State};
+use crate::{FileId, FlushRun, MetaWrite};
+use block::HostOffset;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A table's entry as it goes to disk: without our marks.
+fn table_entry(raw: u64) -> u64 {
+    raw & !(FRESH | FRESH_ZEROED)
+}
+
+/// An L2 entry as it goes to disk.
+fn l2_entry(raw: u64) -> u64 {
+    // Compressed entries have bit 62 and are never marked.
+    if raw & (1 << 62) == 0 && raw & OVERLAP == OVERLAP {
+        raw & !OVERLAP
+    } else {
+        raw
+    }
+}
+
+/// Appends a write to the stage being built, growing the last one where they touch.
+fn push(run: &mut FlushRun, host: u64, words: impl Iterator<Item = u64>) {
+    let start = run.bytes.len();
+    for word in words {
+        run.bytes.extend_from_slice(&word.to_be_bytes());
+    }
+    extend(run, host, start);
+}
+
+/// Describes the bytes from `start` on as a write to `host`.
+fn extend(run: &mut FlushRun, host: u64, start: usize) {
+    let len = run.bytes.len() - start;
+    let stage = run.stages.last().map_or(0, |s| s.end);
+    if let Some(last) = run.writes.get_mut(stage..).and_then(|w| w.last_mut())
+        && last.offset.0 + last.len as u64 == host
+        && last.start + last.len == start
+    {
+        last.len += len;
+        return;
+    }
+    run.writes.push(MetaWrite {
+        file: FileId::IMAGE,
+        offset: HostOffset(host),
+        start,
+        len,
+    });
+}
+
+/// Whether writes were pushed since the last stage was sealed.
+fn open_stage(run: &FlushRun) -> bool {
+    run.writes.len() > run.stages.last().map_or(0, |s| s.end)
+}
+
+impl Qcow2 {
+    fn is_fresh(&self, st: &State, owner: Owner) -> bool {
+        let bits = self.geometry.slices_per_cluster_bits();
+        match owner {
+            Owner::L2(slice) => {
+                let entry = self.tables.l1.get((slice >> bits) as usize);
+                entry.is_some_and(|e| e.load(Ordering::Relaxed) & FRESH != 0)
+            }
+            Owner::Ref(slice) => {
+                let entry = st.refs.entries.get((slice >> bits) as usize);
+                entry.is_some_and(|e| e & FRESH != 0)
+            }
+        }
+    }
+
+    fn push_granules(&self, run: &mut FlushRun, changed: &Changed) {
+        let bits = self.geometry.granule_bits();
+        let words = self.tables.words(changed.frame);
+        let per_granule = 1usize << (bits - 3);
+        for granule in 0..64usize {
+            if changed.granules >> granule & 1 == 0 {
+                continue;
+            }
+            let first = granule * per_granule;
+            let part = words.get(first..first + per_granule).unwrap_or_default();
+            let load = |w: &AtomicU64| w.load(Ordering::Relaxed);
+            let host = changed.host + ((granule as u64) << bits);
+            match changed.owner {
+                Owner::L2(_) => push(run, host, part.iter().map(load).map(l2_entry)),
+                Owner::Ref(_) => push(run, host, part.iter().map(load)),
+            }
+        }
+    }
+
+    /// Pushes a block or table that was never written: all of it, or what is
+    /// not zeros when its cluster reads as zeros. `owner` makes the owner of its n-th slice.
+    fn push_fresh(
+        &self,
+        st: &State,
+        run: &mut FlushRun,
+        raw: u64,
+        changed: &[Changed],
+        owner: impl Fn(u64) -> Owner,
+    ) {
+        let g = &self.geometry;
+        let base = raw & OFFSET_MASK;
+        if raw & FRESH_ZEROED != 0 {
+            let first = changed.partition_point(|c| c.host < base);
+            for c in changed.iter().skip(first) {
+                if c.host >= base + g.cluster() {
+                    break;
+                }
+                self.push_granules(run, c);
+            }
+            return;
+        }
+        for n in 0..1u64 << g.slices_per_cluster_bits() {
+            let host = base + (n << g.slice_bits);
+            match st.cache.find(&self.tables, owner(n)) {
+                Some(frame) => {
+                    let words = self.tables.words(frame);
+                    push(run, host, words.iter().map(|w| w.load(Ordering::Relaxed)));
+                }
+                None => push(run, host, std::iter::repeat_n(0, g.slice_words())),
+            }
+        }
+    }
+
+    pub(super) fn begin_flush(&self, st: &mut State, run: &mut FlushRun) {
+        run.clear();
+        debug_assert!(!st.covered.running, "two flushes at once");
+        let mut changed = std::mem::take(&mut st.scratch);
+        changed.clear();
+        st.cache.take_changed(|c| changed.push(c));
+        changed.sort_unstable_by_key(|c| c.host);
+        st.covered = Covered {
+            running: true,
+            tables: st.fresh_tables.len(),
+            blocks: st.refs.fresh.len(),
+            derefs: st.derefs.len(),
+            moved: st.refs.moved,
+            ordered: st.ordered,
+        };
+        let bits = self.geometry.slices_per_cluster_bits();
+
+        for &block in &st.refs.fresh {
+            let raw = st.refs.entries.get(block as usize).copied().unwrap_or(0);
+            self.push_fresh(st, run, raw, &changed, |n| {
+                Owner::Ref((u64::from(block) << bits) + n)
+            });
+        }
+        if open_stage(run) {
+            run.seal();
+        }
+
+        for c in &changed {
+            if matches!(c.owner, Owner::Ref(_)) && !self.is_fresh(st, c.owner) {
+                self.push_granules(run, c);
+            }
+        }
+        self.push_table(st, run);
+        for &index in &st.fresh_tables {
+            let entry = self.tables.l1.get(index as usize);
+            let raw = entry.map_or(0, |e| e.load(Ordering::Relaxed));
+            self.push_fresh(st, run, raw, &changed, |n| {
+                Owner::L2((u64::from(index) << bits) + n)
+            });
+        }
+        if st.covered.moved {
+            run.seal();
+            let start = run.bytes.len();
+            run.bytes.extend_from_slice(&self.header_sector(st));
+            extend(run, 0, start);
+            run.seal();
+        } else if st.ordered && (open_stage(run) || run.stages.is_empty()) {
+            run.seal();
+        }
+        st.ordered = false;
+
+        for c in &changed {
+            if matches!(c.owner, Owner::L2(_)) && !self.is_fresh(st, c.owner) {
+                self.push_granules(run, c);
+            }
+        }
+        let l1 = &self.tables.l1;
+        st.l1_changed.take(|sector| {
+            let part = l1.get(sector * 64..sector * 64 + 64).unwrap_or_default();
+            let host = self.header.l1_table_offset + sector as u64 * SECTOR;
+            let words = part.iter().map(|w| w.load(Ordering::Relaxed));
+            push(run, host, words.map(table_entry));
+        });
+        if open_stage(run) || run.stages.is_empty() {
+            run.seal();
+        }
+        st.scratch = changed;
+    }
+
+    /// Pushes changed sectors of the refcount table; all of it when it moved.
+    fn push_table(&self, st: &mut State, run: &mut FlushRun) {
+        let base = st.refs.first << self.geometry.cluster_bits;
+        let entries = &st.refs.entries;
+        if st.refs.moved {
+            st.refs.changed.take(|_| {});
+            push(run, base, entries.iter().copied().map(table_entry));
+            return;
+        }
+        st.refs.changed.take(|sector| {
+            let part = entries.get(sector * 64..sector * 64 + 64);
+            let part = part.unwrap_or_default().iter().copied();
+            push(run, base + sector as u64 * SECTOR, part.map(table_entry));
+        });
+    }
+
+    /// The first sector of the file, with the refcount table's place as it is now.
+    fn header_sector(&self, st: &State) -> [u8; SECTOR as usize] {
+        let mut sector = self.first_sector;
+        let offset = st.refs.first << self.geometry.cluster_bits;
+        // At most 8 MiB of clusters.
+        let clusters = st.refs.clusters as u32;
+        let fields = offset
+            .to_be_bytes()
+            .into_iter()
+            .chain(clusters.to_be_bytes());
+        for (to, from) in sector.iter_mut().skip(48).zip(fields) {
+            *to = from;
+        }
+        sector
+    }
+
+    pub(super) fn finish_flush(&self, st: &mut State, ok: bool) {
+        let covered = std::mem::take(&mut st.covered);
+        if !covered.running {
+            return;
+        }
+        st.cache.end_flush(ok);
+        st.l1_changed.end(ok);
+        st.refs.changed.end(ok);
+        if !ok {
+            st.ordered |= covered.ordered;
+            return;
+        }
+        if covered.moved {
+            st.refs.moved = false;
+        }
+        for index in st.fresh_tables.drain(..covered.tables) {
+            if let Some(entry) = self.tables.l1.get(index as usize) {
+                entry.fetch_and(!(FRESH | FRESH_ZEROED), Ordering::AcqRel);
+            }
+        }
+        for block in st.refs.fresh.drain(..covered.blocks) {
+            if let Some(entry) = st.refs.entries.get_mut(block as usize) {
+                *entry &= !(FRESH | FRESH_ZEROED);
+            }
+        }
+        self.apply_derefs(st, covered.derefs);
+    }
+
+    pub(super) fn has_dirty(&self, st: &State) -> bool {
+        st.cache.is_dirty()
+            || st.l1_changed.any()
+            || st.refs.changed.any()
+            || st.refs.moved
+            || !st.fresh_tables.is_empty()
+            || !st.refs.fresh.is_empty()
+            || !st.derefs.is_empty()
+    }
+}

@@ -1,0 +1,298 @@
+//! Reading the map: where a guest range's bytes are.
+
+use super::Qcow2;
+use super::cache::Owner;
+use super::entry::{Bad, Entry, FRESH, OFFSET_MASK};
+use super::state::{Ask, Halt, State};
+use crate::{Compressed, Extent, ExtentKind, FileId, Need, Plan, Step};
+use block::{Error, GuestOffset, HostOffset, Result};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// L1 entries and slices that one answer looks at: a bound on the time of one call.
+const STEPS_MAX: u32 = 4096;
+
+/// Where guest cluster `cluster` is looked up.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    /// Index into the L1 table.
+    pub(super) l1: usize,
+    /// The raw L1 entry.
+    pub(super) raw: u64,
+    /// The L2 slice, counted over the whole disk.
+    pub(super) slice: u64,
+    /// The entry within the slice.
+    pub(super) index: usize,
+}
+
+/// A run that grows entry by entry.
+#[derive(Clone, Copy)]
+struct Growing {
+    at: u64,
+    want: u64,
+    len: u64,
+    kind: ExtentKind,
+}
+
+impl Growing {
+    /// The guest byte that comes next.
+    fn next(&self) -> u64 {
+        self.at + self.len
+    }
+
+    /// Appends what `entry` says of up to `room` bytes, `skip` bytes into its cluster. `false` when
+    /// the run ends before it.
+    #[inline]
+    fn feed(&mut self, entry: Entry, skip: u64, room: u64, cluster: u64) -> bool {
+        let kind = match entry {
+            Entry::Unallocated => ExtentKind::Unallocated,
+            Entry::Zero { host, .. } => ExtentKind::Zero {
+                allocated: host.is_some(),
+            },
+            Entry::Data { host, .. } => ExtentKind::Data {
+                file: FileId::IMAGE,
+                offset: HostOffset(host + skip),
+            },
+            Entry::Compressed { offset, len } => ExtentKind::Compressed(Compressed {
+                file: FileId::IMAGE,
+                offset: HostOffset(offset),
+                // At most two clusters of 2 MiB; skips are below one.
+                len: len as u32,
+                unpacked_len: cluster as u32,
+                skip: skip as u32,
+            }),
+        };
+        if self.len > 0 {
+            let continues = match (self.kind, kind) {
+                (ExtentKind::Data { offset: a, .. }, ExtentKind::Data { offset: b, .. }) => {
+                    a.0 + self.len == b.0
+                }
+                (ExtentKind::Compressed(_), _) => false,
+                (a, b) => a == b,
+            };
+            if !continues {
+                return false;
+            }
+        } else {
+            self.kind = kind;
+        }
+        self.len += room;
+        true
+    }
+}
+
+impl Qcow2 {
+    /// Where guest cluster `cluster` is looked up.
+    #[inline]
+    pub(super) fn place(&self, cluster: u64) -> Place {
+        let g = &self.geometry;
+        // At most 4 Mi entries.
+        let l1 = (cluster >> g.l2_bits()) as usize;
+        Place {
+            l1,
+            raw: self
+                .tables
+                .l1
+                .get(l1)
+                .map_or(0, |e| e.load(Ordering::Acquire)),
+            slice: cluster >> g.slice_entry_bits(),
+            index: cluster as usize & (g.slice_words() - 1),
+        }
+    }
+
+    /// An error that names an unsound L1 entry.
+    #[cold]
+    pub(super) fn bad_l1(&self, index: usize, bad: Bad) -> Error {
+        Error::corrupt(format!(
+            "{}: L1 entry {index} at {:#x} {}",
+            self.name,
+            self.header.l1_table_offset + index as u64 * 8,
+            bad.text()
+        ))
+    }
+
+    /// An error that names an unsound L2 entry.
+    #[cold]
+    pub(super) fn bad_l2(&self, cluster: u64, bad: Bad) -> Error {
+        let place = self.place(cluster);
+        let index = cluster & ((1 << self.geometry.l2_bits()) - 1);
+        Error::corrupt(format!(
+            "{}: L2 entry at {:#x} (guest offset {:#x}) {}",
+            self.name,
+            (place.raw & OFFSET_MASK) + index * 8,
+            cluster << self.geometry.cluster_bits,
+            bad.text()
+        ))
+    }
+
+    pub(super) fn check_range(&self, at: GuestOffset, len: u64) -> Result<()> {
+        let end = at.0.checked_add(len);
+        if len == 0 || end.is_none_or(|end| end > self.geometry.size) {
+            return Err(Error::invalid(format!(
+                "{}: {len} bytes at {at} are not within the disk",
+                self.name
+            )));
+        }
+        Ok(())
+    }
+
+    /// The extents of `words`, entries of one slice, from `run.next()` on. `true` when the run
+    /// may go on behind the slice.
+    #[inline]
+    fn feed_slice(&self, run: &mut Growing, words: &[AtomicU64]) -> Result<bool, Bad> {
+        let g = &self.geometry;
+        let first = (run.next() >> g.cluster_bits) as usize & (g.slice_words() - 1);
+        for word in words.get(first..).unwrap_or_default() {
+            let skip = run.next() & (g.cluster() - 1);
+            let room = (g.cluster() - skip).min(run.want - run.len);
+            let entry = match g.decode(word.load(Ordering::Relaxed)) {
+                Ok(entry) => entry,
+                Err(bad) if run.len == 0 => return Err(bad),
+                Err(_) => return Ok(false),
+            };
+            if !run.feed(entry, skip, room, g.cluster()) {
+                return Ok(false);
+            }
+            if run.len == run.want {
+                return Ok(false);
+            }
+        }
+        Ok(!words.is_empty())
+    }
+
+    pub(super) fn map_extent(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
+        self.check_range(at, len)?;
+        let g = &self.geometry;
+        let mut run = Growing {
+            at: at.0,
+            want: len,
+            len: 0,
+            kind: ExtentKind::Unallocated,
+        };
+        for _ in 0..STEPS_MAX {
+            let place = self.place(run.next() >> g.cluster_bits);
+            let more = match g.decode_l1(place.raw) {
+                Err(_) if run.len > 0 => false,
+                Err(bad) => return Err(self.bad_l1(place.l1, bad)),
+                Ok(0) => {
+                    let covers = 1 << (g.l2_bits() + g.cluster_bits);
+                    let room = covers - (run.next() & (covers - 1));
+                    let room = room.min(run.want - run.len);
+                    run.feed(Entry::Unallocated, 0, room, g.cluster())
+                }
+                Ok(_) => {
+                    let start = run;
+                    let seen = self.tables.read(place.slice, |words| {
+                        run = start;
+                        self.feed_slice(&mut run, words)
+                    });
+                    let seen = match seen {
+                        Some(seen) => seen,
+                        None => {
+                            // A reader that gave up may have left half a slice in the run.
+                            run = start;
+                            if run.len > 0 {
+                                break;
+                            }
+                            let mut st = self.lock();
+                            let seen = self.l2_frame(&mut st, &place).map(|frame| {
+                                let words = self.tables.words(frame);
+                                self.feed_slice(&mut run, words)
+                            });
+                            match st.step(seen)? {
+                                Step::Done(seen) => seen,
+                                Step::Need(need) => return Ok(Step::Need(need)),
+                                Step::Wait(key) => return Ok(Step::Wait(key)),
+                            }
+                        }
+                    };
+                    match seen {
+                        Ok(more) => more,
+                        Err(bad) => return Err(self.bad_l2(run.next() >> g.cluster_bits, bad)),
+                    }
+                }
+            };
+            if !more || run.len == run.want {
+                break;
+            }
+        }
+        Ok(Step::Done(Extent {
+            len: run.len,
+            kind: run.kind,
+        }))
+    }
+
+    /// The frame of an L2 slice whose table exists.
+    pub(super) fn l2_frame(&self, st: &mut State, place: &Place) -> Ask<u32> {
+        let owner = Owner::L2(place.slice);
+        if let Some(frame) = st.cache.find(&self.tables, owner) {
+            return Ok(frame);
+        }
+        if st.cache.is_loading(owner) {
+            return Err(Halt::Wait(owner.key()));
+        }
+        let g = &self.geometry;
+        // Under the lock: a flush may have ended since the caller looked.
+        let raw = self.place(place.slice << g.slice_entry_bits()).raw;
+        let table = g.decode_l1(raw).map_err(|bad| self.bad_l1(place.l1, bad))?;
+        let within = place.slice & ((1 << g.slices_per_cluster_bits()) - 1);
+        let host = table + (within << g.slice_bits);
+        if raw & FRESH != 0 {
+            return st.cache.add_zeros(&self.tables, g, owner, host);
+        }
+        st.cache.start_load(&self.tables, g, owner, host)?;
+        Err(Halt::Need(Need::Load(self.load(owner, host))))
+    }
+
+    /// The plan for a write into clusters that are the guest's alone already. `None` when the first
+    /// is not, or not in memory.
+    #[inline]
+    pub(super) fn plan_in_place(&self, at: GuestOffset, len: u64) -> Result<Option<Plan>> {
+        self.check_range(at, len)?;
+        let g = &self.geometry;
+        let mut host = 0;
+        let mut done = 0;
+        for _ in 0..STEPS_MAX {
+            let place = self.place((at.0 + done) >> g.cluster_bits);
+            if place.raw & super::entry::COPIED == 0 {
+                break;
+            }
+            let start = done;
+            let seen = self.tables.read(place.slice, |words| {
+                done = start;
+                for word in words.get(place.index..).unwrap_or_default() {
+                    let Ok(Entry::Data {
+                        host: cluster,
+                        copied: true,
+                    }) = g.decode(word.load(Ordering::Relaxed))
+                    else {
+                        return false;
+                    };
+                    let skip = (at.0 + done) & (g.cluster() - 1);
+                    if done == 0 {
+                        host = cluster + skip;
+                    } else if host + done != cluster + skip {
+                        return false;
+                    }
+                    done += (g.cluster() - skip).min(len - done);
+                    if done == len {
+                        return false;
+                    }
+                }
+                true
+            });
+            match seen {
+                Some(true) => {}
+                Some(false) => break,
+                None => {
+                    done = start;
+                    break;
+                }
+            }
+        }
+        Ok((done > 0).then_some(Plan::InPlace {
+            file: FileId::IMAGE,
+            offset: HostOffset(host),
+            len: done,
+        }))
+    }
+}

@@ -1,0 +1,238 @@
+//! Opening: read and judge everything that stays in memory.
+
+use super::Qcow2;
+use super::alloc::Space;
+use super::cache::Cache;
+use super::entry::{Geometry, OFFSET_MASK};
+use super::features;
+use super::header::Header;
+use super::refcount::RefTable;
+use super::state::{Covered, Sectors, State};
+use super::tables::Tables;
+use super::tickets::Tickets;
+use block::{Context, Error, ErrorKind, Result, Storage};
+use std::collections::HashSet;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
+
+/// Metadata cache when the user says nothing: enough for 256 GiB with 64 KiB clusters.
+pub const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
+/// Largest metadata cache.
+pub const CACHE_BYTES_MAX: u64 = 4 << 30;
+/// Frames that a cache has at least, so that the writes in flight find room for what they pin.
+const FRAMES_MIN: u64 = 64;
+/// And the bytes, where slices are small.
+const FRAME_BYTES_MIN: u64 = 512 << 10;
+
+/// How to open an image.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// Never write to it.
+    pub read_only: bool,
+    /// Upper bound of the metadata cache in bytes; [`CACHE_BYTES_DEFAULT`] when not given. Less
+    /// is used where less covers the disk, a little more where it is too little to work.
+    pub cache_bytes: Option<u64>,
+}
+
+impl Qcow2 {
+    /// Opens the image in `storage`, reading header, L1 table and refcount table.
+    ///
+    /// Fails with `Corrupt` (naming file, field and offset), `Unsupported` (naming the feature), or what
+    /// reading failed with. An image that can be read but must not be written opens; its
+    /// description says why, and writes to it fail with `ReadOnly`.
+    pub fn open(storage: &dyn Storage, options: &OpenOptions) -> Result<Self> {
+        let name = storage.name();
+        Self::open_unnamed(storage, options, &name).context(|| name)
+    }
+
+    fn open_unnamed(storage: &dyn Storage, options: &OpenOptions, name: &str) -> Result<Self> {
+        let header = Header::read_unnamed(storage)?;
+        header.check_features()?;
+        let compression = header.compression()?;
+        let geometry = Geometry::of(&header);
+        let file_len = storage.len()?;
+        let mut first_sector = [0; 512];
+        let mut lacks = header.read_only_because();
+        if file_len < 512 {
+            return Err(Error::corrupt("header: the file ends inside it"));
+        }
+        storage.read_at(0, &mut first_sector)?;
+        let mut damage = |what: String| {
+            lacks.get_or_insert_with(|| format!("it is damaged ({what}): run qemu-img check"));
+        };
+
+        let l1 = read_l1(storage, &header, file_len)?;
+        let cluster = geometry.cluster();
+        let bits = geometry.cluster_bits;
+        let l1_clusters = (u64::from(header.l1_size) * 8).div_ceil(cluster).max(1);
+        let l1_first = header.l1_table_offset >> bits;
+        let header_cluster = 0..1;
+        let mut fixed = Vec::from([header_cluster]);
+        if header.l1_size > 0 {
+            fixed.push(l1_first..l1_first + l1_clusters);
+        }
+        let table_first = header.refcount_table_offset >> bits;
+        let table_clusters = u64::from(header.refcount_table_clusters);
+        let table = table_first..table_first + table_clusters;
+        if l1_first == 0 && header.l1_size > 0 {
+            return Err(Error::corrupt(
+                "header: l1_table_offset at byte 40 lies in the header's cluster",
+            ));
+        }
+        if table.contains(&0)
+            || header.l1_size > 0 && table.start < l1_first + l1_clusters && l1_first < table.end
+        {
+            return Err(Error::corrupt(
+                "header: refcount_table_offset at byte 48 overlaps header or L1 table",
+            ));
+        }
+
+        // What a writer needs beyond: every place that holds metadata.
+        let mut meta = HashSet::new();
+        let mut refs = RefTable::new(Vec::new(), table_first, table_clusters);
+        if !options.read_only && lacks_nothing(&header) {
+            let entries = read_ref_table(storage, &header, file_len)?;
+            let mut claim = |what: &str, index: usize, offset: u64| {
+                let at = offset >> bits;
+                if fixed.iter().any(|r| r.contains(&at)) || table.contains(&at) || !meta.insert(at)
+                {
+                    damage(format!(
+                        "{what} {index} at {offset:#x} overlaps other metadata"
+                    ));
+                }
+            };
+            let mut unsound = None;
+            for (index, raw) in entries.iter().enumerate() {
+                match geometry.decode_ref(*raw) {
+                    Ok(0) => {}
+                    Ok(offset) => claim("refcount block", index, offset),
+                    Err(bad) => {
+                        unsound
+                            .get_or_insert(format!("refcount table entry {index} {}", bad.text()));
+                    }
+                }
+            }
+            for (index, raw) in l1.iter().enumerate().take(header.l1_size as usize) {
+                match raw & OFFSET_MASK {
+                    _ if !geometry.l1_sound(*raw) => {
+                        unsound.get_or_insert(format!("L1 entry {index} is {raw:#x}"));
+                    }
+                    0 => {}
+                    offset => claim("L2 table", index, offset),
+                }
+            }
+            if let Some(what) = unsound {
+                damage(what);
+            }
+            refs = RefTable::new(entries, table_first, table_clusters);
+        }
+
+        let budget = options.cache_bytes.unwrap_or(CACHE_BYTES_DEFAULT);
+        let frames = frame_count(&geometry, budget.min(CACHE_BYTES_MAX));
+        let l1_sectors = l1.len() / 64;
+        // Bits 0 and 1 are our marks: an entry that has them in the file is made unsound by bit 2 too.
+        let l1 = l1
+            .into_iter()
+            .map(|raw| AtomicU64::new(if raw & 3 != 0 { raw | 4 } else { raw }))
+            .collect();
+        let end = file_len.div_ceil(cluster);
+        let holed = {
+            let last = end.saturating_sub(1) >> geometry.block_refcount_bits();
+            let last = usize::try_from(last).unwrap_or(usize::MAX);
+            refs.entries.get(last).is_none_or(|entry| *entry == 0)
+        };
+        let read_only = lacks
+            .clone()
+            .or_else(|| options.read_only.then(String::new));
+        Ok(Self {
+            name: name.to_owned(),
+            compression,
+            read_only,
+            lacks,
+            first_sector,
+            opened_len: file_len,
+            tables: Tables::new(&geometry, l1, frames),
+            state: Mutex::new(State {
+                cache: Cache::new(frames),
+                refs,
+                space: Space::new(end, geometry.size, holed),
+                tickets: Tickets::new(frames),
+                meta,
+                fixed,
+                l1_changed: Sectors::new(l1_sectors),
+                fresh_tables: Vec::new(),
+                derefs: Vec::new(),
+                ordered: false,
+                covered: Covered::default(),
+                scratch: Vec::with_capacity(frames),
+            }),
+            geometry,
+            header,
+        })
+    }
+}
+
+/// Whether the header alone allows writing.
+fn lacks_nothing(header: &Header) -> bool {
+    header.read_only_because().is_none() && header.incompatible & !features::COMPRESSION == 0
+}
+
+/// The L1 table, padded to whole sectors with what the file has there.
+fn read_l1(storage: &dyn Storage, header: &Header, file_len: u64) -> Result<Vec<u64>> {
+    let len = u64::from(header.l1_size) * 8;
+    let end = header.l1_table_offset + len;
+    if header.l1_size > 0 && end > file_len {
+        return Err(Error::corrupt(format!(
+            "header: L1 table at {:#x} with {} entries ends behind the file's end ({file_len:#x})",
+            header.l1_table_offset, header.l1_size
+        )));
+    }
+    // At most 32 MiB, and the file has them.
+    let mut bytes = vec![0; len.next_multiple_of(512) as usize];
+    let there = (file_len - header.l1_table_offset.min(file_len)).min(bytes.len() as u64) as usize;
+    if let Some(part) = bytes.get_mut(..there).filter(|p| !p.is_empty() && len > 0) {
+        storage.read_at(header.l1_table_offset, part)?;
+    }
+    Ok(words_of(&bytes))
+}
+
+fn read_ref_table(storage: &dyn Storage, header: &Header, file_len: u64) -> Result<Vec<u64>> {
+    let len = u64::from(header.refcount_table_clusters) << header.cluster_bits;
+    if header.refcount_table_offset + len > file_len {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!(
+                "header: refcount table at {:#x} of {len:#x} bytes ends behind the file's end ({file_len:#x})",
+                header.refcount_table_offset
+            ),
+        ));
+    }
+    // At most 8 MiB.
+    let mut bytes = vec![0; len as usize];
+    storage.read_at(header.refcount_table_offset, &mut bytes)?;
+    Ok(words_of(&bytes))
+}
+
+/// Big-endian 64-bit words.
+pub(super) fn words_of(bytes: &[u8]) -> Vec<u64> {
+    bytes.chunks_exact(8).map(word_of).collect()
+}
+
+/// One big-endian word; fewer bytes are padded with zeros.
+pub(super) fn word_of(bytes: &[u8]) -> u64 {
+    let mut word = [0; 8];
+    for (to, from) in word.iter_mut().zip(bytes) {
+        *to = *from;
+    }
+    u64::from_be_bytes(word)
+}
+
+/// How many frames the cache gets.
+fn frame_count(geometry: &Geometry, budget: u64) -> usize {
+    let l2 = geometry.l2_slices();
+    // Refcounts for as many clusters as the disk has, and some for metadata.
+    let refs = (geometry.guest_clusters() >> geometry.slice_refcount_bits()) + 16;
+    let needed = l2.saturating_add(refs);
+    let min = FRAMES_MIN.max(FRAME_BYTES_MIN >> geometry.slice_bits);
+    needed.min(budget >> geometry.slice_bits).max(min) as usize
+}

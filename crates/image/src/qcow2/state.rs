@@ -1,0 +1,173 @@
+//! What the lock of an image guards, and how its parts say that they cannot answer yet.
+
+use super::alloc::Space;
+use super::cache::{Cache, Changed};
+use super::refcount::RefTable;
+use super::tickets::Tickets;
+use crate::{Key, Need, Step};
+use block::{Error, Result};
+use std::collections::HashSet;
+
+/// Why a question has no answer now.
+#[derive(Debug)]
+pub(super) enum Halt {
+    /// This must be done first, by whoever asked.
+    Need(Need),
+    /// Somebody else is at it.
+    Wait(Key),
+    /// Every frame is pinned by writes in flight: any of them ends that.
+    Busy,
+    /// It never will have.
+    Fail(Error),
+}
+
+impl From<Error> for Halt {
+    fn from(error: Error) -> Self {
+        Halt::Fail(error)
+    }
+}
+
+/// An answer, or why there is none.
+pub(super) type Ask<T> = std::result::Result<T, Halt>;
+
+/// Host clusters `first .. first + count` whose refcounts go down by one when the change that
+/// stopped referring to them is durable. Their refcount slices are pinned until then.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Deref {
+    pub(super) first: u64,
+    pub(super) count: u64,
+}
+
+/// Which sectors of an in-memory table changed since they were last written.
+#[derive(Debug)]
+pub(super) struct Sectors {
+    dirty: Vec<u64>,
+    flight: Vec<u64>,
+    any: bool,
+}
+
+impl Sectors {
+    /// For a table of `count` sectors.
+    pub(super) fn new(count: usize) -> Self {
+        Self {
+            dirty: vec![0; count.div_ceil(64)],
+            flight: vec![0; count.div_ceil(64)],
+            any: false,
+        }
+    }
+
+    /// Notes a change of the table's 64-bit entry `index`.
+    pub(super) fn mark_entry(&mut self, index: usize) {
+        let sector = index / 64;
+        if let Some(word) = self.dirty.get_mut(sector / 64) {
+            *word |= 1 << (sector % 64);
+            self.any = true;
+        }
+    }
+
+    pub(super) fn any(&self) -> bool {
+        self.any
+    }
+
+    /// Moves what is dirty into flight, telling `each` sector's number in order.
+    pub(super) fn take(&mut self, mut each: impl FnMut(usize)) {
+        if !std::mem::take(&mut self.any) {
+            return;
+        }
+        for (at, (dirty, flight)) in self.dirty.iter_mut().zip(&mut self.flight).enumerate() {
+            *flight |= std::mem::take(dirty);
+            let mut left = *flight;
+            while left != 0 {
+                each(at * 64 + left.trailing_zeros() as usize);
+                left &= left - 1;
+            }
+        }
+    }
+
+    /// What was in flight is durable, or dirty again.
+    pub(super) fn end(&mut self, ok: bool) {
+        for (dirty, flight) in self.dirty.iter_mut().zip(&mut self.flight) {
+            let flight = std::mem::take(flight);
+            if !ok && flight != 0 {
+                *dirty |= flight;
+                self.any = true;
+            }
+        }
+    }
+}
+
+/// How much of the growing lists the flush under way covers: the first so many of each.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Covered {
+    pub(super) running: bool,
+    pub(super) tables: usize,
+    pub(super) blocks: usize,
+    pub(super) derefs: usize,
+    pub(super) moved: bool,
+    pub(super) ordered: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) cache: Cache,
+    pub(super) refs: RefTable,
+    pub(super) space: Space,
+    pub(super) tickets: Tickets,
+    /// Host clusters that hold L2 tables and refcount blocks.
+    pub(super) meta: HashSet<u64>,
+    /// Host cluster ranges of the header and the L1 table.
+    pub(super) fixed: Vec<std::ops::Range<u64>>,
+    pub(super) l1_changed: Sectors,
+    /// L1 indices of tables that no flush has written yet.
+    pub(super) fresh_tables: Vec<u32>,
+    pub(super) derefs: Vec<Deref>,
+    /// Whether something became referenced since the last flush began: only then
+    /// must stage 1 be durable before stage 2.
+    pub(super) ordered: bool,
+    pub(super) covered: Covered,
+    /// Kept from flush to flush for its memory.
+    pub(super) scratch: Vec<Changed>,
+}
+
+/// New L2 tables that may wait for a flush.
+pub(super) const FRESH_TABLES_MAX: usize = 1024;
+/// Dereferences that may wait for a flush.
+pub(super) const DEREFS_MAX: usize = 65536;
+
+impl State {
+    /// Whether host cluster `cluster` holds metadata.
+    pub(super) fn is_meta(&self, cluster: u64) -> bool {
+        self.fixed.iter().any(|r| r.contains(&cluster))
+            || self.refs.holds(cluster)
+            || self.meta.contains(&cluster)
+    }
+
+    /// Halts when metadata must be flushed before more of it is changed.
+    pub(super) fn admit(&self) -> Ask<()> {
+        if self.fresh_tables.len() >= FRESH_TABLES_MAX || self.derefs.len() >= DEREFS_MAX {
+            return Err(Halt::Need(Need::Commit));
+        }
+        if self.cache.crowded() {
+            // Pins of writes in flight go away by themselves; a flush would not help.
+            if self.cache.pins_crowd() && self.derefs.is_empty() && !self.cache.is_dirty() {
+                return Err(Halt::Busy);
+            }
+            return Err(Halt::Need(Need::Commit));
+        }
+        Ok(())
+    }
+
+    /// The answer as the contract wants it.
+    pub(super) fn step<T>(&self, ask: Ask<T>) -> Result<Step<T>> {
+        match ask {
+            Ok(answer) => Ok(Step::Done(answer)),
+            Err(Halt::Need(need)) => Ok(Step::Need(need)),
+            Err(Halt::Wait(key)) => Ok(Step::Wait(key)),
+            Err(Halt::Busy) => match self.tickets.any_key() {
+                Some(key) => Ok(Step::Wait(key)),
+                None => Ok(Step::Need(Need::Commit)),
+            },
+            Err(Halt::Fail(error)) => Err(error),
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! Planning writes: in place, or into clusters of their own.
+
+use super::Qcow2;
+use super::entry::{COPIED, Entry, FRESH, FRESH_ZEROED};
+use super::map::Place;
+use super::state::{Ask, Deref, FRESH_TABLES_MAX, Halt, State};
+use super::tickets::{Pending, Tickets};
+use crate::{Allocation, FileId, Fill, Need, Plan, Ticket};
+use block::{GuestOffset, HostOffset};
+use std::sync::atomic::Ordering;
+
+/// Bytes of one allocation, unless a cluster is larger.
+const ALLOC_BYTES_MAX: u64 = 2 << 20;
+
+impl Qcow2 {
+    /// The raw L2 entry of a cluster whose slice is in `frame`.
+    pub(super) fn l2_raw(&self, frame: u32, index: usize) -> u64 {
+        let words = self.tables.words(frame);
+        words.get(index).map_or(0, |w| w.load(Ordering::Relaxed))
+    }
+
+    /// Gives L1 entry `place.l1` a table if it has none, and sees to it that the table may be changed.
+    pub(super) fn writable_table(&self, st: &mut State, place: &Place) -> Ask<()> {
+        // Under the lock it may have changed since `place` was made.
+        let Some(entry) = self.tables.l1.get(place.l1) else {
+            return Ok(());
+        };
+        let raw = entry.load(Ordering::Acquire);
+        let table = self
+            .geometry
+            .decode_l1(raw)
+            .map_err(|bad| self.bad_l1(place.l1, bad))?;
+        if table != 0 {
+            return self.own_table(st, place.l1, raw);
+        }
+        if st.fresh_tables.len() >= FRESH_TABLES_MAX {
+            return Err(Halt::Need(Need::Commit));
+        }
+        let piece = self.alloc_meta(st)?;
+        let marks = if piece.zeroed {
+            FRESH | FRESH_ZEROED
+        } else {
+            FRESH
+        };
+        let host = piece.first << self.geometry.cluster_bits;
+        entry.store(host | COPIED | marks, Ordering::Release);
+        st.l1_changed.mark_entry(place.l1);
+        // At most 4 Mi L1 entries.
+        st.fresh_tables.push(place.l1 as u32);
+        Ok(())
+    }
+
+    /// Host clusters that a compressed cluster's bytes touch.
+    pub(super) fn compressed_clusters(&self, offset: u64, len: u64) -> Deref {
+        let bits = self.geometry.cluster_bits;
+        let first = offset >> bits;
+        Deref {
+            first,
+            count: ((offset + len - 1) >> bits) - first + 1,
+        }
+    }
+
+    pub(super) fn plan_allocating(&self, st: &mut State, at: GuestOffset, len: u64) -> Ask<Plan> {
+        let g = &self.geometry;
+        let cluster = at.0 >> g.cluster_bits;
+        if let Some(key) = st.tickets.busy(cluster) {
+            return Err(Halt::Wait(key));
+        }
+        st.admit()?;
+        if st.tickets.is_full() {
+            return Err(Halt::Busy);
+        }
+        let place = self.place(cluster);
+        self.writable_table(st, &place)?;
+        let place = self.place(cluster);
+        let frame = self.l2_frame(st, &place)?;
+        // It must not leave while the rest is looked for, nor before the commit.
+        st.cache.pin(frame);
+        let plan = self.plan_at(st, at, len, frame, &place);
+        match &plan {
+            Ok(Plan::Allocate(_)) => {}
+            _ => st.cache.unpin(frame),
+        }
+        plan
+    }
+
+    fn plan_at(
+        &self,
+        st: &mut State,
+        at: GuestOffset,
+        len: u64,
+        frame: u32,
+        place: &Place,
+    ) -> Ask<Plan> {
+        let g = &self.geometry;
+        let cluster = at.0 >> g.cluster_bits;
+        let entry = g
+            .decode(self.l2_raw(frame, place.index))
+            .map_err(|bad| self.bad_l2(cluster, bad))?;
+        // How many clusters the caller's bytes touch, within what one allocation may be.
+        let want = ((at.0 + len - 1) >> g.cluster_bits) - cluster + 1;
+        let want = want
+            .min((g.slice_words() - place.index) as u64)
+            .min((ALLOC_BYTES_MAX >> g.cluster_bits).max(1))
+            .min(st.tickets.next_start(cluster) - cluster);
+        let like = |same: &dyn Fn(u64, Entry) -> bool| {
+            (0..want)
+                .take_while(|i| {
+                    let raw = self.l2_raw(frame, place.index + *i as usize);
+                    g.decode(raw).is_ok_and(|e| same(*i, e))
+                })
+                .count() as u64
+        };
+        let unread = if g.has_backing {
+            Fill::Existing
+        } else {
+            Fill::Zero
+        };
+        let (count, fill, old) = match entry {
+            Entry::Data { host, copied: true } => {
+                // Someone committed since the caller looked.
+                let count = like(&|i, e| {
+                    e == Entry::Data {
+                        host: host + (i << g.cluster_bits),
+                        copied: true,
+                    }
+                });
+                let skip = at.0 & (g.cluster() - 1);
+                return Ok(Plan::InPlace {
+                    file: FileId::IMAGE,
+                    offset: HostOffset(host + skip),
+                    len: len.min((count << g.cluster_bits) - skip),
+                });
+            }
+            Entry::Zero {
+                host: Some(host),
+                copied: true,
+            } => {
+                let count = like(&|i, e| {
+                    e == Entry::Zero {
+                        host: Some(host + (i << g.cluster_bits)),
+                        copied: true,
+                    }
+                });
+                let pending = Pending {
+                    start: cluster,
+                    count,
+                    host: host >> g.cluster_bits,
+                    l2_frame: frame,
+                    ref_frame: None,
+                    old: None,
+                };
+                return self.ticket(st, pending, at, len, Fill::Zero, false);
+            }
+            Entry::Data { host, .. } => {
+                (1, Fill::Existing, Some(self.compressed_clusters(host, 1)))
+            }
+            Entry::Zero {
+                host: Some(host), ..
+            } => (1, Fill::Zero, Some(self.compressed_clusters(host, 1))),
+            Entry::Compressed { offset, len } => (
+                1,
+                Fill::Existing,
+                Some(self.compressed_clusters(offset, len)),
+            ),
+            Entry::Zero { host: None, .. } => {
+                let same = |_, e: Entry| matches!(e, Entry::Zero { host: None, .. });
+                (like(&same), Fill::Zero, None)
+            }
+            Entry::Unallocated => (like(&|_, e| e == Entry::Unallocated), unread, None),
+        };
+        if let Some(old) = old {
+            self.pin_old(st, old)?;
+        }
+        let piece = match self.alloc(st, count) {
+            Ok(piece) => piece,
+            Err(halt) => {
+                if let Some(old) = old {
+                    self.unpin_old(st, old);
+                }
+                return Err(halt);
+            }
+        };
+        st.cache.pin(piece.frame);
+        let pending = Pending {
+            start: cluster,
+            count: piece.count,
+            host: piece.first,
+            l2_frame: frame,
+            ref_frame: Some(piece.frame),
+            old,
+        };
+        self.ticket(st, pending, at, len, fill, piece.zeroed)
+    }
+
+    fn ticket(
+        &self,
+        st: &mut State,
+        pending: Pending,
+        at: GuestOffset,
+        len: u64,
+        fill: Fill,
+        zeroed: bool,
+    ) -> Ask<Plan> {
+        let g = &self.geometry;
+        let Some(ticket) = st.tickets.add(pending) else {
+            // `is_full` was asked under the same lock.
+            debug_assert!(false, "the table of allocations overflowed");
+            return Err(Halt::Busy);
+        };
+        let start = pending.start << g.cluster_bits;
+        let bytes = pending.count << g.cluster_bits;
+        let write_len = len.min(start + bytes - at.0);
+        // A tail behind the disk's end needs no care: nobody can read it before the
+        // disk grows, and it is filled like the rest.
+        let whole = at.0 == start && write_len == bytes;
+        Ok(Plan::Allocate(Allocation {
+            ticket,
+            key: Tickets::key(ticket),
+            file: FileId::IMAGE,
+            host: HostOffset(pending.host << g.cluster_bits),
+            start: GuestOffset(start),
+            len: bytes,
+            write_len,
+            zeroed,
+            fill: if whole { Fill::Nothing } else { fill },
+        }))
+    }
+
+    /// Ends an allocation: the clusters become the guest's (`commit`), or are free again.
+    pub(super) fn end_ticket(&self, st: &mut State, ticket: Ticket, commit: bool) {
+        let Some(pending) = st.tickets.remove(ticket) else {
+            tracing::warn!(image = self.name, ticket = ticket.0, "no such allocation");
+            return;
+        };
+        let g = &self.geometry;
+        if commit {
+            let first = self.place(pending.start).index;
+            for i in 0..pending.count {
+                let cluster = pending.host + i;
+                if let Some(frame) = pending.ref_frame {
+                    self.set_refcount(st, frame, cluster, 1);
+                }
+                let raw = cluster << g.cluster_bits | COPIED;
+                st.cache
+                    .set(&self.tables, g, pending.l2_frame, first + i as usize, raw);
+            }
+            st.ordered = true;
+        } else if pending.ref_frame.is_some() {
+            st.space.add(super::alloc::Run {
+                first: pending.host,
+                count: pending.count,
+                // Parts may have been written.
+                zeroed: false,
+            });
+        }
+        match pending.old {
+            // Stays pinned until the dereference is applied.
+            Some(old) if commit => self.dereference(st, old),
+            Some(old) => self.unpin_old(st, old),
+            None => {}
+        }
+        if let Some(frame) = pending.ref_frame {
+            st.cache.unpin(frame);
+        }
+        st.cache.unpin(pending.l2_frame);
+    }
+}

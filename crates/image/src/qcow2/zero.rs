@@ -1,0 +1,222 @@
+//! Discarding and zeroing.
+//!
+//! | the cluster is | discard | zero, unmap | zero, keep |
+//! |---|---|---|---|
+//! | data | free | free | zero flag over the cluster |
+//! | compressed, shared | free | free | free |
+//! | zero over a cluster | free | free | as it is |
+//! | unallocated, no backing file | as it is | as it is | as it is |
+//! | unallocated, backing file | as it is | zero flag | zero flag |
+//!
+//! *Free* leaves the zero flag where there is a backing file, since its bytes must not show again, and
+//! nothing otherwise. Version 2 has no zero flag: with a backing file a discard does nothing
+//! and zeros are written.
+
+use super::Qcow2;
+use super::entry::{COPIED, Entry, OFFSET_MASK, SECTOR, ZERO};
+use super::state::{Ask, Deref, Halt, State};
+use crate::{FileId, ZeroMode, ZeroPlan};
+use block::{GuestOffset, HostOffset};
+
+/// What becomes of one whole cluster.
+enum Change {
+    /// Nothing: it is as wanted.
+    Keep,
+    /// The entry becomes this, and the old clusters are dereferenced.
+    To(u64, Option<Deref>),
+    /// The answer is another than a change of the table.
+    Other(ZeroPlan),
+}
+
+impl Qcow2 {
+    pub(super) fn plan_zeroes(
+        &self,
+        st: &mut State,
+        at: GuestOffset,
+        len: u64,
+        mode: ZeroMode,
+    ) -> Ask<ZeroPlan> {
+        let g = &self.geometry;
+        let cluster = at.0 >> g.cluster_bits;
+        if let Some(key) = st.tickets.busy(cluster) {
+            return Err(Halt::Wait(key));
+        }
+        let end = at.0 + len;
+        let cluster_end = ((cluster + 1) << g.cluster_bits).min(g.size);
+        let whole = at.0 == cluster << g.cluster_bits && end >= cluster_end;
+        let discard = mode == ZeroMode::Discard;
+        let place = self.place(cluster);
+        let table = g
+            .decode_l1(place.raw)
+            .map_err(|bad| self.bad_l1(place.l1, bad))?;
+        if table == 0 && (discard || !g.has_backing) {
+            let covers = 1u64 << (g.l2_bits() + g.cluster_bits);
+            let room = covers - (at.0 & (covers - 1));
+            return Ok(ZeroPlan::Skip { len: len.min(room) });
+        }
+        if !whole {
+            let part = len.min(cluster_end - at.0);
+            if discard {
+                return Ok(ZeroPlan::Skip { len: part });
+            }
+            if table == 0 {
+                return Ok(ZeroPlan::Write { len: part });
+            }
+            return self.zero_part(st, at, part);
+        }
+        st.admit()?;
+        if table == 0 && g.version < 3 {
+            // Backing file, no zero flag.
+            return Ok(ZeroPlan::Write {
+                len: cluster_end - at.0,
+            });
+        }
+        self.writable_table(st, &place)?;
+        self.zero_clusters(st, at, len, mode)
+    }
+
+    /// Zeroes `len` bytes within one cluster whose table exists.
+    fn zero_part(&self, st: &mut State, at: GuestOffset, len: u64) -> Ask<ZeroPlan> {
+        let g = &self.geometry;
+        let cluster = at.0 >> g.cluster_bits;
+        let place = self.place(cluster);
+        let frame = self.l2_frame(st, &place)?;
+        let entry = g
+            .decode(self.l2_raw(frame, place.index))
+            .map_err(|bad| self.bad_l2(cluster, bad))?;
+        Ok(match entry {
+            Entry::Zero { .. } => ZeroPlan::Skip { len },
+            Entry::Unallocated if !g.has_backing => ZeroPlan::Skip { len },
+            Entry::Data { host, copied: true } if place.raw & COPIED != 0 => {
+                let offset = host + (at.0 & (g.cluster() - 1));
+                if (offset | len).is_multiple_of(SECTOR) {
+                    ZeroPlan::Host {
+                        file: FileId::IMAGE,
+                        offset: HostOffset(offset),
+                        len,
+                    }
+                } else {
+                    ZeroPlan::Write { len }
+                }
+            }
+            _ => ZeroPlan::Write { len },
+        })
+    }
+
+    fn change(&self, entry: Entry, raw: u64, mode: ZeroMode, len: u64) -> Change {
+        let g = &self.geometry;
+        let discard = mode == ZeroMode::Discard;
+        let keep = mode == ZeroMode::Zero { unmap: false };
+        let flag = g.version >= 3;
+        let old = match entry {
+            Entry::Unallocated if discard || !g.has_backing => return Change::Keep,
+            Entry::Zero { host: None, .. } => return Change::Keep,
+            Entry::Unallocated => None,
+            Entry::Zero { host: Some(_), .. } if keep => return Change::Keep,
+            Entry::Data { copied: true, .. } if keep && flag => {
+                return Change::To(raw | ZERO, None);
+            }
+            Entry::Data { host, copied: true } if !flag && (keep || g.has_backing && !discard) => {
+                return Change::Other(match len % SECTOR {
+                    0 => ZeroPlan::Host {
+                        file: FileId::IMAGE,
+                        offset: HostOffset(host),
+                        len,
+                    },
+                    _ => ZeroPlan::Write { len },
+                });
+            }
+            Entry::Data { host, .. }
+            | Entry::Zero {
+                host: Some(host), ..
+            } => Some(self.compressed_clusters(host, 1)),
+            Entry::Compressed { offset, len } => Some(self.compressed_clusters(offset, len)),
+        };
+        match (g.has_backing, flag) {
+            (false, _) => Change::To(0, old),
+            (true, true) => Change::To(ZERO, old),
+            (true, false) if discard => Change::Keep,
+            (true, false) => Change::Other(ZeroPlan::Write { len }),
+        }
+    }
+
+    /// Zeroes or discards whole clusters from `at` on, within one slice of a table that exists.
+    fn zero_clusters(
+        &self,
+        st: &mut State,
+        at: GuestOffset,
+        len: u64,
+        mode: ZeroMode,
+    ) -> Ask<ZeroPlan> {
+        let g = &self.geometry;
+        let first = at.0 >> g.cluster_bits;
+        let place = self.place(first);
+        let frame = self.l2_frame(st, &place)?;
+        // Loads of refcounts must not evict it.
+        st.cache.pin(frame);
+        let end = at.0 + len;
+        // Whole clusters; the last one is whole when it reaches the disk's end.
+        let clusters = match end == g.size {
+            true => g.guest_clusters() - first,
+            false => (end >> g.cluster_bits) - first,
+        };
+        let clusters = clusters
+            .min((g.slice_words() - place.index) as u64)
+            .min(st.tickets.next_start(first) - first);
+        let mut changed = false;
+        let mut done = 0;
+        let mut answer = None;
+        while done < clusters {
+            let index = place.index + done as usize;
+            let raw = self.l2_raw(frame, index);
+            let start = (first + done) << g.cluster_bits;
+            let bytes = (end - start).min(g.cluster());
+            let change = match g.decode(raw) {
+                Ok(entry) => self.change(entry, raw, mode, bytes),
+                Err(bad) => {
+                    answer = Some(Err(Halt::Fail(self.bad_l2(first + done, bad))));
+                    break;
+                }
+            };
+            match change {
+                Change::Keep => {}
+                Change::To(to, old) => {
+                    if let Some(old) = old {
+                        if let Err(halt) = st.admit().and_then(|()| self.pin_old(st, old)) {
+                            answer = Some(Err(halt));
+                            break;
+                        }
+                        self.dereference(st, old);
+                    }
+                    debug_assert!(to & OFFSET_MASK == 0 || to & COPIED != 0);
+                    st.cache.set(&self.tables, g, frame, index, to);
+                    changed = true;
+                }
+                Change::Other(plan) => {
+                    answer = Some(Ok(plan));
+                    break;
+                }
+            }
+            done += 1;
+        }
+        st.cache.unpin(frame);
+        let len = (done << g.cluster_bits).min(len);
+        match answer {
+            // What was found in the way concerns the next call.
+            Some(answer) if done == 0 => answer,
+            Some(Err(Halt::Need(crate::Need::Load(load)))) => {
+                // Nobody would carry out this need: give it up, to be asked for again.
+                self.drop_load(st, &load);
+                Ok(Self::zeroed(changed, len))
+            }
+            _ => Ok(Self::zeroed(changed, len)),
+        }
+    }
+
+    fn zeroed(changed: bool, len: u64) -> ZeroPlan {
+        match changed {
+            true => ZeroPlan::Done { len },
+            false => ZeroPlan::Skip { len },
+        }
+    }
+}
