@@ -1,1 +1,7 @@
-//! export
+//! Exports: what clients speak to block requests and back.
+//!
+//! An export is a listener on a control thread and sessions on the I/O threads of [`worker`]; each
+//! session owns a [`disk::DiskQueue`]. [`vhost_user`] serves virtual machines over shared memory.
+
+pub mod vhost_user;
+pub mod worker;

@@ -1,0 +1,449 @@
+//! A virtqueue on a worker: the data path. Unsafe code: it lends guest memory to the disk.
+//!
+//! ```text
+//!   kick ─▶ ready
+//!           run:   take      avail ring ─▶ walk ─▶ parse ─▶ DiskQueue::submit
+//!                  deliver   DiskQueue::done ─▶ status byte ─▶ used ring
+//!                  publish   used.idx, and one call for the batch if the driver asked for it
+//!           idle:  notifications on, look once more
+//! ```
+//!
+//! Every request has a slot from a table made when the queue starts; its vector of pieces
+//! keeps its capacity. In the steady state nothing is allocated and nothing is locked.
+
+use super::{
+    chain::Chain,
+    memory::{self, GuestMemory},
+    request::{self, Limits, SEGMENTS_MAX, Segment, Task},
+    ring::{Ring, RingAddresses},
+    spec::{Status, feature},
+};
+use crate::worker::{Cx, Session};
+use block::{Error, GuestError, GuestOffset, Op, Result};
+use disk::{Disk, DiskQueue, QueueOptions, Request};
+use io::{Completion, EventFd};
+use std::{
+    os::fd::AsFd,
+    ptr,
+    sync::{Arc, mpsc::SyncSender},
+};
+
+/// The key under which the kick is watched.
+const KICK: u32 = 1;
+
+/// Everything that a queue needs to start.
+pub(super) struct Setup {
+    /// Its number, for messages.
+    pub index: usize,
+    pub disk: Arc<Disk>,
+    pub memory: Arc<GuestMemory>,
+    pub addresses: RingAddresses,
+    pub size: u16,
+    pub next_avail: u16,
+    pub limits: Limits,
+    pub kick: EventFd,
+    pub call: Option<EventFd>,
+    pub err: Option<EventFd>,
+}
+
+/// A queue's state when it has stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stopped {
+    /// Entry of the available ring that was not taken yet.
+    pub next_avail: u16,
+}
+
+/// A request's place while the disk has it.
+struct Slot {
+    chain: Chain,
+    head: u16,
+    /// Bytes that a success writes to the guest, the status not counted.
+    written: u32,
+    /// Discard and write zeroes: the segments, and which of them is under way.
+    segments: [Segment; SEGMENTS_MAX],
+    segment: usize,
+    segment_count: usize,
+    discard: bool,
+    /// What the disk was last asked, for when it had no room.
+    request: Request,
+}
+
+impl Slot {
+    fn new() -> Self {
+        Self {
+            chain: Chain::new(),
+            head: 0,
+            written: 0,
+            segments: [Segment::default(); SEGMENTS_MAX],
+            segment: 0,
+            segment_count: 0,
+            discard: false,
+            request: Request {
+                op: Op::Flush,
+                at: GuestOffset(0),
+                len: 0,
+                iov: ptr::null(),
+                iov_len: 0,
+                tag: 0,
+                seen_ns: 0,
+            },
+        }
+    }
+}
+
+/// A running virtqueue.
+pub(super) struct Queue {
+    index: usize,
+    ring: Ring,
+    /// There until the queue has stopped.
+    disk: Option<DiskQueue>,
+    limits: Limits,
+    slots: Box<[Slot]>,
+    free: Vec<u16>,
+    /// Slots whose request the disk had no room for.
+    refused: Vec<u16>,
+    kick: EventFd,
+    call: Option<EventFd>,
+    err: Option<EventFd>,
+    /// The ring made no sense: nothing is taken from it any more.
+    broken: bool,
+    /// Takes nothing more; ends when nothing is in flight.
+    draining: bool,
+    drained: Vec<SyncSender<Stopped>>,
+}
+
+impl Queue {
+    /// Starts the queue on the worker of `cx`, as its current session.
+    pub fn start(setup: Setup, cx: &mut Cx) -> Result<Self> {
+        let event_idx = setup.limits.features & feature::RING_EVENT_IDX != 0;
+        let ring = Ring::new(
+            setup.memory,
+            setup.addresses,
+            setup.size,
+            setup.next_avail,
+            event_idx,
+        )?;
+        let options = QueueOptions {
+            depth: setup.size,
+            token_base: cx.token_base(),
+            waker: cx.waker().clone(),
+        };
+        let disk = DiskQueue::attach(&setup.disk, cx.engine(), options)?;
+        if let Err(error) = cx.watch(setup.kick.as_fd(), KICK, false) {
+            disk.detach(cx.engine());
+            return Err(error);
+        }
+        Ok(Self {
+            index: setup.index,
+            ring,
+            disk: Some(disk),
+            limits: setup.limits,
+            slots: (0..setup.size).map(|_| Slot::new()).collect(),
+            free: (0..setup.size).rev().collect(),
+            refused: Vec::with_capacity(usize::from(setup.size)),
+            kick: setup.kick,
+            call: setup.call,
+            err: setup.err,
+            broken: false,
+            draining: false,
+            drained: Vec::new(),
+        })
+    }
+
+    /// Replaces the descriptor that tells the driver of finished requests. It is written
+    /// once, since a notification may have gone to the old one.
+    pub fn set_call(&mut self, call: Option<EventFd>) {
+        self.call = call;
+        self.notify();
+    }
+
+    /// Replaces the descriptor that tells the driver of a broken ring.
+    pub fn set_err(&mut self, err: Option<EventFd>) {
+        self.err = err;
+    }
+
+    /// Takes nothing more from the ring; when everything taken is done, the queue leaves the
+    /// worker and tells `drained`.
+    pub fn drain(&mut self, drained: SyncSender<Stopped>) {
+        self.draining = true;
+        self.drained.push(drained);
+    }
+
+    fn notify(&self) {
+        if let Some(call) = &self.call
+            && let Err(error) = call.write()
+        {
+            // The front-end's descriptor: its loss.
+            tracing::debug!(queue = self.index, %error, "cannot notify the driver");
+        }
+    }
+
+    #[cold]
+    fn break_down(&mut self, why: std::fmt::Arguments<'_>) {
+        self.broken = true;
+        tracing::warn!(queue = self.index, "virtqueue is broken and stops: {why}");
+        if let Some(err) = &self.err {
+            let _ = err.write();
+        }
+    }
+
+    /// Takes what the driver made available and hands it to the disk.
+    fn take(&mut self, cx: &mut Cx) -> bool {
+        if self.broken || self.draining {
+            return false;
+        }
+        let mut any = false;
+        let mut seen_ns = 0;
+        while let Some(&slot) = self.free.last() {
+            let head = match self.ring.pop() {
+                Ok(Some(head)) => head,
+                Ok(None) => break,
+                Err(overrun) => {
+                    self.break_down(format_args!(
+                        "available index {} is too far ahead of {}",
+                        overrun.idx, overrun.next
+                    ));
+                    break;
+                }
+            };
+            if !any {
+                any = true;
+                seen_ns = disk::now_ns();
+                self.ring.disable_notify();
+            }
+            self.free.pop();
+            if !self.begin(cx, slot, head, seen_ns) {
+                // Not in flight, and never to be answered.
+                self.free.push(slot);
+                break;
+            }
+        }
+        any
+    }
+
+    /// Starts the request at `head`; `false` when the queue broke on it.
+    fn begin(&mut self, cx: &mut Cx, index: u16, head: u16, seen_ns: u64) -> bool {
+        let indirect = self.limits.features & feature::RING_INDIRECT_DESC != 0;
+        let slot = &mut self.slots[usize::from(index)];
+        if let Err(fault) = slot.chain.walk(&self.ring, head, indirect) {
+            self.break_down(format_args!("{fault}"));
+            return false;
+        }
+        let Ok(task) = request::parse(&mut slot.chain, &self.limits, &mut slot.segments) else {
+            self.break_down(format_args!(
+                "descriptor chain {head} has no byte for a status"
+            ));
+            return false;
+        };
+        slot.head = head;
+        slot.written = 0;
+        slot.segment_count = 0;
+        match task {
+            Task::Answer { status, written } => {
+                slot.written = written;
+                self.finish(index, status);
+            }
+            Task::Single { op, at, len, iov } => {
+                let pieces = &slot.chain.iov[iov];
+                if op == Op::Read {
+                    // At most REQUEST_BYTES_MAX.
+                    slot.written = len as u32;
+                }
+                slot.request = Request {
+                    op,
+                    at,
+                    len,
+                    iov: pieces.as_ptr(),
+                    iov_len: pieces.len() as u32,
+                    tag: u64::from(index),
+                    seen_ns,
+                };
+                self.submit(cx, index);
+            }
+            Task::Segments { discard, count } => {
+                slot.discard = discard;
+                slot.segment = 0;
+                slot.segment_count = count;
+                slot.request.seen_ns = seen_ns;
+                slot.request.tag = u64::from(index);
+                slot.request.iov = ptr::null();
+                slot.request.iov_len = 0;
+                self.submit_segment(cx, index);
+            }
+        }
+        true
+    }
+
+    /// Hands the current segment of a slot to the disk, or ends the request behind the last.
+    fn submit_segment(&mut self, cx: &mut Cx, index: u16) {
+        let slot = &mut self.slots[usize::from(index)];
+        let left = &slot.segments[slot.segment..slot.segment_count];
+        // A segment of no sectors is legal, and done.
+        let Some(skip) = left.iter().position(|segment| segment.len > 0) else {
+            self.finish(index, Status::Ok);
+            return;
+        };
+        slot.segment += skip;
+        let segment = slot.segments[slot.segment];
+        slot.request.op = if slot.discard {
+            Op::Discard
+        } else {
+            Op::WriteZeroes {
+                unmap: segment.unmap,
+                fast: false,
+                fua: false,
+            }
+        };
+        slot.request.at = GuestOffset(segment.at);
+        slot.request.len = segment.len;
+        self.submit(cx, index);
+    }
+
+    fn submit(&mut self, cx: &mut Cx, index: u16) {
+        let request = self.slots[usize::from(index)].request;
+        let Some(disk) = &mut self.disk else {
+            return;
+        };
+        // SAFETY: the pieces are in the slot's chain, which is not touched before the request's
+        // `Done` was taken. They describe guest memory that stays mapped, since `self.ring`
+        // holds it and a queue is dropped only when nothing is in flight (a worker's engine
+        // is dropped before its sessions otherwise). No reference to guest memory exists.
+        if unsafe { disk.submit(cx.engine(), request) }.is_err() {
+            self.refused.push(index);
+        }
+    }
+
+    /// Answers the requests that the disk is done with.
+    fn deliver(&mut self, cx: &mut Cx) -> bool {
+        let mut any = false;
+        while let Some(done) = self.disk.as_mut().and_then(DiskQueue::done) {
+            any = true;
+            // The tag is the slot's number, as `begin` set it.
+            let index = done.tag as u16;
+            let slot = &mut self.slots[usize::from(index)];
+            match done.result {
+                Ok(()) if slot.segment_count > 0 => {
+                    slot.segment += 1;
+                    self.submit_segment(cx, index);
+                }
+                Ok(()) => self.finish(index, Status::Ok),
+                Err(error) => {
+                    slot.written = 0;
+                    let status = match error {
+                        GuestError::Unsupported => Status::Unsupp,
+                        _ => Status::IoErr,
+                    };
+                    self.finish(index, status);
+                }
+            }
+        }
+        any
+    }
+
+    /// Writes a request's status and puts it into the used ring.
+    fn finish(&mut self, index: u16, status: Status) {
+        let slot = &mut self.slots[usize::from(index)];
+        // SAFETY: `walk` found the status byte in guest memory (`parse` refuses a chain without
+        // one), and `self.ring` keeps it mapped.
+        unsafe { memory::write(slot.chain.status, &[status as u8]) };
+        self.ring.push(slot.head, slot.written.saturating_add(1));
+        self.free.push(index);
+    }
+
+    fn retry_refused(&mut self, cx: &mut Cx) {
+        for _ in 0..self.refused.len() {
+            // Taken from the front would keep their order, but any order is allowed.
+            if let Some(index) = self.refused.pop() {
+                self.submit(cx, index);
+            }
+        }
+    }
+
+    /// Leaves the worker when nothing is in flight any more.
+    fn try_end(&mut self, cx: &mut Cx) {
+        let idle = self.free.len() == self.slots.len();
+        if !idle || self.disk.as_ref().is_some_and(DiskQueue::is_busy) {
+            return;
+        }
+        if let Some(disk) = self.disk.take() {
+            disk.detach(cx.engine());
+            if let Err(error) = cx.unwatch(self.kick.as_fd(), KICK) {
+                tracing::debug!(queue = self.index, %error, "cannot stop watching a kick");
+            }
+        }
+        for drained in self.drained.drain(..) {
+            let _ = drained.try_send(Stopped {
+                next_avail: self.ring.next_avail(),
+            });
+        }
+        cx.close();
+    }
+}
+
+impl Session for Queue {
+    fn ready(&mut self, cx: &mut Cx, _key: u32) {
+        // Its value says how many kicks came; what they were for is in the ring.
+        if let Err(error) = self.kick.read() {
+            self.break_down(format_args!("{error}"));
+            let _ = cx.unwatch(self.kick.as_fd(), KICK);
+        }
+    }
+
+    fn completed(&mut self, cx: &mut Cx, completion: &Completion) {
+        if let Some(disk) = &mut self.disk {
+            disk.completed(cx.engine(), completion);
+        }
+    }
+
+    fn run(&mut self, cx: &mut Cx) -> bool {
+        let mut any = self.deliver(cx);
+        if !self.refused.is_empty() {
+            self.retry_refused(cx);
+        }
+        any |= self.take(cx);
+        if let Some(disk) = &mut self.disk {
+            disk.advance(cx.engine());
+        }
+        any |= self.deliver(cx);
+        if self.ring.publish() {
+            self.notify();
+        }
+        if self.draining {
+            self.try_end(cx);
+        }
+        any
+    }
+
+    fn idle(&mut self, _cx: &mut Cx) -> bool {
+        // Without a free slot there is nothing to be told: a completion goes on.
+        if self.broken || self.draining || self.free.is_empty() {
+            return true;
+        }
+        let quiet = self.ring.enable_notify();
+        if !quiet {
+            self.ring.disable_notify();
+        }
+        quiet
+    }
+
+    fn stop(&mut self, cx: &mut Cx) {
+        self.draining = true;
+        self.try_end(cx);
+    }
+}
+
+/// A descriptor from a front-end, which must be an eventfd: anything else could be
+/// readable for ever, or block a worker that writes to it.
+pub(super) fn eventfd(file: std::fs::File) -> Result<EventFd> {
+    use std::os::fd::AsRawFd;
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let name = std::fs::read_link(link).unwrap_or_default();
+    if name.as_os_str() != "anon_inode:[eventfd]" {
+        return Err(Error::invalid(format!(
+            "a kick, call or error descriptor is {}, not an eventfd",
+            name.display()
+        )));
+    }
+    rustix::io::ioctl_fionbio(&file, true).map_err(|e| Error::os("FIONBIO", e.into()))?;
+    Ok(EventFd::from_fd(file.into()))
+}
