@@ -123,10 +123,10 @@ fn entry(layer: &Layer) -> Result<Entry> {
 
 fn engine(chain: &Chain) -> Result<Engine> {
     let files: Vec<_> = chain.layers.iter().flat_map(|l| l.files.clone()).collect();
-    let _ = (Aio::Auto, &files);
+    let choice = io::choose(Aio::Auto, &files)?;
     Ok(Engine {
-        name: "threads".into(),
-        reason: "not chosen yet".into(),
+        name: choice.kind.to_string(),
+        reason: choice.reason,
     })
 }
 

@@ -250,8 +250,11 @@ fn open_image(
     Ok(match format {
         Format::Raw => Arc::new(Raw::open(storage)?),
         Format::Qcow2 => {
-            let _ = (read_only, qcow2::Header::read(storage)?);
-            return Err(Error::unsupported("qcow2 cannot be opened yet"));
+            let options = qcow2::OpenOptions {
+                read_only,
+                cache_bytes: options.cache_bytes,
+            };
+            Arc::new(qcow2::Qcow2::open(storage, &options)?)
         }
         Format::Null => {
             return Err(Error::invalid("null is no format of a file: say null:SIZE"));
