@@ -1,6 +1,13 @@
 //! Which engine to use, and making it.
 
-use crate::{Aio, Engine, EngineKind, File, FileKind, runner::Runner, threads::Threads};
+use crate::{
+    Aio, Engine, EngineKind, File, FileKind,
+    native::Native,
+    runner::Runner,
+    sim::Sim,
+    threads::Threads,
+    uring::{self, Uring},
+};
 use block::{Error, Result};
 use std::sync::Arc;
 
@@ -33,12 +40,12 @@ pub struct Choice {
 
 /// Makes an engine. It belongs to the thread that first turns it.
 pub fn open_engine(kind: EngineKind, options: &EngineOptions) -> Result<Box<dyn Engine>> {
-    match kind {
-        EngineKind::Threads => Ok(Box::new(Runner::new(options, Threads::new)?)),
-        EngineKind::Native | EngineKind::IoUring | EngineKind::Sim => Err(Error::unsupported(
-            format!("the engine '{kind}' is not built in"),
-        )),
-    }
+    Ok(match kind {
+        EngineKind::Threads => Box::new(Runner::new(options, Threads::new)?),
+        EngineKind::Native => Box::new(Runner::new(options, |waker| Native::new(options, waker))?),
+        EngineKind::IoUring => Box::new(Runner::new(options, |waker| Uring::new(options, waker))?),
+        EngineKind::Sim => Box::new(Runner::new(options, Sim::new)?),
+    })
 }
 
 /// Chooses an engine that can do all of `files`.
@@ -65,8 +72,42 @@ pub fn choose(aio: Aio, files: &[Arc<File>]) -> Result<Choice> {
         }
         return chosen(EngineKind::Sim, "the disk is simulated");
     }
+    let buffered = files.iter().find(|f| !f.direct());
     match aio {
-        Aio::Auto => chosen(EngineKind::Threads, "the only one built in"),
-        Aio::Only(kind) => chosen(kind, "asked for"),
+        Aio::Auto => match (uring::available(), buffered) {
+            (Ok(()), _) => chosen(EngineKind::IoUring, "the kernel offers io_uring"),
+            (Err(why), None) => chosen(
+                EngineKind::Native,
+                &format!("{why}; all files are open with O_DIRECT"),
+            ),
+            (Err(why), Some(file)) => chosen(
+                EngineKind::Threads,
+                &format!(
+                    "{why}; {} goes through the page cache",
+                    file.path().display()
+                ),
+            ),
+        },
+        Aio::Only(EngineKind::Sim) => Err(Error::invalid(
+            "the engine 'sim' drives simulated disks only",
+        )),
+        Aio::Only(EngineKind::IoUring) => match uring::available() {
+            Ok(()) => chosen(EngineKind::IoUring, "asked for"),
+            Err(why) => Err(Error::unsupported(format!(
+                "--aio io_uring: {why}; use --aio auto"
+            ))),
+        },
+        Aio::Only(EngineKind::Native) => match buffered {
+            None => chosen(EngineKind::Native, "asked for"),
+            Some(file) => Err(Error::unsupported(format!(
+                "--aio native needs O_DIRECT, but {} goes through the page cache{}: \
+                 use --cache none or directsync, or another engine",
+                file.path().display(),
+                file.fallback()
+                    .map(|why| format!(" ({why})"))
+                    .unwrap_or_default()
+            ))),
+        },
+        Aio::Only(EngineKind::Threads) => chosen(EngineKind::Threads, "asked for"),
     }
 }

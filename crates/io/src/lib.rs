@@ -8,6 +8,7 @@ mod eventfd;
 mod file;
 mod gate;
 mod memory;
+mod native;
 mod poller;
 mod pool;
 mod queue;
@@ -15,6 +16,7 @@ mod runner;
 mod sim;
 mod sys;
 mod threads;
+mod uring;
 
 pub use choose::{Choice, EngineOptions, choose, open_engine};
 pub use engine::{

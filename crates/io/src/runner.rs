@@ -72,11 +72,14 @@ impl<B: Backend> Runner<B> {
     fn once(&mut self, sleep: Option<Sleep>, ready: &mut Vec<u64>) -> Result<bool> {
         // A wake that came so far is about what the next lines look at.
         self.waker.take();
+        let running = self.queue.running;
         self.pool.collect(&mut self.queue);
+        let collected = self.queue.running != running;
         self.queue.begin();
         self.pool.submit(&mut self.queue, Jobs::Ranges)?;
         let sleep = sleep.filter(|_| {
-            !self.queue.has_finished()
+            !collected
+                && !self.queue.has_finished()
                 && self.queue.arm_gates(&self.waker)
                 && self.waker.prepare_sleep()
         });

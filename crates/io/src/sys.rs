@@ -81,8 +81,8 @@ pub(crate) fn block_discard(fd: BorrowedFd<'_>, offset: u64, len: u64) -> io::Re
     const BLKDISCARD: libc::Ioctl = 0x1277;
     let range = [offset, len];
     // SAFETY: BLKDISCARD reads two u64 from the address.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), BLKDISCARD, range.as_ptr()) } as libc::ssize_t)?;
-    Ok(())
+    let ret = unsafe { libc::ioctl(fd.as_raw_fd(), BLKDISCARD, range.as_ptr()) };
+    check(ret as libc::ssize_t).map(drop)
 }
 
 /// `ioctl(BLKSSZGET)`: a block device's logical block size in bytes.
@@ -103,10 +103,8 @@ pub(crate) fn ofd_lock(
 ) -> io::Result<()> {
     let mut flock = flock(start, len, lock);
     // SAFETY: F_OFD_SETLK reads a `struct flock` from the address.
-    check(
-        unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw mut flock) } as libc::ssize_t,
-    )?;
-    Ok(())
+    let ret = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw mut flock) };
+    check(ret as libc::ssize_t).map(drop)
 }
 
 /// Whether someone else's lock would keep this description from taking `lock` on the bytes.
@@ -118,9 +116,8 @@ pub(crate) fn ofd_lock_test(
 ) -> io::Result<bool> {
     let mut flock = flock(start, len, Some(lock));
     // SAFETY: F_OFD_GETLK reads and writes a `struct flock` at the address.
-    check(
-        unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &raw mut flock) } as libc::ssize_t,
-    )?;
+    let ret = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &raw mut flock) };
+    check(ret as libc::ssize_t)?;
     Ok(libc::c_int::from(flock.l_type) != libc::F_UNLCK)
 }
 
@@ -189,8 +186,6 @@ pub(crate) fn epoll_wait(
             .min(libc::c_int::MAX as u128) as libc::c_int
     });
     // SAFETY: `events` has room for `max`.
-    check(
-        unsafe { libc::epoll_wait(epoll.as_raw_fd(), events.as_mut_ptr(), max, millis) }
-            as libc::ssize_t,
-    )
+    let ret = unsafe { libc::epoll_wait(epoll.as_raw_fd(), events.as_mut_ptr(), max, millis) };
+    check(ret as libc::ssize_t)
 }

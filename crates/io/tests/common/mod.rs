@@ -9,7 +9,7 @@ use std::time::Duration;
 pub const HANG: Duration = Duration::from_secs(60);
 
 /// The engines that work on real files.
-pub const KINDS: [EngineKind; 1] = [EngineKind::Threads];
+pub const KINDS: [EngineKind; 3] = [EngineKind::Threads, EngineKind::Native, EngineKind::IoUring];
 
 /// An engine and the memory of its operations.
 pub struct Rig {
