@@ -17,6 +17,8 @@ mod alloc;
 mod cache;
 mod close;
 mod compress;
+#[cfg(test)]
+mod crash;
 mod create;
 mod entry;
 pub mod extensions;
@@ -28,6 +30,10 @@ mod open;
 mod refcount;
 mod state;
 mod tables;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod tickets;
 mod write;
 mod zero;

@@ -1,0 +1,197 @@
+//! Crashes at every barrier and between: what `qemu-img check` and the guest find afterwards.
+//!
+//! A crash keeps everything up to some barrier and, of what was written after it, any
+//! sectors (a seeded choice of them). The guest must find for each sector what it held at the last flush
+//! that had completed, or anything that it was given since.
+
+use super::testing::{Change, Checked, Driver, MemFile, Rng, apply, check};
+use super::{Compression, CreateOptions, OpenOptions};
+use crate::ZeroMode;
+use std::fs;
+
+const SECTOR: u64 = 512;
+
+/// What each sector may read as after a crash: what it was at the last flush, and all since.
+struct Model {
+    now: Vec<u64>,
+    allowed: Vec<Vec<u64>>,
+}
+
+impl Model {
+    fn set(&mut self, sector: u64, value: u64) {
+        self.now[sector as usize] = value;
+        self.allowed[sector as usize].push(value);
+    }
+
+    fn flushed(&mut self) {
+        for (now, allowed) in self.now.iter().zip(&mut self.allowed) {
+            *allowed = vec![*now];
+        }
+    }
+}
+
+fn sector_of(value: u64) -> Vec<u8> {
+    value.to_be_bytes().repeat(SECTOR as usize / 8)
+}
+
+/// The file after a crash that lost some of what was written behind journal entry `barrier`.
+fn crashed(start: &[u8], journal: &[Change], barrier: usize, end: usize, rng: &mut Rng) -> Vec<u8> {
+    let mut bytes = start.to_vec();
+    for change in &journal[..barrier] {
+        apply(&mut bytes, change);
+    }
+    let keep_of_8 = rng.below(9);
+    for change in &journal[barrier..end] {
+        match change {
+            Change::Write(at, data) => {
+                for (i, part) in data.chunks(SECTOR as usize).enumerate() {
+                    if rng.below(8) < keep_of_8 {
+                        apply(
+                            &mut bytes,
+                            &Change::Write(at + i as u64 * SECTOR, part.to_vec()),
+                        );
+                    }
+                }
+            }
+            // A file system may keep the length without the data. What it loses of a
+            // growth reads as zeros here, since opening does not mind a short file.
+            other => apply(&mut bytes, other),
+        }
+    }
+    bytes
+}
+
+fn storm(cluster_bits: u32, order: u32, seed: u64, backing: bool, punch: bool) {
+    let size = (96u64 << cluster_bits).min(2 << 20);
+    let sectors = size / SECTOR;
+    let mut rng = Rng(seed);
+    let options = CreateOptions {
+        size,
+        version: 3,
+        cluster_size: 1 << cluster_bits,
+        refcount_bits: 1 << order,
+        lazy_refcounts: false,
+        backing: backing.then(|| ("base".into(), "raw".into())),
+        compression: Compression::Zlib,
+    };
+    let open = OpenOptions::default();
+    let base: Vec<u8> = match backing {
+        true => (0..sectors).flat_map(|s| sector_of(1 << 32 | s)).collect(),
+        false => Vec::new(),
+    };
+    let mut driver = Driver::create(&options, &open);
+    driver.backing = base.clone();
+    driver.punch = punch;
+    driver.zeroed = punch;
+    let mut model = Model {
+        now: (0..sectors)
+            .map(|s| if backing { 1 << 32 | s } else { 0 })
+            .collect(),
+        allowed: Vec::new(),
+    };
+    model.allowed = model.now.iter().map(|v| vec![*v]).collect();
+    let start = driver.file.bytes();
+    driver.file.record();
+    // What was allowed when the journal had so many entries.
+    let mut snapshots = vec![(0, model.allowed.clone())];
+    let mut value = 1;
+    for step in 0..60 {
+        let sector = rng.below(sectors);
+        let count = (1 + rng.below((3 << cluster_bits) / SECTOR)).min(sectors - sector);
+        let (at, len) = (sector * SECTOR, count * SECTOR);
+        match rng.below(10) {
+            0..5 => {
+                // As an allowed value it counts from its first byte on.
+                let data: Vec<u8> = (0..count).flat_map(|i| sector_of(value + i)).collect();
+                for i in 0..count {
+                    model.set(sector + i, value + i);
+                }
+                snapshots.push((driver.file.journal().len(), model.allowed.clone()));
+                driver.write(at, &data).unwrap();
+                value += count;
+            }
+            5..7 => {
+                for i in 0..count {
+                    model.set(sector + i, 0);
+                }
+                snapshots.push((driver.file.journal().len(), model.allowed.clone()));
+                let unmap = rng.below(2) == 0;
+                driver.zero(at, len, ZeroMode::Zero { unmap }).unwrap();
+            }
+            7 => {
+                for i in 0..count {
+                    model.allowed[(sector + i) as usize].push(0);
+                }
+                snapshots.push((driver.file.journal().len(), model.allowed.clone()));
+                driver.zero(at, len, ZeroMode::Discard).unwrap();
+                let bytes = driver.read(at, len).unwrap();
+                for (i, part) in (0..).zip(bytes.chunks(SECTOR as usize)) {
+                    model.now[(sector + i) as usize] =
+                        u64::from_be_bytes(part[..8].try_into().unwrap());
+                }
+            }
+            _ => {
+                driver.flush().unwrap();
+                model.flushed();
+                // Punching follows the flush; nothing there may hurt what it promised.
+                snapshots.push((driver.file.journal().len(), model.allowed.clone()));
+            }
+        }
+        let _ = step;
+    }
+    let close_at = driver.file.journal().len();
+    let file = driver.file.clone();
+    driver.close();
+    let journal = file.journal();
+    assert!(close_at < journal.len(), "the close has something to write");
+
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("crashed.qcow2");
+    fs::write(directory.path().join("base"), &base).unwrap();
+    let syncs: Vec<usize> = (0..journal.len())
+        .filter(|i| matches!(journal[*i], Change::Sync))
+        .collect();
+    let mut leaks = 0;
+    for _ in 0..40 {
+        let end = rng.below(journal.len() as u64 + 1) as usize;
+        let barrier = syncs.iter().rev().find(|s| **s < end).map_or(0, |s| s + 1);
+        let bytes = crashed(&start, &journal, barrier, end, &mut rng);
+        fs::write(&path, &bytes).unwrap();
+        let what = format!(
+            "cluster_bits {cluster_bits} order {order} seed {seed} end {end} barrier {barrier}"
+        );
+        match check(&path) {
+            Checked::Clean => {}
+            Checked::Leaks => leaks += 1,
+            Checked::Errors(text) => panic!("{what}: {text}"),
+        }
+        // The last promise made before the crash, and all that was begun by then.
+        let at = snapshots.partition_point(|(len, _)| *len <= end) - 1;
+        let allowed = &snapshots[at].1;
+        let read_only = OpenOptions {
+            read_only: true,
+            ..OpenOptions::default()
+        };
+        let mut after = Driver::open(MemFile::of(bytes), &read_only);
+        after.backing = base.clone();
+        let found = after.read(0, size).unwrap();
+        for (sector, part) in found.chunks(SECTOR as usize).enumerate() {
+            let value = u64::from_be_bytes(part[..8].try_into().unwrap());
+            assert!(
+                part == sector_of(value) && allowed[sector].contains(&value),
+                "{what}: sector {sector} is {value:#x}, allowed {:x?}",
+                allowed[sector]
+            );
+        }
+    }
+    println!("cluster_bits {cluster_bits} order {order} seed {seed}: {leaks} of 40 crashes leak");
+}
+
+#[test]
+fn crashes_leave_leaks_at_most_and_lose_nothing_flushed() {
+    for (seed, (cluster_bits, order)) in (0..).zip([(9, 6), (9, 0), (12, 4), (16, 4), (16, 6)]) {
+        storm(cluster_bits, order, seed, false, true);
+        storm(cluster_bits, order, seed + 100, true, false);
+        storm(cluster_bits, order, seed + 200, true, true);
+    }
+}
