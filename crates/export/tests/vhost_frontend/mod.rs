@@ -1,0 +1,149 @@
+//! A small vhost-user front-end and virtio driver: the other side, for tests and load.
+//!
+//! Written from the standards and not from the server's code, and able to do wrong on purpose.
+//! Unsafe code: shared memory.
+
+#![allow(dead_code)]
+
+mod driver;
+mod messages;
+mod ram;
+
+pub use driver::{DriverQueue, Piece};
+pub use messages::{Frontend, RegionSpec, code};
+pub use ram::Ram;
+
+use std::{io, path::Path, sync::Arc};
+
+/// Feature bits that the tests name.
+pub mod feature {
+    pub const RO: u64 = 1 << 5;
+    pub const FLUSH: u64 = 1 << 9;
+    pub const CONFIG_WCE: u64 = 1 << 11;
+    pub const MQ: u64 = 1 << 12;
+    pub const DISCARD: u64 = 1 << 13;
+    pub const WRITE_ZEROES: u64 = 1 << 14;
+    pub const INDIRECT: u64 = 1 << 28;
+    pub const EVENT_IDX: u64 = 1 << 29;
+    pub const PROTOCOL: u64 = 1 << 30;
+    pub const VERSION_1: u64 = 1 << 32;
+}
+
+/// Request types.
+pub const IN: u32 = 0;
+pub const OUT: u32 = 1;
+pub const FLUSH: u32 = 4;
+pub const GET_ID: u32 = 8;
+pub const DISCARD: u32 = 11;
+pub const WRITE_ZEROES: u32 = 13;
+
+/// Guest address of a machine's memory: unlike any address of the process.
+pub const RAM: u64 = 0x1_0000_0000;
+/// Where rings lie; buffers are the caller's from [`BUFFERS`] on.
+pub const BUFFERS: u64 = RAM + (4 << 20);
+const RING_BYTES: u64 = 256 << 10;
+
+/// A machine with one disk: connection, memory and started queues.
+pub struct Machine {
+    pub frontend: Frontend,
+    pub ram: Arc<Ram>,
+    pub queues: Vec<DriverQueue>,
+    pub features: u64,
+}
+
+/// How a [`Machine`] is made.
+#[derive(Clone, Copy)]
+pub struct Setup {
+    pub queues: u32,
+    pub size: u16,
+    pub ram_bytes: u64,
+    /// Features to accept, if offered.
+    pub features: u64,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            queues: 1,
+            size: 128,
+            ram_bytes: 16 << 20,
+            features: !0,
+        }
+    }
+}
+
+impl Machine {
+    /// Connects and does what a VMM does up to running queues.
+    pub fn start(socket: &Path, setup: Setup) -> io::Result<Self> {
+        let mut frontend = Frontend::connect(socket)?;
+        let features = frontend.negotiate(setup.features)?;
+        let ram = Arc::new(Ram::new(RAM, setup.ram_bytes)?);
+        frontend.set_mem_table(&[ram.region()], &[ram.fd()])?;
+        let mut queues = Vec::new();
+        for index in 0..setup.queues {
+            let at = RAM + u64::from(index) * RING_BYTES;
+            let queue = DriverQueue::new(
+                ram.clone(),
+                at,
+                index,
+                setup.size,
+                features & feature::EVENT_IDX != 0,
+                features & feature::INDIRECT != 0,
+            )?;
+            frontend.start_queue(&queue, 0)?;
+            queues.push(queue);
+        }
+        // An answer means that all before it is done.
+        frontend.get_features()?;
+        Ok(Self {
+            frontend,
+            ram,
+            queues,
+            features,
+        })
+    }
+
+    /// Makes one request on queue `queue` and waits for its end: status, and what was read.
+    pub fn request(
+        &mut self,
+        queue: usize,
+        kind: u32,
+        sector: u64,
+        out: &[u8],
+        in_len: u32,
+    ) -> (u8, Vec<u8>) {
+        let header = BUFFERS;
+        let status = BUFFERS + 64;
+        let data = BUFFERS + 4096;
+        let mut bytes = [0; 16];
+        bytes[..4].copy_from_slice(&kind.to_le_bytes());
+        bytes[8..].copy_from_slice(&sector.to_le_bytes());
+        self.ram.write(header, &bytes);
+        self.ram.write(status, &[0xff]);
+        self.ram.write(data, out);
+        let mut pieces = vec![Piece::read(header, 16)];
+        if !out.is_empty() {
+            pieces.push(Piece::read(data, out.len() as u32));
+        }
+        if in_len > 0 {
+            pieces.push(Piece::write(data, in_len));
+        }
+        pieces.push(Piece::write(status, 1));
+        let head = self.queues[queue].add(&pieces).expect("a free descriptor");
+        self.queues[queue].kick();
+        let (used, _) = self.queues[queue].wait();
+        assert_eq!(used, head);
+        (
+            self.ram.read(status, 1)[0],
+            self.ram.read(data, in_len as usize),
+        )
+    }
+}
+
+/// A segment of discard and write zeroes.
+pub fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+    let mut bytes = sector.to_le_bytes().to_vec();
+    bytes.extend(sectors.to_le_bytes());
+    bytes.extend(flags.to_le_bytes());
+    bytes
+}
