@@ -152,10 +152,21 @@ fn commands_do_what_they_say() {
 #[test]
 fn storms_on_several_queues_read_what_was_written() {
     const SECTORS: u64 = 2048;
-    for (engine, poll_max_ns) in [(EngineKind::Threads, 0), (EngineKind::Threads, 16_000)] {
+    for (engine, poll_max_ns) in [
+        (EngineKind::Threads, 0),
+        (EngineKind::Threads, 16_000),
+        (EngineKind::Native, 0),
+        (EngineKind::IoUring, 0),
+        (EngineKind::IoUring, 16_000),
+    ] {
+        if let Err(error) = io::open_engine(engine, &io::EngineOptions::default()) {
+            eprintln!("{engine} is not tested: {error}");
+            continue;
+        }
         let served = serve(What {
             workers: 2,
             engine,
+            cache: io::Cache::None,
             poll_max_ns,
             options: Options {
                 queues: 2,

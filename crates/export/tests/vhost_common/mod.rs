@@ -8,7 +8,7 @@ use export::{
     worker::{Worker, WorkerHandle, WorkerOptions},
 };
 use image::Format;
-use io::EngineKind;
+use io::{Cache, EngineKind};
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -29,6 +29,7 @@ pub struct What<'a> {
     pub len: u64,
     pub workers: usize,
     pub engine: EngineKind,
+    pub cache: Cache,
     pub poll_max_ns: u64,
     pub disk: DiskOptions,
     pub options: Options,
@@ -41,6 +42,7 @@ impl Default for What<'_> {
             len: 16 << 20,
             workers: 1,
             engine: EngineKind::Threads,
+            cache: Cache::Writeback,
             poll_max_ns: 0,
             disk: DiskOptions::default(),
             options: Options {
@@ -65,6 +67,8 @@ pub fn serve(what: What<'_>) -> Served {
     let chain = ChainOptions {
         format: what.spec.is_none().then_some(Format::Raw),
         read_only: what.disk.read_only,
+        cache: what.cache,
+        direct_fallback: true,
         ..ChainOptions::default()
     };
     let chain = Chain::open(&spec, &chain).unwrap();

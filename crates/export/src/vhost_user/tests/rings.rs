@@ -206,7 +206,7 @@ fn refuses_rings_that_are_not_there() {
     let exact = RingAddresses {
         descriptors: end - 64,
         available: end - 64 - 14,
-        used: end - 64 - 14 - 38 - 0x10 & !3,
+        used: (end - 64 - 14 - 38 - 0x10) & !3,
     };
     assert!(Ring::new(guest.memory.clone(), exact, 4, 0, true).is_ok());
 }

@@ -1,0 +1,103 @@
+//! In the steady state the data path allocates nothing.
+
+mod vhost_common;
+mod vhost_frontend;
+
+use io::EngineKind;
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    sync::atomic::{AtomicU64, Ordering},
+};
+use vhost_common::{What, serve};
+use vhost_frontend::{BUFFERS, IN, Machine, OUT, Piece, Setup};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: everything is left to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.dealloc(at, layout) }
+    }
+
+    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.realloc(at, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// One batch of 32 requests of 4 KiB, half of them writes, answered to the last.
+fn batch(vm: &mut Machine) {
+    let queue = &mut vm.queues[0];
+    for i in 0..32u64 {
+        let at = BUFFERS + i * 0x2000;
+        let write = i % 2 == 1;
+        let mut header = [0; 16];
+        header[0] = if write { OUT } else { IN } as u8;
+        header[8] = i as u8 * 8;
+        vm.ram.write(at, &header);
+        let data = Piece {
+            at: at + 0x1000,
+            len: 4096,
+            device_writes: !write,
+        };
+        let pieces = [Piece::read(at, 16), data, Piece::write(at + 16, 1)];
+        queue.add(&pieces).expect("room for 32");
+    }
+    queue.kick();
+    for _ in 0..32 {
+        queue.wait();
+    }
+    let mut status = [0xff];
+    for i in 0..32u64 {
+        vm.ram.read_into(BUFFERS + i * 0x2000 + 16, &mut status);
+        assert_eq!(status, [0]);
+    }
+}
+
+// One test, so that nothing else allocates in this process meanwhile.
+#[test]
+fn the_steady_state_allocates_nothing() {
+    let engines = [EngineKind::Threads, EngineKind::Native, EngineKind::IoUring];
+    for (engine, spec) in engines
+        .into_iter()
+        .flat_map(|engine| [(engine, Some("null:1G")), (engine, None)])
+    {
+        if let Err(error) = io::open_engine(engine, &io::EngineOptions::default()) {
+            eprintln!("{engine} is not measured: {error}");
+            continue;
+        }
+        for poll_max_ns in [0, 16_000] {
+            let served = serve(What {
+                spec,
+                engine,
+                // Linux AIO does nothing but O_DIRECT.
+                cache: io::Cache::None,
+                poll_max_ns,
+                ..What::default()
+            });
+            let mut vm = Machine::start(&served.socket(), Setup::default()).unwrap();
+            for _ in 0..300 {
+                batch(&mut vm);
+            }
+            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            for _ in 0..300 {
+                batch(&mut vm);
+            }
+            let count = ALLOCATIONS.load(Ordering::Relaxed) - before;
+            assert_eq!(count, 0, "{engine}, {spec:?}, polling {poll_max_ns} ns");
+        }
+    }
+}
