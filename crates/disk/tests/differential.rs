@@ -1,0 +1,284 @@
+//! Random operations on qcow2 images, carried out by the blocking driver and by QEMU in turns, on all cluster
+//! sizes and refcount widths, with and without backing images: both must read what a model says, and
+//! `qemu-img check` must find neither errors nor leaks.
+
+mod peer;
+
+use disk::{Chain, ChainOptions, blocking::Driver};
+use image::{
+    Format,
+    qcow2::{Compression, CreateOptions},
+};
+use peer::{Model, Op, Random, check, qemu_img, qemu_io, qemu_reads};
+use std::path::Path;
+
+/// What lies below the image under test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Base {
+    None,
+    RawShorter,
+    RawLonger,
+    Qcow2Shorter,
+    Qcow2Compressed,
+    /// qcow2 on qcow2 on raw, each shorter than the one above.
+    Deep,
+}
+
+const BASES: [Base; 6] = [
+    Base::None,
+    Base::RawShorter,
+    Base::RawLonger,
+    Base::Qcow2Shorter,
+    Base::Qcow2Compressed,
+    Base::Deep,
+];
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    version: u32,
+    cluster_bits: u32,
+    refcount_bits: u32,
+    base: Base,
+    seed: u64,
+}
+
+fn open(dir: &Path, name: &str, read_only: bool) -> Driver {
+    let path = dir.join(name);
+    let options = ChainOptions {
+        format: Some(Format::Qcow2),
+        read_only,
+        // Nothing crashes here: syncs only cost time.
+        cache: io::Cache::Unsafe,
+        // Small: blocks must come and go.
+        cache_bytes: Some(64 << 10),
+        ..ChainOptions::default()
+    };
+    let chain = Chain::open(path.to_str().unwrap(), &options).unwrap_or_else(|e| panic!("{e}"));
+    chain.driver().unwrap()
+}
+
+fn close(driver: Driver) -> Result<(), String> {
+    let _alone = peer::no_spawn();
+    driver.close().map_err(|e| format!("close: {e}"))
+}
+
+fn apply(driver: &mut Driver, op: Op, model: &mut Model) -> Result<(), String> {
+    let failed = |e: block::Error| format!("{op:?}: {e}");
+    match op {
+        Op::Write { at, len, pattern } => driver
+            .write(at, &vec![pattern; len as usize])
+            .map_err(failed)?,
+        Op::Zero { at, len, unmap } => driver.write_zeroes(at, len, unmap).map_err(failed)?,
+        Op::Discard { at, len } => driver.discard(at, len).map_err(failed)?,
+        Op::Read { at, len } => {
+            let mut buf = vec![0xa5; len as usize];
+            driver.read(at, &mut buf).map_err(failed)?;
+            return model.check(at, &buf).map_err(|e| format!("{op:?}: {e}"));
+        }
+        Op::Flush => driver.flush().map_err(failed)?,
+    }
+    model.apply(op);
+    Ok(())
+}
+
+/// Writes the base images; returns the name and format to store, and what they read as.
+fn make_base(dir: &Path, case: &Case, size: u64, random: &mut Random) -> Option<(String, Model)> {
+    let cluster = 1 << case.cluster_bits;
+    let fill = |name: &str, format: &str, model: &mut Model, random: &mut Random| {
+        let mut script = String::new();
+        for _ in 0..12 {
+            let op = peer::random_op(random, model.bytes.len() as u64, cluster, 512);
+            peer::as_qemu_io(op, model, &mut script);
+        }
+        qemu_io(dir, format, name, &script);
+        qemu_reads(dir, format, name, model);
+    };
+    let create = |name: &str, format: &str, size: u64, on: Option<(&str, &str)>| {
+        let size = size.to_string();
+        let mut args = vec!["create", "-q", "-f", format];
+        if let Some((base, format)) = on {
+            args.extend(["-b", base, "-F", format]);
+        }
+        args.extend([name, &size]);
+        qemu_img(dir, &args);
+    };
+    let shorter = (size * 2 / 3) & !511;
+    let (kind, bytes) = match case.base {
+        Base::None => return None,
+        Base::RawShorter => ("raw", shorter),
+        Base::RawLonger => ("raw", size + 5 * cluster + 1024),
+        Base::Qcow2Shorter | Base::Deep => ("qcow2", shorter),
+        Base::Qcow2Compressed => ("qcow2", size),
+    };
+    let mut model = Model::new(bytes);
+    if case.base == Base::Deep {
+        let bytes = shorter / 2 & !511;
+        let mut bottom = Model::new(bytes);
+        create("bottom.raw", "raw", bytes, None);
+        fill("bottom.raw", "raw", &mut bottom, random);
+        create("base", kind, shorter, Some(("bottom.raw", "raw")));
+        model = Model::over(&bottom, shorter);
+    } else {
+        create("base", kind, bytes, None);
+    }
+    fill("base", kind, &mut model, random);
+    if case.base == Base::Qcow2Compressed {
+        let packed = ["compression_type=zlib", "compression_type=zstd"];
+        let packed = packed[(case.seed % 2) as usize];
+        qemu_img(
+            dir,
+            &[
+                "convert", "-c", "-f", "qcow2", "-O", "qcow2", "-o", packed, "base", "packed",
+            ],
+        );
+        std::fs::rename(dir.join("packed"), dir.join("base")).unwrap();
+    }
+    Some((kind.to_owned(), model))
+}
+
+fn create(dir: &Path, case: &Case, size: u64, backing: Option<&str>, by_us: bool) {
+    let compression = match case.version {
+        3 if case.seed.is_multiple_of(3) => Compression::Zstd,
+        _ => Compression::Zlib,
+    };
+    let options = CreateOptions {
+        size,
+        version: case.version,
+        cluster_size: 1 << case.cluster_bits,
+        refcount_bits: case.refcount_bits,
+        lazy_refcounts: case.version == 3 && case.seed.is_multiple_of(5),
+        backing: backing.map(|format| ("base".to_owned(), format.to_owned())),
+        compression,
+    };
+    if by_us {
+        let file = io::File::create_new(&dir.join("disk"), &io::OpenOptions::default()).unwrap();
+        image::qcow2::create(&*file, &options).unwrap();
+        let _alone = peer::no_spawn();
+        drop(file);
+        return;
+    }
+    let settings = format!(
+        "compat={},cluster_size={},refcount_bits={},lazy_refcounts={}",
+        if case.version == 2 { "0.10" } else { "1.1" },
+        options.cluster_size,
+        options.refcount_bits,
+        if options.lazy_refcounts { "on" } else { "off" },
+    );
+    let size = size.to_string();
+    let mut args = vec!["create", "-q", "-f", "qcow2", "-o", &settings];
+    if let Some(format) = backing {
+        args.extend(["-b", "base", "-F", format]);
+    }
+    args.extend(["disk", &size]);
+    qemu_img(dir, &args);
+}
+
+fn run(case: &Case) -> Result<(), String> {
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = scratch.path();
+    let mut random = Random(case.seed);
+    let cluster = 1u64 << case.cluster_bits;
+    // Sixteen clusters (four of the largest) and a part of one, but enough for several L2 tables of small clusters.
+    let size = ((cluster * 16).clamp(192 << 10, 8 << 20) + 512 * (1 + random.below(9))) & !511;
+    let base = make_base(dir, case, size, &mut random);
+    let kind = base.as_ref().map(|(kind, _)| kind.as_str());
+    create(dir, case, size, kind, !case.seed.is_multiple_of(4));
+    check(dir, "disk");
+    let mut model = match &base {
+        Some((_, base)) => Model::over(base, size),
+        None => Model::new(size),
+    };
+    for round in 0..2 {
+        let mut driver = open(dir, "disk", false);
+        for step in 0..40 {
+            // Our requests may have any alignment.
+            let align = if random.below(4) == 0 { 1 } else { 512 };
+            let op = peer::random_op(&mut random, size, cluster, align);
+            apply(&mut driver, op, &mut model).map_err(|e| format!("{round}.{step}: {e}"))?;
+            if step == 20 {
+                close(driver)?;
+                driver = open(dir, "disk", false);
+            }
+        }
+        close(driver)?;
+        check(dir, "disk");
+        qemu_reads(dir, "qcow2", "disk", &mut model);
+        let mut script = String::new();
+        for _ in 0..25 {
+            let op = peer::random_op(&mut random, size, cluster, 512);
+            peer::as_qemu_io(op, &mut model, &mut script);
+        }
+        qemu_io(dir, "qcow2", "disk", &script);
+        let mut all = vec![0xa5; size as usize];
+        let mut driver = open(dir, "disk", true);
+        driver
+            .read(0, &mut all)
+            .map_err(|e| format!("read all: {e}"))?;
+        close(driver)?;
+        model
+            .check(0, &all)
+            .map_err(|e| format!("{round}: after QEMU: {e}"))?;
+    }
+    Ok(())
+}
+
+fn run_all(cases: impl Iterator<Item = Case>) {
+    for case in cases {
+        run(&case).unwrap_or_else(|e| panic!("{case:?}: {e}"));
+    }
+}
+
+/// Version 3 cases: each cluster size in `bits` with three refcount widths, so that every width meets
+/// every class of cluster size.
+fn version_3(bits: std::ops::RangeInclusive<u32>) -> impl Iterator<Item = Case> {
+    bits.flat_map(|cluster_bits| {
+        (0..3).map(move |turn| {
+            let index = cluster_bits * 3 + turn;
+            Case {
+                version: 3,
+                cluster_bits,
+                refcount_bits: 1 << (index % 7),
+                base: BASES[(index % 6) as usize],
+                seed: u64::from(index) + 1000,
+            }
+        })
+    })
+}
+
+#[test]
+fn small_clusters() {
+    run_all(version_3(9..=11));
+}
+
+#[test]
+fn medium_clusters() {
+    run_all(version_3(12..=16));
+}
+
+#[test]
+fn large_clusters() {
+    run_all(version_3(17..=21));
+}
+
+#[test]
+fn version_2() {
+    run_all((9..=21).map(|cluster_bits| Case {
+        version: 2,
+        cluster_bits,
+        refcount_bits: 16,
+        base: BASES[(cluster_bits % 6) as usize],
+        seed: u64::from(cluster_bits) + 2000,
+    }));
+}
+
+/// Every kind of base at the default cluster size, where most images are.
+#[test]
+fn every_base() {
+    run_all((0..6).map(|index| Case {
+        version: 3,
+        cluster_bits: 16,
+        refcount_bits: 16,
+        base: BASES[index as usize],
+        seed: index + 3000,
+    }));
+}

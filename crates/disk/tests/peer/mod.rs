@@ -1,0 +1,257 @@
+//! What the tests against QEMU share: its tools, a model of a disk, random operations from a seed.
+
+#![allow(dead_code)]
+
+use std::{
+    fmt::Write as _,
+    fs,
+    io::Write,
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+/// Held while a process is being made and while files are closed. A child has copies of all descriptors
+/// until it executes its program, and an image's lock lasts as long as any copy: a file closed by one
+/// test in that moment would stay locked for its next opening.
+static SPAWN: Mutex<()> = Mutex::new(());
+
+/// Keeps other threads from making processes.
+pub fn no_spawn() -> MutexGuard<'static, ()> {
+    SPAWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs a tool in `dir` and returns its stdout; panics with both outputs when it fails.
+pub fn tool(dir: &Path, name: &str, args: &[&str]) -> String {
+    let child = spawn(
+        Command::new(name)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .current_dir(dir),
+    );
+    let output = child.wait_with_output().unwrap();
+    assert!(
+        output.status.success(),
+        "{name} {args:?}: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn spawn(command: &mut Command) -> Child {
+    let _alone = no_spawn();
+    command
+        .spawn()
+        .unwrap_or_else(|e| panic!("{command:?} (package qemu-utils): {e}"))
+}
+
+/// `qemu-img` in `dir`.
+pub fn qemu_img(dir: &Path, args: &[&str]) -> String {
+    tool(dir, "qemu-img", args)
+}
+
+/// Has one `qemu-io` carry out all `commands` (one a line) on `image`; panics when one failed.
+pub fn qemu_io(dir: &Path, format: &str, image: &str, commands: &str) -> String {
+    // Unmapping must be asked for, or discards are ignored. Nothing crashes here: syncs only cost time.
+    let mut child = spawn(
+        Command::new("qemu-io")
+            .args(["-f", format, "-d", "unmap", "-t", "unsafe", image])
+            .current_dir(dir)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped()),
+    );
+    let mut stdin = child.stdin.take().unwrap();
+    let text = commands.to_owned();
+    // The pipe holds less than its answers may be: feed it from beside.
+    let feeder = std::thread::spawn(move || stdin.write_all(text.as_bytes()));
+    let output = child.wait_with_output().unwrap();
+    let _ = feeder.join().unwrap();
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let bad = ["failed", "rror", "verification", "Invalid", "not found"];
+    assert!(
+        output.status.success() && !bad.iter().any(|word| text.contains(word)),
+        "qemu-io {image}: {}\n{commands}\n{text}",
+        output.status
+    );
+    text
+}
+
+/// `qemu-img check`: neither errors nor leaks.
+pub fn check(dir: &Path, image: &str) {
+    qemu_img(dir, &["check", "-q", "-f", "qcow2", image]);
+}
+
+/// A seeded stream of numbers (SplitMix64).
+#[derive(Debug)]
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.next() % end.max(1)
+    }
+}
+
+/// A random operation. Patterns are bytes, as `qemu-io -P` has them.
+#[derive(Clone, Copy, Debug)]
+pub enum Op {
+    Write { at: u64, len: u64, pattern: u8 },
+    Zero { at: u64, len: u64, unmap: bool },
+    Discard { at: u64, len: u64 },
+    Read { at: u64, len: u64 },
+    Flush,
+}
+
+/// An operation on a disk of `size` bytes: as often small as large against `cluster`, often on its edges.
+pub fn random_op(random: &mut Random, size: u64, cluster: u64, align: u64) -> Op {
+    let sectors = size / align;
+    let unit = (cluster / align).max(1);
+    let mut at = random.below(sectors);
+    if random.below(3) == 0 {
+        at -= at % unit;
+    }
+    let most = match random.below(4) {
+        0 => unit.min(8),
+        1 => unit,
+        2 => unit * 3,
+        _ => (unit * 8).max(16),
+    };
+    let mut len = 1 + random.below(most);
+    if random.below(3) == 0 {
+        len = len.next_multiple_of(unit);
+    }
+    let (at, len) = (at * align, len.min(sectors - at) * align);
+    match random.below(16) {
+        0..=6 => Op::Write {
+            at,
+            len,
+            pattern: 1 + random.below(255) as u8,
+        },
+        7..=9 => Op::Zero {
+            at,
+            len,
+            unmap: random.below(2) == 0,
+        },
+        10..=11 => Op::Discard { at, len },
+        12..=14 => Op::Read { at, len },
+        _ => Op::Flush,
+    }
+}
+
+/// What a disk must read as.
+#[derive(Clone, Debug)]
+pub struct Model {
+    pub bytes: Vec<u8>,
+    /// Whether the byte was discarded and may as well read as zero.
+    maybe: Vec<bool>,
+}
+
+impl Model {
+    pub fn new(size: u64) -> Self {
+        Self {
+            bytes: vec![0; size as usize],
+            maybe: vec![false; size as usize],
+        }
+    }
+
+    /// A disk of `size` bytes over a base that reads as `base`.
+    pub fn over(base: &Model, size: u64) -> Self {
+        let mut model = Self::new(size);
+        let len = model.bytes.len().min(base.bytes.len());
+        model.bytes[..len].copy_from_slice(&base.bytes[..len]);
+        model
+    }
+
+    pub fn apply(&mut self, op: Op) {
+        let range = |at: u64, len: u64| at as usize..(at + len) as usize;
+        match op {
+            Op::Write { at, len, pattern } => {
+                self.bytes[range(at, len)].fill(pattern);
+                self.maybe[range(at, len)].fill(false);
+            }
+            Op::Zero { at, len, .. } => {
+                self.bytes[range(at, len)].fill(0);
+                self.maybe[range(at, len)].fill(false);
+            }
+            Op::Discard { at, len } => self.maybe[range(at, len)].fill(true),
+            Op::Read { .. } | Op::Flush => {}
+        }
+    }
+
+    /// Compares what was read at `at`. Where a discard left it open, what was read counts from now on.
+    pub fn check(&mut self, at: u64, read: &[u8]) -> Result<(), String> {
+        let at = at as usize;
+        let range = at..at + read.len();
+        if self.bytes[range.clone()] == *read {
+            self.maybe[range].fill(false);
+            return Ok(());
+        }
+        for (index, byte) in read.iter().enumerate() {
+            let want = &mut self.bytes[at + index];
+            let open = &mut self.maybe[at + index];
+            if *byte != *want && !(*open && *byte == 0) {
+                return Err(format!(
+                    "byte {:#x} is {byte:#04x}, must be {want:#04x}{}",
+                    at + index,
+                    if *open { " or 0" } else { "" }
+                ));
+            }
+            (*want, *open) = (*byte, false);
+        }
+        Ok(())
+    }
+}
+
+/// The operation as `qemu-io` commands, and `model` after it. Reads are verified where the model is
+/// one pattern and settled.
+pub fn as_qemu_io(op: Op, model: &mut Model, script: &mut String) {
+    let _ = match op {
+        Op::Write { at, len, pattern } => writeln!(script, "write -q -P {pattern} {at} {len}"),
+        Op::Zero { at, len, unmap } => {
+            let unmap = if unmap { "-u " } else { "" };
+            writeln!(script, "write -q -z {unmap}{at} {len}")
+        }
+        Op::Discard { at, len } => writeln!(script, "discard -q {at} {len}"),
+        Op::Read { at, len } => {
+            let range = at as usize..(at + len) as usize;
+            let first = model.bytes[range.start];
+            let even = model.bytes[range.clone()].iter().all(|b| *b == first);
+            let settled = !model.maybe[range].iter().any(|open| *open);
+            match even && settled {
+                true => writeln!(script, "read -q -P {first} {at} {len}"),
+                false => writeln!(script, "read -q {at} {len}"),
+            }
+        }
+        Op::Flush => writeln!(script, "flush"),
+    };
+    model.apply(op);
+}
+
+/// Whether `image` reads as `model` to QEMU.
+pub fn qemu_reads(dir: &Path, format: &str, image: &str, model: &mut Model) {
+    qemu_img(
+        dir,
+        &["convert", "-f", format, "-O", "raw", image, "as-qemu.raw"],
+    );
+    let read = fs::read(dir.join("as-qemu.raw")).unwrap();
+    assert_eq!(read.len(), model.bytes.len(), "{image}: size");
+    model
+        .check(0, &read)
+        .unwrap_or_else(|e| panic!("{image} read by QEMU: {e}"));
+}
