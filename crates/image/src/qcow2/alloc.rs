@@ -218,7 +218,7 @@ impl Qcow2 {
                 self.make_table_room(st, run.first)?;
                 continue;
             }
-            if st.is_meta(run.first) {
+            if st.places.holds(run.first) {
                 // Only in an image whose refcounts are wrong.
                 st.space.cut(index, 1);
                 continue;
@@ -235,7 +235,7 @@ impl Qcow2 {
             let count = (0..most)
                 .take_while(|i| {
                     let cluster = run.first + i;
-                    self.refcount(frame, cluster) == 0 && !st.is_meta(cluster)
+                    self.refcount(frame, cluster) == 0 && !st.places.holds(cluster)
                 })
                 .count() as u64;
             if count == 0 {
@@ -256,7 +256,7 @@ impl Qcow2 {
     pub(super) fn alloc_meta(&self, st: &mut State) -> Ask<Piece> {
         let piece = self.alloc(st, 1)?;
         self.set_refcount(st, piece.frame, piece.first, 1);
-        st.meta.insert(piece.first);
+        st.places.blocks.insert(piece.first);
         st.ordered = true;
         Ok(piece)
     }
@@ -326,7 +326,7 @@ impl Qcow2 {
             while taken.next_if(|(f, c)| f + c <= cluster).is_some() {}
             let free = taken.peek().is_none_or(|(f, _)| *f > cluster)
                 && frame.is_none_or(|frame| self.refcount(frame, cluster) == 0)
-                && !st.is_meta(cluster);
+                && !st.places.holds(cluster);
             if free {
                 if run.count == 0 {
                     run.first = cluster;

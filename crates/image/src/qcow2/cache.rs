@@ -6,8 +6,8 @@
 //! All of this happens under the image's lock.
 
 use super::entry::Geometry;
+use super::state::{Ask, Halt};
 use super::tables::Tables;
-use super::{Ask, Halt};
 use crate::{Key, Need};
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -246,7 +246,7 @@ impl Cache {
         tables: &Tables,
         owner: Owner,
         host: u64,
-        words: Option<&mut dyn Iterator<Item = u64>>,
+        words: Option<impl Iterator<Item = u64>>,
     ) -> bool {
         let Some(&frame) = self.index.get(&owner) else {
             return false;
@@ -260,7 +260,7 @@ impl Cache {
         meta.loading = false;
         self.loading -= 1;
         match words {
-            Some(words) => {
+            Some(mut words) => {
                 for word in tables.words(frame) {
                     word.store(words.next().unwrap_or(0), Ordering::Relaxed);
                 }
@@ -275,6 +275,11 @@ impl Cache {
             }
         }
         true
+    }
+
+    /// Ends a load that failed.
+    pub(super) fn cancel_load(&mut self, tables: &Tables, owner: Owner, host: u64) {
+        self.end_load(tables, owner, host, None::<std::iter::Empty<u64>>);
     }
 
     pub(super) fn pin(&mut self, frame: u32) {

@@ -80,7 +80,7 @@ impl Qcow2 {
                 Err(Halt::Fail(error)) => return Err(error),
                 Err(Halt::Need(Need::Load(load))) => {
                     let loaded = read_short(storage, load.offset.0, load.len as usize)
-                        .and_then(|bytes| self.end_loading(st, &load, Some(&bytes)));
+                        .and_then(|bytes| self.end_loading(st, &load, &bytes));
                     if let Err(error) = loaded {
                         self.drop_load(st, &load);
                         return Err(error);
@@ -134,7 +134,7 @@ impl Qcow2 {
     /// Gives up a load that nobody will carry out.
     pub(super) fn drop_load(&self, st: &mut State, load: &crate::Load) {
         if let Some(owner) = Owner::of_key(load.key) {
-            st.cache.end_load(&self.tables, owner, load.offset.0, None);
+            st.cache.cancel_load(&self.tables, owner, load.offset.0);
         }
     }
 }

@@ -52,7 +52,7 @@ use crate::{
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
 use cache::Owner;
 use entry::{Entry, Geometry, OVERLAP};
-use state::{Ask, Halt, State};
+use state::{Places, State};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tables::Tables;
 
@@ -99,32 +99,23 @@ impl Qcow2 {
     }
 
     /// Takes the bytes of a loaded slice in.
-    fn end_loading(&self, st: &mut State, load: &Load, bytes: Option<&[u8]>) -> Result<()> {
+    fn end_loading(&self, st: &mut State, load: &Load, bytes: &[u8]) -> Result<()> {
         let unknown = || Error::invalid(format!("{}: a load nobody asked for", self.name));
         let owner = Owner::of_key(load.key).ok_or_else(unknown)?;
-        let host = load.offset.0;
-        let Some(bytes) = bytes else {
-            st.cache.end_load(&self.tables, owner, host, None);
-            return Ok(());
-        };
         let judge = matches!(owner, Owner::L2(_)) && self.read_only.is_none();
-        let words: Vec<u64> = bytes
-            .chunks(8)
-            .map(open::word_of)
-            .map(|raw| if judge { self.judge(st, raw) } else { raw })
-            .collect();
-        let mut words = words.into_iter();
-        match st
-            .cache
-            .end_load(&self.tables, owner, host, Some(&mut words))
-        {
+        let (cache, places) = (&mut st.cache, &st.places);
+        let words = bytes.chunks(8).map(open::word_of).map(|raw| match judge {
+            true => self.judge(places, raw),
+            false => raw,
+        });
+        match cache.end_load(&self.tables, owner, load.offset.0, Some(words)) {
             true => Ok(()),
             false => Err(unknown()),
         }
     }
 
     /// Marks an L2 entry that points at metadata: a write through it would destroy the image.
-    fn judge(&self, st: &State, raw: u64) -> u64 {
+    fn judge(&self, places: &Places, raw: u64) -> u64 {
         let host = match self.geometry.decode(raw) {
             Ok(Entry::Data { host, .. }) => host,
             Ok(Entry::Zero {
@@ -132,7 +123,7 @@ impl Qcow2 {
             }) => host,
             _ => return raw,
         };
-        match st.is_meta(host >> self.geometry.cluster_bits) {
+        match places.holds(host >> self.geometry.cluster_bits) {
             true => raw | OVERLAP,
             false => raw,
         }
@@ -215,7 +206,7 @@ impl Image for Qcow2 {
     }
 
     fn loaded(&self, load: &Load, bytes: &[u8]) -> Result<()> {
-        self.end_loading(&mut self.lock(), load, Some(bytes))
+        self.end_loading(&mut self.lock(), load, bytes)
     }
 
     fn load_failed(&self, load: &Load) {

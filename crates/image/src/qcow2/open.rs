@@ -7,7 +7,7 @@ use super::entry::{Geometry, OFFSET_MASK};
 use super::features;
 use super::header::Header;
 use super::refcount::RefTable;
-use super::state::{Covered, Sectors, State};
+use super::state::{Covered, Places, Sectors, State};
 use super::tables::Tables;
 use super::tickets::Tickets;
 use block::{Context, Error, ErrorKind, Result, Storage};
@@ -87,15 +87,16 @@ impl Qcow2 {
             ));
         }
 
+        fixed.push(table);
+
         // What a writer needs beyond: every place that holds metadata.
-        let mut meta = HashSet::new();
+        let mut blocks = HashSet::new();
         let mut refs = RefTable::new(Vec::new(), table_first, table_clusters);
         if !options.read_only && lacks_nothing(&header) {
             let entries = read_ref_table(storage, &header, file_len)?;
             let mut claim = |what: &str, index: usize, offset: u64| {
                 let at = offset >> bits;
-                if fixed.iter().any(|r| r.contains(&at)) || table.contains(&at) || !meta.insert(at)
-                {
+                if fixed.iter().any(|r| r.contains(&at)) || !blocks.insert(at) {
                     damage(format!(
                         "{what} {index} at {offset:#x} overlaps other metadata"
                     ));
@@ -157,8 +158,7 @@ impl Qcow2 {
                 refs,
                 space: Space::new(end, geometry.size, holed),
                 tickets: Tickets::new(frames),
-                meta,
-                fixed,
+                places: Places { blocks, fixed },
                 l1_changed: Sectors::new(l1_sectors),
                 fresh_tables: Vec::new(),
                 derefs: Vec::new(),

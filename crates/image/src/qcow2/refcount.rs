@@ -41,12 +41,6 @@ impl RefTable {
         }
     }
 
-    /// Whether the table itself, now or formerly, takes host cluster `cluster`.
-    pub(super) fn holds(&self, cluster: u64) -> bool {
-        let within = |first: u64, count: u64| cluster.wrapping_sub(first) < count;
-        within(self.first, self.clusters) || self.former.iter().any(|d| within(d.first, d.count))
-    }
-
     fn entry(&self, block: u64) -> u64 {
         let index = usize::try_from(block).unwrap_or(usize::MAX);
         self.entries.get(index).copied().unwrap_or(0)
@@ -143,7 +137,7 @@ impl Qcow2 {
     pub(super) fn pin_old(&self, st: &mut State, old: Deref) -> Ask<()> {
         for cluster in old.first..old.first + old.count {
             let pinned = match self.refcount_of(st, cluster) {
-                Ok(count) if count > 0 && !st.is_meta(cluster) => self.ref_frame(st, cluster),
+                Ok(count) if count > 0 && !st.places.holds(cluster) => self.ref_frame(st, cluster),
                 Ok(count) => Err(Halt::Fail(Error::corrupt(format!(
                     "{}: host cluster at {:#x} is the guest's, but {}: run qemu-img check",
                     self.name,
@@ -249,7 +243,7 @@ impl Qcow2 {
             *entry = base | marks;
             st.refs.changed.mark_entry(index);
             st.refs.fresh.push(index as u32);
-            st.meta.insert(base >> self.geometry.cluster_bits);
+            st.places.blocks.insert(base >> self.geometry.cluster_bits);
             st.ordered = true;
         }
     }
@@ -325,6 +319,8 @@ impl Qcow2 {
         });
         st.refs.first = first + missing.len() as u64;
         st.refs.clusters = clusters;
+        let table = st.refs.first..st.refs.first + clusters;
+        st.places.fixed.push(table);
         st.refs.moved = true;
         st.ordered = true;
         Ok(used)
@@ -353,7 +349,7 @@ impl Qcow2 {
                     absent += 1;
                 }
             }
-            if exists && self.refcount_of(st, cluster)? != 0 || st.is_meta(cluster) {
+            if exists && self.refcount_of(st, cluster)? != 0 || st.places.holds(cluster) {
                 return Err(Halt::Fail(Error::corrupt(format!(
                     "{}: host cluster {cluster:#x} behind the end of the file is in use",
                     self.name

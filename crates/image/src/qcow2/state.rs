@@ -7,6 +7,7 @@ use super::tickets::Tickets;
 use crate::{Key, Need, Step};
 use block::{Error, Result};
 use std::collections::HashSet;
+use std::ops::Range;
 
 /// Why a question has no answer now.
 #[derive(Debug)]
@@ -107,16 +108,29 @@ pub(super) struct Covered {
     pub(super) ordered: bool,
 }
 
+/// Which host clusters hold metadata.
+#[derive(Debug)]
+pub(super) struct Places {
+    /// L2 tables and refcount blocks.
+    pub(super) blocks: HashSet<u64>,
+    /// Header, L1 table, and all places where the refcount table is or was.
+    pub(super) fixed: Vec<Range<u64>>,
+}
+
+impl Places {
+    /// Whether host cluster `cluster` holds metadata.
+    pub(super) fn holds(&self, cluster: u64) -> bool {
+        self.fixed.iter().any(|r| r.contains(&cluster)) || self.blocks.contains(&cluster)
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) cache: Cache,
     pub(super) refs: RefTable,
     pub(super) space: Space,
     pub(super) tickets: Tickets,
-    /// Host clusters that hold L2 tables and refcount blocks.
-    pub(super) meta: HashSet<u64>,
-    /// Host cluster ranges of the header and the L1 table.
-    pub(super) fixed: Vec<std::ops::Range<u64>>,
+    pub(super) places: Places,
     pub(super) l1_changed: Sectors,
     /// L1 indices of tables that no flush has written yet.
     pub(super) fresh_tables: Vec<u32>,
@@ -135,13 +149,6 @@ pub(super) const FRESH_TABLES_MAX: usize = 1024;
 pub(super) const DEREFS_MAX: usize = 65536;
 
 impl State {
-    /// Whether host cluster `cluster` holds metadata.
-    pub(super) fn is_meta(&self, cluster: u64) -> bool {
-        self.fixed.iter().any(|r| r.contains(&cluster))
-            || self.refs.holds(cluster)
-            || self.meta.contains(&cluster)
-    }
-
     /// Halts when metadata must be flushed before more of it is changed.
     pub(super) fn admit(&self) -> Ask<()> {
         if self.fresh_tables.len() >= FRESH_TABLES_MAX || self.derefs.len() >= DEREFS_MAX {
