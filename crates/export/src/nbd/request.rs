@@ -140,18 +140,11 @@ pub(crate) fn plan(header: &Header, limits: &Limits) -> Plan {
         return Plan::Disconnect;
     }
     let extended = limits.style == Style::Extended;
-    // In the compact style only writes carry a payload; in the extended style the flag says so.
-    let payload = if extended {
-        header.has(cmd_flag::PAYLOAD_LEN)
-    } else {
-        header.kind == cmd::WRITE
-    };
+    // Writes carry a payload in both styles; in the extended style the flag should say so, and may say it of
+    // any command. QEMU up to 10 at least leaves the flag out of its writes, and sends the payload.
+    let payload = header.kind == cmd::WRITE || (extended && header.has(cmd_flag::PAYLOAD_LEN));
     if payload && header.len > u64::from(PAYLOAD_BYTES_MAX) {
         return Plan::Fatal(refuse(Errno::Inval, "payload is larger than 32 MiB"));
-    }
-    if header.kind == cmd::WRITE && !payload {
-        // Whether a payload follows is anybody's guess.
-        return Plan::Fatal(refuse(Errno::Inval, "write without a payload length"));
     }
     let skip = if payload { header.len } else { 0 };
     let answer = |result| Plan::Answer { skip, result };
@@ -379,7 +372,11 @@ mod tests {
         let large = header(cmd::WRITE, 0, 0, (32 << 20) + 1);
         assert!(matches!(plan(&large, &simple), Plan::Fatal(_)));
         let unflagged = header(cmd::WRITE, 0, 0, 1);
-        assert!(matches!(plan(&unflagged, &extended), Plan::Fatal(_)));
+        assert_eq!(
+            plan(&unflagged, &extended),
+            Plan::Work(Work::Write { fua: false }),
+            "as QEMU does"
+        );
         let flagged = header(cmd::READ, cmd_flag::PAYLOAD_LEN, 0, 5);
         assert_eq!(errno(plan(&flagged, &extended)), (5, Errno::Inval));
         let huge = header(99, cmd_flag::PAYLOAD_LEN, 0, u64::MAX);

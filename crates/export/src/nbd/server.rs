@@ -68,7 +68,7 @@ impl Nbd {
     /// ([`block::ErrorKind::Locked`]: another process listens on it).
     pub fn serve(
         address: &NbdAddress,
-        disk: &Arc<Disk>,
+        disk: Arc<Disk>,
         workers: &[WorkerHandle],
         options: Options,
     ) -> Result<Server> {
@@ -98,7 +98,7 @@ impl Nbd {
                 read_only: options.read_only || disk.read_only(),
                 preferred_block: disk.logical_block_size().max(4096),
             },
-            disk: disk.clone(),
+            disk,
             workers: workers.into(),
             max_connections: options.max_connections,
             handshake_max: options.handshake_max,
