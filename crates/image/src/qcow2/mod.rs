@@ -18,6 +18,8 @@ mod cache;
 mod close;
 mod compress;
 #[cfg(test)]
+mod corners;
+#[cfg(test)]
 mod crash;
 mod create;
 mod entry;
