@@ -312,7 +312,7 @@ fn compressed_clusters_are_read_overwritten_and_freed() {
     let path = directory.path().join("disk.qcow2");
     let mut rng = Rng(3);
     let mut model: Vec<u8> = (0..4u64 << 20)
-        .map(|i| (i / 100 * 77 >> 3) as u8 | 1)
+        .map(|i| ((i / 100 * 77) >> 3) as u8 | 1)
         .collect();
     for _ in 0..50 {
         // Some of it does not compress well.

@@ -27,6 +27,8 @@ pub mod extensions;
 pub mod features;
 mod flush;
 mod header;
+#[cfg(test)]
+mod hostile;
 mod map;
 mod open;
 mod refcount;
@@ -36,6 +38,8 @@ mod tables;
 mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod threads;
 mod tickets;
 mod write;
 mod zero;

@@ -25,6 +25,9 @@ struct Inner {
     writes_left: Option<u32>,
 }
 
+/// Where a [`MemFile`] is full.
+const LEN_MAX: u64 = 256 << 20;
+
 /// A file in memory.
 #[derive(Clone, Debug, Default)]
 pub(super) struct MemFile(Arc<Mutex<Inner>>);
@@ -64,6 +67,14 @@ impl MemFile {
 
     fn change(&self, change: Change) -> Result<()> {
         let mut inner = self.0.lock().unwrap();
+        let end = match &change {
+            Change::Write(at, data) => at.saturating_add(data.len() as u64),
+            Change::Len(len) => *len,
+            Change::Sync => 0,
+        };
+        if end > LEN_MAX {
+            return Err(Error::new(block::ErrorKind::NoSpace, "the file is full"));
+        }
         if let Some(left) = &mut inner.writes_left {
             *left = left
                 .checked_sub(1)

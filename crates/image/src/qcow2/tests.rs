@@ -29,7 +29,7 @@ fn small() -> OpenOptions {
 fn pattern(rng: &mut Rng, len: u64) -> Vec<u8> {
     let byte = rng.next();
     (0..len)
-        .map(|i| (byte.rotate_left((i / 512) as u32) ^ i / 512) as u8 | 1)
+        .map(|i| (byte.rotate_left((i / 512) as u32) ^ (i / 512)) as u8 | 1)
         .collect()
 }
 
