@@ -361,7 +361,7 @@ fn a_second_server_on_the_socket_is_refused() {
     let again = Nbd::serve(
         served.server().local_addr(),
         served.disk.clone().unwrap(),
-        &[worker.clone()],
+        std::slice::from_ref(&worker),
         Options::default(),
     );
     assert_eq!(again.unwrap_err().kind(), block::ErrorKind::Locked);
