@@ -138,7 +138,6 @@ impl Queue {
         if bounce {
             self.counters.bounced += u64::from(count);
         }
-        let old = std::mem::take(&mut self.jobs[index as usize]);
         self.jobs[index as usize] = Job {
             file: io.file.0,
             op: io.op,
@@ -152,8 +151,6 @@ impl Queue {
             held: Held::None,
             chunk: NONE,
             range_step: !data && io.op != IoOp::Sync && !simulated,
-            // Keeps its memory.
-            iov: old.iov,
             ..Job::default()
         };
         let long = io.iov_len as usize > IOV_MAX;

@@ -9,6 +9,9 @@ use crate::{
 };
 use block::{IoVec, align_down, align_up, clip};
 
+/// Room in a new array of pieces.
+const IOV_SPARE: usize = 128;
+
 /// How often in a row a step may end with `EAGAIN` or `EINTR` before that counts as a failure.
 const RETRIES_MAX: u32 = 10_000;
 
@@ -117,7 +120,13 @@ impl Queue {
                 }
             }
         }
-        if op == IoOp::Write && align > 1 && !self.enter_gate(index, align) {
+        // Ranges enter the gate in the pool's threads; but simulated ones have no thread.
+        let gated = match op {
+            IoOp::Read | IoOp::Sync => false,
+            IoOp::Write => true,
+            _ => !self.jobs[index as usize].range_step,
+        };
+        if gated && align > 1 && !self.enter_gate(index, align) {
             self.wait_gate.push_back(index);
             return false;
         }
@@ -141,7 +150,7 @@ impl Queue {
         if held == Held::None {
             set = stripes_of_blocks(job.offset, job.len, align);
         }
-        let misaligned = (job.offset | job.len) & (align - 1) != 0;
+        let misaligned = job.op == IoOp::Write && (job.offset | job.len) & (align - 1) != 0;
         let entered = if misaligned {
             let mut claim = match held {
                 Held::Claim(claim) => claim,
@@ -231,6 +240,12 @@ impl Queue {
     /// Makes the job's own array of pieces, of what is still to be transferred.
     pub(super) fn rebuild_iov(&mut self, index: u32) {
         let mut iov = std::mem::take(&mut self.jobs[index as usize].iov);
+        if iov.capacity() == 0 {
+            iov = self
+                .spare_iovs
+                .pop()
+                .unwrap_or_else(|| Vec::with_capacity(IOV_SPARE));
+        }
         iov.clear();
         let left = self.jobs[index as usize].len - self.jobs[index as usize].done;
         self.each_part(index, left, |io, from, len, _| {
@@ -444,6 +459,10 @@ impl Queue {
     fn finish(&mut self, index: u32, errno: i32, zeroed: bool) {
         self.release(index);
         self.free_jobs.push(index);
+        let iov = std::mem::take(&mut self.jobs[index as usize].iov);
+        if iov.capacity() > 0 {
+            self.spare_iovs.push(iov);
+        }
         let (mut slot, count) = {
             let job = &self.jobs[index as usize];
             (job.first, job.count)

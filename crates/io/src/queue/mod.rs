@@ -81,6 +81,8 @@ pub(crate) struct Queue {
     sort: Vec<group::Key>,
     jobs: Vec<Job>,
     free_jobs: Vec<u32>,
+    /// Arrays of pieces that no job uses, kept for the next that merges.
+    spare_iovs: Vec<Vec<IoVec>>,
     /// Jobs whose next step is for the engine's own backend.
     pub(crate) ready: VecDeque<u32>,
     /// Jobs whose next step is for the pool of threads.
@@ -123,6 +125,7 @@ impl Queue {
             sort: Vec::with_capacity(capacity),
             jobs: (0..capacity).map(|_| Job::default()).collect(),
             free_jobs: all(),
+            spare_iovs: Vec::with_capacity(capacity),
             ready: VecDeque::with_capacity(capacity),
             ready_ranges: VecDeque::with_capacity(capacity),
             wait_memory: VecDeque::with_capacity(capacity),

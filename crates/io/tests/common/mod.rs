@@ -2,21 +2,108 @@
 #![allow(dead_code)]
 
 use block::IoVec;
-use io::{Completion, Engine, EngineKind, EngineOptions, Events, FileSlot, Io, IoOp, Token, Wait};
-use std::time::Duration;
+use io::{
+    Alignment, Cache, Completion, Engine, EngineKind, EngineOptions, Events, File, FileSlot, Io,
+    IoOp, Lock, OpenOptions, SimDisk, SimOptions, Token, Wait,
+};
+use std::{path::Path, sync::Arc, time::Duration};
 
 /// Far longer than anything takes: a test that waits so long has found a hang.
 pub const HANG: Duration = Duration::from_secs(60);
 
-/// The engines that work on real files.
-pub const KINDS: [EngineKind; 3] = [EngineKind::Threads, EngineKind::Native, EngineKind::IoUring];
+/// An engine and a kind of file that it works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Setup {
+    pub kind: EngineKind,
+    /// For real files.
+    pub cache: Cache,
+    /// For simulated disks.
+    pub align: u32,
+}
+
+const fn setup(kind: EngineKind, cache: Cache, align: u32) -> Setup {
+    Setup { kind, cache, align }
+}
+
+/// Every engine on everything that it can do.
+pub const SETUPS: [Setup; 7] = [
+    setup(EngineKind::Threads, Cache::Writeback, 0),
+    setup(EngineKind::Threads, Cache::None, 0),
+    setup(EngineKind::Native, Cache::None, 0),
+    setup(EngineKind::IoUring, Cache::Writeback, 0),
+    setup(EngineKind::IoUring, Cache::None, 0),
+    setup(EngineKind::Sim, Cache::None, 1),
+    setup(EngineKind::Sim, Cache::None, 4096),
+];
+
+impl Setup {
+    pub fn file(self, dir: &Path, seed: u64) -> Arc<File> {
+        if self.kind == EngineKind::Sim {
+            return File::sim(SimDisk::new(SimOptions {
+                seed,
+                alignment: Alignment {
+                    offset: self.align,
+                    memory: self.align.min(512),
+                },
+                ..SimOptions::default()
+            }))
+            .unwrap();
+        }
+        File::create_new(&dir.join(format!("file-{seed}")), &options(self.cache)).unwrap()
+    }
+}
+
+pub fn options(cache: Cache) -> OpenOptions {
+    OpenOptions {
+        cache,
+        lock: Lock::None,
+        ..OpenOptions::default()
+    }
+}
+
+/// Memory of an operation, at a chosen distance from a multiple of 4096.
+pub struct Piece {
+    buf: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Piece {
+    pub fn new(len: usize, misaligned: usize) -> Self {
+        let buf = vec![0xa5; len + 8192];
+        let address = buf.as_ptr() as usize;
+        let start = address.next_multiple_of(4096) - address + misaligned % 4096;
+        Self { buf, start, len }
+    }
+
+    pub fn of(data: &[u8], misaligned: usize) -> Self {
+        let mut piece = Self::new(data.len(), misaligned);
+        let start = piece.start;
+        piece.buf[start..start + data.len()].copy_from_slice(data);
+        piece
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.buf[self.start..self.start + self.len]
+    }
+
+    fn iov(&mut self) -> IoVec {
+        IoVec::from_mut(&mut self.buf[self.start..self.start + self.len])
+    }
+}
+
+struct Op {
+    token: Token,
+    pieces: Vec<Piece>,
+    _iov: Box<[IoVec]>,
+}
 
 /// An engine and the memory of its operations.
 pub struct Rig {
     pub engine: Box<dyn Engine>,
     pub events: Events,
     next: u64,
-    ops: Vec<(Token, Vec<Vec<u8>>, Box<[IoVec]>)>,
+    ops: Vec<Op>,
 }
 
 impl Rig {
@@ -40,9 +127,9 @@ impl Rig {
         op: IoOp,
         offset: u64,
         len: u64,
-        mut pieces: Vec<Vec<u8>>,
+        mut pieces: Vec<Piece>,
     ) -> Option<Token> {
-        let iov: Box<[IoVec]> = pieces.iter_mut().map(|p| IoVec::from_mut(p)).collect();
+        let iov: Box<[IoVec]> = pieces.iter_mut().map(Piece::iov).collect();
         let token = Token(self.next);
         let staged = Io {
             file,
@@ -53,13 +140,17 @@ impl Rig {
             iov_len: iov.len() as u32,
             token,
         };
-        // SAFETY: array and memory are kept until `take` after the completion; `Rig` drops the engine
-        // first.
+        // SAFETY: array and memory are kept until `take`, after the completion; `Rig` drops the
+        // engine first.
         if !unsafe { self.engine.stage(staged) } {
             return None;
         }
         self.next += 1;
-        self.ops.push((token, pieces, iov));
+        self.ops.push(Op {
+            token,
+            pieces,
+            _iov: iov,
+        });
         Some(token)
     }
 
@@ -69,24 +160,25 @@ impl Rig {
         op: IoOp,
         offset: u64,
         len: u64,
-        pieces: Vec<Vec<u8>>,
+        pieces: Vec<Piece>,
     ) -> Token {
         self.try_stage(file, op, offset, len, pieces)
             .expect("room in the engine")
     }
 
     pub fn write(&mut self, file: FileSlot, offset: u64, data: &[u8]) -> Token {
-        self.stage(
-            file,
-            IoOp::Write,
-            offset,
-            data.len() as u64,
-            vec![data.to_vec()],
-        )
+        let len = data.len() as u64;
+        self.stage(file, IoOp::Write, offset, len, vec![Piece::of(data, 0)])
     }
 
     pub fn read(&mut self, file: FileSlot, offset: u64, len: usize) -> Token {
-        self.stage(file, IoOp::Read, offset, len as u64, vec![vec![0xa5; len]])
+        self.stage(
+            file,
+            IoOp::Read,
+            offset,
+            len as u64,
+            vec![Piece::new(len, 0)],
+        )
     }
 
     pub fn other(&mut self, file: FileSlot, op: IoOp, offset: u64, len: u64) -> Token {
@@ -121,12 +213,15 @@ impl Rig {
 
     /// The bytes of an operation that ended.
     pub fn take(&mut self, token: Token) -> Vec<u8> {
-        let at = self
-            .ops
-            .iter()
-            .position(|(t, ..)| *t == token)
-            .expect("staged");
-        self.ops.swap_remove(at).1.concat()
+        let at = self.ops.iter().position(|op| op.token == token);
+        let op = self.ops.swap_remove(at.expect("staged"));
+        op.pieces.iter().flat_map(|p| p.bytes().to_vec()).collect()
+    }
+
+    /// Forgets the memory of everything that ended.
+    pub fn clear(&mut self) {
+        assert_eq!(self.engine.in_flight(), 0);
+        self.ops.clear();
     }
 }
 
@@ -137,7 +232,7 @@ pub fn scratch() -> tempfile::TempDir {
 
 /// Deterministic bytes that differ from place to place.
 pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut x = seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..len)
         .map(|_| {
             x ^= x << 13;

@@ -1,0 +1,108 @@
+//! The steady state allocates nothing, on any thread.
+
+mod common;
+
+use block::IoVec;
+use common::{HANG, Rig, SETUPS, scratch};
+use io::{EngineKind, Io, IoOp, Token, Wait};
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: everything is the system allocator's; counting does not allocate.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.realloc(ptr, layout, new_size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Everything in one test: the counter is the process's.
+#[test]
+fn steady_state_allocates_nothing() {
+    for setup in SETUPS {
+        if setup.kind == EngineKind::Sim {
+            // It stores what is written, and logs it.
+            continue;
+        }
+        let dir = scratch();
+        let file = setup.file(dir.path(), 1);
+        let mut rig = Rig::new(setup.kind);
+        let slot = rig.engine.attach(&file).unwrap();
+        let mut memory = vec![0u8; 64 * 8192 + 4096];
+        let start = memory.as_ptr().align_offset(4096);
+        let iov: Vec<IoVec> = (0..64)
+            .map(|i| IoVec::from_mut(&mut memory[start + i * 8192..][..4096]))
+            .collect();
+        let round = |rig: &mut Rig, round: u64| {
+            for (i, piece) in iov.iter().enumerate() {
+                // Neighbours and strangers, reads and writes; misaligned ones, and a sync.
+                let i = i as u64;
+                let (op, offset) = match i % 4 {
+                    0 => (IoOp::Write, i / 4 * 4096),
+                    1 => (IoOp::Read, (round + i * 3) % 200 * 12288),
+                    2 => (IoOp::Write, (4 << 20) + i * 20000 + 7),
+                    _ => (IoOp::Read, (8 << 20) + i * 20000 + 7),
+                };
+                let staged = Io {
+                    file: slot,
+                    op,
+                    offset,
+                    len: 4096,
+                    iov: piece,
+                    iov_len: 1,
+                    token: Token(i),
+                };
+                // SAFETY: array and memory outlive the loop below, which ends all operations.
+                assert!(unsafe { rig.engine.stage(staged) });
+            }
+            let sync = Io {
+                file: slot,
+                op: IoOp::Sync,
+                offset: 0,
+                len: 0,
+                iov: std::ptr::null(),
+                iov_len: 0,
+                token: Token(99),
+            };
+            // SAFETY: it has no memory.
+            assert!(!round.is_multiple_of(16) || unsafe { rig.engine.stage(sync) });
+            while rig.engine.in_flight() > 0 {
+                rig.engine.turn(Wait::For(HANG), &mut rig.events).unwrap();
+                for c in rig.events.completions.drain(..) {
+                    assert_eq!(c.errno, 0);
+                }
+            }
+        };
+        for i in 0..100 {
+            round(&mut rig, i);
+        }
+        let before = ALLOCATIONS.load(Ordering::SeqCst);
+        for i in 100..200 {
+            round(&mut rig, i);
+        }
+        let made = ALLOCATIONS.load(Ordering::SeqCst) - before;
+        assert_eq!(made, 0, "{setup:?}");
+        drop(rig);
+    }
+}
