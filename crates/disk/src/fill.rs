@@ -255,11 +255,7 @@ impl DiskQueue {
     }
 
     /// The allocation's write ended (or was not begun, for `error`): it becomes the guest's, or is given back.
-    pub(crate) fn fill_written(
-        &mut self,
-        fill_index: u32,
-        error: Option<GuestError>,
-    ) {
+    pub(crate) fn fill_written(&mut self, fill_index: u32, error: Option<GuestError>) {
         let fill = &mut self.fills[fill_index as usize];
         let (slot, key) = (fill.slot, fill.key);
         for part in &mut fill.parts {

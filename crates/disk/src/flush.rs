@@ -1,11 +1,6 @@
 //! Commits that this queue leads, and space that they freed.
 
-use crate::{
-    queue::DiskQueue,
-    request::State,
-    commit::Turn,
-    sub::Purpose,
-};
+use crate::{commit::Turn, queue::DiskQueue, request::State, sub::Purpose};
 use block::{GuestError, IoVec, Zeroed};
 use image::{FlushRun, Freed};
 use io::{Engine, IoOp};
@@ -89,7 +84,9 @@ impl DiskQueue {
             let failed = c.error.is_some();
             let Some(stage) = c.run.stages.get(c.stage).copied().filter(|_| !failed) else {
                 if c.pending == 0 {
-                    let Some(c) = self.committer.take() else { return };
+                    let Some(c) = self.committer.take() else {
+                        return;
+                    };
                     self.end_commit(c.run, c.error);
                 }
                 return;
@@ -108,7 +105,16 @@ impl DiskQueue {
                 self.subs[sub as usize].iov.push(piece);
                 let file = self.file(0, write.file);
                 let (offset, len) = (write.offset.0, write.len as u64);
-                self.issue(engine, sub, Purpose::Commit, file, IoOp::Write, offset, len, None);
+                self.issue(
+                    engine,
+                    sub,
+                    Purpose::Commit,
+                    file,
+                    IoOp::Write,
+                    offset,
+                    len,
+                    None,
+                );
             } else if c.pending > 0 {
                 return;
             } else if c.barrier {
@@ -135,11 +141,7 @@ impl DiskQueue {
     }
 
     /// A write or barrier of the commit ended.
-    pub(crate) fn commit_part_ended(
-        &mut self,
-        engine: &mut dyn Engine,
-        error: Option<GuestError>,
-    ) {
+    pub(crate) fn commit_part_ended(&mut self, engine: &mut dyn Engine, error: Option<GuestError>) {
         if let Some(c) = &mut self.committer {
             c.pending -= 1;
             if let Some(error) = error {
@@ -185,9 +187,21 @@ impl DiskQueue {
             self.punches += 1;
             let file = self.file(0, freed.file);
             // As zeroing that must be fast: then the format may rely on the zeros.
-            let op = IoOp::Zero { unmap: true, fast: true };
+            let op = IoOp::Zero {
+                unmap: true,
+                fast: true,
+            };
             let (offset, len) = (freed.offset.0, freed.len);
-            self.issue(engine, sub, Purpose::Punch { freed }, file, op, offset, len, None);
+            self.issue(
+                engine,
+                sub,
+                Purpose::Punch { freed },
+                file,
+                op,
+                offset,
+                len,
+                None,
+            );
         }
     }
 

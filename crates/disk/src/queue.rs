@@ -419,11 +419,7 @@ impl DiskQueue {
     }
 
     /// An operation or allocation of a request ended.
-    pub(crate) fn part_ended(
-        &mut self,
-        index: u32,
-        error: Option<GuestError>,
-    ) {
+    pub(crate) fn part_ended(&mut self, index: u32, error: Option<GuestError>) {
         let now = self.now();
         let slot = &mut self.slots[index as usize];
         slot.pending -= 1;

@@ -64,10 +64,10 @@ pub(crate) enum Task {
 /// Where a request stands. It is in exactly one of these.
 ///
 /// ```text
-///   Free ─▶ Running ─▶ (Settled: flush if asked) ─▶ Done ─▶ Free
+///   Free ─▶ Running ─────────────▶ [CommitThenDone] ─▶ Free, its `Done` queued
 ///            │  ▲
 ///            ▼  │
-///   Loading, Parked, Stalled, Committing
+///   Loading, Parked, Stalled, CommitThenAsk
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
@@ -85,8 +85,6 @@ pub(crate) enum State {
     CommitThenAsk,
     /// Waits for the commit that makes it durable.
     CommitThenDone,
-    /// Ended; the submitter has not taken it yet.
-    Done,
 }
 
 /// One request of the table.

@@ -36,16 +36,7 @@ impl DiskQueue {
         let len = match step {
             Ok(Step::Done(Plan::InPlace { file, offset, len })) => {
                 let len = len.min(left);
-                self.transfer(
-                    engine,
-                    index,
-                    ACTIVE,
-                    file,
-                    IoOp::Write,
-                    offset.0,
-                    pos,
-                    len,
-                );
+                self.transfer(engine, index, ACTIVE, file, IoOp::Write, offset.0, pos, len);
                 len
             }
             Ok(Step::Done(Plan::Allocate(allocation))) => {

@@ -3,14 +3,18 @@
 use block::{GuestError, GuestOffset, IoVec, Op};
 use disk::{Chain, ChainOptions, Disk, DiskOptions, DiskQueue, QueueOptions, Request};
 use image::Format;
-use io::{Engine, EngineKind, EngineOptions, Events, Wait, Waker};
+use io::{Cache, Engine, EngineKind, EngineOptions, Events, Wait, Waker};
 use std::{
     collections::HashMap,
+    os::fd::AsFd,
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
+
+/// After so long without an end, a queue counts as hanging.
+const HANG: Duration = Duration::from_secs(30);
 
 /// Runs a program that must succeed; returns what it printed.
 pub fn run(program: &str, args: &[&str]) -> String {
@@ -25,6 +29,11 @@ pub fn run(program: &str, args: &[&str]) -> String {
     );
     assert!(output.status.success(), "{program} {args:?}: {text}");
     text
+}
+
+/// A directory for images; not in /tmp, which may be a tmpfs: O_DIRECT is wanted.
+pub fn dir() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory")
 }
 
 /// A path as an argument.
@@ -46,9 +55,15 @@ pub fn qemu_create(path: &Path, options: &str, backing: Option<(&Path, &str)>, s
     run("qemu-img", &args);
 }
 
-/// Opens a disk for a test.
+/// Opens a disk for a test, through the page cache.
 pub fn open(path: &Path, format: Format, options: DiskOptions) -> Arc<Disk> {
+    open_cached(path, format, options, Cache::Writeback)
+}
+
+/// Opens a disk for a test.
+pub fn open_cached(path: &Path, format: Format, options: DiskOptions, cache: Cache) -> Arc<Disk> {
     let chain = ChainOptions {
+        cache,
         format: Some(format),
         read_only: options.read_only,
         ..ChainOptions::default()
@@ -108,7 +123,14 @@ impl Rig {
     }
 
     /// Submits; the data of a write, or the length of anything else. Pieces are cut at `cuts`.
-    pub fn submit(&mut self, op: Op, at: u64, mut buffer: Vec<u8>, len: u64, cuts: &[usize]) -> u64 {
+    pub fn submit(
+        &mut self,
+        op: Op,
+        at: u64,
+        mut buffer: Vec<u8>,
+        len: u64,
+        cuts: &[usize],
+    ) -> u64 {
         let tag = self.next;
         self.next += 1;
         if op == Op::Read {
@@ -164,6 +186,18 @@ impl Rig {
         ended
     }
 
+    /// Turns until something ended. Panics when nothing does for a long time.
+    pub fn some(&mut self) -> Vec<Ended> {
+        let begin = Instant::now();
+        while begin.elapsed() < HANG {
+            let ended = self.turn(Wait::For(Duration::from_secs(1)));
+            if !ended.is_empty() {
+                return ended;
+            }
+        }
+        panic!("the queue hangs: {:#?}", self.queue);
+    }
+
     fn take(&mut self) -> Vec<Ended> {
         let queue = self.queue.as_mut().expect("attached");
         let mut ended = Vec::new();
@@ -181,11 +215,13 @@ impl Rig {
     /// Turns until nothing is in flight.
     pub fn drain(&mut self) -> Vec<Ended> {
         let mut ended = Vec::new();
-        let mut idle = 0;
+        let mut last = Instant::now();
         while self.queue().is_busy() {
             let some = self.turn(Wait::For(Duration::from_secs(1)));
-            idle = if some.is_empty() { idle + 1 } else { 0 };
-            assert!(idle < 30, "the queue hangs: {:#?}", self.queue);
+            if !some.is_empty() {
+                last = Instant::now();
+            }
+            assert!(last.elapsed() < HANG, "the queue hangs: {:#?}", self.queue);
             ended.extend(some);
         }
         ended
