@@ -7,7 +7,7 @@ use rustix::{
 };
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicU32, Ordering, fence},
 };
 
 /// A non-blocking `eventfd(2)` counter.
@@ -100,9 +100,10 @@ impl Waker {
     /// Tells the owner that there is work. Makes one `write(2)` when the owner sleeps and nobody
     /// else has woken it yet, else no system call.
     pub fn wake(&self) {
-        // A plain look first keeps the line shared when many threads wake an owner that knows.
-        // SeqCst: the look must not move before the caller's publication of its work.
-        std::sync::atomic::fence(Ordering::SeqCst);
+        // A plain look first keeps the line shared when many threads wake an owner that knows. The
+        // fence keeps it behind the caller's publication of its work, as the owner's fences keep its
+        // look at the work behind its change of the state: one of the two sees the other.
+        fence(Ordering::SeqCst);
         if self.state.load(Ordering::SeqCst) == NOTIFIED {
             return;
         }
@@ -125,13 +126,15 @@ impl Waker {
             return true;
         }
         self.state.store(AWAKE, Ordering::SeqCst);
-        std::sync::atomic::fence(Ordering::SeqCst);
+        fence(Ordering::SeqCst);
         false
     }
 
     /// The owner does not sleep any more. Whether it was woken. Reads the descriptor empty if so.
     pub fn awake(&self) -> bool {
         let woken = self.state.swap(AWAKE, Ordering::SeqCst) == NOTIFIED;
+        // Before the owner looks at the sources of work: see `wake`.
+        fence(Ordering::SeqCst);
         if woken && let Err(e) = self.fd.read() {
             tracing::error!("cannot read a waker: {e}");
         }
@@ -140,11 +143,16 @@ impl Waker {
 
     /// Takes a wake without sleeping, for owners that poll; no system call.
     pub fn take(&self) -> bool {
-        self.state.load(Ordering::Relaxed) == NOTIFIED
+        let taken = self.state.load(Ordering::Relaxed) == NOTIFIED
             && self
                 .state
                 .compare_exchange(NOTIFIED, AWAKE, Ordering::SeqCst, Ordering::SeqCst)
-                .is_ok()
+                .is_ok();
+        if taken {
+            // Before the owner looks at the sources of work: see `wake`.
+            fence(Ordering::SeqCst);
+        }
+        taken
     }
 }
 

@@ -354,7 +354,9 @@ impl Backend for Native {
         self.reap(queue)?;
         match sleep {
             // Something ended: it is handed out, or has a next step to submit.
-            Some(_) if self.running != running || queue.has_finished() => {}
+            Some(_) if self.running != running || queue.has_finished() => {
+                self.poller.glance(submitted, ready, &mut queue.counters)?;
+            }
             Some(Sleep(timeout)) => {
                 // What the context did not take goes when something ends; nothing runs: try again soon.
                 let timeout = if left > 0 && running == 0 {

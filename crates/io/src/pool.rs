@@ -11,7 +11,7 @@ use crate::{
     queue::{Queue, Step, StepKind},
     sys,
 };
-use block::{Error, IoVec, Result};
+use block::IoVec;
 use std::{
     collections::VecDeque,
     io,
@@ -61,6 +61,30 @@ struct Shared {
     waker: Arc<Waker>,
 }
 
+impl Shared {
+    fn pop(&self) -> Option<Task> {
+        lock(&self.tasks).queue.pop_front()
+    }
+
+    /// Makes a task's call and reports its end.
+    fn run(&self, task: Task) {
+        let (result, zeroed) = match perform(&task) {
+            Ok((n, zeroed)) => (n, zeroed),
+            Err(e) => (-e.raw_os_error().unwrap_or(libc::EIO), false),
+        };
+        let job = task.job;
+        // Before the completion is seen: the caller may close the file then.
+        drop(task);
+        lock(&self.done).push(Done {
+            job,
+            result,
+            zeroed,
+        });
+        self.has_done.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+}
+
 /// See the module's documentation. Belongs to one engine.
 pub(crate) struct Pool {
     shared: Arc<Shared>,
@@ -96,9 +120,9 @@ impl Pool {
     }
 
     /// Hands over the steps of the jobs in `jobs`.
-    pub(crate) fn submit(&mut self, queue: &mut Queue, jobs: Jobs) -> Result<()> {
+    pub(crate) fn submit(&mut self, queue: &mut Queue, jobs: Jobs) {
         if jobs.of(queue).is_empty() {
-            return Ok(());
+            return;
         }
         queue.counters.submit_calls += 1;
         let (wake, missing) = {
@@ -122,10 +146,16 @@ impl Pool {
                     self.threads_max = self.threads.len();
                     break;
                 }
-                Err(e) => return Err(Error::os("cannot start an I/O thread", e)),
+                Err(e) => {
+                    // None at all: slow is better than never.
+                    tracing::warn!("cannot start an I/O thread, calls block the queue: {e}");
+                    while let Some(task) = self.shared.pop() {
+                        self.shared.run(task);
+                    }
+                    break;
+                }
             }
         }
-        Ok(())
     }
 
     /// Takes what ended since the last time.
@@ -212,20 +242,7 @@ fn work(shared: &Shared) {
         if wake {
             shared.work.notify_one();
         }
-        let (result, zeroed) = match perform(&task) {
-            Ok((n, zeroed)) => (n, zeroed),
-            Err(e) => (-e.raw_os_error().unwrap_or(libc::EIO), false),
-        };
-        let job = task.job;
-        // Before the completion is seen: the caller may close the file then.
-        drop(task);
-        lock(&shared.done).push(Done {
-            job,
-            result,
-            zeroed,
-        });
-        shared.has_done.store(true, Ordering::Release);
-        shared.waker.wake();
+        shared.run(task);
         tasks = lock(&shared.tasks);
     }
 }

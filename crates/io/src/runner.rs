@@ -76,7 +76,7 @@ impl<B: Backend> Runner<B> {
         self.pool.collect(&mut self.queue);
         let collected = self.queue.running != running;
         self.queue.begin();
-        self.pool.submit(&mut self.queue, Jobs::Ranges)?;
+        self.pool.submit(&mut self.queue, Jobs::Ranges);
         let sleep = sleep.filter(|_| {
             !collected
                 && !self.queue.has_finished()

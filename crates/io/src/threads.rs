@@ -59,7 +59,7 @@ impl Backend for Threads {
         ready: &mut Vec<u64>,
     ) -> Result<()> {
         let submitted = !queue.ready.is_empty();
-        pool.submit(queue, Jobs::Ready)?;
+        pool.submit(queue, Jobs::Ready);
         match sleep {
             Some(Sleep(timeout)) => self.poller.wait(timeout, ready, &mut queue.counters),
             None => self.poller.glance(submitted, ready, &mut queue.counters),

@@ -3,7 +3,9 @@
 mod common;
 
 use common::{HANG, Piece, Rig, SETUPS, pattern, scratch};
-use io::{Cache, Counters, EngineKind, Fault, FaultOp, File, IoOp, SimDisk, SimOptions, Wait};
+use io::{
+    Alignment, Cache, Counters, EngineKind, Fault, FaultOp, File, IoOp, SimDisk, SimOptions, Wait,
+};
 
 fn difference(now: Counters, before: Counters) -> Counters {
     Counters {
@@ -200,5 +202,30 @@ fn flushes_are_ignored_only_in_cache_mode_unsafe() {
         rig.other(slot, IoOp::Sync, 0, 0);
         rig.finish_ok();
         assert_eq!(rig.engine.counters().issued, issued, "{cache}");
+    }
+}
+
+/// After a failed sync of the page cache a later success would promise what may be lost. A simulated
+/// disk without alignment stands for a buffered file.
+#[test]
+fn a_failed_sync_of_a_buffered_file_stays_failed() {
+    for (align, later) in [(1, libc::EIO), (512, 0)] {
+        let disk = SimDisk::new(SimOptions {
+            alignment: Alignment {
+                offset: align,
+                memory: 1,
+            },
+            ..SimOptions::default()
+        });
+        disk.inject(Fault {
+            count: 1,
+            ..Fault::always(FaultOp::Sync, libc::EIO)
+        });
+        let mut rig = Rig::new(EngineKind::Sim);
+        let slot = rig.engine.attach(&File::sim(disk).unwrap()).unwrap();
+        for expected in [libc::EIO, later, later] {
+            rig.other(slot, IoOp::Sync, 0, 0);
+            assert_eq!(rig.finish()[0].errno, expected, "alignment {align}");
+        }
     }
 }

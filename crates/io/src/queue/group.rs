@@ -7,6 +7,9 @@ use crate::{FileKind, IoOp, sys::IOV_MAX};
 /// trade parallelism for nothing.
 const MERGE_BYTES_MAX: u64 = 1 << 20;
 
+/// The bit of a class that says that direct I/O does not take the operation as it is.
+const MISALIGNED: u32 = 1;
+
 /// How operations are sorted: neighbours of one kind on one file come together.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Key {
@@ -55,7 +58,8 @@ impl Queue {
                 pieces += io.iov_len as usize;
                 next += 1;
             }
-            self.create(sort[at].slot, sort[at..next].iter().map(|k| k.slot));
+            let bounce = sort[at].class & MISALIGNED != 0;
+            self.create(sort[at..next].iter().map(|k| k.slot), bounce);
             at = next;
         }
         sort.clear();
@@ -89,7 +93,7 @@ impl Queue {
                 Some(
                     u32::from(io.file.0) << 2
                         | u32::from(io.op == IoOp::Write) << 1
-                        | u32::from(!fits),
+                        | if fits { 0 } else { MISALIGNED },
                 )
             }
             _ => None,
@@ -102,19 +106,21 @@ impl Queue {
             return None;
         }
         if class.is_none() {
-            self.create(slot, std::iter::once(slot));
+            self.create(std::iter::once(slot), false);
         }
         class
     }
 
-    /// Makes a job of these operations, which are neighbours in this order, and starts it.
-    pub(super) fn create(&mut self, first: u32, slots: impl Iterator<Item = u32>) {
+    /// Makes a job of these operations (one at least), which are neighbours in this order, and starts
+    /// it. `bounce`: reads and writes go through bounce memory.
+    pub(super) fn create(&mut self, slots: impl Iterator<Item = u32>, bounce: bool) {
         // There are as many jobs as slots, and each job has a slot at least.
         let index = self.free_jobs.pop().expect("a job for each slot");
-        let (mut last, mut len, mut count) = (NONE, 0, 0);
+        let (mut first, mut last, mut len, mut count) = (NONE, NONE, 0, 0);
         for slot in slots {
-            if last != NONE {
-                self.slots[last as usize].next = slot;
+            match last {
+                NONE => first = slot,
+                last => self.slots[last as usize].next = slot,
             }
             self.slots[slot as usize].next = NONE;
             len += self.slots[slot as usize].io.len;
@@ -123,18 +129,8 @@ impl Queue {
         }
         let io = self.slots[first as usize].io;
         let entry = self.file(io.file.0);
-        let (align, memory) = (entry.align, entry.memory);
         let simulated = entry.file.kind() == FileKind::Simulated;
         let data = matches!(io.op, IoOp::Read | IoOp::Write);
-        let mut bounce = false;
-        if data && align > 1 {
-            let mut slot = first;
-            while slot != NONE {
-                let op = &self.slots[slot as usize];
-                bounce |= !fits(align, memory, &op.io);
-                slot = op.next;
-            }
-        }
         if bounce {
             self.counters.bounced += u64::from(count);
         }

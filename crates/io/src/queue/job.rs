@@ -463,15 +463,15 @@ impl Queue {
         if iov.capacity() > 0 {
             self.spare_iovs.push(iov);
         }
-        let (mut slot, count) = {
+        let (mut slot, count, bounce) = {
             let job = &self.jobs[index as usize];
-            (job.first, job.count)
+            (job.first, job.count, job.bounce)
         };
         while slot != NONE {
             let next = self.slots[slot as usize].next;
             if errno != 0 && count > 1 {
                 // Each alone: see the module's documentation.
-                self.create(slot, std::iter::once(slot));
+                self.create(std::iter::once(slot), bounce);
             } else {
                 self.finish_slot(slot, errno, zeroed);
             }

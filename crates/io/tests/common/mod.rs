@@ -215,7 +215,11 @@ impl Rig {
     pub fn take(&mut self, token: Token) -> Vec<u8> {
         let at = self.ops.iter().position(|op| op.token == token);
         let op = self.ops.swap_remove(at.expect("staged"));
-        op.pieces.iter().flat_map(|p| p.bytes().to_vec()).collect()
+        let mut bytes = Vec::new();
+        for piece in &op.pieces {
+            bytes.extend_from_slice(piece.bytes());
+        }
+        bytes
     }
 
     /// Forgets the memory of everything that ended.
@@ -233,12 +237,13 @@ pub fn scratch() -> tempfile::TempDir {
 /// Deterministic bytes that differ from place to place.
 pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
     let mut x = seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..len)
-        .map(|_| {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            (x >> 24) as u8
-        })
-        .collect()
+    let mut out = Vec::with_capacity(len + 8);
+    while out.len() < len {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        out.extend_from_slice(&x.to_le_bytes());
+    }
+    out.truncate(len);
+    out
 }
