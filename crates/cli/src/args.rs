@@ -1,7 +1,8 @@
 //! The command line. Stable: scripts rely on it.
 
 use block::{Result, size};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use export::nbd::NbdAddress;
 use image::Format;
 use io::{Aio, Cache};
 use std::path::PathBuf;
@@ -99,6 +100,7 @@ pub enum Discard {
 
 /// `serve`.
 #[derive(Args, Debug)]
+#[command(group(ArgGroup::new("socket").args(["vhost_user", "nbd"]).required(true).multiple(true)))]
 pub struct Serve {
     /// Format of the image: needed for raw, known by its magic otherwise
     #[arg(short, long, value_name = "FMT", value_parser = format)]
@@ -106,11 +108,11 @@ pub struct Serve {
     /// Image to serve, or null:SIZE
     pub file: String,
     /// Serve it over vhost-user-blk on this Unix socket
-    #[arg(long, value_name = "SOCK", required_unless_present = "nbd")]
+    #[arg(long, value_name = "SOCK")]
     pub vhost_user: Option<PathBuf>,
     /// Serve it over NBD at unix:PATH or HOST:PORT
-    #[arg(long, value_name = "unix:PATH|HOST:PORT")]
-    pub nbd: Option<String>,
+    #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = str::parse::<NbdAddress>)]
+    pub nbd: Option<NbdAddress>,
     /// Queues that a virtual machine may use
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub queues: u16,
