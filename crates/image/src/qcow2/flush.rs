@@ -22,14 +22,14 @@
 //!   table refers to it; a new table is complete before the header does; a new L2 table is
 //!   complete before the L1 table does.
 //! * Lowered refcounts in stage 1 are of clusters whose last reference went away in an *earlier* flush
-//!   that succeeded: [`super::State::derefs`] are applied when a flush ends.
+//!   that succeeded: `State::derefs` are applied when a flush ends.
 //! * Stage 2 changes sectors of 512 bytes, each of them whole or not at all, and each entry by itself
 //!   is right before and after: what it refers to is durable and counted. An L1 entry and the
 //!   entries of its new table became durable in the other order.
 //! * A freed cluster is given out again only after its dereference is durable, so no old entry can show
 //!   a new owner's bytes.
 //!
-//! Without anything newly referred to ([`super::State::ordered`]) stages 1 and 2 are independent, and share one barrier.
+//! Without anything newly referred to (`State::ordered`) stages 1 and 2 are independent, and share one barrier.
 //! A run that failed part of the way changes nothing in this: all it covered is dirty
 //! again, and written again in the same order.
 

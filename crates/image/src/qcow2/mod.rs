@@ -6,12 +6,12 @@
 //!                                frames                                        frames
 //! ```
 //!
-//! * [`tables`]: what is read without a lock — L1, slots, frames, checked by sequence tags.
-//! * [`state`]: what the lock guards, made of [`cache`], [`refcount`], [`alloc`] and [`tickets`].
-//! * [`map`], [`write`], [`zero`]: the questions. [`flush`]: the order on disk, and why it is safe.
-//! * [`header`], [`extensions`], [`features`], [`entry`]: the format. [`open`], [`close`], [`compress`].
+//! * `tables`: what is read without a lock: L1, slots, frames, checked by sequence tags.
+//! * `state`: what the lock guards, made of `cache`, `refcount`, `alloc` and `tickets`.
+//! * `map`, `write`, `zero`: the questions. `flush`: the order on disk, and why it is safe.
+//! * `header`, `extensions`, `features`, `entry`: the format. `open`, `close`, `compress`.
 //!
-//! Internal functions answer with [`state::Ask`]: a value, or why there is none now (`?` passes it up).
+//! Internal functions answer with `state::Ask`: a value, or why there is none now (`?` passes it up).
 
 mod alloc;
 mod cache;
