@@ -68,9 +68,14 @@ pub fn limits(disk: &Disk, serial: &str, features: u64) -> Limits {
 /// The configuration space; the disk's end is rounded down to a whole sector.
 pub fn space(disk: &Disk, options: &Options) -> [u8; CONFIG_BYTES] {
     let block = disk.logical_block_size();
-    // I/O that suits the image: whole clusters (§5.2.4, in logical blocks).
+    // I/O that suits the image: whole clusters (§5.2.4, in logical blocks; zero for no opinion).
     let cluster_blocks = (disk.cluster_size() / block.max(1)).max(1);
     let min_io = u16::try_from(cluster_blocks).unwrap_or(u16::MAX);
+    let opt_io = if cluster_blocks > 1 {
+        cluster_blocks
+    } else {
+        0
+    };
     let alignment = disk.cluster_size() / SECTOR_BYTES as u32;
     let (discard_sectors, discard_segments) = if disk.can_discard() {
         (DISCARD_SECTORS, DISCARD_SEGMENTS)
@@ -96,7 +101,7 @@ pub fn space(disk: &Disk, options: &Options) -> [u8; CONFIG_BYTES] {
     put(&block.to_le_bytes()); // 20 blk_size
     put(&[0, 0]); // 24 physical_block_exp, alignment_offset
     put(&min_io.to_le_bytes()); // 26 min_io_size
-    put(&cluster_blocks.to_le_bytes()); // 28 opt_io_size
+    put(&opt_io.to_le_bytes()); // 28 opt_io_size
     put(&[u8::from(disk.writeback()), 0]); // 32 writeback, unused
     put(&options.queues.to_le_bytes()); // 34 num_queues
     put(&discard_sectors.to_le_bytes()); // 36 max_discard_sectors

@@ -7,6 +7,7 @@
 
 use super::{
     Options, config,
+    inflight::{self, Inflight},
     memory::{GuestMemory, REGIONS_MAX, Region, RegionSpec},
     queue::{self, Queue, Setup, Stopped},
     ring::RingAddresses,
@@ -16,6 +17,7 @@ use crate::worker::{SessionId, WorkerHandle};
 use block::limits::QUEUE_DEPTH_MAX;
 use disk::Disk;
 use io::EventFd;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use std::{
     fs::File,
     os::fd::AsFd,
@@ -46,6 +48,8 @@ pub(super) struct Device {
     workers: Vec<WorkerHandle>,
     features: u64,
     memory: Arc<GuestMemory>,
+    /// The file in which requests in flight are noted, and the size of the rings it is for.
+    inflight: Option<(Arc<Region>, u16)>,
     vrings: Vec<Vring>,
     /// How the write cache was before this client came.
     writeback: bool,
@@ -75,6 +79,7 @@ impl Device {
             workers,
             features: 0,
             memory: Arc::default(),
+            inflight: None,
             vrings,
             writeback,
         }
@@ -101,6 +106,12 @@ impl Device {
         let Some(kick) = copy(&vring.kick)? else {
             return Ok(());
         };
+        let inflight = match &self.inflight {
+            Some((region, size)) if vring.size <= *size => {
+                Some(Inflight::new(region.clone(), index, *size).map_err(refuse)?)
+            }
+            _ => None,
+        };
         let setup = Setup {
             index,
             disk: self.disk.clone(),
@@ -112,6 +123,7 @@ impl Device {
             kick,
             call: copy(&vring.call)?,
             err: copy(&vring.err)?,
+            inflight,
         };
         let id = self.workers[index]
             .call_wait(move |cx| cx.add(|cx| Queue::start(setup, cx)))
@@ -162,8 +174,22 @@ impl Device {
             self.vrings[index] = Vring::default();
         }
         self.features = 0;
+        self.inflight = None;
         self.memory = Arc::default();
         self.disk.set_writeback(self.writeback);
+    }
+
+    /// Queues and ring size of an inflight file, if they are possible.
+    fn check_inflight(&self, inflight: &VhostUserInflight) -> Result<(u16, u16)> {
+        let (queues, size) = (inflight.num_queues, inflight.queue_size);
+        if usize::from(queues) > self.vrings.len() || size > self.options.queue_size_max {
+            return Err(refuse(format!(
+                "an inflight file for {queues} queues of {size} entries: there are {} of at most {}",
+                self.vrings.len(),
+                self.options.queue_size_max
+            )));
+        }
+        Ok((queues, size))
     }
 
     fn take_eventfd(file: Option<File>) -> Result<Option<EventFd>> {
@@ -342,6 +368,7 @@ impl VhostUserBackendReqHandlerMut for Device {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
@@ -424,6 +451,44 @@ impl VhostUserBackendReqHandlerMut for Device {
         self.change(|device| device.memory = Arc::new(memory))
     }
 
+    fn get_inflight_fd(
+        &mut self,
+        inflight: &VhostUserInflight,
+    ) -> Result<(VhostUserInflight, File)> {
+        let (queues, size) = self.check_inflight(inflight)?;
+        let len = inflight::file_bytes(queues, size);
+        let make = || -> std::io::Result<File> {
+            let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+            let file = File::from(memfd_create("vhost-user-inflight", flags)?);
+            file.set_len(len)?;
+            fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
+            Ok(file)
+        };
+        let file = make().map_err(refuse)?;
+        let answer = VhostUserInflight {
+            mmap_size: len,
+            mmap_offset: 0,
+            num_queues: queues,
+            queue_size: size,
+        };
+        Ok((answer, file))
+    }
+
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let (queues, size) = self.check_inflight(inflight)?;
+        if inflight.mmap_size < inflight::file_bytes(queues, size) {
+            return Err(refuse("the inflight file is too small"));
+        }
+        let spec = RegionSpec {
+            guest: 0,
+            user: 0,
+            len: inflight.mmap_size,
+            offset: inflight.mmap_offset,
+        };
+        let region = Arc::new(Region::map(spec, &file).map_err(refuse)?);
+        self.change(|device| device.inflight = Some((region, size)))
+    }
+
     // What was not offered; the message layer refuses most of these itself.
 
     fn set_gpu_socket(&mut self, _gpu_backend: vhost::vhost_user::GpuBackend) -> Result<()> {
@@ -432,14 +497,6 @@ impl VhostUserBackendReqHandlerMut for Device {
 
     fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
         Err(Error::InvalidOperation("no shared objects"))
-    }
-
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(Error::InvalidOperation("no inflight tracking"))
-    }
-
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
-        Err(Error::InvalidOperation("no inflight tracking"))
     }
 
     fn set_device_state_fd(

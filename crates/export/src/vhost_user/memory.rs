@@ -130,6 +130,12 @@ impl Region {
         }
         Ok(region)
     }
+
+    /// The host's address of `len` bytes at `skip` bytes from its start, if it is so long.
+    pub fn range(&self, skip: u64, len: u64) -> Option<*mut u8> {
+        let end = skip.checked_add(len)?;
+        (end <= self.spec.len).then(|| self.base.wrapping_add(skip as usize))
+    }
 }
 
 impl Drop for Region {

@@ -6,7 +6,8 @@
 //!   guest ── shared memory ──▶ queue     one session on a worker for each virtqueue (the data path)
 //!                            ├ ring      split virtqueue: indices, descriptors, notifications
 //!                            ├ chain     descriptors to pieces of memory
-//!                            └ request   header and segments to disk operations
+//!                            ├ request   header and segments to disk operations
+//!                            └ inflight  what a killed server leaves to the next
 //!              memory, guard   mapped regions, and what happens when one is truncated
 //! ```
 //!
@@ -21,6 +22,7 @@ mod chain;
 mod config;
 mod device;
 mod guard;
+mod inflight;
 mod memory;
 mod queue;
 mod request;

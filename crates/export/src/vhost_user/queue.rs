@@ -13,6 +13,7 @@
 
 use super::{
     chain::Chain,
+    inflight::Inflight,
     memory::{self, GuestMemory},
     request::{self, Limits, SEGMENTS_MAX, Segment, Task},
     ring::{Ring, RingAddresses},
@@ -44,6 +45,7 @@ pub(super) struct Setup {
     pub kick: EventFd,
     pub call: Option<EventFd>,
     pub err: Option<EventFd>,
+    pub inflight: Option<Inflight>,
 }
 
 /// A queue's state when it has stopped.
@@ -105,6 +107,9 @@ pub(super) struct Queue {
     kick: EventFd,
     call: Option<EventFd>,
     err: Option<EventFd>,
+    inflight: Option<Inflight>,
+    /// Heads that a server before us took and did not answer, the oldest last.
+    resume: Vec<u16>,
     /// The ring made no sense: nothing is taken from it any more.
     broken: bool,
     /// Takes nothing more; ends when nothing is in flight.
@@ -114,15 +119,28 @@ pub(super) struct Queue {
 
 impl Queue {
     /// Starts the queue on the worker of `cx`, as its current session.
-    pub fn start(setup: Setup, cx: &mut Cx) -> Result<Self> {
+    pub fn start(mut setup: Setup, cx: &mut Cx) -> Result<Self> {
         let event_idx = setup.limits.features & feature::RING_EVENT_IDX != 0;
-        let ring = Ring::new(
+        let mut ring = Ring::new(
             setup.memory,
             setup.addresses,
             setup.size,
             setup.next_avail,
             event_idx,
         )?;
+        let mut resume = Vec::new();
+        if let Some(inflight) = &mut setup.inflight {
+            resume = inflight.recover(ring.published());
+            // More cannot be taken from a ring than it has entries.
+            resume.truncate(usize::from(setup.size));
+            resume.reverse();
+            if !resume.is_empty() {
+                // Everything that was taken and not answered is in `resume`, whatever the
+                // front-end, which only sees the used index, makes of it.
+                let taken = ring.published().wrapping_add(resume.len() as u16);
+                ring.set_next_avail(taken);
+            }
+        }
         let options = QueueOptions {
             depth: setup.size,
             token_base: cx.token_base(),
@@ -144,6 +162,8 @@ impl Queue {
             kick: setup.kick,
             call: setup.call,
             err: setup.err,
+            inflight: setup.inflight,
+            resume,
             broken: false,
             draining: false,
             drained: Vec::new(),
@@ -195,7 +215,11 @@ impl Queue {
         let mut any = false;
         let mut seen_ns = 0;
         while let Some(&slot) = self.free.last() {
-            let head = match self.ring.pop() {
+            let head = match self
+                .resume
+                .pop()
+                .map_or_else(|| self.ring.pop(), |h| Ok(Some(h)))
+            {
                 Ok(Some(head)) => head,
                 Ok(None) => break,
                 Err(overrun) => {
@@ -235,6 +259,9 @@ impl Queue {
             ));
             return false;
         };
+        if let Some(inflight) = &mut self.inflight {
+            inflight.take(head);
+        }
         slot.head = head;
         slot.written = 0;
         slot.segment_count = 0;
@@ -347,7 +374,25 @@ impl Queue {
         // one), and `self.ring` keeps it mapped.
         unsafe { memory::write(slot.chain.status, &[status as u8]) };
         self.ring.push(slot.head, slot.written.saturating_add(1));
+        if let Some(inflight) = &mut self.inflight {
+            inflight.done(slot.head);
+        }
         self.free.push(index);
+    }
+
+    /// Shows the driver what was answered, and calls it if it asked for that.
+    fn publish(&mut self) {
+        let before = self.ring.published();
+        let wanted = self.ring.publish();
+        let now = self.ring.published();
+        if now != before
+            && let Some(inflight) = &mut self.inflight
+        {
+            inflight.published(now);
+        }
+        if wanted {
+            self.notify();
+        }
     }
 
     fn retry_refused(&mut self, cx: &mut Cx) {
@@ -405,9 +450,7 @@ impl Session for Queue {
             disk.advance(cx.engine());
         }
         any |= self.deliver(cx);
-        if self.ring.publish() {
-            self.notify();
-        }
+        self.publish();
         if self.draining {
             self.try_end(cx);
         }

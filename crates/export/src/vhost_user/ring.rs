@@ -158,6 +158,17 @@ impl Ring {
         self.next_avail
     }
 
+    /// The used index as the driver sees it.
+    pub fn published(&self) -> u16 {
+        self.published
+    }
+
+    /// Goes on at another entry of the available ring.
+    pub fn set_next_avail(&mut self, next_avail: u16) {
+        self.next_avail = next_avail;
+        self.seen_avail = next_avail;
+    }
+
     #[inline]
     fn load(&self, part: *mut u8, offset: usize, order: Ordering) -> u16 {
         // SAFETY: the callers' offsets lie within the part, whose length `new` checked together

@@ -140,11 +140,16 @@ impl Worker {
         let mut engine = io::open_engine(options.engine, &options.engine_options)?;
         // Key 0 belongs to no session: the waker's only job is to end the wait.
         engine.watch(shared.waker.as_fd(), 0, false)?;
+        // Room for what one turn can bring, so that no later turn has to make it.
+        let events = Events {
+            completions: Vec::with_capacity(engine.capacity()),
+            ready: Vec::with_capacity(64),
+        };
         Ok(Self {
             cx: Cx::new(engine, shared.waker.clone(), shared.index),
             shared,
             poll: Poll::new(options.poll_max_ns),
-            events: Events::default(),
+            events,
             calls: Vec::new(),
             stopping: false,
         })

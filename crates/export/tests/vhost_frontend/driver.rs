@@ -236,6 +236,15 @@ impl DriverQueue {
         self.kick.write().expect("kick");
     }
 
+    /// Does what a device does at the end of a chain: for a device that died afterwards.
+    pub fn push_used(&mut self, head: u16) {
+        let idx = self.ram.load(self.used + 2, Ordering::Relaxed);
+        let entry = self.used + 4 + 8 * u64::from(idx % self.size);
+        self.ram.write(entry, &u32::from(head).to_le_bytes());
+        self.ram
+            .store(self.used + 2, idx.wrapping_add(1), Ordering::Release);
+    }
+
     /// The next chain that the device is done with, and the bytes it wrote.
     pub fn pop(&mut self) -> Option<(u16, u32)> {
         if self.ram.load(self.used + 2, Ordering::Acquire) == self.last_used {

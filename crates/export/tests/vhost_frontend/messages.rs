@@ -2,13 +2,16 @@
 
 use super::{DriverQueue, feature};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
-    sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use std::{
     io::{self, IoSlice, IoSliceMut, Read},
     mem::MaybeUninit,
-    os::{fd::BorrowedFd, unix::net::UnixStream},
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     path::Path,
     time::Duration,
 };
@@ -31,6 +34,8 @@ pub mod code {
     pub const SET_VRING_ENABLE: u32 = 18;
     pub const GET_CONFIG: u32 = 24;
     pub const SET_CONFIG: u32 = 25;
+    pub const GET_INFLIGHT_FD: u32 = 31;
+    pub const SET_INFLIGHT_FD: u32 = 32;
     pub const RESET_DEVICE: u32 = 34;
     pub const GET_MAX_MEM_SLOTS: u32 = 36;
     pub const ADD_MEM_REG: u32 = 37;
@@ -41,8 +46,8 @@ const VERSION: u32 = 1;
 const REPLY: u32 = 4;
 const NEED_REPLY: u32 = 8;
 
-/// REPLY_ACK, MQ, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
-const PROTOCOL_FEATURES: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 13 | 1 << 15;
+/// MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
+const PROTOCOL_FEATURES: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15;
 
 #[derive(Clone, Copy, Debug)]
 pub struct RegionSpec {
@@ -112,6 +117,11 @@ impl Frontend {
 
     /// The payload of the answer to `code`.
     pub fn receive(&mut self, code: u32) -> io::Result<Vec<u8>> {
+        Ok(self.receive_fds(code)?.0)
+    }
+
+    /// The payload of the answer to `code`, and the descriptors that came with it.
+    pub fn receive_fds(&mut self, code: u32) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
         let mut header = [0; 12];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -121,12 +131,17 @@ impl Frontend {
         if got == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        let fds = ancillary.drain().flat_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
+            _ => Vec::new(),
+        });
+        let fds = fds.collect();
         self.stream.read_exact(&mut header[got..])?;
         let word = |i: usize| u32::from_le_bytes(header[i..i + 4].try_into().unwrap());
         assert_eq!((word(0), word(4)), (code, VERSION | REPLY), "answer");
         let mut payload = vec![0; word(8) as usize];
         self.stream.read_exact(&mut payload)?;
-        Ok(payload)
+        Ok((payload, fds))
     }
 
     /// A message that is acknowledged, once that is negotiated.
@@ -217,6 +232,20 @@ impl Frontend {
         let mut payload = vec![0; 8];
         payload.extend(region.bytes());
         self.tell(code::REM_MEM_REG, &payload, &[])
+    }
+
+    /// A file to note requests in flight: its description as the server gave it, and itself.
+    pub fn get_inflight(&mut self, queues: u16, size: u16) -> io::Result<(Vec<u8>, OwnedFd)> {
+        let mut payload = vec![0; 24];
+        payload[16..18].copy_from_slice(&queues.to_le_bytes());
+        payload[18..20].copy_from_slice(&size.to_le_bytes());
+        self.send(code::GET_INFLIGHT_FD, 0, &payload, &[])?;
+        let (payload, mut fds) = self.receive_fds(code::GET_INFLIGHT_FD)?;
+        Ok((payload, fds.pop().expect("a descriptor")))
+    }
+
+    pub fn set_inflight(&mut self, description: &[u8], fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.tell(code::SET_INFLIGHT_FD, description, &[fd])
     }
 
     pub fn vring(&mut self, code: u32, index: u32, value: u32) -> io::Result<()> {
