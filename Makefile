@@ -1,0 +1,35 @@
+# Everything that a person or the integration machine runs. `make` alone explains itself.
+
+CARGO ?= cargo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build lint test demo clean
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install missing system packages (as root; otherwise name them) and make the test guest
+	@scripts/setup.sh test
+	@scripts/guest-build.sh >/dev/null
+
+build: ## build the release binary, target/release/diskplane
+	@scripts/setup.sh build
+	$(CARGO) build --release --locked -p diskplane
+
+lint: ## check the format and run clippy, warnings denied
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+# The recipe is one sequence, not prerequisites: with -j they would compete for the build lock and the cores.
+test: ## all the set-up it needs, lint, and every test
+	@$(MAKE) --no-print-directory setup
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory build
+	@scripts/test.sh
+
+demo: ## boot a Linux guest on an overlay that diskplane serves, and check what is left
+	@scripts/demo.sh
+
+clean: ## remove all that was built
+	$(CARGO) clean
+	rm -rf target

@@ -1,0 +1,413 @@
+//! A real Linux guest on served disks.
+//!
+//! The guest is what `scripts/guest-build.sh` makes: a Debian kernel and an initramfs whose init
+//! (`guest/init`, which documents scenarios, parameters and the lines it reports) runs scenarios and powers
+//! off. Guests take the machine for themselves one at a time, whichever test runner starts the tests: two
+//! emulated guests on two cores only wait for each other.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::TempDir;
+use crate::command::Failure;
+use crate::process::{POLL, Process};
+
+/// How long a guest may run if the test says nothing else: several times what it takes under emulation on
+/// a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(180);
+
+/// How many lines of the console a failure shows.
+const CONSOLE_LINES_MAX: usize = 60;
+
+/// A disk of the guest: the client side of a server's socket. Disks are `/dev/vda`, `/dev/vdb`, … in the
+/// order in which they are given.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    socket: PathBuf,
+    queues: usize,
+    reconnect: bool,
+}
+
+impl Disk {
+    /// A vhost-user-blk disk with one queue.
+    pub fn vhost_user(socket: impl AsRef<Path>) -> Self {
+        Self {
+            socket: socket.as_ref().to_owned(),
+            queues: 1,
+            reconnect: false,
+        }
+    }
+
+    /// The number of virtqueues that the guest is offered; it uses at most one for each of its CPUs.
+    pub fn queues(mut self, queues: usize) -> Self {
+        self.queues = queues;
+        self
+    }
+
+    /// Whether QEMU connects again when the server goes away. Without it the guest's requests hang.
+    pub fn reconnect(mut self) -> Self {
+        self.reconnect = true;
+        self
+    }
+
+    fn arguments(&self, index: usize) -> [String; 4] {
+        let reconnect = if self.reconnect {
+            ",reconnect-ms=200"
+        } else {
+            ""
+        };
+        [
+            "-chardev".to_owned(),
+            format!(
+                "socket,id=c{index},path={}{reconnect}",
+                self.socket.display()
+            ),
+            "-device".to_owned(),
+            format!(
+                "vhost-user-blk-pci,chardev=c{index},num-queues={}",
+                self.queues
+            ),
+        ]
+    }
+}
+
+/// A guest to be booted.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    append: String,
+    disks: Vec<Disk>,
+    cpus: usize,
+    memory_mb: usize,
+    timeout: Duration,
+}
+
+impl Guest {
+    /// A guest with two CPUs that runs these scenarios: `NAME[:DEVICE]`, separated by commas.
+    pub fn new(scenarios: &str) -> Self {
+        Self {
+            append: format!("dp.run={scenarios}"),
+            disks: Vec::new(),
+            cpus: 2,
+            memory_mb: 1024,
+            timeout: TIMEOUT,
+        }
+    }
+
+    /// One more disk.
+    pub fn disk(mut self, disk: Disk) -> Self {
+        self.disks.push(disk);
+        self
+    }
+
+    /// A parameter of `guest/init`: `dp.NAME=VALUE`.
+    pub fn parameter(mut self, name: &str, value: impl std::fmt::Display) -> Self {
+        self.append = format!("{} dp.{name}={value}", self.append);
+        self
+    }
+
+    /// The number of CPUs.
+    pub fn cpus(mut self, cpus: usize) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// How long it may run, boot included.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Boots the guest and waits for its result, which must be `ok`.
+    #[track_caller]
+    pub fn run(&self) -> Report {
+        match self.try_run() {
+            Ok(report) => report,
+            Err(failure) => panic!("{failure}"),
+        }
+    }
+
+    /// As [`Self::run`], with the failure returned.
+    pub fn try_run(&self) -> Result<Report, Failure> {
+        self.boot()?.finish()
+    }
+
+    /// Boots the guest, to meddle with the server while it runs.
+    pub fn boot(&self) -> Result<Running, Failure> {
+        let cache = GuestCache::find()?;
+        let turn = cache.take_turn()?;
+        let dir = TempDir::new();
+        let memory = format!("{}M", self.memory_mb);
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-machine", "q35,memory-backend=mem"])
+            .args(cache.accelerator());
+        command.args(["-smp", &self.cpus.to_string(), "-m", &memory]);
+        // The server maps the guest's memory, so it has to be a file that can be shared.
+        command.args([
+            "-object",
+            &format!("memory-backend-memfd,id=mem,size={memory},share=on"),
+        ]);
+        command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
+        for port in ["console.log", "results.log"] {
+            command
+                .arg("-serial")
+                .arg(format!("file:{}", dir.path(port).display()));
+        }
+        command.arg("-kernel").arg(cache.folder.join("vmlinuz"));
+        command
+            .arg("-initrd")
+            .arg(cache.folder.join("initramfs.img"));
+        // The guest is trusted: mitigations only make an emulated CPU slower.
+        command.arg("-append").arg(format!(
+            "console=ttyS0 panic=-1 quiet mitigations=off {}",
+            self.append
+        ));
+        for (index, disk) in self.disks.iter().enumerate() {
+            command.args(disk.arguments(index));
+        }
+        let process = Process::start(&mut command)?;
+        Ok(Running {
+            process,
+            dir,
+            started: Instant::now(),
+            timeout: self.timeout,
+            _turn: turn,
+        })
+    }
+}
+
+/// A guest that is running. Dropping it ends it as a power cut would.
+pub struct Running {
+    process: Process,
+    dir: TempDir,
+    started: Instant,
+    timeout: Duration,
+    _turn: File,
+}
+
+impl Running {
+    /// Waits until the guest has reported a line that contains `text`, and returns the line.
+    #[track_caller]
+    pub fn wait_for(&mut self, text: &str) -> String {
+        loop {
+            // Only whole lines: the end of the file may be one that is still being written.
+            let results = self.read("results.log");
+            let whole = results.rfind('\n').map_or("", |end| &results[..end]);
+            if let Some(line) = whole.lines().find(|line| line.contains(text)) {
+                return line.to_owned();
+            }
+            if let Err(failure) = self.check_running(text) {
+                panic!("{failure}");
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Cuts the guest's power, and returns all the lines that it had reported.
+    pub fn cut_power(mut self) -> Vec<String> {
+        self.process.kill();
+        let results = self.read("results.log");
+        let whole = results.rfind('\n').map_or("", |end| &results[..end]);
+        whole.lines().map(str::to_owned).collect()
+    }
+
+    fn check_running(&mut self, awaited: &str) -> Result<(), Failure> {
+        if self.process.has_ended().is_some() {
+            return Err(self.failure(&format!("the guest ended before it reported '{awaited}'")));
+        }
+        if self.started.elapsed() > self.timeout {
+            return Err(self.failure(&format!("the guest did not report '{awaited}' in time")));
+        }
+        Ok(())
+    }
+
+    /// Waits for the guest to power off; its result must be `ok`.
+    pub fn finish(mut self) -> Result<Report, Failure> {
+        let left = self.timeout.saturating_sub(self.started.elapsed());
+        match self.process.wait(left) {
+            Err(_) => {
+                let problem = format!(
+                    "the guest was not through after {} s",
+                    self.timeout.as_secs()
+                );
+                return Err(self.failure(&problem));
+            }
+            Ok(status) if !status.success() => {
+                return Err(self.failure(&format!("QEMU ended with {status}")));
+            }
+            Ok(_) => {}
+        }
+        let mut report = Report::parse(&self.read("results.log"));
+        report.wall = self.started.elapsed();
+        match report.values.get("result").map(String::as_str) {
+            Some("ok") => Ok(report),
+            Some(_) => {
+                let step = report.values.get("failed_step").map_or("", String::as_str);
+                Err(self.failure(&format!("the guest failed at {step}")))
+            }
+            None => Err(self.failure("the guest ended without a result")),
+        }
+    }
+
+    /// What a serial port has received; nothing while QEMU has not made the file.
+    fn read(&self, port: &str) -> String {
+        let bytes = std::fs::read(self.dir.path(port)).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).replace('\r', "")
+    }
+
+    fn failure(&mut self, problem: &str) -> Failure {
+        let console = self.read("console.log");
+        let lines: Vec<&str> = console.lines().collect();
+        let tail = lines[lines.len().saturating_sub(CONSOLE_LINES_MAX)..].join("\n    ");
+        self.process
+            .describe(&format!("{problem}\n  console:\n    {tail}"))
+    }
+}
+
+/// What a guest reported.
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    /// The figures, by name; of a name that came several times the last one.
+    pub values: BTreeMap<String, String>,
+    /// The steps that passed, in order (`fs-ext4.mkfs`).
+    pub steps: Vec<String>,
+    /// How long the machine ran, by the host's clock.
+    pub wall: Duration,
+}
+
+impl Report {
+    /// Reads the lines `DP NAME=VALUE`, `DP step=NAME ok …` and `DP result=fail step=NAME`.
+    pub fn parse(results: &str) -> Self {
+        let mut report = Self::default();
+        for line in results
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("DP "))
+        {
+            let Some((name, value)) = line.split_once('=') else {
+                continue;
+            };
+            match name {
+                "step" => report
+                    .steps
+                    .extend(value.split_once(" ok").map(|(step, _)| step.to_owned())),
+                "result" => {
+                    let (result, step) = value.split_once(" step=").unwrap_or((value, ""));
+                    report.values.insert("result".to_owned(), result.to_owned());
+                    report
+                        .values
+                        .insert("failed_step".to_owned(), step.to_owned());
+                }
+                _ => drop(report.values.insert(name.to_owned(), value.to_owned())),
+            }
+        }
+        report
+    }
+
+    /// A figure that must be there.
+    #[track_caller]
+    pub fn value(&self, name: &str) -> &str {
+        match self.values.get(name) {
+            Some(value) => value,
+            None => panic!("the guest reported no '{name}', only: {:?}", self.values),
+        }
+    }
+
+    /// A figure that must be a whole number; the part after a decimal point is dropped.
+    #[track_caller]
+    pub fn number(&self, name: &str) -> u64 {
+        let value = self.value(name);
+        let whole = value.split('.').next().unwrap_or(value);
+        whole
+            .parse()
+            .unwrap_or_else(|_| panic!("the guest reported '{name}={value}', which is no number"))
+    }
+
+    /// Whether a step was run and passed.
+    pub fn passed(&self, step: &str) -> bool {
+        self.steps.iter().any(|passed| passed == step)
+    }
+}
+
+/// The folder with the kernel and the initramfs.
+struct GuestCache {
+    folder: PathBuf,
+}
+
+impl GuestCache {
+    /// `DISKPLANE_GUEST_DIR`, or `target/guest` in the repository.
+    fn find() -> Result<Self, Failure> {
+        let folder = std::env::var_os("DISKPLANE_GUEST_DIR").map_or_else(
+            || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest"),
+            PathBuf::from,
+        );
+        for part in ["vmlinuz", "initramfs.img", "accel"] {
+            if !folder.join(part).exists() {
+                let path = folder.join(part);
+                return Err(Failure::new(format!(
+                    "the guest is not built: no {} (run `make setup`)",
+                    path.display()
+                )));
+            }
+        }
+        Ok(Self { folder })
+    }
+
+    /// What the builder found out about KVM. Should it be gone since then, emulation still works.
+    fn accelerator(&self) -> &'static [&'static str] {
+        let found = std::fs::read_to_string(self.folder.join("accel")).unwrap_or_default();
+        let kvm_opens = || {
+            File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/kvm")
+                .is_ok()
+        };
+        if found.trim() == "kvm" && kvm_opens() {
+            &["-accel", "kvm", "-cpu", "host"]
+        } else {
+            &["-accel", "tcg,thread=multi", "-cpu", "max"]
+        }
+    }
+
+    /// Waits until no other guest runs. The lock goes with the file, even when the test is killed.
+    fn take_turn(&self) -> Result<File, Failure> {
+        let path = self.folder.join("turn");
+        let locked = File::create(&path).and_then(|file| file.lock().map(|()| file));
+        locked.map_err(|e| Failure::new(format!("cannot lock {}: {e}", path.display())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_has_values_and_steps() {
+        let report = Report::parse(
+            "noise\nDP boot_s=3.21\nDP vda.write_cache=write back\nDP step=fs-ext4.mkfs ok t=4.1\nDP n=1\nDP n=2\nDP result=ok\n",
+        );
+        assert_eq!(report.value("vda.write_cache"), "write back");
+        assert_eq!((report.number("boot_s"), report.number("n")), (3, 2));
+        assert!(report.passed("fs-ext4.mkfs") && !report.passed("fs-ext4"));
+        assert_eq!(report.value("result"), "ok");
+    }
+
+    #[test]
+    fn a_report_names_the_step_that_failed() {
+        let report =
+            Report::parse("DP step=verify.libaio ok t=1\nDP result=fail step=verify.io_uring");
+        assert_eq!(
+            (report.value("result"), report.value("failed_step")),
+            ("fail", "verify.io_uring")
+        );
+    }
+
+    #[test]
+    #[should_panic(expected = "reported no 'x'")]
+    fn a_figure_that_is_not_there_is_named() {
+        Report::default().value("x");
+    }
+}

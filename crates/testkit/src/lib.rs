@@ -1,0 +1,52 @@
+//! What diskplane's integration tests share: the peers that they compare with, servers, and real guests.
+//!
+//! | module | what it brings |
+//! |---|---|
+//! | [`temp`] | a folder that is gone when the test is over |
+//! | [`command`] | run a program to its end; a failure shows the command, its status and what it printed |
+//! | [`qemu`] | `qemu-img`, `qemu-io`, `qemu-storage-daemon` and `qemu-nbd` as the other opinion |
+//! | [`server`] | a server under test: started, known to be ready, stopped clean or killed |
+//! | [`guest`] | a virtual machine that uses a served disk and reports what it found |
+//!
+//! Everything here is for tests: what a test takes for granted (a tool is installed, a file can be made)
+//! panics with the reason where it does not hold, and what a test may want to see fail is offered a second
+//! time as `try_…`, which returns a [`Failure`].
+//!
+//! ```no_run
+//! use testkit::{Disk, Guest, Serve, TempDir, qemu};
+//!
+//! let dir = TempDir::new();
+//! let image = dir.path("disk.qcow2");
+//! qemu::create("qcow2", &image, "1G");
+//! let server = Serve::new(testkit::diskplane("target/debug/diskplane"), &image)
+//!     .vhost_user(dir.path("vm.sock"))
+//!     .queues(2)
+//!     .start();
+//! let report = Guest::new("fs-ext4,verify")
+//!     .disk(Disk::vhost_user(dir.path("vm.sock")).queues(2))
+//!     .run();
+//! assert_eq!(report.value("vda.write_cache"), "write back");
+//! server.stop();
+//! qemu::check("qcow2", &image);
+//! ```
+
+pub mod command;
+pub mod guest;
+mod process;
+pub mod qemu;
+pub mod server;
+pub mod temp;
+
+use std::path::PathBuf;
+
+pub use command::{Failure, Output};
+pub use guest::{Disk, Guest, Report};
+pub use server::{Serve, Server};
+pub use temp::TempDir;
+
+/// The diskplane binary to test: `DISKPLANE_BIN` where that is set (a release build, a sanitized build),
+/// otherwise the one that cargo built for the test, which only the test itself can name:
+/// `testkit::diskplane(env!("CARGO_BIN_EXE_diskplane"))`.
+pub fn diskplane(built_by_cargo: impl Into<PathBuf>) -> PathBuf {
+    std::env::var_os("DISKPLANE_BIN").map_or_else(|| built_by_cargo.into(), PathBuf::from)
+}

@@ -1,0 +1,204 @@
+//! A program that runs beside the test: its output is collected, and it never outlives the test.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::command::{Failure, cannot_start, display, ended};
+
+/// How often a state that cannot be waited for is looked at.
+pub(crate) const POLL: Duration = Duration::from_millis(20);
+
+/// What arrives on a stream, collected by a thread of its own so that the program never blocks on it.
+struct Collector {
+    text: Arc<Mutex<String>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Collector {
+    /// Collects a stream; `each_line` sees every line as it comes, without its end.
+    fn new(
+        stream: impl Read + Send + 'static,
+        mut each_line: impl FnMut(&str) + Send + 'static,
+    ) -> Self {
+        let text = Arc::new(Mutex::new(String::new()));
+        let into = Arc::clone(&text);
+        let thread = std::thread::spawn(move || {
+            let mut stream = BufReader::new(stream);
+            let mut line = Vec::new();
+            while matches!(stream.read_until(b'\n', &mut line), Ok(n) if n > 0) {
+                let read = String::from_utf8_lossy(&line).into_owned();
+                into.lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push_str(&read);
+                each_line(read.trim_end());
+                line.clear();
+            }
+        });
+        Self {
+            text,
+            thread: Some(thread),
+        }
+    }
+
+    fn so_far(&self) -> String {
+        self.text
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// All of it; to be called when the program has ended.
+    fn finish(&mut self) -> String {
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("a collector does not panic");
+        }
+        self.so_far()
+    }
+}
+
+/// A running program. Dropping it kills it.
+pub(crate) struct Process {
+    what: String,
+    child: Child,
+    stdout: Collector,
+    stderr: Collector,
+    lines: Receiver<String>,
+}
+
+impl Process {
+    /// Starts the command.
+    pub(crate) fn start(command: &mut Command) -> Result<Self, Failure> {
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().map_err(|e| cannot_start(command, &e))?;
+        let (sender, lines) = channel();
+        let stdout = child.stdout.take().expect("stdout is piped");
+        let stderr = child.stderr.take().expect("stderr is piped");
+        // Nobody may be listening any more; then the line is in the collected text all the same.
+        let stdout = Collector::new(stdout, move |line| drop(sender.send(line.to_owned())));
+        Ok(Self {
+            what: display(command),
+            child,
+            stdout,
+            stderr: Collector::new(stderr, |_| ()),
+            lines,
+        })
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn stdout_so_far(&self) -> String {
+        self.stdout.so_far()
+    }
+
+    pub(crate) fn stderr_so_far(&self) -> String {
+        self.stderr.so_far()
+    }
+
+    /// Waits for a line on standard output that begins with `prefix`. A failure when the program ends or
+    /// the time is up before it came.
+    pub(crate) fn wait_for_line(
+        &mut self,
+        prefix: &str,
+        limit: Duration,
+    ) -> Result<String, Failure> {
+        let deadline = Instant::now() + limit;
+        loop {
+            match self
+                .lines
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
+                Ok(line) if line.starts_with(prefix) => return Ok(line),
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(
+                        self.describe(&format!("no line '{prefix}…' within {} s", limit.as_secs()))
+                    );
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    let status = self.wait(limit)?;
+                    return Err(
+                        self.ended_wrongly(&format!("ended before a line '{prefix}…'"), status)
+                    );
+                }
+            }
+        }
+    }
+
+    /// Whether it has ended, and how.
+    pub(crate) fn has_ended(&mut self) -> Option<ExitStatus> {
+        self.child
+            .try_wait()
+            .unwrap_or_else(|e| panic!("cannot wait for {}: {e}", self.what))
+    }
+
+    /// Waits for the end.
+    pub(crate) fn wait(&mut self, limit: Duration) -> Result<ExitStatus, Failure> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.has_ended() {
+                return Ok(status);
+            }
+            if Instant::now() >= deadline {
+                return Err(self.describe(&format!("did not end within {} s", limit.as_secs())));
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Sends a signal. That the program is gone already is no error: it shows when its status is looked at.
+    pub(crate) fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.child);
+        // A child that was not waited for keeps its number, so that no stranger can be hit.
+        let _ = kill_process(pid, signal);
+    }
+
+    /// Kills it (SIGKILL) and waits until it is gone.
+    pub(crate) fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// The collected output after the end.
+    pub(crate) fn output(&mut self) -> (String, String) {
+        (self.stdout.finish(), self.stderr.finish())
+    }
+
+    /// A failure of a program that still runs.
+    pub(crate) fn describe(&self, problem: &str) -> Failure {
+        let (stdout, stderr) = (self.stdout_so_far(), self.stderr_so_far());
+        Failure::new(format!(
+            "{}: {problem}\n  stdout: {}\n  stderr: {}",
+            self.what,
+            stdout.trim_end(),
+            stderr.trim_end()
+        ))
+    }
+
+    /// A failure of a program that has ended.
+    pub(crate) fn ended_wrongly(&mut self, problem: &str, status: ExitStatus) -> Failure {
+        let (stdout, stderr) = self.output();
+        ended(
+            &format!("{}: {problem}", self.what),
+            status,
+            &stdout,
+            &stderr,
+        )
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
