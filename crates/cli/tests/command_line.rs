@@ -1,0 +1,350 @@
+//! What the commands print, and what they say when something is wrong. Scripts and people rely on both.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output},
+};
+use testkit::{TempDir, qemu};
+
+fn diskplane(dir: &Path, args: &[&str]) -> Output {
+    Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")))
+        .args(args)
+        .current_dir(dir)
+        .env_remove("NOTIFY_SOCKET")
+        .output()
+        .unwrap()
+}
+
+/// Runs a command that must succeed; what it printed.
+#[track_caller]
+fn good(dir: &Path, args: &[&str]) -> String {
+    let output = diskplane(dir, args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Runs a command that must fail with `code`; what it said.
+#[track_caller]
+fn bad(dir: &Path, args: &[&str], code: i32) -> String {
+    let output = diskplane(dir, args);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
+    assert!(output.stdout.is_empty(), "{args:?} printed something");
+    stderr
+}
+
+fn json(text: &str) -> serde_json::Value {
+    serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+#[test]
+fn create_says_what_it_made() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    for (args, line) in [
+        (&["a.raw", "10M"][..], "created a.raw: raw, 10 MiB\n"),
+        (&["-f", "raw", "b", "1000"], "created b: raw, 1 KiB\n"),
+        (
+            &["c.qcow2", "20G"],
+            "created c.qcow2: qcow2, 20 GiB, clusters of 64 KiB\n",
+        ),
+        (
+            &["-o", "cluster_size=4K,compat=0.10", "d.qcow2", "1.5G"],
+            "created d.qcow2: qcow2, 1.5 GiB, clusters of 4 KiB\n",
+        ),
+        (
+            &["-b", "a.raw", "-F", "raw", "e.qcow2"],
+            "created e.qcow2: qcow2, 10 MiB, clusters of 64 KiB, on a.raw (raw)\n",
+        ),
+        (
+            &["-b", "e.qcow2", "-F", "qcow2", "f.qcow2", "1G"],
+            "created f.qcow2: qcow2, 1 GiB, clusters of 64 KiB, on e.qcow2 (qcow2)\n",
+        ),
+        (
+            &["-f", "raw", "-o", "preallocation=falloc", "g", "1M"],
+            "created g: raw, 1 MiB\n",
+        ),
+        (
+            &["-f", "raw", "-o", "preallocation=full", "h", "1M"],
+            "created h: raw, 1 MiB\n",
+        ),
+    ] {
+        assert_eq!(good(dir, &[&["create"], args].concat()), line);
+    }
+    for image in ["c.qcow2", "d.qcow2", "e.qcow2", "f.qcow2"] {
+        qemu::check("qcow2", dir.join(image));
+    }
+    use std::os::unix::fs::MetadataExt;
+    let blocks = |name: &str| fs::metadata(dir.join(name)).unwrap().blocks();
+    assert_eq!(blocks("a.raw"), 0);
+    assert!(blocks("g") >= 2048 && blocks("h") >= 2048);
+}
+
+#[test]
+fn new_images_are_what_qemu_makes_of_the_same_options() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    fs::write(dir.join("base"), vec![1; 4096]).unwrap();
+    let field = |image: &str| {
+        let image = dir.join(image);
+        let mut args = Command::new("qemu-img");
+        args.args(["info", "--output=json"]).arg(image);
+        let info = json(&String::from_utf8(args.output().unwrap().stdout).unwrap());
+        let names = [
+            "virtual-size",
+            "cluster-size",
+            "format-specific",
+            "backing-filename",
+            "backing-filename-format",
+            "dirty-flag",
+        ];
+        names.map(|name| info[name].clone())
+    };
+    for (index, options) in [
+        "cluster_size=65536",
+        "cluster_size=512,refcount_bits=64",
+        "cluster_size=2M,refcount_bits=1",
+        "compat=0.10,cluster_size=1k",
+        "lazy_refcounts=on,compression_type=zstd",
+        "backing_file=base,backing_fmt=raw,refcount_bits=8",
+        "backing_file=base,backing_fmt=raw,cluster_size=512",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for size in ["0", "1", "513K", "7G"] {
+            let (ours, theirs) = (format!("o{index}-{size}"), format!("t{index}-{size}"));
+            good(dir, &["create", "-f", "qcow2", "-o", options, &ours, size]);
+            let mut qemu = Command::new("qemu-img");
+            qemu.args(["create", "-q", "-f", "qcow2", "-o", options, &theirs, size]);
+            assert!(qemu.current_dir(dir).status().unwrap().success());
+            assert_eq!(field(&ours), field(&theirs), "{options} {size}");
+            qemu::check("qcow2", dir.join(&ours));
+        }
+    }
+}
+
+#[test]
+fn create_refuses_what_cannot_be_and_leaves_nothing_behind() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    fs::write(dir.join("there.raw"), b"precious").unwrap();
+    for (args, says) in [
+        (&["there.raw", "1M"][..], "the file exists already"),
+        (&["x.vmdk", "1M"], "say -f raw or qcow2"),
+        (&["x.qcow2"], "say how large the disk is to be"),
+        (&["x.qcow2", "8E"], "is too large"),
+        (
+            &["-o", "cluster_size=512", "x.qcow2", "1T"],
+            "is too large for clusters of 512 B",
+        ),
+        (
+            &["-o", "cluster_size=3K", "x.qcow2", "1M"],
+            "cluster_size is 3072",
+        ),
+        (
+            &["-o", "colour=red", "x.qcow2", "1M"],
+            "-o colour: qcow2 has no such option",
+        ),
+        (
+            &["-o", "extended_l2=on", "x.qcow2", "1M"],
+            "-o extended_l2: not supported yet",
+        ),
+        (
+            &["-o", "compat=0.10,refcount_bits=1", "x.qcow2", "1M"],
+            "refcount_bits other than 16 need compat=1.1",
+        ),
+        (&["-b", "absent", "-F", "raw", "x.qcow2"], "absent"),
+        (
+            &["-b", "there.raw", "-F", "qcow2", "x.qcow2"],
+            "not a qcow2 image",
+        ),
+        (
+            &["-b", "there.raw", "-F", "raw", "x.raw"],
+            "raw images have no backing file",
+        ),
+        (&["no/such/dir/x.qcow2", "1M"], "No such file"),
+    ] {
+        let text = bad(dir, &[&["create"], args].concat(), 1);
+        assert!(
+            text.starts_with("diskplane: ") && text.contains(says),
+            "{args:?}: {text}"
+        );
+        assert_eq!(text.lines().count(), 1, "{text}");
+    }
+    assert_eq!(fs::read(dir.join("there.raw")).unwrap(), b"precious");
+    let left: Vec<_> = fs::read_dir(dir).unwrap().collect();
+    assert_eq!(left.len(), 1, "{left:?}");
+    // Wrong usage is another exit code.
+    for args in [
+        &["create"][..],
+        &["create", "x.raw", "big"],
+        &["create", "-f", "vmdk", "x", "1M"],
+        &["create", "-b", "base", "x.qcow2"],
+        &["serve", "x"],
+        &["serve", "x", "--nbd", "nowhere"],
+        &["serve", "x", "--nbd", "unix:/x", "--aio", "posix"],
+        &["frobnicate"],
+    ] {
+        bad(dir, args, 2);
+    }
+}
+
+/// The lines of a table as (name, value).
+fn rows(text: &str) -> Vec<(String, String)> {
+    text.lines()
+        .filter_map(|line| line.split_once("  "))
+        .map(|(name, value)| (name.trim().to_owned(), value.trim().to_owned()))
+        .collect()
+}
+
+#[test]
+fn info_shows_the_facts() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    good(dir, &["create", "base.raw", "10M"]);
+    good(
+        dir,
+        &["create", "-b", "base.raw", "-F", "raw", "top.qcow2", "1G"],
+    );
+    let text = good(dir, &["info", "top.qcow2"]);
+    let rows = rows(&text);
+    let value = |name: &str| {
+        rows.iter()
+            .find(|(n, _)| n == name)
+            .map(|(_, v)| v.as_str())
+    };
+    assert_eq!(value("image"), Some("top.qcow2"));
+    assert_eq!(value("format"), Some("qcow2"));
+    assert_eq!(value("virtual size"), Some("1 GiB (1073741824 bytes)"));
+    assert_eq!(value("cluster size"), Some("64 KiB"));
+    assert_eq!(value("backing file"), Some("base.raw (raw)"));
+    assert!(
+        value("metadata cache")
+            .unwrap()
+            .contains("covers 1 GiB of 1 GiB")
+    );
+    assert!(value("engine").unwrap().contains(": "));
+    let info = json(&good(dir, &["info", "--json", "top.qcow2"]));
+    assert_eq!(info["virtual-size"], 1 << 30);
+    assert_eq!(info["cluster-size"], 65536);
+    assert_eq!(info["backing-filename"], "base.raw");
+    assert_eq!(info["backing-filename-format"], "raw");
+    assert_eq!(info["format-specific"]["version"], "3");
+    assert!(info["engine"]["reason"].is_string());
+    let chain = json(&good(
+        dir,
+        &["info", "--json", "--backing-chain", "top.qcow2"],
+    ));
+    let formats: Vec<_> = chain
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|i| &i["format"])
+        .collect();
+    assert_eq!(formats, ["qcow2", "raw"]);
+    assert_eq!(
+        json(&good(dir, &["info", "--json", "null:20G"]))["virtual-size"],
+        20u64 << 30
+    );
+    // A base that is not there matters to those only who ask for it.
+    fs::remove_file(dir.join("base.raw")).unwrap();
+    good(dir, &["info", "top.qcow2"]);
+    let text = bad(dir, &["info", "--backing-chain", "top.qcow2"], 1);
+    assert!(
+        text.contains("top.qcow2: backing file: 'base.raw': No such file"),
+        "{text}"
+    );
+}
+
+#[test]
+fn map_is_that_of_qemu() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    let base = dir.join("base.raw");
+    let top = dir.join("top.qcow2");
+    good(dir, &["create", "base.raw", "4M"]);
+    qemu::io("raw", &base, &["write -P 1 1M 256k"]);
+    good(
+        dir,
+        &["create", "-b", "base.raw", "-F", "raw", "middle.qcow2"],
+    );
+    good(
+        dir,
+        &[
+            "create",
+            "-b",
+            "middle.qcow2",
+            "-F",
+            "qcow2",
+            "top.qcow2",
+            "8M",
+        ],
+    );
+    qemu::io("qcow2", dir.join("middle.qcow2"), &["write -P 2 2M 100k"]);
+    qemu::io(
+        "qcow2",
+        &top,
+        &[
+            "write -P 3 0 70k",
+            "write -z -u 1088k 64k",
+            "write -c -P 4 6M 64k",
+        ],
+    );
+    for (format, image) in [
+        ("raw", "base.raw"),
+        ("qcow2", "middle.qcow2"),
+        ("qcow2", "top.qcow2"),
+    ] {
+        let mut qemu = Command::new("qemu-img");
+        qemu.args(["map", "--output=json", "-f", format])
+            .arg(dir.join(image));
+        let theirs = json(&String::from_utf8(qemu.output().unwrap().stdout).unwrap());
+        let ours = json(&good(dir, &["map", "--json", image]));
+        assert_eq!(ours, theirs, "{image}");
+    }
+    let text = good(dir, &["map", "top.qcow2"]);
+    let lines: Vec<Vec<&str>> = text
+        .lines()
+        .map(|l| l.split_whitespace().collect())
+        .collect();
+    assert_eq!(
+        lines[0],
+        ["start", "length", "what", "file", "offset", "file"]
+    );
+    assert_eq!(lines[1][..4], ["0x0", "128", "KiB", "data"]);
+    assert!(lines[1][5].ends_with("top.qcow2"));
+    assert!(lines.iter().any(|l| l.contains(&"compressed")));
+    assert_eq!(lines.last().unwrap()[3], "nothing");
+    assert_eq!(
+        good(dir, &["map", "--json", "null:1M"]),
+        "[{\"start\":0,\"length\":1048576,\"depth\":0,\"present\":true,\"zero\":true,\
+         \"data\":false,\"compressed\":false}]\n"
+    );
+}
+
+#[test]
+fn a_damaged_image_is_an_error_of_one_line() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    good(dir, &["create", "disk.qcow2", "1M"]);
+    let mut bytes = fs::read(dir.join("disk.qcow2")).unwrap();
+    bytes[39] = 200;
+    bytes[36] = 200;
+    fs::write(dir.join("disk.qcow2"), &bytes).unwrap();
+    for args in [
+        &["info", "disk.qcow2"][..],
+        &["map", "disk.qcow2"],
+        &["serve", "disk.qcow2", "--nbd", "unix:sock"],
+    ] {
+        let text = bad(dir, args, 1);
+        assert!(
+            text.starts_with("diskplane: disk.qcow2: header: l1_size at byte 36 is "),
+            "{text}"
+        );
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(fs::read(dir.join("disk.qcow2")).unwrap() == bytes);
+    }
+}
