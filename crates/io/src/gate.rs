@@ -2,13 +2,16 @@
 //!
 //! Under `O_DIRECT` a write that does not fit the device's blocks reads the blocks at its ends,
 //! puts its bytes in and writes them back. A write to the other bytes of such a block in
-//! between, from any thread, would be lost. So while the file demands alignment, each write enters
-//! the gate *shared* and each read-modify-write *exclusively*, for the regions they touch.
+//! between, from any thread, would be lost. So while the file demands alignment, each write (zeroing,
+//! discard, allocation) enters the gate: *exclusively* when it is misaligned and may read, modify and
+//! write, else *shared*; for the regions that it touches.
 //!
 //! Regions (64 KiB) hash to stripes; a stripe is a counter of writers in it and one bit of the
 //! exclusive owner (or owner-to-be, who waits until the counter is zero; new writers wait behind it,
 //! so it is not starved). Exclusive claims are made in ascending order of stripes and kept while waiting;
-//! shared entries are all or nothing: there is no cycle, thus no deadlock.
+//! shared entries are all or nothing: there is no cycle, thus no deadlock. (A thread that owns an engine
+//! must not itself change the file with blocking calls while its engine has misaligned changes in
+//! flight there: it would wait for a turn that it does not make.)
 
 use crate::eventfd::Waker;
 use std::{

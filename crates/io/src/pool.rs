@@ -8,6 +8,7 @@
 use crate::{
     File, IoOp,
     eventfd::Waker,
+    file::GateHeld,
     queue::{Queue, Step, StepKind},
     sys,
 };
@@ -265,12 +266,18 @@ fn perform(task: &Task) -> io::Result<(i32, bool)> {
             Ok((bytes(n), false))
         }
         StepKind::Sync => file.sync_data().map(|()| (0, false)),
-        StepKind::Range(IoOp::Discard) => file.discard_range(offset, len).map(|()| (0, false)),
-        StepKind::Range(IoOp::Zero { unmap, fast }) => file
-            .zero_range(offset, len, unmap, fast, true)
-            .map(|()| (0, false)),
+        // The job holds the gate (see `GateHeld`).
+        StepKind::Range(IoOp::Discard) => {
+            file.discard_range(offset, len, GateHeld::Yes)?;
+            Ok((0, false))
+        }
+        StepKind::Range(IoOp::Zero { unmap, fast }) => {
+            file.zero_range(offset, len, unmap, fast, true, GateHeld::Yes)?;
+            Ok((0, false))
+        }
         StepKind::Range(IoOp::Allocate) => {
-            file.allocate_range(offset, len).map(|zeroed| (0, zeroed))
+            let zeroed = file.allocate_range(offset, len, GateHeld::Yes)?;
+            Ok((0, zeroed))
         }
         StepKind::Range(_) => Err(io::Error::from_raw_os_error(libc::EINVAL)),
     }

@@ -13,6 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Threads for `fallocate` and the like beside an engine that does the rest itself: file systems
+/// serialise these calls per file anyway.
+const RANGE_THREADS_MAX: usize = 4;
+
 /// How long a backend may sleep: `None` without limit.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sleep(pub(crate) Option<Duration>);
@@ -61,9 +65,13 @@ impl<B: Backend> Runner<B> {
         make: impl FnOnce(&Waker) -> Result<B>,
     ) -> Result<Self> {
         let waker = Arc::new(Waker::new()?);
+        let threads = match B::KIND {
+            EngineKind::Threads => options.threads,
+            _ => options.threads.min(RANGE_THREADS_MAX),
+        };
         Ok(Self {
             backend: make(&waker)?,
-            pool: Pool::new(options.threads, options.depth, waker.clone()),
+            pool: Pool::new(threads, options.depth, waker.clone()),
             queue: Queue::new(options.depth),
             waker,
         })

@@ -273,6 +273,51 @@ fn bounced_operations_wait_for_memory() {
     }
 }
 
+/// Misaligned writes hold the gate over several steps; what waits there must not keep the threads that
+/// these steps need.
+#[test]
+fn ranges_and_misaligned_writes_do_not_deadlock() {
+    for setup in SETUPS {
+        let dir = scratch();
+        let file = setup.file(dir.path(), 1);
+        let mut rig = Rig::with(
+            setup.kind,
+            &EngineOptions {
+                depth: 64,
+                threads: 1,
+            },
+        );
+        let slot = rig.engine.attach(&file).unwrap();
+        for _ in 0..10 {
+            for i in 0..16u64 {
+                rig.write(slot, i * 8192 + 100, &[i as u8 + 1; 200]);
+                let zero = IoOp::Zero {
+                    unmap: i % 2 == 0,
+                    fast: false,
+                };
+                rig.other(slot, zero, i * 8192 + 300, 4000);
+                rig.other(slot, IoOp::Discard, i * 8192 + 4300, 100);
+            }
+            rig.finish_ok();
+            rig.clear();
+        }
+        let back = rig.read(slot, 0, 16 * 8192);
+        rig.finish_ok();
+        for (i, block) in rig.take(back).chunks(8192).enumerate() {
+            let expected: Vec<u8> = (0..8192)
+                .map(|at| {
+                    if (100..300).contains(&at) {
+                        i as u8 + 1
+                    } else {
+                        0
+                    }
+                })
+                .collect();
+            assert!(block == expected, "{setup:?} block {i}");
+        }
+    }
+}
+
 /// Two threads with an engine each write interleaved records that share blocks.
 #[test]
 fn engines_do_not_lose_each_others_bytes() {

@@ -110,9 +110,9 @@ fn qcow2(dir: &Path) -> PathBuf {
 struct Qemu(Child);
 
 impl Qemu {
-    fn hold(path: &Path, arguments: &[&str]) -> Self {
+    fn hold(path: &Path, format: &str, arguments: &[&str]) -> Self {
         let mut child = Command::new("qemu-io")
-            .args(["-f", "qcow2"])
+            .args(["-f", format])
             .args(arguments)
             .arg(path)
             .stdin(Stdio::piped())
@@ -165,17 +165,21 @@ fn qemu_keeps_us_out() {
         return;
     }
     let dir = scratch();
-    let path = qcow2(dir.path());
-    {
-        let _writer = Qemu::hold(&path, &[]);
+    for format in ["raw", "qcow2"] {
+        let path = match format {
+            "raw" => image(dir.path()),
+            _ => qcow2(dir.path()),
+        };
+        let _writer = Qemu::hold(&path, format, &[]);
         for lock in [Lock::Write, READ] {
             let error = open(&path, lock).expect_err("qemu-io writes");
             assert_eq!(error.kind(), ErrorKind::Locked, "{error}");
         }
         open(&path, Lock::None).expect("--force-share reads");
     }
+    let path = dir.path().join("disk.qcow2");
     {
-        let _reader = Qemu::hold(&path, &["-r"]);
+        let _reader = Qemu::hold(&path, "qcow2", &["-r"]);
         open(&path, READ).expect("two readers");
         let error = open(&path, Lock::Write).expect_err("qemu-io reads");
         assert_eq!(error.kind(), ErrorKind::Locked, "{error}");

@@ -36,7 +36,15 @@ fn zeros() -> &'static [u8] {
     ZEROS.get_or_init(|| AlignedBuf::new(CHUNK as usize, 4096))
 }
 
-/// Holds the gate for one blocking write.
+/// Whether the caller of a blocking change holds the gate for its range already. An engine's job
+/// does: would its thread wait at the gate, it could wait for a job whose step waits for a thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum GateHeld {
+    No,
+    Yes,
+}
+
+/// Holds the gate for one blocking change.
 enum Hold<'a> {
     None,
     Shared(#[allow(dead_code)] SharedGuard<'a>),
@@ -55,9 +63,9 @@ impl File {
         AlignedBuf::new(CHUNK as usize, a.memory.max(a.offset) as usize)
     }
 
-    /// Enters the gate for a write of the range.
-    fn enter(&self, offset: u64, len: u64) -> Hold<'_> {
-        let Some(gate) = self.gate() else {
+    /// Enters the gate for a change of the range.
+    fn enter(&self, offset: u64, len: u64, gate: GateHeld) -> Hold<'_> {
+        let Some(gate) = self.gate().filter(|_| gate == GateHeld::No) else {
             return Hold::None;
         };
         if (offset | len) & (u64::from(self.alignment.offset) - 1) == 0 {
@@ -115,7 +123,7 @@ impl File {
 
     /// Writes all of `buf`. Under `O_DIRECT` a file that ends inside the last block grows to the
     /// end of that block.
-    pub(crate) fn write_all(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+    pub(crate) fn write_all(&self, offset: u64, buf: &[u8], gate: GateHeld) -> io::Result<()> {
         if buf.is_empty() {
             return Ok(());
         }
@@ -126,7 +134,7 @@ impl File {
         if let Some(sim) = &self.sim {
             return sim.write_all(offset, buf);
         }
-        let _hold = self.enter(offset, buf.len() as u64);
+        let _hold = self.enter(offset, buf.len() as u64, gate);
         if self.fits(offset, buf) {
             return self.write_aligned(offset, buf);
         }
@@ -227,6 +235,7 @@ impl File {
         unmap: bool,
         fast: bool,
         grow: bool,
+        gate: GateHeld,
     ) -> io::Result<()> {
         if len == 0 {
             return Ok(());
@@ -238,6 +247,8 @@ impl File {
         if let Some(sim) = &self.sim {
             return sim.zero_range(offset, len, grow);
         }
+        // Once, for everything that follows, fallbacks included.
+        let _hold = self.enter(offset, len, gate);
         match self.kind {
             FileKind::BlockDevice => self.zero_device(offset, end, unmap, fast),
             _ => self.zero_file(offset, end, unmap, fast, grow),
@@ -253,40 +264,37 @@ impl File {
         grow: bool,
     ) -> io::Result<()> {
         let len = end - offset;
-        {
-            let _hold = self.gate().map(|g| g.shared(offset, len));
-            let punched = |reserve: bool| -> Result<(), Errno> {
-                self.punch(offset, len)?;
-                if reserve {
-                    let mode = if grow {
-                        FallocateFlags::empty()
-                    } else {
-                        FallocateFlags::KEEP_SIZE
-                    };
-                    self.fallocate(|l| &l.fallocate, mode, offset, len)?;
-                }
-                Ok(())
-            };
-            let mut result = if unmap {
-                punched(false)
-            } else {
-                Err(Errno::OPNOTSUPP)
-            };
-            if result == Err(Errno::OPNOTSUPP) {
-                let mut mode = FallocateFlags::ZERO_RANGE;
-                mode.set(FallocateFlags::KEEP_SIZE, !grow);
-                result = self.fallocate(|l| &l.zero_range, mode, offset, len);
+        let punched = |reserve: bool| -> Result<(), Errno> {
+            self.punch(offset, len)?;
+            if reserve {
+                let mode = if grow {
+                    FallocateFlags::empty()
+                } else {
+                    FallocateFlags::KEEP_SIZE
+                };
+                self.fallocate(|l| &l.fallocate, mode, offset, len)?;
             }
-            if result == Err(Errno::OPNOTSUPP) && !unmap {
-                result = punched(true);
-            }
-            match result {
-                Ok(()) if grow => return self.extend_to(end),
-                Ok(()) => return Ok(()),
-                // Some file systems say EINVAL for a mode that they lack.
-                Err(Errno::OPNOTSUPP | Errno::INVAL) => {}
-                Err(e) => return Err(e.into()),
-            }
+            Ok(())
+        };
+        let mut result = if unmap {
+            punched(false)
+        } else {
+            Err(Errno::OPNOTSUPP)
+        };
+        if result == Err(Errno::OPNOTSUPP) {
+            let mut mode = FallocateFlags::ZERO_RANGE;
+            mode.set(FallocateFlags::KEEP_SIZE, !grow);
+            result = self.fallocate(|l| &l.zero_range, mode, offset, len);
+        }
+        if result == Err(Errno::OPNOTSUPP) && !unmap {
+            result = punched(true);
+        }
+        match result {
+            Ok(()) if grow => return self.extend_to(end),
+            Ok(()) => return Ok(()),
+            // Some file systems say EINVAL for a mode that they lack.
+            Err(Errno::OPNOTSUPP | Errno::INVAL) => {}
+            Err(e) => return Err(e.into()),
         }
         if fast {
             return Err(os(libc::EOPNOTSUPP));
@@ -303,7 +311,6 @@ impl File {
         let (start, stop) = (align_up(offset, block), align_down(end, block));
         if start < stop {
             let len = stop - start;
-            let hold = self.gate().map(|g| g.shared(start, len));
             // The kernel writes zeros for ZERO_RANGE where the device cannot; not for PUNCH_HOLE.
             let mut result = if unmap || fast {
                 self.punch(start, len)
@@ -314,7 +321,6 @@ impl File {
                 let mode = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
                 result = self.fallocate(|l| &l.zero_range, mode, start, len);
             }
-            drop(hold);
             match result {
                 Ok(()) => {
                     self.write_zeros(offset, start)?;
@@ -330,17 +336,19 @@ impl File {
         self.write_zeros(offset, end)
     }
 
+    /// The caller holds the gate.
     fn write_zeros(&self, mut offset: u64, end: u64) -> io::Result<()> {
         while offset < end {
             // Up to a chunk boundary, so that only the first and the last write can be misaligned.
             let n = (CHUNK - offset % CHUNK).min(end - offset);
-            self.write_all(offset, &zeros()[..n as usize])?;
+            self.write_all(offset, &zeros()[..n as usize], GateHeld::Yes)?;
             offset += n;
         }
         Ok(())
     }
 
-    /// Lets a regular file be at least `end` bytes long. Never shrinks it, whoever else writes.
+    /// Lets a regular file be at least `end` bytes long. Never shrinks it, whoever else writes. The caller
+    /// holds the gate.
     fn extend_to(&self, end: u64) -> io::Result<()> {
         if self.size()? >= end {
             return Ok(());
@@ -348,13 +356,13 @@ impl File {
         // ftruncate could cut off what someone appends at this moment; these cannot.
         match self.fallocate(|l| &l.fallocate, FallocateFlags::empty(), end - 1, 1) {
             Ok(()) => Ok(()),
-            Err(Errno::OPNOTSUPP) => self.write_all(end - 1, &[0]),
+            Err(Errno::OPNOTSUPP) => self.write_all(end - 1, &[0], GateHeld::Yes),
             Err(e) => Err(e.into()),
         }
     }
 
     /// Tells the host that the range is not needed; fine when it cannot be told.
-    pub(crate) fn discard_range(&self, offset: u64, len: u64) -> io::Result<()> {
+    pub(crate) fn discard_range(&self, offset: u64, len: u64, gate: GateHeld) -> io::Result<()> {
         if len == 0 || self.lacks.discard.load(Ordering::Relaxed) {
             return Ok(());
         }
@@ -365,7 +373,7 @@ impl File {
         if let Some(sim) = &self.sim {
             return sim.discard_range(offset, len);
         }
-        let _hold = self.gate().map(|g| g.shared(offset, len));
+        let _hold = self.enter(offset, len, gate);
         let result = match self.kind {
             FileKind::BlockDevice => {
                 let block = u64::from(sys::block_size(self.as_fd())?).max(512);
@@ -388,7 +396,7 @@ impl File {
     }
 
     /// Reserves the range; whether new space in it reads as zeros.
-    pub(crate) fn allocate_range(&self, offset: u64, len: u64) -> io::Result<bool> {
+    pub(crate) fn allocate_range(&self, offset: u64, len: u64, gate: GateHeld) -> io::Result<bool> {
         if len == 0 {
             return Ok(true);
         }
@@ -406,11 +414,10 @@ impl File {
                 Ok(false)
             };
         }
-        let _hold = self.gate().map(|g| g.shared(offset, len));
+        let _hold = self.enter(offset, len, gate);
         match self.fallocate(|l| &l.fallocate, FallocateFlags::empty(), offset, len) {
             Ok(()) => Ok(true),
             Err(Errno::OPNOTSUPP) => {
-                drop(_hold);
                 self.extend_to(end)?;
                 Ok(true)
             }

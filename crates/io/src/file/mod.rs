@@ -15,6 +15,7 @@ mod lock;
 mod open;
 mod storage;
 
+pub(crate) use blocking::GateHeld;
 pub use lock::Lock;
 pub use open::OpenOptions;
 

@@ -1,6 +1,6 @@
 //! [`block::Storage`] on a [`File`].
 
-use super::File;
+use super::{File, GateHeld};
 use block::{Context, Error, Range, RangeKind, Result, Storage, Zeroed};
 
 impl File {
@@ -37,7 +37,7 @@ impl Storage for File {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        self.write_all(offset, buf)
+        self.write_all(offset, buf, GateHeld::No)
             .context(|| self.at("writing", offset, buf.len() as u64))
     }
 
@@ -53,7 +53,7 @@ impl Storage for File {
 
     fn allocate(&self, offset: u64, len: u64) -> Result<Zeroed> {
         let zeroed = self
-            .allocate_range(offset, len)
+            .allocate_range(offset, len, GateHeld::No)
             .context(|| self.at("allocating", offset, len))?;
         Ok(if zeroed { Zeroed::Yes } else { Zeroed::No })
     }
@@ -61,12 +61,12 @@ impl Storage for File {
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         let end = self.len()?;
         let len = len.min(end.saturating_sub(offset));
-        self.zero_range(offset, len, unmap, false, false)
+        self.zero_range(offset, len, unmap, false, false, GateHeld::No)
             .context(|| self.at("zeroing", offset, len))
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.discard_range(offset, len)
+        self.discard_range(offset, len, GateHeld::No)
             .context(|| self.at("discarding", offset, len))
     }
 

@@ -120,13 +120,8 @@ impl Queue {
                 }
             }
         }
-        // Ranges enter the gate in the pool's threads; but simulated ones have no thread.
-        let gated = match op {
-            IoOp::Read | IoOp::Sync => false,
-            IoOp::Write => true,
-            _ => !self.jobs[index as usize].range_step,
-        };
-        if gated && align > 1 && !self.enter_gate(index, align) {
+        let changes = !matches!(op, IoOp::Read | IoOp::Sync);
+        if changes && align > 1 && !self.enter_gate(index, align) {
             self.wait_gate.push_back(index);
             return false;
         }
@@ -150,7 +145,7 @@ impl Queue {
         if held == Held::None {
             set = stripes_of_blocks(job.offset, job.len, align);
         }
-        let misaligned = job.op == IoOp::Write && (job.offset | job.len) & (align - 1) != 0;
+        let misaligned = (job.offset | job.len) & (align - 1) != 0;
         let entered = if misaligned {
             let mut claim = match held {
                 Held::Claim(claim) => claim,
