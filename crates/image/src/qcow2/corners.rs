@@ -577,6 +577,42 @@ fn freed_space_waits_for_the_flush_and_the_release() {
     assert_eq!(checked(&file), Checked::Clean);
 }
 
+/// A scan of the refcounts sees zeros at clusters that are freed, free or being
+/// allocated already.
+#[test]
+fn a_scan_does_not_find_what_is_taken() {
+    let mut driver = fresh(1 << 30);
+    driver.write(0, &vec![1; 4 * CLUSTER as usize]).unwrap();
+    driver.write(20 * CLUSTER, &[1; 512]).unwrap();
+    let file = driver.file.clone();
+    driver.close();
+    for release in [false, true] {
+        let mut driver = open(&MemFile::of(file.bytes()));
+        driver.zero(0, 3 * CLUSTER, ZeroMode::Discard).unwrap();
+        let mut run = FlushRun::default();
+        driver.image.flush_begin(&mut run).unwrap();
+        driver.image.flush_end(&mut run, true);
+        let mut freed = Vec::new();
+        driver.image.take_freed(&mut freed);
+        assert_eq!(freed.len(), 1, "{freed:?}");
+        let (start, end) = (freed[0].offset.0, freed[0].offset.0 + freed[0].len);
+        if release {
+            driver.image.release(&freed[0], Zeroed::No);
+        }
+        let mut hosts = Vec::new();
+        for i in 0..6 {
+            let at = GuestOffset((30 + 2 * i) * CLUSTER);
+            let plan = driver.ask(|image| image.plan_write(at, CLUSTER)).unwrap();
+            hosts.push(allocation(Step::Done(plan)).host.0);
+        }
+        let inside = hosts.iter().filter(|h| (start..end).contains(h)).count();
+        assert_eq!(inside, if release { 3 } else { 0 }, "{hosts:x?}");
+        hosts.sort_unstable();
+        hosts.dedup();
+        assert_eq!(hosts.len(), 6, "one cluster for two");
+    }
+}
+
 #[test]
 fn a_crash_without_a_flush_leaks_nothing() {
     let mut driver = fresh(1 << 30);

@@ -5,7 +5,7 @@ use super::alloc::Space;
 use super::cache::Cache;
 use super::entry::{Geometry, OFFSET_MASK};
 use super::features;
-use super::header::Header;
+use super::header::{Header, REFCOUNT_TABLE_BYTES_MAX};
 use super::refcount::RefTable;
 use super::state::{Covered, Places, Sectors, State};
 use super::tables::Tables;
@@ -19,10 +19,9 @@ use std::sync::atomic::AtomicU64;
 pub const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
 /// Largest metadata cache.
 pub const CACHE_BYTES_MAX: u64 = 4 << 30;
-/// Frames that a cache has at least, so that the writes in flight find room for what they pin.
-const FRAMES_MIN: u64 = 64;
-/// And the bytes, where slices are small.
-const FRAME_BYTES_MIN: u64 = 512 << 10;
+/// Frames that a cache has at least: a plan pins up to five, on top of the half that
+/// may be pinned already. Tests use so few that slices come and go all the time.
+const FRAMES_MIN: u64 = if cfg!(test) { 16 } else { 64 };
 
 /// How to open an image.
 #[derive(Clone, Debug, Default)]
@@ -157,7 +156,7 @@ impl Qcow2 {
                 cache: Cache::new(frames),
                 refs,
                 space: Space::new(end, geometry.size, holed),
-                tickets: Tickets::new(frames),
+                tickets: Tickets::new(),
                 places: Places { blocks, fixed },
                 l1_changed: Sectors::new(l1_sectors),
                 fresh_tables: Vec::new(),
@@ -233,6 +232,8 @@ fn frame_count(geometry: &Geometry, budget: u64) -> usize {
     // Refcounts for as many clusters as the disk has, and some for metadata.
     let refs = (geometry.guest_clusters() >> geometry.slice_refcount_bits()) + 16;
     let needed = l2.saturating_add(refs);
-    let min = FRAMES_MIN.max(FRAME_BYTES_MIN >> geometry.slice_bits);
+    // When the refcount table moves, the refcounts of its clusters are in memory at once.
+    let table = REFCOUNT_TABLE_BYTES_MAX >> geometry.cluster_bits;
+    let min = FRAMES_MIN + 2 * (table >> geometry.slice_refcount_bits());
     needed.min(budget >> geometry.slice_bits).max(min) as usize
 }

@@ -4,7 +4,8 @@ use super::cache::KEY_TICKET;
 use super::state::Deref;
 use crate::{Key, Ticket};
 
-/// Allocations that may be in flight.
+/// Allocations that may be in flight: as many as a queue is deep. What they pin is bounded by
+/// `State::admit`.
 const TICKETS_MAX: usize = 1024;
 
 /// One allocation between its plan and its commit or abort.
@@ -41,9 +42,9 @@ pub(super) struct Tickets {
 }
 
 impl Tickets {
-    /// A table for so many allocations as `frames` of cache can hold the pins of.
-    pub(super) fn new(frames: usize) -> Self {
-        let count = (frames / 8).clamp(1, TICKETS_MAX);
+    /// An empty table.
+    pub(super) fn new() -> Self {
+        let count = TICKETS_MAX;
         Self {
             slots: (0..count)
                 .map(|_| Slot {
@@ -51,7 +52,7 @@ impl Tickets {
                     pending: None,
                 })
                 .collect(),
-            // At most TICKETS_MAX, so it fits.
+            // It fits.
             free: (0..count as u16).rev().collect(),
             active: Vec::with_capacity(count),
         }
