@@ -27,7 +27,7 @@ fn differential(format: &str, engine: &str, cache: &str, options: &str, overlay:
     let dir = TempDir::new();
     let (image, socket) = (dir.path("disk"), dir.path("sock"));
     let size = (5 << 20) + 4096;
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut model = Model::new(size);
     let mut args = vec!["create", "-q", "-f", format];
     if overlay {

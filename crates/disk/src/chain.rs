@@ -107,10 +107,9 @@ impl Chain {
         let path = PathBuf::from(spec);
         let mut seen = vec![identity(&path)?];
         layers.push(open_active(&path, options)?);
-        while !options.without_backing {
-            let Some(above) = layers.last() else { break };
+        while let Some(above) = layers.last() {
             let description = above.image.describe();
-            let Some(name) = description.backing else {
+            let Some(name) = description.backing.filter(|_| !options.without_backing) else {
                 break;
             };
             if layers.len() >= limits::CHAIN_LENGTH_MAX {

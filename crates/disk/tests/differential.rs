@@ -112,7 +112,7 @@ fn make_base(dir: &Path, case: &Case, size: u64, random: &mut Random) -> Option<
     };
     let mut model = Model::new(bytes);
     if case.base == Base::Deep {
-        let bytes = shorter / 2 & !511;
+        let bytes = (shorter / 2) & !511;
         let mut bottom = Model::new(bytes);
         create("bottom.raw", "raw", bytes, None);
         fill("bottom.raw", "raw", &mut bottom, random);
@@ -176,7 +176,7 @@ fn create(dir: &Path, case: &Case, size: u64, backing: Option<&str>, by_us: bool
 fn run(case: &Case) -> Result<(), String> {
     let scratch = tempfile::tempdir().unwrap();
     let dir = scratch.path();
-    let mut random = Random(case.seed);
+    let mut random = Random::new(case.seed);
     let cluster = 1u64 << case.cluster_bits;
     // Sixteen clusters (four of the largest) and a part of one, but enough for several L2 tables of small clusters.
     let size = ((cluster * 16).clamp(192 << 10, 8 << 20) + 512 * (1 + random.below(9))) & !511;

@@ -367,7 +367,7 @@ fn random_damage_is_survived() {
     let path = dir.join("good");
     let mut opened = 0;
     for seed in 0..400 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let mut bytes = good.clone();
         for _ in 0..=random.below(4) {
             // Mostly where the tables are.

@@ -92,9 +92,17 @@ pub fn check(dir: &Path, image: &str) {
 
 /// A seeded stream of numbers (SplitMix64).
 #[derive(Debug)]
-pub struct Random(pub u64);
+pub struct Random(u64);
 
 impl Random {
+    /// The stream of `seed`. `DISKPLANE_TEST_SEED` in the environment moves all seeds, to look
+    /// further than the ones that every run tries.
+    pub fn new(seed: u64) -> Self {
+        let moved = std::env::var("DISKPLANE_TEST_SEED").ok();
+        let moved = moved.and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+        Self(seed.wrapping_add(moved << 32))
+    }
+
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
