@@ -6,7 +6,8 @@
 //! | [`command`] | run a program to its end; a failure shows the command, its status and what it printed |
 //! | [`qemu`] | `qemu-img`, `qemu-io`, `qemu-storage-daemon` and `qemu-nbd` as the other opinion |
 //! | [`server`] | a server under test: started, known to be ready, stopped clean or killed |
-//! | [`guest`] | a virtual machine that uses a served disk and reports what it found |
+//! | [`guest`] | a virtual machine that uses a served disk |
+//! | [`report`] | what it found |
 //!
 //! Everything here is for tests: what a test takes for granted (a tool is installed, a file can be made)
 //! panics with the reason where it does not hold, and what a test may want to see fail is offered a second
@@ -34,13 +35,15 @@ pub mod command;
 pub mod guest;
 mod process;
 pub mod qemu;
+pub mod report;
 pub mod server;
 pub mod temp;
 
 use std::path::PathBuf;
 
 pub use command::{Failure, Output};
-pub use guest::{Disk, Guest, Report};
+pub use guest::{Disk, Guest};
+pub use report::Report;
 pub use server::{Serve, Server};
 pub use temp::TempDir;
 
