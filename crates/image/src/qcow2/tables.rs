@@ -139,3 +139,87 @@ impl Tables {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tables() -> Tables {
+        let geometry = Geometry {
+            cluster_bits: 12,
+            slice_bits: 12,
+            refcount_order: 4,
+            version: 3,
+            size: 1 << 30,
+            has_backing: false,
+        };
+        let tables = Tables::new(&geometry, Box::new([]), 2);
+        for frame in &tables.frames {
+            frame.make(geometry.slice_words());
+        }
+        tables
+    }
+
+    /// What the cache does when `frame` gets another slice.
+    fn replace(tables: &Tables, frame: u32, old: Option<u64>, new: u64) {
+        if let Some(old) = old {
+            tables.hide(old);
+        }
+        tables.frames[frame as usize].close();
+        for word in tables.words(frame) {
+            word.store(new, Ordering::Relaxed);
+        }
+        tables.publish(new, frame);
+    }
+
+    #[test]
+    fn a_reader_never_believes_a_frame_that_changed_under_it() {
+        let tables = tables();
+        let first = |words: &[AtomicU64]| words[0].load(Ordering::Relaxed);
+        assert_eq!(tables.read(7, first), None);
+        replace(&tables, 0, None, 7);
+        assert_eq!(tables.read(7, first), Some(7));
+        // It leaves in the middle of the read.
+        let mut runs = 0;
+        let answer = tables.read(7, |words| {
+            runs += 1;
+            replace(&tables, 0, Some(7), 9);
+            first(words)
+        });
+        assert_eq!((answer, runs), (None, 1));
+        // It leaves and comes back to the same frame: the words may have been another's meanwhile.
+        let mut runs = 0;
+        let answer = tables.read(9, |words| {
+            runs += 1;
+            if runs == 1 {
+                replace(&tables, 0, Some(9), 7);
+                let seen = first(words);
+                replace(&tables, 0, Some(7), 9);
+                return seen;
+            }
+            first(words)
+        });
+        assert_eq!((answer, runs), (Some(9), 2));
+        // It moves to the other frame.
+        let mut runs = 0;
+        let answer = tables.read(9, |words| {
+            runs += 1;
+            if runs == 1 {
+                replace(&tables, 0, Some(9), 7);
+                replace(&tables, 1, None, 9);
+            }
+            first(words)
+        });
+        assert_eq!((answer, runs), (Some(9), 2));
+        // A frame that is never at rest is given up on.
+        let answer = tables.read(9, |_| replace(&tables, 1, Some(9), 9));
+        assert_eq!(answer, None);
+    }
+
+    #[test]
+    fn slices_behind_the_disk_have_no_slot() {
+        let tables = tables();
+        tables.set_slot(1 << 40, 1);
+        assert_eq!(tables.slot(1 << 40), None);
+    }
+}
