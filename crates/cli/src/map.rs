@@ -12,20 +12,16 @@
 //! | `compressed` | whether they are compressed |
 //! | `offset` | where they are in that image's file; absent where there are none |
 
-use crate::{args, print};
+use crate::args;
 use anyhow::Result;
 use block::{RangeKind, Storage, size};
-use comfy_table::{CellAlignment, Table, presets};
 use disk::{
     blocking::{ChainExtent, Driver},
     chain::{Chain, ChainOptions},
 };
 use image::ExtentKind;
 use serde::Serialize;
-use std::fmt::Write;
-
-/// Guest bytes asked about at a time.
-const STRIDE_BYTES: u64 = 1 << 30;
+use std::io::{self, BufWriter, Write};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 struct Entry {
@@ -67,43 +63,56 @@ pub fn run(args: &args::Map) -> Result<()> {
             ..ChainOptions::default()
         },
     )?;
-    if reading.json {
-        let mut lead = "[";
-        walk(&chain, |entry| {
-            let line = format!("{lead}{}", serde_json::to_string(&entry)?);
-            lead = ",\n";
-            print(&line)
-        })?;
-        return print(if lead == "[" { "[]\n" } else { "]\n" });
+    // A map may have millions of lines: none of them is kept.
+    let mut out = BufWriter::new(io::stdout().lock());
+    let written = match reading.json {
+        true => json(&chain, &mut out),
+        false => table(&chain, &mut out),
+    };
+    match written.and_then(|()| Ok(out.flush()?)) {
+        // Who reads has seen enough (`diskplane map … | head`).
+        Err(error) if is_broken_pipe(&error) => {
+            // What is left in the buffer has no reader either.
+            let _ = out.into_parts();
+            Ok(())
+        }
+        done => done,
     }
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
-    table.set_header(["start", "length", "what", "file offset", "file"]);
-    walk(&chain, |entry| {
-        let file = chain.layers.get(entry.depth);
-        let file = file.map(|layer| layer.path.display().to_string());
-        table.add_row([
-            format!("{:#x}", entry.start),
-            size::human(entry.length),
-            what(&entry).to_owned(),
-            entry
-                .offset
-                .filter(|_| entry.data)
-                .map_or_else(String::new, |at| format!("{at:#x}")),
-            file.filter(|_| entry.present).unwrap_or_default(),
-        ]);
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn json(chain: &Chain, out: &mut impl Write) -> Result<()> {
+    let mut lead = "[";
+    walk(chain, |entry| {
+        write!(out, "{lead}{}", serde_json::to_string(&entry)?)?;
+        lead = ",\n";
         Ok(())
     })?;
-    for column in [0, 1, 3] {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    let mut text = String::new();
-    for line in table.lines() {
-        writeln!(text, "{}", line.trim_end())?;
-    }
-    print(&text)
+    Ok(writeln!(out, "{}", if lead == "[" { "[]" } else { "]" })?)
+}
+
+fn table(chain: &Chain, out: &mut impl Write) -> Result<()> {
+    let mut line = |start: &str, length: &str, what: &str, offset: &str, file: &str| {
+        let line = format!("{start:>18}  {length:>9}  {what:<10}  {offset:>18}  {file}");
+        Ok(writeln!(out, "{}", line.trim_end())?)
+    };
+    line("start", "length", "what", "file offset", "file")?;
+    walk(chain, |entry| {
+        let offset = entry.offset.filter(|_| entry.data);
+        let file = chain.layers.get(entry.depth).filter(|_| entry.present);
+        line(
+            &format!("{:#x}", entry.start),
+            &size::human(entry.length),
+            what(&entry),
+            &offset.map_or_else(String::new, |at| format!("{at:#x}")),
+            &file.map_or_else(String::new, |layer| layer.path.display().to_string()),
+        )
+    })
 }
 
 fn what(entry: &Entry) -> &'static str {
@@ -123,7 +132,7 @@ fn walk(chain: &Chain, mut out: impl FnMut(Entry) -> Result<()>) -> Result<()> {
     let (end, mut at) = (driver.size(), 0);
     let mut run: Option<Entry> = None;
     while at < end {
-        let next = one(chain, &mut driver, at, (end - at).min(STRIDE_BYTES))?;
+        let next = one(chain, &mut driver, at, end - at)?;
         at += next.length;
         run = Some(match run {
             Some(mut before) if before.joins(&next) => {
