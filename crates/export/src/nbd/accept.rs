@@ -23,8 +23,6 @@ use std::{
 
 /// How long to leave the listener alone after `accept` failed for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Between two warnings about refused connections.
-const WARN_PAUSE: Duration = Duration::from_secs(10);
 /// Connections taken in one go.
 const ACCEPTS_MAX: usize = 16;
 /// Reads of one handshake in one go, so that a client who sends fast does not hold up the others.
@@ -142,7 +140,6 @@ pub(crate) struct Acceptor {
     pending: Vec<Pending>,
     /// The listener is left alone until then.
     paused_until: Option<Instant>,
-    warned: Option<Instant>,
 }
 
 impl Acceptor {
@@ -152,7 +149,6 @@ impl Acceptor {
             shared,
             pending: Vec::new(),
             paused_until: None,
-            warned: None,
         }
     }
 
@@ -227,7 +223,7 @@ impl Acceptor {
             Progress::Agreed(agreed) => {
                 let Pending { socket, input, .. } = self.pending.swap_remove(index);
                 if let Err(error) = self.shared.transmit(socket, agreed, input) {
-                    tracing::error!(%error, "NBD connection refused");
+                    self.shared.warn(&format!("connection refused: {error}"));
                 }
             }
         }
@@ -242,17 +238,18 @@ impl Acceptor {
                 // Clients that were gone before they were taken.
                 Err(Errno::INTR | Errno::CONNABORTED | Errno::PROTO) => continue,
                 Err(error) => {
-                    self.warn(&format!("cannot take connections: {error}"));
+                    self.shared
+                        .warn(&format!("cannot take connections: {error}"));
                     self.paused_until = Some(Instant::now() + ACCEPT_PAUSE);
                     return;
                 }
             };
             if self.shared.live() + self.pending.len() >= self.shared.max_connections {
-                self.warn("too many connections, more are closed");
+                self.shared.warn("too many connections, more are closed");
                 continue;
             }
             if let Err(error) = self.tune(&socket) {
-                self.warn(&format!("socket option: {error}"));
+                self.shared.warn(&format!("socket option: {error}"));
             }
             let deadline = Instant::now() + self.shared.handshake_max;
             self.pending.push(Pending::new(socket, deadline));
@@ -271,14 +268,6 @@ impl Acceptor {
                 sockopt::set_tcp_keepintvl(socket, Duration::from_secs(10))?;
                 sockopt::set_tcp_keepcnt(socket, 6)
             }
-        }
-    }
-
-    fn warn(&mut self, what: &str) {
-        let now = Instant::now();
-        if self.warned.is_none_or(|at| now >= at + WARN_PAUSE) {
-            self.warned = Some(now);
-            tracing::warn!("NBD server at {}: {what}", self.listener.address);
         }
     }
 }

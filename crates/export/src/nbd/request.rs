@@ -8,9 +8,6 @@ use super::{
     },
 };
 
-/// Bytes of the longest request header.
-pub(crate) const HEADER_BYTES_MAX: usize = 32;
-
 /// A request's header, taken apart but not checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {

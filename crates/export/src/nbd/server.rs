@@ -26,6 +26,9 @@ use std::{
 /// How long clients may take for the replies that wait for them when the server stops.
 const STOP_GRACE: Duration = Duration::from_secs(5);
 
+/// Between two warnings about refused connections: clients decide how many there are.
+const WARN_PAUSE: Duration = Duration::from_secs(10);
+
 /// How a disk is served.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -107,6 +110,8 @@ impl Nbd {
                 sessions: Vec::new(),
             }),
             changed: Condvar::new(),
+            address: address.clone(),
+            warned: Mutex::new(None),
             stopping: AtomicBool::new(false),
             wake: EventFd::new()?,
         });
@@ -209,6 +214,9 @@ pub(crate) struct Shared {
     workers: Box<[WorkerHandle]>,
     registry: Mutex<Registry>,
     changed: Condvar,
+    address: NbdAddress,
+    /// When a warning was last logged.
+    warned: Mutex<Option<Instant>>,
 }
 
 struct Registry {
@@ -266,15 +274,26 @@ impl Shared {
             allocation: agreed.allocation,
         };
         let disk = self.disk.clone();
+        let shared = self.clone();
         self.workers[worker].call(Box::new(move |cx| {
             let added = cx.add(|cx| {
                 live.started(cx.session());
                 NbdSession::new(cx, &disk, limits, socket, &early, live)
             });
             if let Err(error) = added {
-                tracing::error!(%error, "NBD connection refused");
+                shared.warn(&format!("connection refused: {error}"));
             }
         }))
+    }
+
+    /// Logs `what`, unless something was logged shortly before.
+    pub(crate) fn warn(&self, what: &str) {
+        let now = Instant::now();
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if warned.is_none_or(|at| now >= at + WARN_PAUSE) {
+            *warned = Some(now);
+            tracing::warn!("NBD server at {}: {what}", self.address);
+        }
     }
 
     /// Has `act` done to every session, each on its worker.

@@ -1,35 +1,36 @@
 //! A connection over a socket pair, and a disk in memory that answers when it is told to.
 
-use super::{
-    super::proto::{
+use super::*;
+use crate::nbd::{
+    handshake::Style,
+    proto::{
         EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk,
-        cmd_flag,
+        cmd, cmd_flag,
     },
-    *,
 };
-use block::IoVec;
-use disk::{Request, StatusExtent};
+use block::{GuestError, GuestOffset, IoVec, Op};
+use disk::{Done, Request, StatusExtent};
 use std::{
     io::{ErrorKind, Read, Write},
     os::{fd::AsFd, unix::net::UnixStream},
 };
 
-const SIZE: u64 = 34 << 20;
+pub(super) const SIZE: u64 = 34 << 20;
 
 /// Bytes of a disk, and what happened to it.
 #[derive(Default)]
-struct Fake {
-    bytes: Vec<u8>,
+pub(super) struct Fake {
+    pub(super) bytes: Vec<u8>,
     /// Requests that are not answered yet, oldest first.
-    held: VecDeque<(u64, Held)>,
-    done: VecDeque<Done>,
-    status: Vec<(u64, Vec<StatusExtent>)>,
+    pub(super) held: VecDeque<(u64, Held)>,
+    pub(super) done: VecDeque<Done>,
+    pub(super) status: Vec<(u64, Vec<StatusExtent>)>,
     /// What status queries are told.
-    extents: Vec<StatusExtent>,
-    ops: Vec<Op>,
-    fail: Option<GuestError>,
+    pub(super) extents: Vec<StatusExtent>,
+    pub(super) ops: Vec<Op>,
+    pub(super) fail: Option<GuestError>,
     /// Requests that are held at most; more are refused.
-    table: usize,
+    pub(super) table: usize,
 }
 
 /// Each sector is full of its number, modulo 251, plus one.
@@ -40,7 +41,7 @@ fn pattern() -> Vec<u8> {
     bytes
 }
 
-enum Held {
+pub(super) enum Held {
     Io(Op, u64, u64, IoVec),
     Status(usize),
 }
@@ -55,7 +56,7 @@ impl Fake {
     }
 
     /// Answers the newest (or oldest) request.
-    fn answer(&mut self, newest: bool) {
+    pub(super) fn answer(&mut self, newest: bool) {
         let next = if newest {
             self.held.pop_back()
         } else {
@@ -90,7 +91,7 @@ impl Fake {
         self.done.push_back(Done { tag, result });
     }
 
-    fn answer_all(&mut self) {
+    pub(super) fn answer_all(&mut self) {
         while !self.held.is_empty() {
             self.answer(false);
         }
@@ -132,15 +133,15 @@ impl Backend for Fake {
     }
 }
 
-struct Rig {
-    connection: Connection,
-    disk: Fake,
-    server: UnixStream,
-    client: UnixStream,
-    style: Style,
+pub(super) struct Rig {
+    pub(super) connection: Connection,
+    pub(super) disk: Fake,
+    pub(super) server: UnixStream,
+    pub(super) client: UnixStream,
+    pub(super) style: Style,
 }
 
-fn rig(style: Style) -> Rig {
+pub(super) fn rig(style: Style) -> Rig {
     rig_after(style, &[])
 }
 
@@ -164,7 +165,14 @@ fn rig_after(style: Style, early: &[u8]) -> Rig {
     }
 }
 
-fn request(style: Style, kind: u16, flags: u16, cookie: u64, at: u64, len: u64) -> Vec<u8> {
+pub(super) fn request(
+    style: Style,
+    kind: u16,
+    flags: u16,
+    cookie: u64,
+    at: u64,
+    len: u64,
+) -> Vec<u8> {
     let mut bytes = Vec::new();
     let extended = style == Style::Extended;
     let magic = if extended {
@@ -187,7 +195,7 @@ fn request(style: Style, kind: u16, flags: u16, cookie: u64, at: u64, len: u64) 
 
 impl Rig {
     /// One turn of a worker, with the events that the socket would have reported.
-    fn turn(&mut self) {
+    pub(super) fn turn(&mut self) {
         self.connection.readable();
         self.connection.writable();
         loop {
@@ -200,7 +208,7 @@ impl Rig {
         }
     }
 
-    fn send(&mut self, kind: u16, flags: u16, cookie: u64, at: u64, len: u64) {
+    pub(super) fn send(&mut self, kind: u16, flags: u16, cookie: u64, at: u64, len: u64) {
         let bytes = request(self.style, kind, flags, cookie, at, len);
         self.client.write_all(&bytes).unwrap();
     }
@@ -217,7 +225,7 @@ impl Rig {
     }
 
     /// All that the server sent by now.
-    fn take(&mut self) -> Vec<u8> {
+    pub(super) fn take(&mut self) -> Vec<u8> {
         let mut all = Vec::new();
         let mut part = vec![0; 1 << 20];
         loop {
