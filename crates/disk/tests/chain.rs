@@ -5,19 +5,8 @@ mod peer;
 use block::ErrorKind;
 use disk::{Chain, ChainOptions};
 use image::Format;
-use peer::{qemu_img, qemu_io};
+use peer::{open_chain, qemu_img, qemu_io};
 use std::{fs, os::unix::fs::symlink, path::Path};
-
-fn open(path: &Path, options: &ChainOptions) -> Result<Chain, block::Error> {
-    // A refusal closes files.
-    let _alone = peer::no_spawn();
-    Chain::open(path.to_str().unwrap(), options)
-}
-
-fn close<T>(chain: T) {
-    let _alone = peer::no_spawn();
-    drop(chain);
-}
 
 fn reading() -> ChainOptions {
     ChainOptions {
@@ -60,7 +49,7 @@ fn opens_what_the_policy_allows() {
     overlay(&own, "top.qcow2", "middle.qcow2", Some("qcow2"));
     overlay(&own, "out.qcow2", "../other/base.raw", Some("raw"));
     let top = own.join("top.qcow2");
-    let chain = open(&top, &ChainOptions::default()).unwrap();
+    let chain = open_chain(&top, &ChainOptions::default()).unwrap();
     let formats: Vec<Format> = chain.layers.iter().map(|l| l.format).collect();
     assert_eq!(formats, [Format::Qcow2, Format::Qcow2, Format::Raw]);
     assert_eq!(
@@ -74,10 +63,10 @@ fn opens_what_the_policy_allows() {
     // The same base below two overlays at once.
     let second = Chain::open(own.join("middle.qcow2").to_str().unwrap(), &reading());
     assert_eq!(second.unwrap().layers.len(), 2);
-    close(chain);
+    drop(chain);
 
     let out = own.join("out.qcow2");
-    let error = open(&out, &reading()).unwrap_err();
+    let error = open_chain(&out, &reading()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Denied);
     let text = error.to_string();
     assert!(text.contains("out.qcow2: backing file:"), "{text}");
@@ -86,13 +75,13 @@ fn opens_what_the_policy_allows() {
         allow_backing: vec![dir.join("other")],
         ..reading()
     };
-    assert_eq!(open(&out, &allowed).unwrap().layers.len(), 2);
+    assert_eq!(open_chain(&out, &allowed).unwrap().layers.len(), 2);
     // What `info` does: the image alone, wherever its base is.
     let alone = ChainOptions {
         without_backing: true,
         ..reading()
     };
-    assert_eq!(open(&out, &alone).unwrap().layers.len(), 1);
+    assert_eq!(open_chain(&out, &alone).unwrap().layers.len(), 1);
 }
 
 #[test]
@@ -143,7 +132,7 @@ fn refuses_names_that_are_no_files_below() {
     ] {
         overlay(&dir, "top.qcow2", base, format);
         let before = fs::read(dir.join("top.qcow2")).unwrap();
-        let error = open(&dir.join("top.qcow2"), &ChainOptions::default()).unwrap_err();
+        let error = open_chain(&dir.join("top.qcow2"), &ChainOptions::default()).unwrap_err();
         assert_eq!(error.kind(), kind, "{base}: {error}");
         let text = error.to_string();
         assert!(
@@ -165,7 +154,7 @@ fn refuses_loops_and_endless_chains() {
     overlay(dir, "self.qcow2", "again.qcow2", Some("qcow2"));
     fs::hard_link(dir.join("self.qcow2"), dir.join("again.qcow2")).unwrap();
     for top in ["a.qcow2", "b.qcow2", "self.qcow2"] {
-        let error = open(&dir.join(top), &ChainOptions::default()).unwrap_err();
+        let error = open_chain(&dir.join(top), &ChainOptions::default()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         assert!(error.to_string().contains("loop"), "{error}");
     }
@@ -185,12 +174,10 @@ fn refuses_loops_and_endless_chains() {
         };
         let file = io::File::create_new(&path, &unsafe_cache).unwrap();
         image::qcow2::create(&*file, &options).unwrap();
-        let _alone = peer::no_spawn();
-        drop(file);
     }
-    let error = open(&dir.join("0.qcow2"), &reading()).unwrap_err();
+    let error = open_chain(&dir.join("0.qcow2"), &reading()).unwrap_err();
     assert!(error.to_string().contains("longer than 200"), "{error}");
-    let chain = open(&dir.join("1.qcow2"), &reading()).unwrap();
+    let chain = open_chain(&dir.join("1.qcow2"), &reading()).unwrap();
     assert_eq!(chain.layers.len(), longest);
     let mut buf = [1; 4096];
     chain.driver().unwrap().read(65_000, &mut buf).unwrap();
@@ -202,12 +189,12 @@ fn a_format_is_probed_only_where_that_is_safe() {
     let scratch = tempfile::tempdir().unwrap();
     let dir = scratch.path();
     fs::write(dir.join("disk"), [0; 4096]).unwrap();
-    let error = open(&dir.join("disk"), &ChainOptions::default()).unwrap_err();
+    let error = open_chain(&dir.join("disk"), &ChainOptions::default()).unwrap_err();
     assert!(error.to_string().contains("say -f raw"), "{error}");
     let formats = |path: &str, options: &ChainOptions| {
-        open(&dir.join(path), options).map(|chain| {
+        open_chain(&dir.join(path), options).map(|chain| {
             let format = chain.layers[0].format;
-            close(chain);
+            drop(chain);
             format
         })
     };
@@ -236,11 +223,11 @@ fn images_that_may_not_be_written_open_for_reading() {
     qemu_io(dir, "qcow2", "disk.qcow2", "write -q -P 5 0 64k\n");
     qemu_img(dir, &["snapshot", "-c", "before", "disk.qcow2"]);
     let path = dir.join("disk.qcow2");
-    let error = open(&path, &ChainOptions::default()).unwrap_err();
+    let error = open_chain(&path, &ChainOptions::default()).unwrap_err();
     let text = error.to_string();
     assert!(text.contains("--read-only: internal snapshots"), "{text}");
     let mut buf = [0; 512];
-    let chain = open(&path, &reading()).unwrap();
+    let chain = open_chain(&path, &reading()).unwrap();
     chain.driver().unwrap().read(0, &mut buf).unwrap();
     assert_eq!(buf, [5; 512]);
 }
@@ -251,19 +238,19 @@ fn an_image_in_use_is_refused() {
     let dir = scratch.path();
     qemu_img(dir, &["create", "-q", "-f", "qcow2", "disk.qcow2", "1M"]);
     let path = dir.join("disk.qcow2");
-    let _held = open(&path, &ChainOptions::default()).unwrap();
+    let _held = open_chain(&path, &ChainOptions::default()).unwrap();
     for options in [ChainOptions::default(), reading()] {
-        let error = open(&path, &options).unwrap_err();
+        let error = Chain::open(path.to_str().unwrap(), &options).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Locked, "{error}");
     }
     let shared = ChainOptions {
         force_share: true,
         ..reading()
     };
-    assert!(open(&path, &shared).is_ok());
+    assert!(open_chain(&path, &shared).is_ok());
     let contradiction = ChainOptions {
         force_share: true,
         ..ChainOptions::default()
     };
-    assert!(open(&path, &contradiction).is_err());
+    assert!(open_chain(&path, &contradiction).is_err());
 }

@@ -4,7 +4,7 @@
 
 mod peer;
 
-use disk::{Chain, ChainOptions, blocking::Driver};
+use disk::{ChainOptions, blocking::Driver};
 use image::{
     Format,
     qcow2::{Compression, CreateOptions},
@@ -53,12 +53,11 @@ fn open(dir: &Path, name: &str, read_only: bool) -> Driver {
         cache_bytes: Some(64 << 10),
         ..ChainOptions::default()
     };
-    let chain = Chain::open(path.to_str().unwrap(), &options).unwrap_or_else(|e| panic!("{e}"));
+    let chain = peer::open_chain(&path, &options).unwrap_or_else(|e| panic!("{e}"));
     chain.driver().unwrap()
 }
 
 fn close(driver: Driver) -> Result<(), String> {
-    let _alone = peer::no_spawn();
     driver.close().map_err(|e| format!("close: {e}"))
 }
 
@@ -153,8 +152,6 @@ fn create(dir: &Path, case: &Case, size: u64, backing: Option<&str>, by_us: bool
     if by_us {
         let file = io::File::create_new(&dir.join("disk"), &io::OpenOptions::default()).unwrap();
         image::qcow2::create(&*file, &options).unwrap();
-        let _alone = peer::no_spawn();
-        drop(file);
         return;
     }
     let settings = format!(

@@ -4,7 +4,7 @@
 mod peer;
 
 use block::ErrorKind;
-use disk::{Chain, ChainOptions};
+use disk::ChainOptions;
 use image::Format;
 use peer::{Random, qemu_img, qemu_io};
 use std::{fs, path::Path};
@@ -54,7 +54,7 @@ fn use_it(path: &Path, read_only: bool) -> Result<(), block::Error> {
         cache: io::Cache::Unsafe,
         ..ChainOptions::default()
     };
-    let chain = Chain::open(path.to_str().unwrap(), &options)?;
+    let chain = peer::open_chain(path, &options)?;
     let mut driver = chain.driver()?;
     let mut buf = vec![0; 64 << 10];
     let mut failed = None;
@@ -397,7 +397,7 @@ fn random_damage_is_survived() {
             cache: io::Cache::Unsafe,
             ..ChainOptions::default()
         };
-        let Ok(chain) = Chain::open(path.to_str().unwrap(), &options) else {
+        let Ok(chain) = peer::open_chain(&path, &options) else {
             continue;
         };
         opened += 1;

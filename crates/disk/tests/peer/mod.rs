@@ -2,85 +2,87 @@
 
 #![allow(dead_code)]
 
+use disk::{Chain, ChainOptions};
 use std::{
     fmt::Write as _,
     fs,
     io::Write,
     path::Path,
-    process::{Child, Command, Stdio},
-    sync::{Mutex, MutexGuard, PoisonError},
+    process::{Command, Stdio},
+    time::Duration,
 };
 
-/// Held while a process is being made and while files are closed. A child has copies of all descriptors
-/// until it executes its program, and an image's lock lasts as long as any copy: a file closed by one
-/// test in that moment would stay locked for its next opening.
-static SPAWN: Mutex<()> = Mutex::new(());
-
-/// Keeps other threads from making processes.
-pub fn no_spawn() -> MutexGuard<'static, ()> {
-    SPAWN.lock().unwrap_or_else(PoisonError::into_inner)
+/// Tries `action` again while it fails because an image is locked, for two seconds.
+///
+/// A process that another test is just making has copies of all descriptors until it executes its program,
+/// and even a moment longer than the making takes; an image's lock lasts as long as any copy. So a file that
+/// was closed may stay locked for a moment, and nothing tells when that is over.
+pub fn patiently<T, E>(
+    locked: impl Fn(&E) -> bool,
+    mut action: impl FnMut() -> Result<T, E>,
+) -> Result<T, E> {
+    for _ in 0..200 {
+        match action() {
+            Err(error) if locked(&error) => std::thread::sleep(Duration::from_millis(10)),
+            done => return done,
+        }
+    }
+    action()
 }
 
-/// Runs a tool in `dir` and returns its stdout; panics with both outputs when it fails.
-pub fn tool(dir: &Path, name: &str, args: &[&str]) -> String {
-    let child = spawn(
-        Command::new(name)
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .current_dir(dir),
-    );
-    let output = child.wait_with_output().unwrap();
-    assert!(
-        output.status.success(),
-        "{name} {args:?}: {}\n{}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8_lossy(&output.stdout).into_owned()
+/// Opens a chain, patiently.
+pub fn open_chain(path: &Path, options: &ChainOptions) -> Result<Chain, block::Error> {
+    let locked = |error: &block::Error| error.kind() == block::ErrorKind::Locked;
+    patiently(locked, || Chain::open(path.to_str().unwrap(), options))
 }
 
-fn spawn(command: &mut Command) -> Child {
-    let _alone = no_spawn();
-    command
+/// Runs `name` with `input` in `dir`; its output, where it failed as an error.
+fn try_tool(dir: &Path, name: &str, args: &[&str], input: &str) -> Result<String, String> {
+    let mut child = Command::new(name)
+        .args(args)
+        .current_dir(dir)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
         .spawn()
-        .unwrap_or_else(|e| panic!("{command:?} (package qemu-utils): {e}"))
+        .unwrap_or_else(|e| panic!("{name} (package qemu-utils): {e}"));
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_owned();
+    // The pipe holds less than the answers may be: feed it from beside. A tool that has
+    // failed does not read on.
+    let feeder = std::thread::spawn(move || stdin.write_all(input.as_bytes()));
+    let output = child.wait_with_output().unwrap();
+    let _ = feeder.join().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    match output.status.success() {
+        true => Ok(text + &errors),
+        false => Err(format!(
+            "{name} {args:?}: {}\n{text}{errors}",
+            output.status
+        )),
+    }
 }
 
-/// `qemu-img` in `dir`.
+fn is_locked(failure: &String) -> bool {
+    failure.contains("Is another process using the image")
+}
+
+/// `qemu-img` in `dir`; panics with what it said when it fails.
 pub fn qemu_img(dir: &Path, args: &[&str]) -> String {
-    tool(dir, "qemu-img", args)
+    patiently(is_locked, || try_tool(dir, "qemu-img", args, "")).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// Has one `qemu-io` carry out all `commands` (one a line) on `image`; panics when one failed.
 pub fn qemu_io(dir: &Path, format: &str, image: &str, commands: &str) -> String {
     // Unmapping must be asked for, or discards are ignored. Nothing crashes here: syncs only cost time.
-    let mut child = spawn(
-        Command::new("qemu-io")
-            .args(["-f", format, "-d", "unmap", "-t", "unsafe", image])
-            .current_dir(dir)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped()),
-    );
-    let mut stdin = child.stdin.take().unwrap();
-    let text = commands.to_owned();
-    // The pipe holds less than its answers may be: feed it from beside.
-    let feeder = std::thread::spawn(move || stdin.write_all(text.as_bytes()));
-    let output = child.wait_with_output().unwrap();
-    let _ = feeder.join().unwrap();
-    let text = format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let args = ["-f", format, "-d", "unmap", "-t", "unsafe", image];
+    let text = patiently(is_locked, || try_tool(dir, "qemu-io", &args, commands));
+    let text = text.unwrap_or_else(|e| panic!("{e}\n{commands}"));
     let bad = ["failed", "rror", "verification", "Invalid", "not found"];
     assert!(
-        output.status.success() && !bad.iter().any(|word| text.contains(word)),
-        "qemu-io {image}: {}\n{commands}\n{text}",
-        output.status
+        !bad.iter().any(|word| text.contains(word)),
+        "qemu-io {image}:\n{commands}\n{text}"
     );
     text
 }
