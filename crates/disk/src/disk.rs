@@ -115,7 +115,7 @@ impl Disk {
             .map(|f| f.alignment().offset)
             .max()
             .unwrap_or(512);
-        u32::try_from(align).unwrap_or(512).clamp(512, 4096)
+        align.clamp(512, 4096)
     }
 
     /// Allocation unit of the active image in bytes, at least 512.

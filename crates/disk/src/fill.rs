@@ -13,7 +13,7 @@ use crate::{
     memory::{self, Buffer, Pieces},
     queue::DiskQueue,
     request::{Owner, Task},
-    sub::Purpose,
+    sub::{Place, Purpose},
 };
 use block::{GuestError, GuestOffset, Op};
 use image::{Allocation, Fill, Key, Ticket};
@@ -229,7 +229,8 @@ impl DiskQueue {
             self.gather(sub, len);
         }
         let purpose = Purpose::Fill { fill: fill_index };
-        self.issue(engine, sub, purpose, file, IoOp::Write, offset, len, None);
+        let place = Place { file, offset, len };
+        self.issue(engine, sub, purpose, IoOp::Write, place, None);
     }
 
     fn put_part(&mut self, fill_index: u32, part: usize, sub: u32) {

@@ -1,6 +1,11 @@
 //! Commits that this queue leads, and space that they freed.
 
-use crate::{commit::Turn, queue::DiskQueue, request::State, sub::Purpose};
+use crate::{
+    commit::Turn,
+    queue::DiskQueue,
+    request::State,
+    sub::{Place, Purpose},
+};
 use block::{GuestError, IoVec, Zeroed};
 use image::{FlushRun, Freed};
 use io::{Engine, IoOp};
@@ -105,16 +110,8 @@ impl DiskQueue {
                 self.subs[sub as usize].iov.push(piece);
                 let file = self.file(0, write.file);
                 let (offset, len) = (write.offset.0, write.len as u64);
-                self.issue(
-                    engine,
-                    sub,
-                    Purpose::Commit,
-                    file,
-                    IoOp::Write,
-                    offset,
-                    len,
-                    None,
-                );
+                let place = Place { file, offset, len };
+                self.issue(engine, sub, Purpose::Commit, IoOp::Write, place, None);
             } else if c.pending > 0 {
                 return;
             } else if c.barrier {
@@ -131,7 +128,12 @@ impl DiskQueue {
                 for at in 0..files {
                     let Some(sub) = self.take_sub() else { return };
                     let file = self.files[0][at];
-                    self.issue(engine, sub, Purpose::Commit, file, IoOp::Sync, 0, 0, None);
+                    let place = Place {
+                        file,
+                        offset: 0,
+                        len: 0,
+                    };
+                    self.issue(engine, sub, Purpose::Commit, IoOp::Sync, place, None);
                 }
                 if files > 0 {
                     return;
@@ -192,16 +194,8 @@ impl DiskQueue {
                 fast: true,
             };
             let (offset, len) = (freed.offset.0, freed.len);
-            self.issue(
-                engine,
-                sub,
-                Purpose::Punch { freed },
-                file,
-                op,
-                offset,
-                len,
-                None,
-            );
+            let place = Place { file, offset, len };
+            self.issue(engine, sub, Purpose::Punch { freed }, op, place, None);
         }
     }
 

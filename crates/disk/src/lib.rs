@@ -6,7 +6,7 @@
 //! ```text
 //!   submit ─▶ check ─▶ ask the format ─▶ issue at the engine ─▶ completed ─▶ [commit] ─▶ done
 //!             queue.rs   read.rs write.rs    sub.rs                           flush.rs
-//!                        fill.rs (new clusters, copy-on-write)
+//!                        fill.rs (new clusters, copy-on-write), needs.rs (what must come first)
 //! ```
 //!
 //! Requests of different queues meet only in what they share: an allocation or a metadata block under
@@ -24,6 +24,7 @@ mod fill;
 mod flush;
 mod grace;
 mod memory;
+mod needs;
 mod queue;
 mod read;
 mod request;
@@ -36,5 +37,5 @@ pub use chain::{Chain, ChainOptions, Layer};
 pub use clock::now_ns;
 pub use disk::{Disk, DiskOptions};
 pub use queue::{DiskQueue, QueueOptions};
-pub use request::{Done, Request, StatusExtent};
+pub use request::{Done, Request, StatusExtent, TableFull};
 pub use stats::{OpStatistics, Statistics};

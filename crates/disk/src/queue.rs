@@ -18,14 +18,14 @@ use crate::{
     flush::Committer,
     grace::Member,
     memory::Pieces,
-    request::{Done, Owner, Request, Slot, State, StatusExtent, Task},
+    request::{Done, Owner, Request, Slot, State, StatusExtent, TableFull, Task},
     stats::{self, QueueStats, Stamps},
     sub::{Purpose, Sub},
-    wait::{Mailbox, Message, Waiter},
+    wait::{Mailbox, Message},
 };
 use block::{Error, GuestError, GuestOffset, Op, Result, limits};
-use image::{Freed, Key, Need};
-use io::{Engine, FileSlot, IoOp, Waker};
+use image::Freed;
+use io::{Engine, FileSlot, Waker};
 use std::{collections::VecDeque, sync::Arc};
 
 /// How a queue is made.
@@ -72,7 +72,7 @@ pub struct DiskQueue {
     /// Fills whose parts have been read and that must be written.
     pub(crate) fills_read: VecDeque<u32>,
     pub(crate) buffers: Buffers,
-    stalled: VecDeque<u32>,
+    pub(crate) stalled: VecDeque<u32>,
     done: VecDeque<Done>,
     status_done: Vec<(u64, Vec<StatusExtent>)>,
     pub(crate) mailbox: Arc<Mailbox>,
@@ -244,9 +244,9 @@ impl DiskQueue {
         len: u64,
         extents_max: usize,
         tag: u64,
-    ) -> Result<(), ()> {
+    ) -> Result<(), TableFull> {
         let task = Task::Status { extents_max };
-        let index = self.take_slot(task, at, len).ok_or(())?;
+        let index = self.take_slot(task, at, len).ok_or(TableFull)?;
         let inside = at
             .checked_add(len)
             .is_some_and(|end| end.0 <= self.disk.size());
@@ -496,113 +496,6 @@ impl DiskQueue {
                 self.fill_read(fill, part, all_zero, result.err());
             }
         }
-    }
-
-    /// Parks the request until `key` of `layer` is woken; `Continue` asks once more first.
-    pub(crate) fn wait(&mut self, index: u32, layer: u8, key: Key) -> Next {
-        let slot = &mut self.slots[index as usize];
-        if slot.registered == Some((layer, key)) {
-            slot.state = State::Parked;
-            self.stats.wait();
-            return Next::Blocked;
-        }
-        slot.registered = Some((layer, key));
-        let waiter = self.waiter(index);
-        self.disk.waits.register(layer, key, waiter);
-        Next::Continue
-    }
-
-    /// How other threads reach the request.
-    pub(crate) fn waiter(&self, index: u32) -> Waiter {
-        Waiter {
-            mailbox: self.mailbox.clone(),
-            slot: self.slots[index as usize].id(index),
-        }
-    }
-
-    /// Leaves the request until there is room.
-    pub(crate) fn stall(&mut self, index: u32) -> Next {
-        self.stats.stall();
-        self.slots[index as usize].state = State::Stalled;
-        self.stalled.push_back(index);
-        Next::Blocked
-    }
-
-    /// Does what a format needs; the request goes on when that ended. Needs an operation (`has_sub`).
-    pub(crate) fn meet(
-        &mut self,
-        engine: &mut dyn Engine,
-        index: u32,
-        layer: u8,
-        need: Need,
-    ) -> Next {
-        match need {
-            Need::Load(load) => {
-                let Some(sub) = self.take_sub() else {
-                    self.disk.layers[layer as usize].image.load_failed(&load);
-                    self.disk.waits.wake(layer, load.key);
-                    return self.stall(index);
-                };
-                self.stats.load();
-                let buffer = self.buffers.take(load.len as usize);
-                let piece = buffer.piece(0, load.len as usize);
-                self.subs[sub as usize].buffer = Some(buffer);
-                self.subs[sub as usize].iov.push(piece);
-                self.slots[index as usize].state = State::Loading;
-                let purpose = Purpose::Load {
-                    slot: index,
-                    layer,
-                    load,
-                };
-                let file = self.file(layer, load.file);
-                let (offset, len) = (load.offset.0, u64::from(load.len));
-                self.issue(engine, sub, purpose, file, IoOp::Read, offset, len, None);
-                Next::Blocked
-            }
-            Need::Reserve(reserve) => {
-                let refused = self.slots[index as usize].refused;
-                let sub = if reserve.len < refused {
-                    self.take_sub()
-                } else {
-                    None
-                };
-                let Some(sub) = sub else {
-                    self.disk.layers[layer as usize]
-                        .image
-                        .reserve_failed(&reserve);
-                    self.disk.waits.wake(layer, reserve.key);
-                    return Next::Fail(GuestError::NoSpace);
-                };
-                self.slots[index as usize].state = State::Loading;
-                let purpose = Purpose::Reserve {
-                    slot: index,
-                    reserve,
-                };
-                let file = self.file(layer, reserve.file);
-                let (offset, len) = (reserve.offset.0, reserve.len);
-                self.issue(
-                    engine,
-                    sub,
-                    purpose,
-                    file,
-                    IoOp::Allocate,
-                    offset,
-                    len,
-                    None,
-                );
-                Next::Blocked
-            }
-            Need::Commit => {
-                self.slots[index as usize].state = State::CommitThenAsk;
-                self.join_commit(index);
-                Next::Blocked
-            }
-        }
-    }
-
-    /// The engine's name for a layer's file.
-    pub(crate) fn file(&self, layer: u8, file: image::FileId) -> FileSlot {
-        self.files[layer as usize][file.0 as usize]
     }
 
     /// The clock, read at most once per batch.

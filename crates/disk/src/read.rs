@@ -4,7 +4,7 @@ use crate::{
     memory,
     queue::{DiskQueue, Next},
     request::StatusExtent,
-    sub::Purpose,
+    sub::{Place, Purpose},
 };
 use block::{GuestOffset, RangeKind, Storage};
 use image::{Compressed, Extent, ExtentKind, FileId, Format, Step};
@@ -128,7 +128,8 @@ impl DiskQueue {
         }
         let file = self.file(layer, file);
         let purpose = Purpose::Data { slot: index };
-        self.issue(engine, sub, purpose, file, op, offset, len, pieces);
+        let place = Place { file, offset, len };
+        self.issue(engine, sub, purpose, op, place, pieces);
     }
 
     /// Appends the memory of bytes `pos..pos + len` of a request to an operation's pieces:
@@ -171,7 +172,12 @@ impl DiskQueue {
         };
         let file = self.file(layer, cluster.file);
         let (offset, bytes) = (cluster.offset.0, u64::from(cluster.len));
-        self.issue(engine, sub, purpose, file, IoOp::Read, offset, bytes, None);
+        let place = Place {
+            file,
+            offset,
+            len: bytes,
+        };
+        self.issue(engine, sub, purpose, IoOp::Read, place, None);
         true
     }
 

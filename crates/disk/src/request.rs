@@ -32,6 +32,10 @@ pub struct Done {
     pub result: Result<(), GuestError>,
 }
 
+/// A queue's request table is full: try again after a [`Done`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TableFull;
+
 /// A run of a disk as `block_status` tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StatusExtent {

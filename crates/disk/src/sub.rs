@@ -36,6 +36,14 @@ pub(crate) enum Purpose {
     Punch { freed: Freed },
 }
 
+/// Where an operation works: a range of a file; for a barrier the file alone.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub file: FileSlot,
+    pub offset: u64,
+    pub len: u64,
+}
+
 /// An operation at the engine, with the memory that it needs.
 #[derive(Debug)]
 pub(crate) struct Sub {
@@ -79,10 +87,8 @@ impl DiskQueue {
         engine: &mut dyn Engine,
         index: u32,
         purpose: Purpose,
-        file: FileSlot,
         op: IoOp,
-        offset: u64,
-        len: u64,
+        place: Place,
         pieces: Option<memory::Pieces>,
     ) {
         let sub = &mut self.subs[index as usize];
@@ -92,10 +98,10 @@ impl DiskQueue {
         };
         sub.purpose = purpose;
         sub.io = Io {
-            file,
+            file: place.file,
             op,
-            offset,
-            len,
+            offset: place.offset,
+            len: place.len,
             iov,
             iov_len,
             token: Token(self.token_base | u64::from(index)),

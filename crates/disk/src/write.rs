@@ -3,6 +3,7 @@
 use crate::{
     fill::FILL_BYTES_MAX,
     queue::{DiskQueue, Next},
+    sub::{Place, Purpose},
 };
 use block::{GuestError, Op};
 use image::{Plan, Step, ZeroMode, ZeroPlan};
@@ -121,7 +122,8 @@ impl DiskQueue {
         let Some(sub) = self.take_sub() else { return };
         self.slots[index as usize].pending += 1;
         let file = self.file(ACTIVE, file);
-        let purpose = crate::sub::Purpose::Data { slot: index };
-        self.issue(engine, sub, purpose, file, op, offset, len, None);
+        let purpose = Purpose::Data { slot: index };
+        let place = Place { file, offset, len };
+        self.issue(engine, sub, purpose, op, place, None);
     }
 }
