@@ -442,6 +442,27 @@ fn a_failed_flush_is_repeated() {
 }
 
 #[test]
+fn new_tables_wait_for_refcounts_after_a_failed_flush() {
+    let mut driver = fresh(64 * CLUSTER);
+    driver.write(0, &[1; 512]).unwrap();
+    // Refcounts, table, barrier, L1 entry; then the barrier fails.
+    driver.file.fail_after(Some(4));
+    assert!(driver.flush().is_err());
+    driver.file.fail_after(None);
+    let l1 = driver.image.header().l1_table_offset;
+    assert_ne!(driver.file.word(l1), 0, "the L1 entry is there already");
+    driver.write(CLUSTER, &[1; 512]).unwrap();
+    let mut run = FlushRun::default();
+    driver.image.flush_begin(&mut run).unwrap();
+    let counts: Vec<usize> = run.stages.iter().map(|s| s.end - s.first).collect();
+    assert_eq!(counts, [1, 1, 1]);
+    driver.image.flush_end(&mut run, false);
+    let file = driver.file.clone();
+    driver.close();
+    assert_eq!(checked(&file), Checked::Clean);
+}
+
+#[test]
 fn a_full_disk_fails_one_request_and_nothing_else() {
     let mut driver = fresh(64 * CLUSTER);
     driver.file.fail_after(Some(0));

@@ -30,8 +30,9 @@
 //!   a new owner's bytes.
 //!
 //! Without anything newly referred to (`State::ordered`) stages 1 and 2 are independent, and share one barrier.
-//! A run that failed part of the way changes nothing in this: all it covered is dirty
-//! again, and written again in the same order.
+//! A run that failed part of the way may have made any part of it durable. All it covered is dirty
+//! again, and written again in the same order; but since the L1 table on disk may
+//! refer to new L2 tables by then, these wait for the refcounts once.
 
 use super::Qcow2;
 use super::cache::{Changed, Owner};
@@ -190,6 +191,10 @@ impl Qcow2 {
             }
         }
         self.push_table(st, run);
+        if st.failed && open_stage(run) {
+            // The L1 table on disk may know the new tables already.
+            run.seal();
+        }
         for &index in &st.fresh_tables {
             let entry = self.tables.l1.get(index as usize);
             let raw = entry.map_or(0, |e| e.load(Ordering::Relaxed));
@@ -266,6 +271,7 @@ impl Qcow2 {
         st.cache.end_flush(ok);
         st.l1_changed.end(ok);
         st.refs.changed.end(ok);
+        st.failed = !ok;
         if !ok {
             st.ordered |= covered.ordered;
             return;

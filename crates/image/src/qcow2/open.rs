@@ -162,6 +162,7 @@ impl Qcow2 {
                 fresh_tables: Vec::new(),
                 derefs: Vec::new(),
                 ordered: false,
+                failed: false,
                 covered: Covered::default(),
                 scratch: Vec::with_capacity(frames),
             }),

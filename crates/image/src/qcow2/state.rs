@@ -138,6 +138,8 @@ pub(super) struct State {
     /// Whether something became referenced since the last flush began: only then
     /// must stage 1 be durable before stage 2.
     pub(super) ordered: bool,
+    /// The last flush failed: some of what counts as never written may be on disk, and referred to.
+    pub(super) failed: bool,
     pub(super) covered: Covered,
     /// Kept from flush to flush for its memory.
     pub(super) scratch: Vec<Changed>,
