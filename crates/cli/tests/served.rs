@@ -235,3 +235,91 @@ fn refuses_what_is_in_use_or_cannot_be_written() {
     );
     raw.format("raw").start().stop();
 }
+
+#[test]
+fn a_killed_server_loses_nothing_that_was_flushed() {
+    const HALF: u64 = 8 << 20;
+    let dir = TempDir::new();
+    let (image, socket) = (dir.path("disk"), dir.path("sock"));
+    let mut random = Random::new(99);
+    let mut survived = 0;
+    for round in 0..3 {
+        let _ = fs::remove_file(&image);
+        let options = "cluster_size=4096";
+        qemu_img(
+            dir.root(),
+            &["create", "-q", "-f", "qcow2", "-o", options, "disk", "16M"],
+        );
+        let server = Serve::new(binary(), &image).nbd_unix(&socket).start();
+        let mut model = Model::new(HALF);
+        let mut script = String::new();
+        for _ in 0..40 {
+            as_qemu_io(
+                random_op(&mut random, HALF, 4096, 512),
+                &mut model,
+                &mut script,
+            );
+        }
+        script.push_str("flush\n");
+        qemu_io(dir.root(), "raw", &nbd(&socket), &script);
+        // A storm on the other half, flushes included, and a kill in the midst of it.
+        let mut storm = Command::new("qemu-io")
+            .args(["-f", "raw", &nbd(&socket)])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut commands = String::new();
+        for index in 0..2000 {
+            let at = HALF + random.below(HALF / 512) * 512;
+            let len = (1 + random.below(40) * 512).min(2 * HALF - at) & !511;
+            commands.push_str(&format!("write -q -P 7 {at} {}\n", len.max(512)));
+            if index % 20 == 0 {
+                commands.push_str("flush\n");
+            }
+        }
+        let mut stdin = storm.stdin.take().unwrap();
+        let feeder = std::thread::spawn(move || {
+            // Ends when the storm does.
+            let _ = std::io::Write::write_all(&mut stdin, commands.as_bytes());
+        });
+        let before = fs::metadata(&image).unwrap().len();
+        let grown = (round + 1) * (1 << 20);
+        while fs::metadata(&image).unwrap().len() < before + grown {
+            assert!(
+                storm.try_wait().unwrap().is_none(),
+                "the storm ended too soon"
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let pid = i32::try_from(server.pid()).unwrap();
+        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        drop(server);
+        let _ = storm.kill();
+        storm.wait().unwrap();
+        feeder.join().unwrap();
+        peer::check_allowing_leaks(dir.root(), "disk");
+        qemu_img(
+            dir.root(),
+            &["convert", "-f", "qcow2", "-O", "raw", "disk", "left.raw"],
+        );
+        let left = fs::read(dir.path("left.raw")).unwrap();
+        let (settled, stormy) = left.split_at(HALF as usize);
+        model
+            .check(0, settled)
+            .unwrap_or_else(|e| panic!("{round}: {e}"));
+        assert!(
+            stormy.iter().all(|b| *b == 0 || *b == 7),
+            "{round}: foreign bytes"
+        );
+        survived += usize::from(stormy.contains(&7));
+        // And it goes on where it was; the socket that the dead one left is replaced.
+        let server = Serve::new(binary(), &image).nbd_unix(&socket).start();
+        qemu_io(dir.root(), "raw", &nbd(&socket), "write -q -P 8 0 8M\n");
+        server.stop();
+        peer::check_allowing_leaks(dir.root(), "disk");
+    }
+    assert!(survived > 0, "the storms never came");
+}
