@@ -64,8 +64,10 @@ fn try_tool(dir: &Path, name: &str, args: &[&str], input: &str) -> Result<String
     }
 }
 
-fn is_locked(failure: &String) -> bool {
-    failure.contains("Is another process using the image")
+fn is_locked<S: AsRef<str>>(failure: &S) -> bool {
+    failure
+        .as_ref()
+        .contains("Is another process using the image")
 }
 
 /// `qemu-img` in `dir`; panics with what it said when it fails.
