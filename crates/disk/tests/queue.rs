@@ -5,186 +5,16 @@
 mod common;
 
 use block::{GuestError, Op};
-use common::{Random, Rig, arg, open, open_cached, qemu_content, qemu_create, run};
+use common::{
+    Rig, arg,
+    model::Model,
+    open, open_cached, pattern, qemu_content, qemu_create, run,
+    storm::{Storm, Stripe},
+};
 use disk::DiskOptions;
 use image::Format;
 use io::{Cache, EngineKind};
-use std::{collections::HashMap, path::Path};
-
-/// A request in flight and what it does to the model.
-enum Effect {
-    Read(u64, u64),
-    Write(u64, Vec<u8>),
-    Zero(u64, u64),
-    Discard(u64, u64),
-    Flush,
-}
-
-impl Effect {
-    fn range(&self) -> (u64, u64) {
-        match self {
-            Effect::Read(at, len) | Effect::Zero(at, len) | Effect::Discard(at, len) => (*at, *len),
-            Effect::Write(at, data) => (*at, data.len() as u64),
-            Effect::Flush => (0, 0),
-        }
-    }
-}
-
-/// A thread's share of a disk: every `of`th unit, so that several meet in one cluster.
-#[derive(Clone, Copy)]
-struct Stripe {
-    unit: u64,
-    of: u64,
-    index: u64,
-}
-
-impl Stripe {
-    /// All of the disk.
-    const WHOLE: Stripe = Stripe {
-        unit: u64::MAX,
-        of: 1,
-        index: 0,
-    };
-
-    /// Where on the disk byte `at` of the share is.
-    fn place(self, at: u64) -> u64 {
-        if self.of == 1 {
-            return at;
-        }
-        (at / self.unit * self.of + self.index) * self.unit + at % self.unit
-    }
-
-    /// Bytes from `at` to the end of its unit.
-    fn left(self, at: u64) -> u64 {
-        self.unit - at % self.unit
-    }
-}
-
-/// What a disk holds.
-struct Model {
-    bytes: Vec<u8>,
-    /// Sectors that were discarded: they read as before or as zeros, and stay with what
-    /// they were first seen as.
-    open: Vec<bool>,
-}
-
-impl Model {
-    fn new(bytes: Vec<u8>) -> Self {
-        let open = vec![false; bytes.len().div_ceil(512)];
-        Self { bytes, open }
-    }
-
-    fn len(&self) -> u64 {
-        self.bytes.len() as u64
-    }
-
-    fn write(&mut self, at: u64, data: &[u8]) {
-        let at = at as usize;
-        self.bytes[at..at + data.len()].copy_from_slice(data);
-        self.open[at / 512..(at + data.len()).div_ceil(512)].fill(false);
-    }
-
-    fn discard(&mut self, at: u64, len: u64) {
-        self.open[at as usize / 512..(at + len) as usize / 512].fill(true);
-    }
-
-    /// Where `got`, read at `at`, is something that it must not be.
-    fn differs(&mut self, at: u64, got: &[u8]) -> Option<u64> {
-        for (i, sector) in got.chunks(512).enumerate() {
-            let from = at as usize + i * 512;
-            let bytes = &mut self.bytes[from..from + sector.len()];
-            let open = std::mem::take(&mut self.open[from / 512]);
-            if open && sector.iter().all(|b| *b == 0) {
-                bytes.fill(0);
-            } else if bytes != sector {
-                return Some(from as u64);
-            }
-        }
-        None
-    }
-}
-
-/// Runs `count` random requests with up to `depth` in flight that never overlap; `model` is what
-/// the disk holds.
-#[allow(clippy::too_many_arguments)]
-fn storm(
-    rig: &mut Rig,
-    model: &mut Model,
-    stripe: Stripe,
-    seed: u64,
-    count: u32,
-    depth: usize,
-    len_max: u64,
-) {
-    let size = model.len();
-    let mut random = Random(seed);
-    let mut running: HashMap<u64, Effect> = HashMap::new();
-    let mut begun = 0;
-    while begun < count || !running.is_empty() {
-        let mut tries = 0;
-        while begun < count && running.len() < depth && tries < 20 {
-            tries += 1;
-            let at = random.below(size / 512) * 512;
-            let len = ((1 + random.below(len_max / 512)) * 512)
-                .min(size - at)
-                .min(stripe.left(at));
-            let place = stripe.place(at);
-            let overlaps = running.values().any(|e| {
-                let (a, l) = e.range();
-                at < a + l && a < at + len
-            });
-            if overlaps {
-                continue;
-            }
-            let cut = [random.below(len) as usize];
-            let (effect, tag) = match random.below(20) {
-                0..7 => (
-                    Effect::Read(at, len),
-                    rig.submit(Op::Read, place, vec![], len, &cut),
-                ),
-                7..15 => {
-                    let byte = 1 + random.below(255) as u8;
-                    let data: Vec<u8> = (0..len).map(|i| byte ^ (i / 512) as u8).collect();
-                    let fua = random.below(10) == 0;
-                    let op = Op::Write { fua };
-                    let tag = rig.submit(op, place, data.clone(), len, &cut);
-                    (Effect::Write(at, data), tag)
-                }
-                15 | 16 => {
-                    let op = Op::WriteZeroes {
-                        unmap: random.below(2) == 0,
-                        fast: false,
-                        fua: false,
-                    };
-                    (
-                        Effect::Zero(at, len),
-                        rig.submit(op, place, vec![], len, &[]),
-                    )
-                }
-                17 | 18 => (
-                    Effect::Discard(at, len),
-                    rig.submit(Op::Discard, place, vec![], len, &[]),
-                ),
-                _ => (Effect::Flush, rig.submit(Op::Flush, 0, vec![], 0, &[])),
-            };
-            running.insert(tag, effect);
-            begun += 1;
-        }
-        for ended in rig.some() {
-            ended.result.expect("succeeds");
-            match running.remove(&ended.tag).expect("ours") {
-                Effect::Read(at, len) => {
-                    let differs = model.differs(at, &ended.buffer);
-                    assert_eq!(differs, None, "read of {len:#x} at {at:#x}, seed {seed}");
-                }
-                Effect::Write(at, data) => model.write(at, &data),
-                Effect::Zero(at, len) => model.write(at, &vec![0; len as usize]),
-                Effect::Discard(at, len) => model.discard(at, len),
-                Effect::Flush => {}
-            }
-        }
-    }
-}
+use std::path::Path;
 
 /// A storm, a close, qemu's opinion, and a second storm on the reopened image.
 fn torture(path: &Path, format: Format, bytes: Vec<u8>, seed: u64, len_max: u64) {
@@ -199,15 +29,12 @@ fn torture(path: &Path, format: Format, bytes: Vec<u8>, seed: u64, len_max: u64)
             };
             let disk = open_cached(path, format, DiskOptions::default(), cache);
             let mut rig = Rig::new(&disk, kind, 64);
-            storm(
-                &mut rig,
-                &mut model,
-                Stripe::WHOLE,
-                seed + round,
-                300,
-                24,
+            let storm = Storm {
+                seed: seed + round,
                 len_max,
-            );
+                ..Storm::default()
+            };
+            storm.run(&mut rig, &mut model);
             rig.detach();
             disk.close().expect("closes");
             drop(disk);
@@ -221,21 +48,6 @@ fn torture(path: &Path, format: Format, bytes: Vec<u8>, seed: u64, len_max: u64)
             assert_eq!(differs, None, "qemu reads other bytes, seed {seed}");
         }
     }
-}
-
-fn pattern(len: usize, seed: u64) -> Vec<u8> {
-    let mut random = Random(seed);
-    let mut bytes = vec![0; len];
-    for sector in bytes.chunks_mut(512) {
-        // Some of it zeros, as real images have.
-        if random.below(3) > 0 {
-            let word = random.next().to_le_bytes();
-            for chunk in sector.chunks_mut(8) {
-                chunk.copy_from_slice(&word[..chunk.len()]);
-            }
-        }
-    }
-    bytes
 }
 
 #[test]
@@ -382,15 +194,15 @@ fn threads_meet(path: &Path, size: u64, unit: u64, len_max: u64, seed: u64, base
                     .collect();
                 let mut model = Model::new(bytes);
                 let mut rig = Rig::new(disk, EngineKind::IoUring, 32);
-                storm(
-                    &mut rig,
-                    &mut model,
+                let storm = Storm {
                     stripe,
-                    seed + index,
-                    1500,
-                    16,
+                    seed: seed + index,
+                    count: 1500,
+                    depth: 16,
                     len_max,
-                );
+                    ..Storm::default()
+                };
+                storm.run(&mut rig, &mut model);
                 rig.detach();
                 model
             }

@@ -1,5 +1,8 @@
 //! A queue of a disk, driven on the test's own thread.
 
+pub mod model;
+pub mod storm;
+
 use block::{GuestError, GuestOffset, IoVec, Op};
 use disk::{Chain, ChainOptions, Disk, DiskOptions, DiskQueue, QueueOptions, Request};
 use image::Format;
@@ -270,5 +273,20 @@ pub fn qemu_content(path: &Path, format: &str) -> Vec<u8> {
     );
     let bytes = std::fs::read(&flat).expect("the flat copy");
     std::fs::remove_file(&flat).expect("the flat copy");
+    bytes
+}
+
+/// Bytes as an image may hold them: a word per sector, some of them zeros.
+pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut random = Random(seed);
+    let mut bytes = vec![0; len];
+    for sector in bytes.chunks_mut(512) {
+        if random.below(3) > 0 {
+            let word = random.next().to_le_bytes();
+            for chunk in sector.chunks_mut(8) {
+                chunk.copy_from_slice(&word[..chunk.len()]);
+            }
+        }
+    }
     bytes
 }
