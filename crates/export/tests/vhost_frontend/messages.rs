@@ -127,7 +127,13 @@ impl Frontend {
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut into = [IoSliceMut::new(&mut header)];
         let flags = RecvFlags::CMSG_CLOEXEC;
-        let got = recvmsg(&self.stream, &mut into, &mut ancillary, flags)?.bytes;
+        // A receive with a time limit is not restarted after a signal.
+        let got = loop {
+            match recvmsg(&self.stream, &mut into, &mut ancillary, flags) {
+                Err(rustix::io::Errno::INTR) => {}
+                got => break got?.bytes,
+            }
+        };
         if got == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
