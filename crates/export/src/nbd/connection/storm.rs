@@ -1,7 +1,7 @@
 //! Storms of requests, sensible and not, in any pieces and with any order at the disk.
 
 use super::{
-    tests::{SIZE, request, rig},
+    tests::{SIZE, pattern, request, rig},
     *,
 };
 use crate::nbd::{
@@ -77,7 +77,7 @@ proptest! {
         let (mut stream, mut lens) = (Vec::new(), Vec::new());
         for (cookie, (kind, flags, at, len)) in requests.iter().enumerate() {
             let mut flags = *flags;
-            // Reads only, so that what they return is known.
+            // Zeroing would change what reads return.
             let kind = if matches!(*kind, cmd::WRITE_ZEROES) { cmd::READ } else { *kind };
             if style == Style::Extended && kind == cmd::WRITE {
                 flags |= cmd_flag::PAYLOAD_LEN;
@@ -85,10 +85,11 @@ proptest! {
             stream.extend(request(style, kind, flags, cookie as u64, *at, *len));
             let extended = style == Style::Extended && flags & cmd_flag::PAYLOAD_LEN != 0;
             if kind == cmd::WRITE || extended {
-                for i in 0..*len {
-                    // The same bytes that are there.
-                    let sector = at.wrapping_add(i) / 512 % 251;
-                    stream.push(sector as u8 + 1);
+                // The same bytes that are there, so that what reads return is known.
+                let range = usize::try_from(*at).ok().and_then(|at| Some(at..at.checked_add(*len as usize)?));
+                match range.and_then(|range| pattern().get(range)) {
+                    Some(bytes) => stream.extend(bytes),
+                    None => stream.resize(stream.len() + *len as usize, 0),
                 }
             }
             lens.push(if kind == cmd::READ { *len } else { 0 });

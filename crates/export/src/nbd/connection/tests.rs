@@ -13,6 +13,7 @@ use disk::{Done, Request, StatusExtent};
 use std::{
     io::{ErrorKind, Read, Write},
     os::{fd::AsFd, unix::net::UnixStream},
+    sync::OnceLock,
 };
 
 pub(super) const SIZE: u64 = 34 << 20;
@@ -34,11 +35,14 @@ pub(super) struct Fake {
 }
 
 /// Each sector is full of its number, modulo 251, plus one.
-fn pattern() -> Vec<u8> {
-    let part: Vec<u8> = (1..=251u8).flat_map(|value| [value; 512]).collect();
-    let mut bytes = part.repeat(SIZE as usize / part.len() + 1);
-    bytes.truncate(SIZE as usize);
-    bytes
+pub(super) fn pattern() -> &'static [u8] {
+    static PATTERN: OnceLock<Vec<u8>> = OnceLock::new();
+    PATTERN.get_or_init(|| {
+        let part: Vec<u8> = (1..=251u8).flat_map(|value| [value; 512]).collect();
+        let mut bytes = part.repeat(SIZE as usize / part.len() + 1);
+        bytes.truncate(SIZE as usize);
+        bytes
+    })
 }
 
 pub(super) enum Held {
@@ -49,7 +53,7 @@ pub(super) enum Held {
 impl Fake {
     fn new() -> Self {
         Self {
-            bytes: pattern(),
+            bytes: pattern().to_vec(),
             table: usize::MAX,
             ..Self::default()
         }
@@ -310,7 +314,7 @@ fn large_payloads_go_both_ways() {
     for (style, flags) in [(Style::Simple, 0), (Style::Extended, cmd_flag::PAYLOAD_LEN)] {
         let mut rig = rig(style);
         let len: usize = 32 << 20;
-        let data: Vec<u8> = (0..len).map(|i| (i % 253) as u8).collect();
+        let data = [&pattern()[512..len], &[9; 512]].concat();
         for cookie in [1, 2] {
             rig.push(&request(
                 style,
