@@ -242,6 +242,7 @@ fn fio_verifies() {
             "--io_size=32m",
             "--verify=crc32c",
             "--verify_fatal=1",
+            "--verify_state_save=0",
             "--randseed=7",
             "--fsync=100",
         ];
