@@ -291,6 +291,9 @@ fn requests_in_any_pieces_are_the_same() {
     stream.extend([7; 5000]);
     stream.extend(request(Style::Simple, cmd::WRITE, 0, 2, SIZE, 100));
     stream.extend([8; 100]);
+    // The shortest payload that is skipped.
+    stream.extend(request(Style::Simple, cmd::WRITE, 0, 4, SIZE, 1));
+    stream.push(8);
     stream.extend(request(Style::Simple, cmd::FLUSH, 0, 3, 0, 0));
     for piece in [1, 7, 28, 29, 4096, 10_000] {
         // The first piece arrives with the handshake.
@@ -300,7 +303,7 @@ fn requests_in_any_pieces_are_the_same() {
             rig.push(part);
         }
         let replies = rig.answer_and_take();
-        let expected = [simple(28, 2), simple(0, 1), simple(0, 3)].concat();
+        let expected = [simple(28, 2), simple(28, 4), simple(0, 1), simple(0, 3)].concat();
         assert_eq!(replies, expected, "pieces of {piece}");
         assert_eq!(
             rig.disk.bytes[4990..5001],
