@@ -1,6 +1,10 @@
 //! A queue's own buffers: kept for reuse, within a bound.
 
-use crate::memory::Buffer;
+use io::memory::AlignedBuf;
+
+/// Alignment of buffers, and what their lengths are multiples of: a page, so that `O_DIRECT` takes
+/// them as they are.
+const PAGE: usize = 4096;
 
 /// Bytes of idle buffers that are kept.
 const KEPT_BYTES_MAX: usize = 4 << 20;
@@ -8,7 +12,7 @@ const KEPT_BYTES_MAX: usize = 4 << 20;
 /// Idle buffers, smallest first.
 #[derive(Debug, Default)]
 pub(crate) struct Buffers {
-    idle: Vec<Buffer>,
+    idle: Vec<AlignedBuf>,
     idle_bytes: usize,
     /// Bytes handed out.
     used_bytes: usize,
@@ -16,25 +20,25 @@ pub(crate) struct Buffers {
 
 impl Buffers {
     /// A buffer of at least `len` bytes with any content.
-    pub fn take(&mut self, len: usize) -> Buffer {
-        let found = self.idle.partition_point(|b| b.capacity() < len);
+    pub fn take(&mut self, len: usize) -> AlignedBuf {
+        let found = self.idle.partition_point(|b| b.len() < len);
         let buffer = if found < self.idle.len() {
             let buffer = self.idle.remove(found);
-            self.idle_bytes -= buffer.capacity();
+            self.idle_bytes -= buffer.len();
             buffer
         } else {
-            Buffer::new(len)
+            AlignedBuf::new(len.max(1).next_multiple_of(PAGE), PAGE)
         };
-        self.used_bytes += buffer.capacity();
+        self.used_bytes += buffer.len();
         buffer
     }
 
     /// Takes one back.
-    pub fn give(&mut self, buffer: Buffer) {
-        let len = buffer.capacity();
+    pub fn give(&mut self, buffer: AlignedBuf) {
+        let len = buffer.len();
         self.used_bytes -= len;
         if self.idle_bytes + len <= KEPT_BYTES_MAX {
-            let at = self.idle.partition_point(|b| b.capacity() < len);
+            let at = self.idle.partition_point(|b| b.len() < len);
             self.idle.insert(at, buffer);
             self.idle_bytes += len;
         }

@@ -10,14 +10,14 @@
 //! in a cluster that reads as zeros is neither copied nor written.
 
 use crate::{
-    memory::{self, Buffer, Pieces},
+    memory::{self, Pieces},
     queue::DiskQueue,
     request::{Owner, Task},
     sub::{Place, Purpose},
 };
 use block::{GuestError, GuestOffset, Op};
 use image::{Allocation, Fill, Key, Ticket};
-use io::{Engine, IoOp};
+use io::{Engine, IoOp, memory::AlignedBuf};
 
 /// Bytes of buffers above which no further fill is begun: bounds the memory of
 /// copy-on-write. One fill alone may need two clusters (4 MiB).
@@ -32,7 +32,7 @@ struct Part {
     at: GuestOffset,
     len: u64,
     /// Its bytes, where they are copied.
-    buffer: Option<Buffer>,
+    buffer: Option<AlignedBuf>,
     /// Left out of the write: the cluster already holds the right bytes there.
     skip: bool,
 }
@@ -139,7 +139,7 @@ impl DiskQueue {
         // Behind the end of the disk there are zeros, for whom it may concern.
         let inside = len.min(size.saturating_sub(at.0));
         let mut buffer = self.buffers.take(len as usize);
-        buffer.bytes_mut(len as usize)[inside as usize..].fill(0);
+        buffer[inside as usize..len as usize].fill(0);
         let piece = buffer.piece(0, inside as usize);
         self.fills[fill_index as usize].parts[part].buffer = Some(buffer);
         if inside == 0 {
@@ -249,7 +249,7 @@ impl DiskQueue {
     fn gather(&mut self, sub: u32, len: u64) {
         let mut buffer = self.buffers.take(len as usize);
         let sub = &mut self.subs[sub as usize];
-        memory::gather(&sub.iov, buffer.bytes_mut(len as usize));
+        memory::gather(&sub.iov, &mut buffer[..len as usize]);
         sub.iov.clear();
         sub.iov.push(buffer.piece(0, len as usize));
         sub.buffer = Some(buffer);

@@ -8,11 +8,7 @@
 //! whatever this module is handed by the request table is still there.
 
 use block::IoVec;
-use io::{Engine, Io};
-use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
-
-/// Alignment of our own buffers: a page, so that `O_DIRECT` takes them as they are.
-const BUFFER_ALIGN: usize = 4096;
+use io::{Engine, Io, memory};
 
 /// Zeros to write from. Read-only for everyone: engines only ever read from it.
 #[repr(align(4096))]
@@ -27,69 +23,6 @@ pub(crate) fn push_zeros(mut len: u64, out: &mut Vec<IoVec>) {
         // Only operations that read from memory (writes) are given these pieces.
         out.push(IoVec::new(ZEROS.0.as_ptr().cast_mut(), take));
         len -= take as u64;
-    }
-}
-
-/// A page-aligned buffer that a request or a commit owns.
-#[derive(Debug)]
-pub(crate) struct Buffer {
-    base: *mut u8,
-    len: usize,
-}
-
-// SAFETY: the buffer is exclusively owned memory, like a `Box<[u8]>`.
-unsafe impl Send for Buffer {}
-
-impl Buffer {
-    /// A buffer of `len` bytes (at least one page), zeroed.
-    pub fn new(len: usize) -> Self {
-        let len = len.max(1).next_multiple_of(BUFFER_ALIGN);
-        let layout = Self::layout(len);
-        // SAFETY: the layout's size is not zero.
-        let base = unsafe { alloc(layout) };
-        if base.is_null() {
-            handle_alloc_error(layout);
-        }
-        // SAFETY: `base` points to `len` writable bytes; zeroed so that slices of it are initialised.
-        unsafe { base.write_bytes(0, len) };
-        Self { base, len }
-    }
-
-    fn layout(len: usize) -> Layout {
-        // Cannot fail: the alignment is a power of two and lengths are bounded far below isize::MAX.
-        Layout::from_size_align(len, BUFFER_ALIGN).unwrap_or(Layout::new::<[u8; 4096]>())
-    }
-
-    /// Bytes it holds.
-    pub fn capacity(&self) -> usize {
-        self.len
-    }
-
-    /// The piece `start..start + len`, for an engine.
-    pub fn piece(&self, start: usize, len: usize) -> IoVec {
-        assert!(start + len <= self.len);
-        IoVec::new(self.base.wrapping_add(start), len)
-    }
-
-    /// Its first `len` bytes. Not called while an engine works on the buffer.
-    pub fn bytes(&self, len: usize) -> &[u8] {
-        assert!(len <= self.len);
-        // SAFETY: owned, initialised in `new`, and no operation is running on it (see above).
-        unsafe { std::slice::from_raw_parts(self.base, len) }
-    }
-
-    /// Its first `len` bytes, to change. Not called while an engine works on the buffer.
-    pub fn bytes_mut(&mut self, len: usize) -> &mut [u8] {
-        assert!(len <= self.len);
-        // SAFETY: as in `bytes`, and `&mut self` makes it exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.base, len) }
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with the same layout.
-        unsafe { dealloc(self.base, Self::layout(self.len)) }
     }
 }
 
@@ -137,53 +70,21 @@ impl Pieces {
 
 /// Zeroes bytes `skip..skip + len` of the memory described by `iov`.
 pub(crate) fn zero(iov: &[IoVec], skip: u64, len: u64) {
-    each(iov, skip, len, |base, _, size| {
-        // SAFETY: within one piece of a request that has not ended.
-        unsafe { base.write_bytes(0, size) };
-    });
+    // SAFETY: the memory of a request that has not ended: valid, and for a read nobody borrows it.
+    unsafe { memory::zero(iov, skip, len as usize) };
 }
 
 /// Copies `bytes` to the memory described by `iov`, from its byte `skip` on.
 pub(crate) fn scatter(iov: &[IoVec], skip: u64, bytes: &[u8]) {
-    each(iov, skip, bytes.len() as u64, |base, done, size| {
-        // SAFETY: within one piece of a request that has not ended, and within `bytes`:
-        // `done + size` never passes the length asked for. A guest may change its memory
-        // meanwhile: raw copies make no reference to it.
-        unsafe { base.copy_from(bytes.as_ptr().add(done), size) };
-    });
+    // SAFETY: as in `zero`; `bytes` is a buffer of ours, apart from any request's memory.
+    unsafe { memory::scatter(iov, skip, bytes.as_ptr(), bytes.len()) };
 }
 
 /// Copies the memory described by `iov` to `out`.
 pub(crate) fn gather(iov: &[IoVec], out: &mut [u8]) {
-    let len = out.len() as u64;
-    let out = out.as_mut_ptr();
-    each(iov, 0, len, |base, done, size| {
-        // SAFETY: as in `scatter`, with `out` exclusively ours.
-        unsafe { out.add(done).copy_from(base, size) };
-    });
-}
-
-/// Calls `f(base, bytes before, bytes)` for the contiguous parts of `skip..skip + len`.
-fn each(iov: &[IoVec], mut skip: u64, len: u64, mut f: impl FnMut(*mut u8, usize, usize)) {
-    let mut done = 0u64;
-    for v in iov {
-        if done == len {
-            return;
-        }
-        let size = v.len() as u64;
-        if skip >= size {
-            skip -= size;
-            continue;
-        }
-        let take = (len - done).min(size - skip);
-        f(
-            v.base().wrapping_add(skip as usize),
-            done as usize,
-            take as usize,
-        );
-        done += take;
-        skip = 0;
-    }
+    // SAFETY: as in `scatter`. A guest that changes its memory meanwhile gets a mixture written,
+    // as from any device: raw copies make no reference to it.
+    unsafe { memory::gather(iov, 0, out.as_mut_ptr(), out.len()) };
 }
 
 /// Hands an operation to the engine.

@@ -1,13 +1,10 @@
 //! Engine operations of requests: the table of those under way, how they are
 //! issued and what their ends mean.
 
-use crate::{
-    memory::{self, Buffer},
-    queue::DiskQueue,
-};
+use crate::{memory, queue::DiskQueue};
 use block::{GuestError, IoVec};
 use image::{Compressed, Freed, Load, Reserve};
-use io::{Completion, Engine, FileSlot, Io, IoOp, Token};
+use io::{Completion, Engine, FileSlot, Io, IoOp, Token, memory::AlignedBuf};
 
 /// What an operation is for.
 #[derive(Clone, Copy, Debug)]
@@ -51,7 +48,7 @@ pub(crate) struct Sub {
     /// Its pieces where they are not simply the request's. Keeps its capacity.
     pub iov: Vec<IoVec>,
     /// A buffer that goes back to the pool at its end.
-    pub buffer: Option<Buffer>,
+    pub buffer: Option<AlignedBuf>,
     io: Io,
 }
 
@@ -178,7 +175,7 @@ impl DiskQueue {
                     }
                     None => {
                         let sub = &self.subs[index as usize];
-                        let bytes = sub.buffer.as_ref().map(|b| b.bytes(load.len as usize));
+                        let bytes = sub.buffer.as_ref().map(|b| &b[..load.len as usize]);
                         match image.loaded(&load, bytes.unwrap_or_default()) {
                             Ok(()) => None,
                             Err(error) => Some(self.refuse(layer, &error)),
@@ -242,12 +239,12 @@ impl DiskQueue {
         let buffer = self.subs[index as usize].buffer.as_ref()?;
         let mut unpacked = self.buffers.take(cluster.unpacked_len as usize);
         let result = self.disk.layers[layer as usize].image.decompress(
-            buffer.bytes(cluster.len as usize),
-            unpacked.bytes_mut(cluster.unpacked_len as usize),
+            &buffer[..cluster.len as usize],
+            &mut unpacked[..cluster.unpacked_len as usize],
         );
         let error = match result {
             Ok(()) => {
-                let bytes = unpacked.bytes(cluster.unpacked_len as usize);
+                let bytes = &unpacked[..cluster.unpacked_len as usize];
                 let skip = cluster.skip as usize;
                 memory::scatter(
                     self.slots[slot as usize].iov.get(),

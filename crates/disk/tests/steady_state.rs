@@ -8,35 +8,11 @@ use common::{Rig, open, open_cached, qemu_create};
 use disk::{DiskOptions, Request};
 use image::Format;
 use io::{Cache, Engine, EngineKind, Events, Wait};
-use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    cell::Cell,
-    path::Path,
-};
-
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-// SAFETY: passes everything on to the system's allocator; the counter is a plain thread-local
-// cell without a destructor, so it can be used at any time.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.with(|n| n.set(n.get() + 1));
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, base: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(base, layout) }
-    }
-}
+use std::path::Path;
+use testkit::allocations::Counting;
 
 #[global_allocator]
-static COUNTING: Counting = Counting;
+static ALLOCATOR: Counting = Counting::new();
 
 const DEPTH: usize = 32;
 
@@ -96,11 +72,11 @@ fn measure(path: &Path, format: Format, kind: EngineKind, op: Op, batches: u64) 
     // The least of some rounds: a pool that starts a thread, or a table that grows to its
     // bound, does so once; what each batch costs shows in every round.
     let round = |batch: &mut dyn FnMut(&mut dyn Engine, u64), engine: &mut dyn Engine| {
-        let before = ALLOCATIONS.with(Cell::get);
+        let before = ALLOCATOR.count();
         for number in 0..batches {
             batch(engine, number);
         }
-        ALLOCATIONS.with(Cell::get) - before
+        ALLOCATOR.count() - before
     };
     let allocations = (0..5)
         .map(|_| round(&mut batch, engine))

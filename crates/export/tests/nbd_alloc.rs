@@ -6,44 +6,11 @@ mod nbd_common;
 use image::Format;
 use io::EngineKind;
 use nbd_common::{Client, What, cmd, header, serve, serve_image};
-use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    io::{Read, Write},
-    sync::atomic::{AtomicU64, Ordering},
-};
-
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: everything is left to the system's allocator.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(at, layout) }
-    }
-
-    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.realloc(at, layout, size) }
-    }
-}
+use std::io::{Read, Write};
+use testkit::allocations::Counting;
 
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: Counting = Counting::new();
 
 const BLOCK: usize = 4096;
 const LARGE: usize = 256 << 10;
@@ -101,11 +68,11 @@ fn the_steady_state_allocates_nothing() {
             for _ in 0..60 {
                 play(&mut client, &stream, &mut replies);
             }
-            let before = ALLOCATIONS.load(Ordering::SeqCst);
+            let before = ALLOCATOR.count();
             for _ in 0..60 {
                 play(&mut client, &stream, &mut replies);
             }
-            let allocations = ALLOCATIONS.load(Ordering::SeqCst) - before;
+            let allocations = ALLOCATOR.count() - before;
             // 2200 requests. Tables may still grow once to a size that they had not needed before.
             assert!(
                 allocations <= 8,

@@ -4,39 +4,12 @@ mod vhost_common;
 mod vhost_frontend;
 
 use io::EngineKind;
-use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    sync::atomic::{AtomicU64, Ordering},
-};
+use testkit::allocations::Counting;
 use vhost_common::{What, serve};
 use vhost_frontend::{BUFFERS, IN, Machine, OUT, Piece, Setup};
 
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: everything is left to the system's allocator.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(at, layout) }
-    }
-
-    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.realloc(at, layout, size) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: Counting = Counting::new();
 
 /// One batch of 32 requests of 4 KiB, half of them writes, answered to the last.
 fn batch(vm: &mut Machine) {
@@ -92,11 +65,11 @@ fn the_steady_state_allocates_nothing() {
             for _ in 0..300 {
                 batch(&mut vm);
             }
-            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            let before = ALLOCATOR.count();
             for _ in 0..300 {
                 batch(&mut vm);
             }
-            let count = ALLOCATIONS.load(Ordering::Relaxed) - before;
+            let count = ALLOCATOR.count() - before;
             assert_eq!(count, 0, "{engine}, {spec:?}, polling {poll_max_ns} ns");
         }
     }

@@ -29,7 +29,7 @@ mod engine;
 mod eventfd;
 mod file;
 mod gate;
-mod memory;
+pub mod memory;
 mod native;
 mod poller;
 mod pool;

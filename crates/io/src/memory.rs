@@ -3,14 +3,20 @@
 use block::IoVec;
 use std::{
     alloc::{self, Layout},
+    fmt,
     ops::{Deref, DerefMut},
     ptr::NonNull,
 };
 
-/// A zeroed heap buffer whose address is a multiple of `align`.
-pub(crate) struct AlignedBuf {
-    base: NonNull<u8>,
+/// Zeroed memory at an address that `O_DIRECT` takes.
+///
+/// Allocated with room to align it: asking the allocator for the alignment would have it
+/// write all the zeros, where large memory fresh from the kernel is zero already.
+pub struct AlignedBuf {
+    allocation: NonNull<u8>,
     layout: Layout,
+    base: NonNull<u8>,
+    len: usize,
 }
 
 // SAFETY: the buffer owns its memory, like a `Box<[u8]>`.
@@ -20,27 +26,54 @@ unsafe impl Sync for AlignedBuf {}
 
 impl AlignedBuf {
     /// `len` zeroed bytes (at least 1) at a multiple of `align`, a power of two.
-    pub(crate) fn new(len: usize, align: usize) -> Self {
-        let layout = Layout::from_size_align(len.max(1), align.max(1).next_power_of_two())
-            .unwrap_or_else(|_| panic!("buffer of {len} bytes at a multiple of {align}"));
+    pub fn new(len: usize, align: usize) -> Self {
+        let (len, align) = (len.max(1), align.max(1).next_power_of_two());
+        let layout = len
+            .checked_add(align - 1)
+            .and_then(|size| Layout::from_size_align(size, 1).ok())
+            .unwrap_or_else(|| panic!("buffer of {len} bytes at a multiple of {align}"));
         // SAFETY: the layout's size is not zero.
-        let base = unsafe { alloc::alloc_zeroed(layout) };
-        let Some(base) = NonNull::new(base) else {
+        let allocation = unsafe { alloc::alloc_zeroed(layout) };
+        let Some(allocation) = NonNull::new(allocation) else {
             alloc::handle_alloc_error(layout)
         };
-        Self { base, layout }
+        let skip = allocation.addr().get().wrapping_neg() & (align - 1);
+        Self {
+            allocation,
+            layout,
+            // SAFETY: `skip < align`, and the allocation is `align - 1` longer than `len`.
+            base: unsafe { allocation.add(skip) },
+            len,
+        }
     }
 
     /// The address, for the kernel to read from or write to.
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.base.as_ptr()
     }
+
+    /// The piece `start..start + len`, for an operation. While one runs on it, the
+    /// buffer is neither read nor written through its slices.
+    ///
+    /// # Panics
+    ///
+    /// When the piece does not lie within the buffer.
+    pub fn piece(&self, start: usize, len: usize) -> IoVec {
+        assert!(start <= self.len && len <= self.len - start);
+        IoVec::new(self.base.as_ptr().wrapping_add(start), len)
+    }
+}
+
+impl fmt::Debug for AlignedBuf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "AlignedBuf({} bytes)", self.len)
+    }
 }
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
         // SAFETY: allocated in `new` with this layout.
-        unsafe { alloc::dealloc(self.base.as_ptr(), self.layout) }
+        unsafe { alloc::dealloc(self.allocation.as_ptr(), self.layout) }
     }
 }
 
@@ -49,14 +82,14 @@ impl Deref for AlignedBuf {
 
     fn deref(&self) -> &[u8] {
         // SAFETY: the allocation has this size and was zeroed.
-        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.layout.size()) }
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }
     }
 }
 
 impl DerefMut for AlignedBuf {
     fn deref_mut(&mut self) -> &mut [u8] {
         // SAFETY: as in `deref`, and `self` is borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.layout.size()) }
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.len) }
     }
 }
 
@@ -79,7 +112,7 @@ pub(crate) unsafe fn pieces<'a>(iov: *const IoVec, len: u32) -> &'a [IoVec] {
 ///
 /// The pieces' memory is valid and writable and nobody borrows it; `src` is valid for `len` bytes
 /// and apart from the pieces.
-pub(crate) unsafe fn scatter(iov: &[IoVec], skip: u64, src: *const u8, len: usize) -> usize {
+pub unsafe fn scatter(iov: &[IoVec], skip: u64, src: *const u8, len: usize) -> usize {
     walk(iov, skip, len, |piece, done, n| {
         // SAFETY: `done + n <= len`, and `piece..piece+n` lies within one piece.
         unsafe { std::ptr::copy_nonoverlapping(src.add(done), piece, n) }
@@ -91,7 +124,7 @@ pub(crate) unsafe fn scatter(iov: &[IoVec], skip: u64, src: *const u8, len: usiz
 /// # Safety
 ///
 /// As for [`scatter`], with the roles exchanged.
-pub(crate) unsafe fn gather(iov: &[IoVec], skip: u64, dst: *mut u8, len: usize) -> usize {
+pub unsafe fn gather(iov: &[IoVec], skip: u64, dst: *mut u8, len: usize) -> usize {
     walk(iov, skip, len, |piece, done, n| {
         // SAFETY: `done + n <= len`, and `piece..piece+n` lies within one piece.
         unsafe { std::ptr::copy_nonoverlapping(piece, dst.add(done), n) }
@@ -103,7 +136,7 @@ pub(crate) unsafe fn gather(iov: &[IoVec], skip: u64, dst: *mut u8, len: usize) 
 /// # Safety
 ///
 /// The pieces' memory is valid and writable and nobody borrows it.
-pub(crate) unsafe fn zero(iov: &[IoVec], skip: u64, len: usize) -> usize {
+pub unsafe fn zero(iov: &[IoVec], skip: u64, len: usize) -> usize {
     walk(iov, skip, len, |piece, _, n| {
         // SAFETY: `piece..piece+n` lies within one piece.
         unsafe { std::ptr::write_bytes(piece, 0, n) }

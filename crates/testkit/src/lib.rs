@@ -8,6 +8,7 @@
 //! | [`server`] | a server under test: started, known to be ready, stopped clean or killed |
 //! | [`guest`] | a virtual machine that uses a served disk |
 //! | [`report`] | what it found |
+//! | [`allocations`] | an allocator that counts |
 //!
 //! Everything here is for tests: what a test takes for granted (a tool is installed, a file can be made)
 //! panics with the reason where it does not hold, and what a test may want to see fail is offered a second
@@ -31,6 +32,7 @@
 //! qemu::check("qcow2", &image);
 //! ```
 
+pub mod allocations;
 pub mod command;
 pub mod guest;
 mod process;

@@ -99,7 +99,7 @@ impl Loans {
     /// A slot's memory; empty when it has none or lent it.
     pub(crate) fn bytes(&self, slot: usize) -> &[u8] {
         match &self.memory[slot] {
-            Memory::Ours(buffer) => buffer.bytes(),
+            Memory::Ours(buffer) => buffer,
             _ => &[],
         }
     }
@@ -107,7 +107,7 @@ impl Loans {
     /// A slot's memory to write to; empty when it has none or lent it.
     pub(crate) fn bytes_mut(&mut self, slot: usize) -> &mut [u8] {
         match &mut self.memory[slot] {
-            Memory::Ours(buffer) => buffer.bytes_mut(),
+            Memory::Ours(buffer) => buffer,
             _ => &mut [],
         }
     }

@@ -5,6 +5,7 @@
 //! times its connections.
 
 use super::proto::PAYLOAD_BYTES_MAX;
+use io::memory::AlignedBuf;
 
 /// Alignment of buffers: enough for O_DIRECT on every device, so that nothing bounces.
 const ALIGN: usize = 4096;
@@ -19,29 +20,7 @@ pub(crate) const CONNECTION_BYTES_MAX: usize = PAYLOAD_BYTES_MAX as usize;
 const IDLE_BYTES_MAX: usize = 8 << 20;
 
 /// Page-aligned memory of a class's size.
-#[derive(Debug)]
-pub(crate) struct Buffer {
-    /// One page longer than the class; the operating system gives large ones lazily.
-    memory: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl Buffer {
-    fn new(len: usize) -> Self {
-        let memory = vec![0; len + ALIGN];
-        let start = memory.as_ptr().align_offset(ALIGN).min(ALIGN);
-        Self { memory, start, len }
-    }
-
-    pub(crate) fn bytes(&self) -> &[u8] {
-        &self.memory[self.start..self.start + self.len]
-    }
-
-    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.len]
-    }
-}
+pub(crate) type Buffer = AlignedBuf;
 
 /// The class of a buffer for `len` bytes, and that class's size in bytes.
 fn class_of(len: usize) -> Option<(usize, usize)> {
@@ -88,14 +67,14 @@ impl Pool {
         }
         // What is kept counts too: make room from other classes, the largest first.
         self.trim(CONNECTION_BYTES_MAX - self.used_bytes);
-        Some(Buffer::new(size))
+        Some(AlignedBuf::new(size, ALIGN))
     }
 
     /// Takes a buffer back.
     pub(crate) fn give(&mut self, buffer: Buffer) {
-        self.used_bytes -= buffer.len;
-        self.free_bytes += buffer.len;
-        if let Some((class, _)) = class_of(buffer.len) {
+        self.used_bytes -= buffer.len();
+        self.free_bytes += buffer.len();
+        if let Some((class, _)) = class_of(buffer.len()) {
             self.free[class].push(buffer);
         }
         if self.used_bytes == 0 {
@@ -108,7 +87,7 @@ impl Pool {
             while self.free_bytes > keep_bytes
                 && let Some(buffer) = class.pop()
             {
-                self.free_bytes -= buffer.len;
+                self.free_bytes -= buffer.len();
             }
         }
     }
@@ -123,9 +102,9 @@ mod tests {
     fn buffers_are_aligned_and_large_enough() {
         let mut pool = Pool::new();
         for len in [0, 1, 4096, 4097, 100_000, 32 << 20] {
-            let mut buffer = pool.take(len).unwrap();
-            assert_eq!(buffer.bytes().as_ptr().addr() % ALIGN, 0);
-            assert!(buffer.bytes_mut().len() >= len);
+            let buffer = pool.take(len).unwrap();
+            assert_eq!(buffer.as_ptr().addr() % ALIGN, 0);
+            assert!(buffer.len() >= len);
             pool.give(buffer);
         }
         assert!(pool.take((32 << 20) + 1).is_none());
@@ -136,9 +115,9 @@ mod tests {
     fn a_buffer_is_used_again() {
         let mut pool = Pool::new();
         let buffer = pool.take(5000).unwrap();
-        let address = buffer.bytes().as_ptr();
+        let address = buffer.as_ptr();
         pool.give(buffer);
-        assert_eq!(pool.take(8000).unwrap().bytes().as_ptr(), address);
+        assert_eq!(pool.take(8000).unwrap().as_ptr(), address);
     }
 
     #[test]
@@ -170,8 +149,8 @@ mod tests {
                     let at = len % out.len();
                     pool.give(out.swap_remove(at));
                 }
-                let used: usize = out.iter().map(|b: &Buffer| b.len).sum();
-                let kept: usize = pool.free.iter().flatten().map(|b| b.len).sum();
+                let used: usize = out.iter().map(|b: &Buffer| b.len()).sum();
+                let kept: usize = pool.free.iter().flatten().map(|b| b.len()).sum();
                 prop_assert_eq!(used, pool.used_bytes);
                 prop_assert_eq!(kept, pool.free_bytes);
                 prop_assert!(used + kept <= CONNECTION_BYTES_MAX);
