@@ -19,9 +19,9 @@ use crate::{
     grace::Member,
     memory::Pieces,
     request::{Done, Owner, Request, Slot, State, StatusExtent, TableFull, Task},
-    stats::{self, QueueStats, Stamps},
+    stats::{self, Ended, QueueStats, Stamps},
     sub::{Purpose, Sub},
-    wait::{Mailbox, Message},
+    wait::{Mailbox, Message, SlotId},
 };
 use block::{Error, GuestError, GuestOffset, Op, Result, limits};
 use image::Freed;
@@ -87,6 +87,10 @@ pub struct DiskQueue {
     pub(crate) punches: usize,
     epochs: Member,
     pub(crate) stats: Arc<QueueStats>,
+    /// Requests submitted since the last advance: they go to the engine with the next turn.
+    batch: Vec<SlotId>,
+    /// Requests that ended since the submitter's clients were last told.
+    ended: Vec<Ended>,
     /// The clock as last read, and whether it must be read again.
     clock_ns: u64,
     clock_stale: bool,
@@ -158,6 +162,8 @@ impl DiskQueue {
             punches: 0,
             epochs: disk.epochs.join(),
             stats: disk.new_stats(),
+            batch: Vec::with_capacity(depth),
+            ended: Vec::with_capacity(depth),
             clock_ns: 0,
             clock_stale: true,
             errors_logged: 0,
@@ -188,6 +194,7 @@ impl DiskQueue {
     /// When the queue [is busy](Self::is_busy): operations of it would then complete to nobody.
     pub fn detach(mut self, engine: &mut dyn Engine) {
         assert!(!self.is_busy(), "a busy queue is not detached");
+        self.notified();
         for slot in std::mem::take(&mut self.files).into_iter().flatten() {
             engine.detach(slot);
         }
@@ -230,8 +237,10 @@ impl DiskQueue {
         };
         slot.error = checked.err();
         self.drive(engine, index);
-        let now = self.now();
-        self.slots[index as usize].stamps.mapped = now;
+        // Read anew for each: mapping is what differs between requests of a batch.
+        let slot = &mut self.slots[index as usize];
+        slot.stamps.mapped = now_ns();
+        self.batch.push(slot.id(index));
         Ok(())
     }
 
@@ -333,6 +342,10 @@ impl DiskQueue {
     /// that this queue leads. Call once after all submits and completions of a turn.
     pub fn advance(&mut self, engine: &mut dyn Engine) {
         self.clock_stale = true;
+        if self.ended.len() >= self.slots.len() {
+            // A submitter that does not say when it tells its clients.
+            self.notified();
+        }
         if !self.unstaged.is_empty() {
             self.restage(engine);
         }
@@ -360,6 +373,26 @@ impl DiskQueue {
             }
         }
         self.advance_retired(engine);
+        if !self.batch.is_empty() {
+            let now = self.now();
+            for id in self.batch.drain(..) {
+                let slot = &mut self.slots[id.index as usize];
+                if slot.generation == id.generation {
+                    slot.stamps.submitted = now;
+                }
+            }
+        }
+    }
+
+    /// The submitter has told its clients of every `Done` that it took.
+    pub fn notified(&mut self) {
+        if self.ended.is_empty() {
+            return;
+        }
+        let now = now_ns();
+        for ended in self.ended.drain(..) {
+            self.stats.ended(&ended, now);
+        }
     }
 
     fn read_mail(&mut self, engine: &mut dyn Engine) {
@@ -386,7 +419,7 @@ impl DiskQueue {
         self.messages = messages;
     }
 
-    fn is_current(&self, id: crate::wait::SlotId) -> bool {
+    fn is_current(&self, id: SlotId) -> bool {
         let slot = &self.slots[id.index as usize];
         slot.generation == id.generation && slot.state != State::Free
     }
@@ -474,12 +507,13 @@ impl DiskQueue {
                 let tag = slot.tag;
                 match slot.task {
                     Task::Op(op) => {
-                        let (row, len) = (stats::row(op), slot.len);
-                        if slot.stamps.mapped == 0 {
-                            slot.stamps.mapped = now;
-                        }
-                        let stamps = slot.stamps;
-                        self.stats.ended(row, len, result.is_err(), &stamps, now);
+                        slot.stamps.completed = now;
+                        self.ended.push(Ended {
+                            row: stats::row(op),
+                            bytes: slot.len,
+                            failed: result.is_err(),
+                            stamps: slot.stamps,
+                        });
                     }
                     Task::Status { .. } => {
                         let status = std::mem::take(&mut slot.status);

@@ -4,7 +4,7 @@
 //! A stage's time ends where the next one's begins:
 //!
 //! ```text
-//!   seen ──map──▶ mapped ──device──▶ device done ──complete──▶ completed
+//!   seen ─map─▶ mapped ─submit─▶ submitted ─device─▶ device done ─complete─▶ completed ─notify─▶ notified
 //! ```
 
 use crate::clock;
@@ -19,7 +19,7 @@ use std::{
 pub(crate) const OPS: [&str; 5] = ["read", "write", "flush", "discard", "write-zeroes"];
 
 /// Stages that are timed apart; the last is the whole request.
-const STAGES: [&str; 4] = ["map", "device", "complete", "total"];
+const STAGES: [&str; 6] = ["map", "submit", "device", "complete", "notify", "total"];
 
 /// Linear steps per power of two: a bucket is at most 1/8 wide.
 const STEPS_LOG2: u32 = 3;
@@ -42,7 +42,19 @@ pub(crate) fn row(op: Op) -> usize {
 pub(crate) struct Stamps {
     pub seen: u64,
     pub mapped: u64,
+    pub submitted: u64,
     pub device_done: u64,
+    pub completed: u64,
+}
+
+/// A request that ended and whose submitter was not told yet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ended {
+    /// Its operation's row in [`OPS`].
+    pub row: usize,
+    pub bytes: u64,
+    pub failed: bool,
+    pub stamps: Stamps,
 }
 
 /// A counter that one thread writes.
@@ -116,27 +128,32 @@ pub(crate) struct QueueStats {
 }
 
 impl QueueStats {
-    /// A request ended.
-    pub fn ended(&self, row: usize, bytes: u64, failed: bool, stamps: &Stamps, completed: u64) {
-        let row = &self.rows[row];
+    /// A request ended, and its submitter was told at `notified`.
+    pub fn ended(&self, ended: &Ended, notified: u64) {
+        let row = &self.rows[ended.row];
         row.count.add(1);
-        if failed {
+        if ended.failed {
             row.errors.add(1);
         } else {
-            row.bytes.add(bytes);
+            row.bytes.add(ended.bytes);
         }
-        // A request that needed no device has no time there.
-        let device_done = stamps.device_done.max(stamps.mapped);
-        let times = [
-            stamps.mapped.saturating_sub(stamps.seen),
-            device_done.saturating_sub(stamps.mapped),
-            completed.saturating_sub(device_done),
-            completed.saturating_sub(stamps.seen),
+        // A stage that a request did not go through took no time: it ends when the one before did.
+        let stamps = &ended.stamps;
+        let mut last = stamps.seen;
+        let ends = [
+            stamps.mapped,
+            stamps.submitted,
+            stamps.device_done,
+            stamps.completed,
+            notified,
         ];
-        for (sum, time) in row.sums.iter().zip(times) {
-            sum.add(time);
+        for (sum, end) in row.sums.iter().zip(ends) {
+            sum.add(end.saturating_sub(last));
+            last = last.max(end);
         }
-        row.total.0[Histogram::bucket(times[3])].add(1);
+        let total = last - stamps.seen;
+        row.sums[STAGES.len() - 1].add(total);
+        row.total.0[Histogram::bucket(total)].add(1);
     }
 
     pub fn commit(&self) {
@@ -188,12 +205,16 @@ pub struct OpStatistics {
     pub bytes: u64,
     /// Requests that failed.
     pub errors: u64,
-    /// Mean nanoseconds from seen in the ring to mapped and submitted.
+    /// Mean nanoseconds from seen in the ring to mapped.
     pub map_ns: u64,
+    /// Mean nanoseconds from mapped to submitted with the rest of its batch.
+    pub submit_ns: u64,
     /// Mean nanoseconds at the device.
     pub device_ns: u64,
     /// Mean nanoseconds from device done to completed.
     pub complete_ns: u64,
+    /// Mean nanoseconds from completed to the client told.
+    pub notify_ns: u64,
     /// Mean nanoseconds in all.
     pub total_ns: u64,
     /// Median nanoseconds in all (upper edge of its bucket, as the following).
@@ -247,9 +268,11 @@ impl Statistics {
                 bytes: rows().map(|r| r.bytes.get()).sum(),
                 errors: rows().map(|r| r.errors.get()).sum(),
                 map_ns: mean(0),
-                device_ns: mean(1),
-                complete_ns: mean(2),
-                total_ns: mean(3),
+                submit_ns: mean(1),
+                device_ns: mean(2),
+                complete_ns: mean(3),
+                notify_ns: mean(4),
+                total_ns: mean(5),
                 p50_ns: percentile(500),
                 p99_ns: percentile(990),
                 p999_ns: percentile(999),
@@ -264,14 +287,16 @@ impl Statistics {
         let mut text = String::new();
         let _ = writeln!(
             text,
-            "{:<13}{:>12}{:>12}{:>8}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}",
+            "{:<13}{:>12}{:>12}{:>8}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}",
             "operation",
             "requests",
             "bytes",
             "errors",
             "map",
+            "submit",
             "device",
             "complete",
+            "notify",
             "mean",
             "p50",
             "p99",
@@ -280,14 +305,16 @@ impl Statistics {
         for o in &self.operations {
             let _ = writeln!(
                 text,
-                "{:<13}{:>12}{:>12}{:>8}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}",
+                "{:<13}{:>12}{:>12}{:>8}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}",
                 o.operation,
                 o.count,
                 block::size::human(o.bytes),
                 o.errors,
                 clock::human(o.map_ns),
+                clock::human(o.submit_ns),
                 clock::human(o.device_ns),
                 clock::human(o.complete_ns),
+                clock::human(o.notify_ns),
                 clock::human(o.total_ns),
                 clock::human(o.p50_ns),
                 clock::human(o.p99_ns),
@@ -323,20 +350,31 @@ mod tests {
     #[test]
     fn sums_over_queues() {
         let (a, b) = (QueueStats::default(), QueueStats::default());
-        let stamps = Stamps {
-            seen: 100,
-            mapped: 200,
-            device_done: 1000,
+        let mut ended = Ended {
+            row: 0,
+            bytes: 4096,
+            failed: false,
+            stamps: Stamps {
+                seen: 100,
+                mapped: 200,
+                submitted: 250,
+                device_done: 1000,
+                completed: 1050,
+            },
         };
         for _ in 0..99 {
-            a.ended(0, 4096, false, &stamps, 1100);
+            a.ended(&ended, 1100);
         }
-        b.ended(0, 4096, true, &stamps, 100_100);
+        ended.failed = true;
+        b.ended(&ended, 100_100);
         let sum = Statistics::sum([&a, &b].into_iter());
         let read = &sum.operations[0];
         assert_eq!((read.count, read.errors), (100, 1));
         assert_eq!(read.bytes, 99 * 4096);
-        assert_eq!((read.map_ns, read.device_ns), (100, 800));
+        assert_eq!(
+            (read.map_ns, read.submit_ns, read.device_ns),
+            (100, 50, 750)
+        );
         assert!((1000..1130).contains(&read.p50_ns), "{}", read.p50_ns);
         assert!((100_000..113_000).contains(&read.max_ns));
         assert!(sum.table().contains("read"));

@@ -204,6 +204,7 @@ impl Rig {
     fn take(&mut self) -> Vec<Ended> {
         let queue = self.queue.as_mut().expect("attached");
         let mut ended = Vec::new();
+        queue.notified();
         while let Some(done) = queue.done() {
             let running = self.running.remove(&done.tag).expect("ends once");
             ended.push(Ended {

@@ -163,6 +163,7 @@ impl Session for NbdSession {
         at_disk.queue.advance(at_disk.engine);
         // What the disk had in memory, and refusals, are answered in the same turn.
         worked |= self.connection.deliver(&mut at_disk, fd);
+        at_disk.queue.notified();
         if self.hurry && self.connection.blocked() {
             self.connection.abandon();
         }

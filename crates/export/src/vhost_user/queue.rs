@@ -393,6 +393,9 @@ impl Queue {
         if wanted {
             self.notify();
         }
+        if let Some(disk) = &mut self.disk {
+            disk.notified();
+        }
     }
 
     fn retry_refused(&mut self, cx: &mut Cx) {
