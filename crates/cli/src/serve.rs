@@ -13,7 +13,7 @@ use crate::{
     systemd,
 };
 use anyhow::{Context, Result, bail};
-use block::size;
+use block::{ErrorKind, size};
 use disk::{Chain, ChainOptions, Disk, DiskOptions};
 use export::{
     nbd::{self, Nbd},
@@ -21,10 +21,20 @@ use export::{
     worker::{Worker, WorkerHandle, WorkerOptions},
 };
 use io::{Aio, EngineKind};
-use std::{fmt::Write, path::Path, sync::Arc};
+use std::{
+    fmt::Write,
+    path::Path,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 /// Bytes of the serial number that a virtio block device has (virtio 1.2, 5.2.6.1).
 const SERIAL_BYTES: usize = 20;
+
+/// How long an image that is locked is tried again, and how often.
+const LOCK_WAIT: Duration = Duration::from_millis(500);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// The sockets that listen. Dropping them stops them.
 #[derive(Debug)]
@@ -43,7 +53,7 @@ pub fn run(args: &args::Serve) -> Result<()> {
     }
     // Before anything starts a thread: all of them inherit the mask.
     let mut signals = Signals::block()?;
-    let chain = Chain::open(&args.file, &chain_options(args))?;
+    let chain = open(args)?;
     let files: Vec<_> = chain.layers.iter().flat_map(|l| l.files.clone()).collect();
     for note in files.iter().filter_map(|file| file.fallback()) {
         eprintln!("diskplane: note: {note}");
@@ -65,6 +75,21 @@ pub fn run(args: &args::Serve) -> Result<()> {
         eprintln!("{}", disk.statistics().table());
     }
     served.and(closed)
+}
+
+/// Opens the chain. An image that is locked is tried again for a moment: the kernel takes the ring of an
+/// io_uring process that was killed apart in the background, with its files and their locks, and whoever
+/// restarts such a server (systemd does at once) would be refused.
+fn open(args: &args::Serve) -> Result<Chain> {
+    let began = Instant::now();
+    loop {
+        match Chain::open(&args.file, &chain_options(args)) {
+            Err(error) if error.kind() == ErrorKind::Locked && began.elapsed() < LOCK_WAIT => {
+                thread::sleep(LOCK_RETRY);
+            }
+            opened => return Ok(opened?),
+        }
+    }
 }
 
 fn start_workers(count: u16, engine: EngineKind, workers: &mut Vec<WorkerHandle>) -> Result<()> {

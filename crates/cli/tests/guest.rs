@@ -6,9 +6,8 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
 
-use testkit::{Disk, Guest, Output, Report, Serve, Server, TempDir, command, qemu};
+use testkit::{Disk, Guest, Output, Report, Serve, TempDir, command, qemu};
 
 /// `diskplane serve IMAGE`.
 fn serve(image: &Path) -> Serve {
@@ -255,11 +254,11 @@ fn keeps_what_was_flushed(format: &str) {
         .filter_map(|line| line.strip_prefix("DP durable=").map(str::to_owned))
         .collect();
 
+    let flat = dir.path("flat.raw");
+    qemu::convert_once_unlocked(format, &image, "raw", &flat);
     if format == "qcow2" {
         qemu::check_allowing_leaks(format, &image);
     }
-    let flat = dir.path("flat.raw");
-    qemu::convert(format, &image, "raw", &flat);
     // The journal is replayed, which e2fsck tells with status 1; after that nothing may be wrong.
     let _ = command::try_run(tool("e2fsck").arg("-p").arg(&flat));
     command::run(tool("e2fsck").arg("-fn").arg(&flat));
@@ -287,20 +286,6 @@ fn a_crash_on_qcow2_keeps_what_was_flushed() {
     keeps_what_was_flushed("qcow2");
 }
 
-/// Starts a server on the image of one that was killed. With io_uring the kernel takes the dead process's
-/// ring apart in the background, and until then its files, and so the locks on them, stay: whoever
-/// restarts a server, as systemd does, tries again for a moment.
-fn start_again(serve: &Serve) -> Server {
-    let started = Instant::now();
-    loop {
-        match serve.try_start() {
-            Ok(server) => return server,
-            Err(failure) if failure.contains("locked") && started.elapsed().as_secs() < 5 => {}
-            Err(failure) => panic!("{failure}"),
-        }
-    }
-}
-
 /// `kill -9` of the server in the middle of verified writes, twice; the guest goes on when the next one is
 /// there, and everything that it was told is written is there.
 #[test]
@@ -323,7 +308,7 @@ fn a_guest_on_raw_survives_kills_of_the_server() {
     for progress in ["progress=2 ", "progress=5 "] {
         guest.wait_for(progress);
         server.kill();
-        server = start_again(&serve);
+        server = serve.start();
     }
     let report = guest.finish().expect("the guest finds all that it wrote");
     server.stop();
