@@ -53,6 +53,8 @@ pub struct Disk {
     pub(crate) commits: GroupCommit,
     pub(crate) epochs: Epochs,
     stats: Mutex<Vec<Arc<QueueStats>>>,
+    /// What queues that have left did, in one sum; written under the lock of `stats`.
+    past_stats: QueueStats,
     /// Freed space that queues left behind when they were detached, with the epoch that must
     /// have passed; the next queue takes it over.
     pub(crate) orphans: Mutex<Vec<(u64, Freed)>>,
@@ -90,6 +92,7 @@ impl Disk {
             commits: GroupCommit::default(),
             epochs: Epochs::default(),
             stats: Mutex::default(),
+            past_stats: QueueStats::default(),
             orphans: Mutex::default(),
             cluster_size: description.cluster_size,
             layers,
@@ -156,10 +159,17 @@ impl Disk {
         stats
     }
 
+    /// A queue left: only the sum of those that did is kept.
+    pub(crate) fn end_stats(&self, ended: &Arc<QueueStats>) {
+        let mut stats = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        stats.retain(|s| !Arc::ptr_eq(s, ended));
+        self.past_stats.absorb(ended);
+    }
+
     /// What the disk did so far, over all its queues, past ones included.
     pub fn statistics(&self) -> Statistics {
         let stats = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
-        Statistics::sum(stats.iter().map(|s| &**s))
+        Statistics::sum(stats.iter().map(|s| &**s).chain([&self.past_stats]))
     }
 
     /// Clean close with blocking I/O: commits what is in memory, returns freed and reserved space and
@@ -188,5 +198,43 @@ impl Disk {
         }
         let image = Arc::clone(&active.image);
         Driver::new(vec![Member { image, files }], false)?.close()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stats::{Ended, Stamps};
+
+    #[test]
+    fn queues_that_left_are_counted_but_not_kept() {
+        let layer = Layer {
+            image: Arc::new(image::Null::new(1 << 20).unwrap()),
+            files: Vec::new(),
+            path: "null".into(),
+            format: image::Format::Null,
+        };
+        let chain = Chain {
+            layers: vec![layer],
+            read_only: false,
+        };
+        let disk = Disk::new(chain, DiskOptions::default()).unwrap();
+        for _ in 0..3 {
+            let stats = disk.new_stats();
+            let ended = Ended {
+                row: 0,
+                bytes: 512,
+                failed: false,
+                stamps: Stamps::default(),
+            };
+            stats.ended(&ended, 1000);
+            stats.wait();
+            let before = disk.statistics();
+            disk.end_stats(&stats);
+            let after = disk.statistics();
+            assert_eq!(format!("{after:?}"), format!("{before:?}"));
+        }
+        assert_eq!(disk.statistics().operations[0].count, 3);
+        assert_eq!(disk.stats.lock().unwrap().len(), 0);
     }
 }

@@ -54,12 +54,15 @@ impl DiskQueue {
     /// Begins the commit that this queue leads, once all of the turn's flushes have joined, and
     /// goes on with one that lacked room.
     pub(crate) fn advance_commit(&mut self, engine: &mut dyn Engine) {
-        if self.committer.is_some() {
-            self.pump_commit(engine);
-        }
+        self.pump_commit(engine);
         while self.leads && self.committer.is_none() {
             self.begin_commit(engine);
         }
+    }
+
+    /// Whether the commit under way has nothing at the engine since no operation was free for it.
+    pub(crate) fn commit_lacks_room(&self) -> bool {
+        self.committer.as_ref().is_some_and(|c| c.pending == 0)
     }
 
     fn begin_commit(&mut self, engine: &mut dyn Engine) {
@@ -83,7 +86,7 @@ impl DiskQueue {
     }
 
     /// Issues what can be issued of the commit under way.
-    fn pump_commit(&mut self, engine: &mut dyn Engine) {
+    pub(crate) fn pump_commit(&mut self, engine: &mut dyn Engine) {
         loop {
             let Some(c) = &mut self.committer else { return };
             let failed = c.error.is_some();

@@ -187,6 +187,11 @@ impl DiskQueue {
         self.in_flight > 0 || self.leads || self.committer.is_some() || self.punches > 0
     }
 
+    /// Whether a commit waits for the next [`Self::advance`]: to be called before the thread sleeps.
+    pub fn must_advance(&self) -> bool {
+        self.leads && self.committer.is_none()
+    }
+
     /// Leaves the disk.
     ///
     /// # Panics
@@ -199,6 +204,7 @@ impl DiskQueue {
             engine.detach(slot);
         }
         self.disk.epochs.leave(&self.epochs);
+        self.disk.end_stats(&self.stats);
         self.disk
             .orphans
             .lock()
@@ -236,7 +242,7 @@ impl DiskQueue {
             ..Stamps::default()
         };
         slot.error = checked.err();
-        self.drive(engine, index);
+        self.start(engine, index);
         // Read anew for each: mapping is what differs between requests of a batch.
         let slot = &mut self.slots[index as usize];
         slot.stamps.mapped = now_ns();
@@ -265,7 +271,7 @@ impl DiskQueue {
         slot.durable = false;
         slot.stamps = Stamps::default();
         slot.error = (!inside || extents_max == 0).then_some(GuestError::Invalid);
-        self.drive(engine, index);
+        self.start(engine, index);
         Ok(())
     }
 
@@ -355,8 +361,10 @@ impl DiskQueue {
         for round in 0.. {
             self.read_mail(engine);
             self.advance_fills(engine);
+            // The commit first: requests after requests would leave no room for it.
+            self.pump_commit(engine);
             for _ in 0..self.stalled.len() {
-                if !self.has_sub() {
+                if !self.has_sub() || self.commit_lacks_room() {
                     break;
                 }
                 if let Some(index) = self.stalled.pop_front() {
@@ -364,7 +372,8 @@ impl DiskQueue {
                 }
             }
             self.advance_commit(engine);
-            if !self.mailbox.is_filled() && (!self.leads || self.committer.is_some()) {
+            // A stalled read of a fill may have ended at once: the fill's write is to be issued.
+            if !self.mailbox.is_filled() && self.fills_read.is_empty() && !self.must_advance() {
                 break;
             }
             if round == ROUNDS_MAX {
@@ -404,9 +413,13 @@ impl DiskQueue {
         for message in messages.drain(..) {
             match message {
                 Message::Ask(id) => {
-                    if self.is_current(id) && self.slots[id.index as usize].state == State::Parked {
-                        self.slots[id.index as usize].registered = None;
-                        self.drive(engine, id.index);
+                    if self.is_current(id) {
+                        let slot = &mut self.slots[id.index as usize];
+                        // Also where it found other work meanwhile: it is on nobody's list now.
+                        slot.registered = None;
+                        if slot.state == State::Parked {
+                            self.drive(engine, id.index);
+                        }
                     }
                 }
                 Message::Committed(id, result) => {
@@ -422,6 +435,17 @@ impl DiskQueue {
     fn is_current(&self, id: SlotId) -> bool {
         let slot = &self.slots[id.index as usize];
         slot.generation == id.generation && slot.state != State::Free
+    }
+
+    /// Begins the work on a guest's request, behind those that wait for room already.
+    fn start(&mut self, engine: &mut dyn Engine, index: u32) {
+        let slot = &self.slots[index as usize];
+        let waits = !self.stalled.is_empty() || self.commit_lacks_room();
+        if waits && slot.len > 0 && slot.error.is_none() {
+            self.stall(index);
+        } else {
+            self.drive(engine, index);
+        }
     }
 
     /// Works on a request until nothing more can be done for it now.

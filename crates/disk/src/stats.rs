@@ -156,6 +156,26 @@ impl QueueStats {
         row.total.0[Histogram::bucket(total)].add(1);
     }
 
+    /// Adds what `other` counted. One caller at a time, and no other writer of either.
+    pub fn absorb(&self, other: &QueueStats) {
+        for (row, from) in self.rows.iter().zip(&other.rows) {
+            row.count.add(from.count.get());
+            row.bytes.add(from.bytes.get());
+            row.errors.add(from.errors.get());
+            for (to, from) in row.sums.iter().zip(&from.sums) {
+                to.add(from.get());
+            }
+            for (to, from) in row.total.0.iter().zip(&from.total.0) {
+                to.add(from.get());
+            }
+        }
+        self.commits.add(other.commits.get());
+        self.loads.add(other.loads.get());
+        self.copies.add(other.copies.get());
+        self.waits.add(other.waits.get());
+        self.stalls.add(other.stalls.get());
+    }
+
     pub fn commit(&self) {
         self.commits.add(1);
     }
