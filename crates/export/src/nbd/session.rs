@@ -174,7 +174,8 @@ impl Session for NbdSession {
     }
 
     fn idle(&mut self, _cx: &mut Cx) -> bool {
-        !self.connection.has_work()
+        // A flush that follows a trim at the end of `run` waits for the queue's next step.
+        !self.connection.has_work() && !self.queue.as_ref().is_some_and(DiskQueue::must_advance)
     }
 
     fn stop(&mut self, cx: &mut Cx) {

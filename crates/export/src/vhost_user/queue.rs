@@ -461,6 +461,10 @@ impl Session for Queue {
     }
 
     fn idle(&mut self, _cx: &mut Cx) -> bool {
+        // A segment that followed another at the end of `run` may have asked for a commit.
+        if self.disk.as_ref().is_some_and(DiskQueue::must_advance) {
+            return false;
+        }
         // Without a free slot there is nothing to be told: a completion goes on.
         if self.broken || self.draining || self.free.is_empty() {
             return true;

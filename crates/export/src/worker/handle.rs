@@ -208,10 +208,12 @@ impl Worker {
             }
         }
         let wait = if sleeps { Wait::Forever } else { Wait::Poll };
+        // Sessions whose operations it had no room for hear of room that others make.
+        let full = self.cx.engine.in_flight() >= self.cx.engine.capacity();
         let result = self.cx.engine.turn(wait, &mut self.events);
         // A wake-up does not say which disk queue it is for, so all of them look.
         let woken = if sleeps { waker.awake() } else { waker.take() };
-        if woken {
+        if woken || (full && !self.events.completions.is_empty()) {
             self.cx.wake_all();
         }
         if let Err(error) = result {

@@ -171,6 +171,71 @@ fn a_sleeping_worker_runs_nothing_and_a_wake_runs_all() {
     rig.worker.stop();
 }
 
+/// Has one barrier for the engine, and does not get rid of it while the engine is full.
+struct Barrier {
+    file: io::FileSlot,
+    staged: bool,
+    out: mpsc::Sender<SessionId>,
+}
+
+impl Session for Barrier {
+    fn ready(&mut self, _cx: &mut Cx, _key: u32) {}
+
+    fn completed(&mut self, cx: &mut Cx, _completion: &Completion) {
+        let _ = self.out.send(cx.session());
+        cx.close();
+    }
+
+    fn run(&mut self, cx: &mut Cx) -> bool {
+        if !self.staged {
+            let io = io::Io {
+                file: self.file,
+                op: io::IoOp::Sync,
+                offset: 0,
+                len: 0,
+                iov: std::ptr::null(),
+                iov_len: 0,
+                token: io::Token(cx.token_base()),
+            };
+            // SAFETY: a barrier uses no memory.
+            self.staged = unsafe { cx.engine().stage(io) };
+        }
+        false
+    }
+
+    fn stop(&mut self, cx: &mut Cx) {
+        cx.close();
+    }
+}
+
+#[test]
+fn sessions_that_sleep_hear_of_room_that_others_made() {
+    let mut options = WorkerOptions::new(0, EngineKind::Sim);
+    options.engine_options.depth = 1;
+    let worker = Worker::spawn(options).unwrap();
+    let (out, ended) = mpsc::channel();
+    worker
+        .call_wait(move |cx| {
+            let sim = io::SimDisk::new(io::SimOptions::default());
+            let file = io::File::sim(sim).unwrap();
+            for _ in 0..3 {
+                let (file, out) = (file.clone(), out.clone());
+                cx.add(|cx| {
+                    let file = cx.engine().attach(&file)?;
+                    let staged = false;
+                    Ok(Barrier { file, staged, out })
+                })
+                .unwrap();
+            }
+        })
+        .unwrap();
+    for _ in 0..3 {
+        let end = ended.recv_timeout(Duration::from_secs(20));
+        assert!(end.is_ok(), "a session that found the engine full sleeps");
+    }
+    worker.stop();
+}
+
 #[test]
 fn stop_closes_sessions_and_later_calls_fail() {
     let rig = rig(0);
