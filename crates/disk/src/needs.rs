@@ -20,8 +20,13 @@ impl DiskQueue {
             self.stats.wait();
             return Next::Blocked;
         }
-        slot.registered = Some((layer, key));
+        // It went on before the key that it registered for last was woken.
+        let last = slot.registered.replace((layer, key));
         let waiter = self.waiter(index);
+        if let Some((layer, key)) = last {
+            let waits = &self.disk.waits;
+            waits.unregister(layer, key, waiter.slot, &self.mailbox);
+        }
         self.disk.waits.register(layer, key, waiter);
         Next::Continue
     }

@@ -523,6 +523,11 @@ impl DiskQueue {
         let now = self.now();
         let slot = &mut self.slots[index as usize];
         self.epochs.leave(slot.epoch);
+        if let Some((layer, key)) = slot.registered.take() {
+            let id = slot.id(index);
+            self.disk.waits.unregister(layer, key, id, &self.mailbox);
+        }
+        let slot = &mut self.slots[index as usize];
         slot.generation = slot.generation.wrapping_add(1);
         let result = slot.error.map_or(Ok(()), Err);
         match slot.owner {
@@ -591,5 +596,19 @@ impl DiskQueue {
             tracing::error!("further errors of this queue are not logged");
         }
         self.errors_logged < LOGGED_MAX
+    }
+}
+
+impl Drop for DiskQueue {
+    /// Whoever drops a queue with operations at the engine (a panic, most likely) loses their
+    /// memory, rather than the kernel writing into what is somebody else's by then.
+    fn drop(&mut self) {
+        if self.subs_free.len() < self.subs.len() {
+            tracing::error!("a queue was dropped with operations under way: their memory is lost");
+            std::mem::forget(std::mem::take(&mut self.subs));
+            std::mem::forget(std::mem::take(&mut self.slots));
+            std::mem::forget(std::mem::take(&mut self.fills));
+            std::mem::forget(self.committer.take());
+        }
     }
 }

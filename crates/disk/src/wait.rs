@@ -102,6 +102,21 @@ impl WaitTable {
         fence(Ordering::SeqCst);
     }
 
+    /// Takes back a registration that may not have been woken.
+    pub fn unregister(&self, layer: u8, key: Key, slot: SlotId, mailbox: &Arc<Mailbox>) {
+        let mut map = self.waiters.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(waiters) = map.get_mut(&(layer, key)) else {
+            return;
+        };
+        let before = waiters.len();
+        waiters.retain(|w| w.slot != slot || !Arc::ptr_eq(&w.mailbox, mailbox));
+        self.count
+            .fetch_sub(before - waiters.len(), Ordering::SeqCst);
+        if waiters.is_empty() {
+            map.remove(&(layer, key));
+        }
+    }
+
     /// Wakes all who wait for the key. No lock while nobody waits for anything.
     pub fn wake(&self, layer: u8, key: Key) {
         fence(Ordering::SeqCst);
@@ -117,5 +132,44 @@ impl WaitTable {
         for waiter in woken {
             waiter.mailbox.post(Message::Ask(waiter.slot));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_who_is_registered_is_woken() {
+        let table = WaitTable::default();
+        let waker = Arc::new(Waker::new().unwrap());
+        let mailbox = Arc::new(Mailbox::new(waker, 4));
+        let slot = |index| SlotId {
+            index,
+            generation: 1,
+        };
+        for index in 0..3 {
+            let waiter = Waiter {
+                mailbox: Arc::clone(&mailbox),
+                slot: slot(index),
+            };
+            table.register(0, Key(7), waiter);
+        }
+        table.unregister(0, Key(7), slot(1), &mailbox);
+        table.unregister(0, Key(8), slot(0), &mailbox);
+        table.wake(0, Key(8));
+        assert!(!mailbox.is_filled());
+        table.wake(0, Key(7));
+        let mut messages = Vec::new();
+        mailbox.take(&mut messages);
+        let asked: Vec<u32> = messages
+            .iter()
+            .filter_map(|m| match m {
+                Message::Ask(id) => Some(id.index),
+                Message::Committed(..) => None,
+            })
+            .collect();
+        assert_eq!(asked, [0, 2]);
+        assert_eq!(table.count.load(Ordering::SeqCst), 0);
     }
 }
