@@ -16,7 +16,7 @@ mod systemd;
 use args::{Cli, Command};
 use clap::Parser;
 use std::{
-    io::{ErrorKind, Write},
+    io::{ErrorKind, IsTerminal as _, Write},
     process::ExitCode,
 };
 use tracing_subscriber::EnvFilter;
@@ -28,6 +28,8 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // Colours are for people, not for log files.
+        .with_ansi(std::io::stderr().is_terminal())
         .without_time()
         .init();
     let outcome = match &cli.command {

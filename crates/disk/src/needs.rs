@@ -91,6 +91,7 @@ impl DiskQueue {
                         .image
                         .reserve_failed(&reserve);
                     self.disk.waits.wake(layer, reserve.key);
+                    self.log_full(reserve.offset.0, reserve.len);
                     return Next::Fail(GuestError::NoSpace);
                 };
                 self.slots[index as usize].state = State::Loading;

@@ -25,7 +25,7 @@ use crate::{
 };
 use block::{Error, GuestError, GuestOffset, Op, Result, limits};
 use image::Freed;
-use io::{Engine, FileSlot, Waker};
+use io::{Engine, FileSlot, Io, Waker};
 use std::{collections::VecDeque, sync::Arc};
 
 /// How a queue is made.
@@ -579,12 +579,28 @@ impl DiskQueue {
         error.for_guest()
     }
 
-    /// Logs the failure of an operation.
-    pub(crate) fn log_error(&mut self, purpose: &Purpose, error: GuestError, errno: i32) {
+    /// Logs the failure of an operation: which file, what, where.
+    pub(crate) fn log_error(&mut self, io: &Io, purpose: &Purpose, errno: i32) {
+        if let Purpose::Reserve { .. } = purpose
+            && GuestError::of_errno(errno) == GuestError::NoSpace
+        {
+            // Asked for less then; a request that fails for it says so (see `meet`).
+            return;
+        }
+        if self.may_log() {
+            let layer = self.files.iter().position(|files| files.contains(&io.file));
+            let path = self.disk.layers[layer.unwrap_or(0)].path.display();
+            let os = std::io::Error::from_raw_os_error(errno);
+            let (op, at, len) = (io.op, io.offset, io.len);
+            tracing::error!("{path}: {op:?} of {len} bytes at {at:#x}: {os}");
+        }
+    }
+
+    /// Logs that a request fails since the image cannot grow.
+    pub(crate) fn log_full(&mut self, at: u64, len: u64) {
         if self.may_log() {
             let path = self.disk.layers[0].path.display();
-            let os = std::io::Error::from_raw_os_error(errno);
-            tracing::error!("{path}: {error} ({os}) during {purpose:?}");
+            tracing::error!("{path}: no space left to grow by {len} bytes at {at:#x}");
         }
     }
 

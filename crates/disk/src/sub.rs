@@ -146,8 +146,9 @@ impl DiskQueue {
         };
         let purpose = std::mem::replace(&mut sub.purpose, Purpose::None);
         let error = (completion.errno != 0).then(|| GuestError::of_errno(completion.errno));
-        if let Some(error) = error {
-            self.log_error(&purpose, error, completion.errno);
+        if completion.errno != 0 {
+            let io = sub.io;
+            self.log_error(&io, &purpose, completion.errno);
         }
         match purpose {
             Purpose::None => debug_assert!(false, "completion of an operation that ended"),
