@@ -1,0 +1,11 @@
+//! Measuring disks: load generators and comparisons with peers.
+//!
+//! - [`load`]: keeps requests in flight at a server or a file and reports what came back, as a guest's
+//!   driver (vhost-user-blk), an NBD client or a plain program would see it.
+//!
+//! A figure is worth what its surroundings are: reports carry everything that was asked for, and comparisons
+//! are ratios taken in turn (A B A B …) in one run.
+
+#![deny(unsafe_op_in_unsafe_fn)]
+
+pub mod load;

@@ -1,0 +1,170 @@
+//! A load: what is asked of a disk ([`Spec`]), and what came back ([`Report`]).
+
+mod latency;
+
+pub use latency::{Latencies, Percentiles};
+
+use serde::{Deserialize, Serialize};
+use std::{path::PathBuf, time::Duration};
+
+/// Where requests go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Target {
+    /// A vhost-user-blk server that listens on this socket.
+    VhostUser(PathBuf),
+    /// An NBD server: `nbd+unix:///EXPORT?socket=PATH`, `nbd://HOST:PORT/EXPORT` or `unix:PATH`.
+    Nbd(String),
+    /// A file or block device through one of our engines, without any server.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// `threads`, `native` or `io_uring`.
+        engine: String,
+        /// With `O_DIRECT`.
+        direct: bool,
+    },
+}
+
+/// Which requests, as in fio.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pattern {
+    /// Sequential reads.
+    Read,
+    /// Sequential writes.
+    Write,
+    /// Sequential, reads and writes mixed by [`Spec::read_percent`].
+    Rw,
+    /// Reads at random.
+    RandRead,
+    /// Writes at random.
+    RandWrite,
+    /// At random, reads and writes mixed by [`Spec::read_percent`].
+    RandRw,
+}
+
+/// When flushes are sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Flushes {
+    /// Never.
+    #[default]
+    Never,
+    /// Each of the [`Spec::depth`] slots sends a write, waits for it, sends a flush, waits for it, and so on.
+    AfterEachWrite,
+    /// Each slot sends a flush after this many of its writes.
+    Every(u32),
+}
+
+/// What to ask of a disk. The defaults are fio's habits: 4 KiB at random, depth 32, one queue, five seconds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Spec {
+    /// Where requests go.
+    pub target: Target,
+    /// Which requests.
+    pub pattern: Pattern,
+    /// Percent of reads in the mixed patterns.
+    pub read_percent: u8,
+    /// Bytes of a request: a multiple of 512.
+    pub block_bytes: u64,
+    /// Requests in flight on each queue.
+    pub depth: u32,
+    /// Virtqueues, NBD connections, or threads on a file. Each has a thread of its own.
+    pub queues: u32,
+    /// When flushes are sent.
+    pub flushes: Flushes,
+    /// Distance between the starts of two requests of a sequential pattern; `None`: [`Self::block_bytes`].
+    pub stride_bytes: Option<u64>,
+    /// First byte of the range that is used.
+    pub start_bytes: u64,
+    /// Length of that range; `None`: to the end of the disk.
+    pub range_bytes: Option<u64>,
+    /// How long to measure.
+    pub duration: Duration,
+    /// How long to run before measuring.
+    pub ramp: Duration,
+    /// Ends the measurement after this many requests, if that is earlier.
+    pub ios_max: Option<u64>,
+    /// Spin for completions instead of sleeping.
+    pub poll: bool,
+    /// Entries of a virtqueue: a power of two.
+    pub ring_entries: u16,
+    /// Use indirect descriptors where offered (vhost-user).
+    pub indirect: bool,
+    /// Use the event index where offered (vhost-user).
+    pub event_index: bool,
+    /// Seed of offsets and of the mix.
+    pub seed: u64,
+    /// Processes whose CPU time is the server's.
+    pub server_pids: Vec<u32>,
+}
+
+impl Spec {
+    /// The default load on `target`.
+    pub fn new(target: Target) -> Self {
+        Self {
+            target,
+            pattern: Pattern::RandRead,
+            read_percent: 70,
+            block_bytes: 4096,
+            depth: 32,
+            queues: 1,
+            flushes: Flushes::Never,
+            stride_bytes: None,
+            start_bytes: 0,
+            range_bytes: None,
+            duration: Duration::from_secs(5),
+            ramp: Duration::ZERO,
+            ios_max: None,
+            poll: false,
+            ring_entries: 128,
+            indirect: true,
+            event_index: true,
+            seed: 1,
+            server_pids: Vec::new(),
+        }
+    }
+}
+
+/// What came back while measuring.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Report {
+    /// Seconds that were measured.
+    pub seconds: f64,
+    /// Reads that ended.
+    pub reads: u64,
+    /// Writes that ended.
+    pub writes: u64,
+    /// Flushes that ended.
+    pub flushes: u64,
+    /// Requests that ended with an error; the load goes on.
+    pub errors: u64,
+    /// Bytes read and written.
+    pub bytes: u64,
+    /// Reads and writes together, per second.
+    pub iops: f64,
+    /// 10^6 bytes read and written per second.
+    pub mb_s: f64,
+    /// Latency of reads.
+    pub read_latency: Percentiles,
+    /// Latency of writes.
+    pub write_latency: Percentiles,
+    /// Latency of flushes.
+    pub flush_latency: Percentiles,
+    /// Latency of reads and writes together.
+    pub latency: Percentiles,
+    /// Notifications to the server (kicks, or `send` calls) per request.
+    pub kicks_per_io: f64,
+    /// Notifications from the server (calls, or `recv` calls) per request.
+    pub calls_per_io: f64,
+    /// CPU time of [`Spec::server_pids`], user and system, in microseconds per read or write (per flush if there are only
+    /// those).
+    pub server_cpu_us_per_io: Option<f64>,
+    /// CPU time of the load generator, the same way.
+    pub client_cpu_us_per_io: f64,
+    /// Voluntary and involuntary context switches of the servers per request.
+    pub server_switches_per_io: Option<f64>,
+    /// Resident memory of the servers at the end, in bytes.
+    pub server_rss_bytes: Option<u64>,
+}
