@@ -1,5 +1,6 @@
 //! The command line. Stable: scripts rely on it.
 
+use crate::disks::DiskArgument;
 use block::{Result, size};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use export::nbd::NbdAddress;
@@ -25,7 +26,7 @@ pub enum Command {
     Info(Info),
     /// Show what an image's ranges are made of
     Map(Map),
-    /// Serve an image to virtual machines and NBD clients
+    /// Serve images to virtual machines and NBD clients
     Serve(Serve),
 }
 
@@ -98,21 +99,36 @@ pub enum Discard {
     Ignore,
 }
 
+/// How statistics are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Stats {
+    /// For people
+    #[default]
+    Table,
+    /// One line of JSON per disk: {"disk": FILE, "statistics": {…}}
+    Json,
+}
+
 /// `serve`.
 #[derive(Args, Debug)]
-#[command(group(ArgGroup::new("socket").args(["vhost_user", "nbd"]).required(true).multiple(true)))]
+#[command(group(ArgGroup::new("socket").args(["vhost_user", "nbd", "disk"]).required(true).multiple(true)))]
 pub struct Serve {
     /// Format of the image: needed for raw, known by its magic otherwise
     #[arg(short, long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
     /// Image to serve, or null:SIZE
-    pub file: String,
+    #[arg(required_unless_present = "disk")]
+    pub file: Option<String>,
     /// Serve it over vhost-user-blk on this Unix socket
     #[arg(long, value_name = "SOCK")]
     pub vhost_user: Option<PathBuf>,
     /// Serve it over NBD at unix:PATH or HOST:PORT
     #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = str::parse::<NbdAddress>)]
     pub nbd: Option<NbdAddress>,
+    /// Serve this disk too, on the same I/O threads; may be given many times. Keys: vhost-user=SOCK,
+    /// nbd=ADDRESS, format=FMT, queues=N, read-only=on|off; what it does not say is as for all disks
+    #[arg(long, value_name = "FILE,K=V,…", value_parser = str::parse::<DiskArgument>)]
+    pub disk: Vec<DiskArgument>,
     /// Queues that a virtual machine may use
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub queues: u16,
@@ -137,9 +153,9 @@ pub struct Serve {
     /// Also open backing files below DIR, not only below each image's own directory
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
-    /// Print statistics to stderr at the end (and, as always, on SIGUSR1)
-    #[arg(long)]
-    pub stats: bool,
+    /// Print statistics to stderr at the end (and, as always, on SIGUSR1): table, or json for one line per disk
+    #[arg(long, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "table")]
+    pub stats: Option<Stats>,
 }
 
 fn bytes(text: &str) -> Result<u64> {

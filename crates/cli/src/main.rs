@@ -6,6 +6,7 @@
 
 mod args;
 mod create;
+mod disks;
 mod info;
 mod map;
 mod options;

@@ -90,7 +90,7 @@ pub fn parse(format: Format, arguments: &[String]) -> Result<Options> {
 }
 
 /// The pieces between single commas; a doubled one stands for itself.
-fn split(argument: &str) -> Vec<String> {
+pub fn split(argument: &str) -> Vec<String> {
     let mut pieces = vec![String::new()];
     let mut chars = argument.chars().peekable();
     while let Some(c) = chars.next() {

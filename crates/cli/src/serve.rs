@@ -1,18 +1,19 @@
 //! `diskplane serve`.
 //!
 //! ```text
-//!   block signals · open chain · choose engine · start I/O threads · listen · "ready …"
+//!   block signals · open chains · choose engine · start I/O threads · listen · "ready …"
 //!        SIGUSR1: statistics
 //!   SIGTERM, SIGINT: stop listening · finish what is in flight · flush · close clean · exit 0
 //! ```
 
 use crate::{
-    args::{self, Discard},
+    args::{self, Discard, Stats},
+    disks::{self, DiskSpec},
     print,
     signals::{Signal, Signals},
     systemd,
 };
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use block::{ErrorKind, size};
 use disk::{Chain, ChainOptions, Disk, DiskOptions};
 use export::{
@@ -21,6 +22,7 @@ use export::{
     worker::{Worker, WorkerHandle, WorkerOptions},
 };
 use io::{Aio, EngineKind};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use std::{
     fmt::Write,
     path::Path,
@@ -36,54 +38,84 @@ const SERIAL_BYTES: usize = 20;
 const LOCK_WAIT: Duration = Duration::from_millis(500);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
-/// The sockets that listen. Dropping them stops them.
+/// A disk, and what it was asked for as.
+#[derive(Debug)]
+struct Served {
+    spec: DiskSpec,
+    disk: Arc<Disk>,
+}
+
+/// The sockets of a disk that listen. Dropping them stops them.
 #[derive(Debug)]
 struct Exports {
     vhost_user: Option<vhost_user::Server>,
     nbd: Option<nbd::Server>,
 }
 
-/// Serves an image until a signal stops it.
+/// Serves disks until a signal stops it.
 pub fn run(args: &args::Serve) -> Result<()> {
-    if args.vhost_user.is_some() && args.nbd.is_some() && !args.shared {
-        bail!(
-            "--vhost-user and --nbd at once: two clients that both cache would damage a file system; \
-             say --shared if they know of each other"
-        );
-    }
+    let specs = disks::specs(args)?;
     // Before anything starts a thread: all of them inherit the mask.
     let mut signals = Signals::block()?;
-    let chain = open(args)?;
-    let files: Vec<_> = chain.layers.iter().flat_map(|l| l.files.clone()).collect();
+    allow_descriptors();
+    let chains = specs
+        .iter()
+        .map(|spec| open(args, spec))
+        .collect::<Result<Vec<_>>>()?;
+    let layers = chains.iter().flat_map(|chain| &chain.layers);
+    let files: Vec<_> = layers.flat_map(|layer| layer.files.clone()).collect();
     for note in files.iter().filter_map(|file| file.fallback()) {
         eprintln!("diskplane: note: {note}");
     }
+    // The disks share the I/O threads, so one engine has to do for all.
     let engine = io::choose(args.aio, &files)?;
     tracing::info!(engine = %engine.kind, reason = engine.reason, "engine");
-    let disk = Disk::new(chain, disk_options(args))?;
+    let mut served = Vec::with_capacity(specs.len());
+    for (spec, chain) in specs.into_iter().zip(chains) {
+        let disk = Disk::new(chain, disk_options(args, &spec))?;
+        served.push(Served { spec, disk });
+    }
     let mut workers = Vec::new();
-    let served = start_workers(args.io_threads, engine.kind, &mut workers)
-        .and_then(|()| serve(args, &disk, &workers, engine.kind, &mut signals));
+    let mut outcome = start_workers(args.io_threads, engine.kind, &mut workers)
+        .and_then(|()| serve(args, &served, &workers, engine.kind, &mut signals));
     for worker in &workers {
         worker.stop();
     }
-    // Also after a failure: what reached the disk until then is to be found in a clean image.
-    let closed = disk
-        .close()
-        .with_context(|| format!("{}: close", args.file));
-    if args.stats {
-        eprintln!("{}", disk.statistics().table());
+    // Also after a failure: what reached the disks until then is to be found in clean images.
+    for Served { spec, disk } in &served {
+        let closed = disk
+            .close()
+            .with_context(|| format!("{}: close", spec.file));
+        // One failure ends the command; no other one may go unsaid.
+        match (&outcome, closed) {
+            (_, Ok(())) => {}
+            (Ok(()), closed) => outcome = closed,
+            (Err(_), Err(error)) => tracing::error!("{error:#}"),
+        }
     }
-    served.and(closed)
+    if let Some(form) = args.stats {
+        print_statistics(form, &served);
+    }
+    outcome
+}
+
+/// Raises the limit of open descriptors to the hard one: a disk with its sockets takes about ten, and the soft
+/// limit is 1024 by custom (for `select`, which nothing here uses).
+fn allow_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
 }
 
 /// Opens the chain. An image that is locked is tried again for a moment: the kernel takes the ring of an
 /// io_uring process that was killed apart in the background, with its files and their locks, and whoever
 /// restarts such a server (systemd does at once) would be refused.
-fn open(args: &args::Serve) -> Result<Chain> {
+fn open(args: &args::Serve, spec: &DiskSpec) -> Result<Chain> {
     let began = Instant::now();
     loop {
-        match Chain::open(&args.file, &chain_options(args)) {
+        match Chain::open(&spec.file, &chain_options(args, spec)) {
             Err(error) if error.kind() == ErrorKind::Locked && began.elapsed() < LOCK_WAIT => {
                 thread::sleep(LOCK_RETRY);
             }
@@ -102,16 +134,23 @@ fn start_workers(count: u16, engine: EngineKind, workers: &mut Vec<WorkerHandle>
 /// Listens, says so, and returns when a signal asked to stop and nothing is in flight any more.
 fn serve(
     args: &args::Serve,
-    disk: &Arc<Disk>,
+    served: &[Served],
     workers: &[WorkerHandle],
     engine: EngineKind,
     signals: &mut Signals,
 ) -> Result<()> {
-    let exports = listen(args, disk, workers)?;
-    print(&ready_line(args, disk, &exports, engine))?;
+    let mut exports = Vec::with_capacity(served.len());
+    let mut ready = String::new();
+    for one in served {
+        let listening = listen(one, workers)?;
+        ready.push_str(&ready_line(one, &listening, engine));
+        exports.push(listening);
+    }
+    // Only when all listen: who sees the first line may connect to any.
+    print(&ready)?;
     systemd::notify("READY=1")?;
     while signals.wait()? == Signal::Statistics {
-        eprintln!("{}", disk.statistics().table());
+        print_statistics(args.stats.unwrap_or_default(), served);
     }
     // Being ready is over, whether or not somebody can be told.
     if let Err(error) = systemd::notify("STOPPING=1") {
@@ -121,13 +160,34 @@ fn serve(
     Ok(())
 }
 
-fn listen(args: &args::Serve, disk: &Arc<Disk>, workers: &[WorkerHandle]) -> Result<Exports> {
-    let name = Path::new(&args.file).file_stem().unwrap_or_default();
+fn print_statistics(form: Stats, served: &[Served]) {
+    let mut text = String::new();
+    for Served { spec, disk } in served {
+        let statistics = disk.statistics();
+        match form {
+            Stats::Table => {
+                if served.len() > 1 {
+                    let _ = writeln!(text, "{}:", spec.file);
+                }
+                let _ = writeln!(text, "{}", statistics.table());
+            }
+            Stats::Json => {
+                let line = serde_json::json!({ "disk": spec.file, "statistics": statistics });
+                let _ = writeln!(text, "{line}");
+            }
+        }
+    }
+    eprint!("{text}");
+}
+
+fn listen(served: &Served, workers: &[WorkerHandle]) -> Result<Exports> {
+    let Served { spec, disk } = served;
+    let name = Path::new(&spec.file).file_stem().unwrap_or_default();
     let name = name.to_string_lossy();
-    let vhost_user = match &args.vhost_user {
+    let vhost_user = match &spec.vhost_user {
         Some(path) => {
             let options = vhost_user::Options {
-                queues: args.queues,
+                queues: spec.queues,
                 serial: name
                     .chars()
                     .filter(char::is_ascii_graphic)
@@ -139,10 +199,10 @@ fn listen(args: &args::Serve, disk: &Arc<Disk>, workers: &[WorkerHandle]) -> Res
         }
         None => None,
     };
-    let nbd = match &args.nbd {
+    let nbd = match &spec.nbd {
         Some(address) => {
             let options = nbd::Options {
-                read_only: args.read_only,
+                read_only: spec.read_only,
                 ..nbd::Options::default()
             };
             Some(Nbd::serve(address, disk.clone(), workers, options)?)
@@ -152,10 +212,10 @@ fn listen(args: &args::Serve, disk: &Arc<Disk>, workers: &[WorkerHandle]) -> Res
     Ok(Exports { vhost_user, nbd })
 }
 
-fn chain_options(args: &args::Serve) -> ChainOptions {
+fn chain_options(args: &args::Serve, spec: &DiskSpec) -> ChainOptions {
     ChainOptions {
-        format: args.format,
-        read_only: args.read_only,
+        format: spec.format,
+        read_only: spec.read_only,
         cache: args.cache,
         // Who asks for an engine by name wants what it was chosen for, or to be told.
         direct_fallback: args.aio == Aio::Auto,
@@ -164,18 +224,18 @@ fn chain_options(args: &args::Serve) -> ChainOptions {
     }
 }
 
-fn disk_options(args: &args::Serve) -> DiskOptions {
+fn disk_options(args: &args::Serve, spec: &DiskSpec) -> DiskOptions {
     DiskOptions {
-        read_only: args.read_only,
+        read_only: spec.read_only,
         writethrough: args.cache.writethrough(),
         discard: args.discard == Discard::Unmap,
     }
 }
 
 /// `ready FILE SIZE engine:NAME [vhost-user:PATH] [nbd:ADDRESS]`.
-fn ready_line(args: &args::Serve, disk: &Disk, exports: &Exports, engine: EngineKind) -> String {
-    let size = size::human(disk.size());
-    let mut line = format!("ready {} {size} engine:{engine}", args.file);
+fn ready_line(served: &Served, exports: &Exports, engine: EngineKind) -> String {
+    let size = size::human(served.disk.size());
+    let mut line = format!("ready {} {size} engine:{engine}", served.spec.file);
     if let Some(server) = &exports.vhost_user {
         let _ = write!(line, " vhost-user:{}", server.path().display());
     }

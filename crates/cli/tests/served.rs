@@ -201,6 +201,47 @@ fn statistics_come_on_demand_while_it_serves() {
 }
 
 #[test]
+fn one_process_serves_several_disks() {
+    let dir = TempDir::new();
+    let images = ["a.qcow2", "b,b.qcow2", "c.qcow2"].map(|name| dir.path(name));
+    let sockets = ["a.sock", "b.sock", "c.sock"].map(|name| dir.path(name));
+    let mut serve = Serve::new(binary(), "null:1M").nbd_unix(dir.path("first"));
+    for (image, socket) in images.iter().zip(&sockets) {
+        // qemu-img reads a comma in a name as it is.
+        qemu::create("qcow2", image, "16M");
+        let file = image.display().to_string().replace(',', ",,");
+        serve = serve
+            .arg("--disk")
+            .arg(format!("{file},nbd=unix:{}", socket.display()));
+    }
+    let server = serve.arg("--stats=json").start();
+    for (n, socket) in sockets.iter().enumerate() {
+        let script = format!("write -q -P {} 0 1M\nflush\n", n + 1);
+        qemu_io(dir.root(), "raw", &nbd(socket), &script);
+    }
+    for (n, socket) in sockets.iter().enumerate() {
+        let script = format!("read -q -P {} 0 1M\n", n + 1);
+        qemu_io(dir.root(), "raw", &nbd(socket), &script);
+    }
+    assert_eq!(server.stdout_so_far().lines().count(), 4);
+    let output = server.stop();
+    let lines: Vec<serde_json::Value> = output
+        .stderr
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect();
+    assert_eq!(lines.len(), 4, "{}", output.stderr);
+    for (image, line) in images.iter().zip(&lines[1..]) {
+        assert_eq!(line["disk"], image.display().to_string());
+        let statistics = &line["statistics"];
+        assert!(statistics["commits"].as_u64() >= Some(1), "{line}");
+        assert!(statistics["barriers"].as_u64() >= Some(1), "{line}");
+        qemu::check("qcow2", image);
+    }
+    assert!(sockets.iter().all(|socket| !socket.exists()));
+}
+
+#[test]
 fn refuses_what_is_in_use_or_cannot_be_written() {
     let dir = TempDir::new();
     let image = dir.path("disk.qcow2");

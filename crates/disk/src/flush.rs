@@ -136,6 +136,7 @@ impl DiskQueue {
                         offset: 0,
                         len: 0,
                     };
+                    self.stats.barrier();
                     self.issue(engine, sub, Purpose::Commit, IoOp::Sync, place, None);
                 }
                 if files > 0 {

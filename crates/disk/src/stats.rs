@@ -121,6 +121,7 @@ struct Row {
 pub(crate) struct QueueStats {
     rows: [Row; OPS.len()],
     commits: Counter,
+    barriers: Counter,
     loads: Counter,
     copies: Counter,
     waits: Counter,
@@ -170,6 +171,7 @@ impl QueueStats {
             }
         }
         self.commits.add(other.commits.get());
+        self.barriers.add(other.barriers.get());
         self.loads.add(other.loads.get());
         self.copies.add(other.copies.get());
         self.waits.add(other.waits.get());
@@ -178,6 +180,10 @@ impl QueueStats {
 
     pub fn commit(&self) {
         self.commits.add(1);
+    }
+
+    pub fn barrier(&self) {
+        self.barriers.add(1);
     }
 
     pub fn load(&self) {
@@ -204,6 +210,8 @@ pub struct Statistics {
     pub operations: Vec<OpStatistics>,
     /// Runs of the format's flush stages.
     pub commits: u64,
+    /// Barriers (`fdatasync`) that these made, counted per file.
+    pub barriers: u64,
     /// Metadata blocks loaded: misses of the metadata cache.
     pub metadata_loads: u64,
     /// Copy-on-write fills: allocations whose head or tail was read first.
@@ -254,6 +262,7 @@ impl Statistics {
         let mut statistics = Statistics {
             operations: Vec::new(),
             commits: total(|q| &q.commits),
+            barriers: total(|q| &q.barriers),
             metadata_loads: total(|q| &q.loads),
             copies: total(|q| &q.copies),
             waits: total(|q| &q.waits),
@@ -343,8 +352,8 @@ impl Statistics {
         }
         let _ = writeln!(
             text,
-            "commits {}, metadata loads {}, copy-on-write fills {}, waits {}, stalls {}",
-            self.commits, self.metadata_loads, self.copies, self.waits, self.stalls
+            "commits {}, barriers {}, metadata loads {}, copy-on-write fills {}, waits {}, stalls {}",
+            self.commits, self.barriers, self.metadata_loads, self.copies, self.waits, self.stalls
         );
         text
     }
