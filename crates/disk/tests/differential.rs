@@ -40,6 +40,7 @@ struct Case {
     refcount_bits: u32,
     base: Base,
     seed: u64,
+    extended_l2: bool,
 }
 
 fn open(dir: &Path, name: &str, read_only: bool) -> Driver {
@@ -148,6 +149,7 @@ fn create(dir: &Path, case: &Case, size: u64, backing: Option<&str>, by_us: bool
         lazy_refcounts: case.version == 3 && case.seed.is_multiple_of(5),
         backing: backing.map(|format| ("base".to_owned(), format.to_owned())),
         compression,
+        extended_l2: case.extended_l2,
     };
     if by_us {
         let file = io::File::create_new(&dir.join("disk"), &io::OpenOptions::default()).unwrap();
@@ -155,11 +157,12 @@ fn create(dir: &Path, case: &Case, size: u64, backing: Option<&str>, by_us: bool
         return;
     }
     let settings = format!(
-        "compat={},cluster_size={},refcount_bits={},lazy_refcounts={}",
+        "compat={},cluster_size={},refcount_bits={},lazy_refcounts={},extended_l2={}",
         if case.version == 2 { "0.10" } else { "1.1" },
         options.cluster_size,
         options.refcount_bits,
         if options.lazy_refcounts { "on" } else { "off" },
+        if options.extended_l2 { "on" } else { "off" },
     );
     let size = size.to_string();
     let mut args = vec!["create", "-q", "-f", "qcow2", "-o", &settings];
@@ -237,6 +240,7 @@ fn version_3(bits: std::ops::RangeInclusive<u32>) -> impl Iterator<Item = Case> 
                 refcount_bits: 1 << (index % 7),
                 base: BASES[(index % 6) as usize],
                 seed: u64::from(index) + 1000,
+                extended_l2: false,
             }
         })
     })
@@ -265,6 +269,7 @@ fn version_2() {
         refcount_bits: 16,
         base: BASES[(cluster_bits % 6) as usize],
         seed: u64::from(cluster_bits) + 2000,
+        extended_l2: false,
     }));
 }
 
@@ -277,5 +282,23 @@ fn every_base() {
         refcount_bits: 16,
         base: BASES[index as usize],
         seed: index + 3000,
+        extended_l2: false,
+    }));
+}
+
+/// Subclusters of 512 bytes to 64 KiB, with every kind of base.
+#[test]
+fn subclusters() {
+    run_all([14, 16, 17, 21].into_iter().flat_map(|cluster_bits| {
+        // The largest clusters cost most: every other base.
+        let step = if cluster_bits == 21 { 2 } else { 1 };
+        (0..6).step_by(step).map(move |index| Case {
+            version: 3,
+            cluster_bits,
+            refcount_bits: 1 << (index % 7),
+            base: BASES[index as usize],
+            seed: u64::from(cluster_bits) * 10 + index + 4000,
+            extended_l2: true,
+        })
     }));
 }

@@ -127,7 +127,19 @@ impl Storage for Faulty {
 const BASE_BYTES: u64 = 100 << 10;
 const DISK_BYTES: u64 = 150 << 10;
 
+/// Seeds of images with subclusters.
+const EXTENDED: [u64; 3] = [7, 8, 10];
+
 fn options(seed: u64, backing: bool) -> CreateOptions {
+    if EXTENDED.contains(&seed) {
+        return CreateOptions {
+            size: DISK_BYTES,
+            cluster_size: if seed == 8 { 64 << 10 } else { 16 << 10 },
+            extended_l2: true,
+            backing: backing.then(|| ("base".into(), "raw".into())),
+            ..CreateOptions::default()
+        };
+    }
     CreateOptions {
         size: DISK_BYTES,
         version: if seed.is_multiple_of(3) { 2 } else { 3 },
@@ -260,5 +272,12 @@ fn alone() {
 fn on_a_base() {
     for seed in 3..6 {
         every_call_fails_once(seed, true);
+    }
+}
+
+#[test]
+fn with_subclusters() {
+    for (seed, backing) in EXTENDED.into_iter().zip([false, true, true]) {
+        every_call_fails_once(seed, backing);
     }
 }

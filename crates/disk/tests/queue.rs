@@ -68,6 +68,9 @@ fn qcow2_of_every_cluster_size() {
         "cluster_size=64k",
         "cluster_size=64k,compat=0.10",
         "cluster_size=2M,refcount_bits=64",
+        "cluster_size=16k,extended_l2=on",
+        "cluster_size=64k,extended_l2=on",
+        "cluster_size=2M,extended_l2=on",
     ]
     .into_iter()
     .enumerate()
@@ -92,6 +95,17 @@ fn overlays_longer_and_shorter_than_their_base() {
         ((1 << 20) + 512 * 7, 4 << 20, "cluster_size=64k"),
         (4 << 20, (2 << 20) + 512 * 3, "cluster_size=16k"),
         (4 << 20, 4 << 20, "cluster_size=64k,compat=0.10"),
+        (4 << 20, 4 << 20, "cluster_size=64k,extended_l2=on"),
+        (
+            (1 << 20) + 512 * 7,
+            (2 << 20) + 512 * 3,
+            "cluster_size=16k,extended_l2=on",
+        ),
+        (
+            (4 << 20) + 512,
+            4 << 20,
+            "cluster_size=2M,extended_l2=on,refcount_bits=64",
+        ),
     ]
     .into_iter()
     .enumerate()

@@ -89,6 +89,9 @@ fn a_failing_host_fails_requests_and_nothing_else() {
         (3, "cluster_size=64k,refcount_bits=1", FaultOp::Write, EIO),
         (4, "cluster_size=512", FaultOp::Range, ENOSPC),
         (5, "cluster_size=16k", FaultOp::Write, ENOSPC),
+        (6, "cluster_size=16k,extended_l2=on", FaultOp::Write, EIO),
+        (7, "cluster_size=2M,extended_l2=on", FaultOp::Write, EIO),
+        (8, "cluster_size=64k,extended_l2=on", FaultOp::Range, ENOSPC),
     ] {
         let sim = image(dir.path(), options, seed);
         let mut model = Model::new(vec![0; SIZE as usize]);
@@ -183,6 +186,9 @@ fn a_crash_loses_nothing_that_a_flush_covered() {
         (23, "cluster_size=512,refcount_bits=64"),
         (24, "cluster_size=4k,refcount_bits=1"),
         (25, "cluster_size=16k,compat=0.10"),
+        (26, "cluster_size=16k,extended_l2=on"),
+        (27, "cluster_size=64k,extended_l2=on"),
+        (28, "cluster_size=2M,extended_l2=on"),
     ] {
         let sim = image(dir.path(), options, seed);
         let mut model = Model::new(vec![0; SIZE as usize]);

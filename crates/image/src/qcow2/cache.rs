@@ -314,6 +314,31 @@ impl Cache {
             // Release: a reader who sees the entry sees what was done before.
             word.store(value, Ordering::Release);
         }
+        self.mark(geometry, frame, at);
+    }
+
+    /// Changes words `at` and `at + 1` of a present slice at once, as readers see it.
+    pub(super) fn set_pair(
+        &mut self,
+        tables: &Tables,
+        geometry: &Geometry,
+        frame: u32,
+        at: usize,
+        values: [u64; 2],
+    ) {
+        if let Some(f) = tables.frames.get(frame as usize) {
+            f.change(|words| {
+                for (word, value) in words.iter().skip(at).zip(values) {
+                    word.store(value, Ordering::Release);
+                }
+            });
+        }
+        // An entry does not cross a sector.
+        self.mark(geometry, frame, at);
+    }
+
+    /// Notes that word `at` of a present slice changed.
+    fn mark(&mut self, geometry: &Geometry, frame: u32, at: usize) {
         let granule = (at as u64 * 8) >> geometry.granule_bits();
         if let Some(meta) = self.meta.get_mut(frame as usize) {
             meta.dirty |= 1 << (granule & 63);

@@ -63,7 +63,13 @@ fn crashed(start: &[u8], journal: &[Change], barrier: usize, end: usize, rng: &m
     bytes
 }
 
-fn storm(cluster_bits: u32, order: u32, seed: u64, backing: bool, punch: bool) {
+fn storm(
+    (cluster_bits, extended_l2): (u32, bool),
+    order: u32,
+    seed: u64,
+    backing: bool,
+    punch: bool,
+) {
     // Small clusters: many refcount blocks. Large ones: few of everything.
     let size = (96u64 << cluster_bits).clamp(512 << 10, 2 << 20);
     let sectors = size / SECTOR;
@@ -76,6 +82,7 @@ fn storm(cluster_bits: u32, order: u32, seed: u64, backing: bool, punch: bool) {
         lazy_refcounts: false,
         backing: backing.then(|| ("base".into(), "raw".into())),
         compression: Compression::Zlib,
+        extended_l2,
     };
     let open = OpenOptions::default();
     let base: Vec<u8> = match backing {
@@ -165,7 +172,7 @@ fn storm(cluster_bits: u32, order: u32, seed: u64, backing: bool, punch: bool) {
         let bytes = crashed(&start, &journal, barrier, end, &mut rng);
         fs::write(&path, &bytes).unwrap();
         let what = format!(
-            "cluster_bits {cluster_bits} order {order} seed {seed} end {end} barrier {barrier}"
+            "cluster_bits {cluster_bits} extended {extended_l2} order {order} seed {seed} end {end} barrier {barrier}"
         );
         match check(&path) {
             Checked::Clean => {}
@@ -192,14 +199,26 @@ fn storm(cluster_bits: u32, order: u32, seed: u64, backing: bool, punch: bool) {
         }
     }
     println!(
-        "cluster_bits {cluster_bits} order {order} seed {seed}: {leaks} of {CRASHES} crashes leak"
+        "cluster_bits {cluster_bits} extended {extended_l2} order {order} seed {seed}: {leaks} of {CRASHES} crashes leak"
     );
 }
 
 fn storms(seed: u64, cluster_bits: u32, order: u32) {
-    storm(cluster_bits, order, seed, false, true);
-    storm(cluster_bits, order, seed + 100, true, false);
-    storm(cluster_bits, order, seed + 200, true, true);
+    storms_with(seed, (cluster_bits, false), order);
+}
+
+fn storms_with(seed: u64, clusters: (u32, bool), order: u32) {
+    storm(clusters, order, seed, false, true);
+    storm(clusters, order, seed + 100, true, false);
+    storm(clusters, order, seed + 200, true, true);
+}
+
+#[test]
+fn crashes_with_subclusters() {
+    storms_with(5, (14, true), 4);
+    storms_with(6, (16, true), 6);
+    // The largest cost most: one of them.
+    storm((21, true), 4, 7, true, true);
 }
 
 #[test]

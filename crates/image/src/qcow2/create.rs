@@ -12,7 +12,8 @@
 
 use super::extensions::{self, Extension};
 use super::{
-    Compression, Header, L1_BYTES_MAX, REFCOUNT_TABLE_BYTES_MAX, V2_LEN, V3_LEN, features,
+    Compression, EXTENDED_CLUSTER_BITS_MIN, Header, L1_BYTES_MAX, REFCOUNT_TABLE_BYTES_MAX, V2_LEN,
+    V3_LEN, features,
 };
 use block::{Context, Error, Result, Storage, align_up, limits, size};
 
@@ -33,6 +34,8 @@ pub struct CreateOptions {
     pub backing: Option<(String, String)>,
     /// How compressed clusters will be packed; version 2 knows zlib only.
     pub compression: Compression,
+    /// L2 entries with subclusters, 32 to a cluster; version 3 with clusters of 16 KiB or more only.
+    pub extended_l2: bool,
 }
 
 impl Default for CreateOptions {
@@ -45,6 +48,7 @@ impl Default for CreateOptions {
             lazy_refcounts: false,
             backing: None,
             compression: Compression::Zlib,
+            extended_l2: false,
         }
     }
 }
@@ -108,8 +112,15 @@ impl CreateOptions {
             2 if self.compression != Compression::Zlib => {
                 return wrong("compression_type=zstd needs compat=1.1".into());
             }
+            2 if self.extended_l2 => return wrong("extended_l2=on needs compat=1.1".into()),
             2 | 3 => {}
             other => return wrong(format!("version {other} is not known: 2 or 3")),
+        }
+        if self.extended_l2 && self.cluster_size < 1 << EXTENDED_CLUSTER_BITS_MIN {
+            return wrong(format!(
+                "extended_l2=on needs a cluster_size of {} or more",
+                size::human(1 << EXTENDED_CLUSTER_BITS_MIN)
+            ));
         }
         if let Some((name, format)) = &self.backing {
             if name.is_empty() || name.len() > limits::FILE_NAME_BYTES_MAX || name.contains('\0') {
@@ -127,7 +138,7 @@ impl CreateOptions {
             }
         }
         let size_max = (L1_BYTES_MAX / 8)
-            .saturating_mul(self.cluster_size / 8 * self.cluster_size)
+            .saturating_mul(self.l2_bytes())
             .min(limits::DISK_BYTES_MAX);
         if self.size > size_max {
             return wrong(format!(
@@ -140,10 +151,15 @@ impl CreateOptions {
         Ok(())
     }
 
+    /// Guest bytes that one L2 table covers.
+    fn l2_bytes(&self) -> u64 {
+        let entry = if self.extended_l2 { 16 } else { 8 };
+        self.cluster_size / entry * self.cluster_size
+    }
+
     fn header(&self) -> (Header, Layout) {
-        let l2_bytes = self.cluster_size / 8 * self.cluster_size;
         let size = align_up(self.size, 512);
-        let l1_entries = size.div_ceil(l2_bytes);
+        let l1_entries = size.div_ceil(self.l2_bytes());
         let l1 = (l1_entries * 8).div_ceil(self.cluster_size);
         let layout = Layout::of(l1, self.cluster_size, self.refcount_bits);
         let v3 = self.version >= 3;
@@ -179,7 +195,13 @@ impl CreateOptions {
             refcount_table_clusters: u32::try_from(layout.refcount_table).unwrap_or(u32::MAX),
             nb_snapshots: 0,
             snapshots_offset: 0,
-            incompatible: if packed { features::COMPRESSION } else { 0 },
+            incompatible: [
+                (packed, features::COMPRESSION),
+                (self.extended_l2, features::EXTENDED_L2),
+            ]
+            .into_iter()
+            .filter_map(|(on, bit)| on.then_some(bit))
+            .sum(),
             compatible: match self.lazy_refcounts {
                 true => features::LAZY_REFCOUNTS,
                 false => 0,
@@ -346,6 +368,14 @@ mod tests {
                 "compression_type",
             ),
             (
+                change(|o| (o.version, o.extended_l2) = (2, true)),
+                "extended_l2=on needs compat",
+            ),
+            (
+                change(|o| (o.cluster_size, o.extended_l2) = (8192, true)),
+                "extended_l2=on needs a cluster_size of 16 KiB",
+            ),
+            (
                 change(|o| (o.cluster_size, o.size) = (512, (128 << 30) + 1)),
                 "a disk of 128 GiB",
             ),
@@ -363,11 +393,12 @@ mod tests {
 
     #[test]
     fn the_header_reads_back() {
-        for version in [2, 3] {
+        for (version, extended_l2) in [(2, false), (3, false), (3, true)] {
             let options = CreateOptions {
                 size: 1000,
                 version,
-                cluster_size: 4096,
+                cluster_size: 16384,
+                extended_l2,
                 backing: Some(("base.raw".into(), "raw".into())),
                 ..CreateOptions::default()
             };
@@ -375,6 +406,7 @@ mod tests {
             let parsed = Header::parse(&header.encode().unwrap()).unwrap();
             assert_eq!(parsed, header);
             assert_eq!(parsed.size, 1024);
+            assert_eq!(parsed.extended_l2(), extended_l2);
             assert_eq!(parsed.backing_format().as_deref(), Some("raw"));
         }
     }

@@ -32,6 +32,8 @@ pub(super) const SECTOR: u64 = 512;
 const SLICE_BYTES: u64 = 4096;
 /// Most slices of all L2 tables together: 64 MiB of slots.
 const SLOTS_MAX: u64 = 1 << 24;
+/// log2 of the subclusters of a cluster.
+const SUBCLUSTERS_BITS: u32 = 5;
 
 /// What an L2 entry says. Offsets are bytes of the image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +56,10 @@ pub(super) enum Bad {
     ZeroInV2,
     Overlap,
     TooFar,
+    /// From here on: of the subclusters' bitmap.
+    BothBits,
+    NoCluster,
+    Compressed,
 }
 
 impl Bad {
@@ -64,7 +70,15 @@ impl Bad {
             Bad::ZeroInV2 => "has the zero flag, which version 2 lacks",
             Bad::Overlap => "points at a cluster that holds metadata",
             Bad::TooFar => "points behind 2^56",
+            Bad::BothBits => "marks a subcluster as allocated and as zeros",
+            Bad::NoCluster => "marks subclusters as allocated where there is no cluster",
+            Bad::Compressed => "is not zero for a compressed cluster",
         }
+    }
+
+    /// Whether the second half of the entry is what is wrong.
+    pub(super) fn in_bitmap(self) -> bool {
+        matches!(self, Bad::BothBits | Bad::NoCluster | Bad::Compressed)
     }
 }
 
@@ -83,6 +97,9 @@ pub(super) struct Geometry {
     pub(super) size: u64,
     /// Whether unallocated clusters read from elsewhere.
     pub(super) has_backing: bool,
+    /// log2 of the unit in which clusters are allocated to the guest: a subcluster with extended
+    /// L2 entries, else the cluster.
+    pub(super) unit_bits: u32,
 }
 
 impl Geometry {
@@ -100,6 +117,10 @@ impl Geometry {
             version: header.version,
             size: header.size,
             has_backing: header.backing.is_some(),
+            unit_bits: match header.extended_l2() {
+                true => header.cluster_bits - SUBCLUSTERS_BITS,
+                false => header.cluster_bits,
+            },
         }
     }
 
@@ -113,7 +134,25 @@ impl Geometry {
         1 << self.slice_bits
     }
 
-    /// 64-bit words of a slice; for L2 its entries.
+    /// Whether L2 entries have 128 bits, with subclusters.
+    #[inline]
+    pub(super) fn extended(&self) -> bool {
+        self.unit_bits != self.cluster_bits
+    }
+
+    /// log2 of the units of a cluster.
+    #[inline]
+    pub(super) fn cluster_unit_bits(&self) -> u32 {
+        self.cluster_bits - self.unit_bits
+    }
+
+    /// log2 of the 64-bit words of an L2 entry.
+    #[inline]
+    pub(super) fn entry_word_bits(&self) -> u32 {
+        u32::from(self.extended())
+    }
+
+    /// 64-bit words of a slice.
     #[inline]
     pub(super) fn slice_words(&self) -> usize {
         1 << (self.slice_bits - 3)
@@ -122,7 +161,13 @@ impl Geometry {
     /// log2 of the L2 entries of a slice.
     #[inline]
     pub(super) fn slice_entry_bits(&self) -> u32 {
-        self.slice_bits - 3
+        self.slice_bits - 3 - self.entry_word_bits()
+    }
+
+    /// L2 entries of a slice.
+    #[inline]
+    pub(super) fn slice_entries(&self) -> usize {
+        1 << self.slice_entry_bits()
     }
 
     /// log2 of the slices of a table or block.
@@ -134,7 +179,7 @@ impl Geometry {
     /// log2 of the guest clusters behind one L1 entry.
     #[inline]
     pub(super) fn l2_bits(&self) -> u32 {
-        self.cluster_bits - 3
+        self.cluster_bits - 3 - self.entry_word_bits()
     }
 
     /// Guest clusters of the disk.
@@ -144,7 +189,7 @@ impl Geometry {
 
     /// Slices of all L2 tables that the disk can have.
     pub(super) fn l2_slices(&self) -> u64 {
-        self.guest_clusters().div_ceil(self.slice_words() as u64)
+        self.guest_clusters().div_ceil(self.slice_entries() as u64)
     }
 
     /// log2 of the refcounts in a slice.
@@ -277,6 +322,7 @@ mod tests {
             version,
             size: 1 << 30,
             has_backing: false,
+            unit_bits: cluster_bits,
         }
     }
 

@@ -47,7 +47,7 @@ fn table_entry(raw: u64) -> u64 {
     raw & !(FRESH | FRESH_ZEROED)
 }
 
-/// An L2 entry as it goes to disk.
+/// An L2 entry as it goes to disk; of extended entries, its first word.
 fn l2_entry(raw: u64) -> u64 {
     // Compressed entries have bit 62 and are never marked.
     if raw & (1 << 62) == 0 && raw & OVERLAP == OVERLAP {
@@ -118,7 +118,15 @@ impl Qcow2 {
             let load = |w: &AtomicU64| w.load(Ordering::Relaxed);
             let host = changed.host + ((granule as u64) << bits);
             match changed.owner {
-                Owner::L2(_) => push(run, host, part.iter().map(load).map(l2_entry)),
+                Owner::L2(_) => {
+                    let second = self.geometry.entry_word_bits() as usize;
+                    let words = part.iter().map(load).enumerate();
+                    let words = words.map(|(at, raw)| match at & second {
+                        0 => l2_entry(raw),
+                        _ => raw,
+                    });
+                    push(run, host, words);
+                }
                 Owner::Ref(_) => push(run, host, part.iter().map(load)),
             }
         }

@@ -28,6 +28,8 @@ pub const L1_BYTES_MAX: u64 = 32 << 20;
 pub const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
 /// Most internal snapshots (QEMU's limit).
 pub const SNAPSHOTS_MAX: u32 = 65536;
+/// log2 of the smallest cluster that has subclusters: they are sectors of 512 bytes then.
+pub const EXTENDED_CLUSTER_BITS_MIN: u32 = 14;
 /// Host offsets are 56 bits.
 pub const HOST_OFFSET_END: u64 = 1 << 56;
 
@@ -339,6 +341,16 @@ impl Header {
                 format_args!("is {}, the highest is 2", self.crypt_method),
             ));
         }
+        if self.extended_l2() && self.cluster_bits < EXTENDED_CLUSTER_BITS_MIN {
+            return Err(wrong(
+                "cluster_bits",
+                20,
+                format_args!(
+                    "is {}: extended L2 entries need at least {EXTENDED_CLUSTER_BITS_MIN}",
+                    self.cluster_bits
+                ),
+            ));
+        }
         let packed = self.incompatible & features::COMPRESSION != 0;
         if packed != (self.compression_type != 0) {
             return Err(wrong(
@@ -356,7 +368,7 @@ impl Header {
     /// Refuses features that make the image unreadable to this code, by name.
     pub fn check_features(&self) -> Result<()> {
         let table = self.extension(extensions::FEATURE_NAMES);
-        let lacking = features::EXTENDED_L2 | features::DATA_FILE;
+        let lacking = features::DATA_FILE;
         let refused = self.incompatible & (!features::INCOMPATIBLE_KNOWN | lacking);
         if refused != 0 {
             return Err(Error::unsupported(format!(
@@ -476,7 +488,17 @@ impl Header {
 
     /// Guest bytes that one L1 entry (one L2 table) covers.
     pub fn l1_entry_bytes(&self) -> u64 {
-        1 << (2 * self.cluster_bits - 3)
+        1 << (2 * self.cluster_bits - self.l2_entry_bits())
+    }
+
+    /// Whether L2 entries have 128 bits, with subclusters.
+    pub fn extended_l2(&self) -> bool {
+        self.incompatible & features::EXTENDED_L2 != 0
+    }
+
+    /// log2 of the bytes of an L2 entry.
+    pub(super) fn l2_entry_bits(&self) -> u32 {
+        3 + u32::from(self.extended_l2())
     }
 
     /// L1 entries that the disk's size needs.

@@ -7,7 +7,7 @@ use block::Storage;
 use proptest::prelude::*;
 
 /// An image with data, zero clusters, free space and a backing file's name, and its metadata's offsets.
-fn sound(cluster_bits: u32, order: u32) -> (Vec<u8>, Vec<u64>) {
+fn sound(cluster_bits: u32, order: u32, extended_l2: bool) -> (Vec<u8>, Vec<u64>) {
     let size = 200 << cluster_bits;
     let options = CreateOptions {
         size,
@@ -17,6 +17,7 @@ fn sound(cluster_bits: u32, order: u32) -> (Vec<u8>, Vec<u64>) {
         lazy_refcounts: true,
         backing: (order == 4).then(|| ("base".into(), "raw".into())),
         compression: Compression::Zlib,
+        extended_l2,
     };
     let mut driver = Driver::create(&options, &OpenOptions::default());
     let mut rng = Rng(5);
@@ -89,8 +90,15 @@ fn abuse(bytes: Vec<u8>, rng: &mut Rng) {
 
 #[test]
 fn flipped_bits_in_metadata_do_no_harm_to_us() {
-    for (cluster_bits, order) in [(9, 6), (12, 4), (16, 0), (16, 4)] {
-        let (bytes, places) = sound(cluster_bits, order);
+    for (cluster_bits, order, extended) in [
+        (9, 6, false),
+        (12, 4, false),
+        (16, 0, false),
+        (16, 4, false),
+        (14, 4, true),
+        (16, 5, true),
+    ] {
+        let (bytes, places) = sound(cluster_bits, order, extended);
         let mut rng = Rng(u64::from(cluster_bits));
         for _ in 0..100 {
             let mut bytes = bytes.clone();
@@ -123,7 +131,7 @@ proptest! {
         backing in any::<bool>(),
         len in 0usize..4096,
     ) {
-        let (mut bytes, _) = sound(12, if backing { 4 } else { 3 });
+        let (mut bytes, _) = sound(12, if backing { 4 } else { 3 }, false);
         bytes.truncate(4096);
         for (at, value) in changes {
             bytes[at] = value;

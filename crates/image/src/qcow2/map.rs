@@ -9,7 +9,7 @@ use block::{Error, GuestOffset, HostOffset, Result};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// L1 entries and slices that one answer looks at: a bound on the time of one call.
-const STEPS_MAX: u32 = 4096;
+pub(super) const STEPS_MAX: u32 = 4096;
 
 /// Where guest cluster `cluster` is looked up.
 #[derive(Clone, Copy, Debug)]
@@ -26,23 +26,23 @@ pub(super) struct Place {
 
 /// A run that grows entry by entry.
 #[derive(Clone, Copy)]
-struct Growing {
+pub(super) struct Growing {
     at: u64,
-    want: u64,
-    len: u64,
+    pub(super) want: u64,
+    pub(super) len: u64,
     kind: ExtentKind,
 }
 
 impl Growing {
     /// The guest byte that comes next.
-    fn next(&self) -> u64 {
+    pub(super) fn next(&self) -> u64 {
         self.at + self.len
     }
 
     /// Appends what `entry` says of up to `room` bytes, `skip` bytes into its cluster. `false` when
     /// the run ends before it.
     #[inline]
-    fn feed(&mut self, entry: Entry, skip: u64, room: u64, cluster: u64) -> bool {
+    pub(super) fn feed(&mut self, entry: Entry, skip: u64, room: u64, cluster: u64) -> bool {
         let kind = match entry {
             Entry::Unallocated => ExtentKind::Unallocated,
             Entry::Zero { host, .. } => ExtentKind::Zero {
@@ -95,7 +95,7 @@ impl Qcow2 {
                 .get(l1)
                 .map_or(0, |e| e.load(Ordering::Acquire)),
             slice: cluster >> g.slice_entry_bits(),
-            index: cluster as usize & (g.slice_words() - 1),
+            index: cluster as usize & (g.slice_entries() - 1),
         }
     }
 
@@ -114,12 +114,17 @@ impl Qcow2 {
     #[cold]
     pub(super) fn bad_l2(&self, cluster: u64, bad: Bad) -> Error {
         let place = self.place(cluster);
-        let index = cluster & ((1 << self.geometry.l2_bits()) - 1);
+        let g = &self.geometry;
+        let index = cluster & ((1 << g.l2_bits()) - 1);
+        let at = (place.raw & OFFSET_MASK) + (index << (3 + g.entry_word_bits()));
+        let (what, at) = match bad.in_bitmap() {
+            true => ("subcluster bitmap", at + 8),
+            false => ("L2 entry", at),
+        };
         Error::corrupt(format!(
-            "{}: L2 entry at {:#x} (guest offset {:#x}) {}",
+            "{}: {what} at {at:#x} (guest offset {:#x}) {}",
             self.name,
-            (place.raw & OFFSET_MASK) + index * 8,
-            cluster << self.geometry.cluster_bits,
+            cluster << g.cluster_bits,
             bad.text()
         ))
     }
@@ -140,7 +145,10 @@ impl Qcow2 {
     #[inline]
     fn feed_slice(&self, run: &mut Growing, words: &[AtomicU64]) -> Result<bool, Bad> {
         let g = &self.geometry;
-        let first = (run.next() >> g.cluster_bits) as usize & (g.slice_words() - 1);
+        if g.extended() {
+            return self.feed_extended(run, words);
+        }
+        let first = (run.next() >> g.cluster_bits) as usize & (g.slice_entries() - 1);
         for word in words.get(first..).unwrap_or_default() {
             let skip = run.next() & (g.cluster() - 1);
             let room = (g.cluster() - skip).min(run.want - run.len);
@@ -249,6 +257,9 @@ impl Qcow2 {
     pub(super) fn plan_in_place(&self, at: GuestOffset, len: u64) -> Result<Option<Plan>> {
         self.check_range(at, len)?;
         let g = &self.geometry;
+        if g.extended() {
+            return Ok(self.plan_in_place_extended(at, len));
+        }
         let mut host = 0;
         let mut done = 0;
         for _ in 0..STEPS_MAX {

@@ -33,6 +33,7 @@ mod map;
 mod open;
 mod refcount;
 mod state;
+mod subcluster;
 mod tables;
 #[cfg(test)]
 mod testing;
@@ -46,8 +47,8 @@ mod zero;
 
 pub use create::{CreateOptions, create};
 pub use header::{
-    Compression, HOST_OFFSET_END, Header, L1_BYTES_MAX, MAGIC, REFCOUNT_TABLE_BYTES_MAX,
-    SNAPSHOTS_MAX, V2_LEN, V3_LEN,
+    Compression, EXTENDED_CLUSTER_BITS_MIN, HOST_OFFSET_END, Header, L1_BYTES_MAX, MAGIC,
+    REFCOUNT_TABLE_BYTES_MAX, SNAPSHOTS_MAX, V2_LEN, V3_LEN,
 };
 pub use open::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX, OpenOptions};
 
@@ -110,7 +111,10 @@ impl Qcow2 {
         let owner = Owner::of_key(load.key).ok_or_else(unknown)?;
         let judge = matches!(owner, Owner::L2(_)) && self.read_only.is_none();
         let (cache, places) = (&mut st.cache, &st.places);
-        let words = bytes.chunks(8).map(open::word_of).map(|raw| match judge {
+        // Of extended entries, the first word of two.
+        let second = self.geometry.entry_word_bits() as usize;
+        let words = bytes.chunks(8).map(open::word_of).enumerate();
+        let words = words.map(|(at, raw)| match judge && at & second == 0 {
             true => self.judge(places, raw),
             false => raw,
         });
@@ -142,7 +146,8 @@ impl Image for Qcow2 {
         let st = self.lock();
         let slice = self.geometry.slice();
         let cache = self.tables.frames.len() as u64 * slice;
-        let covered = (cache / 8).saturating_mul(h.cluster_size()).min(h.size);
+        let entries = cache >> h.l2_entry_bits();
+        let covered = entries.saturating_mul(h.cluster_size()).min(h.size);
         let mut facts = vec![
             ("version", h.version.to_string()),
             ("refcount bits", h.refcount_bits().to_string()),
@@ -155,6 +160,11 @@ impl Image for Qcow2 {
             let lazy = h.compatible & features::LAZY_REFCOUNTS != 0;
             facts.push(("compression", compression.to_owned()));
             facts.push(("lazy refcounts", lazy.to_string()));
+            facts.push(("extended l2", h.extended_l2().to_string()));
+        }
+        if h.extended_l2() {
+            let unit = size::human(self.geometry.unit());
+            facts.push(("subclusters", unit));
         }
         facts.push((
             "metadata cache",

@@ -174,7 +174,8 @@ impl Qcow2 {
 
 /// Whether the header alone allows writing.
 fn lacks_nothing(header: &Header) -> bool {
-    header.read_only_because().is_none() && header.incompatible & !features::COMPRESSION == 0
+    header.read_only_because().is_none()
+        && header.incompatible & !(features::COMPRESSION | features::EXTENDED_L2) == 0
 }
 
 /// The L1 table, padded to whole sectors with what the file has there.

@@ -8,7 +8,7 @@
 //! it holds, and a count that grows with every change of owner. A reader takes the tag, reads the
 //! entries, and takes the tag again; when both are the same the entries were that slice's.
 //! Everything is an atomic, so the race is only a wrong answer that is thrown away. Writers
-//! hold the image's lock.
+//! hold the image's lock. The same tag guards changes of entries that take more than one word.
 
 use super::entry::Geometry;
 use std::sync::OnceLock;
@@ -55,6 +55,17 @@ impl Frame {
     fn open(&self, slice: u64) {
         let tag = self.tag.load(Ordering::Relaxed);
         self.tag.store(tag | (slice + 1), Ordering::Release);
+    }
+}
+
+impl Frame {
+    /// Changes words so that no reader believes to have seen some of them before and some after.
+    pub(super) fn change(&self, change: impl FnOnce(&[AtomicU64])) {
+        let slice = self.tag.load(Ordering::Relaxed) & ((1 << TAG_SLICE_BITS) - 1);
+        self.close();
+        change(self.words());
+        let tag = self.tag.load(Ordering::Relaxed);
+        self.tag.store(tag | slice, Ordering::Release);
     }
 }
 
@@ -152,6 +163,7 @@ mod tests {
             version: 3,
             size: 1 << 30,
             has_backing: false,
+            unit_bits: 12,
         };
         let tables = Tables::new(&geometry, Box::new([]), 2);
         for frame in &tables.frames {

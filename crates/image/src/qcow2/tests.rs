@@ -15,6 +15,7 @@ fn options(size: u64, cluster_bits: u32, order: u32, version: u32) -> CreateOpti
         lazy_refcounts: false,
         backing: None,
         compression: Compression::Zlib,
+        extended_l2: false,
     }
 }
 
@@ -92,15 +93,19 @@ fn judge(directory: &Path, image: &[u8], model: &[u8], what: &str) {
 }
 
 fn one_run(seed: u64, cluster_bits: u32, order: u32, version: u32, with_backing: bool) {
-    let what = format!(
-        "seed {seed} cluster_bits {cluster_bits} order {order} v{version} backing {with_backing}"
-    );
+    let options = options(0, cluster_bits, order, version);
+    run_with(seed, options, with_backing);
+}
+
+fn run_with(seed: u64, mut options: CreateOptions, with_backing: bool) {
+    let what = format!("seed {seed} backing {with_backing} {options:?}");
+    let cluster_bits = options.cluster_size.trailing_zeros();
     println!("{what}");
     let mut rng = Rng(seed);
     let directory = tempfile::tempdir().unwrap();
     // Some tables' worth, but no more than goes fast.
     let size = (rng.below(40 << cluster_bits) + (300 << cluster_bits)).min(6 << 20) / 512 * 512;
-    let mut options = options(size, cluster_bits, order, version);
+    options.size = size;
     let mut backing = Vec::new();
     if with_backing {
         backing = pattern(&mut rng, size * 3 / 4 / 512 * 512);
@@ -171,6 +176,24 @@ fn random_runs_with_64_kib_clusters() {
 #[test]
 fn random_runs_with_2_mib_clusters() {
     runs(21, [1, 4]);
+}
+
+#[test]
+fn random_runs_with_subclusters() {
+    for (cluster_bits, orders) in [(14, [4, 0]), (16, [4, 6]), (17, [3, 4]), (21, [4, 1])] {
+        let seed = 5000 + u64::from(cluster_bits) * 10;
+        for (seed, order, backing) in [
+            (seed, orders[0], false),
+            (seed + 1, orders[1], true),
+            (seed + 2, orders[0], true),
+        ] {
+            let options = CreateOptions {
+                extended_l2: true,
+                ..options(0, cluster_bits, order, 3)
+            };
+            run_with(seed, options, backing);
+        }
+    }
 }
 
 /// 512-byte clusters with 64-bit refcounts: a cluster of refcount table serves 2 MiB of file.

@@ -120,6 +120,7 @@ fn threads_do_not_disturb_each_other() {
         lazy_refcounts: false,
         backing: None,
         compression: Compression::Zlib,
+        extended_l2: false,
     };
     let open = OpenOptions {
         cache_bytes: Some(0),

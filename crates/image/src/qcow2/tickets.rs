@@ -1,4 +1,8 @@
-//! Allocations in flight: which guest clusters they cover, and what commit needs to know.
+//! Allocations in flight: which of the guest's clusters or subclusters they cover, and what commit needs
+//! to know. *Units* are clusters, or subclusters where the image has them.
+//!
+//! Allocations of different subclusters of one new cluster share its host cluster, the
+//! [`Birth`]: the first commit makes it the guest's, and the last abort gives it back.
 
 use super::cache::KEY_TICKET;
 use super::state::Deref;
@@ -11,19 +15,36 @@ const TICKETS_MAX: usize = 1024;
 /// One allocation between its plan and its commit or abort.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pending {
-    /// First guest cluster.
+    /// First unit.
     pub(super) start: u64,
-    /// Guest and host clusters.
+    /// Units.
     pub(super) count: u64,
     /// First host cluster.
     pub(super) host: u64,
+    /// Host clusters.
+    pub(super) clusters: u64,
     /// The L2 slice's frame, pinned.
     pub(super) l2_frame: u32,
-    /// The frame with the new clusters' refcounts, pinned; `None` when the clusters
-    /// were the guest's already (a preallocated zero cluster).
+    /// The frame with the new clusters' refcounts, pinned; `None` when the clusters were the
+    /// guest's already (a preallocated zero cluster), or when their birth has it.
     pub(super) ref_frame: Option<u32>,
     /// What the guest's clusters referred to before; its refcounts are pinned.
     pub(super) old: Option<Deref>,
+}
+
+/// A new cluster of which allocations in flight write parts.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Birth {
+    /// Guest cluster.
+    pub(super) cluster: u64,
+    /// Host cluster.
+    pub(super) host: u64,
+    /// The frame with its refcount, pinned.
+    pub(super) ref_frame: u32,
+    /// It reads as zeros where nobody wrote.
+    pub(super) zeroed: bool,
+    /// Allocations that write parts of it.
+    pub(super) users: u32,
 }
 
 #[derive(Debug)]
@@ -37,8 +58,10 @@ struct Slot {
 pub(super) struct Tickets {
     slots: Vec<Slot>,
     free: Vec<u16>,
-    /// `(first guest cluster, end, slot)`, sorted; ranges never overlap.
+    /// `(first unit, end, slot)`, sorted; ranges never overlap.
     active: Vec<(u64, u64, u16)>,
+    /// Sorted by guest cluster.
+    births: Vec<Birth>,
 }
 
 impl Tickets {
@@ -55,6 +78,7 @@ impl Tickets {
             // It fits.
             free: (0..count as u16).rev().collect(),
             active: Vec::with_capacity(count),
+            births: Vec::with_capacity(count),
         }
     }
 
@@ -81,22 +105,53 @@ impl Tickets {
         self.free.is_empty()
     }
 
-    fn after(&self, cluster: u64) -> usize {
-        self.active
-            .partition_point(|(start, _, _)| *start <= cluster)
+    fn after(&self, unit: u64) -> usize {
+        self.active.partition_point(|(start, _, _)| *start <= unit)
     }
 
-    /// The key of the allocation that covers guest cluster `cluster`.
-    pub(super) fn busy(&self, cluster: u64) -> Option<Key> {
-        let (_, end, slot) = self.active.get(self.after(cluster).checked_sub(1)?)?;
-        (cluster < *end).then(|| Self::key(self.ticket(*slot)))
+    /// The key of the allocation that covers `unit`.
+    pub(super) fn busy(&self, unit: u64) -> Option<Key> {
+        let (_, end, slot) = self.active.get(self.after(unit).checked_sub(1)?)?;
+        (unit < *end).then(|| Self::key(self.ticket(*slot)))
     }
 
-    /// The first cluster of an allocation behind `cluster`.
-    pub(super) fn next_start(&self, cluster: u64) -> u64 {
+    /// The key of the first allocation that covers any of the units from `first` to before `end`.
+    pub(super) fn busy_within(&self, first: u64, end: u64) -> Option<Key> {
+        self.busy(first).or_else(|| {
+            let (start, _, slot) = self.active.get(self.after(first))?;
+            (*start < end).then(|| Self::key(self.ticket(*slot)))
+        })
+    }
+
+    /// The first unit of an allocation behind `unit`.
+    pub(super) fn next_start(&self, unit: u64) -> u64 {
         self.active
-            .get(self.after(cluster))
+            .get(self.after(unit))
             .map_or(u64::MAX, |(start, _, _)| *start)
+    }
+
+    fn birth_at(&self, cluster: u64) -> Result<usize, usize> {
+        self.births.binary_search_by_key(&cluster, |b| b.cluster)
+    }
+
+    /// The new cluster that becomes guest cluster `cluster`.
+    pub(super) fn birth(&mut self, cluster: u64) -> Option<&mut Birth> {
+        let at = self.birth_at(cluster).ok()?;
+        self.births.get_mut(at)
+    }
+
+    /// Notes a new cluster. The caller has checked that there is none yet.
+    pub(super) fn add_birth(&mut self, birth: Birth) {
+        match self.birth_at(birth.cluster) {
+            Ok(_) => debug_assert!(false, "two new clusters for one"),
+            Err(at) => self.births.insert(at, birth),
+        }
+    }
+
+    /// Ends the birth of guest cluster `cluster`.
+    pub(super) fn take_birth(&mut self, cluster: u64) -> Option<Birth> {
+        let at = self.birth_at(cluster).ok()?;
+        Some(self.births.remove(at))
     }
 
     /// Takes a free slot. The caller has checked that there is one and that the range is free.
@@ -126,6 +181,6 @@ impl Tickets {
     /// New host clusters of the allocations in flight, as `(first, count)`.
     pub(super) fn hosts(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         let pending = self.slots.iter().filter_map(|s| s.pending);
-        pending.map(|p| (p.host, p.count))
+        pending.map(|p| (p.host, p.clusters))
     }
 }

@@ -4,19 +4,38 @@ use super::Qcow2;
 use super::entry::{COPIED, Entry, FRESH, FRESH_ZEROED};
 use super::map::Place;
 use super::state::{Ask, Deref, FRESH_TABLES_MAX, Halt, State};
+use super::subcluster::Bitmap;
 use super::tickets::{Pending, Tickets};
 use crate::{Allocation, FileId, Fill, Need, Plan, Ticket};
 use block::{GuestOffset, HostOffset};
 use std::sync::atomic::Ordering;
 
 /// Bytes of one allocation, unless a cluster is larger.
-const ALLOC_BYTES_MAX: u64 = 2 << 20;
+pub(super) const ALLOC_BYTES_MAX: u64 = 2 << 20;
 
 impl Qcow2 {
     /// The raw L2 entry of a cluster whose slice is in `frame`.
     pub(super) fn l2_raw(&self, frame: u32, index: usize) -> u64 {
         let words = self.tables.words(frame);
         words.get(index).map_or(0, |w| w.load(Ordering::Relaxed))
+    }
+
+    /// Changes an L2 entry in `frame`. `bits` is for an extended one.
+    pub(super) fn put_entry(
+        &self,
+        st: &mut State,
+        frame: u32,
+        index: usize,
+        raw: u64,
+        bits: Bitmap,
+    ) {
+        let g = &self.geometry;
+        if g.extended() {
+            let words = [raw, bits.raw()];
+            st.cache.set_pair(&self.tables, g, frame, 2 * index, words);
+        } else {
+            st.cache.set(&self.tables, g, frame, index, raw);
+        }
     }
 
     /// Gives L1 entry `place.l1` a table if it has none, and sees to it that the table may be changed.
@@ -63,7 +82,7 @@ impl Qcow2 {
     pub(super) fn plan_allocating(&self, st: &mut State, at: GuestOffset, len: u64) -> Ask<Plan> {
         let g = &self.geometry;
         let cluster = at.0 >> g.cluster_bits;
-        if let Some(key) = st.tickets.busy(cluster) {
+        if let Some(key) = st.tickets.busy(at.0 >> g.unit_bits) {
             return Err(Halt::Wait(key));
         }
         st.admit()?;
@@ -76,7 +95,10 @@ impl Qcow2 {
         let frame = self.l2_frame(st, &place)?;
         // It must not leave while the rest is looked for, nor before the commit.
         st.cache.pin(frame);
-        let plan = self.plan_at(st, at, len, frame, &place);
+        let plan = match g.extended() {
+            true => self.plan_at_extended(st, at, len, frame, &place),
+            false => self.plan_at(st, at, len, frame, &place),
+        };
         match &plan {
             Ok(Plan::Allocate(_)) => {}
             _ => st.cache.unpin(frame),
@@ -100,7 +122,7 @@ impl Qcow2 {
         // How many clusters the caller's bytes touch, within what one allocation may be.
         let want = ((at.0 + len - 1) >> g.cluster_bits) - cluster + 1;
         let want = want
-            .min((g.slice_words() - place.index) as u64)
+            .min((g.slice_entries() - place.index) as u64)
             .min((ALLOC_BYTES_MAX >> g.cluster_bits).max(1))
             .min(st.tickets.next_start(cluster) - cluster);
         let like = |same: &dyn Fn(u64, Entry) -> bool| {
@@ -146,6 +168,7 @@ impl Qcow2 {
                     start: cluster,
                     count,
                     host: host >> g.cluster_bits,
+                    clusters: count,
                     l2_frame: frame,
                     ref_frame: None,
                     old: None,
@@ -186,6 +209,7 @@ impl Qcow2 {
             start: cluster,
             count: piece.count,
             host: piece.first,
+            clusters: piece.count,
             l2_frame: frame,
             ref_frame: Some(piece.frame),
             old,
@@ -193,7 +217,9 @@ impl Qcow2 {
         self.ticket(st, pending, at, len, fill, piece.zeroed)
     }
 
-    fn ticket(
+    /// The plan for an allocation. Its first byte is in the first host cluster where it is in
+    /// its guest cluster.
+    pub(super) fn ticket(
         &self,
         st: &mut State,
         pending: Pending,
@@ -208,8 +234,9 @@ impl Qcow2 {
             debug_assert!(false, "the table of allocations overflowed");
             return Err(Halt::Busy);
         };
-        let start = pending.start << g.cluster_bits;
-        let bytes = pending.count << g.cluster_bits;
+        let start = pending.start << g.unit_bits;
+        let bytes = pending.count << g.unit_bits;
+        let skip = start & (g.cluster() - 1);
         let write_len = len.min(start + bytes - at.0);
         // A tail behind the disk's end needs no care: nobody can read it before the
         // disk grows, and it is filled like the rest.
@@ -218,7 +245,7 @@ impl Qcow2 {
             ticket,
             key: Tickets::key(ticket),
             file: FileId::IMAGE,
-            host: HostOffset(pending.host << g.cluster_bits),
+            host: HostOffset((pending.host << g.cluster_bits) + skip),
             start: GuestOffset(start),
             len: bytes,
             write_len,
@@ -234,22 +261,25 @@ impl Qcow2 {
             return;
         };
         let g = &self.geometry;
+        if g.extended() && pending.ref_frame.is_none() {
+            return self.end_part(st, &pending, commit);
+        }
         if commit {
-            let first = self.place(pending.start).index;
-            for i in 0..pending.count {
+            let first = self.place(pending.start >> g.cluster_unit_bits()).index;
+            for i in 0..pending.clusters {
                 let cluster = pending.host + i;
                 if let Some(frame) = pending.ref_frame {
                     self.set_refcount(st, frame, cluster, 1);
                 }
                 let raw = cluster << g.cluster_bits | COPIED;
-                st.cache
-                    .set(&self.tables, g, pending.l2_frame, first + i as usize, raw);
+                let index = first + i as usize;
+                self.put_entry(st, pending.l2_frame, index, raw, Bitmap::ALLOCATED);
             }
             st.ordered = true;
         } else if pending.ref_frame.is_some() {
             st.space.add(super::alloc::Run {
                 first: pending.host,
-                count: pending.count,
+                count: pending.clusters,
                 // Parts may have been written.
                 zeroed: false,
             });

@@ -15,15 +15,16 @@
 use super::Qcow2;
 use super::entry::{COPIED, Entry, OFFSET_MASK, SECTOR, ZERO};
 use super::state::{Ask, Deref, Halt, State};
+use super::subcluster::Bitmap;
 use crate::{FileId, ZeroMode, ZeroPlan};
 use block::{GuestOffset, HostOffset};
 
 /// What becomes of one whole cluster.
-enum Change {
+pub(super) enum Change {
     /// Nothing: it is as wanted.
     Keep,
-    /// The entry becomes this, and the old clusters are dereferenced.
-    To(u64, Option<Deref>),
+    /// The entry becomes this (the bitmap is for an extended one), and the old clusters are dereferenced.
+    To(u64, Bitmap, Option<Deref>),
     /// The answer is another than a change of the table.
     Other(ZeroPlan),
 }
@@ -38,12 +39,13 @@ impl Qcow2 {
     ) -> Ask<ZeroPlan> {
         let g = &self.geometry;
         let cluster = at.0 >> g.cluster_bits;
-        if let Some(key) = st.tickets.busy(cluster) {
-            return Err(Halt::Wait(key));
-        }
         let end = at.0 + len;
         let cluster_end = ((cluster + 1) << g.cluster_bits).min(g.size);
         let whole = at.0 == cluster << g.cluster_bits && end >= cluster_end;
+        let busy_end = ((end.min(cluster_end) - 1) >> g.unit_bits) + 1;
+        if let Some(key) = st.tickets.busy_within(at.0 >> g.unit_bits, busy_end) {
+            return Err(Halt::Wait(key));
+        }
         let discard = mode == ZeroMode::Discard;
         let place = self.place(cluster);
         let table = g
@@ -58,6 +60,9 @@ impl Qcow2 {
             let part = len.min(cluster_end - at.0);
             if discard {
                 return Ok(ZeroPlan::Skip { len: part });
+            }
+            if g.extended() {
+                return self.zero_subclusters(st, at, part, table != 0);
             }
             if table == 0 {
                 return Ok(ZeroPlan::Write { len: part });
@@ -88,19 +93,22 @@ impl Qcow2 {
             Entry::Zero { .. } => ZeroPlan::Skip { len },
             Entry::Unallocated if !g.has_backing => ZeroPlan::Skip { len },
             Entry::Data { host, copied: true } if place.raw & COPIED != 0 => {
-                let offset = host + (at.0 & (g.cluster() - 1));
-                if (offset | len).is_multiple_of(SECTOR) {
-                    ZeroPlan::Host {
-                        file: FileId::IMAGE,
-                        offset: HostOffset(offset),
-                        len,
-                    }
-                } else {
-                    ZeroPlan::Write { len }
-                }
+                Self::zero_in_place(host + (at.0 & (g.cluster() - 1)), len)
             }
             _ => ZeroPlan::Write { len },
         })
+    }
+
+    /// The plan for zeroing bytes that are the guest's own at `offset`.
+    pub(super) fn zero_in_place(offset: u64, len: u64) -> ZeroPlan {
+        match (offset | len).is_multiple_of(SECTOR) {
+            true => ZeroPlan::Host {
+                file: FileId::IMAGE,
+                offset: HostOffset(offset),
+                len,
+            },
+            false => ZeroPlan::Write { len },
+        }
     }
 
     fn change(&self, entry: Entry, raw: u64, mode: ZeroMode, len: u64) -> Change {
@@ -114,17 +122,10 @@ impl Qcow2 {
             Entry::Unallocated => None,
             Entry::Zero { host: Some(_), .. } if keep => return Change::Keep,
             Entry::Data { copied: true, .. } if keep && flag => {
-                return Change::To(raw | ZERO, None);
+                return Change::To(raw | ZERO, Bitmap::NONE, None);
             }
             Entry::Data { host, copied: true } if !flag && (keep || g.has_backing && !discard) => {
-                return Change::Other(match len % SECTOR {
-                    0 => ZeroPlan::Host {
-                        file: FileId::IMAGE,
-                        offset: HostOffset(host),
-                        len,
-                    },
-                    _ => ZeroPlan::Write { len },
-                });
+                return Change::Other(Self::zero_in_place(host, len));
             }
             Entry::Data { host, .. }
             | Entry::Zero {
@@ -133,8 +134,8 @@ impl Qcow2 {
             Entry::Compressed { offset, len } => Some(self.compressed_clusters(offset, len)),
         };
         match (g.has_backing, flag) {
-            (false, _) => Change::To(0, old),
-            (true, true) => Change::To(ZERO, old),
+            (false, _) => Change::To(0, Bitmap::NONE, old),
+            (true, true) => Change::To(ZERO, Bitmap::NONE, old),
             (true, false) if discard => Change::Keep,
             (true, false) => Change::Other(ZeroPlan::Write { len }),
         }
@@ -160,27 +161,36 @@ impl Qcow2 {
             true => g.guest_clusters() - first,
             false => (end >> g.cluster_bits) - first,
         };
+        let free = st.tickets.next_start(at.0 >> g.unit_bits) >> g.cluster_unit_bits();
         let clusters = clusters
-            .min((g.slice_words() - place.index) as u64)
-            .min(st.tickets.next_start(first) - first);
+            .min((g.slice_entries() - place.index) as u64)
+            .min(free - first);
         let mut changed = false;
         let mut done = 0;
         let mut answer = None;
         while done < clusters {
             let index = place.index + done as usize;
-            let raw = self.l2_raw(frame, index);
             let start = (first + done) << g.cluster_bits;
             let bytes = (end - start).min(g.cluster());
-            let change = match g.decode(raw) {
-                Ok(entry) => self.change(entry, raw, mode, bytes),
-                Err(bad) => {
-                    answer = Some(Err(Halt::Fail(self.bad_l2(first + done, bad))));
+            let change = if g.extended() {
+                let cluster = self.cluster_at(frame, index, first + done);
+                cluster.map(|cluster| self.change_extended(cluster, mode))
+            } else {
+                let raw = self.l2_raw(frame, index);
+                g.decode(raw)
+                    .map(|entry| self.change(entry, raw, mode, bytes))
+                    .map_err(|bad| Halt::Fail(self.bad_l2(first + done, bad)))
+            };
+            let change = match change {
+                Ok(change) => change,
+                Err(halt) => {
+                    answer = Some(Err(halt));
                     break;
                 }
             };
             match change {
                 Change::Keep => {}
-                Change::To(to, old) => {
+                Change::To(to, bits, old) => {
                     if let Some(old) = old {
                         if let Err(halt) = st.admit().and_then(|()| self.pin_old(st, old)) {
                             answer = Some(Err(halt));
@@ -189,7 +199,7 @@ impl Qcow2 {
                         self.dereference(st, old);
                     }
                     debug_assert!(to & OFFSET_MASK == 0 || to & COPIED != 0);
-                    st.cache.set(&self.tables, g, frame, index, to);
+                    self.put_entry(st, frame, index, to, bits);
                     changed = true;
                 }
                 Change::Other(plan) => {
@@ -213,7 +223,7 @@ impl Qcow2 {
         }
     }
 
-    fn zeroed(changed: bool, len: u64) -> ZeroPlan {
+    pub(super) fn zeroed(changed: bool, len: u64) -> ZeroPlan {
         match changed {
             true => ZeroPlan::Done { len },
             false => ZeroPlan::Skip { len },

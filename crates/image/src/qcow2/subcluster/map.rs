@@ -1,0 +1,124 @@
+//! Reading the map of an image with subclusters.
+
+use super::super::Qcow2;
+use super::super::entry::{Bad, COPIED, Entry};
+use super::super::map::{Growing, STEPS_MAX};
+use super::{Cluster, Kind};
+use crate::{FileId, Plan};
+use block::{GuestOffset, HostOffset};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The two words of an entry.
+#[inline]
+fn pair(words: &[AtomicU64]) -> (u64, u64) {
+    match words {
+        [raw, bitmap] => (raw.load(Ordering::Relaxed), bitmap.load(Ordering::Relaxed)),
+        _ => (0, 0),
+    }
+}
+
+impl Qcow2 {
+    /// The extents of `words`, extended entries of one slice, from `run.next()` on. `true` when the
+    /// run may go on behind the slice.
+    pub(in super::super) fn feed_extended(
+        &self,
+        run: &mut Growing,
+        words: &[AtomicU64],
+    ) -> Result<bool, Bad> {
+        let g = &self.geometry;
+        let first = (run.next() >> g.cluster_bits) as usize & (g.slice_entries() - 1);
+        for entry in words.get(2 * first..).unwrap_or_default().chunks_exact(2) {
+            let (raw, bitmap) = pair(entry);
+            let cluster = match g.decode_extended(raw, bitmap) {
+                Ok(cluster) => cluster,
+                Err(bad) if run.len == 0 => return Err(bad),
+                Err(_) => return Ok(false),
+            };
+            let end = (run.next() | (g.cluster() - 1)) + 1;
+            while run.next() < end {
+                let skip = run.next() & (g.cluster() - 1);
+                let mut room = g.cluster() - skip;
+                let entry = match cluster {
+                    Cluster::Compressed { offset, len } => Entry::Compressed { offset, len },
+                    Cluster::Standard { host, copied, bits } => {
+                        let first = g.subcluster(skip);
+                        let (kind, count) = bits.run(first);
+                        room = (u64::from(first + count) << g.unit_bits) - skip;
+                        match (kind, host) {
+                            (Kind::Zero, host) => Entry::Zero { host, copied },
+                            (Kind::Allocated, Some(host)) => Entry::Data { host, copied },
+                            _ => Entry::Unallocated,
+                        }
+                    }
+                };
+                let room = room.min(run.want - run.len);
+                if !run.feed(entry, skip, room, g.cluster()) || run.len == run.want {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(!words.is_empty())
+    }
+
+    /// As `plan_in_place`, for subclusters that are allocated in clusters of the guest's own.
+    pub(in super::super) fn plan_in_place_extended(
+        &self,
+        at: GuestOffset,
+        len: u64,
+    ) -> Option<Plan> {
+        let g = &self.geometry;
+        let mut host = 0;
+        let mut done = 0;
+        for _ in 0..STEPS_MAX {
+            let place = self.place((at.0 + done) >> g.cluster_bits);
+            if place.raw & COPIED == 0 {
+                break;
+            }
+            let start = done;
+            let seen = self.tables.read(place.slice, |words| {
+                done = start;
+                let entries = words.get(2 * place.index..).unwrap_or_default();
+                for entry in entries.chunks_exact(2) {
+                    let (raw, bitmap) = pair(entry);
+                    let Ok(Cluster::Standard {
+                        host: Some(cluster),
+                        copied: true,
+                        bits,
+                    }) = g.decode_extended(raw, bitmap)
+                    else {
+                        return false;
+                    };
+                    let skip = (at.0 + done) & (g.cluster() - 1);
+                    let first = g.subcluster(skip);
+                    let (Kind::Allocated, count) = bits.run(first) else {
+                        return false;
+                    };
+                    if done == 0 {
+                        host = cluster + skip;
+                    } else if host + done != cluster + skip {
+                        return false;
+                    }
+                    let room = (u64::from(first + count) << g.unit_bits) - skip;
+                    done += room.min(len - done);
+                    if done == len || skip + room < g.cluster() {
+                        return false;
+                    }
+                }
+                true
+            });
+            match seen {
+                Some(true) => {}
+                Some(false) => break,
+                None => {
+                    done = start;
+                    break;
+                }
+            }
+        }
+        (done > 0).then_some(Plan::InPlace {
+            file: FileId::IMAGE,
+            offset: HostOffset(host),
+            len: done,
+        })
+    }
+}
