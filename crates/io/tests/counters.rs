@@ -1,4 +1,4 @@
-//! One submission call per batch, none when idle; neighbours merge; errors do not spread.
+//! One submission call per batch (or part of a long one), none when idle; neighbours merge; errors do not spread.
 
 mod common;
 
@@ -19,7 +19,7 @@ fn difference(now: Counters, before: Counters) -> Counters {
 }
 
 #[test]
-fn a_batch_is_submitted_with_one_call() {
+fn a_batch_is_submitted_with_few_calls() {
     for setup in SETUPS {
         let dir = scratch();
         let file = setup.file(dir.path(), 1);
@@ -35,9 +35,15 @@ fn a_batch_is_submitted_with_one_call() {
             }
             rig.finish_ok();
             let made = difference(rig.engine.counters(), before);
+            // io_uring hands a long batch over in parts of 8 steps.
+            let calls = if setup.kind == EngineKind::IoUring {
+                4
+            } else {
+                1
+            };
             assert_eq!(
                 (made.staged, made.issued, made.submit_calls, made.bounced),
-                (32, 32, 1, 0),
+                (32, 32, calls, 0),
                 "{setup:?}"
             );
             rig.clear();
