@@ -2,9 +2,10 @@
 //!
 //! ```text
 //!   kick ─▶ ready
-//!           run:   take      avail ring ─▶ walk ─▶ parse ─▶ DiskQueue::submit
-//!                  deliver   DiskQueue::done ─▶ status byte ─▶ used ring
+//!           run:   deliver   DiskQueue::done ─▶ status byte ─▶ used ring
 //!                  publish   used.idx, and one call for the batch if the driver asked for it
+//!                  take      avail ring ─▶ walk ─▶ parse ─▶ DiskQueue::submit
+//!                  deliver, publish   what ended without any I/O
 //!           idle:  notifications on, look once more
 //! ```
 //!
@@ -233,7 +234,6 @@ impl Queue {
             if !any {
                 any = true;
                 seen_ns = disk::now_ns();
-                self.ring.disable_notify();
             }
             self.free.pop();
             if !self.begin(cx, slot, head, seen_ns) {
@@ -444,7 +444,14 @@ impl Session for Queue {
     }
 
     fn run(&mut self, cx: &mut Cx) -> bool {
+        // Awake: the driver need not kick, least of all for what it adds in answer to a call.
+        self.ring.disable_notify();
         let mut any = self.deliver(cx);
+        // The driver first, which may have the next requests ready when we look for them: those
+        // would reach the device a turn later otherwise.
+        if any {
+            self.publish();
+        }
         if !self.refused.is_empty() {
             self.retry_refused(cx);
         }
@@ -469,11 +476,7 @@ impl Session for Queue {
         if self.broken || self.draining || self.free.is_empty() {
             return true;
         }
-        let quiet = self.ring.enable_notify();
-        if !quiet {
-            self.ring.disable_notify();
-        }
-        quiet
+        self.ring.enable_notify()
     }
 
     fn stop(&mut self, cx: &mut Cx) {

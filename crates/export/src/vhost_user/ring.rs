@@ -83,6 +83,8 @@ pub struct Ring {
     next_used: u16,
     /// `used.idx` as the driver sees it.
     published: u16,
+    /// The driver was last asked to notify us.
+    notify: bool,
 }
 
 // SAFETY: the pointers go to shared memory that lives as long as `memory`; one thread uses them at a time.
@@ -134,6 +136,7 @@ impl Ring {
             seen_avail: next_avail,
             next_used: 0,
             published: 0,
+            notify: true,
         };
         // The used index is nobody's but the ring's: a server that was killed left it there.
         let used_idx = ring.load(ring.used, 2, Ordering::Relaxed);
@@ -299,11 +302,17 @@ impl Ring {
         }
     }
 
-    /// Asks the driver not to notify us. With event index there is nothing to do: it notifies
-    /// when it passes `avail_event`, which stays behind until [`Ring::enable_notify`].
+    /// Asks the driver not to notify us. With event index, an index just behind what was taken is
+    /// passed only after all others (and [`Ring::enable_notify`] sets it anew long before that).
     #[inline]
     pub fn disable_notify(&mut self) {
-        if !self.event_idx {
+        if !self.notify {
+            return;
+        }
+        self.notify = false;
+        if self.event_idx {
+            self.set_avail_event(self.next_avail.wrapping_sub(1));
+        } else {
             self.store(self.used, 0, USED_F_NO_NOTIFY, Ordering::Relaxed);
         }
     }
@@ -312,6 +321,7 @@ impl Ring {
     /// of which it may not notify.
     #[inline]
     pub fn enable_notify(&mut self) -> bool {
+        self.notify = true;
         if self.event_idx {
             self.set_avail_event(self.next_avail);
         } else {
