@@ -135,6 +135,9 @@ pub struct Serve {
     /// Threads that do the I/O
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub io_threads: u16,
+    /// Never sleep while a client is connected: each of these threads takes a core for the lowest latency
+    #[arg(long)]
+    pub poll: bool,
     /// How I/O is submitted: auto, threads, native or io_uring
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<Aio>)]
     pub aio: Aio,

@@ -19,7 +19,7 @@ use disk::{Chain, ChainOptions, Disk, DiskOptions};
 use export::{
     nbd::{self, Nbd},
     vhost_user::{self, VhostUser},
-    worker::{Worker, WorkerHandle, WorkerOptions},
+    worker::{Polling, Worker, WorkerHandle, WorkerOptions},
 };
 use io::{Aio, EngineKind};
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -76,7 +76,7 @@ pub fn run(args: &args::Serve) -> Result<()> {
         served.push(Served { spec, disk });
     }
     let mut workers = Vec::new();
-    let mut outcome = start_workers(args.io_threads, engine.kind, &mut workers)
+    let mut outcome = start_workers(args, engine.kind, &mut workers)
         .and_then(|()| serve(args, &served, &workers, engine.kind, &mut signals));
     for worker in &workers {
         worker.stop();
@@ -124,9 +124,21 @@ fn open(args: &args::Serve, spec: &DiskSpec) -> Result<Chain> {
     }
 }
 
-fn start_workers(count: u16, engine: EngineKind, workers: &mut Vec<WorkerHandle>) -> Result<()> {
-    for index in 0..usize::from(count) {
-        workers.push(Worker::spawn(WorkerOptions::new(index, engine))?);
+fn start_workers(
+    args: &args::Serve,
+    engine: EngineKind,
+    workers: &mut Vec<WorkerHandle>,
+) -> Result<()> {
+    let polling = if args.poll {
+        Polling::Always
+    } else {
+        Polling::default()
+    };
+    for index in 0..usize::from(args.io_threads) {
+        workers.push(Worker::spawn(WorkerOptions {
+            polling,
+            ..WorkerOptions::new(index, engine)
+        })?);
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use block::{Error, Result};
 use disk::{Chain, ChainOptions, Disk, DiskOptions};
 use export::{
     vhost_user::{Options, VhostUser},
-    worker::{POLL_NS_MAX, Worker, WorkerOptions},
+    worker::{POLL_NS_MAX, Polling, Worker, WorkerOptions},
 };
 use image::Format;
 use io::Aio;
@@ -50,7 +50,7 @@ fn run() -> Result<()> {
     let workers = (0..threads)
         .map(|index| {
             Worker::spawn(WorkerOptions {
-                poll_max_ns: poll_ns,
+                polling: Polling::Adaptive { max_ns: poll_ns },
                 ..WorkerOptions::new(index, choice.kind)
             })
         })

@@ -4,7 +4,10 @@ mod vhost_common;
 mod vhost_frontend;
 
 use disk::DiskOptions;
-use export::vhost_user::{Options, VhostUser};
+use export::{
+    vhost_user::{Options, VhostUser},
+    worker::Polling,
+};
 use io::EngineKind;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::AsFd;
@@ -98,14 +101,14 @@ fn a_read_only_disk_offers_and_does_no_writes() {
 /// Every command once; with event index and indirect descriptors, and without.
 #[test]
 fn commands_do_what_they_say() {
-    for (features, poll_max_ns) in [
+    for (features, max_ns) in [
         (!0, 0),
         (!feature::EVENT_IDX, 16_000),
         (!feature::INDIRECT, 0),
         (!(feature::EVENT_IDX | feature::INDIRECT), 0),
     ] {
         let served = serve(What {
-            poll_max_ns,
+            polling: Polling::Adaptive { max_ns },
             ..What::default()
         });
         let setup = Setup {
@@ -152,12 +155,15 @@ fn commands_do_what_they_say() {
 #[test]
 fn storms_on_several_queues_read_what_was_written() {
     const SECTORS: u64 = 2048;
-    for (engine, poll_max_ns) in [
-        (EngineKind::Threads, 0),
-        (EngineKind::Threads, 16_000),
-        (EngineKind::Native, 0),
-        (EngineKind::IoUring, 0),
-        (EngineKind::IoUring, 16_000),
+    let adaptive = |max_ns| Polling::Adaptive { max_ns };
+    for (engine, polling) in [
+        (EngineKind::Threads, adaptive(0)),
+        (EngineKind::Threads, adaptive(16_000)),
+        (EngineKind::Native, adaptive(0)),
+        (EngineKind::Native, Polling::Always),
+        (EngineKind::IoUring, adaptive(0)),
+        (EngineKind::IoUring, adaptive(16_000)),
+        (EngineKind::IoUring, Polling::Always),
     ] {
         if let Err(error) = io::open_engine(engine, &io::EngineOptions::default()) {
             eprintln!("{engine} is not tested: {error}");
@@ -167,7 +173,7 @@ fn storms_on_several_queues_read_what_was_written() {
             workers: 2,
             engine,
             cache: io::Cache::None,
-            poll_max_ns,
+            polling,
             options: Options {
                 queues: 2,
                 ..Options::default()

@@ -3,6 +3,7 @@
 mod vhost_common;
 mod vhost_frontend;
 
+use export::worker::Polling;
 use io::EngineKind;
 use testkit::allocations::Counting;
 use vhost_common::{What, serve};
@@ -52,13 +53,13 @@ fn the_steady_state_allocates_nothing() {
             eprintln!("{engine} is not measured: {error}");
             continue;
         }
-        for poll_max_ns in [0, 16_000] {
+        for max_ns in [0, 16_000] {
             let served = serve(What {
                 spec,
                 engine,
                 // Linux AIO does nothing but O_DIRECT.
                 cache: io::Cache::None,
-                poll_max_ns,
+                polling: Polling::Adaptive { max_ns },
                 ..What::default()
             });
             let mut vm = Machine::start(&served.socket(), Setup::default()).unwrap();
@@ -70,7 +71,7 @@ fn the_steady_state_allocates_nothing() {
                 batch(&mut vm);
             }
             let count = ALLOCATOR.count() - before;
-            assert_eq!(count, 0, "{engine}, {spec:?}, polling {poll_max_ns} ns");
+            assert_eq!(count, 0, "{engine}, {spec:?}, polling {max_ns} ns");
         }
     }
 }

@@ -15,8 +15,28 @@ use std::{
     time::Duration,
 };
 
-/// The default of [`WorkerOptions::poll_max_ns`].
+/// Nanoseconds of [`Polling::default`].
 pub const POLL_NS_MAX: u64 = 16_000;
+
+/// When a worker looks for work again rather than sleeping until it is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Polling {
+    /// While the next event mostly comes within so many nanoseconds; 0: never.
+    Adaptive {
+        /// The longest look, in nanoseconds.
+        max_ns: u64,
+    },
+    /// As long as it has a session: a core for the lowest latency.
+    Always,
+}
+
+impl Default for Polling {
+    fn default() -> Self {
+        Polling::Adaptive {
+            max_ns: POLL_NS_MAX,
+        }
+    }
+}
 
 /// Calls that may wait in a mailbox: far more than control threads make, so that only
 /// a stuck worker ever refuses one.
@@ -31,8 +51,8 @@ pub struct WorkerOptions {
     pub engine: EngineKind,
     /// How that engine is made.
     pub engine_options: EngineOptions,
-    /// Nanoseconds that it looks for work before it sleeps, at most; 0 never looks.
-    pub poll_max_ns: u64,
+    /// When it polls.
+    pub polling: Polling,
 }
 
 impl WorkerOptions {
@@ -42,7 +62,7 @@ impl WorkerOptions {
             index,
             engine: kind,
             engine_options: EngineOptions::default(),
-            poll_max_ns: POLL_NS_MAX,
+            polling: Polling::default(),
         }
     }
 }
@@ -148,7 +168,7 @@ impl Worker {
         Ok(Self {
             cx: Cx::new(engine, shared.waker.clone(), shared.index),
             shared,
-            poll: Poll::new(options.poll_max_ns),
+            poll: Poll::new(options.polling),
             events,
             calls: Vec::new(),
             stopping: false,
@@ -197,9 +217,10 @@ impl Worker {
     fn turn(&mut self, worked: bool) {
         let ending =
             self.stopping && self.cx.session_count() == 0 && self.cx.engine.in_flight() == 0;
-        let waker = &self.shared.waker;
         let mut sleeps = false;
-        if !ending && !Self::polls_on(&mut self.poll, worked) && self.cx.idle() {
+        let asleep = !ending && !self.polls_on(worked) && self.cx.idle();
+        let waker = &self.shared.waker;
+        if asleep {
             sleeps = waker.prepare_sleep();
             if sleeps {
                 self.poll.sleeps();
@@ -230,15 +251,18 @@ impl Worker {
         }
     }
 
-    fn polls_on(poll: &mut Poll, worked: bool) -> bool {
-        if poll.off() {
-            return false;
+    fn polls_on(&mut self, worked: bool) -> bool {
+        match self.poll.fixed() {
+            // With nobody to look for, even who polls for ever sleeps.
+            Some(always) => always && self.cx.session_count() > 0,
+            None => {
+                let now_ns = now_ns();
+                if worked {
+                    self.poll.active(now_ns);
+                }
+                self.poll.goes_on(now_ns)
+            }
         }
-        let now_ns = now_ns();
-        if worked {
-            poll.active(now_ns);
-        }
-        poll.goes_on(now_ns)
     }
 }
 

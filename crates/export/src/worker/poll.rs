@@ -1,5 +1,7 @@
 //! How long to look for work before sleeping.
 
+use super::Polling;
+
 /// Smallest budget worth the two clock readings that it costs.
 const POLL_NS_MIN: u64 = 2_000;
 
@@ -12,6 +14,7 @@ const POLL_NS_MIN: u64 = 2_000;
 #[derive(Debug)]
 pub(super) struct Poll {
     max_ns: u64,
+    always: bool,
     budget_ns: u64,
     /// When the thread last had something to do.
     active_ns: u64,
@@ -19,19 +22,24 @@ pub(super) struct Poll {
 }
 
 impl Poll {
-    /// A budget of at most `max_ns` nanoseconds; 0 never polls.
-    pub(super) fn new(max_ns: u64) -> Self {
+    /// Nothing learned yet.
+    pub(super) fn new(polling: Polling) -> Self {
+        let (max_ns, always) = match polling {
+            Polling::Adaptive { max_ns } => (max_ns, false),
+            Polling::Always => (0, true),
+        };
         Self {
             max_ns,
+            always,
             budget_ns: 0,
             active_ns: 0,
             slept: false,
         }
     }
 
-    /// Whether polling is off altogether, so that no clock need be read.
-    pub(super) fn off(&self) -> bool {
-        self.max_ns == 0
+    /// Whether to poll where that does not depend on events, so that no clock need be read.
+    pub(super) fn fixed(&self) -> Option<bool> {
+        (self.max_ns == 0).then_some(self.always)
     }
 
     /// Something happened at `now_ns`.
@@ -88,7 +96,7 @@ mod tests {
 
     #[test]
     fn learns_that_polling_pays_and_that_it_does_not() {
-        let mut poll = Poll::new(16_000);
+        let mut poll = Poll::new(Polling::Adaptive { max_ns: 16_000 });
         let mut now = 1_000_000;
         // Events every 5 µs: after a few sleeps it polls for each.
         assert!(!play(&mut poll, &mut now, 5_000, 20).1);
@@ -100,9 +108,11 @@ mod tests {
 
     #[test]
     fn polls_never_when_off() {
-        let mut poll = Poll::new(0);
+        let mut poll = Poll::new(Polling::Adaptive { max_ns: 0 });
         let mut now = 0;
-        assert!(poll.off());
+        assert_eq!(poll.fixed(), Some(false));
+        assert_eq!(Poll::new(Polling::Always).fixed(), Some(true));
+        assert_eq!(Poll::new(Polling::default()).fixed(), None);
         assert_eq!(play(&mut poll, &mut now, 1_000, 50), (0, true));
     }
 }

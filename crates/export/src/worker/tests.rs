@@ -54,9 +54,9 @@ struct Rig {
     id: SessionId,
 }
 
-fn rig(poll_max_ns: u64) -> Rig {
+fn rig(max_ns: u64) -> Rig {
     let worker = Worker::spawn(WorkerOptions {
-        poll_max_ns,
+        polling: Polling::Adaptive { max_ns },
         ..WorkerOptions::new(0, EngineKind::Threads)
     })
     .unwrap();
@@ -92,8 +92,8 @@ fn rig(poll_max_ns: u64) -> Rig {
 
 #[test]
 fn events_reach_their_session() {
-    for poll_max_ns in [0, POLL_NS_MAX] {
-        let rig = rig(poll_max_ns);
+    for max_ns in [0, POLL_NS_MAX] {
+        let rig = rig(max_ns);
         for turn in 1..=200u64 {
             rig.fd.write().unwrap();
             assert_eq!(rig.sums.recv().unwrap(), turn);
@@ -133,6 +133,93 @@ fn a_failed_builder_leaves_no_session() {
     rig.worker.stop();
 }
 
+/// Waits until the CPU time of the worker's thread does not grow any more: the figure, not the
+/// time, decides.
+fn settles(worker: &WorkerHandle) {
+    let thread = worker
+        .call_wait(|_| rustix::thread::gettid().as_raw_nonzero().get())
+        .unwrap();
+    let cpu_ns = || {
+        let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).unwrap();
+        let mut fields = stat.split_whitespace();
+        fields.next().unwrap().parse::<u64>().unwrap()
+    };
+    let mut last = cpu_ns();
+    let settled = (0..200).any(|_| {
+        std::thread::sleep(Duration::from_millis(5));
+        let now = cpu_ns();
+        let still = now == last;
+        last = now;
+        still
+    });
+    assert!(settled, "the worker burns a core at rest");
+}
+
+/// Looks at what another thread stores, which tells nobody.
+struct Looker {
+    value: Arc<AtomicU64>,
+    out: mpsc::Sender<u64>,
+    last: u64,
+}
+
+impl Session for Looker {
+    fn ready(&mut self, _cx: &mut Cx, _key: u32) {}
+
+    fn completed(&mut self, _cx: &mut Cx, _completion: &Completion) {}
+
+    fn run(&mut self, cx: &mut Cx) -> bool {
+        let value = self.value.load(Ordering::SeqCst);
+        if value == self.last {
+            return false;
+        }
+        self.last = value;
+        let _ = self.out.send(value);
+        if value == u64::MAX {
+            cx.close();
+        }
+        true
+    }
+}
+
+#[test]
+fn one_that_always_polls_needs_no_notification_and_sleeps_without_sessions() {
+    for engine in [EngineKind::Threads, EngineKind::Native, EngineKind::IoUring] {
+        let worker = Worker::spawn(WorkerOptions {
+            polling: Polling::Always,
+            ..WorkerOptions::new(0, engine)
+        });
+        let worker = match worker {
+            Ok(worker) => worker,
+            Err(error) => {
+                eprintln!("{engine} is not tested: {error}");
+                continue;
+            }
+        };
+        settles(&worker);
+        let value = Arc::new(AtomicU64::new(0));
+        let (out, seen) = mpsc::channel();
+        let of_session = value.clone();
+        worker
+            .call_wait(move |cx| {
+                cx.add(|_| {
+                    Ok(Looker {
+                        value: of_session,
+                        out,
+                        last: 0,
+                    })
+                })
+            })
+            .unwrap()
+            .unwrap();
+        for next in [1, 2, 3, u64::MAX] {
+            value.store(next, Ordering::SeqCst);
+            assert_eq!(seen.recv_timeout(Duration::from_secs(20)), Ok(next));
+        }
+        settles(&worker);
+        worker.stop();
+    }
+}
+
 #[test]
 fn a_sleeping_worker_runs_nothing_and_a_wake_runs_all() {
     let rig = rig(POLL_NS_MAX);
@@ -147,27 +234,7 @@ fn a_sleeping_worker_runs_nothing_and_a_wake_runs_all() {
             std::thread::yield_now();
         }
     }
-    // The CPU time of the worker does not grow while it sleeps.
-    let clock = rig
-        .worker
-        .call_wait(|_| rustix::thread::gettid().as_raw_nonzero().get())
-        .unwrap();
-    let ticks = || {
-        let stat = std::fs::read_to_string(format!("/proc/self/task/{clock}/schedstat")).unwrap();
-        let mut fields = stat.split_whitespace();
-        let cpu_ns: u64 = fields.next().unwrap().parse().unwrap();
-        cpu_ns
-    };
-    // Wait for it to settle, then look over a while: the figure, not the time, decides.
-    let mut last = ticks();
-    let settled = (0..200).any(|_| {
-        std::thread::sleep(Duration::from_millis(5));
-        let now = ticks();
-        let still = now == last;
-        last = now;
-        still
-    });
-    assert!(settled, "the worker burns a core at rest");
+    settles(&rig.worker);
     rig.worker.stop();
 }
 

@@ -5,7 +5,7 @@
 use disk::{Chain, ChainOptions, Disk, DiskOptions};
 use export::{
     vhost_user::{Options, Server, VhostUser},
-    worker::{Worker, WorkerHandle, WorkerOptions},
+    worker::{Polling, Worker, WorkerHandle, WorkerOptions},
 };
 use image::Format;
 use io::{Cache, EngineKind};
@@ -30,7 +30,7 @@ pub struct What<'a> {
     pub workers: usize,
     pub engine: EngineKind,
     pub cache: Cache,
-    pub poll_max_ns: u64,
+    pub polling: Polling,
     pub disk: DiskOptions,
     pub options: Options,
 }
@@ -43,7 +43,7 @@ impl Default for What<'_> {
             workers: 1,
             engine: EngineKind::Threads,
             cache: Cache::Writeback,
-            poll_max_ns: 0,
+            polling: Polling::Adaptive { max_ns: 0 },
             disk: DiskOptions::default(),
             options: Options {
                 serial: "test".into(),
@@ -76,7 +76,7 @@ pub fn serve(what: What<'_>) -> Served {
     let workers = (0..what.workers)
         .map(|index| {
             Worker::spawn(WorkerOptions {
-                poll_max_ns: what.poll_max_ns,
+                polling: what.polling,
                 ..WorkerOptions::new(index, what.engine)
             })
             .unwrap()
