@@ -39,7 +39,8 @@ pub struct Create {
     /// Options of the format, as key=value,…: `-o help` lists them
     #[arg(short, long = "option", value_name = "K=V,…")]
     pub options: Vec<String>,
-    /// The new image shows what BASE holds wherever it was not written
+    /// The new image shows what BASE holds wherever it was not written. It gets subclusters, which
+    /// make small writes cheap, unless -o extended_l2=off says otherwise
     #[arg(short, long, value_name = "BASE", requires = "backing_format")]
     pub backing: Option<String>,
     /// Format of BASE

@@ -45,7 +45,9 @@ pub fn run(args: &args::Create) -> Result<()> {
     options.qcow2.backing = backing
         .as_ref()
         .map(|(name, format)| (name.clone(), format.name().to_owned()));
+    let mut chosen = false;
     if format == Format::Qcow2 {
+        chosen = options.choose();
         // Before the file is touched.
         options.qcow2.validate()?;
     }
@@ -59,9 +61,19 @@ pub fn run(args: &args::Create) -> Result<()> {
     if format == Format::Qcow2 {
         let cluster = size::human(options.qcow2.cluster_size);
         line.push_str(&format!(", clusters of {cluster}"));
+        if options.qcow2.extended_l2 {
+            let part = size::human(options.qcow2.subcluster_size());
+            line.push_str(&format!(" with subclusters of {part}"));
+        }
     }
     if let Some((name, format)) = &backing {
         line.push_str(&format!(", on {name} ({format})"));
+    }
+    if chosen {
+        line.push_str(
+            "\nsubclusters make small writes to an overlay cheap; QEMU reads them from 5.2 on \
+             (without them: -o extended_l2=off)",
+        );
     }
     crate::print(&format!("{line}\n"))?;
     warn_of_policy(&args.file, backing.is_some());

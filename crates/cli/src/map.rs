@@ -181,7 +181,10 @@ fn one(chain: &Chain, driver: &mut Driver, start: u64, len: u64) -> Result<Entry
             }
         }
         ExtentKind::Compressed(_) => entry.compressed = true,
-        ExtentKind::Zero { .. } => (entry.zero, entry.data) = (true, false),
+        ExtentKind::Zero { host } => {
+            (entry.zero, entry.data) = (true, false);
+            entry.offset = host.map(|(_, offset)| offset.0);
+        }
         ExtentKind::Unallocated => {
             (entry.present, entry.zero, entry.data) = (false, true, false);
         }

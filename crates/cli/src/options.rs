@@ -4,11 +4,11 @@ use anyhow::{Result, anyhow, bail};
 use block::size;
 use image::{
     Format,
-    qcow2::{Compression, CreateOptions},
+    qcow2::{self, Compression, CreateOptions},
 };
 
 /// Options of each format, with what they may be.
-const QCOW2: [(&str, &str); 8] = [
+const QCOW2: [(&str, &str); 9] = [
     ("backing_file", "name of the backing file (as -b)"),
     ("backing_fmt", "its format (as -F)"),
     ("cluster_size", "512 to 2M, a power of two [64K]"),
@@ -17,6 +17,11 @@ const QCOW2: [(&str, &str); 8] = [
         "0.10 (version 2) or 1.1 (version 3, also v3) [1.1]",
     ),
     ("compression_type", "zlib or zstd [zlib]"),
+    (
+        "extended_l2",
+        "on or off: 32 subclusters to a cluster of 16K or more, for cheap small writes;\n\
+         \x20                   QEMU knows it from 5.2 on [on with a backing file where it is possible, else off]",
+    ),
     ("lazy_refcounts", "on or off [off]"),
     ("preallocation", "off"),
     ("refcount_bits", "1 to 64, a power of two [16]"),
@@ -24,13 +29,12 @@ const QCOW2: [(&str, &str); 8] = [
 const RAW: [(&str, &str); 1] = [("preallocation", "off, falloc or full [off]")];
 
 /// Options of qemu-img that no code here implements yet: refused by name.
-const LATER: [&str; 7] = [
+const LATER: [&str; 6] = [
     "data_file",
     "data_file_raw",
     "encryption",
     "encrypt.format",
     "encrypt.key-secret",
-    "extended_l2",
     "extent_size_hint",
 ];
 
@@ -55,8 +59,23 @@ pub struct Options {
     pub backing_file: Option<String>,
     /// `backing_fmt`.
     pub backing_format: Option<Format>,
+    /// `extended_l2`; where it was not said, [`Options::choose`] decides.
+    pub extended_l2: Option<bool>,
     /// For raw.
     pub preallocation: Preallocation,
+}
+
+impl Options {
+    /// Decides what was left open of a qcow2 image whose backing file is known. Returns whether it
+    /// chose subclusters: with them a small write to an overlay needs no copy of a cluster of the base.
+    pub fn choose(&mut self) -> bool {
+        let options = &mut self.qcow2;
+        let possible = options.backing.is_some()
+            && options.version >= 3
+            && options.cluster_size >= 1 << qcow2::EXTENDED_CLUSTER_BITS_MIN;
+        options.extended_l2 = self.extended_l2.unwrap_or(possible);
+        possible && self.extended_l2.is_none()
+    }
 }
 
 fn table(format: Format) -> &'static [(&'static str, &'static str)] {
@@ -140,12 +159,9 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
                 _ => return Err(wrong()),
             };
         }
+        "extended_l2" => options.extended_l2 = Some(switch(value).ok_or_else(wrong)?),
         "lazy_refcounts" => {
-            options.qcow2.lazy_refcounts = match value {
-                "on" | "yes" | "true" => true,
-                "off" | "no" | "false" => false,
-                _ => return Err(wrong()),
-            };
+            options.qcow2.lazy_refcounts = switch(value).ok_or_else(wrong)?;
         }
         "preallocation" => {
             options.preallocation = match (value, format) {
@@ -161,6 +177,15 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
         _ => options.qcow2.refcount_bits = value.parse().map_err(|_| wrong())?,
     }
     Ok(())
+}
+
+/// What `on` and `off` and their other names mean.
+fn switch(value: &str) -> Option<bool> {
+    match value {
+        "on" | "yes" | "true" => Some(true),
+        "off" | "no" | "false" => Some(false),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -186,6 +211,27 @@ mod tests {
     }
 
     #[test]
+    fn overlays_get_subclusters_unless_told_otherwise() {
+        for (text, backing, extended, chosen) in [
+            ("", true, true, true),
+            ("", false, false, false),
+            ("extended_l2=on", false, true, false),
+            ("extended_l2=off", true, false, false),
+            ("extended_l2=on", true, true, false),
+            ("cluster_size=16K", true, true, true),
+            ("cluster_size=8K", true, false, false),
+            ("compat=0.10", true, false, false),
+            // What was asked for is refused later, by its name.
+            ("cluster_size=8K,extended_l2=on", true, true, false),
+        ] {
+            let mut options = qcow2(text).unwrap();
+            options.qcow2.backing = backing.then(|| ("base".into(), "raw".into()));
+            assert_eq!(options.choose(), chosen, "{text} {backing}");
+            assert_eq!(options.qcow2.extended_l2, extended, "{text} {backing}");
+        }
+    }
+
+    #[test]
     fn says_what_there_is_instead() {
         for (text, why) in [
             (
@@ -198,7 +244,11 @@ mod tests {
             ),
             ("compat=2", "-o compat=2: it must be 0.10"),
             ("lazy_refcounts", "-o lazy_refcounts: give it as key=value"),
-            ("extended_l2=on", "-o extended_l2: not supported yet"),
+            (
+                "extended_l2=maybe",
+                "-o extended_l2=maybe: it must be on or off",
+            ),
+            ("data_file=x", "-o data_file: not supported yet"),
             (
                 "preallocation=metadata",
                 "-o preallocation=metadata: not supported yet for qcow2",

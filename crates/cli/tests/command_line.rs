@@ -56,11 +56,27 @@ fn create_says_what_it_made() {
         ),
         (
             &["-b", "a.raw", "-F", "raw", "e.qcow2"],
-            "created e.qcow2: qcow2, 10 MiB, clusters of 64 KiB, on a.raw (raw)\n",
+            "created e.qcow2: qcow2, 10 MiB, clusters of 64 KiB with subclusters of 2 KiB, on a.raw \
+             (raw)\nsubclusters make small writes to an overlay cheap; QEMU reads them from 5.2 on \
+             (without them: -o extended_l2=off)\n",
+        ),
+        (
+            &[
+                "-o",
+                "extended_l2=off",
+                "-b",
+                "a.raw",
+                "-F",
+                "raw",
+                "plain.qcow2",
+            ],
+            "created plain.qcow2: qcow2, 10 MiB, clusters of 64 KiB, on a.raw (raw)\n",
         ),
         (
             &["-b", "e.qcow2", "-F", "qcow2", "f.qcow2", "1G"],
-            "created f.qcow2: qcow2, 1 GiB, clusters of 64 KiB, on e.qcow2 (qcow2)\n",
+            "created f.qcow2: qcow2, 1 GiB, clusters of 64 KiB with subclusters of 2 KiB, on \
+             e.qcow2 (qcow2)\nsubclusters make small writes to an overlay cheap; QEMU reads them \
+             from 5.2 on (without them: -o extended_l2=off)\n",
         ),
         (
             &["-f", "raw", "-o", "preallocation=falloc", "g", "1M"],
@@ -108,7 +124,10 @@ fn new_images_are_what_qemu_makes_of_the_same_options() {
         "cluster_size=2M,refcount_bits=1",
         "compat=0.10,cluster_size=1k",
         "lazy_refcounts=on,compression_type=zstd",
-        "backing_file=base,backing_fmt=raw,refcount_bits=8",
+        "backing_file=base,backing_fmt=raw,refcount_bits=8,extended_l2=off",
+        "backing_file=base,backing_fmt=raw,extended_l2=on",
+        "extended_l2=on,cluster_size=16K",
+        "extended_l2=on,cluster_size=2M,compression_type=zstd",
         "backing_file=base,backing_fmt=raw,cluster_size=512",
     ]
     .into_iter()
@@ -149,8 +168,8 @@ fn create_refuses_what_cannot_be_and_leaves_nothing_behind() {
             "-o colour: qcow2 has no such option",
         ),
         (
-            &["-o", "extended_l2=on", "x.qcow2", "1M"],
-            "-o extended_l2: not supported yet",
+            &["-o", "extended_l2=on,cluster_size=4K", "x.qcow2", "1M"],
+            "extended_l2=on needs a cluster_size of 16 KiB",
         ),
         (
             &["-o", "compat=0.10,refcount_bits=1", "x.qcow2", "1M"],
@@ -221,6 +240,8 @@ fn info_shows_the_facts() {
     assert_eq!(value("virtual size"), Some("1 GiB (1073741824 bytes)"));
     assert_eq!(value("cluster size"), Some("64 KiB"));
     assert_eq!(value("backing file"), Some("base.raw (raw)"));
+    assert_eq!(value("extended l2"), Some("true"));
+    assert_eq!(value("subclusters"), Some("2 KiB"));
     assert!(
         value("metadata cache")
             .unwrap()
@@ -271,32 +292,32 @@ fn map_is_that_of_qemu() {
         dir,
         &["create", "-b", "base.raw", "-F", "raw", "middle.qcow2"],
     );
-    good(
-        dir,
-        &[
-            "create",
-            "-b",
-            "middle.qcow2",
-            "-F",
-            "qcow2",
-            "top.qcow2",
-            "8M",
-        ],
-    );
+    for (name, extended) in [("top", "on"), ("plain", "off")] {
+        let (option, image) = (format!("extended_l2={extended}"), format!("{name}.qcow2"));
+        let on = ["create", "-b", "middle.qcow2", "-F", "qcow2"];
+        good(dir, &[&on[..], &["-o", &option, &image, "8M"]].concat());
+    }
     qemu::io("qcow2", dir.join("middle.qcow2"), &["write -P 2 2M 100k"]);
-    qemu::io(
-        "qcow2",
-        &top,
-        &[
-            "write -P 3 0 70k",
-            "write -z -u 1088k 64k",
-            "write -c -P 4 6M 64k",
-        ],
-    );
+    let commands = [
+        "write -P 3 0 70k",
+        "write -z -u 1088k 64k",
+        // Zeros over clusters that stay.
+        "write -P 7 3M 256k",
+        "write -z 3136k 128k",
+        // Parts of clusters: each subcluster has its own state.
+        "write -P 5 1154k 4k",
+        "write -z 1164k 10k",
+        "write -P 6 1164k 512",
+        "write -c -P 4 6M 64k",
+    ];
+    for image in [&top, &dir.join("plain.qcow2")] {
+        qemu::io("qcow2", image, &commands);
+    }
     for (format, image) in [
         ("raw", "base.raw"),
         ("qcow2", "middle.qcow2"),
         ("qcow2", "top.qcow2"),
+        ("qcow2", "plain.qcow2"),
     ] {
         let mut qemu = Command::new("qemu-img");
         qemu.args(["map", "--output=json", "-f", format])
@@ -314,7 +335,7 @@ fn map_is_that_of_qemu() {
         lines[0],
         ["start", "length", "what", "file", "offset", "file"]
     );
-    assert_eq!(lines[1][..4], ["0x0", "128", "KiB", "data"]);
+    assert_eq!(lines[1][..4], ["0x0", "70", "KiB", "data"]);
     assert!(lines[1][5].ends_with("top.qcow2"));
     assert!(lines.iter().any(|l| l.contains(&"compressed")));
     assert_eq!(lines.last().unwrap()[3], "nothing");

@@ -70,7 +70,7 @@ impl DiskQueue {
                 0,
                 Extent {
                     len,
-                    kind: ExtentKind::Zero { allocated: false },
+                    kind: ExtentKind::Zero { host: None },
                 },
             ),
             Found::Next(next) => return next,
@@ -240,7 +240,7 @@ impl DiskQueue {
                     }
                 }
             }
-            ExtentKind::Zero { allocated: a } => (allocated, zero) = (a, true),
+            ExtentKind::Zero { host } => (allocated, zero) = (host.is_some(), true),
             ExtentKind::Compressed(_) => {}
             ExtentKind::Unallocated => (allocated, zero) = (false, true),
         }

@@ -183,7 +183,7 @@ fn load(key: u64) -> Step<Extent> {
 }
 
 fn zeros(len: u64) -> Step<Extent> {
-    let kind = ExtentKind::Zero { allocated: false };
+    let kind = ExtentKind::Zero { host: None };
     Step::Done(Extent { len, kind })
 }
 

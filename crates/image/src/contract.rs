@@ -117,8 +117,8 @@ pub enum ExtentKind {
     },
     /// All zeros.
     Zero {
-        /// Whether host space is allocated under them (shown by `map`).
-        allocated: bool,
+        /// Where host space is allocated under them (shown by `map`); the run is contiguous there.
+        host: Option<(FileId, HostOffset)>,
     },
     /// Inside one compressed cluster.
     Compressed(Compressed),

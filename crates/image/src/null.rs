@@ -60,7 +60,7 @@ impl Image for Null {
     fn map(&self, _: GuestOffset, len: u64) -> Result<Step<Extent>> {
         Ok(Step::Done(Extent {
             len,
-            kind: ExtentKind::Zero { allocated: false },
+            kind: ExtentKind::Zero { host: None },
         }))
     }
 
@@ -132,7 +132,7 @@ mod tests {
             null.map(GuestOffset(512), 100).unwrap(),
             Step::Done(Extent {
                 len: 100,
-                kind: ExtentKind::Zero { allocated: false }
+                kind: ExtentKind::Zero { host: None }
             })
         );
         assert_eq!(

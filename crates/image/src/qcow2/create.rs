@@ -11,6 +11,7 @@
 //! format, so a crash leaves no half of an image that looks like one.
 
 use super::extensions::{self, Extension};
+use super::subcluster::SUBCLUSTERS;
 use super::{
     Compression, EXTENDED_CLUSTER_BITS_MIN, Header, L1_BYTES_MAX, REFCOUNT_TABLE_BYTES_MAX, V2_LEN,
     V3_LEN, features,
@@ -149,6 +150,11 @@ impl CreateOptions {
             ));
         }
         Ok(())
+    }
+
+    /// Bytes of a subcluster: what `extended_l2` makes of a cluster.
+    pub fn subcluster_size(&self) -> u64 {
+        self.cluster_size / u64::from(SUBCLUSTERS)
     }
 
     /// Guest bytes that one L2 table covers.

@@ -46,7 +46,7 @@ impl Growing {
         let kind = match entry {
             Entry::Unallocated => ExtentKind::Unallocated,
             Entry::Zero { host, .. } => ExtentKind::Zero {
-                allocated: host.is_some(),
+                host: host.map(|host| (FileId::IMAGE, HostOffset(host + skip))),
             },
             Entry::Data { host, .. } => ExtentKind::Data {
                 file: FileId::IMAGE,
@@ -66,6 +66,10 @@ impl Growing {
                 (ExtentKind::Data { offset: a, .. }, ExtentKind::Data { offset: b, .. }) => {
                     a.0 + self.len == b.0
                 }
+                (
+                    ExtentKind::Zero { host: Some((_, a)) },
+                    ExtentKind::Zero { host: Some((_, b)) },
+                ) => a.0 + self.len == b.0,
                 (ExtentKind::Compressed(_), _) => false,
                 (a, b) => a == b,
             };
