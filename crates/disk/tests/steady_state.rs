@@ -115,7 +115,13 @@ fn nothing_is_allocated_and_a_batch_is_one_call() {
                 let (allocations, calls) = measure(path, format, kind, op, 50);
                 let what = format!("{op:?} of {format} with {kind}");
                 assert_eq!(allocations, 0, "{what} allocates");
-                assert!(calls <= 1.0, "{what}: {calls} submission calls per batch");
+                // io_uring is handed a batch of 32 in parts of 8, so that the device can begin.
+                let parts = if kind == EngineKind::IoUring {
+                    4.0
+                } else {
+                    1.0
+                };
+                assert!(calls <= parts, "{what}: {calls} submission calls per batch");
             }
         }
     }
