@@ -181,6 +181,7 @@ fn one(chain: &Chain, driver: &mut Driver, start: u64, len: u64) -> Result<Entry
             }
         }
         ExtentKind::Compressed(_) => entry.compressed = true,
+        ExtentKind::Untouched => {}
         ExtentKind::Zero { host } => {
             (entry.zero, entry.data) = (true, false);
             entry.offset = host.map(|(_, offset)| offset.0);

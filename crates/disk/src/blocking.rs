@@ -280,6 +280,7 @@ impl Driver {
                     read_padded(&*self.file(depth, file)?, offset, part)?;
                 }
                 ExtentKind::Zero { .. } => part.fill(0),
+                ExtentKind::Untouched => {}
                 ExtentKind::Compressed(packed) => self.unpack(depth, &packed, part)?,
                 ExtentKind::Unallocated => self.read_from(depth + 1, at, part)?,
             }

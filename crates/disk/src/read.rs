@@ -92,6 +92,7 @@ impl DiskQueue {
             ExtentKind::Zero { .. } | ExtentKind::Unallocated => {
                 memory::zero(self.slots[index as usize].iov.get(), pos, extent.len);
             }
+            ExtentKind::Untouched => {}
             ExtentKind::Compressed(cluster) => {
                 self.slots[index as usize].all_zero = false;
                 if !self.read_compressed(engine, index, layer, cluster, pos, extent.len) {
@@ -241,7 +242,7 @@ impl DiskQueue {
                 }
             }
             ExtentKind::Zero { host } => (allocated, zero) = (host.is_some(), true),
-            ExtentKind::Compressed(_) => {}
+            ExtentKind::Compressed(_) | ExtentKind::Untouched => {}
             ExtentKind::Unallocated => (allocated, zero) = (false, true),
         }
         StatusExtent {

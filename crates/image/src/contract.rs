@@ -124,6 +124,8 @@ pub enum ExtentKind {
     Compressed(Compressed),
     /// Not in this image: the backing image has them, or they are zeros where there is none.
     Unallocated,
+    /// Nothing: a read leaves its memory as it is. Only of `null:SIZE?read-zeroes=off`.
+    Untouched,
 }
 
 /// A compressed cluster, and where in it a run begins.

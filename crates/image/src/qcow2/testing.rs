@@ -264,6 +264,7 @@ impl Driver {
                 ExtentKind::Data { offset, .. } => {
                     out.extend(super::close::read_short(&self.file, offset.0, n)?);
                 }
+                ExtentKind::Untouched => panic!("qcow2 has no such extents"),
                 ExtentKind::Zero { .. } => out.resize(out.len() + n, 0),
                 ExtentKind::Unallocated => {
                     let from = (pos as usize).min(self.backing.len());
