@@ -39,7 +39,10 @@ impl Epochs {
             .push(oldest.clone());
         Member {
             oldest,
-            running: VecDeque::with_capacity(16),
+            current: 0,
+            count: 0,
+            earlier: VecDeque::with_capacity(16),
+            published: QUIET,
         }
     }
 
@@ -69,44 +72,82 @@ impl Epochs {
 }
 
 /// One queue's part; owned by its thread.
+///
+/// What it publishes is at most the epoch of its oldest request. It may lag behind when that ended, until
+/// [`Member::rest`]: a queue whose requests end one by one would publish for each otherwise.
 #[derive(Debug)]
 pub(crate) struct Member {
     oldest: Arc<Oldest>,
-    /// Epochs with requests in flight and how many, oldest first.
-    running: VecDeque<(u64, u32)>,
+    /// The epoch of the latest request, and how many of its requests are in flight.
+    current: u64,
+    count: u64,
+    /// Earlier epochs with requests in flight and how many, oldest first.
+    earlier: VecDeque<(u64, u64)>,
+    /// What `oldest` says.
+    published: u64,
 }
 
 impl Member {
     /// A request begins; returns its epoch, to be given to `leave`. Called before it maps anything.
+    #[inline]
     pub fn enter(&mut self, epochs: &Epochs) -> u64 {
         let now = epochs.now.load(Ordering::Acquire);
-        match self.running.back_mut() {
-            Some((epoch, count)) if *epoch == now => *count += 1,
-            Some(_) => self.running.push_back((now, 1)),
-            None => {
-                self.running.push_back((now, 1));
-                self.oldest.0.store(now, Ordering::SeqCst);
-                // Published before the request's first look at any mapping.
-                fence(Ordering::SeqCst);
-            }
+        if now == self.current && self.published != QUIET {
+            self.count += 1;
+        } else {
+            self.enter_new(now);
         }
         now
     }
 
+    /// The first request of an epoch, or after a rest.
+    fn enter_new(&mut self, now: u64) {
+        if self.count > 0 && now != self.current {
+            self.earlier.push_back((self.current, self.count));
+            self.count = 0;
+        }
+        self.current = now;
+        self.count += 1;
+        if self.earlier.is_empty() && self.published != now {
+            self.published = now;
+            self.oldest.0.store(now, Ordering::SeqCst);
+            // Published before the request's first look at any mapping.
+            fence(Ordering::SeqCst);
+        }
+    }
+
     /// A request of `epoch` ended.
+    #[inline]
     pub fn leave(&mut self, epoch: u64) {
-        if let Some(entry) = self.running.iter_mut().find(|(e, _)| *e == epoch) {
+        if epoch == self.current {
+            self.count -= 1;
+        } else {
+            self.leave_earlier(epoch);
+        }
+    }
+
+    fn leave_earlier(&mut self, epoch: u64) {
+        if let Some(entry) = self.earlier.iter_mut().find(|(e, _)| *e == epoch) {
             entry.1 -= 1;
         }
-        let before = self.running.front().map(|f| f.0);
-        while self.running.front().is_some_and(|f| f.1 == 0) {
-            self.running.pop_front();
+        while self.earlier.front().is_some_and(|f| f.1 == 0) {
+            self.earlier.pop_front();
         }
-        let after = self.running.front().map(|f| f.0);
-        if before != after {
-            self.oldest
-                .0
-                .store(after.unwrap_or(QUIET), Ordering::Release);
+        let oldest = self.earlier.front().map_or(self.current, |f| f.0);
+        self.publish(oldest);
+    }
+
+    fn publish(&mut self, oldest: u64) {
+        if self.published != oldest {
+            self.published = oldest;
+            self.oldest.0.store(oldest, Ordering::Release);
+        }
+    }
+
+    /// Publishes that there is no request in flight, if so: before its thread may sleep.
+    pub fn rest(&mut self) {
+        if self.count == 0 && self.earlier.is_empty() {
+            self.publish(QUIET);
         }
     }
 }
@@ -114,6 +155,39 @@ impl Member {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_published_is_never_younger_than_a_request() {
+        // Every order of begins, ends, rests and new epochs, against a plain list of what is in flight.
+        let mut random = 7u64;
+        let epochs = Epochs::default();
+        let mut member = epochs.join();
+        let mut running: Vec<u64> = Vec::new();
+        for step in 0..20_000 {
+            random = random.wrapping_mul(6364136223846793005).wrapping_add(1);
+            match random >> 60 {
+                0..=5 => running.push(member.enter(&epochs)),
+                6..=12 if !running.is_empty() => {
+                    let at = (random >> 20) as usize % running.len();
+                    member.leave(running.swap_remove(at));
+                }
+                13 => member.rest(),
+                14 => {
+                    epochs.end();
+                }
+                _ => {}
+            }
+            let oldest = running.iter().min().copied();
+            let said = member.oldest.0.load(Ordering::SeqCst);
+            match oldest {
+                Some(oldest) => assert!(said <= oldest, "step {step}: {said} > {oldest}"),
+                None => {
+                    member.rest();
+                    assert_eq!(member.oldest.0.load(Ordering::SeqCst), QUIET);
+                }
+            }
+        }
+    }
 
     #[test]
     fn an_epoch_passes_when_its_requests_ended() {
@@ -131,8 +205,11 @@ mod tests {
         assert!(epochs.passed(freed), "later requests do not hold it up");
         let freed = epochs.end();
         a.leave(second);
+        a.rest();
         assert!(!epochs.passed(freed));
         b.leave(other);
+        assert!(!epochs.passed(freed), "said at the end of a turn");
+        b.rest();
         assert!(epochs.passed(freed));
         epochs.leave(&a);
         epochs.leave(&b);

@@ -242,11 +242,15 @@ impl DiskQueue {
             ..Stamps::default()
         };
         slot.error = checked.err();
+        let id = slot.id(index);
         self.start(engine, index);
-        // Read anew for each: mapping is what differs between requests of a batch.
         let slot = &mut self.slots[index as usize];
-        slot.stamps.mapped = now_ns();
-        self.batch.push(slot.id(index));
+        // What ended at once was mapped when it ended, and needs no look at the clock.
+        if slot.generation == id.generation {
+            // Read anew for each: mapping is what differs between requests of a batch.
+            slot.stamps.mapped = now_ns();
+            self.batch.push(id);
+        }
         Ok(())
     }
 
@@ -381,6 +385,7 @@ impl DiskQueue {
                 break;
             }
         }
+        self.epochs.rest();
         self.advance_retired(engine);
         if !self.batch.is_empty() {
             let now = self.now();
