@@ -23,6 +23,7 @@ mod config;
 mod device;
 mod guard;
 mod inflight;
+mod lookahead;
 mod memory;
 mod queue;
 mod request;

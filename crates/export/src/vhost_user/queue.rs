@@ -15,6 +15,7 @@
 use super::{
     chain::Chain,
     inflight::Inflight,
+    lookahead::Lookahead,
     memory::{self, GuestMemory},
     request::{self, Limits, SEGMENTS_MAX, Segment, Task},
     ring::{Ring, RingAddresses},
@@ -98,6 +99,7 @@ impl Slot {
 pub(super) struct Queue {
     index: usize,
     ring: Ring,
+    lookahead: Lookahead,
     /// There until the queue has stopped.
     disk: Option<DiskQueue>,
     limits: Limits,
@@ -155,6 +157,7 @@ impl Queue {
         Ok(Self {
             index: setup.index,
             ring,
+            lookahead: Lookahead::default(),
             disk: Some(disk),
             limits: setup.limits,
             slots: (0..setup.size).map(|_| Slot::new()).collect(),
@@ -216,6 +219,7 @@ impl Queue {
         let mut any = false;
         let mut seen_ns = 0;
         while let Some(&slot) = self.free.last() {
+            self.lookahead.advance(&self.ring);
             let head = match self
                 .resume
                 .pop()

@@ -156,6 +156,25 @@ impl Ring {
         self.size
     }
 
+    /// Chains that are known to wait, without looking at the driver's index again.
+    #[inline]
+    pub fn known(&self) -> u16 {
+        self.seen_avail.wrapping_sub(self.next_avail)
+    }
+
+    /// What entry `entry` of the available ring says now: anything.
+    #[inline]
+    pub fn head(&self, entry: u16) -> u16 {
+        self.load(self.available, 4 + 2 * self.index(entry), Ordering::Relaxed)
+    }
+
+    /// Where descriptor `index`, modulo the table's size, lies.
+    #[inline]
+    pub fn descriptor_at(&self, index: u16) -> *const u8 {
+        self.descriptors
+            .wrapping_add(self.index(index) * DESC_BYTES as usize)
+    }
+
     /// The entry of the available ring that is next (`last_avail_idx` of vhost).
     pub fn next_avail(&self) -> u16 {
         self.next_avail
@@ -233,8 +252,7 @@ impl Ring {
                 });
             }
         }
-        let offset = 4 + 2 * self.index(self.next_avail);
-        let head = self.load(self.available, offset, Ordering::Relaxed);
+        let head = self.head(self.next_avail);
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(Some(head))
     }
