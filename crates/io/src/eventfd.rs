@@ -3,9 +3,10 @@
 use block::{Context, Error, Result};
 use rustix::{
     event::{EventfdFlags, eventfd},
-    io::Errno,
+    io::{Errno, ReadWriteFlags},
 };
 use std::{
+    io::IoSliceMut,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::atomic::{AtomicU32, Ordering, fence},
 };
@@ -24,7 +25,7 @@ impl EventFd {
     }
 
     /// Takes over a descriptor that somebody else made (a vhost-user front-end, say).
-    /// [`EventFd::read`] and [`EventFd::write`] block when it is in blocking mode.
+    /// [`EventFd::write`] blocks when it is in blocking mode and its counter full.
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self(fd)
     }
@@ -40,11 +41,19 @@ impl EventFd {
         }
     }
 
-    /// Takes the counter's value and sets it to zero; `None` when it was zero.
+    /// Takes the counter's value and sets it to zero; `None` when it was zero. Does not block (before
+    /// Linux 5.12: unless whoever made the descriptor put it into blocking mode).
     pub fn read(&self) -> Result<Option<u64>> {
         let mut value = [0u8; 8];
+        let mut flags = ReadWriteFlags::NOWAIT;
         loop {
-            match rustix::io::read(&self.0, &mut value) {
+            // The flag, since the mode is shared with the other side, which may change it at any time. The
+            // offset -1 is that of descriptors without a position.
+            let mut buffers = [IoSliceMut::new(&mut value)];
+            match rustix::io::preadv2(&self.0, &mut buffers, u64::MAX, flags) {
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) if !flags.is_empty() => {
+                    flags = ReadWriteFlags::empty();
+                }
                 Ok(8) => return Ok(Some(u64::from_ne_bytes(value))),
                 Ok(_) | Err(Errno::AGAIN) => return Ok(None),
                 Err(Errno::INTR) => {}
@@ -170,6 +179,21 @@ mod tests {
         sync::{Arc, atomic::AtomicU64},
         time::Duration,
     };
+
+    #[test]
+    fn a_descriptor_in_blocking_mode_does_not_block_its_reader() {
+        let fd = EventFd::new().unwrap();
+        rustix::io::ioctl_fionbio(&fd, false).unwrap();
+        // In a thread, so that a hang is a failure.
+        let (sender, read) = std::sync::mpsc::sync_channel(1);
+        std::thread::spawn(move || {
+            let empty = fd.read().unwrap();
+            fd.write().unwrap();
+            let _ = sender.send((empty, fd.read().unwrap(), fd.read().unwrap()));
+        });
+        let read = read.recv_timeout(Duration::from_secs(20));
+        assert_eq!(read, Ok((None, Some(1), None)));
+    }
 
     #[test]
     fn writes_only_to_a_sleeper() {
