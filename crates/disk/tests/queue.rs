@@ -247,9 +247,14 @@ fn threads_write_into_the_same_clusters() {
     let base = dir.path().join("base.raw");
     let bytes = pattern(12 << 20, 9);
     std::fs::write(&base, &bytes).unwrap();
-    for seed in [100, 200] {
+    for (seed, options) in [
+        (100, "cluster_size=64k"),
+        (200, "cluster_size=64k"),
+        (110, "cluster_size=64k,extended_l2=on"),
+        (120, "cluster_size=256k,extended_l2=on"),
+    ] {
         let path = dir.path().join(format!("{seed}.qcow2"));
-        qemu_create(&path, "cluster_size=64k", Some((&base, "raw")), 12 << 20);
+        qemu_create(&path, options, Some((&base, "raw")), 12 << 20);
         threads_meet(&path, 12 << 20, 4096, 4096, seed, &bytes);
     }
 }
@@ -260,6 +265,7 @@ fn threads_reuse_what_others_freed() {
     for (seed, options) in [
         (300, "cluster_size=4k"),
         (400, "cluster_size=4k,refcount_bits=1"),
+        (500, "cluster_size=16k,extended_l2=on"),
     ] {
         let path = dir.path().join(format!("{seed}.qcow2"));
         qemu_create(&path, options, None, 3 << 20);

@@ -271,6 +271,16 @@ impl Header {
                 format_args!("is {}: too large", self.size),
             ));
         }
+        if self.extended_l2() && self.cluster_bits < EXTENDED_CLUSTER_BITS_MIN {
+            return Err(wrong(
+                "cluster_bits",
+                20,
+                format_args!(
+                    "is {}: extended L2 entries need at least {EXTENDED_CLUSTER_BITS_MIN}",
+                    self.cluster_bits
+                ),
+            ));
+        }
         if self.refcount_order > 6 {
             return Err(wrong(
                 "refcount_order",
@@ -339,16 +349,6 @@ impl Header {
                 "crypt_method",
                 32,
                 format_args!("is {}, the highest is 2", self.crypt_method),
-            ));
-        }
-        if self.extended_l2() && self.cluster_bits < EXTENDED_CLUSTER_BITS_MIN {
-            return Err(wrong(
-                "cluster_bits",
-                20,
-                format_args!(
-                    "is {}: extended L2 entries need at least {EXTENDED_CLUSTER_BITS_MIN}",
-                    self.cluster_bits
-                ),
             ));
         }
         let packed = self.incompatible & features::COMPRESSION != 0;

@@ -229,6 +229,29 @@ mod tests {
     }
 
     #[test]
+    fn a_change_of_two_words_is_seen_whole_or_not_at_all() {
+        let tables = tables();
+        replace(&tables, 0, None, 7);
+        let both = |words: &[AtomicU64]| [0, 1].map(|i| words[i].load(Ordering::Relaxed));
+        let mut runs = 0;
+        let answer = tables.read(7, |words| {
+            runs += 1;
+            let first = words[0].load(Ordering::Relaxed);
+            if runs == 1 {
+                tables.frames[0].change(|words| {
+                    for word in &words[..2] {
+                        word.store(9, Ordering::Relaxed);
+                    }
+                    // In the middle of it there is nothing to be read.
+                    assert_eq!(tables.read(7, both), None);
+                });
+            }
+            [first, words[1].load(Ordering::Relaxed)]
+        });
+        assert_eq!((answer, runs), (Some([9, 9]), 2));
+    }
+
+    #[test]
     fn slices_behind_the_disk_have_no_slot() {
         let tables = tables();
         tables.set_slot(1 << 40, 1);

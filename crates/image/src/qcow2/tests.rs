@@ -180,19 +180,21 @@ fn random_runs_with_2_mib_clusters() {
 
 #[test]
 fn random_runs_with_subclusters() {
-    for (cluster_bits, orders) in [(14, [4, 0]), (16, [4, 6]), (17, [3, 4]), (21, [4, 1])] {
-        let seed = 5000 + u64::from(cluster_bits) * 10;
-        for (seed, order, backing) in [
-            (seed, orders[0], false),
-            (seed + 1, orders[1], true),
-            (seed + 2, orders[0], true),
-        ] {
-            let options = CreateOptions {
-                extended_l2: true,
-                ..options(0, cluster_bits, order, 3)
-            };
-            run_with(seed, options, backing);
-        }
+    for (seed, cluster_bits, order, backing) in [
+        (5000, 14, 4, false),
+        (5001, 14, 0, true),
+        (5002, 14, 4, true),
+        (5003, 16, 4, false),
+        (5004, 16, 6, true),
+        (5005, 17, 3, true),
+        (5006, 21, 4, false),
+        (5007, 21, 1, true),
+    ] {
+        let options = CreateOptions {
+            extended_l2: true,
+            ..options(0, cluster_bits, order, 3)
+        };
+        run_with(seed, options, backing);
     }
 }
 

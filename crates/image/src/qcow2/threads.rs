@@ -1,5 +1,6 @@
 //! Several threads on one image: each owns every n-th piece of the disk and checks what it reads, while all
-//! of them fight for the smallest cache there is.
+//! of them fight for the smallest cache there is. A piece is a cluster, or a subcluster: then the
+//! threads also fight for the clusters.
 
 use super::testing::{Checked, Driver, MemFile, Rng, check};
 use super::{Compression, CreateOptions, OpenOptions, Qcow2};
@@ -112,15 +113,31 @@ impl Shared {
 
 #[test]
 fn threads_do_not_disturb_each_other() {
+    let misses = threads_meet(false);
+    assert!(
+        misses > 5_000,
+        "slices are meant to come and go: {misses} misses"
+    );
+}
+
+#[test]
+fn threads_share_clusters_of_subclusters() {
+    threads_meet(true);
+}
+
+/// Returns how often the cache missed.
+fn threads_meet(extended_l2: bool) -> u64 {
+    // 32 pieces to a cluster.
+    let cluster_size = if extended_l2 { 32 * CLUSTER } else { CLUSTER };
     let options = CreateOptions {
         size: THREADS * OWN * CLUSTER,
         version: 3,
-        cluster_size: CLUSTER,
+        cluster_size,
         refcount_bits: 16,
         lazy_refcounts: false,
         backing: None,
         compression: Compression::Zlib,
-        extended_l2: false,
+        extended_l2,
     };
     let open = OpenOptions {
         cache_bytes: Some(0),
@@ -157,11 +174,12 @@ fn threads_do_not_disturb_each_other() {
                                 assert!([0, value].contains(seen));
                             }
                         }
-                        6 => {
+                        // Less than a cluster is not discarded.
+                        6 if !extended_l2 => {
                             shared.zero(cluster, ZeroMode::Discard);
                             *seen = 0;
                         }
-                        7 => {
+                        6 | 7 => {
                             let unmap = rng.below(2) == 0;
                             shared.zero(cluster, ZeroMode::Zero { unmap });
                             *seen = 0;
@@ -180,10 +198,6 @@ fn threads_do_not_disturb_each_other() {
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     });
     let misses = shared.image.lock().cache.misses;
-    assert!(
-        misses > 5_000,
-        "slices are meant to come and go: {misses} misses"
-    );
     shared.flush();
     shared.image.close(&[&shared.file]).unwrap();
     let directory = tempfile::tempdir().unwrap();
@@ -199,4 +213,5 @@ fn threads_do_not_disturb_each_other() {
             assert_eq!(super::open::word_of(&bytes), *value);
         }
     }
+    misses
 }

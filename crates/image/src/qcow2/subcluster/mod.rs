@@ -23,6 +23,8 @@
 //!
 //! * `map`: reading. `write`: planning writes, and what a commit does. `zero`: zeroing and discarding.
 
+#[cfg(test)]
+mod corners;
 mod map;
 mod write;
 mod zero;
