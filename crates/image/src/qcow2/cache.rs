@@ -4,10 +4,24 @@
 //! flush began) or in flight (being written by the flush under way), and perhaps pinned. Only clean
 //! and unpinned ones leave, by the clock: the hand passes over a frame that was used since its last visit.
 //! All of this happens under the image's lock.
+//!
+//! ```text
+//!              load                       a change
+//!   absent ───────────▶ packed in a page ──────────▶ frame of its own ─┐ a change, a flush
+//!      ▲                    │       ▲                    │       ▲─────┘
+//!      └──── evicted ◀──────┘       └──── clean, unused ─┘
+//! ```
+//!
+//! L2 slices are packed as they are loaded and read in that form (`packed`, `pages`); what would not get
+//! small enough keeps a frame. So the budget covers many times what it would as plain tables, and
+//! while there is room a miss brings in the whole L2 table, or 64 KiB of it, in one read. Refcounts
+//! are only looked at to be changed, and always have frames.
 
 use super::entry::Geometry;
+use super::packed::{Packer, Shape};
+use super::pages::{Page, Pages};
 use super::state::{Ask, Halt};
-use super::tables::Tables;
+use super::tables::{Slot, Tables};
 use crate::{Key, Need};
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -15,7 +29,8 @@ use std::sync::atomic::Ordering;
 /// What a frame holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Owner {
-    /// A slice of an L2 table: number of the slice in the disk.
+    /// A slice of an L2 table: number of the slice in the disk. As a key of loads the first slice of a
+    /// span, see [`Geometry::span_slices`].
     L2(u64),
     /// A slice of a refcount block: number of the slice, counted from host offset 0.
     Ref(u64),
@@ -45,9 +60,21 @@ impl Owner {
     }
 }
 
+/// What a frame is for.
 #[derive(Clone, Copy, Debug, Default)]
-struct Meta {
-    owner: Option<Owner>,
+pub(super) enum Holds {
+    /// Nothing: it is in `free`.
+    #[default]
+    Nothing,
+    /// One slice, or a load to come.
+    Slice(Owner),
+    /// Packed slices.
+    Page(Page),
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Meta {
+    pub(super) holds: Holds,
     /// Host offset of the slice.
     host: u64,
     loading: bool,
@@ -60,22 +87,50 @@ struct Meta {
     listed: bool,
 }
 
+/// A load of L2 slices under way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SpanLoad {
+    /// First slice that is read, and how many.
+    pub(super) first: u64,
+    pub(super) count: u32,
+    /// The one that was asked for.
+    pub(super) wanted: u64,
+    /// Host offset of the first.
+    pub(super) host: u64,
+    /// Which of them were absent when the load began, bit by bit. Only these are taken from what was
+    /// read: the others may have been changed and written since.
+    pub(super) absent: u64,
+    /// A frame set aside, so that the one that was asked for has a place.
+    pub(super) frame: u32,
+}
+
 /// The part of the cache that the lock guards.
 #[derive(Debug)]
 pub(super) struct Cache {
-    meta: Box<[Meta]>,
-    /// Frames that were ever used: the first so many.
-    grown: usize,
+    /// Of the frames that were ever used: the first so many.
+    pub(super) meta: Vec<Meta>,
+    /// Frames that there may be.
+    capacity: usize,
     /// Frames given back, to be used before any is evicted.
-    free: Vec<u32>,
+    pub(super) free: Vec<u32>,
     hand: usize,
-    /// Refcount slices that are present or loading. L2 slices that are loading.
+    /// Refcount slices that are present or loading.
     index: HashMap<Owner, u32>,
+    /// Loads of L2 slices under way, by the first slice of the span.
+    spans: HashMap<u64, SpanLoad>,
     /// Frames with dirty or in-flight granules.
     changed: Vec<u32>,
     pinned: usize,
     loading: usize,
     pub(super) misses: u64,
+    /// Steps of the clock's hand.
+    pub(super) steps: u64,
+    /// L2 slices that are present.
+    pub(super) present: u64,
+    pub(super) pages: Pages,
+    packer: Packer,
+    /// A slice's words, on their way from one form to another.
+    words: Vec<u64>,
 }
 
 /// What a flush takes from one frame.
@@ -88,17 +143,23 @@ pub(super) struct Changed {
 }
 
 impl Cache {
-    pub(super) fn new(frames: usize) -> Self {
+    pub(super) fn new(frames: usize, geometry: &Geometry) -> Self {
         Self {
-            meta: vec![Meta::default(); frames].into(),
-            grown: 0,
+            meta: Vec::with_capacity(frames),
+            capacity: frames,
             free: Vec::with_capacity(frames),
             hand: 0,
-            index: HashMap::with_capacity(frames),
+            index: HashMap::with_capacity(frames.min(1024)),
+            spans: HashMap::with_capacity(64),
             changed: Vec::with_capacity(frames),
             pinned: 0,
             loading: 0,
             misses: 0,
+            steps: 0,
+            present: 0,
+            pages: Pages::new(geometry.slice_words()),
+            packer: Packer::default(),
+            words: Vec::with_capacity(geometry.slice_words()),
         }
     }
 
@@ -106,10 +167,13 @@ impl Cache {
         self.meta.get_mut(frame as usize)
     }
 
-    /// The frame of a slice that is present.
+    /// The frame of a slice that is present in a frame of its own.
     pub(super) fn find(&self, tables: &Tables, owner: Owner) -> Option<u32> {
         match owner {
-            Owner::L2(slice) => tables.slot(slice),
+            Owner::L2(slice) => match tables.slot(slice) {
+                Slot::Frame(frame) => Some(frame),
+                _ => None,
+            },
             Owner::Ref(_) => {
                 let frame = *self.index.get(&owner)?;
                 (!self.meta.get(frame as usize)?.loading).then_some(frame)
@@ -117,22 +181,27 @@ impl Cache {
         }
     }
 
-    /// Whether `owner`'s slice is being loaded.
+    /// Whether `owner`'s slice is being loaded; for L2 its span.
     pub(super) fn is_loading(&self, owner: Owner) -> bool {
-        let frame = self.index.get(&owner);
-        frame
-            .and_then(|f| self.meta.get(*f as usize))
-            .is_some_and(|m| m.loading)
+        match owner {
+            Owner::L2(span) => self.spans.contains_key(&span),
+            Owner::Ref(_) => {
+                let frame = self.index.get(&owner);
+                frame
+                    .and_then(|f| self.meta.get(*f as usize))
+                    .is_some_and(|m| m.loading)
+            }
+        }
     }
 
     /// Whether so much is dirty or pinned that a flush must come first.
     pub(super) fn crowded(&self) -> bool {
-        self.changed.len() > self.meta.len() / 2 || self.pinned > self.meta.len() / 2
+        self.changed.len() > self.capacity / 2 || self.pinned > self.capacity / 2
     }
 
     /// Whether pins alone crowd it.
     pub(super) fn pins_crowd(&self) -> bool {
-        self.pinned > self.meta.len() / 2
+        self.pinned > self.capacity / 2
     }
 
     fn evictable(meta: &Meta) -> bool {
@@ -141,113 +210,263 @@ impl Cache {
 
     /// How many frames could be taken now.
     pub(super) fn available(&self) -> usize {
-        let grown = self.meta.iter().take(self.grown);
-        self.meta.len() - self.grown + grown.filter(|m| Self::evictable(m)).count()
+        self.vacant() + self.meta.iter().filter(|m| Self::evictable(m)).count() - self.free.len()
+    }
+
+    /// How many frames could be taken without anything leaving.
+    pub(super) fn vacant(&self) -> usize {
+        self.capacity - self.meta.len() + self.free.len()
+    }
+
+    /// Frames that were ever used.
+    pub(super) fn frames_used(&self) -> usize {
+        self.meta.len()
+    }
+
+    /// Says where L2 slice `slice` is.
+    pub(super) fn move_slot(&mut self, tables: &Tables, slice: u64, to: Slot) {
+        self.present += u64::from(to != Slot::Absent);
+        self.present -= u64::from(tables.slot(slice) != Slot::Absent);
+        tables.set_slot(slice, to);
+    }
+
+    /// A frame that nothing is in.
+    fn take_vacant(&mut self) -> Option<u32> {
+        if let Some(frame) = self.free.pop() {
+            return Some(frame);
+        }
+        if self.meta.len() == self.capacity {
+            return None;
+        }
+        self.meta.push(Meta::default());
+        Some((self.meta.len() - 1) as u32)
     }
 
     /// A frame for `owner`, closed to readers. Its words are stale.
     fn take(&mut self, tables: &Tables, geometry: &Geometry, owner: Owner, host: u64) -> Ask<u32> {
-        let frame = if let Some(frame) = self.free.pop() {
-            frame
-        } else if self.grown < self.meta.len() {
-            self.grown += 1;
-            (self.grown - 1) as u32
-        } else {
-            self.evict(tables)?
+        let frame = match self.take_vacant() {
+            Some(frame) => frame,
+            None => self.evict(tables, geometry)?,
         };
+        self.dedicate(tables, geometry, frame, owner, host);
+        Ok(frame)
+    }
+
+    /// Gives `frame`, which is nobody's, to `owner`, closed to readers.
+    fn dedicate(
+        &mut self,
+        tables: &Tables,
+        geometry: &Geometry,
+        frame: u32,
+        owner: Owner,
+        host: u64,
+    ) {
         if let Some(f) = tables.frames.get(frame as usize) {
             f.make(geometry.slice_words());
             f.close();
         }
         if let Some(meta) = self.meta(frame) {
             *meta = Meta {
-                owner: Some(owner),
+                holds: Holds::Slice(owner),
                 host,
                 ..Meta::default()
             };
         }
-        Ok(frame)
     }
 
-    fn evict(&mut self, tables: &Tables) -> Ask<u32> {
-        // Two rounds: the first may only clear the marks of use.
+    /// Makes a frame vacant.
+    pub(super) fn give_back(&mut self, frame: u32) {
+        if let Some(meta) = self.meta(frame) {
+            *meta = Meta::default();
+        }
+        self.free.push(frame);
+    }
+
+    fn evict(&mut self, tables: &Tables, geometry: &Geometry) -> Ask<u32> {
+        // Two rounds: the first may only clear the marks of use, or pack what was not used.
         for _ in 0..2 * self.meta.len() {
             let at = self.hand;
+            self.steps += 1;
             self.hand = (at + 1) % self.meta.len().max(1);
-            let (Some(meta), Some(frame)) = (self.meta.get_mut(at), tables.frames.get(at)) else {
+            let (Some(meta), Some(frame)) = (self.meta.get(at), tables.frames.get(at)) else {
                 continue;
             };
             if !Self::evictable(meta) || frame.used.swap(false, Ordering::Relaxed) {
                 continue;
             }
-            match meta.owner.take() {
-                Some(Owner::L2(slice)) => tables.hide(slice),
-                Some(owner) => drop(self.index.remove(&owner)),
-                None => continue,
+            // At most 2^25 frames.
+            let at = at as u32;
+            match meta.holds {
+                Holds::Nothing => continue,
+                Holds::Page(page) => self.drop_page(tables, at, page),
+                Holds::Slice(Owner::L2(slice)) => {
+                    if !self.compact(tables, geometry, slice, at) {
+                        continue;
+                    }
+                }
+                Holds::Slice(owner) => drop(self.index.remove(&owner)),
             }
-            return Ok(at as u32);
+            return Ok(at);
         }
         // Everything is dirty, pinned or loading: one of these ends soon.
         if !self.changed.is_empty() {
             return Err(Halt::Need(Need::Commit));
         }
-        let loading = self.meta.iter().find(|m| m.loading).and_then(|m| m.owner);
-        Err(loading.map_or(Halt::Busy, |owner| Halt::Wait(owner.key())))
+        let loading = self.meta.iter().find(|m| m.loading).map(|m| m.holds);
+        match loading {
+            Some(Holds::Slice(owner)) => Err(Halt::Wait(owner.key())),
+            _ => Err(Halt::Busy),
+        }
     }
 
-    /// A frame of zeros for a slice of a block that was never written.
+    /// Packs the clean slice in `frame`, or lets it go. `false` when the frame became a page for it.
+    fn compact(&mut self, tables: &Tables, geometry: &Geometry, slice: u64, frame: u32) -> bool {
+        let words = tables.words(frame);
+        let word = |at: usize| words.get(at).map_or(0, |w| w.load(Ordering::Relaxed));
+        let mut packer = std::mem::take(&mut self.packer);
+        let mut spare = Some(frame);
+        match self.pack(&mut packer, geometry, slice, word) {
+            Shape::Empty => self.move_slot(tables, slice, Slot::Empty),
+            Shape::Block(block) => {
+                let placed = self.place(tables, geometry, slice, block, &mut spare);
+                debug_assert!(placed, "there is a frame to spare");
+            }
+            Shape::Large => self.move_slot(tables, slice, Slot::Absent),
+        }
+        self.packer = packer;
+        spare.is_some()
+    }
+
+    fn pack<'a>(
+        &self,
+        packer: &'a mut Packer,
+        geometry: &Geometry,
+        slice: u64,
+        word: impl Fn(usize) -> u64,
+    ) -> Shape<'a> {
+        packer.pack(slice, geometry, self.pages.block_words_max(), word)
+    }
+
+    /// A frame of zeros for a slice of refcounts of a block that was never written.
     pub(super) fn add_zeros(
         &mut self,
         tables: &Tables,
         geometry: &Geometry,
-        owner: Owner,
+        slice: u64,
         host: u64,
     ) -> Ask<u32> {
+        let owner = Owner::Ref(slice);
         let frame = self.take(tables, geometry, owner, host)?;
         for word in tables.words(frame) {
             word.store(0, Ordering::Relaxed);
         }
-        self.show(tables, owner, frame);
+        self.index.insert(owner, frame);
         Ok(frame)
     }
 
-    fn show(&mut self, tables: &Tables, owner: Owner, frame: u32) {
-        match owner {
-            Owner::L2(slice) => {
-                self.index.remove(&owner);
-                tables.publish(slice, frame);
+    /// A frame of its own for an L2 slice that is present in another form.
+    pub(super) fn unpack(
+        &mut self,
+        tables: &Tables,
+        geometry: &Geometry,
+        slice: u64,
+        host: u64,
+    ) -> Ask<u32> {
+        let mut words = std::mem::take(&mut self.words);
+        words.clear();
+        if let Some(entries) = tables.entries(slice) {
+            match geometry.extended() {
+                false => words.extend((0..geometry.slice_entries()).map(|at| entries.run(at, 1).0)),
+                true => words.extend((0..geometry.slice_entries()).flat_map(|at| {
+                    let (raw, bitmap) = entries.pair(at);
+                    [raw, bitmap]
+                })),
             }
-            Owner::Ref(_) => drop(self.index.insert(owner, frame)),
+        }
+        // Whatever leaves for the frame, even the page of this very slice, its words are here.
+        let taken = self.take(tables, geometry, Owner::L2(slice), host);
+        if let Ok(frame) = taken {
+            self.fill(tables, frame, &words);
+            let was = tables.slot(slice);
+            self.move_slot(tables, slice, Slot::Frame(frame));
+            tables.publish(slice, frame);
+            if let Slot::Packed { page, block } = was {
+                self.free_block(page, block);
+            }
+        }
+        self.words = words;
+        taken
+    }
+
+    fn fill(&self, tables: &Tables, frame: u32, words: &[u64]) {
+        let mut words = words.iter();
+        for word in tables.words(frame) {
+            word.store(words.next().copied().unwrap_or(0), Ordering::Relaxed);
         }
     }
 
-    /// Starts the load of an absent slice at `host`.
+    /// Starts the load of an absent slice of refcounts at `host`.
     pub(super) fn start_load(
         &mut self,
         tables: &Tables,
         geometry: &Geometry,
-        owner: Owner,
+        slice: u64,
         host: u64,
     ) -> Ask<()> {
+        let owner = Owner::Ref(slice);
         let frame = self.take(tables, geometry, owner, host)?;
-        if let Some(meta) = self.meta(frame) {
-            meta.loading = true;
-        }
         self.index.insert(owner, frame);
-        self.loading += 1;
-        self.misses += 1;
+        self.began(frame);
         Ok(())
     }
 
-    /// Ends a load that `start_load` began. With `words`, the slice is present from here on.
+    /// Starts the load of `count` L2 slices from `first` on at `host`, within the span that begins with
+    /// slice `span`; `wanted` is one of them.
+    pub(super) fn start_span(
+        &mut self,
+        tables: &Tables,
+        geometry: &Geometry,
+        span: u64,
+        wanted: u64,
+        (first, count): (u64, u32),
+        host: u64,
+    ) -> Ask<()> {
+        let frame = self.take(tables, geometry, Owner::L2(span), host)?;
+        let absent = (0..u64::from(count))
+            .filter(|n| first + n < geometry.l2_slices())
+            .filter(|n| tables.slot(first + n) == Slot::Absent)
+            .fold(0, |mask, n| mask | 1 << n);
+        let load = SpanLoad {
+            first,
+            count,
+            wanted,
+            host,
+            absent,
+            frame,
+        };
+        self.spans.insert(span, load);
+        self.began(frame);
+        Ok(())
+    }
+
+    fn began(&mut self, frame: u32) {
+        if let Some(meta) = self.meta(frame) {
+            meta.loading = true;
+        }
+        self.loading += 1;
+        self.misses += 1;
+    }
+
+    /// Ends a load of refcounts that `start_load` began. With `words`, the slice is present from here on.
     /// `false` when there is no such load.
     pub(super) fn end_load(
         &mut self,
         tables: &Tables,
-        owner: Owner,
+        slice: u64,
         host: u64,
-        words: Option<impl Iterator<Item = u64>>,
+        words: Option<&[u64]>,
     ) -> bool {
+        let owner = Owner::Ref(slice);
         let Some(&frame) = self.index.get(&owner) else {
             return false;
         };
@@ -260,26 +479,81 @@ impl Cache {
         meta.loading = false;
         self.loading -= 1;
         match words {
-            Some(mut words) => {
-                for word in tables.words(frame) {
-                    word.store(words.next().unwrap_or(0), Ordering::Relaxed);
-                }
-                self.show(tables, owner, frame);
-            }
+            Some(words) => self.fill(tables, frame, words),
             None => {
                 self.index.remove(&owner);
-                if let Some(meta) = self.meta(frame) {
-                    meta.owner = None;
-                }
-                self.free.push(frame);
+                self.give_back(frame);
             }
         }
         true
     }
 
+    /// Ends a load that `start_span` began at `host`. What was read is to be handed to `take_in` then, slice
+    /// by slice, and at last to `end_span`. `None` when there is no such load.
+    pub(super) fn span_loaded(&mut self, span: u64, host: u64) -> Option<SpanLoad> {
+        let load = *self.spans.get(&span)?;
+        if load.host != host {
+            return None;
+        }
+        self.spans.remove(&span);
+        self.loading -= 1;
+        if let Some(meta) = self.meta(load.frame) {
+            meta.loading = false;
+        }
+        Some(load)
+    }
+
+    /// Takes back the frame that was set aside for a load, where it was not needed.
+    pub(super) fn end_span(&mut self, spare: Option<u32>) {
+        if let Some(frame) = spare {
+            self.give_back(frame);
+        }
+    }
+
     /// Ends a load that failed.
     pub(super) fn cancel_load(&mut self, tables: &Tables, owner: Owner, host: u64) {
-        self.end_load(tables, owner, host, None::<std::iter::Empty<u64>>);
+        match owner {
+            Owner::L2(span) => {
+                if let Some(load) = self.span_loaded(span, host) {
+                    self.end_span(Some(load.frame));
+                }
+            }
+            Owner::Ref(slice) => drop(self.end_load(tables, slice, host, None)),
+        }
+    }
+
+    /// Makes an absent L2 slice present: packed, or in a frame where it would not get small. Uses `spare`
+    /// where there is no room in a page, or a vacant frame; without either the slice stays absent.
+    pub(super) fn take_in(
+        &mut self,
+        tables: &Tables,
+        geometry: &Geometry,
+        slice: u64,
+        host: u64,
+        words: &[u64],
+        spare: &mut Option<u32>,
+    ) {
+        let word = |at: usize| words.get(at).copied().unwrap_or(0);
+        let mut packer = std::mem::take(&mut self.packer);
+        match self.pack(&mut packer, geometry, slice, word) {
+            Shape::Empty => self.move_slot(tables, slice, Slot::Empty),
+            Shape::Block(block) => {
+                if !self.place(tables, geometry, slice, block, spare) {
+                    let mut vacant = self.take_vacant();
+                    self.place(tables, geometry, slice, block, &mut vacant);
+                    debug_assert!(vacant.is_none(), "a page was made of it");
+                }
+            }
+            Shape::Large => {
+                if let Some(frame) = spare.take().or_else(|| self.take_vacant()) {
+                    self.dedicate(tables, geometry, frame, Owner::L2(slice), host);
+                    self.fill(tables, frame, words);
+                    self.move_slot(tables, slice, Slot::Frame(frame));
+                    tables.publish(slice, frame);
+                }
+            }
+        }
+        self.packer = packer;
     }
 
     pub(super) fn pin(&mut self, frame: u32) {
@@ -361,7 +635,7 @@ impl Cache {
             };
             debug_assert_eq!(meta.flight, 0, "two flushes at once");
             meta.flight |= std::mem::take(&mut meta.dirty);
-            if let Some(owner) = meta.owner {
+            if let Holds::Slice(owner) = meta.holds {
                 each(Changed {
                     frame,
                     owner,

@@ -30,6 +30,8 @@ pub(super) const FRESH_ZEROED: u64 = 2;
 pub(super) const SECTOR: u64 = 512;
 /// Slices of L2 tables are so large, or a cluster, or what keeps the slot table below [`SLOTS_MAX`].
 const SLICE_BYTES: u64 = 4096;
+/// Bytes of L2 tables that are read at once.
+const SPAN_BYTES: u64 = 64 << 10;
 /// Most slices of all L2 tables together: 64 MiB of slots.
 const SLOTS_MAX: u64 = 1 << 24;
 /// log2 of the subclusters of a cluster.
@@ -174,6 +176,13 @@ impl Geometry {
     #[inline]
     pub(super) fn slices_per_cluster_bits(&self) -> u32 {
         self.cluster_bits - self.slice_bits
+    }
+
+    /// L2 slices that one read brings in while there is room: a whole table, or 64 KiB of it. A power of two,
+    /// at most 64.
+    #[inline]
+    pub(super) fn span_slices(&self) -> u64 {
+        (SPAN_BYTES >> self.slice_bits).clamp(1, 1 << self.slices_per_cluster_bits())
     }
 
     /// log2 of the guest clusters behind one L1 entry.

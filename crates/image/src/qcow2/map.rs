@@ -4,9 +4,10 @@ use super::Qcow2;
 use super::cache::Owner;
 use super::entry::{Bad, Entry, FRESH, OFFSET_MASK};
 use super::state::{Ask, Halt, State};
+use super::tables::{Entries, Slot};
 use crate::{Compressed, Extent, ExtentKind, FileId, Need, Plan, Step};
 use block::{Error, GuestOffset, HostOffset, Result};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 /// L1 entries and slices that one answer looks at: a bound on the time of one call.
 pub(super) const STEPS_MAX: u32 = 4096;
@@ -144,19 +145,25 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// The extents of `words`, entries of one slice, from `run.next()` on. `true` when the run
-    /// may go on behind the slice.
+    /// The extents of a slice, from `run.next()` on. `true` when the run may go on behind the slice.
     #[inline]
-    fn feed_slice(&self, run: &mut Growing, words: &[AtomicU64]) -> Result<bool, Bad> {
+    fn feed_slice(&self, run: &mut Growing, entries: Entries<'_>) -> Result<bool, Bad> {
         let g = &self.geometry;
         if g.extended() {
-            return self.feed_extended(run, words);
+            return self.feed_extended(run, entries);
         }
-        let first = (run.next() >> g.cluster_bits) as usize & (g.slice_entries() - 1);
-        for word in words.get(first..).unwrap_or_default() {
+        let mut at = (run.next() >> g.cluster_bits) as usize & (g.slice_entries() - 1);
+        while at < g.slice_entries() {
             let skip = run.next() & (g.cluster() - 1);
-            let room = (g.cluster() - skip).min(run.want - run.len);
-            let entry = match g.decode(word.load(Ordering::Relaxed)) {
+            let left = run.want - run.len;
+            // Clusters that the rest touches, one at least.
+            let most = ((skip + left - 1) >> g.cluster_bits) + 1;
+            let (raw, count) = entries.run(at, most.min(g.slice_entries() as u64) as usize);
+            if count == 0 {
+                return Ok(false);
+            }
+            let room = (((count as u64) << g.cluster_bits) - skip).min(left);
+            let entry = match g.decode(raw) {
                 Ok(entry) => entry,
                 Err(bad) if run.len == 0 => return Err(bad),
                 Err(_) => return Ok(false),
@@ -167,8 +174,9 @@ impl Qcow2 {
             if run.len == run.want {
                 return Ok(false);
             }
+            at += count;
         }
-        Ok(!words.is_empty())
+        Ok(true)
     }
 
     pub(super) fn map_extent(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
@@ -193,9 +201,9 @@ impl Qcow2 {
                 }
                 Ok(_) => {
                     let start = run;
-                    let seen = self.tables.read(place.slice, |words| {
+                    let seen = self.tables.read(place.slice, |entries| {
                         run = start;
-                        self.feed_slice(&mut run, words)
+                        self.feed_slice(&mut run, entries)
                     });
                     let seen = match seen {
                         Some(seen) => seen,
@@ -206,10 +214,9 @@ impl Qcow2 {
                                 break;
                             }
                             let mut st = self.lock();
-                            let seen = self.l2_frame(&mut st, &place).map(|frame| {
-                                let words = self.tables.words(frame);
-                                self.feed_slice(&mut run, words)
-                            });
+                            let seen = self
+                                .l2_entries(&mut st, &place)
+                                .map(|entries| self.feed_slice(&mut run, entries));
                             match st.step(seen)? {
                                 Step::Done(seen) => seen,
                                 Step::Need(need) => return Ok(Step::Need(need)),
@@ -233,26 +240,56 @@ impl Qcow2 {
         }))
     }
 
-    /// The frame of an L2 slice whose table exists.
-    pub(super) fn l2_frame(&self, st: &mut State, place: &Place) -> Ask<u32> {
-        let owner = Owner::L2(place.slice);
-        if let Some(frame) = st.cache.find(&self.tables, owner) {
-            return Ok(frame);
+    /// The entries of an L2 slice whose table exists.
+    fn l2_entries(&self, st: &mut State, place: &Place) -> Ask<Entries<'_>> {
+        if let Some(entries) = self.tables.entries(place.slice) {
+            return Ok(entries);
         }
+        let g = &self.geometry;
+        let span = place.slice & !(g.span_slices() - 1);
+        let owner = Owner::L2(span);
         if st.cache.is_loading(owner) {
             return Err(Halt::Wait(owner.key()));
         }
-        let g = &self.geometry;
-        // Under the lock: a flush may have ended since the caller looked.
-        let raw = self.place(place.slice << g.slice_entry_bits()).raw;
-        let table = g.decode_l1(raw).map_err(|bad| self.bad_l1(place.l1, bad))?;
-        let within = place.slice & ((1 << g.slices_per_cluster_bits()) - 1);
-        let host = table + (within << g.slice_bits);
+        // All of the span while nothing has to leave for it.
+        let (first, count) = match st.cache.vacant() as u64 > g.span_slices() {
+            // At most 64.
+            true => (span, g.span_slices() as u32),
+            false => (place.slice, 1),
+        };
+        let (host, raw) = self.l2_host(first, place)?;
         if raw & FRESH != 0 {
-            return st.cache.add_zeros(&self.tables, g, owner, host);
+            // What is not in the cache was never written.
+            st.cache.move_slot(&self.tables, place.slice, Slot::Empty);
+            return self.tables.entries(place.slice).ok_or(Halt::Busy);
         }
-        st.cache.start_load(&self.tables, g, owner, host)?;
-        Err(Halt::Need(Need::Load(self.load(owner, host))))
+        st.cache
+            .start_span(&self.tables, g, span, place.slice, (first, count), host)?;
+        Err(Halt::Need(Need::Load(self.load(owner, host, count))))
+    }
+
+    /// Where a slice of the table of `place` is in the file, and its table's L1 entry. Under the
+    /// lock: a flush may have ended since `place` was made.
+    fn l2_host(&self, slice: u64, place: &Place) -> Ask<(u64, u64)> {
+        let g = &self.geometry;
+        let raw = self.place(slice << g.slice_entry_bits()).raw;
+        let table = g.decode_l1(raw).map_err(|bad| self.bad_l1(place.l1, bad))?;
+        let within = slice & ((1 << g.slices_per_cluster_bits()) - 1);
+        Ok((table + (within << g.slice_bits), raw))
+    }
+
+    /// The frame of an L2 slice whose table exists, to change it there.
+    pub(super) fn l2_frame(&self, st: &mut State, place: &Place) -> Ask<u32> {
+        if let Some(frame) = st.cache.find(&self.tables, Owner::L2(place.slice)) {
+            return Ok(frame);
+        }
+        self.l2_entries(st, place)?;
+        if let Some(frame) = st.cache.find(&self.tables, Owner::L2(place.slice)) {
+            return Ok(frame);
+        }
+        let (host, _) = self.l2_host(place.slice, place)?;
+        st.cache
+            .unpack(&self.tables, &self.geometry, place.slice, host)
     }
 
     /// The plan for a write into clusters that are the guest's alone already. `None` when the first
@@ -272,26 +309,34 @@ impl Qcow2 {
                 break;
             }
             let start = done;
-            let seen = self.tables.read(place.slice, |words| {
+            let seen = self.tables.read(place.slice, |entries| {
                 done = start;
-                for word in words.get(place.index..).unwrap_or_default() {
+                let mut index = place.index;
+                while index < g.slice_entries() {
+                    let skip = (at.0 + done) & (g.cluster() - 1);
+                    let most = ((skip + len - done - 1) >> g.cluster_bits) + 1;
+                    let (raw, count) =
+                        entries.run(index, most.min(g.slice_entries() as u64) as usize);
                     let Ok(Entry::Data {
                         host: cluster,
                         copied: true,
-                    }) = g.decode(word.load(Ordering::Relaxed))
+                    }) = g.decode(raw)
                     else {
                         return false;
                     };
-                    let skip = (at.0 + done) & (g.cluster() - 1);
+                    if count == 0 {
+                        return false;
+                    }
                     if done == 0 {
                         host = cluster + skip;
                     } else if host + done != cluster + skip {
                         return false;
                     }
-                    done += (g.cluster() - skip).min(len - done);
+                    done += (((count as u64) << g.cluster_bits) - skip).min(len - done);
                     if done == len {
                         return false;
                     }
+                    index += count;
                 }
                 true
             });

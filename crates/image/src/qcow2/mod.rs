@@ -7,6 +7,7 @@
 //! ```
 //!
 //! * `tables`: what is read without a lock: L1, slots, frames, checked by sequence tags.
+//! * `packed`, `pages`: L2 slices in a compact form, many to a frame.
 //! * `state`: what the lock guards, made of `cache`, `refcount`, `alloc` and `tickets`.
 //! * `map`, `write`, `zero`: the questions. `flush`: the order on disk, and why it is safe.
 //! * `header`, `extensions`, `features`, `entry`: the format. `open`, `close`, `compress`.
@@ -31,7 +32,11 @@ mod header;
 mod hostile;
 mod map;
 mod open;
+mod packed;
+mod pages;
 mod refcount;
+#[cfg(test)]
+mod scale;
 mod state;
 mod subcluster;
 mod tables;
@@ -105,23 +110,53 @@ impl Qcow2 {
         }
     }
 
-    /// Takes the bytes of a loaded slice in.
+    /// Takes the bytes of loaded slices in.
     fn end_loading(&self, st: &mut State, load: &Load, bytes: &[u8]) -> Result<()> {
         let unknown = || Error::invalid(format!("{}: a load nobody asked for", self.name));
-        let owner = Owner::of_key(load.key).ok_or_else(unknown)?;
-        let judge = matches!(owner, Owner::L2(_)) && self.read_only.is_none();
-        let (cache, places) = (&mut st.cache, &st.places);
-        // Of extended entries, the first word of two.
-        let second = self.geometry.entry_word_bits() as usize;
-        let words = bytes.chunks(8).map(open::word_of).enumerate();
-        let words = words.map(|(at, raw)| match judge && at & second == 0 {
-            true => self.judge(places, raw),
-            false => raw,
-        });
-        match cache.end_load(&self.tables, owner, load.offset.0, Some(words)) {
-            true => Ok(()),
-            false => Err(unknown()),
-        }
+        let g = &self.geometry;
+        // At most a cluster, 2 MiB.
+        let slice_len = g.slice() as usize;
+        let mut words = std::mem::take(&mut st.words);
+        let decode = |words: &mut Vec<u64>, bytes: Option<&[u8]>| {
+            words.clear();
+            words.extend(bytes.unwrap_or_default().chunks(8).map(open::word_of));
+        };
+        let known = match Owner::of_key(load.key).ok_or_else(unknown)? {
+            Owner::Ref(slice) => {
+                decode(&mut words, Some(bytes));
+                st.cache
+                    .end_load(&self.tables, slice, load.offset.0, Some(&words))
+            }
+            Owner::L2(span) => match st.cache.span_loaded(span, load.offset.0) {
+                None => false,
+                Some(load) => {
+                    let mut spare = Some(load.frame);
+                    // The one that was asked for first: the frame set aside is for that.
+                    let wanted = load.wanted - load.first;
+                    let others = (0..u64::from(load.count)).filter(|n| *n != wanted);
+                    for n in std::iter::once(wanted).chain(others) {
+                        if load.absent >> n & 1 == 0 {
+                            continue;
+                        }
+                        let at = n as usize * slice_len;
+                        decode(&mut words, bytes.get(at..at + slice_len));
+                        if self.read_only.is_none() {
+                            // Of extended entries, the first word of two.
+                            for raw in words.iter_mut().step_by(1 << g.entry_word_bits()) {
+                                *raw = self.judge(&st.places, *raw);
+                            }
+                        }
+                        let (slice, host) = (load.first + n, load.host + at as u64);
+                        st.cache
+                            .take_in(&self.tables, g, slice, host, &words, &mut spare);
+                    }
+                    st.cache.end_span(spare);
+                    true
+                }
+            },
+        };
+        st.words = words;
+        known.then_some(()).ok_or_else(unknown)
     }
 
     /// Marks an L2 entry that points at metadata: a write through it would destroy the image.
@@ -140,14 +175,32 @@ impl Qcow2 {
     }
 }
 
+impl Qcow2 {
+    /// How large the metadata cache may get and what of the disk it covers then at least, how large it is, what
+    /// it covers now, and how often it lacked something.
+    fn cache_fact(&self, st: &State) -> String {
+        let g = &self.geometry;
+        let most = self.tables.frames.len() as u64 * g.slice();
+        let covers = |slices: u64| {
+            let bytes = slices.saturating_mul((g.slice_entries() as u64) << g.cluster_bits);
+            size::human(bytes.min(g.size))
+        };
+        format!(
+            "{} at most, covers {} of {} at least; {} for {} now, {} misses",
+            size::human(most),
+            covers(self.tables.frames.len() as u64),
+            size::human(g.size),
+            size::human(st.cache.frames_used() as u64 * g.slice()),
+            covers(st.cache.present),
+            st.cache.misses
+        )
+    }
+}
+
 impl Image for Qcow2 {
     fn describe(&self) -> Description {
         let h = &self.header;
         let st = self.lock();
-        let slice = self.geometry.slice();
-        let cache = self.tables.frames.len() as u64 * slice;
-        let entries = cache >> h.l2_entry_bits();
-        let covered = entries.saturating_mul(h.cluster_size()).min(h.size);
         let mut facts = vec![
             ("version", h.version.to_string()),
             ("refcount bits", h.refcount_bits().to_string()),
@@ -166,16 +219,7 @@ impl Image for Qcow2 {
             let unit = size::human(self.geometry.unit());
             facts.push(("subclusters", unit));
         }
-        facts.push((
-            "metadata cache",
-            format!(
-                "{} at most, covers {} of {}, {} misses",
-                size::human(cache),
-                size::human(covered),
-                size::human(h.size),
-                st.cache.misses
-            ),
-        ));
+        facts.push(("metadata cache", self.cache_fact(&st)));
         Description {
             format: "qcow2",
             size: h.size,

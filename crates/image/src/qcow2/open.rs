@@ -8,15 +8,16 @@ use super::features;
 use super::header::{Header, REFCOUNT_TABLE_BYTES_MAX};
 use super::refcount::RefTable;
 use super::state::{Covered, Places, Sectors, State};
-use super::tables::Tables;
+use super::tables::{FRAMES_MAX, Tables};
 use super::tickets::Tickets;
 use block::{Context, Error, ErrorKind, Result, Storage};
 use std::collections::HashSet;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
 
-/// Metadata cache when the user says nothing: enough for 256 GiB with 64 KiB clusters.
-pub const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
+/// Most memory of the metadata cache when the user says nothing: as plain tables 512 GiB with 64 KiB clusters;
+/// packed, 1 TiB in perfect disorder and many times that in some order. It is taken as it is needed.
+pub const CACHE_BYTES_DEFAULT: u64 = 64 << 20;
 /// Largest metadata cache.
 pub const CACHE_BYTES_MAX: u64 = 4 << 30;
 /// Frames that a cache has at least: a plan pins up to five, on top of the half that
@@ -153,7 +154,7 @@ impl Qcow2 {
             opened_len: file_len,
             tables: Tables::new(&geometry, l1, frames),
             state: Mutex::new(State {
-                cache: Cache::new(frames),
+                cache: Cache::new(frames, &geometry),
                 refs,
                 space: Space::new(end, geometry.size, holed),
                 tickets: Tickets::new(),
@@ -165,6 +166,7 @@ impl Qcow2 {
                 failed: false,
                 covered: Covered::default(),
                 scratch: Vec::with_capacity(frames),
+                words: Vec::with_capacity(geometry.slice_words()),
             }),
             geometry,
             header,
@@ -237,5 +239,6 @@ fn frame_count(geometry: &Geometry, budget: u64) -> usize {
     // When the refcount table moves, the refcounts of its clusters are in memory at once.
     let table = REFCOUNT_TABLE_BYTES_MAX >> geometry.cluster_bits;
     let min = FRAMES_MIN + 2 * (table >> geometry.slice_refcount_bits());
-    needed.min(budget >> geometry.slice_bits).max(min) as usize
+    let frames = needed.min(budget >> geometry.slice_bits).max(min);
+    frames.min(FRAMES_MAX) as usize
 }

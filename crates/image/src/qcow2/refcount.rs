@@ -87,19 +87,19 @@ impl Qcow2 {
         let within = slice & ((1 << per_block) - 1);
         let host = (entry & OFFSET_MASK) + (within << g.slice_bits);
         if entry & FRESH != 0 {
-            return st.cache.add_zeros(&self.tables, g, owner, host);
+            return st.cache.add_zeros(&self.tables, g, slice, host);
         }
-        st.cache.start_load(&self.tables, g, owner, host)?;
-        Err(Halt::Need(Need::Load(self.load(owner, host))))
+        st.cache.start_load(&self.tables, g, slice, host)?;
+        Err(Halt::Need(Need::Load(self.load(owner, host, 1))))
     }
 
-    pub(super) fn load(&self, owner: Owner, host: u64) -> Load {
+    pub(super) fn load(&self, owner: Owner, host: u64, slices: u32) -> Load {
         Load {
             key: owner.key(),
             file: FileId::IMAGE,
             offset: HostOffset(host),
             // At most a cluster of 2 MiB.
-            len: self.geometry.slice() as u32,
+            len: self.geometry.slice() as u32 * slices,
         }
     }
 
@@ -223,13 +223,12 @@ impl Qcow2 {
     pub(super) fn make_block(&self, st: &mut State, cluster: u64, zeroed: bool) -> Ask<()> {
         let block = self.block_of(cluster);
         let slice = self.ref_slice_of(cluster);
-        let owner = Owner::Ref(slice);
         let base = cluster << self.geometry.cluster_bits;
         let within = slice & ((1 << self.geometry.slices_per_cluster_bits()) - 1);
         let host = base + (within << self.geometry.slice_bits);
         let frame = st
             .cache
-            .add_zeros(&self.tables, &self.geometry, owner, host)?;
+            .add_zeros(&self.tables, &self.geometry, slice, host)?;
         self.put_block(st, block, base, zeroed);
         self.set_refcount(st, frame, cluster, 1);
         Ok(())

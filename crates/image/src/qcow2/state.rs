@@ -143,6 +143,8 @@ pub(super) struct State {
     pub(super) covered: Covered,
     /// Kept from flush to flush for its memory.
     pub(super) scratch: Vec<Changed>,
+    /// A loaded slice's words; kept for its memory.
+    pub(super) words: Vec<u64>,
 }
 
 /// New L2 tables that may wait for a flush.

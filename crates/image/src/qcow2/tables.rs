@@ -2,15 +2,24 @@
 //!
 //! ```text
 //!   guest cluster ─▶ L1 entry (table there?) ─▶ slot of the slice ─▶ frame ─▶ L2 entry
+//!                                                    │    └─▶ block in a page ─▶ L2 entry
+//!                                                    └─▶ nothing allocated
 //! ```
 //!
+//! A frame holds one slice as it is on disk (it may be changed there), or is a *page* of packed slices
+//! (see `packed`), which are only read. The slot of a slice says where it is; a slice without any allocated
+//! cluster is its slot and nothing else.
+//!
 //! Frames are evicted and used again while readers look at them, so each carries a *tag*: the slice
-//! it holds, and a count that grows with every change of owner. A reader takes the tag, reads the
-//! entries, and takes the tag again; when both are the same the entries were that slice's.
+//! it holds or that it is a page, and a count that grows with every change of its content's place. A
+//! reader takes the tag, reads the entries, and takes the tag again; when both are the same the
+//! entries were that slice's. In a page the slot must also be what it was *after* the tag was
+//! taken: then the block was there in a page that did not change until the tag was taken again.
 //! Everything is an atomic, so the race is only a wrong answer that is thrown away. Writers
 //! hold the image's lock. The same tag guards changes of entries that take more than one word.
 
 use super::entry::Geometry;
+use super::packed::Block;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 
@@ -19,6 +28,99 @@ const CHUNK_BITS: u32 = 10;
 /// Low bits of a tag that hold what the frame holds, plus one; zero for nothing to be read.
 /// (`SLOTS_MAX` is 2^24.)
 const TAG_SLICE_BITS: u32 = 28;
+const TAG_MASK: u64 = (1 << TAG_SLICE_BITS) - 1;
+/// The low bits of a page's tag.
+const TAG_PAGE: u64 = TAG_MASK;
+
+/// A slot: the slice is in no frame, and none is needed.
+const SLOT_EMPTY: u32 = u32::MAX;
+/// A slot: the slice is a block of a page.
+const SLOT_PACKED: u32 = 1 << 31;
+/// Low bits of such a slot: the block's number in its page.
+const SLOT_BLOCK_BITS: u32 = 6;
+/// Blocks of a page at most.
+pub(super) const PAGE_BLOCKS_MAX: usize = 1 << SLOT_BLOCK_BITS;
+/// Frames at most, so that every block of every page has a slot value that is none of the others.
+pub(super) const FRAMES_MAX: u64 = (1 << (31 - SLOT_BLOCK_BITS)) - 1;
+
+/// Where a slice is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Slot {
+    /// Not in memory.
+    Absent,
+    /// All of its entries are unallocated.
+    Empty,
+    /// In this frame.
+    Frame(u32),
+    /// Block `block` of the page in frame `page`.
+    Packed { page: u32, block: u32 },
+}
+
+impl Slot {
+    #[inline]
+    fn of(raw: u32) -> Self {
+        match raw {
+            0 => Slot::Absent,
+            SLOT_EMPTY => Slot::Empty,
+            _ if raw & SLOT_PACKED != 0 => Slot::Packed {
+                page: (raw & !SLOT_PACKED) >> SLOT_BLOCK_BITS,
+                block: raw & ((1 << SLOT_BLOCK_BITS) - 1),
+            },
+            _ => Slot::Frame(raw - 1),
+        }
+    }
+
+    fn raw(self) -> u32 {
+        match self {
+            Slot::Absent => 0,
+            Slot::Empty => SLOT_EMPTY,
+            Slot::Frame(frame) => frame + 1,
+            Slot::Packed { page, block } => SLOT_PACKED | page << SLOT_BLOCK_BITS | block,
+        }
+    }
+}
+
+/// The entries of a slice, in whichever form it is.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Entries<'a> {
+    /// All unallocated; so many.
+    Empty(usize),
+    /// As on disk.
+    Words(&'a [AtomicU64]),
+    /// Packed.
+    Packed(Block<'a>),
+}
+
+impl Entries<'_> {
+    /// Entry `at`, and for how many it goes on: as unallocated, as plain zeros, or as clusters in
+    /// order on the host. At least 1, and counted up to `most`. Zero behind the slice's end.
+    #[inline]
+    pub(super) fn run(&self, at: usize, most: usize) -> (u64, usize) {
+        match self {
+            Entries::Words(words) => words
+                .get(at)
+                .map_or((0, 0), |w| (w.load(Ordering::Relaxed), 1)),
+            Entries::Packed(block) if at < block.count => block.run(at, most),
+            Entries::Packed(_) => (0, 0),
+            Entries::Empty(count) => (0, count.saturating_sub(at).min(most)),
+        }
+    }
+
+    /// The two words of extended entry `at`.
+    #[inline]
+    pub(super) fn pair(&self, at: usize) -> (u64, u64) {
+        match self {
+            Entries::Words(words) => match words.get(2 * at..2 * at + 2) {
+                Some([raw, bitmap]) => {
+                    (raw.load(Ordering::Relaxed), bitmap.load(Ordering::Relaxed))
+                }
+                _ => (0, 0),
+            },
+            Entries::Packed(block) => block.pair(at),
+            Entries::Empty(_) => (0, 0),
+        }
+    }
+}
 
 /// A buffer for one slice of an L2 table or refcount block.
 #[derive(Debug, Default)]
@@ -56,6 +158,31 @@ impl Frame {
         let tag = self.tag.load(Ordering::Relaxed);
         self.tag.store(tag | (slice + 1), Ordering::Release);
     }
+
+    /// Opens it to readers of the slices that are packed in it. The words were stored before.
+    pub(super) fn open_page(&self) {
+        let tag = self.tag.load(Ordering::Relaxed);
+        self.tag.store(tag | TAG_PAGE, Ordering::Release);
+    }
+
+    /// The words of block `block` of a page: its first word says how many a block has.
+    #[inline]
+    fn block(&self, block: u32) -> &[AtomicU64] {
+        let words = self.words();
+        let len = words.first().map_or(0, |w| w.load(Ordering::Relaxed));
+        // While it changes it may be anything; what is outside is no words.
+        let len = usize::try_from(len).unwrap_or(0).min(words.len());
+        let first = 1 + block as usize * len;
+        words.get(first..first + len).unwrap_or_default()
+    }
+
+    /// Notes a use for the clock. A plain load keeps the line shared between threads.
+    #[inline]
+    pub(super) fn touch(&self) {
+        if !self.used.load(Ordering::Relaxed) {
+            self.used.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Frame {
@@ -75,6 +202,8 @@ pub(super) struct Tables {
     pub(super) l1: Box<[AtomicU64]>,
     slots: Box<[OnceLock<Box<[AtomicU32]>>]>,
     pub(super) frames: Box<[Frame]>,
+    slice_entries: usize,
+    cluster_bits: u32,
 }
 
 impl Tables {
@@ -85,24 +214,33 @@ impl Tables {
             l1,
             slots: (0..chunks).map(|_| OnceLock::new()).collect(),
             frames: (0..frames).map(|_| Frame::default()).collect(),
+            slice_entries: geometry.slice_entries(),
+            cluster_bits: geometry.cluster_bits,
         }
     }
 
-    /// The frame that holds L2 slice `slice`.
     #[inline]
-    pub(super) fn slot(&self, slice: u64) -> Option<u32> {
-        let chunk = self.slots.get((slice >> CHUNK_BITS) as usize)?.get()?;
-        let slot = chunk.get(slice as usize & ((1 << CHUNK_BITS) - 1))?;
-        slot.load(Ordering::Acquire).checked_sub(1)
+    fn raw_slot(&self, slice: u64) -> u32 {
+        let chunk = self.slots.get((slice >> CHUNK_BITS) as usize);
+        let chunk = chunk.and_then(OnceLock::get);
+        let slot = chunk.and_then(|c| c.get(slice as usize & ((1 << CHUNK_BITS) - 1)));
+        slot.map_or(0, |s| s.load(Ordering::Acquire))
     }
 
-    fn set_slot(&self, slice: u64, value: u32) {
+    /// Where L2 slice `slice` is.
+    #[inline]
+    pub(super) fn slot(&self, slice: u64) -> Slot {
+        Slot::of(self.raw_slot(slice))
+    }
+
+    /// Says where `slice` is. What it was in is to be closed before it changes.
+    pub(super) fn set_slot(&self, slice: u64, slot: Slot) {
         let Some(chunk) = self.slots.get((slice >> CHUNK_BITS) as usize) else {
             return;
         };
         let chunk = chunk.get_or_init(|| (0..1 << CHUNK_BITS).map(|_| AtomicU32::new(0)).collect());
-        if let Some(slot) = chunk.get(slice as usize & ((1 << CHUNK_BITS) - 1)) {
-            slot.store(value, Ordering::Release);
+        if let Some(place) = chunk.get(slice as usize & ((1 << CHUNK_BITS) - 1)) {
+            place.store(slot.raw(), Ordering::Release);
         }
     }
 
@@ -112,12 +250,7 @@ impl Tables {
             f.open(slice);
             f.used.store(true, Ordering::Relaxed);
         }
-        self.set_slot(slice, frame + 1);
-    }
-
-    /// Takes `slice` away from readers. The frame is to be closed before it changes.
-    pub(super) fn hide(&self, slice: u64) {
-        self.set_slot(slice, 0);
+        self.set_slot(slice, Slot::Frame(frame));
     }
 
     /// Words of `frame`; empty for a number that is none.
@@ -126,28 +259,62 @@ impl Tables {
         self.frames.get(frame as usize).map_or(&[], Frame::words)
     }
 
+    /// Words of a block of the page in frame `page`.
+    pub(super) fn block(&self, page: u32, block: u32) -> &[AtomicU64] {
+        self.frames
+            .get(page as usize)
+            .map_or(&[], |f| f.block(block))
+    }
+
     /// Lets `look` read the entries of L2 slice `slice`. `None` when it is not in memory (or changed its
     /// place too often): ask with the lock held. `look` may run more than once.
     #[inline]
-    pub(super) fn read<R>(&self, slice: u64, mut look: impl FnMut(&[AtomicU64]) -> R) -> Option<R> {
+    pub(super) fn read<R>(&self, slice: u64, mut look: impl FnMut(Entries<'_>) -> R) -> Option<R> {
         for _ in 0..4 {
-            let frame = self.frames.get(self.slot(slice)? as usize)?;
+            let raw = self.raw_slot(slice);
+            let (frame, block) = match Slot::of(raw) {
+                Slot::Absent => return None,
+                Slot::Empty => return Some(look(Entries::Empty(self.slice_entries))),
+                Slot::Frame(frame) => (frame, None),
+                Slot::Packed { page, block } => (page, Some(block)),
+            };
+            let frame = self.frames.get(frame as usize)?;
             let tag = frame.tag.load(Ordering::Acquire);
-            if tag & ((1 << TAG_SLICE_BITS) - 1) != slice + 1 {
-                continue;
-            }
-            let answer = look(frame.words());
+            let answer = match block {
+                None if tag & TAG_MASK == slice + 1 => look(Entries::Words(frame.words())),
+                // The block was there before the tag was taken; was it still?
+                Some(block) if tag & TAG_MASK == TAG_PAGE && self.raw_slot(slice) == raw => {
+                    look(Entries::Packed(self.packed(frame.block(block))))
+                }
+                _ => continue,
+            };
             // Pairs with the fence of `close`.
             fence(Ordering::Acquire);
             if frame.tag.load(Ordering::Relaxed) == tag {
-                // A plain load keeps the line shared between threads.
-                if !frame.used.load(Ordering::Relaxed) {
-                    frame.used.store(true, Ordering::Relaxed);
-                }
+                frame.touch();
                 return Some(answer);
             }
         }
         None
+    }
+
+    /// The entries of a slice, for whoever holds the lock. `None` when it is not in memory.
+    pub(super) fn entries(&self, slice: u64) -> Option<Entries<'_>> {
+        Some(match self.slot(slice) {
+            Slot::Absent => return None,
+            Slot::Empty => Entries::Empty(self.slice_entries),
+            Slot::Frame(frame) => Entries::Words(self.words(frame)),
+            Slot::Packed { page, block } => Entries::Packed(self.packed(self.block(page, block))),
+        })
+    }
+
+    #[inline]
+    fn packed<'a>(&self, words: &'a [AtomicU64]) -> Block<'a> {
+        Block {
+            words,
+            count: self.slice_entries,
+            cluster_bits: self.cluster_bits,
+        }
     }
 }
 
@@ -175,7 +342,7 @@ mod tests {
     /// What the cache does when `frame` gets another slice.
     fn replace(tables: &Tables, frame: u32, old: Option<u64>, new: u64) {
         if let Some(old) = old {
-            tables.hide(old);
+            tables.set_slot(old, Slot::Absent);
         }
         tables.frames[frame as usize].close();
         for word in tables.words(frame) {
@@ -187,40 +354,40 @@ mod tests {
     #[test]
     fn a_reader_never_believes_a_frame_that_changed_under_it() {
         let tables = tables();
-        let first = |words: &[AtomicU64]| words[0].load(Ordering::Relaxed);
+        let first = |entries: Entries<'_>| entries.run(0, 1).0;
         assert_eq!(tables.read(7, first), None);
         replace(&tables, 0, None, 7);
         assert_eq!(tables.read(7, first), Some(7));
         // It leaves in the middle of the read.
         let mut runs = 0;
-        let answer = tables.read(7, |words| {
+        let answer = tables.read(7, |entries| {
             runs += 1;
             replace(&tables, 0, Some(7), 9);
-            first(words)
+            first(entries)
         });
         assert_eq!((answer, runs), (None, 1));
         // It leaves and comes back to the same frame: the words may have been another's meanwhile.
         let mut runs = 0;
-        let answer = tables.read(9, |words| {
+        let answer = tables.read(9, |entries| {
             runs += 1;
             if runs == 1 {
                 replace(&tables, 0, Some(9), 7);
-                let seen = first(words);
+                let seen = first(entries);
                 replace(&tables, 0, Some(7), 9);
                 return seen;
             }
-            first(words)
+            first(entries)
         });
         assert_eq!((answer, runs), (Some(9), 2));
         // It moves to the other frame.
         let mut runs = 0;
-        let answer = tables.read(9, |words| {
+        let answer = tables.read(9, |entries| {
             runs += 1;
             if runs == 1 {
                 replace(&tables, 0, Some(9), 7);
                 replace(&tables, 1, None, 9);
             }
-            first(words)
+            first(entries)
         });
         assert_eq!((answer, runs), (Some(9), 2));
         // A frame that is never at rest is given up on.
@@ -232,11 +399,11 @@ mod tests {
     fn a_change_of_two_words_is_seen_whole_or_not_at_all() {
         let tables = tables();
         replace(&tables, 0, None, 7);
-        let both = |words: &[AtomicU64]| [0, 1].map(|i| words[i].load(Ordering::Relaxed));
+        let both = |entries: Entries<'_>| [0, 1].map(|i| entries.run(i, 1).0);
         let mut runs = 0;
-        let answer = tables.read(7, |words| {
+        let answer = tables.read(7, |entries| {
             runs += 1;
-            let first = words[0].load(Ordering::Relaxed);
+            let first = entries.run(0, 1).0;
             if runs == 1 {
                 tables.frames[0].change(|words| {
                     for word in &words[..2] {
@@ -246,7 +413,7 @@ mod tests {
                     assert_eq!(tables.read(7, both), None);
                 });
             }
-            [first, words[1].load(Ordering::Relaxed)]
+            [first, entries.run(1, 1).0]
         });
         assert_eq!((answer, runs), (Some([9, 9]), 2));
     }
@@ -254,7 +421,7 @@ mod tests {
     #[test]
     fn slices_behind_the_disk_have_no_slot() {
         let tables = tables();
-        tables.set_slot(1 << 40, 1);
-        assert_eq!(tables.slot(1 << 40), None);
+        tables.set_slot(1 << 40, Slot::Frame(1));
+        assert_eq!(tables.slot(1 << 40), Slot::Absent);
     }
 }

@@ -3,32 +3,23 @@
 use super::super::Qcow2;
 use super::super::entry::{Bad, COPIED, Entry};
 use super::super::map::{Growing, STEPS_MAX};
+use super::super::tables::Entries;
 use super::{Cluster, Kind};
 use crate::{FileId, Plan};
 use block::{GuestOffset, HostOffset};
-use std::sync::atomic::{AtomicU64, Ordering};
-
-/// The two words of an entry.
-#[inline]
-fn pair(words: &[AtomicU64]) -> (u64, u64) {
-    match words {
-        [raw, bitmap] => (raw.load(Ordering::Relaxed), bitmap.load(Ordering::Relaxed)),
-        _ => (0, 0),
-    }
-}
 
 impl Qcow2 {
-    /// The extents of `words`, extended entries of one slice, from `run.next()` on. `true` when the
+    /// The extents of a slice of extended entries, from `run.next()` on. `true` when the
     /// run may go on behind the slice.
     pub(in super::super) fn feed_extended(
         &self,
         run: &mut Growing,
-        words: &[AtomicU64],
+        entries: Entries<'_>,
     ) -> Result<bool, Bad> {
         let g = &self.geometry;
         let first = (run.next() >> g.cluster_bits) as usize & (g.slice_entries() - 1);
-        for entry in words.get(2 * first..).unwrap_or_default().chunks_exact(2) {
-            let (raw, bitmap) = pair(entry);
+        for at in first..g.slice_entries() {
+            let (raw, bitmap) = entries.pair(at);
             let cluster = match g.decode_extended(raw, bitmap) {
                 Ok(cluster) => cluster,
                 Err(bad) if run.len == 0 => return Err(bad),
@@ -57,7 +48,7 @@ impl Qcow2 {
                 }
             }
         }
-        Ok(!words.is_empty())
+        Ok(true)
     }
 
     /// As `plan_in_place`, for subclusters that are allocated in clusters of the guest's own.
@@ -75,11 +66,10 @@ impl Qcow2 {
                 break;
             }
             let start = done;
-            let seen = self.tables.read(place.slice, |words| {
+            let seen = self.tables.read(place.slice, |entries| {
                 done = start;
-                let entries = words.get(2 * place.index..).unwrap_or_default();
-                for entry in entries.chunks_exact(2) {
-                    let (raw, bitmap) = pair(entry);
+                for index in place.index..g.slice_entries() {
+                    let (raw, bitmap) = entries.pair(index);
                     let Ok(Cluster::Standard {
                         host: Some(cluster),
                         copied: true,
