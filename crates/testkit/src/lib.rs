@@ -38,6 +38,7 @@ pub mod guest;
 mod process;
 pub mod qemu;
 pub mod report;
+pub mod scattered;
 pub mod server;
 pub mod temp;
 
