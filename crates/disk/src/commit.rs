@@ -52,6 +52,16 @@ impl GroupCommit {
         }
     }
 
+    /// Nobody waits, but a run should be made: `Lead` unless one is under way.
+    pub fn lead(&self) -> Turn {
+        let mut state = self.state();
+        if state.led {
+            return Turn::Follow;
+        }
+        state.led = true;
+        Turn::Lead
+    }
+
     /// The leader begins: everyone who arrived until now is covered. Returns the run's buffers.
     pub fn begin(&self) -> Box<FlushRun> {
         let mut state = self.state();

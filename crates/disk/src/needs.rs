@@ -2,6 +2,7 @@
 //! who is at it, or a table that is full.
 
 use crate::{
+    commit::Turn,
     queue::{DiskQueue, Next},
     request::State,
     sub::{Place, Purpose},
@@ -96,7 +97,7 @@ impl DiskQueue {
                 };
                 self.slots[index as usize].state = State::Loading;
                 let purpose = Purpose::Reserve {
-                    slot: index,
+                    slot: Some(index),
                     reserve,
                 };
                 let file = self.file(layer, reserve.file);
@@ -109,6 +110,33 @@ impl DiskQueue {
                 self.slots[index as usize].state = State::CommitThenAsk;
                 self.join_commit(index);
                 Next::Blocked
+            }
+        }
+    }
+
+    /// Begins what the active image will need soon, so that no request comes to wait for it.
+    pub(crate) fn look_ahead(&mut self, engine: &mut dyn Engine) {
+        if self.commit_lacks_room() || !self.has_sub() {
+            return;
+        }
+        match self.disk.layers[0].image.foresee() {
+            None => {}
+            Some(Need::Reserve(reserve)) => {
+                let Some(sub) = self.take_sub() else { return };
+                self.reserving += 1;
+                let purpose = Purpose::Reserve {
+                    slot: None,
+                    reserve,
+                };
+                let file = self.file(0, reserve.file);
+                let (offset, len) = (reserve.offset.0, reserve.len);
+                let place = Place { file, offset, len };
+                self.issue(engine, sub, purpose, IoOp::Allocate, place, None);
+            }
+            Some(Need::Commit) => self.leads |= self.disk.commits.lead() == Turn::Lead,
+            Some(Need::Load(load)) => {
+                debug_assert!(false, "loads are not foreseen");
+                self.disk.layers[0].image.load_failed(&load);
             }
         }
     }

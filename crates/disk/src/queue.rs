@@ -85,6 +85,8 @@ pub struct DiskQueue {
     pub(crate) retired: VecDeque<(u64, Freed)>,
     pub(crate) freed: Vec<Freed>,
     pub(crate) punches: usize,
+    /// Reservations under way that no request waits for.
+    pub(crate) reserving: usize,
     epochs: Member,
     pub(crate) stats: Arc<QueueStats>,
     /// Requests submitted since the last advance: they go to the engine with the next turn.
@@ -160,6 +162,7 @@ impl DiskQueue {
                 .collect(),
             freed: Vec::new(),
             punches: 0,
+            reserving: 0,
             epochs: disk.epochs.join(),
             stats: disk.new_stats(),
             batch: Vec::with_capacity(depth),
@@ -184,7 +187,10 @@ impl DiskQueue {
     /// Whether the queue has work of its own (commits, space being returned) at the
     /// engine: it must not be detached before that ended.
     pub fn is_busy(&self) -> bool {
-        self.in_flight > 0 || self.leads || self.committer.is_some() || self.punches > 0
+        self.in_flight > 0
+            || self.leads
+            || self.committer.is_some()
+            || self.punches + self.reserving > 0
     }
 
     /// Whether a commit waits for the next [`Self::advance`]: to be called before the thread sleeps.
@@ -362,6 +368,7 @@ impl DiskQueue {
         // A commit that ends at once (nothing to write, no file to sync) leaves messages to
         // ourselves, and what they wake may lead the next commit.
         const ROUNDS_MAX: usize = 64;
+        self.look_ahead(engine);
         for round in 0.. {
             self.read_mail(engine);
             self.advance_fills(engine);

@@ -23,8 +23,8 @@ pub(crate) enum Purpose {
     },
     /// A metadata block that a request waits for.
     Load { slot: u32, layer: u8, load: Load },
-    /// Space that a request waits for.
-    Reserve { slot: u32, reserve: Reserve },
+    /// Space that a request waits for, or (without one) that will be needed soon.
+    Reserve { slot: Option<u32>, reserve: Reserve },
     /// The one write of an allocation.
     Fill { fill: u32 },
     /// A metadata write or barrier of the commit that this queue leads.
@@ -193,7 +193,7 @@ impl DiskQueue {
                 if error.is_some() {
                     image.reserve_failed(&reserve);
                     // The format may ask for less next time; `meet` sees to it that this ends.
-                    if error == Some(GuestError::NoSpace) {
+                    if let (Some(slot), Some(GuestError::NoSpace)) = (slot, error) {
                         self.slots[slot as usize].refused = reserve.len;
                         error = None;
                     }
@@ -209,7 +209,10 @@ impl DiskQueue {
                 }
                 self.free_sub(index);
                 self.disk.waits.wake(0, reserve.key);
-                self.metadata_ended(engine, slot, error);
+                match slot {
+                    Some(slot) => self.metadata_ended(engine, slot, error),
+                    None => self.reserving -= 1,
+                }
             }
             Purpose::Fill { fill } => {
                 self.free_sub(index);

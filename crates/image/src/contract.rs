@@ -365,6 +365,13 @@ pub trait Image: Send + Sync + Debug {
     /// How to write `len` bytes at `at`: an answer for the first part of them.
     fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>>;
 
+    /// What will be lacking soon: a reservation (given to one caller, as by `plan_write`) or a
+    /// flush. The disk layer asks once a turn and has it done while requests go on, so that none comes to
+    /// wait for it. No lock while there is nothing.
+    fn foresee(&self) -> Option<Need> {
+        None
+    }
+
     /// Makes the clusters of an allocation the guest's, in memory.
     fn commit(&self, ticket: Ticket);
 

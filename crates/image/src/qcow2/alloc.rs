@@ -1,7 +1,7 @@
 //! Free host clusters: runs that are known to be free, those found by a scan of the refcounts,
 //! and space reserved behind the end of the file.
 //!
-//! Refcounts of free runs stay 0 until a commit uses them, so a crash leaks nothing that was
+//! Refcounts of free runs stay 0 until a commit uses them (or `ahead` counts a few), so a crash leaks little that was
 //! only reserved. The same 0 means that a scan could find such clusters a second time: it leaves
 //! out what lies in a run, in an allocation in flight, or in space freed but not yet released.
 
@@ -12,6 +12,7 @@ use super::state::{Ask, Halt, State};
 use crate::{FileId, Freed, Key, Need, Reserve};
 use block::{Error, ErrorKind, HostOffset};
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 
 /// Runs that are remembered; more is left for a later scan to find.
 const RUNS_MAX: usize = 4096;
@@ -22,7 +23,7 @@ const LOOK: usize = 16;
 /// Slices of refcounts scanned before the file is grown instead.
 const SCAN_PER_GROWTH: u32 = 8;
 const GROW_START: u64 = 1 << 20;
-const GROW_MAX: u64 = 64 << 20;
+const GROW_MAX: u64 = 256 << 20;
 const GROW_MIN: u64 = 64 << 10;
 
 /// Free host clusters.
@@ -34,12 +35,14 @@ pub(super) struct Run {
     pub(super) zeroed: bool,
 }
 
-/// Clusters taken from a run. Their refcounts are 0 and in `frame`.
+/// Clusters taken for use. Their refcounts are in `frame`: 0, or 1 where they were counted ahead.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Piece {
     pub(super) first: u64,
     pub(super) count: u64,
     pub(super) zeroed: bool,
+    /// Their refcounts are 1, and these and the zeros are durable.
+    pub(super) counted: bool,
     pub(super) frame: u32,
 }
 
@@ -52,6 +55,11 @@ pub(super) struct Space {
     /// First cluster behind everything known.
     pub(super) end: u64,
     reserving: Option<Reserve>,
+    /// Clusters in `runs`.
+    free: u64,
+    /// Fewer free clusters than this, and more are reserved before they are lacking. 0 after a
+    /// failure, until somebody needs them.
+    low: u64,
     grow: u64,
     grow_max: u64,
     /// Next cluster to scan, and where scanning ends.
@@ -77,6 +85,8 @@ impl Space {
             current: 0,
             end,
             reserving: None,
+            free: 0,
+            low: 0,
             grow: GROW_START.min(grow_max),
             grow_max,
             scan: 0,
@@ -95,6 +105,7 @@ impl Space {
         if run.count == 0 {
             return;
         }
+        self.free += run.count;
         let at = self.runs.partition_point(|r| r.first < run.first);
         if let Some(before) = at.checked_sub(1).and_then(|i| self.runs.get_mut(i))
             && before.first + before.count == run.first
@@ -123,6 +134,7 @@ impl Space {
         }
         if self.runs.len() >= RUNS_MAX {
             self.dropped = true;
+            self.free -= run.count;
             return;
         }
         self.runs.insert(at, run);
@@ -147,10 +159,23 @@ impl Space {
         Some(self.current)
     }
 
+    /// The free runs, by place.
+    pub(super) fn runs(&self) -> impl Iterator<Item = &Run> {
+        self.runs.iter()
+    }
+
+    /// Takes the first `count` clusters of the run that begins with cluster `first`.
+    pub(super) fn take(&mut self, first: u64, count: u64) {
+        if let Ok(index) = self.runs.binary_search_by_key(&first, |r| r.first) {
+            self.cut(index, count);
+        }
+    }
+
     /// Drops the first `count` clusters of run `index`.
     fn cut(&mut self, index: usize, count: u64) {
         if let Some(run) = self.runs.get_mut(index) {
             let count = count.min(run.count);
+            self.free -= count;
             run.first += count;
             run.count -= count;
             if run.count == 0 {
@@ -200,12 +225,29 @@ impl Space {
     fn scanning(&self) -> bool {
         !self.no_scan && self.scan < self.scan_end
     }
+
+    /// Whether more should be reserved before it is lacking.
+    fn is_low(&self) -> bool {
+        self.free < self.low && self.reserving.is_none() && !self.scanning()
+    }
 }
 
 impl Qcow2 {
     /// Takes up to `want` contiguous free clusters, at least one. They lie in one slice of refcounts,
     /// which is in memory. Whoever takes them uses them or gives them back.
     pub(super) fn alloc(&self, st: &mut State, want: u64) -> Ask<Piece> {
+        let piece = match self.take_ahead(st, want) {
+            Some(piece) => piece,
+            None => self.alloc_run(st, want)?,
+        };
+        st.ahead.allocated(piece.count);
+        if st.space.is_low() {
+            self.ahead.store(true, Ordering::Relaxed);
+        }
+        Ok(piece)
+    }
+
+    fn alloc_run(&self, st: &mut State, want: u64) -> Ask<Piece> {
         loop {
             let Some(index) = st.space.pick(want) else {
                 self.refill(st, want)?;
@@ -247,6 +289,7 @@ impl Qcow2 {
                 first: run.first,
                 count,
                 zeroed: run.zeroed,
+                counted: false,
                 frame,
             });
         }
@@ -255,9 +298,11 @@ impl Qcow2 {
     /// A free cluster that becomes metadata: its refcount is 1 from here on.
     pub(super) fn alloc_meta(&self, st: &mut State) -> Ask<Piece> {
         let piece = self.alloc(st, 1)?;
-        self.set_refcount(st, piece.frame, piece.first, 1);
+        if !piece.counted {
+            self.set_refcount(st, piece.frame, piece.first, 1);
+            st.ordered = true;
+        }
         st.places.blocks.insert(piece.first);
-        st.ordered = true;
         Ok(piece)
     }
 
@@ -344,9 +389,22 @@ impl Qcow2 {
 
     /// Has space behind the end reserved: always halts.
     fn reserve(&self, st: &mut State, clusters: u64) -> Ask<()> {
-        if let Some(reserve) = &st.space.reserving {
-            return Err(Halt::Wait(reserve.key));
+        match &st.space.reserving {
+            Some(reserve) => Err(Halt::Wait(reserve.key)),
+            None => Err(Halt::Need(Need::Reserve(self.start_reserve(st, clusters)?))),
         }
+    }
+
+    /// The reservation that should be made ahead of need, if any.
+    pub(super) fn reserve_ahead(&self, st: &mut State) -> Option<Reserve> {
+        match st.space.is_low() {
+            // At the end of what a file can be there is nothing to foresee.
+            true => self.start_reserve(st, 0).ok(),
+            false => None,
+        }
+    }
+
+    fn start_reserve(&self, st: &mut State, clusters: u64) -> Ask<Reserve> {
         let bits = self.geometry.cluster_bits;
         // One more for a refcount block, one for an L2 table.
         let count = (st.space.grow >> bits).max(clusters + 2);
@@ -365,7 +423,7 @@ impl Qcow2 {
         };
         st.space.reserving = Some(reserve);
         st.space.scan_budget = SCAN_PER_GROWTH;
-        Err(Halt::Need(Need::Reserve(reserve)))
+        Ok(reserve)
     }
 
     /// Ends the reservation under way. `None`: it failed.
@@ -375,6 +433,7 @@ impl Qcow2 {
         }
         st.space.reserving = None;
         let Some(zeroed) = zeroed else {
+            st.space.low = 0;
             st.space.grow = (st.space.grow / 2).max(GROW_MIN.min(st.space.grow_max));
             // There may be space inside that no scan has seen yet.
             st.space.scan_first = true;
@@ -383,6 +442,8 @@ impl Qcow2 {
         let count = reserve.len >> self.geometry.cluster_bits;
         let first = st.space.end;
         st.space.end += count;
+        // Enough for the time that a reservation takes; not so much that small images grow for nothing.
+        st.space.low = count / 4;
         st.space.grow = (st.space.grow * 2).min(st.space.grow_max);
         st.space.add(Run {
             first,
@@ -419,6 +480,7 @@ impl Qcow2 {
             run.count = run.count.min(end.saturating_sub(run.first));
             run.count > 0
         });
+        st.space.free = st.space.runs.iter().map(|r| r.count).sum();
         st.space.end = st.space.end.min(end);
     }
 }

@@ -196,7 +196,13 @@ impl Cache {
 
     /// Whether so much is dirty or pinned that a flush must come first.
     pub(super) fn crowded(&self) -> bool {
-        self.changed.len() > self.capacity / 2 || self.pinned > self.capacity / 2
+        let frames = self.capacity;
+        self.changed.len() > frames - frames / 16 || self.pinned > frames / 2
+    }
+
+    /// Whether so much is dirty that a flush should begin, so that nobody has to wait for it.
+    pub(super) fn filling(&self) -> bool {
+        self.changed.len() > self.capacity / 2
     }
 
     /// Whether pins alone crowd it.

@@ -15,6 +15,7 @@ impl Qcow2 {
         if self.read_only.is_some() {
             return Ok(());
         }
+        self.end_ahead(&mut self.lock());
         self.flush_blocking(storage)?;
         let mut st = self.lock();
         let former = std::mem::take(&mut st.refs.former);

@@ -216,7 +216,11 @@ impl Geometry {
     /// Bytes of the unit in which a slice's changes are tracked and written: at most 64 per slice.
     #[inline]
     pub(super) fn granule_bits(&self) -> u32 {
-        9.max(self.slice_bits.saturating_sub(6))
+        // Whole blocks of most file systems: a direct write of less than a block would make ext4 take the
+        // file for itself, and wait for all other writes.
+        self.slice_bits
+            .min(12)
+            .max(self.slice_bits.saturating_sub(6))
     }
 
     /// Decodes an L2 entry.

@@ -30,6 +30,10 @@
 //!   a new owner's bytes.
 //!
 //! Without anything newly referred to (`State::ordered`) stages 1 and 2 are independent, and share one barrier.
+//! So they are when all that is newly referred to was counted ahead (see `ahead`): it is counted durably, and until
+//! the guest's data or the entries of a new table are durable, zeros are in their place, which is what the guest read
+//! there before.
+//!
 //! A run that failed part of the way may have made any part of it durable. All it covered is dirty
 //! again, and written again in the same order; but since the L1 table on disk may
 //! refer to new L2 tables by then, these wait for the refcounts once.
@@ -169,6 +173,7 @@ impl Qcow2 {
     pub(super) fn begin_flush(&self, st: &mut State, run: &mut FlushRun) {
         run.clear();
         debug_assert!(!st.covered.running, "two flushes at once");
+        self.count_ahead(st);
         let mut changed = std::mem::take(&mut st.scratch);
         changed.clear();
         st.cache.take_changed(|c| changed.push(c));
@@ -199,8 +204,8 @@ impl Qcow2 {
             }
         }
         self.push_table(st, run);
-        if st.failed && open_stage(run) {
-            // The L1 table on disk may know the new tables already.
+        if st.failed && (open_stage(run) || st.ordered) {
+            // The L1 table on disk may know the new tables already: refcounts and data before them.
             run.seal();
         }
         for &index in &st.fresh_tables {
@@ -297,6 +302,7 @@ impl Qcow2 {
                 *entry &= !(FRESH | FRESH_ZEROED);
             }
         }
+        st.ahead.flushed();
         self.apply_derefs(st, covered.derefs);
     }
 

@@ -8,12 +8,13 @@
 //!
 //! * `tables`: what is read without a lock: L1, slots, frames, checked by sequence tags.
 //! * `packed`, `pages`: L2 slices in a compact form, many to a frame.
-//! * `state`: what the lock guards, made of `cache`, `refcount`, `alloc` and `tickets`.
+//! * `state`: what the lock guards, made of `cache`, `refcount`, `alloc`, `ahead` and `tickets`.
 //! * `map`, `write`, `zero`: the questions. `flush`: the order on disk, and why it is safe.
 //! * `header`, `extensions`, `features`, `entry`: the format. `open`, `close`, `compress`.
 //!
 //! Internal functions answer with `state::Ask`: a value, or why there is none now (`?` passes it up).
 
+mod ahead;
 mod alloc;
 mod cache;
 mod close;
@@ -27,6 +28,8 @@ mod entry;
 pub mod extensions;
 pub mod features;
 mod flush;
+#[cfg(test)]
+mod growing;
 mod header;
 #[cfg(test)]
 mod hostile;
@@ -58,13 +61,14 @@ pub use header::{
 pub use open::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX, OpenOptions};
 
 use crate::{
-    Description, Extent, FileId, FlushRun, Freed, Image, Load, Plan, Reserve, Step, Ticket,
+    Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan, Reserve, Step, Ticket,
     ZeroMode, ZeroPlan,
 };
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
 use cache::Owner;
 use entry::{Entry, Geometry, OVERLAP};
 use state::{Places, State};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tables::Tables;
 
@@ -83,6 +87,8 @@ pub struct Qcow2 {
     opened_len: u64,
     tables: Tables,
     state: Mutex<State>,
+    /// There may be something to foresee.
+    ahead: AtomicBool,
 }
 
 impl Qcow2 {
@@ -247,6 +253,18 @@ impl Image for Qcow2 {
         let mut st = self.lock();
         let plan = self.plan_allocating(&mut st, at, len);
         st.step(plan)
+    }
+
+    fn foresee(&self) -> Option<Need> {
+        if !self.ahead.load(Ordering::Relaxed) {
+            return None;
+        }
+        let mut st = self.lock();
+        self.ahead.store(false, Ordering::Relaxed);
+        if let Some(reserve) = self.reserve_ahead(&mut st) {
+            return Some(Need::Reserve(reserve));
+        }
+        st.flush_soon().then_some(Need::Commit)
     }
 
     fn commit(&self, ticket: Ticket) {

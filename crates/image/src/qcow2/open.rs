@@ -1,6 +1,7 @@
 //! Opening: read and judge everything that stays in memory.
 
 use super::Qcow2;
+use super::ahead::Ahead;
 use super::alloc::Space;
 use super::cache::Cache;
 use super::entry::{Geometry, OFFSET_MASK};
@@ -157,6 +158,7 @@ impl Qcow2 {
                 cache: Cache::new(frames, &geometry),
                 refs,
                 space: Space::new(end, geometry.size, holed),
+                ahead: Ahead::default(),
                 tickets: Tickets::new(),
                 places: Places { blocks, fixed },
                 l1_changed: Sectors::new(l1_sectors),
@@ -167,7 +169,9 @@ impl Qcow2 {
                 covered: Covered::default(),
                 scratch: Vec::with_capacity(frames),
                 words: Vec::with_capacity(geometry.slice_words()),
+                covers: frames as u64 >= geometry.l2_slices(),
             }),
+            ahead: std::sync::atomic::AtomicBool::new(false),
             geometry,
             header,
         })

@@ -1,5 +1,6 @@
 //! What the lock of an image guards, and how its parts say that they cannot answer yet.
 
+use super::ahead::Ahead;
 use super::alloc::Space;
 use super::cache::{Cache, Changed};
 use super::refcount::RefTable;
@@ -129,14 +130,15 @@ pub(super) struct State {
     pub(super) cache: Cache,
     pub(super) refs: RefTable,
     pub(super) space: Space,
+    pub(super) ahead: Ahead,
     pub(super) tickets: Tickets,
     pub(super) places: Places,
     pub(super) l1_changed: Sectors,
     /// L1 indices of tables that no flush has written yet.
     pub(super) fresh_tables: Vec<u32>,
     pub(super) derefs: Vec<Deref>,
-    /// Whether something became referenced since the last flush began: only then
-    /// must stage 1 be durable before stage 2.
+    /// Whether something became referenced since the last flush began that was not counted ahead, or not
+    /// zeros before: only then must stage 1 be durable before stage 2.
     pub(super) ordered: bool,
     /// The last flush failed: some of what counts as never written may be on disk, and referred to.
     pub(super) failed: bool,
@@ -145,6 +147,8 @@ pub(super) struct State {
     pub(super) scratch: Vec<Changed>,
     /// A loaded slice's words; kept for its memory.
     pub(super) words: Vec<u64>,
+    /// There is a frame for each L2 slice of the disk: dirty ones are in nobody's way.
+    pub(super) covers: bool,
 }
 
 /// New L2 tables that may wait for a flush.
@@ -166,6 +170,14 @@ impl State {
             return Err(Halt::Need(Need::Commit));
         }
         Ok(())
+    }
+
+    /// Whether a flush should begin before `admit` halts for one.
+    pub(super) fn flush_soon(&self) -> bool {
+        !self.covered.running
+            && (self.fresh_tables.len() >= FRESH_TABLES_MAX / 2
+                || self.derefs.len() >= DEREFS_MAX / 2
+                || !self.covers && self.cache.filling())
     }
 
     /// The answer as the contract wants it.

@@ -186,6 +186,8 @@ pub(super) struct Driver {
     pub(super) punch: bool,
     /// Whether new space at the end of the file is known to read as zeros.
     pub(super) zeroed: bool,
+    /// Barriers of flushes so far.
+    pub(super) barriers: usize,
     run: FlushRun,
 }
 
@@ -204,6 +206,7 @@ impl Driver {
             backing: Vec::new(),
             punch: true,
             zeroed: true,
+            barriers: 0,
             run: FlushRun::default(),
         }
     }
@@ -364,6 +367,7 @@ impl Driver {
         let mut run = std::mem::take(&mut self.run);
         self.image.flush_begin(&mut run)?;
         assert!(!run.stages.is_empty());
+        self.barriers += run.stages.len();
         let written = run.stages.iter().try_for_each(|stage| {
             for w in &run.writes[stage.first..stage.end] {
                 assert!(w.offset.0 % 512 == 0 && w.len % 512 == 0 && w.len > 0);

@@ -28,6 +28,10 @@ pub(super) struct Pending {
     /// The frame with the new clusters' refcounts, pinned; `None` when the clusters were the
     /// guest's already (a preallocated zero cluster), or when their birth has it.
     pub(super) ref_frame: Option<u32>,
+    /// The new clusters were counted ahead.
+    pub(super) counted: bool,
+    /// Besides, the guest read zeros there: the data need not be durable before what refers to them.
+    pub(super) independent: bool,
     /// What the guest's clusters referred to before; its refcounts are pinned.
     pub(super) old: Option<Deref>,
 }
@@ -41,6 +45,8 @@ pub(super) struct Birth {
     pub(super) host: u64,
     /// The frame with its refcount, pinned.
     pub(super) ref_frame: u32,
+    /// It was counted ahead.
+    pub(super) counted: bool,
     /// It reads as zeros where nobody wrote.
     pub(super) zeroed: bool,
     /// Allocations that write parts of it.

@@ -1,6 +1,7 @@
 //! Planning writes: in place, or into clusters of their own.
 
 use super::Qcow2;
+use super::alloc::Piece;
 use super::entry::{COPIED, Entry, FRESH, FRESH_ZEROED};
 use super::map::Place;
 use super::state::{Ask, Deref, FRESH_TABLES_MAX, Halt, State};
@@ -171,6 +172,8 @@ impl Qcow2 {
                     clusters: count,
                     l2_frame: frame,
                     ref_frame: None,
+                    counted: false,
+                    independent: false,
                     old: None,
                 };
                 return self.ticket(st, pending, at, len, Fill::Zero, false);
@@ -192,6 +195,11 @@ impl Qcow2 {
             }
             Entry::Unallocated => (like(&|_, e| e == Entry::Unallocated), unread, None),
         };
+        let blank = match entry {
+            Entry::Zero { host: None, .. } => true,
+            Entry::Unallocated => !g.has_backing,
+            _ => false,
+        };
         if let Some(old) = old {
             self.pin_old(st, old)?;
         }
@@ -212,6 +220,8 @@ impl Qcow2 {
             clusters: piece.count,
             l2_frame: frame,
             ref_frame: Some(piece.frame),
+            counted: piece.counted,
+            independent: piece.counted && blank,
             old,
         };
         self.ticket(st, pending, at, len, fill, piece.zeroed)
@@ -268,21 +278,27 @@ impl Qcow2 {
             let first = self.place(pending.start >> g.cluster_unit_bits()).index;
             for i in 0..pending.clusters {
                 let cluster = pending.host + i;
-                if let Some(frame) = pending.ref_frame {
+                if let Some(frame) = pending.ref_frame.filter(|_| !pending.counted) {
                     self.set_refcount(st, frame, cluster, 1);
                 }
                 let raw = cluster << g.cluster_bits | COPIED;
                 let index = first + i as usize;
                 self.put_entry(st, pending.l2_frame, index, raw, Bitmap::ALLOCATED);
             }
-            st.ordered = true;
-        } else if pending.ref_frame.is_some() {
-            st.space.add(super::alloc::Run {
+            st.ordered |= !pending.independent;
+            if st.flush_soon() {
+                self.ahead.store(true, Ordering::Relaxed);
+            }
+        } else if let Some(frame) = pending.ref_frame {
+            let piece = Piece {
                 first: pending.host,
                 count: pending.clusters,
                 // Parts may have been written.
                 zeroed: false,
-            });
+                counted: pending.counted,
+                frame,
+            };
+            self.take_back(st, piece);
         }
         match pending.old {
             // Stays pinned until the dereference is applied.

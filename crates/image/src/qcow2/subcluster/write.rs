@@ -12,7 +12,7 @@
 //! cluster, but to other subclusters of it, gets its own ticket for the same host cluster at once (`Birth`).
 
 use super::super::Qcow2;
-use super::super::alloc::Run;
+use super::super::alloc::Piece;
 use super::super::entry::COPIED;
 use super::super::map::Place;
 use super::super::state::{Ask, Deref, State};
@@ -89,6 +89,7 @@ impl Qcow2 {
                             cluster,
                             host: piece.first,
                             ref_frame: piece.frame,
+                            counted: piece.counted,
                             zeroed: piece.zeroed,
                             users: 0,
                         });
@@ -194,6 +195,8 @@ impl Qcow2 {
             clusters: 1,
             l2_frame: frame,
             ref_frame: None,
+            counted: false,
+            independent: false,
             old: None,
         };
         self.ticket(st, pending, at, len, part.fill, zeroed)
@@ -239,6 +242,8 @@ impl Qcow2 {
             clusters: piece.count,
             l2_frame: frame,
             ref_frame: Some(piece.frame),
+            counted: piece.counted,
+            independent: false,
             old,
         };
         self.ticket(st, pending, at, len, fill, piece.zeroed)
@@ -267,7 +272,9 @@ impl Qcow2 {
             match st.tickets.take_birth(cluster) {
                 Some(birth) => {
                     debug_assert!(host.is_none() && birth.host == pending.host);
-                    self.set_refcount(st, birth.ref_frame, birth.host, 1);
+                    if !birth.counted {
+                        self.set_refcount(st, birth.ref_frame, birth.host, 1);
+                    }
                     st.cache.unpin(birth.ref_frame);
                     let raw = birth.host << g.cluster_bits | COPIED;
                     self.put_entry(st, frame, index, raw, bits);
@@ -301,12 +308,15 @@ impl Qcow2 {
             return;
         }
         if let Some(birth) = st.tickets.take_birth(cluster) {
-            st.cache.unpin(birth.ref_frame);
-            st.space.add(Run {
+            let piece = Piece {
                 first: birth.host,
                 count: 1,
                 zeroed: false,
-            });
+                counted: birth.counted,
+                frame: birth.ref_frame,
+            };
+            self.take_back(st, piece);
+            st.cache.unpin(birth.ref_frame);
         }
     }
 }

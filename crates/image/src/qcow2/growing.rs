@@ -1,0 +1,221 @@
+//! Images that grow: clusters counted ahead, space reserved ahead, flushes asked for ahead.
+
+use super::testing::{Checked, Driver, MemFile, check};
+use super::{CreateOptions, OpenOptions};
+use crate::{FileId, FlushRun, Image, Need, Plan, Step};
+use block::GuestOffset;
+use std::fs;
+
+const CLUSTER: u64 = 4096;
+
+fn fresh(clusters: u64, backing: bool) -> Driver {
+    let options = CreateOptions {
+        size: clusters * CLUSTER,
+        cluster_size: CLUSTER,
+        backing: backing.then(|| ("base".into(), "raw".into())),
+        ..CreateOptions::default()
+    };
+    let mut driver = Driver::create(&options, &OpenOptions::default());
+    driver.backing = vec![7; 16 * CLUSTER as usize];
+    driver
+}
+
+fn checked(file: &MemFile) -> Checked {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image.qcow2");
+    fs::write(directory.path().join("base"), []).unwrap();
+    fs::write(&path, file.bytes()).unwrap();
+    check(&path)
+}
+
+#[test]
+fn a_guest_that_flushes_each_write_needs_one_barrier() {
+    let mut driver = fresh(4096, false);
+    for i in 0..400 {
+        driver.write(i * 3 * CLUSTER, &[1; 512]).unwrap();
+        driver.flush().unwrap();
+    }
+    // The first flush counts its own cluster and table; one finds the reservation used up.
+    assert_eq!(driver.barriers, 402);
+    let file = driver.file.clone();
+    assert_eq!(checked(&file), Checked::Leaks, "what was counted ahead");
+    driver.close();
+    assert_eq!(checked(&file), Checked::Clean);
+}
+
+#[test]
+fn data_go_first_where_the_guest_read_something_else() {
+    // Unwritten clusters read as the backing file's bytes, not as zeros.
+    let mut driver = fresh(4096, true);
+    for i in 0..20 {
+        driver.write(i * CLUSTER, &[1; CLUSTER as usize]).unwrap();
+        driver.flush().unwrap();
+    }
+    assert_eq!(driver.barriers, 40);
+    // So do clusters that were a device's before.
+    let mut driver = fresh(4096, false);
+    driver.zeroed = false;
+    for i in 0..20 {
+        driver.write(i * CLUSTER, &[1; 512]).unwrap();
+        driver.flush().unwrap();
+    }
+    assert_eq!(driver.barriers, 40);
+}
+
+#[test]
+fn what_was_counted_ahead_is_counted_once() {
+    let mut driver = fresh(4096, false);
+    driver.write(0, &[1; 512]).unwrap();
+    driver.flush().unwrap();
+    // Given back, taken again, and written in the end.
+    for round in 0..100 {
+        let at = CLUSTER * (1 + round % 3);
+        let (_, ticket) = driver.start_write(at, &[2; 512]).unwrap();
+        driver.image.abort(ticket.unwrap());
+        if round % 10 == 0 {
+            driver.flush().unwrap();
+        }
+    }
+    for i in 1..200 {
+        driver.write(i * CLUSTER, &[3; 512]).unwrap();
+    }
+    let file = driver.file.clone();
+    driver.close();
+    assert_eq!(checked(&file), Checked::Clean);
+}
+
+#[test]
+fn counting_ahead_waits_for_a_flush_that_succeeds() {
+    let mut driver = fresh(4096, false);
+    driver.write(0, &[1; 512]).unwrap();
+    // Refcounts, table, barrier, L1 entry, and its barrier fails.
+    driver.file.fail_after(Some(4));
+    assert!(driver.flush().is_err());
+    driver.file.fail_after(None);
+    let before = driver.barriers;
+    driver.write(CLUSTER, &[1; 512]).unwrap();
+    driver.flush().unwrap();
+    assert!(
+        driver.barriers >= before + 2,
+        "nothing is known to be counted"
+    );
+    driver.write(2 * CLUSTER, &[1; 512]).unwrap();
+    let before = driver.barriers;
+    driver.flush().unwrap();
+    assert_eq!(driver.barriers, before + 1);
+    let file = driver.file.clone();
+    driver.close();
+    assert_eq!(checked(&file), Checked::Clean);
+}
+
+#[test]
+fn counting_ahead_waits_for_the_end_of_the_flush() {
+    let mut driver = fresh(4096, false);
+    driver.write(0, &[1; 512]).unwrap();
+    let mut run = FlushRun::default();
+    driver.image.flush_begin(&mut run).unwrap();
+    // Meanwhile.
+    driver.write(CLUSTER, &[1; 512]).unwrap();
+    for w in &run.writes {
+        let bytes = &run.bytes[w.start..w.start + w.len];
+        driver.file.patch(w.offset.0 as usize, bytes);
+    }
+    driver.image.flush_end(&mut run, true);
+    driver.flush().unwrap();
+    assert_eq!(
+        driver.barriers, 2,
+        "it was not counted yet when it was taken"
+    );
+    driver.write(2 * CLUSTER, &[1; 512]).unwrap();
+    driver.flush().unwrap();
+    assert_eq!(driver.barriers, 3);
+}
+
+#[test]
+fn space_is_reserved_before_it_is_lacking() {
+    let mut driver = fresh(1 << 20, false);
+    let (mut lacked, mut foreseen) = (0, 0);
+    for i in 0..40_000u64 {
+        let at = GuestOffset(i * CLUSTER);
+        let plan = loop {
+            match driver.image.plan_write(at, 512).unwrap() {
+                Step::Done(plan) => break plan,
+                Step::Need(need) => {
+                    lacked += u32::from(matches!(need, Need::Reserve(_)));
+                    driver.need(need).unwrap();
+                }
+                Step::Wait(key) => panic!("waits for {key:?}"),
+            }
+        };
+        let Plan::Allocate(allocation) = plan else {
+            panic!("{plan:?}");
+        };
+        driver.image.commit(allocation.ticket);
+        if let Some(need) = driver.image.foresee() {
+            foreseen += u32::from(matches!(need, Need::Reserve(_)));
+            assert_eq!(driver.image.foresee(), None, "given to one caller");
+            driver.need(need).unwrap();
+        }
+    }
+    assert_eq!(lacked, 1, "only the first");
+    assert!((3..20).contains(&foreseen), "{foreseen}: in growing steps");
+    let file = driver.file.clone();
+    driver.close();
+    assert_eq!(checked(&file), Checked::Clean);
+}
+
+#[test]
+fn a_reservation_ahead_that_fails_is_not_repeated_until_space_is_lacking() {
+    let mut driver = fresh(1 << 20, false);
+    let mut failed = 0;
+    for i in 0..2_000 {
+        driver.write(i * CLUSTER, &[1; 512]).unwrap();
+        match driver.image.foresee() {
+            Some(Need::Reserve(reserve)) => {
+                assert_eq!(reserve.file, FileId::IMAGE);
+                driver.image.reserve_failed(&reserve);
+                failed += 1;
+            }
+            other => assert_eq!(other, None),
+        }
+    }
+    // Each success, on demand, makes it worth another try.
+    assert!((1..=20).contains(&failed), "{failed}");
+}
+
+#[test]
+fn a_flush_is_asked_for_before_the_cache_is_full() {
+    let options = CreateOptions {
+        size: 1 << 33,
+        cluster_size: CLUSTER,
+        ..CreateOptions::default()
+    };
+    let open = OpenOptions {
+        cache_bytes: Some(1 << 20),
+        ..OpenOptions::default()
+    };
+    let mut driver = Driver::create(&options, &open);
+    let (mut lacked, mut foreseen) = (0, 0);
+    for i in 0..3_000u64 {
+        let at = GuestOffset(i * (2 << 20));
+        let plan = loop {
+            match driver.image.plan_write(at, 512).unwrap() {
+                Step::Done(plan) => break plan,
+                Step::Need(need) => {
+                    lacked += u32::from(need == Need::Commit);
+                    driver.need(need).unwrap();
+                }
+                Step::Wait(key) => panic!("waits for {key:?}"),
+            }
+        };
+        if let Plan::Allocate(allocation) = plan {
+            driver.image.commit(allocation.ticket);
+        }
+        if let Some(need) = driver.image.foresee() {
+            foreseen += u32::from(need == Need::Commit);
+            driver.need(need).unwrap();
+        }
+    }
+    assert_eq!(lacked, 0, "no write has to wait for a flush");
+    assert!(foreseen > 3, "{foreseen}");
+}
