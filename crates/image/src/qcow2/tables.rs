@@ -320,10 +320,11 @@ impl Tables {
 
 #[cfg(test)]
 mod tests {
+    use super::super::packed::{Packer, Shape};
     use super::*;
 
-    fn tables() -> Tables {
-        let geometry = Geometry {
+    fn geometry() -> Geometry {
+        Geometry {
             cluster_bits: 12,
             slice_bits: 12,
             refcount_order: 4,
@@ -331,7 +332,11 @@ mod tests {
             size: 1 << 30,
             has_backing: false,
             unit_bits: 12,
-        };
+        }
+    }
+
+    fn tables() -> Tables {
+        let geometry = geometry();
         let tables = Tables::new(&geometry, Box::new([]), 2);
         for frame in &tables.frames {
             frame.make(geometry.slice_words());
@@ -416,6 +421,84 @@ mod tests {
             [first, entries.run(1, 1).0]
         });
         assert_eq!((answer, runs), (Some([9, 9]), 2));
+    }
+
+    /// What the cache does when block 0 of the page in `frame` becomes `slice`, all of whose entries lead to
+    /// clusters from `cluster` on.
+    fn repack(tables: &Tables, geometry: &Geometry, frame: u32, slice: u64, cluster: u64) {
+        let page = &tables.frames[frame as usize];
+        let mut packer = Packer::default();
+        let shape = packer.pack(slice, geometry, 100, |at| (cluster + at as u64) << 12);
+        let Shape::Block(words) = shape else {
+            panic!("a single run is small");
+        };
+        page.close();
+        page.words()[0].store(100, Ordering::Relaxed);
+        for (to, from) in page.words()[1..].iter().zip(words) {
+            to.store(*from, Ordering::Relaxed);
+        }
+        page.open_page();
+        let slot = Slot::Packed {
+            page: frame,
+            block: 0,
+        };
+        tables.set_slot(slice, slot);
+    }
+
+    #[test]
+    fn a_reader_never_believes_a_page_that_changed_under_it() {
+        let (tables, geometry) = (tables(), geometry());
+        let third = |entries: Entries<'_>| entries.run(3, 1).0 >> 12;
+        repack(&tables, &geometry, 0, 7, 1000);
+        assert_eq!(tables.read(7, third), Some(1003));
+        // Its block is given to another slice in the middle of the read.
+        let mut runs = 0;
+        let answer = tables.read(7, |entries| {
+            runs += 1;
+            tables.set_slot(7, Slot::Absent);
+            repack(&tables, &geometry, 0, 9, 2000);
+            third(entries)
+        });
+        assert_eq!((answer, runs), (None, 1));
+        // And comes back to the same place with other entries.
+        let mut runs = 0;
+        let answer = tables.read(9, |entries| {
+            runs += 1;
+            if runs == 1 {
+                repack(&tables, &geometry, 0, 9, 3000);
+            }
+            third(entries)
+        });
+        assert_eq!((answer, runs), (Some(3003), 2));
+        // The page becomes a frame of another slice.
+        let answer = tables.read(9, |entries| {
+            tables.set_slot(9, Slot::Absent);
+            replace(&tables, 0, None, 7);
+            third(entries)
+        });
+        assert_eq!(answer, None);
+        // A slot that leads to a page's place when there is a slice in the frame is not believed.
+        let slot = Slot::Packed { page: 0, block: 0 };
+        tables.set_slot(9, slot);
+        assert_eq!(tables.read(9, third), None);
+    }
+
+    #[test]
+    fn slots_tell_their_states_apart() {
+        let last = (FRAMES_MAX - 1) as u32;
+        for slot in [
+            Slot::Absent,
+            Slot::Empty,
+            Slot::Frame(0),
+            Slot::Frame(last),
+            Slot::Packed { page: 0, block: 0 },
+            Slot::Packed {
+                page: last,
+                block: 63,
+            },
+        ] {
+            assert_eq!(Slot::of(slot.raw()), slot);
+        }
     }
 
     #[test]
