@@ -14,7 +14,7 @@ use crate::{
     systemd,
 };
 use anyhow::{Context, Result};
-use block::{ErrorKind, size};
+use block::size;
 use disk::{Chain, ChainOptions, Disk, DiskOptions};
 use export::{
     nbd::{self, Nbd},
@@ -23,20 +23,10 @@ use export::{
 };
 use io::{Aio, EngineKind};
 use rustix::process::{Resource, getrlimit, setrlimit};
-use std::{
-    fmt::Write,
-    path::Path,
-    sync::Arc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{fmt::Write, path::Path, sync::Arc};
 
 /// Bytes of the serial number that a virtio block device has (virtio 1.2, 5.2.6.1).
 const SERIAL_BYTES: usize = 20;
-
-/// How long an image that is locked is tried again, and how often.
-const LOCK_WAIT: Duration = Duration::from_millis(500);
-const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// A disk, and what it was asked for as.
 #[derive(Debug)]
@@ -109,19 +99,10 @@ fn allow_descriptors() {
     }
 }
 
-/// Opens the chain. An image that is locked is tried again for a moment: the kernel takes the ring of an
-/// io_uring process that was killed apart in the background, with its files and their locks, and whoever
-/// restarts such a server (systemd does at once) would be refused.
+/// Opens the chain, waiting a moment for a process before that has just ended.
 fn open(args: &args::Serve, spec: &DiskSpec) -> Result<Chain> {
-    let began = Instant::now();
-    loop {
-        match Chain::open(&spec.file, &chain_options(args, spec)) {
-            Err(error) if error.kind() == ErrorKind::Locked && began.elapsed() < LOCK_WAIT => {
-                thread::sleep(LOCK_RETRY);
-            }
-            opened => return Ok(opened?),
-        }
-    }
+    let options = chain_options(args, spec);
+    Ok(io::wait_for_lock(|| Chain::open(&spec.file, &options))?)
 }
 
 fn start_workers(

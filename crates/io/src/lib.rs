@@ -45,5 +45,5 @@ pub use engine::{
     Aio, Cache, Completion, Counters, Engine, EngineKind, Events, FileSlot, Io, IoOp, Token, Wait,
 };
 pub use eventfd::{EventFd, Waker};
-pub use file::{Alignment, File, FileKind, Lock, OpenOptions};
+pub use file::{Alignment, File, FileKind, Lock, OpenOptions, wait_for_lock};
 pub use sim::{Fault, FaultOp, LogEntry, SimDisk, SimOptions};

@@ -27,7 +27,32 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
     path::Path,
     sync::PoisonError,
+    thread,
+    time::{Duration, Instant},
 };
+
+/// How long an image that is locked is tried again, and how often.
+const LOCK_WAIT: Duration = Duration::from_millis(500);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
+
+/// Does `open`, and again for half a second while it fails with [`ErrorKind::Locked`]: the kernel takes the ring
+/// of an io_uring process that has ended apart in the background, with its files and their locks, and
+/// whoever opens the file next (systemd restarts a killed server at once) would be refused.
+///
+/// # Errors
+///
+/// Those of `open`.
+pub fn wait_for_lock<T>(mut open: impl FnMut() -> Result<T>) -> Result<T> {
+    let began = Instant::now();
+    loop {
+        match open() {
+            Err(error) if error.kind() == ErrorKind::Locked && began.elapsed() < LOCK_WAIT => {
+                thread::sleep(LOCK_RETRY);
+            }
+            opened => return opened,
+        }
+    }
+}
 
 const PERMISSION_BASE: u64 = 100;
 const UNSHARED_BASE: u64 = 200;

@@ -16,7 +16,7 @@ mod open;
 mod storage;
 
 pub(crate) use blocking::GateHeld;
-pub use lock::Lock;
+pub use lock::{Lock, wait_for_lock};
 pub use open::OpenOptions;
 
 use crate::{Cache, gate::Gate, sim::SimDisk};
