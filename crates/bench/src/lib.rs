@@ -1,5 +1,6 @@
 //! Measuring disks: load generators and comparisons with peers.
 //!
+//! - [`driver`]: a guest's side of vhost-user-blk, also for tests that need one that misbehaves.
 //! - [`load`]: keeps requests in flight at a server or a file and reports what came back, as a guest's
 //!   driver (vhost-user-blk), an NBD client or a plain program would see it.
 //!
@@ -8,4 +9,5 @@
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod driver;
 pub mod load;

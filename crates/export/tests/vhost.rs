@@ -1,8 +1,11 @@
 //! The vhost-user-blk export against a hand-written front-end and driver.
 
 mod vhost_common;
-mod vhost_frontend;
 
+use bench::driver::{
+    BUFFERS, DISCARD, DriverQueue, FLUSH, Frontend, GET_ID, IN, Machine, OUT, Piece, RAM, Ram,
+    RegionSpec, Setup, WRITE_ZEROES, code, feature, segment,
+};
 use disk::DiskOptions;
 use export::{
     vhost_user::{Options, VhostUser},
@@ -12,10 +15,6 @@ use io::EngineKind;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::AsFd;
 use vhost_common::{What, serve};
-use vhost_frontend::{
-    BUFFERS, DISCARD, FLUSH, Frontend, GET_ID, IN, Machine, OUT, Piece, RAM, RegionSpec, Setup,
-    WRITE_ZEROES, code, feature, segment,
-};
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
@@ -280,7 +279,7 @@ fn a_client_goes_and_comes_back() {
 fn memory_slots_come_and_go() {
     let served = serve(What::default());
     let mut vm = Machine::start(&served.socket(), Setup::default()).unwrap();
-    let extra = vhost_frontend::Ram::new(0x9_0000_0000, 1 << 20).unwrap();
+    let extra = Ram::new(0x9_0000_0000, 1 << 20).unwrap();
     let read_into = |vm: &mut Machine, at: u64| {
         vm.ram.write(BUFFERS, &[0; 16]);
         vm.ram.write(BUFFERS + 64, &[0xff]);
@@ -448,7 +447,7 @@ fn a_broken_ring_is_its_owners_loss() {
         // The same client sets the ring up anew.
         vm.frontend.get_vring_base(0).unwrap();
         let ram = vm.ram.clone();
-        let queue = vhost_frontend::DriverQueue::new(ram, RAM, 0, 128, true, true).unwrap();
+        let queue = DriverQueue::new(ram, RAM, 0, 128, true, true).unwrap();
         vm.frontend.start_queue(&queue, 0).unwrap();
         vm.queues[0] = queue;
         assert_eq!(vm.request(0, IN, 8, &[], 512), (OK, vec![9; 512]), "{what}");

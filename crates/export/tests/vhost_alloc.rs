@@ -1,13 +1,12 @@
 //! In the steady state the data path allocates nothing.
 
 mod vhost_common;
-mod vhost_frontend;
 
+use bench::driver::{BUFFERS, IN, Machine, OUT, Piece, Setup};
 use export::worker::Polling;
 use io::EngineKind;
 use testkit::allocations::Counting;
 use vhost_common::{What, serve};
-use vhost_frontend::{BUFFERS, IN, Machine, OUT, Piece, Setup};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting::new();

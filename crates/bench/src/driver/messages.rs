@@ -1,6 +1,6 @@
 //! vhost-user messages, from the front-end's side (`docs/interop/vhost-user.rst`).
 
-use super::{DriverQueue, feature};
+use super::{Ring, feature};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -9,13 +9,15 @@ use std::{
     io::{self, IoSlice, IoSliceMut, Read},
     mem::MaybeUninit,
     os::{
-        fd::{BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
     path::Path,
     time::Duration,
 };
 
+/// Numbers of the requests.
+#[allow(missing_docs)]
 pub mod code {
     pub const GET_FEATURES: u32 = 1;
     pub const SET_FEATURES: u32 = 2;
@@ -46,14 +48,22 @@ const VERSION: u32 = 1;
 const REPLY: u32 = 4;
 const NEED_REPLY: u32 = 8;
 
+/// No answer is longer.
+const PAYLOAD_BYTES_MAX: usize = 4096;
+
 /// MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
 const PROTOCOL_FEATURES: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15;
 
+/// A memory region, as the protocol describes it.
 #[derive(Clone, Copy, Debug)]
 pub struct RegionSpec {
+    /// Guest address.
     pub guest: u64,
+    /// Bytes.
     pub len: u64,
+    /// This process's address.
     pub user: u64,
+    /// Offset in the file.
     pub offset: u64,
 }
 
@@ -66,6 +76,13 @@ impl RegionSpec {
     }
 }
 
+/// A connection to a vhost-user server.
+///
+/// # Errors
+///
+/// Each function fails when the connection does, when the server refuses the message (where it acknowledges), and when
+/// its answer is none to the question.
+#[derive(Debug)]
 pub struct Frontend {
     stream: UnixStream,
     /// The server acknowledges messages that ask for it.
@@ -76,10 +93,29 @@ fn refused(what: &str) -> io::Error {
     io::Error::other(format!("the server refused {what}"))
 }
 
+fn nonsense(code: u32) -> io::Error {
+    let text = format!("the server's answer to message {code} is not in the protocol");
+    io::Error::new(io::ErrorKind::InvalidData, text)
+}
+
+/// The `N` bytes at `at` of an answer to `code`.
+fn field<const N: usize>(payload: &[u8], at: usize, code: u32) -> io::Result<[u8; N]> {
+    let field = payload.get(at..at + N);
+    let field = field.and_then(|bytes| bytes.try_into().ok());
+    field.ok_or_else(|| nonsense(code))
+}
+
+impl AsFd for Frontend {
+    /// Hangs up when the server does.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
 impl Frontend {
+    /// Connects. A server that does not answer a message within 20 seconds fails it.
     pub fn connect(path: &Path) -> io::Result<Self> {
         let stream = UnixStream::connect(path)?;
-        // A server that does not answer should fail a test and not hang it.
         stream.set_read_timeout(Some(Duration::from_secs(20)))?;
         Ok(Self {
             stream,
@@ -96,10 +132,15 @@ impl Frontend {
         }
         let flags = SendFlags::NOSIGNAL;
         let sent = sendmsg(&self.stream, &[IoSlice::new(bytes)], &mut ancillary, flags)?;
-        assert_eq!(sent, bytes.len());
-        Ok(())
+        // The socket blocks and messages are short.
+        if sent == bytes.len() {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::WriteZero.into())
+        }
     }
 
+    /// Sends a message.
     pub fn send(
         &self,
         code: u32,
@@ -143,9 +184,12 @@ impl Frontend {
         });
         let fds = fds.collect();
         self.stream.read_exact(&mut header[got..])?;
-        let word = |i: usize| u32::from_le_bytes(header[i..i + 4].try_into().unwrap());
-        assert_eq!((word(0), word(4)), (code, VERSION | REPLY), "answer");
-        let mut payload = vec![0; word(8) as usize];
+        let word = |at: usize| field(&header, at, code).map(u32::from_le_bytes);
+        let (answers, flags, len) = (word(0)?, word(4)?, word(8)? as usize);
+        if (answers, flags) != (code, VERSION | REPLY) || len > PAYLOAD_BYTES_MAX {
+            return Err(nonsense(code));
+        }
+        let mut payload = vec![0; len];
         self.stream.read_exact(&mut payload)?;
         Ok((payload, fds))
     }
@@ -163,21 +207,25 @@ impl Frontend {
     fn ask_u64(&mut self, code: u32) -> io::Result<u64> {
         self.send(code, 0, &[], &[])?;
         let payload = self.receive(code)?;
-        Ok(u64::from_le_bytes(payload.try_into().expect("8 bytes")))
+        field(&payload, 0, code).map(u64::from_le_bytes)
     }
 
+    /// The features that the server offers.
     pub fn get_features(&mut self) -> io::Result<u64> {
         self.ask_u64(code::GET_FEATURES)
     }
 
+    /// The protocol features that it offers.
     pub fn get_protocol_features(&mut self) -> io::Result<u64> {
         self.ask_u64(code::GET_PROTOCOL_FEATURES)
     }
 
+    /// How many queues it has.
     pub fn get_queue_num(&mut self) -> io::Result<u64> {
         self.ask_u64(code::GET_QUEUE_NUM)
     }
 
+    /// How many memory regions it takes.
     pub fn get_max_mem_slots(&mut self) -> io::Result<u64> {
         self.ask_u64(code::GET_MAX_MEM_SLOTS)
     }
@@ -195,6 +243,7 @@ impl Frontend {
         Ok(features)
     }
 
+    /// `len` bytes of the configuration space at `offset`.
     pub fn get_config(&mut self, offset: u32, len: u32) -> io::Result<Vec<u8>> {
         let mut payload: Vec<u8> = [offset, len, 0]
             .iter()
@@ -209,6 +258,7 @@ impl Frontend {
         Ok(answer[12..].to_vec())
     }
 
+    /// Writes to the configuration space at `offset`.
     pub fn set_config(&mut self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         let mut payload: Vec<u8> = [offset, bytes.len() as u32, 0]
             .iter()
@@ -218,6 +268,7 @@ impl Frontend {
         self.tell(code::SET_CONFIG, &payload, &[])
     }
 
+    /// Says what all of the memory is.
     pub fn set_mem_table(
         &mut self,
         regions: &[RegionSpec],
@@ -228,12 +279,14 @@ impl Frontend {
         self.tell(code::SET_MEM_TABLE, &payload, fds)
     }
 
+    /// Adds a memory region.
     pub fn add_mem_region(&mut self, region: RegionSpec, fd: BorrowedFd<'_>) -> io::Result<()> {
         let mut payload = vec![0; 8];
         payload.extend(region.bytes());
         self.tell(code::ADD_MEM_REG, &payload, &[fd])
     }
 
+    /// Takes a memory region back.
     pub fn remove_mem_region(&mut self, region: RegionSpec) -> io::Result<()> {
         let mut payload = vec![0; 8];
         payload.extend(region.bytes());
@@ -247,22 +300,27 @@ impl Frontend {
         payload[18..20].copy_from_slice(&size.to_le_bytes());
         self.send(code::GET_INFLIGHT_FD, 0, &payload, &[])?;
         let (payload, mut fds) = self.receive_fds(code::GET_INFLIGHT_FD)?;
-        Ok((payload, fds.pop().expect("a descriptor")))
+        let fd = fds.pop().ok_or_else(|| nonsense(code::GET_INFLIGHT_FD))?;
+        Ok((payload, fd))
     }
 
+    /// Hands over the file to note requests in flight in.
     pub fn set_inflight(&mut self, description: &[u8], fd: BorrowedFd<'_>) -> io::Result<()> {
         self.tell(code::SET_INFLIGHT_FD, description, &[fd])
     }
 
+    /// Sends a message that carries a queue and a number.
     pub fn vring(&mut self, code: u32, index: u32, value: u32) -> io::Result<()> {
         let payload = [index.to_le_bytes(), value.to_le_bytes()].concat();
         self.tell(code, &payload, &[])
     }
 
+    /// Sends a message that carries a queue's descriptor.
     pub fn vring_fd(&mut self, code: u32, index: u32, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.tell(code, &u64::from(index).to_le_bytes(), &[fd])
     }
 
+    /// Says where a queue's rings lie, by this process's addresses.
     pub fn vring_addr(
         &mut self,
         index: u32,
@@ -277,15 +335,16 @@ impl Frontend {
         self.tell(code::SET_VRING_ADDR, &payload, &[])
     }
 
+    /// Stops a queue; the entry of the available ring that it would have taken next.
     pub fn get_vring_base(&mut self, index: u32) -> io::Result<u32> {
         let payload = u64::from(index).to_le_bytes();
         self.send(code::GET_VRING_BASE, 0, &payload, &[])?;
         let answer = self.receive(code::GET_VRING_BASE)?;
-        Ok(u32::from_le_bytes(answer[4..8].try_into().unwrap()))
+        field(&answer, 4, code::GET_VRING_BASE).map(u32::from_le_bytes)
     }
 
     /// Sets up and enables a queue from entry `base` on.
-    pub fn start_queue(&mut self, queue: &DriverQueue, base: u16) -> io::Result<()> {
+    pub fn start_queue(&mut self, queue: &Ring, base: u16) -> io::Result<()> {
         let index = queue.index();
         self.vring(code::SET_VRING_NUM, index, queue.size().into())?;
         let (descriptors, available, used) = queue.user_addresses();

@@ -1,22 +1,30 @@
-//! A small vhost-user front-end and virtio driver: the other side, for tests and load.
+//! The other side of a vhost-user-blk server: a front-end and a virtio driver, for load and for tests.
+//!
+//! ```text
+//!   Frontend      messages on the socket                       messages
+//!   Ram           the guest's memory, shared with the server   ram
+//!   Ring          a virtqueue's rings and notifications        ring
+//!   DriverQueue   chains of any shape on a ring, for tests     queue
+//!   Machine       all of it, set up as a VMM does
+//! ```
 //!
 //! Written from the standards and not from the server's code, and able to do wrong on purpose.
-//! Unsafe code: shared memory.
 
-// Each user needs another part.
-#![allow(dead_code, unused_imports)]
-
-mod driver;
 mod messages;
+mod queue;
 mod ram;
+mod ring;
 
-pub use driver::{DriverQueue, Piece};
 pub use messages::{Frontend, RegionSpec, code};
+pub use queue::DriverQueue;
 pub use ram::Ram;
+pub use ring::{Piece, RING_BYTES, RING_ENTRIES_MAX, Ring};
 
-use std::{io, path::Path, sync::Arc};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::{io, os::fd::BorrowedFd, path::Path, sync::Arc};
 
-/// Feature bits that the tests name.
+/// Feature bits of virtio-blk and of vhost-user.
+#[allow(missing_docs)]
 pub mod feature {
     pub const RO: u64 = 1 << 5;
     pub const FLUSH: u64 = 1 << 9;
@@ -30,33 +38,47 @@ pub mod feature {
     pub const VERSION_1: u64 = 1 << 32;
 }
 
-/// Request types.
+/// `VIRTIO_BLK_T_IN`: reads.
 pub const IN: u32 = 0;
+/// `VIRTIO_BLK_T_OUT`: writes.
 pub const OUT: u32 = 1;
+/// `VIRTIO_BLK_T_FLUSH`.
 pub const FLUSH: u32 = 4;
+/// `VIRTIO_BLK_T_GET_ID`.
 pub const GET_ID: u32 = 8;
+/// `VIRTIO_BLK_T_DISCARD`.
 pub const DISCARD: u32 = 11;
+/// `VIRTIO_BLK_T_WRITE_ZEROES`.
 pub const WRITE_ZEROES: u32 = 13;
 
 /// Guest address of a machine's memory: unlike any address of the process.
 pub const RAM: u64 = 0x1_0000_0000;
-/// Where rings lie; buffers are the caller's from [`BUFFERS`] on.
-pub const BUFFERS: u64 = RAM + (4 << 20);
-const RING_BYTES: u64 = 256 << 10;
+/// Rings lie below; buffers are the caller's from here on.
+pub const BUFFERS: u64 = RAM + (QUEUES_MAX as u64) * RING_BYTES;
+/// Queues of a machine at most.
+pub const QUEUES_MAX: u32 = 16;
 
 /// A machine with one disk: connection, memory and started queues.
+#[derive(Debug)]
 pub struct Machine {
+    /// The connection.
     pub frontend: Frontend,
+    /// The memory.
     pub ram: Arc<Ram>,
+    /// Started queues.
     pub queues: Vec<DriverQueue>,
+    /// What was agreed on.
     pub features: u64,
 }
 
 /// How a [`Machine`] is made.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Setup {
+    /// Virtqueues, up to [`QUEUES_MAX`].
     pub queues: u32,
+    /// Entries of each.
     pub size: u16,
+    /// Memory: [`BUFFERS`] minus [`RAM`] for the rings, and what the caller needs.
     pub ram_bytes: u64,
     /// Features to accept, if offered.
     pub features: u64,
@@ -75,7 +97,14 @@ impl Default for Setup {
 
 impl Machine {
     /// Connects and does what a VMM does up to running queues.
+    ///
+    /// # Errors
+    ///
+    /// Nobody listens, the server refuses something, or it breaks the protocol.
     pub fn start(socket: &Path, setup: Setup) -> io::Result<Self> {
+        if setup.queues > QUEUES_MAX {
+            return Err(io::Error::other(format!("more than {QUEUES_MAX} queues")));
+        }
         let mut frontend = Frontend::connect(socket)?;
         let features = frontend.negotiate(setup.features)?;
         let ram = Arc::new(Ram::new(RAM, setup.ram_bytes)?);
@@ -105,6 +134,10 @@ impl Machine {
     }
 
     /// Makes one request on queue `queue` and waits for its end: status, and what was read.
+    ///
+    /// # Panics
+    ///
+    /// When it does not end, or another does.
     pub fn request(
         &mut self,
         queue: usize,
@@ -147,4 +180,20 @@ pub fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
     bytes.extend(sectors.to_le_bytes());
     bytes.extend(flags.to_le_bytes());
     bytes
+}
+
+/// Whether `fd` becomes readable within a time that only a failure needs.
+pub fn wait_readable(fd: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    let limit = Timespec {
+        tv_sec: 20,
+        tv_nsec: 0,
+    };
+    loop {
+        match poll(&mut fds, Some(&limit)) {
+            Ok(count) => return count > 0,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return false,
+        }
+    }
 }
