@@ -1,11 +1,63 @@
 //! A load: what is asked of a disk ([`Spec`]), and what came back ([`Report`]).
 
+mod drive;
+mod file;
 mod latency;
+mod nbd;
+mod plan;
+mod run;
+pub(crate) mod usage;
+mod vhost;
 
 pub use latency::{Latencies, Percentiles};
 
+use block::Result;
 use serde::{Deserialize, Serialize};
 use std::{path::PathBuf, time::Duration};
+
+/// Bytes of a request at most.
+pub const BLOCK_BYTES_MAX: u64 = 32 << 20;
+/// [`Spec::depth`] at most.
+pub const DEPTH_MAX: u32 = 2048;
+/// [`Spec::queues`] at most.
+pub const QUEUES_MAX: u32 = crate::driver::QUEUES_MAX;
+/// Bytes of data of all requests in flight at most.
+pub const BUFFER_BYTES_MAX: u64 = 4 << 30;
+
+/// Keeps requests in flight at [`Spec::target`] and reports what came back.
+///
+/// Writes carry bytes that compress badly and differ from slot to slot; what reads bring is not looked at.
+/// Requests in flight when the time is over are waited for and count.
+///
+/// # Errors
+///
+/// [`block::ErrorKind::Invalid`] when the target cannot do what is asked, with what to change; else the target is not there,
+/// breaks its protocol, vanishes, or answers nothing for a minute. Requests that fail count as
+/// [`Report::errors`] and end nothing.
+pub fn run(spec: &Spec) -> Result<Report> {
+    spec.check()?;
+    match &spec.target {
+        Target::VhostUser(socket) => vhost::run(spec, socket),
+        Target::Nbd(uri) => nbd::run(spec, uri),
+        Target::File {
+            path,
+            engine,
+            direct,
+        } => file::run(spec, path, engine, *direct),
+    }
+}
+
+/// Fills a slot's block with what its writes carry.
+fn fill(block: &mut [u8], seed: u64, queue: u32, slot: usize) {
+    let mut word =
+        seed ^ (u64::from(queue) << 32 | slot as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for bytes in block.chunks_mut(8) {
+        word ^= word << 13;
+        word ^= word >> 7;
+        word ^= word << 17;
+        bytes.copy_from_slice(&word.to_le_bytes()[..bytes.len()]);
+    }
+}
 
 /// Where requests go.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,7 +71,7 @@ pub enum Target {
     File {
         /// The file.
         path: PathBuf,
-        /// `threads`, `native` or `io_uring`.
+        /// `auto`, `threads`, `native` or `io_uring`.
         engine: String,
         /// With `O_DIRECT`.
         direct: bool,
@@ -74,17 +126,19 @@ pub struct Spec {
     pub queues: u32,
     /// When flushes are sent.
     pub flushes: Flushes,
-    /// Distance between the starts of two requests of a sequential pattern; `None`: [`Self::block_bytes`].
+    /// Requests start at multiples of this from the range's start: a sequential pattern takes one after the other,
+    /// the others any. `None`: [`Self::block_bytes`].
     pub stride_bytes: Option<u64>,
     /// First byte of the range that is used.
     pub start_bytes: u64,
     /// Length of that range; `None`: to the end of the disk.
     pub range_bytes: Option<u64>,
-    /// How long to measure.
+    /// How long to measure; zero: until [`Self::ios_max`].
     pub duration: Duration,
     /// How long to run before measuring.
     pub ramp: Duration,
-    /// Ends the measurement after this many requests, if that is earlier.
+    /// Ends the measurement after this many reads and writes (exactly, where there is no ramp), if that is
+    /// earlier. Each queue has an equal share.
     pub ios_max: Option<u64>,
     /// Spin for completions instead of sleeping.
     pub poll: bool,
@@ -154,14 +208,14 @@ pub struct Report {
     pub flush_latency: Percentiles,
     /// Latency of reads and writes together.
     pub latency: Percentiles,
-    /// Notifications to the server (kicks, or `send` calls) per request.
+    /// Notifications to the server (kicks, or `send` calls; on a file system calls that submit) per request.
     pub kicks_per_io: f64,
-    /// Notifications from the server (calls, or `recv` calls) per request.
+    /// Notifications from the server (calls, or `recv` calls; on a file system calls that wait) per request.
     pub calls_per_io: f64,
     /// CPU time of [`Spec::server_pids`], user and system, in microseconds per read or write (per flush if there are only
     /// those).
     pub server_cpu_us_per_io: Option<f64>,
-    /// CPU time of the load generator, the same way.
+    /// CPU time of this process, the same way.
     pub client_cpu_us_per_io: f64,
     /// Voluntary and involuntary context switches of the servers per request.
     pub server_switches_per_io: Option<f64>,

@@ -1,0 +1,307 @@
+//! Load on an NBD server: one connection per queue, as many requests in flight on each as the depth says.
+//!
+//! A batch of requests is one `sendmsg`, headers of adjacent reads as one piece; replies are taken with one large
+//! `recv`, and read data stay in its buffer.
+
+mod handshake;
+mod proto;
+mod replies;
+mod uri;
+
+use super::{
+    Report, Spec,
+    drive::{Client, Ended},
+    fill,
+    plan::{Geometry, Kind, Places, Request},
+    run::run_queues,
+};
+use block::{Context, Error, ErrorKind, Result, size};
+use handshake::{Export, Socket};
+use proto::{CMD_DISC, CMD_FLUSH, CMD_READ, CMD_WRITE, Headers, put_request};
+use replies::{Replies, Waiting};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg},
+};
+use std::{io::IoSlice, time::Duration};
+
+/// How long a thread sleeps for replies before it looks around.
+const TICK: Duration = Duration::from_millis(500);
+/// Pieces of one `sendmsg`.
+const PIECES_MAX: usize = 128;
+/// How often a polling client looks before it sees to other things.
+const SPINS: u32 = 100;
+
+pub(crate) fn run(spec: &Spec, text: &str) -> Result<Report> {
+    let uri = uri::parse(text)?;
+    let mut connections = Vec::new();
+    for number in 1..=spec.queues {
+        let named = || format!("{text}: connection {number} of {}", spec.queues);
+        connections.push(handshake::open(&uri).context(named)?);
+    }
+    let mut places = None;
+    for (_, export) in &connections {
+        let geometry = Geometry {
+            capacity: export.capacity,
+            read_only: export.flags & proto::READ_ONLY != 0,
+            flushes: export.flags & proto::SEND_FLUSH != 0,
+            block_bytes: export.block_min.into(),
+        };
+        if spec.block_bytes > export.block_max.into() {
+            return Err(Error::invalid(format!(
+                "{text}: --bs {}: the server takes {} at most",
+                size::human(spec.block_bytes),
+                size::human(export.block_max.into())
+            )));
+        }
+        places = Some(Places::new(spec, &geometry).context(|| text.to_owned())?);
+    }
+    let places = places.ok_or_else(|| Error::invalid("--queues 0"))?;
+    let openers = (0..).zip(connections).map(|(queue, (socket, export))| {
+        move || {
+            socket.set_read_timeout(TICK).context(|| "connection")?;
+            Ok(Nbd::new(spec, socket, export, queue))
+        }
+    });
+    run_queues(spec, places, openers.collect()).context(|| text.to_owned())
+}
+
+/// Adjacent bytes of the stream of requests.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    /// End of its headers in `Nbd::out`; they begin where the last part's end.
+    headers_end: usize,
+    /// The slot whose data follow.
+    data: Option<usize>,
+}
+
+struct Nbd {
+    socket: Socket,
+    headers: Headers,
+    replies: Replies,
+    block: usize,
+    data: Vec<u8>,
+    /// Requests of this batch, and of the last where the socket did not take them all.
+    out: Vec<u8>,
+    parts: Vec<Part>,
+    /// Parts that were sent, and bytes of the next one.
+    sent: (usize, usize),
+    poll: bool,
+    sends: u64,
+    receives: u64,
+}
+
+impl Nbd {
+    fn new(spec: &Spec, socket: Socket, export: Export, queue: u32) -> Self {
+        let (depth, block) = (spec.depth as usize, spec.block_bytes as usize);
+        let mut data = Vec::new();
+        if spec.writes() {
+            data.resize(block * depth, 0);
+            for (slot, block) in data.chunks_mut(block).enumerate() {
+                fill(block, spec.seed, queue, slot);
+            }
+        }
+        Self {
+            socket,
+            headers: export.headers,
+            replies: Replies::new(export.headers, depth),
+            block,
+            data,
+            out: Vec::with_capacity(depth * 32),
+            parts: Vec::with_capacity(depth),
+            sent: (0, 0),
+            poll: spec.poll,
+            sends: 0,
+            receives: 0,
+        }
+    }
+
+    /// Sends what the socket takes of what is staged.
+    fn flush_out(&mut self) -> Result<()> {
+        while self.sent.0 < self.parts.len() {
+            let mut pieces = [IoSlice::new(&[]); PIECES_MAX];
+            let mut count = 0;
+            let (first, mut skip) = self.sent;
+            let mut start = match first.checked_sub(1) {
+                Some(before) => self.parts[before].headers_end,
+                None => 0,
+            };
+            for part in &self.parts[first..] {
+                if count + 2 > PIECES_MAX {
+                    break;
+                }
+                let data = part.data.map_or(&[][..], |slot| {
+                    &self.data[slot * self.block..(slot + 1) * self.block]
+                });
+                for piece in [&self.out[start..part.headers_end], data] {
+                    let cut = skip.min(piece.len());
+                    skip -= cut;
+                    if cut < piece.len() {
+                        pieces[count] = IoSlice::new(&piece[cut..]);
+                        count += 1;
+                    }
+                }
+                start = part.headers_end;
+            }
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            let mut none = SendAncillaryBuffer::default();
+            self.sends += 1;
+            match sendmsg(&self.socket, &pieces[..count], &mut none, flags) {
+                Ok(bytes) => self.advance(bytes),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    self.forget_sent();
+                    return Ok(());
+                }
+                Err(e) => return Err(gone(e)),
+            }
+        }
+        self.out.clear();
+        self.parts.clear();
+        self.sent = (0, 0);
+        Ok(())
+    }
+
+    /// Drops the parts that were sent: where the socket is always full, the rest never ends.
+    fn forget_sent(&mut self) {
+        if let Some(last) = self.sent.0.checked_sub(1) {
+            let bytes = self.parts[last].headers_end;
+            self.parts.drain(..=last);
+            self.out.drain(..bytes);
+            for part in &mut self.parts {
+                part.headers_end -= bytes;
+            }
+            self.sent.0 = 0;
+        }
+    }
+
+    /// Notes that `bytes` more were sent.
+    fn advance(&mut self, bytes: usize) {
+        let mut left = self.sent.1 + bytes;
+        while let Some(part) = self.parts.get(self.sent.0) {
+            let start = match self.sent.0.checked_sub(1) {
+                Some(before) => self.parts[before].headers_end,
+                None => 0,
+            };
+            let data = part.data.map_or(0, |_| self.block);
+            let len = part.headers_end - start + data;
+            if left < len {
+                break;
+            }
+            left -= len;
+            self.sent.0 += 1;
+        }
+        self.sent.1 = left;
+    }
+
+    /// Receives once; whether there was anything.
+    fn receive(&mut self, flags: RecvFlags, ended: &mut Vec<Ended>) -> Result<bool> {
+        self.receives += 1;
+        match recv(&self.socket, self.replies.room(), flags) {
+            Ok((_, 0)) => Err(Error::new(
+                ErrorKind::Io,
+                "the server closed the connection with requests in flight",
+            )),
+            Ok((_, bytes)) => {
+                let end = |slot, ok| ended.push(Ended { slot, ok });
+                self.replies.arrived(bytes, end)?;
+                Ok(true)
+            }
+            Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+            Err(e) => Err(gone(e)),
+        }
+    }
+}
+
+fn gone(error: Errno) -> Error {
+    Error::os("the connection to the server broke", error.into())
+}
+
+impl Client for Nbd {
+    fn submit(&mut self, slot: usize, request: Request) -> Result<()> {
+        let block = self.block as u64;
+        let (command, len, expected) = match request.kind {
+            Kind::Read => (CMD_READ, block, block),
+            Kind::Write => (CMD_WRITE, block, 0),
+            Kind::Flush => (CMD_FLUSH, 0, 0),
+        };
+        self.replies.waiting[slot] = Waiting::new(expected);
+        let mut header = [0; 32];
+        put_request(
+            &mut header,
+            self.headers,
+            command,
+            slot as u64,
+            request.offset,
+            len,
+        );
+        self.out
+            .extend_from_slice(&header[..self.headers.request_bytes()]);
+        let part = Part {
+            headers_end: self.out.len(),
+            data: (request.kind == Kind::Write).then_some(slot),
+        };
+        match self.parts.last_mut() {
+            // Never one that is under way.
+            Some(last) if last.data.is_none() && self.sent == (0, 0) => *last = part,
+            _ => self.parts.push(part),
+        }
+        Ok(())
+    }
+
+    fn send(&mut self) -> Result<()> {
+        self.flush_out()
+    }
+
+    fn reap(&mut self, ended: &mut Vec<Ended>) -> Result<()> {
+        if !self.parts.is_empty() {
+            // The socket is full: the server may wait for us to take its replies.
+            let events = PollFlags::IN | PollFlags::OUT;
+            let mut fds = [PollFd::new(&self.socket, events)];
+            let tick = Timespec {
+                tv_sec: 0,
+                tv_nsec: i64::from(TICK.subsec_nanos()),
+            };
+            match poll(&mut fds, Some(&tick)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => return Err(gone(e)),
+            }
+            self.receive(RecvFlags::DONTWAIT, ended)?;
+            return self.flush_out();
+        }
+        if !self.poll {
+            self.receive(RecvFlags::empty(), ended)?;
+            return Ok(());
+        }
+        for _ in 0..SPINS {
+            self.receive(RecvFlags::DONTWAIT, ended)?;
+            if !ended.is_empty() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn notifications(&self) -> (u64, u64) {
+        (self.sends, self.receives)
+    }
+}
+
+impl Drop for Nbd {
+    fn drop(&mut self) {
+        if self.parts.is_empty() {
+            let mut bye = [0; 32];
+            put_request(&mut bye, self.headers, CMD_DISC, 0, 0, 0);
+            let bye = [IoSlice::new(&bye[..self.headers.request_bytes()])];
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            // A server that does not take it sees the end of the connection.
+            let _ = sendmsg(
+                &self.socket,
+                &bye,
+                &mut SendAncillaryBuffer::default(),
+                flags,
+            );
+        }
+    }
+}

@@ -1,0 +1,416 @@
+//! Which request comes next: offsets, the mix of reads and writes, flushes.
+
+use super::{Flushes, Pattern, Spec};
+use block::{Error, Result, size};
+
+/// What a request does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Read,
+    Write,
+    Flush,
+}
+
+/// A request of [`Spec::block_bytes`], or a flush.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Request {
+    pub kind: Kind,
+    /// Bytes from the start of the disk; of no meaning for a flush.
+    pub offset: u64,
+}
+
+/// What a target is and can do.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Geometry {
+    /// Bytes of the disk.
+    pub capacity: u64,
+    pub read_only: bool,
+    pub flushes: bool,
+    /// Requests must be multiples of it.
+    pub block_bytes: u64,
+}
+
+impl Spec {
+    /// Whether there are any writes.
+    pub(crate) fn writes(&self) -> bool {
+        match self.pattern {
+            Pattern::Read | Pattern::RandRead => false,
+            Pattern::Write | Pattern::RandWrite => true,
+            Pattern::Rw | Pattern::RandRw => self.read_percent < 100,
+        }
+    }
+
+    /// What can be said before the target is known.
+    pub(crate) fn check(&self) -> Result<()> {
+        let wrong = |text: String| Err(Error::invalid(text));
+        if self.block_bytes == 0 || !self.block_bytes.is_multiple_of(512) {
+            return wrong(format!(
+                "--bs {}: it must be a multiple of 512",
+                self.block_bytes
+            ));
+        }
+        if self.block_bytes > super::BLOCK_BYTES_MAX {
+            let (given, max) = (
+                size::human(self.block_bytes),
+                size::human(super::BLOCK_BYTES_MAX),
+            );
+            return wrong(format!("--bs {given}: it may be {max} at most"));
+        }
+        let stride = self.stride_bytes.unwrap_or(self.block_bytes);
+        if stride == 0 || !stride.is_multiple_of(512) || !self.start_bytes.is_multiple_of(512) {
+            return wrong(
+                "--stride and --start must be multiples of 512, and a stride not 0".into(),
+            );
+        }
+        if self.read_percent > 100 {
+            return wrong(format!(
+                "--read-percent {}: it is 0 to 100",
+                self.read_percent
+            ));
+        }
+        if self.depth == 0 || self.depth > super::DEPTH_MAX {
+            return wrong(format!(
+                "--depth {}: it is 1 to {}",
+                self.depth,
+                super::DEPTH_MAX
+            ));
+        }
+        if self.queues == 0 || self.queues > super::QUEUES_MAX {
+            return wrong(format!(
+                "--queues {}: it is 1 to {}",
+                self.queues,
+                super::QUEUES_MAX
+            ));
+        }
+        let bytes = self.block_bytes * u64::from(self.depth) * u64::from(self.queues);
+        if bytes > super::BUFFER_BYTES_MAX {
+            return wrong(format!(
+                "--bs, --depth and --queues together need {} of memory, {} are allowed: lower one of them",
+                size::human(bytes),
+                size::human(super::BUFFER_BYTES_MAX)
+            ));
+        }
+        if self.flushes == Flushes::Every(0) {
+            return wrong("--flush 0: give never, each, or after how many writes".into());
+        }
+        if self.flushes != Flushes::Never && !self.writes() {
+            return wrong(
+                "--flush is about writes, and this load has none: choose another --rw".into(),
+            );
+        }
+        if self.ios_max == Some(0) || (self.duration.is_zero() && self.ios_max.is_none()) {
+            return wrong("nothing is asked for: give --seconds or --ios".into());
+        }
+        Ok(())
+    }
+}
+
+/// The places that requests may start at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Places {
+    start: u64,
+    stride: u64,
+    count: u64,
+}
+
+impl Places {
+    /// Checks the load against its target.
+    pub(crate) fn new(spec: &Spec, disk: &Geometry) -> Result<Self> {
+        let human = size::human;
+        let room = disk.capacity.saturating_sub(spec.start_bytes);
+        let range = spec.range_bytes.unwrap_or(room);
+        if range > room {
+            return Err(Error::invalid(format!(
+                "the range {} + {} ends behind the disk, which has {}: lower --start or --range",
+                human(spec.start_bytes),
+                human(range),
+                human(disk.capacity)
+            )));
+        }
+        let Some(last) = range.checked_sub(spec.block_bytes) else {
+            return Err(Error::invalid(format!(
+                "a request of {} does not fit the range of {} (the disk has {}): lower --bs or --start, or raise --range",
+                human(spec.block_bytes),
+                human(range),
+                human(disk.capacity)
+            )));
+        };
+        let stride = spec.stride_bytes.unwrap_or(spec.block_bytes);
+        for (name, value) in [
+            ("--bs", spec.block_bytes),
+            ("--stride", stride),
+            ("--start", spec.start_bytes),
+        ] {
+            if !value.is_multiple_of(disk.block_bytes.max(1)) {
+                return Err(Error::invalid(format!(
+                    "{name} {value}: the disk takes multiples of {}",
+                    disk.block_bytes
+                )));
+            }
+        }
+        if disk.read_only && spec.writes() {
+            return Err(Error::invalid(
+                "the disk is read-only: choose --rw read or randread, or serve it writable",
+            ));
+        }
+        if !disk.flushes && spec.flushes != Flushes::Never {
+            return Err(Error::invalid(
+                "the server takes no flushes: use --flush never",
+            ));
+        }
+        Ok(Self {
+            start: spec.start_bytes,
+            stride,
+            count: last / stride + 1,
+        })
+    }
+
+    fn at(&self, index: u64) -> u64 {
+        self.start + index * self.stride
+    }
+}
+
+/// What one queue asks, request by request. The same seed asks the same.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    places: Places,
+    sequential: bool,
+    read_percent: u64,
+    /// Writes of a slot between two flushes; `u32::MAX`: no flushes.
+    writes_per_flush: u32,
+    random: u64,
+    next: u64,
+    /// Writes of each slot since its last flush.
+    unflushed: Vec<u32>,
+}
+
+impl Plan {
+    pub(crate) fn new(spec: &Spec, places: Places, queue: u32) -> Self {
+        let read_percent = match spec.pattern {
+            Pattern::Read | Pattern::RandRead => 100,
+            Pattern::Write | Pattern::RandWrite => 0,
+            Pattern::Rw | Pattern::RandRw => spec.read_percent,
+        };
+        let first = u128::from(places.count) * u128::from(queue) / u128::from(spec.queues.max(1));
+        Self {
+            places,
+            sequential: matches!(spec.pattern, Pattern::Read | Pattern::Write | Pattern::Rw),
+            read_percent: read_percent.into(),
+            writes_per_flush: match spec.flushes {
+                Flushes::Never => u32::MAX,
+                Flushes::AfterEachWrite => 1,
+                Flushes::Every(writes) => writes,
+            },
+            random: spec.seed ^ u64::from(queue).wrapping_mul(0xa076_1d64_78bd_642f),
+            next: first as u64,
+            unflushed: vec![0; spec.depth as usize],
+        }
+    }
+
+    /// SplitMix64.
+    fn random(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.random ^ (self.random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `limit`.
+    fn below(&mut self, limit: u64) -> u64 {
+        ((u128::from(self.random()) * u128::from(limit)) >> 64) as u64
+    }
+
+    /// The flush that `slot` sends next, if it is due.
+    pub(crate) fn flush(&mut self, slot: usize) -> Option<Request> {
+        let unflushed = &mut self.unflushed[slot];
+        if *unflushed < self.writes_per_flush {
+            return None;
+        }
+        *unflushed = 0;
+        Some(Request {
+            kind: Kind::Flush,
+            offset: 0,
+        })
+    }
+
+    /// The next read or write of `slot`.
+    pub(crate) fn next(&mut self, slot: usize) -> Request {
+        let read = match self.read_percent {
+            0 => false,
+            100 => true,
+            percent => self.below(100) < percent,
+        };
+        let kind = if read { Kind::Read } else { Kind::Write };
+        if kind == Kind::Write && self.writes_per_flush != u32::MAX {
+            self.unflushed[slot] += 1;
+        }
+        let index = if self.sequential {
+            let index = self.next;
+            self.next = (index + 1) % self.places.count;
+            index
+        } else {
+            self.below(self.places.count)
+        };
+        Request {
+            kind,
+            offset: self.places.at(index),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::load::Target;
+
+    const DISK: Geometry = Geometry {
+        capacity: 1 << 20,
+        read_only: false,
+        flushes: true,
+        block_bytes: 512,
+    };
+
+    fn spec(pattern: Pattern) -> Spec {
+        Spec {
+            pattern,
+            ..Spec::new(Target::VhostUser("s".into()))
+        }
+    }
+
+    fn plan(spec: &Spec, queue: u32) -> Plan {
+        spec.check().unwrap();
+        Plan::new(spec, Places::new(spec, &DISK).unwrap(), queue)
+    }
+
+    #[test]
+    fn a_sequence_walks_its_range_and_begins_again() {
+        let spec = Spec {
+            stride_bytes: Some(16384),
+            start_bytes: 8192,
+            range_bytes: Some(40960),
+            queues: 2,
+            ..spec(Pattern::Write)
+        };
+        let walk = |queue| {
+            let mut plan = plan(&spec, queue);
+            let mut next = || plan.next(0).offset;
+            [next(), next(), next(), next()]
+        };
+        // The third place starts at 40,960 and ends at 45,056 of 49,152; a fourth would end behind.
+        assert_eq!(walk(0), [8192, 24576, 40960, 8192]);
+        assert_eq!(walk(1), [24576, 40960, 8192, 24576]);
+    }
+
+    #[test]
+    fn chance_stays_in_the_range_and_reaches_its_ends() {
+        let spec = Spec {
+            start_bytes: 4096,
+            range_bytes: Some(8 * 4096),
+            read_percent: 30,
+            ..spec(Pattern::RandRw)
+        };
+        let mut plan = plan(&spec, 0);
+        let mut seen = [0; 8];
+        let mut reads = 0;
+        for _ in 0..8000 {
+            let request = plan.next(0);
+            seen[(request.offset / 4096) as usize - 1] += 1;
+            reads += u32::from(request.kind == Kind::Read);
+        }
+        assert!(seen.iter().all(|n| (800..1200).contains(n)), "{seen:?}");
+        assert!((2200..2600).contains(&reads), "{reads}");
+    }
+
+    #[test]
+    fn queues_and_seeds_differ_and_repeat() {
+        let offsets = |seed, queue| {
+            let spec = Spec {
+                seed,
+                ..spec(Pattern::RandRead)
+            };
+            let mut plan = plan(&spec, queue);
+            (0..20).map(|_| plan.next(0).offset).collect::<Vec<_>>()
+        };
+        assert_eq!(offsets(1, 0), offsets(1, 0));
+        assert_ne!(offsets(1, 0), offsets(1, 1));
+        assert_ne!(offsets(1, 0), offsets(2, 0));
+    }
+
+    #[test]
+    fn each_slot_flushes_after_its_own_writes() {
+        let spec = Spec {
+            flushes: Flushes::Every(2),
+            ..spec(Pattern::RandWrite)
+        };
+        let mut plan = plan(&spec, 0);
+        plan.next(0);
+        plan.next(1);
+        assert!(plan.flush(0).is_none() && plan.flush(1).is_none());
+        plan.next(0);
+        assert_eq!(plan.flush(0).unwrap().kind, Kind::Flush);
+        assert!(plan.flush(0).is_none() && plan.flush(1).is_none());
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_what_to_do() {
+        let base = spec(Pattern::RandWrite);
+        type Change = fn(&mut Spec);
+        let cases: [(Change, &str); 14] = [
+            (|s| s.block_bytes = 100, "--bs 100"),
+            (|s| s.block_bytes = 1 << 40, "--bs 1 TiB"),
+            (|s| s.depth = 0, "--depth 0"),
+            (|s| s.depth = 1 << 20, "--depth 1048576"),
+            (|s| s.queues = 0, "--queues 0"),
+            (|s| s.read_percent = 101, "--read-percent 101"),
+            (|s| s.stride_bytes = Some(0), "--stride"),
+            (|s| s.flushes = Flushes::Every(0), "--flush 0"),
+            (
+                |s| {
+                    s.flushes = Flushes::AfterEachWrite;
+                    s.pattern = Pattern::Read;
+                },
+                "--flush",
+            ),
+            (|s| s.ios_max = Some(0), "--ios"),
+            (|s| s.duration = std::time::Duration::ZERO, "--seconds"),
+            (
+                |s| s.range_bytes = Some(2 << 20),
+                "lower --start or --range",
+            ),
+            (|s| s.start_bytes = 2 << 20, "raise --range"),
+            (|s| s.block_bytes = 2 << 20, "lower --bs"),
+        ];
+        for (change, names) in cases {
+            let mut spec = base.clone();
+            change(&mut spec);
+            let made = spec.check().and_then(|()| Places::new(&spec, &DISK));
+            let error = made.unwrap_err().to_string();
+            assert!(error.contains(names), "{error}");
+        }
+        let lacks = [
+            Geometry {
+                read_only: true,
+                ..DISK
+            },
+            Geometry {
+                flushes: false,
+                ..DISK
+            },
+            Geometry {
+                block_bytes: 8192,
+                ..DISK
+            },
+        ];
+        let spec = Spec {
+            flushes: Flushes::AfterEachWrite,
+            ..base
+        };
+        for (lack, names) in lacks
+            .iter()
+            .zip(["read-only", "no flushes", "multiples of 8192"])
+        {
+            let error = Places::new(&spec, lack).unwrap_err().to_string();
+            assert!(error.contains(names), "{error}");
+        }
+    }
+}

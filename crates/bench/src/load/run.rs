@@ -1,0 +1,210 @@
+//! The run as a whole: a thread per queue, ramp, measurement, sum.
+
+use super::{
+    Report, Spec,
+    drive::{self, Client, MEASURE, Outcome, RAMP, STOP},
+    plan::{Places, Plan},
+    usage::{self, Usage},
+};
+use block::{Error, Result};
+use std::{
+    sync::{
+        atomic::{AtomicU8, Ordering},
+        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+enum Message {
+    /// A queue is connected.
+    Ready,
+    /// A queue is done, or failed.
+    Ended(Result<Box<Outcome>>),
+}
+
+/// Drives one queue for each of `openers`; each opens its client on the queue's own thread.
+pub(crate) fn run_queues<C, O>(spec: &Spec, places: Places, openers: Vec<O>) -> Result<Report>
+where
+    C: Client,
+    O: FnOnce() -> Result<C> + Send,
+{
+    let phase = AtomicU8::new(if spec.ramp.is_zero() { MEASURE } else { RAMP });
+    let queues = openers.len() as u64;
+    thread::scope(|scope| {
+        let (tell, hear) = mpsc::channel();
+        let mut gates = Vec::new();
+        for (queue, open) in (0u32..).zip(openers) {
+            let (gate, pass) = mpsc::channel();
+            gates.push(gate);
+            let (tell, phase) = (tell.clone(), &phase);
+            let report = tell.clone();
+            let share = spec
+                .ios_max
+                .map(|max| max / queues + u64::from(u64::from(queue) < max % queues));
+            let body = move || {
+                let mut plan = Plan::new(spec, places, queue);
+                let mut client = open()?;
+                let _ = tell.send(Message::Ready);
+                // Nobody opens the gate when another queue failed.
+                if pass.recv().is_err() {
+                    return Ok(Box::default());
+                }
+                drive::drive(&mut client, &mut plan, spec.depth as usize, share, phase)
+                    .map(Box::new)
+            };
+            thread::Builder::new()
+                .name(format!("load-{queue}"))
+                .spawn_scoped(scope, move || {
+                    let _ = report.send(Message::Ended(body()));
+                })
+                .map_err(|e| Error::os("starting a thread", e))?;
+        }
+        drop(tell);
+        conduct(spec, &phase, gates, &hear)
+    })
+}
+
+/// The thread that measures: lets the queues go, and takes what they bring.
+fn conduct(
+    spec: &Spec,
+    phase: &AtomicU8,
+    gates: Vec<Sender<()>>,
+    hear: &Receiver<Message>,
+) -> Result<Report> {
+    let mut hall = Hall {
+        hear,
+        running: gates.len(),
+        total: Outcome::default(),
+        failure: None,
+    };
+    let mut waiting = gates.len();
+    while waiting > 0 && hall.failure.is_none() {
+        match hear.recv() {
+            Ok(Message::Ready) => waiting -= 1,
+            Ok(Message::Ended(outcome)) => hall.ended(outcome),
+            Err(_) => break,
+        }
+    }
+    if let Some(error) = hall.failure.take() {
+        drop(gates);
+        return Err(error);
+    }
+    let mut before = Usage::now(&spec.server_pids)?;
+    let mut began = Instant::now();
+    for gate in gates {
+        let _ = gate.send(());
+    }
+    if !spec.ramp.is_zero() {
+        hall.wait(Some(began + spec.ramp));
+        before = Usage::now(&spec.server_pids).unwrap_or(before);
+        began = Instant::now();
+        phase.store(MEASURE, Ordering::Relaxed);
+    }
+    let limit = (!spec.duration.is_zero()).then(|| began.checked_add(spec.duration));
+    hall.wait(limit.flatten());
+    phase.store(STOP, Ordering::Relaxed);
+    hall.wait_all();
+    if let Some(error) = hall.failure {
+        return Err(error);
+    }
+    let after = Usage::now(&spec.server_pids)?;
+    let seconds = hall
+        .total
+        .last
+        .map_or_else(|| began.elapsed(), |last| last - began);
+    report(spec, &hall.total, seconds, &before, &after)
+}
+
+struct Hall<'a> {
+    hear: &'a Receiver<Message>,
+    running: usize,
+    total: Outcome,
+    failure: Option<Error>,
+}
+
+impl Hall<'_> {
+    fn ended(&mut self, outcome: Result<Box<Outcome>>) {
+        self.running -= 1;
+        match outcome {
+            Ok(outcome) => self.total.merge(&outcome),
+            Err(error) => self.failure = self.failure.take().or(Some(error)),
+        }
+    }
+
+    /// Until `until`, or until all queues are done or one has failed.
+    fn wait(&mut self, until: Option<Instant>) {
+        while self.running > 0 && self.failure.is_none() {
+            let heard = match until {
+                Some(until) => self
+                    .hear
+                    .recv_timeout(until.saturating_duration_since(Instant::now())),
+                None => self.hear.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match heard {
+                Ok(Message::Ended(outcome)) => self.ended(outcome),
+                Ok(Message::Ready) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn wait_all(&mut self) {
+        while self.running > 0 {
+            match self.hear.recv() {
+                Ok(Message::Ended(outcome)) => self.ended(outcome),
+                Ok(Message::Ready) => {}
+                // A thread that panicked; the scope passes that on.
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+fn report(
+    spec: &Spec,
+    total: &Outcome,
+    seconds: Duration,
+    before: &Usage,
+    after: &Usage,
+) -> Result<Report> {
+    let seconds = seconds.as_secs_f64().max(1e-9);
+    let transfers = total.reads + total.writes;
+    let requests = (transfers + total.flushes).max(1) as f64;
+    let ios = if transfers > 0 {
+        transfers
+    } else {
+        total.flushes.max(1)
+    } as f64;
+    let bytes = (transfers - total.failed_transfers) * spec.block_bytes;
+    let us = |time: Duration| time.as_secs_f64() * 1e6;
+    let cpu = |before: Duration, after: Duration| us(after.saturating_sub(before)) / ios;
+    let with_pids = !spec.server_pids.is_empty();
+    let switches = after.server_switches.saturating_sub(before.server_switches);
+    let mut both = total.read_latency.clone();
+    both.merge(&total.write_latency);
+    let mut rss = 0;
+    for pid in &spec.server_pids {
+        rss += usage::rss(*pid)?;
+    }
+    Ok(Report {
+        seconds,
+        reads: total.reads,
+        writes: total.writes,
+        flushes: total.flushes,
+        errors: total.errors,
+        bytes,
+        iops: transfers as f64 / seconds,
+        mb_s: bytes as f64 / seconds / 1e6,
+        read_latency: total.read_latency.percentiles(),
+        write_latency: total.write_latency.percentiles(),
+        flush_latency: total.flush_latency.percentiles(),
+        latency: both.percentiles(),
+        kicks_per_io: total.kicks as f64 / requests,
+        calls_per_io: total.calls as f64 / requests,
+        server_cpu_us_per_io: with_pids.then(|| cpu(before.server_cpu, after.server_cpu)),
+        client_cpu_us_per_io: cpu(before.client_cpu, after.client_cpu),
+        server_switches_per_io: with_pids.then(|| switches as f64 / requests),
+        server_rss_bytes: with_pids.then_some(rss),
+    })
+}

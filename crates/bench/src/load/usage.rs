@@ -1,0 +1,136 @@
+//! What processes have used so far. Unsafe code: the clocks of other processes.
+
+use block::{Context, Error, Result};
+use std::time::Duration;
+
+/// CPU time of a process so far, user and system, of threads that have ended too.
+///
+/// # Errors
+///
+/// There is no such process.
+pub(crate) fn cpu(pid: u32) -> Result<Duration> {
+    let mut clock: libc::clockid_t = 0;
+    // The kernel would take 0 for this process, and cut larger numbers than `PID_MAX_LIMIT`.
+    let id = i32::try_from(pid)
+        .ok()
+        .filter(|id| (1..=1 << 22).contains(id));
+    let gone = || Error::invalid(format!("--pid {pid}: there is no such process"));
+    // SAFETY: writes to the variable only.
+    if unsafe { libc::clock_getcpuclockid(id.ok_or_else(gone)?, &mut clock) } != 0 {
+        return Err(gone());
+    }
+    read(clock).map_err(|_| gone())
+}
+
+/// CPU time of this process so far.
+pub(crate) fn own_cpu() -> Duration {
+    read(libc::CLOCK_PROCESS_CPUTIME_ID).unwrap_or_default()
+}
+
+fn read(clock: libc::clockid_t) -> std::io::Result<Duration> {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: writes to the variable only.
+    if unsafe { libc::clock_gettime(clock, &mut now) } != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(Duration::new(now.tv_sec as u64, now.tv_nsec as u32))
+}
+
+/// Voluntary and involuntary context switches so far of the threads that there are.
+pub(crate) fn switches(pid: u32) -> Result<u64> {
+    let tasks = format!("/proc/{pid}/task");
+    let tasks = std::fs::read_dir(&tasks).context(|| tasks)?;
+    let texts = tasks
+        .flatten()
+        // A thread may end meanwhile.
+        .filter_map(|task| std::fs::read_to_string(task.path().join("status")).ok());
+    Ok(texts.map(|text| switches_in(&text)).sum())
+}
+
+fn switches_in(status: &str) -> u64 {
+    let values = status.lines().filter_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.ends_with("voluntary_ctxt_switches")
+            .then(|| value.trim().parse::<u64>().ok())?
+    });
+    values.sum()
+}
+
+/// Resident memory in bytes.
+pub(crate) fn rss(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let text = std::fs::read_to_string(&path).context(|| path)?;
+    Ok(rss_in(&text).unwrap_or(0))
+}
+
+fn rss_in(status: &str) -> Option<u64> {
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim()
+        .strip_suffix("kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(1024)
+}
+
+/// What the servers have used so far.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Usage {
+    pub server_cpu: Duration,
+    pub server_switches: u64,
+    pub client_cpu: Duration,
+}
+
+impl Usage {
+    /// # Errors
+    ///
+    /// A process is gone.
+    pub(crate) fn now(pids: &[u32]) -> Result<Self> {
+        let mut usage = Self {
+            client_cpu: own_cpu(),
+            ..Self::default()
+        };
+        for pid in pids {
+            usage.server_cpu += cpu(*pid)?;
+            usage.server_switches += switches(*pid)?;
+        }
+        Ok(usage)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_of_processes_is_seen_with_that_of_ended_threads() {
+        let own = std::process::id();
+        let before = cpu(own).unwrap();
+        let burn = || {
+            let until = own_cpu() + Duration::from_millis(20);
+            while own_cpu() < until {
+                std::hint::spin_loop();
+            }
+        };
+        std::thread::spawn(burn).join().unwrap();
+        assert!(cpu(own).unwrap() - before >= Duration::from_millis(20));
+        assert!(rss(own).unwrap() > 100_000);
+        assert!(switches(own).unwrap() > 0);
+        for none in [0, u32::MAX, i32::MAX as u32] {
+            let error = cpu(none).unwrap_err().to_string();
+            assert!(error.contains("no such process"), "{error}");
+        }
+    }
+
+    #[test]
+    fn figures_are_found() {
+        let status = "Name:\tx\nVmRSS:\t    1234 kB\nvoluntary_ctxt_switches:\t150\nnonvoluntary_ctxt_switches:\t12\n";
+        assert_eq!(switches_in(status), 162);
+        assert_eq!(rss_in(status), Some(1234 << 10));
+    }
+}
