@@ -17,8 +17,7 @@ bs=${BS:-4K} depth=${DEPTH:-32} queues=${QUEUES:-1} size=${SIZE:-2G} aio=${AIO:-
 dir=${DIR:-target/versus}
 target=${CARGO_TARGET_DIR:-target}
 server=$target/release/diskplane
-load=$target/release/examples/vhost_load
-[[ -x $server && -x $load ]] || cargo build --release --locked -p diskplane -p export --bins --examples
+[[ -x $server ]] || cargo build --release --locked -p diskplane
 
 mkdir -p "$dir"
 work=$(mktemp -d)
@@ -68,12 +67,12 @@ for rw in "${rws[@]}"; do
     for ((i = 0; i < samples; i++)); do
         for who in diskplane "${engines[@]}"; do
             start "$who"
-            "$load" "$work/socket" rw="$rw" bs="$bs" depth="$depth" queues="$queues" seconds="$seconds" pid="$pid" \
-                >"$work/out"
+            "$server" bench load --vhost-user "$work/socket" --rw "$rw" --bs "$bs" --depth "$depth" \
+                --queues "$queues" --seconds "$seconds" --pid "$pid" >"$work/out"
             stop
             # IOPS and microseconds of server CPU per I/O.
             sed -n 's/.*: *\([0-9]*\) IOPS .*/\1/p' "$work/out" >>"$work/$who.$rw.iops"
-            sed -n 's/.*CPU\/io \([0-9.]*\) .*/\1/p' "$work/out" >>"$work/$who.$rw.cpu"
+            sed -n 's/^CPU per I\/O:.* server \([0-9.]*\) .*/\1/p' "$work/out" >>"$work/$who.$rw.cpu"
         done
     done
     for who in diskplane "${engines[@]}"; do

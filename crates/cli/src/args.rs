@@ -1,6 +1,6 @@
 //! The command line. Stable: scripts rely on it.
 
-use crate::disks::DiskArgument;
+use crate::{bench_load::Load, disks::DiskArgument};
 use block::{Result, size};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use export::nbd::NbdAddress;
@@ -28,6 +28,23 @@ pub enum Command {
     Map(Map),
     /// Serve images to virtual machines and NBD clients
     Serve(Serve),
+    /// Measure disks and servers
+    Bench(Bench),
+}
+
+/// `bench`.
+#[derive(Args, Debug)]
+pub struct Bench {
+    /// What to measure.
+    #[command(subcommand)]
+    pub what: BenchCommand,
+}
+
+/// The commands of `bench`.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Put load on a server or a file, and report what came back
+    Load(Load),
 }
 
 /// `create`.
@@ -162,7 +179,7 @@ pub struct Serve {
     pub stats: Option<Stats>,
 }
 
-fn bytes(text: &str) -> Result<u64> {
+pub(crate) fn bytes(text: &str) -> Result<u64> {
     size::parse(text)
 }
 

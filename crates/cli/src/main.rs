@@ -5,6 +5,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod args;
+mod bench_load;
 mod create;
 mod disks;
 mod info;
@@ -14,7 +15,7 @@ mod serve;
 mod signals;
 mod systemd;
 
-use args::{Cli, Command};
+use args::{BenchCommand, Cli, Command};
 use clap::Parser;
 use std::{
     io::{ErrorKind, IsTerminal as _, Write},
@@ -38,6 +39,9 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(args),
         Command::Map(args) => map::run(args),
         Command::Serve(args) => serve::run(args),
+        Command::Bench(args) => match &args.what {
+            BenchCommand::Load(args) => bench_load::run(args),
+        },
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,278 @@
+//! `diskplane bench load`.
+//!
+//! With `--json` one object: `spec`, the whole [`Spec`] with its defaults, and `report`, the whole [`Report`].
+
+use crate::{args::bytes, print};
+use anyhow::{Result, bail};
+use bench::load::{self, Flushes, Pattern, Percentiles, Report, Spec, Target};
+use block::size;
+use clap::{ArgGroup, Args, ValueEnum};
+use comfy_table::{CellAlignment, Table, presets};
+use io::Aio;
+use serde::Serialize;
+use std::{fmt::Write as _, path::PathBuf, time::Duration};
+
+/// `bench load`.
+#[derive(Args, Debug)]
+#[command(group(ArgGroup::new("target").args(["vhost_user", "nbd", "file"]).required(true)))]
+pub struct Load {
+    /// A vhost-user-blk server that listens on this socket
+    #[arg(long, value_name = "SOCK")]
+    pub vhost_user: Option<PathBuf>,
+    /// An NBD server: nbd+unix:///EXPORT?socket=PATH, nbd://HOST:PORT/EXPORT or unix:PATH
+    #[arg(long, value_name = "URI")]
+    pub nbd: Option<String>,
+    /// A file or block device, without a server. Writes destroy what is in it
+    #[arg(long, value_name = "PATH")]
+    pub file: Option<PathBuf>,
+    /// Which requests
+    #[arg(long, value_name = "PATTERN", default_value = "randread")]
+    pub rw: Asked,
+    /// Percent of reads for rw and randrw
+    #[arg(long, value_name = "N", default_value_t = 70, value_parser = clap::value_parser!(u8).range(..=100))]
+    pub read_percent: u8,
+    /// Bytes of a request
+    #[arg(long, value_name = "SIZE", default_value = "4K", value_parser = bytes)]
+    pub bs: u64,
+    /// Requests in flight on each queue
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub depth: u32,
+    /// Virtqueues, NBD connections, or threads on a file
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub queues: u32,
+    /// How long to measure [default: 5, or until --ios]
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    pub seconds: Option<Duration>,
+    /// How long to run before
+    #[arg(long, value_name = "S", default_value = "0", value_parser = seconds)]
+    pub ramp: Duration,
+    /// End after so many reads and writes
+    #[arg(long, value_name = "N")]
+    pub ios: Option<u64>,
+    /// Spin for completions instead of sleeping
+    #[arg(long)]
+    pub poll: bool,
+    /// When each of the requests in flight is a flush: never, each (after each of its writes), or after N of them
+    #[arg(long, value_name = "never|each|N", default_value = "never", value_parser = flushes)]
+    pub flush: Flushes,
+    /// Requests start at multiples of SIZE [default: --bs]
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub stride: Option<u64>,
+    /// First byte to use
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
+    pub start: u64,
+    /// How much from there on [default: to the end of the disk]
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub range: Option<u64>,
+    /// Seed of offsets and of the mix
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Report the CPU time of this server process; may be given many times
+    #[arg(long, value_name = "PID")]
+    pub pid: Vec<u32>,
+    /// With --file: auto, threads, native or io_uring
+    #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<Aio>, requires = "file")]
+    pub engine: Aio,
+    /// With --file: bypass the host's page cache (the default)
+    #[arg(long, requires = "file", conflicts_with = "buffered")]
+    pub direct: bool,
+    /// With --file: through the host's page cache
+    #[arg(long, requires = "file")]
+    pub buffered: bool,
+    /// With --vhost-user: entries of a virtqueue
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..))]
+    pub ring: u16,
+    /// With --vhost-user: no indirect descriptors
+    #[arg(long)]
+    pub no_indirect: bool,
+    /// With --vhost-user: no event index
+    #[arg(long)]
+    pub no_event_index: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// [`Pattern`] by fio's names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "lower")]
+#[allow(missing_docs)]
+pub enum Asked {
+    Read,
+    Write,
+    Rw,
+    RandRead,
+    RandWrite,
+    RandRw,
+}
+
+fn seconds(text: &str) -> Result<Duration> {
+    let seconds: f64 = text.parse()?;
+    if !(0.0..=1e6).contains(&seconds) {
+        bail!("it must be 0 to 1000000");
+    }
+    Ok(Duration::from_secs_f64(seconds))
+}
+
+fn flushes(text: &str) -> Result<Flushes> {
+    Ok(match text {
+        "never" => Flushes::Never,
+        "each" => Flushes::AfterEachWrite,
+        number => match number.parse() {
+            Ok(writes) if writes > 0 => Flushes::Every(writes),
+            _ => bail!("give never, each, or after how many writes"),
+        },
+    })
+}
+
+/// Runs the load and prints the report.
+pub fn run(args: &Load) -> Result<()> {
+    let spec = spec(args)?;
+    let report = load::run(&spec)?;
+    if args.json {
+        #[derive(Serialize)]
+        struct Answer<'a> {
+            spec: &'a Spec,
+            report: &'a Report,
+        }
+        let answer = Answer {
+            spec: &spec,
+            report: &report,
+        };
+        return print(&format!("{}\n", serde_json::to_string_pretty(&answer)?));
+    }
+    print(&text(&spec, &report))
+}
+
+fn spec(args: &Load) -> Result<Spec> {
+    let target = match (&args.vhost_user, &args.nbd, &args.file) {
+        (Some(socket), None, None) => Target::VhostUser(socket.clone()),
+        (None, Some(uri), None) => Target::Nbd(uri.clone()),
+        (None, None, Some(path)) => Target::File {
+            path: path.clone(),
+            engine: match args.engine {
+                Aio::Auto => "auto".into(),
+                Aio::Only(kind) => kind.to_string(),
+            },
+            direct: !args.buffered,
+        },
+        _ => bail!("give one of --vhost-user, --nbd and --file"),
+    };
+    let base = Spec::new(target);
+    Ok(Spec {
+        pattern: match args.rw {
+            Asked::Read => Pattern::Read,
+            Asked::Write => Pattern::Write,
+            Asked::Rw => Pattern::Rw,
+            Asked::RandRead => Pattern::RandRead,
+            Asked::RandWrite => Pattern::RandWrite,
+            Asked::RandRw => Pattern::RandRw,
+        },
+        read_percent: args.read_percent,
+        block_bytes: args.bs,
+        depth: args.depth,
+        queues: args.queues,
+        flushes: args.flush,
+        stride_bytes: args.stride,
+        start_bytes: args.start,
+        range_bytes: args.range,
+        duration: match (args.seconds, args.ios) {
+            (Some(duration), _) => duration,
+            (None, Some(_)) => Duration::ZERO,
+            (None, None) => base.duration,
+        },
+        ramp: args.ramp,
+        ios_max: args.ios,
+        poll: args.poll,
+        ring_entries: args.ring,
+        indirect: !args.no_indirect,
+        event_index: !args.no_event_index,
+        seed: args.seed,
+        server_pids: args.pid.clone(),
+        ..base
+    })
+}
+
+/// The report for people.
+fn text(spec: &Spec, report: &Report) -> String {
+    let mut text = format!(
+        "{} of {}, depth {}, {} queue{}: {:.0} IOPS, {:.1} MB/s in {:.2} s\n",
+        format!("{:?}", spec.pattern).to_lowercase(),
+        size::human(spec.block_bytes),
+        spec.depth,
+        spec.queues,
+        if spec.queues == 1 { "" } else { "s" },
+        report.iops,
+        report.mb_s,
+        report.seconds
+    );
+    if report.errors > 0 {
+        let _ = writeln!(text, "{} requests FAILED", report.errors);
+    }
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    table.set_header([
+        "latency in µs",
+        "count",
+        "min",
+        "mean",
+        "p50",
+        "p90",
+        "p99",
+        "p99.9",
+        "p99.99",
+        "max",
+    ]);
+    for (name, latency) in [
+        ("reads", &report.read_latency),
+        ("writes", &report.write_latency),
+        ("flushes", &report.flush_latency),
+    ] {
+        if latency.count > 0 {
+            table.add_row(row(name, latency));
+        }
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    for line in table.lines() {
+        let _ = writeln!(text, "{}", line.trim());
+    }
+    let _ = writeln!(
+        text,
+        "per request: {:.3} notifications to the server, {:.3} back",
+        report.kicks_per_io, report.calls_per_io
+    );
+    let _ = write!(
+        text,
+        "CPU per I/O: client {:.2} µs",
+        report.client_cpu_us_per_io
+    );
+    if let Some(cpu) = report.server_cpu_us_per_io {
+        let _ = write!(text, ", server {cpu:.2} µs");
+    }
+    if let Some(switches) = report.server_switches_per_io {
+        let _ = write!(text, " with {switches:.3} context switches");
+    }
+    if let Some(rss) = report.server_rss_bytes {
+        let _ = write!(text, ", {} resident", size::human(rss));
+    }
+    text.push('\n');
+    text
+}
+
+fn row(name: &str, p: &Percentiles) -> Vec<String> {
+    let figures = [
+        p.min_us,
+        p.mean_us,
+        p.p50_us,
+        p.p90_us,
+        p.p99_us,
+        p.p99_9_us,
+        p.p99_99_us,
+        p.max_us,
+    ];
+    let mut row = vec![name.to_owned(), p.count.to_string()];
+    row.extend(figures.map(|us| format!("{us:.1}")));
+    row
+}
