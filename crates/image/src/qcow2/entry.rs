@@ -10,13 +10,16 @@ use super::header::{HOST_OFFSET_END, Header};
 
 /// The entry's cluster has refcount 1: it may be written in place.
 pub(super) const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
+/// The entry is of a compressed cluster.
+pub(super) const COMPRESSED: u64 = 1 << 62;
 /// The cluster reads as zeros (version 3).
 pub(super) const ZERO: u64 = 1;
 /// Bits of the host offset.
 pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
-const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
-const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// Reserved bits of an entry that is not compressed.
+pub(super) const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+/// Reserved bits of an L1 entry.
+pub(super) const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 /// In memory only: the entry points at a cluster that holds metadata. All of the low reserved
 /// bits, which no sound entry has.
 pub(super) const OVERLAP: u64 = 0x1fe;
@@ -28,6 +31,8 @@ pub(super) const FRESH_ZEROED: u64 = 2;
 
 /// Bytes of the writes that make metadata durable: what a disk writes without tearing.
 pub(super) const SECTOR: u64 = 512;
+/// Where the largest file ends: what a signed 64-bit offset can address.
+pub(super) const HOST_END_MAX: u64 = i64::MAX as u64 & !(SECTOR - 1);
 /// Slices of L2 tables are so large, or a cluster, or what keeps the slot table below [`SLOTS_MAX`].
 const SLICE_BYTES: u64 = 4096;
 /// Bytes of L2 tables that are read at once.
@@ -256,11 +261,7 @@ impl Geometry {
     }
 
     fn decode_compressed(&self, raw: u64) -> Result<Entry, Bad> {
-        // Bits from `split` on count the further 512-byte sectors.
-        let split = 62 - (self.cluster_bits - 8);
-        let offset = raw & ((1 << split) - 1);
-        let sectors = ((raw & (COMPRESSED - 1)) >> split) + 1;
-        let len = sectors * SECTOR - offset % SECTOR;
+        let (offset, len) = compressed_range(self.cluster_bits, raw);
         if offset + len > HOST_OFFSET_END {
             return Err(Bad::TooFar);
         }
@@ -298,6 +299,17 @@ impl Geometry {
             Ok(raw)
         }
     }
+}
+
+/// Where the data of a compressed cluster's entry lie, and how many bytes it is to the end of
+/// their last sector.
+#[inline]
+pub(super) fn compressed_range(cluster_bits: u32, raw: u64) -> (u64, u64) {
+    // Bits from `split` on count the further 512-byte sectors.
+    let split = 62 - (cluster_bits - 8);
+    let offset = raw & ((1 << split) - 1);
+    let sectors = ((raw & (COMPRESSED - 1)) >> split) + 1;
+    (offset, sectors * SECTOR - offset % SECTOR)
 }
 
 /// Where refcount `index` of a block lies in the big-endian 64-bit words of the block:

@@ -140,6 +140,15 @@ impl Header {
     ///
     /// Fails with [`block::ErrorKind::Corrupt`] or `Unsupported` (unknown version), naming byte and field.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let header = Self::parse_repairable(bytes)?;
+        header.validate_refcount_table()?;
+        header.validate_snapshots()?;
+        Ok(header)
+    }
+
+    /// As [`Header::parse`], but lets pass what a repair replaces: the fields of the refcount table
+    /// ([`Header::validate_refcount_table`]) and of the snapshot table ([`Header::validate_snapshots`]).
+    pub fn parse_repairable(bytes: &[u8]) -> Result<Self> {
         let cluster_bits = Self::cluster_bits_of(bytes)?;
         let cluster_size = 1usize << cluster_bits;
         let bytes = bytes.get(..cluster_size).unwrap_or(bytes);
@@ -199,7 +208,7 @@ impl Header {
             unknown_fields: bytes.get(105..header_end).unwrap_or_default().to_vec(),
             extensions: extensions::parse(area, header_end)?,
         };
-        header.validate()?;
+        header.validate_irreparable()?;
         Ok(header)
     }
 
@@ -254,16 +263,59 @@ impl Header {
 
     /// Checks everything that a parsed or hand-made header must fulfil.
     pub fn validate(&self) -> Result<()> {
+        self.validate_irreparable()?;
+        self.validate_refcount_table()?;
+        self.validate_snapshots()
+    }
+
+    /// Fails where `at`, for `len` bytes, is no place for a table.
+    fn placed(&self, field: &str, byte: usize, at: u64, len: u64) -> Result<()> {
+        if !at.is_multiple_of(self.cluster_size())
+            || at.checked_add(len).is_none_or(|end| end > HOST_OFFSET_END)
+        {
+            let what = format!("is {at:#x}: not a cluster within 56 bits");
+            return Err(wrong(field, byte, what));
+        }
+        Ok(())
+    }
+
+    /// Checks place and size of the refcount table.
+    pub fn validate_refcount_table(&self) -> Result<()> {
         let cluster = self.cluster_size();
-        let placed = |field: &str, byte: usize, at: u64, len: u64| {
-            if !at.is_multiple_of(cluster)
-                || at.checked_add(len).is_none_or(|end| end > HOST_OFFSET_END)
-            {
-                let what = format!("is {at:#x}: not a cluster within 56 bits");
-                return Err(wrong(field, byte, what));
-            }
-            Ok(())
-        };
+        let table = u64::from(self.refcount_table_clusters) * cluster;
+        if table == 0 || table > REFCOUNT_TABLE_BYTES_MAX.max(cluster) {
+            return Err(wrong(
+                "refcount_table_clusters",
+                56,
+                format_args!(
+                    "is {}: at least 1, at most 8 MiB",
+                    self.refcount_table_clusters
+                ),
+            ));
+        }
+        if self.refcount_table_offset == 0 {
+            return Err(wrong("refcount_table_offset", 48, "is 0"));
+        }
+        let at = self.refcount_table_offset;
+        self.placed("refcount_table_offset", 48, at, table)
+    }
+
+    /// Checks place and size of the snapshot table.
+    pub fn validate_snapshots(&self) -> Result<()> {
+        if self.nb_snapshots > SNAPSHOTS_MAX {
+            return Err(wrong(
+                "nb_snapshots",
+                60,
+                format_args!("is {}, the highest is {SNAPSHOTS_MAX}", self.nb_snapshots),
+            ));
+        }
+        if self.nb_snapshots > 0 {
+            self.placed("snapshots_offset", 64, self.snapshots_offset, 0)?;
+        }
+        Ok(())
+    }
+
+    fn validate_irreparable(&self) -> Result<()> {
         if self.size > limits::DISK_BYTES_MAX {
             return Err(wrong(
                 "size",
@@ -307,42 +359,12 @@ impl Header {
             if self.l1_table_offset == 0 {
                 return Err(wrong("l1_table_offset", 40, "is 0"));
             }
-            placed(
+            self.placed(
                 "l1_table_offset",
                 40,
                 self.l1_table_offset,
                 u64::from(self.l1_size) * 8,
             )?;
-        }
-        let table = u64::from(self.refcount_table_clusters) * cluster;
-        if table == 0 || table > REFCOUNT_TABLE_BYTES_MAX.max(cluster) {
-            return Err(wrong(
-                "refcount_table_clusters",
-                56,
-                format_args!(
-                    "is {}: at least 1, at most 8 MiB",
-                    self.refcount_table_clusters
-                ),
-            ));
-        }
-        if self.refcount_table_offset == 0 {
-            return Err(wrong("refcount_table_offset", 48, "is 0"));
-        }
-        placed(
-            "refcount_table_offset",
-            48,
-            self.refcount_table_offset,
-            table,
-        )?;
-        if self.nb_snapshots > SNAPSHOTS_MAX {
-            return Err(wrong(
-                "nb_snapshots",
-                60,
-                format_args!("is {}, the highest is {SNAPSHOTS_MAX}", self.nb_snapshots),
-            ));
-        }
-        if self.nb_snapshots > 0 {
-            placed("snapshots_offset", 64, self.snapshots_offset, 0)?;
         }
         if self.crypt_method > 2 {
             return Err(wrong(
@@ -365,17 +387,25 @@ impl Header {
         Ok(())
     }
 
+    /// Refuses incompatible features that the specification does not have, by name.
+    pub fn check_known(&self) -> Result<()> {
+        self.refuse(self.incompatible & !features::INCOMPATIBLE_KNOWN)
+    }
+
+    fn refuse(&self, features: u64) -> Result<()> {
+        if features == 0 {
+            return Ok(());
+        }
+        let table = self.extension(extensions::FEATURE_NAMES);
+        Err(Error::unsupported(format!(
+            "needs a feature that diskplane lacks: {}",
+            features::names(FeatureKind::Incompatible, features, table)
+        )))
+    }
+
     /// Refuses features that make the image unreadable to this code, by name.
     pub fn check_features(&self) -> Result<()> {
-        let table = self.extension(extensions::FEATURE_NAMES);
-        let lacking = features::DATA_FILE;
-        let refused = self.incompatible & (!features::INCOMPATIBLE_KNOWN | lacking);
-        if refused != 0 {
-            return Err(Error::unsupported(format!(
-                "needs a feature that diskplane lacks: {}",
-                features::names(FeatureKind::Incompatible, refused, table)
-            )));
-        }
+        self.refuse(self.incompatible & (!features::INCOMPATIBLE_KNOWN | features::DATA_FILE))?;
         match self.crypt_method {
             0 => {}
             1 => return Err(Error::unsupported("is encrypted (AES): not supported")),
@@ -387,10 +417,10 @@ impl Header {
     /// Why a writer of this code's abilities must leave the image alone, if so.
     pub fn read_only_because(&self) -> Option<String> {
         if self.incompatible & features::CORRUPT != 0 {
-            return Some("it is marked corrupt: run qemu-img check -r all".into());
+            return Some("it is marked corrupt: run diskplane check --repair all".into());
         }
         if self.incompatible & features::DIRTY != 0 {
-            return Some("its dirty bit is set: run qemu-img check -r all".into());
+            return Some("its dirty bit is set: run diskplane check --repair all".into());
         }
         if self.nb_snapshots > 0 {
             return Some("internal snapshots".into());

@@ -17,6 +17,7 @@
 mod ahead;
 mod alloc;
 mod cache;
+pub mod check;
 mod close;
 mod compress;
 #[cfg(test)]

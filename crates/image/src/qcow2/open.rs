@@ -59,7 +59,7 @@ impl Qcow2 {
         }
         storage.read_at(0, &mut first_sector)?;
         let mut damage = |what: String| {
-            lacks.get_or_insert_with(|| format!("it is damaged ({what}): run qemu-img check"));
+            lacks.get_or_insert_with(|| format!("it is damaged ({what}): run diskplane check"));
         };
 
         let l1 = read_l1(storage, &header, file_len)?;

@@ -139,7 +139,7 @@ impl Qcow2 {
             let pinned = match self.refcount_of(st, cluster) {
                 Ok(count) if count > 0 && !st.places.holds(cluster) => self.ref_frame(st, cluster),
                 Ok(count) => Err(Halt::Fail(Error::corrupt(format!(
-                    "{}: host cluster at {:#x} is the guest's, but {}: run qemu-img check",
+                    "{}: host cluster at {:#x} is the guest's, but {}: run diskplane check",
                     self.name,
                     cluster << self.geometry.cluster_bits,
                     if count == 0 {
@@ -377,7 +377,7 @@ impl Qcow2 {
             }
             count => Err(Halt::Fail(Error::corrupt(format!(
                 "{}: L2 table at {offset:#x} has refcount {count}, but there are no internal \
-                 snapshots: run qemu-img check",
+                 snapshots: run diskplane check",
                 self.name
             )))),
         }
