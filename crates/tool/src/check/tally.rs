@@ -1,0 +1,142 @@
+//! What a check found.
+
+use std::fmt;
+
+/// Findings that are kept for people; the rest is only counted.
+pub const FINDINGS_MAX: usize = 1000;
+
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// Space that nothing uses.
+    Leak,
+    /// Something contradicts something: data may be wrong, or become it.
+    Corruption,
+    /// The check itself could not do something.
+    CheckError,
+    /// Not counted: two structures, or structure and data, in one cluster.
+    Overlap,
+}
+
+impl Severity {
+    /// What starts its line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Severity::Leak => "leak",
+            Severity::Corruption => "error",
+            Severity::CheckError => "check error",
+            Severity::Overlap => "overlap",
+        }
+    }
+}
+
+/// One thing that is wrong, in words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// What and where.
+    pub text: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.severity.name(), self.text)
+    }
+}
+
+/// Numbers of a check. They mean what those of `qemu-img check` mean, and are the same.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// Contradictions, but for wrong COPIED flags.
+    pub corruptions: u64,
+    /// Wrong COPIED flags.
+    pub flags: u64,
+    /// Clusters whose refcount is higher than what refers to them.
+    pub leaks: u64,
+    /// Things that could not be checked.
+    pub check_errors: u64,
+    /// The refcounts cannot be repaired one by one, they have to be made anew.
+    pub rebuild: bool,
+    /// Entries of the fault `MisalignedEmpty`.
+    pub emptiable: u64,
+    /// Something that refers to clusters could not be read: what, for people. Then clusters that
+    /// seem leaked may not be.
+    pub unread: Option<String>,
+    /// Clusters that more than one kind of thing uses.
+    pub overlaps: u64,
+    /// Guest clusters with data, in the active state.
+    pub allocated: u64,
+    /// Those that do not follow the one before in the file.
+    pub fragmented: u64,
+    /// Those that are compressed.
+    pub compressed: u64,
+    /// The highest cluster in use.
+    pub last: Option<u64>,
+    /// Entries of tables that were repaired.
+    pub repaired: u64,
+    /// What it is, in words: the first [`FINDINGS_MAX`].
+    pub findings: Vec<Finding>,
+    /// Findings beyond these.
+    pub findings_left_out: u64,
+}
+
+impl Tally {
+    /// Counts `times` of something wrong.
+    pub fn found(&mut self, severity: Severity, times: u64, text: impl FnOnce() -> String) {
+        match severity {
+            Severity::Leak => self.leaks += times,
+            Severity::Corruption => self.corruptions += times,
+            Severity::CheckError => self.check_errors += times,
+            Severity::Overlap => self.overlaps += times,
+        }
+        self.say(severity, text);
+    }
+
+    /// Counts a wrong COPIED flag, `times` times.
+    pub fn wrong_flag(&mut self, times: u64, text: impl FnOnce() -> String) {
+        self.flags += times;
+        self.say(Severity::Corruption, text);
+    }
+
+    fn say(&mut self, severity: Severity, text: impl FnOnce() -> String) {
+        if self.findings.len() < FINDINGS_MAX {
+            let text = text();
+            self.findings.push(Finding { severity, text });
+        } else {
+            self.findings_left_out += 1;
+        }
+    }
+
+    /// All corruptions.
+    pub fn errors(&self) -> u64 {
+        self.corruptions + self.flags
+    }
+
+    /// Adds what another window showed.
+    pub fn merge(&mut self, other: Tally) {
+        self.corruptions += other.corruptions;
+        self.flags += other.flags;
+        self.leaks += other.leaks;
+        self.check_errors += other.check_errors;
+        self.rebuild |= other.rebuild;
+        self.emptiable += other.emptiable;
+        if self.unread.is_none() {
+            self.unread = other.unread;
+        }
+        self.overlaps += other.overlaps;
+        self.allocated += other.allocated;
+        self.fragmented += other.fragmented;
+        self.compressed += other.compressed;
+        self.last = self.last.max(other.last);
+        self.repaired += other.repaired;
+        self.findings_left_out += other.findings_left_out;
+        for finding in other.findings {
+            if self.findings.len() < FINDINGS_MAX {
+                self.findings.push(finding);
+            } else {
+                self.findings_left_out += 1;
+            }
+        }
+    }
+}

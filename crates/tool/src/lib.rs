@@ -1,0 +1,8 @@
+//! Operations on whole images: what a person or a script does to a disk that no guest uses.
+//!
+//! Everything here is off the data path: it blocks, over [`block::Storage`], on a thread that may wait.
+//! Formats are parsed and judged by crate `image`; this crate walks and counts.
+
+#![forbid(unsafe_code)]
+
+pub mod check;
