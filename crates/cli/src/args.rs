@@ -26,6 +26,8 @@ pub enum Command {
     Info(Info),
     /// Show what an image's ranges are made of
     Map(Map),
+    /// Find what is wrong with an image, and repair it
+    Check(Check),
     /// Serve images to virtual machines and NBD clients
     Serve(Serve),
     /// Measure disks and servers
@@ -106,6 +108,41 @@ pub struct Map {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub reading: Reading,
+}
+
+/// What `check` repairs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Repair {
+    /// Space that nothing uses
+    Leaks,
+    /// Everything that can be
+    All,
+}
+
+/// `check`.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Exit codes: 0 sound, 1 could not be checked, 2 corrupt, 3 leaks only, \
+                        63 the format has no checks"
+)]
+pub struct Check {
+    /// Format of the image [default: known by its magic]
+    #[arg(short, long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Repair what is found; nobody else may use the image
+    #[arg(short, long, value_name = "WHAT")]
+    pub repair: Option<Repair>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Check even while another process writes the image: it may look damaged then
+    #[arg(long, conflicts_with = "repair")]
+    pub force_share: bool,
+    /// Memory for counting clusters; an image that needs more takes longer
+    #[arg(long, value_name = "SIZE", default_value = "40M", value_parser = bytes)]
+    pub memory: u64,
+    /// Image to check
+    pub file: PathBuf,
 }
 
 /// What becomes of a guest's discards.

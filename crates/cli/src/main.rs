@@ -1,11 +1,13 @@
 //! The `diskplane` command.
 //!
-//! Exit codes: 0 done, 1 failed (one line on stderr says what, where and what to do), 2 wrong usage.
+//! Exit codes: 0 done, 1 failed (one line on stderr says what, where and what to do), 2 wrong usage;
+//! `check` has more, see its help.
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod args;
 mod bench_load;
+mod check;
 mod create;
 mod disks;
 mod info;
@@ -35,21 +37,27 @@ fn main() -> ExitCode {
         .without_time()
         .init();
     let outcome = match &cli.command {
-        Command::Create(args) => create::run(args),
-        Command::Info(args) => info::run(args),
-        Command::Map(args) => map::run(args),
-        Command::Serve(args) => serve::run(args),
+        Command::Create(args) => done(create::run(args)),
+        Command::Info(args) => done(info::run(args)),
+        Command::Map(args) => done(map::run(args)),
+        Command::Check(args) => check::run(args),
+        Command::Serve(args) => done(serve::run(args)),
         Command::Bench(args) => match &args.what {
-            BenchCommand::Load(args) => bench_load::run(args),
+            BenchCommand::Load(args) => done(bench_load::run(args)),
         },
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("diskplane: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// The code of a command that either did its work or failed.
+fn done(outcome: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
+    outcome.map(|()| ExitCode::SUCCESS)
 }
 
 /// Prints `text`; a reader that has gone (`diskplane map … | head`) is no error.

@@ -1,0 +1,201 @@
+//! `diskplane check`.
+//!
+//! Numbers and exit codes are those of `qemu-img check`. With `--json` an object; fields, as in
+//! `qemu-img check --output=json` (which leaves out all but the first three where they are 0):
+//!
+//! | field | |
+//! |---|---|
+//! | `filename`, `format` | as given; `qcow2` |
+//! | `check-errors` | things that could not be checked |
+//! | `image-end-offset` | where the last cluster in use ends |
+//! | `corruptions`, `leaks` | what is wrong; absent where nothing is, as all below |
+//! | `corruptions-fixed`, `leaks-fixed` | what was repaired |
+//! | `total-clusters`, `allocated-clusters`, `fragmented-clusters`, `compressed-clusters` | of the guest's disk |
+//! | `overlaps` | ours: clusters that two things use which must not share one |
+//! | `findings` | ours: array of strings, what was found, at most 1000 |
+//! | `findings-left-out` | ours: how many more there are |
+
+use crate::args::{self, Repair};
+use crate::print;
+use anyhow::{Result, bail};
+use block::Storage;
+use image::Format;
+use io::{File, Lock, OpenOptions};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::process::ExitCode;
+use tool::check::{CheckOptions, Report, check};
+
+/// As `qemu-img check`: the format has no metadata that could be wrong.
+const NO_CHECKS: u8 = 63;
+/// Findings that people get to see; with `--json` there are more.
+const SHOWN_MAX: usize = 50;
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Json {
+    filename: String,
+    format: &'static str,
+    check_errors: u64,
+    image_end_offset: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    corruptions: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    leaks: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    corruptions_fixed: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    leaks_fixed: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    total_clusters: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    allocated_clusters: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    fragmented_clusters: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    compressed_clusters: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    overlaps: u64,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    findings: Vec<String>,
+    #[serde(skip_serializing_if = "is_zero")]
+    findings_left_out: u64,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+/// Checks an image, repairs it if asked to, and reports.
+pub fn run(args: &args::Check) -> Result<ExitCode> {
+    let read_only = args.repair.is_none();
+    let lock = match (args.force_share, read_only) {
+        (true, _) => Lock::None,
+        (false, true) => Lock::Read { share_write: false },
+        (false, false) => Lock::Write,
+    };
+    let options = OpenOptions {
+        read_only,
+        lock,
+        ..OpenOptions::default()
+    };
+    let file = File::open(&args.file, &options)?;
+    let shown = args.file.display();
+    let probed = || image::probe(&*file).map(|found| found.unwrap_or(Format::Raw));
+    let format = args.format.map_or_else(probed, Ok)?;
+    if format != Format::Qcow2 {
+        eprintln!("diskplane: {shown}: a {format} image has no metadata to check");
+        return Ok(ExitCode::from(NO_CHECKS));
+    }
+    let repair = match args.repair {
+        None => tool::check::Repair::No,
+        Some(Repair::Leaks) => tool::check::Repair::Leaks,
+        Some(Repair::All) => tool::check::Repair::All,
+    };
+    let options = CheckOptions {
+        repair,
+        budget_bytes: args.memory,
+    };
+    let storage: &dyn Storage = &*file;
+    let report = check(storage, &options)?;
+    match args.json {
+        true => print(&json(args, &report)?)?,
+        false => {
+            tell(&report);
+            print(&text(&report)?)?;
+        }
+    }
+    if report.check_errors > 0 {
+        bail!(
+            "{shown}: {} things could not be checked",
+            report.check_errors
+        );
+    }
+    Ok(ExitCode::from(match &report {
+        Report {
+            corruptions: 1.., ..
+        } => 2,
+        Report { leaks: 1.., .. } => 3,
+        _ => 0,
+    }))
+}
+
+fn json(args: &args::Check, report: &Report) -> Result<String> {
+    let mut text = serde_json::to_string_pretty(&Json {
+        filename: args.file.display().to_string(),
+        format: Format::Qcow2.name(),
+        check_errors: report.check_errors,
+        image_end_offset: report.image_end_offset,
+        corruptions: report.corruptions,
+        leaks: report.leaks,
+        corruptions_fixed: report.corruptions_fixed,
+        leaks_fixed: report.leaks_fixed,
+        total_clusters: report.total_clusters,
+        allocated_clusters: report.allocated_clusters,
+        fragmented_clusters: report.fragmented_clusters,
+        compressed_clusters: report.compressed_clusters,
+        overlaps: report.overlaps,
+        findings: report.findings.iter().map(ToString::to_string).collect(),
+        findings_left_out: report.findings_left_out,
+    })?;
+    text.push('\n');
+    Ok(text)
+}
+
+/// What is wrong, line by line, on stderr.
+fn tell(report: &Report) {
+    for finding in report.findings.iter().take(SHOWN_MAX) {
+        eprintln!("{finding}");
+    }
+    let over = report.findings.len().saturating_sub(SHOWN_MAX) as u64 + report.findings_left_out;
+    if over > 0 {
+        eprintln!("… and {over} more (--json shows up to 1000)");
+    }
+}
+
+fn text(report: &Report) -> Result<String> {
+    let mut out = String::new();
+    let fixed = [
+        (report.leaks_fixed, "leaked clusters were given back"),
+        (report.corruptions_fixed, "errors were repaired"),
+    ];
+    for (count, what) in fixed.iter().filter(|(count, _)| *count > 0) {
+        writeln!(out, "{count} {what}.")?;
+    }
+    let found = [
+        (
+            report.corruptions,
+            "errors are in the image: data may be wrong, and writing to it may destroy more",
+        ),
+        (
+            report.leaks,
+            "clusters are leaked: they waste space, and harm nothing",
+        ),
+        (report.check_errors, "things could not be checked"),
+        (
+            report.overlaps,
+            "clusters are used by two things that must not share one",
+        ),
+    ];
+    for (count, what) in found.iter().filter(|(count, _)| *count > 0) {
+        writeln!(out, "{count} {what}.")?;
+    }
+    if found.iter().all(|(count, _)| *count == 0) {
+        writeln!(out, "No errors were found on the image.")?;
+    }
+    let percent = |part: u64, whole: u64| match whole {
+        0 => 0.0,
+        whole => part as f64 * 100.0 / whole as f64,
+    };
+    let allocated = report.allocated_clusters;
+    writeln!(
+        out,
+        "{allocated}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters",
+        report.total_clusters,
+        percent(allocated, report.total_clusters),
+        percent(report.fragmented_clusters, allocated),
+        percent(report.compressed_clusters, allocated),
+    )?;
+    writeln!(out, "Image end offset: {}", report.image_end_offset)?;
+    Ok(out)
+}
