@@ -14,38 +14,28 @@ const KEPT_BYTES_MAX: usize = 4 << 20;
 pub(crate) struct Buffers {
     idle: Vec<AlignedBuf>,
     idle_bytes: usize,
-    /// Bytes handed out.
-    used_bytes: usize,
 }
 
 impl Buffers {
     /// A buffer of at least `len` bytes with any content.
     pub fn take(&mut self, len: usize) -> AlignedBuf {
         let found = self.idle.partition_point(|b| b.len() < len);
-        let buffer = if found < self.idle.len() {
+        if found < self.idle.len() {
             let buffer = self.idle.remove(found);
             self.idle_bytes -= buffer.len();
             buffer
         } else {
             AlignedBuf::new(len.max(1).next_multiple_of(PAGE), PAGE)
-        };
-        self.used_bytes += buffer.len();
-        buffer
+        }
     }
 
     /// Takes one back.
     pub fn give(&mut self, buffer: AlignedBuf) {
         let len = buffer.len();
-        self.used_bytes -= len;
         if self.idle_bytes + len <= KEPT_BYTES_MAX {
             let at = self.idle.partition_point(|b| b.len() < len);
             self.idle.insert(at, buffer);
             self.idle_bytes += len;
         }
-    }
-
-    /// Bytes handed out.
-    pub fn used_bytes(&self) -> usize {
-        self.used_bytes
     }
 }

@@ -19,6 +19,7 @@ mod buffers;
 pub mod chain;
 mod clock;
 mod commit;
+mod cover;
 mod disk;
 mod fill;
 mod flush;

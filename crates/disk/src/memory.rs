@@ -80,11 +80,21 @@ pub(crate) fn scatter(iov: &[IoVec], skip: u64, bytes: &[u8]) {
     unsafe { memory::scatter(iov, skip, bytes.as_ptr(), bytes.len()) };
 }
 
-/// Copies the memory described by `iov` to `out`.
-pub(crate) fn gather(iov: &[IoVec], out: &mut [u8]) {
+/// Copies the memory described by `iov`, from its byte `skip` on, to `out`.
+pub(crate) fn gather(iov: &[IoVec], skip: u64, out: &mut [u8]) {
     // SAFETY: as in `scatter`. A guest that changes its memory meanwhile gets a mixture written,
     // as from any device: raw copies make no reference to it.
-    unsafe { memory::gather(iov, 0, out.as_mut_ptr(), out.len()) };
+    unsafe { memory::gather(iov, skip, out.as_mut_ptr(), out.len()) };
+}
+
+/// Appends a piece, as a part of the last one where it follows that.
+pub(crate) fn push(piece: IoVec, out: &mut Vec<IoVec>) {
+    match out.last_mut() {
+        Some(last) if last.base().wrapping_add(last.len()) == piece.base() => {
+            *last = IoVec::new(last.base(), last.len() + piece.len());
+        }
+        _ => out.push(piece),
+    }
 }
 
 /// Hands an operation to the engine.
@@ -107,11 +117,25 @@ mod tests {
         let iov = [IoVec::from_mut(&mut a), IoVec::from_mut(&mut b)];
         scatter(&iov, 3, &[7, 8, 9]);
         let mut out = [0; 10];
-        gather(&iov, &mut out);
+        gather(&iov, 0, &mut out);
         assert_eq!(out, [1, 1, 1, 7, 8, 9, 1, 1, 1, 1]);
+        let mut part = [0; 4];
+        gather(&iov, 3, &mut part);
+        assert_eq!(part, [7, 8, 9, 1]);
         zero(&iov, 4, 2);
-        gather(&iov, &mut out);
+        gather(&iov, 0, &mut out);
         assert_eq!(out, [1, 1, 1, 7, 0, 0, 1, 1, 1, 1]);
+    }
+
+    #[test]
+    fn neighbours_are_one_piece() {
+        let mut a = [0u8; 8];
+        let piece = |a: &mut [u8; 8], from: usize, len| IoVec::from_mut(&mut a[from..from + len]);
+        let mut out = Vec::new();
+        for (from, len) in [(0, 3), (3, 2), (6, 1), (7, 1)] {
+            push(piece(&mut a, from, len), &mut out);
+        }
+        assert_eq!(out.iter().map(|v| v.len()).collect::<Vec<_>>(), [5, 2]);
     }
 
     #[test]

@@ -69,7 +69,13 @@ pub struct DiskQueue {
     pub(crate) fills: Box<[FillOp]>,
     pub(crate) fills_free: Vec<u32>,
     pub(crate) fills_in_use: usize,
-    /// Fills whose parts have been read and that must be written.
+    /// Bytes of the allocations under way.
+    pub(crate) fill_bytes: u64,
+    /// Fills begun since the last advance.
+    pub(crate) fills_new: Vec<u32>,
+    /// Fills that requests may join, oldest first.
+    pub(crate) fills_open: Vec<u32>,
+    /// Fills whose gaps have been read and that must be written.
     pub(crate) fills_read: VecDeque<u32>,
     pub(crate) buffers: Buffers,
     pub(crate) stalled: VecDeque<u32>,
@@ -144,6 +150,9 @@ impl DiskQueue {
             fills: (0..FILLS_MAX).map(|_| FillOp::new()).collect(),
             fills_free: (0..FILLS_MAX as u32).rev().collect(),
             fills_in_use: 0,
+            fill_bytes: 0,
+            fills_new: Vec::with_capacity(FILLS_MAX),
+            fills_open: Vec::with_capacity(FILLS_MAX),
             fills_read: VecDeque::with_capacity(FILLS_MAX),
             buffers: Buffers::default(),
             stalled: VecDeque::with_capacity(slots),
@@ -383,8 +392,8 @@ impl DiskQueue {
                 }
             }
             self.advance_commit(engine);
-            // A stalled read of a fill may have ended at once: the fill's write is to be issued.
-            if !self.mailbox.is_filled() && self.fills_read.is_empty() && !self.must_advance() {
+            // A stalled request may have begun a fill, or a stalled read of one ended at once.
+            if !self.mailbox.is_filled() && !self.fills_wait() && !self.must_advance() {
                 break;
             }
             if round == ROUNDS_MAX {

@@ -3,7 +3,7 @@
 use crate::{
     memory,
     queue::{DiskQueue, Next},
-    request::StatusExtent,
+    request::{Owner, StatusExtent},
     sub::{Place, Purpose},
 };
 use block::{GuestOffset, RangeKind, Storage};
@@ -77,7 +77,7 @@ impl DiskQueue {
         };
         match extent.kind {
             ExtentKind::Data { file, offset } => {
-                self.slots[index as usize].all_zero = false;
+                self.note_data(index);
                 self.transfer(
                     engine,
                     index,
@@ -90,11 +90,14 @@ impl DiskQueue {
                 );
             }
             ExtentKind::Zero { .. } | ExtentKind::Unallocated => {
-                memory::zero(self.slots[index as usize].iov.get(), pos, extent.len);
+                let slot = &self.slots[index as usize];
+                if !(slot.all_zero && matches!(slot.owner, Owner::Fill { .. })) {
+                    memory::zero(slot.iov.get(), pos, extent.len);
+                }
             }
             ExtentKind::Untouched => {}
             ExtentKind::Compressed(cluster) => {
-                self.slots[index as usize].all_zero = false;
+                self.note_data(index);
                 if !self.read_compressed(engine, index, layer, cluster, pos, extent.len) {
                     return Next::Fail(block::GuestError::Io);
                 }
@@ -102,6 +105,16 @@ impl DiskQueue {
         }
         self.slots[index as usize].pos += extent.len;
         Next::Continue
+    }
+
+    /// A read found something else than zeros. Zeros that come first are not written to a fill's
+    /// memory before: all of it may be zeros, and then nobody looks there.
+    fn note_data(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        if slot.all_zero && slot.pos > 0 && matches!(slot.owner, Owner::Fill { .. }) {
+            memory::zero(slot.iov.get(), 0, slot.pos);
+        }
+        slot.all_zero = false;
     }
 
     /// Moves bytes `pos..pos + len` of a request between its memory and `offset` of a file.

@@ -52,7 +52,7 @@ pub struct StatusExtent {
 pub(crate) enum Owner {
     /// The submitter.
     Guest,
-    /// A copy-on-write fill: its part (0 head, 1 tail).
+    /// A copy-on-write fill: the part of it that is read.
     Fill { fill: u32, part: usize },
 }
 
@@ -117,7 +117,8 @@ pub(crate) struct Slot {
     pub registered: Option<(u8, Key)>,
     /// Length of the last reservation that failed for want of space.
     pub refused: u64,
-    /// Whether all that was read so far is known to be zeros (fills use it).
+    /// Whether all that was read so far is known to be zeros. Fills use it, and their memory
+    /// does not hold these.
     pub all_zero: bool,
     pub epoch: u64,
     pub stamps: Stamps,

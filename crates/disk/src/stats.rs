@@ -124,6 +124,7 @@ pub(crate) struct QueueStats {
     barriers: Counter,
     loads: Counter,
     copies: Counter,
+    joins: Counter,
     waits: Counter,
     stalls: Counter,
 }
@@ -174,6 +175,7 @@ impl QueueStats {
         self.barriers.add(other.barriers.get());
         self.loads.add(other.loads.get());
         self.copies.add(other.copies.get());
+        self.joins.add(other.joins.get());
         self.waits.add(other.waits.get());
         self.stalls.add(other.stalls.get());
     }
@@ -192,6 +194,10 @@ impl QueueStats {
 
     pub fn copy(&self) {
         self.copies.add(1);
+    }
+
+    pub fn join(&self) {
+        self.joins.add(1);
     }
 
     pub fn wait(&self) {
@@ -214,8 +220,10 @@ pub struct Statistics {
     pub barriers: u64,
     /// Metadata blocks loaded: misses of the metadata cache.
     pub metadata_loads: u64,
-    /// Copy-on-write fills: allocations whose head or tail was read first.
+    /// Copy-on-write fills: allocations of which something was read first.
     pub copies: u64,
+    /// Writes that joined an allocation which another request had begun.
+    pub joins: u64,
     /// Times that a request waited for another one's allocation or load.
     pub waits: u64,
     /// Times that a request waited for a free slot or buffer.
@@ -265,6 +273,7 @@ impl Statistics {
             barriers: total(|q| &q.barriers),
             metadata_loads: total(|q| &q.loads),
             copies: total(|q| &q.copies),
+            joins: total(|q| &q.joins),
             waits: total(|q| &q.waits),
             stalls: total(|q| &q.stalls),
         };
@@ -352,8 +361,15 @@ impl Statistics {
         }
         let _ = writeln!(
             text,
-            "commits {}, barriers {}, metadata loads {}, copy-on-write fills {}, waits {}, stalls {}",
-            self.commits, self.barriers, self.metadata_loads, self.copies, self.waits, self.stalls
+            "commits {}, barriers {}, metadata loads {}, copy-on-write fills {}, joined writes {}, waits {}, \
+             stalls {}",
+            self.commits,
+            self.barriers,
+            self.metadata_loads,
+            self.copies,
+            self.joins,
+            self.waits,
+            self.stalls
         );
         text
     }

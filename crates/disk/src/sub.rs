@@ -227,7 +227,6 @@ impl DiskQueue {
                 self.punched(&freed, error.is_none());
             }
         }
-        self.advance_fills(engine);
     }
 
     /// Unpacks the compressed cluster in the operation's buffer to the request's memory.

@@ -26,11 +26,14 @@ impl DiskQueue {
             slot.len
         };
         let (pos, at, left) = (slot.pos, slot.at.plus(slot.pos), end - slot.pos);
+        // Who writes on and on meets the clusters that it has just begun.
+        let joined = self.join_fill(index, left, false);
+        if joined > 0 {
+            self.slots[index as usize].pos += joined;
+            return Next::Continue;
+        }
         // Whoever gets an allocation must be able to carry it out.
-        if !self.has_sub()
-            || self.fills_free.is_empty()
-            || (self.buffers.used_bytes() > FILL_BYTES_MAX && self.fills_in_use > 0)
-        {
+        if !self.has_sub() || self.fills_free.is_empty() || self.fill_bytes > FILL_BYTES_MAX {
             return self.stall(index);
         }
         let step = self.disk.layers[0].image.plan_write(at, left);
@@ -42,12 +45,15 @@ impl DiskQueue {
             }
             Ok(Step::Done(Plan::Allocate(allocation))) => {
                 let len = allocation.write_len.min(left);
-                self.begin_fill(engine, index, allocation);
+                self.begin_fill(index, &allocation);
                 len
             }
             Ok(Step::Done(Plan::Drop { len })) => len.min(left),
             Ok(Step::Need(need)) => return self.meet(engine, index, ACTIVE, need),
-            Ok(Step::Wait(key)) => return self.wait(index, ACTIVE, key),
+            Ok(Step::Wait(key)) => match self.join_fill(index, left, true) {
+                0 => return self.wait(index, ACTIVE, key),
+                joined => joined,
+            },
             Err(error) => return Next::Fail(self.refuse(ACTIVE, &error)),
         };
         self.slots[index as usize].pos += len;

@@ -272,3 +272,43 @@ fn threads_reuse_what_others_freed() {
         threads_meet(&path, 3 << 20, 16 << 10, 16 << 10, seed, &[]);
     }
 }
+
+#[test]
+fn neighbours_that_arrive_together_copy_what_they_leave_only() {
+    const CLUSTER: u64 = 64 << 10;
+    const BLOCK: u64 = 4 << 10;
+    let dir = common::dir();
+    let base = dir.path().join("base.raw");
+    let mut model: Vec<u8> = (0..4 * CLUSTER).map(|at| (at / BLOCK) as u8 + 1).collect();
+    std::fs::write(&base, &model).unwrap();
+    let path = dir.path().join("top.qcow2");
+    qemu_create(&path, "", Some((&base, "raw")), 4 * CLUSTER);
+    let disk = open(&path, Format::Qcow2, DiskOptions::default());
+    let mut rig = Rig::new(&disk, EngineKind::Threads, 64);
+    let mut write = |blocks: Vec<u64>| {
+        let before = disk.statistics();
+        for block in blocks {
+            let at = block * BLOCK;
+            let data = vec![block as u8 ^ 0xff; BLOCK as usize];
+            model[at as usize..(at + BLOCK) as usize].copy_from_slice(&data);
+            rig.submit(Op::Write { fua: false }, at, data, BLOCK, &[]);
+        }
+        assert!(rig.drain().iter().all(|ended| ended.result.is_ok()));
+        let after = disk.statistics();
+        (after.copies - before.copies, after.joins - before.joins)
+    };
+    // The table's first use reads it, and who waits for that is not in time for the others: the
+    // first cluster alone.
+    write(vec![3]);
+    assert_eq!(write((16..32).collect()), (0, 15), "a whole cluster");
+    assert_eq!(write(vec![40, 33, 47, 36]), (1, 3), "parts of one");
+    assert_eq!(write(vec![48, 34, 63]), (1, 1), "one is there already");
+    rig.detach();
+    disk.close().unwrap();
+    drop(disk);
+    run("qemu-img", &["check", "-q", "-f", "qcow2", arg(&path)]);
+    assert!(
+        qemu_content(&path, "qcow2") == model,
+        "qemu reads other bytes"
+    );
+}

@@ -22,7 +22,7 @@ const UNIT: u64 = 512;
 
 type Map = dyn FnMut(GuestOffset, u64) -> Step<Extent> + Send;
 
-/// Maps as its script says; every write is an allocation whose head of one unit is copied.
+/// Maps as its script says; every write is an allocation of which a unit before and one behind it are copied.
 struct Script(Mutex<Box<Map>>);
 
 impl fmt::Debug for Script {
@@ -56,7 +56,7 @@ impl Image for Script {
             file: FileId::IMAGE,
             host: HostOffset(0),
             start: GuestOffset(at.0 - UNIT),
-            len: UNIT + len,
+            len: UNIT + len + UNIT,
             write_len: len,
             zeroed: true,
             fill: Fill::Existing,
@@ -245,6 +245,43 @@ fn a_copy_that_waited_for_room_and_is_zeros_goes_on() {
     assert_eq!(table.hand_out(&ends), [0]);
     let ends = table.ends();
     assert_eq!(table.hand_out(&ends), [1], "nobody issues the fill's write");
+}
+
+#[test]
+fn a_write_goes_on_where_only_what_it_overwrites_cannot_be_read() {
+    let mut table = Table::new(2, |at, _| fragment(at));
+    table.submit(Op::Write { fua: false }, UNIT, UNIT, 0);
+    assert_eq!(table.hand_out(&[]), []);
+    // Three units that are no neighbours in the file: what is before, what is overwritten, what is behind.
+    let mut ends = table.ends();
+    assert_eq!(ends.len(), 3);
+    ends[1].errno = 5;
+    assert_eq!(table.hand_out(&ends), []);
+    for what in ["before", "behind"] {
+        let ends = table.ends();
+        assert_eq!(ends.len(), 1, "what is {what} is read alone");
+        assert_eq!(table.hand_out(&ends), []);
+    }
+    let ends = table.ends();
+    assert_eq!(table.hand_out(&ends), [0]);
+}
+
+#[test]
+fn a_write_fails_where_what_it_needs_cannot_be_read() {
+    let mut table = Table::new(2, |at, _| fragment(at));
+    table.submit(Op::Write { fua: false }, UNIT, UNIT, 0);
+    table.hand_out(&[]);
+    let mut ends = table.ends();
+    ends.iter_mut().for_each(|end| end.errno = 5);
+    assert_eq!(table.hand_out(&ends), []);
+    let mut ends = table.ends();
+    assert_eq!(ends.len(), 1);
+    ends[0].errno = 5;
+    table.queue.completed(&mut *table.engine, &ends[0]);
+    table.queue.advance(&mut *table.engine);
+    let done = table.queue.done().expect("it ends");
+    assert_eq!((done.tag, done.result), (0, Err(block::GuestError::Io)));
+    assert!(table.queue.done().is_none() && !table.queue.is_busy());
 }
 
 #[test]
