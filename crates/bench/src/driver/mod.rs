@@ -107,6 +107,15 @@ impl Machine {
         }
         let mut frontend = Frontend::connect(socket)?;
         let features = frontend.negotiate(setup.features)?;
+        if setup.queues > 1 && features & feature::PROTOCOL != 0 {
+            let offered = frontend.get_queue_num()?;
+            if offered < u64::from(setup.queues) {
+                return Err(io::Error::other(format!(
+                    "the server has {offered} queues, {} are asked for",
+                    setup.queues
+                )));
+            }
+        }
         let ram = Arc::new(Ram::new(RAM, setup.ram_bytes)?);
         frontend.set_mem_table(&[ram.region()], &[ram.fd()])?;
         let mut queues = Vec::new();
