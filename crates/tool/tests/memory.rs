@@ -1,0 +1,77 @@
+//! Memory of a check: bounded, and what it costs when there is little.
+
+#[allow(dead_code)]
+mod common;
+
+use common::{Rng, damage_of, open, qemu_check};
+use std::fs;
+use testkit::{TempDir, qemu};
+use tool::check::{CheckOptions, Repair, Report, check};
+
+/// The most memory that this process had, in KiB.
+fn peak_kib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").expect("reads");
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let number = line.and_then(|line| line.split_whitespace().nth(1));
+    number.and_then(|n| n.parse().ok()).expect("a number")
+}
+
+fn with_budget(path: &std::path::Path, repair: Repair, budget_bytes: u64) -> Report {
+    let options = CheckOptions {
+        repair,
+        budget_bytes,
+    };
+    check(&*open(path), &options).expect("checks")
+}
+
+#[test]
+fn little_memory_costs_walks_and_nothing_else() {
+    let dir = TempDir::new();
+    let image = dir.path("a.qcow2");
+    // 16 MiB in clusters of 512 bytes: 9 pages of 4096 clusters.
+    qemu::create_with("qcow2", &image, "32M", "cluster_size=512");
+    qemu::io("qcow2", &image, &["write -P 3 0 16M"]);
+    let sound = fs::read(&image).expect("reads");
+    for (seed, place) in [
+        (1, "refcount block"),
+        (2, "refcount table"),
+        (3, "L2 table"),
+    ] {
+        let mut bytes = sound.clone();
+        let how = damage_of(&mut bytes, &mut Rng::new(seed), place);
+        fs::write(&image, &bytes).expect("writes");
+        let rich = with_budget(&image, Repair::No, 1 << 20);
+        let poor = with_budget(&image, Repair::No, 0);
+        assert_eq!(rich.walks, 1);
+        assert!(poor.walks > 8, "{} walks", poor.walks);
+        let numbers = |report: &Report| Report {
+            walks: 0,
+            findings: Vec::new(),
+            ..report.clone()
+        };
+        assert_eq!(numbers(&poor), numbers(&rich), "{how}");
+        assert_eq!(poor.findings.len(), rich.findings.len(), "{how}");
+        let repaired = with_budget(&image, Repair::All, 0);
+        let theirs = qemu_check(&image, "").expect("qemu-img ends");
+        let left = (repaired.corruptions, repaired.leaks);
+        assert_eq!(left, (theirs.corruptions, theirs.leaks), "{how}");
+    }
+}
+
+#[test]
+fn a_sparse_disk_of_16_tib_takes_less_than_64_mib() {
+    let dir = TempDir::new();
+    let image = dir.path("a.qcow2");
+    qemu::create("qcow2", &image, "16T");
+    let writes: Vec<String> = (0..512u64)
+        .map(|nth| format!("write -P 5 {} 64k", nth * (32 << 30)))
+        .collect();
+    let writes: Vec<&str> = writes.iter().map(String::as_str).collect();
+    qemu::io("qcow2", &image, &writes);
+    let report = with_budget(&image, Repair::No, tool::check::BUDGET_DEFAULT);
+    assert_eq!((report.corruptions, report.leaks, report.walks), (0, 0, 1));
+    assert_eq!(report.allocated_clusters, 512);
+    // All of the process: test, libraries and check.
+    let peak = peak_kib();
+    assert!(peak < 64 << 10, "{peak} KiB");
+}

@@ -1,0 +1,138 @@
+//! Repairs that are cut off by a crash or an error, at every step.
+
+#[allow(dead_code)]
+mod common;
+
+use block::Storage;
+use common::{KINDS, Rng, check_with, damage_of, make, qemu_check};
+use io::{Fault, FaultOp, SimDisk, SimOptions};
+use std::collections::BTreeSet;
+use std::fs;
+use std::sync::Arc;
+use testkit::{TempDir, qemu};
+use tool::check::{Repair, Severity};
+
+fn bytes_of(sim: &SimDisk) -> Vec<u8> {
+    let mut bytes = vec![0; Storage::len(sim).expect("a length") as usize];
+    sim.read_at(0, &mut bytes).expect("reads");
+    bytes
+}
+
+fn simulated(bytes: &[u8], seed: u64) -> Arc<SimDisk> {
+    let options = SimOptions {
+        seed,
+        ..SimOptions::default()
+    };
+    SimDisk::from_bytes(options, bytes)
+}
+
+/// Damaged images that a repair makes sound, in the kinds of metadata that it writes.
+const CASES: [(&str, &str); 6] = [
+    ("4k", "refcount block"),
+    ("4k", "refcount table"),
+    ("512", "refcount block"),
+    ("refcounts of 1 bit", "refcount table"),
+    ("subclusters", "refcount block"),
+    ("version 2", "refcount table"),
+];
+
+/// Runs `each` on every damaged image with what its guest must read.
+fn cases(mut each: impl FnMut(&TempDir, &str, &[u8], &[u8])) {
+    let dir = TempDir::new();
+    for (nth, (name, place)) in CASES.into_iter().enumerate() {
+        let kind = KINDS.iter().find(|k| k.name == name).expect("a kind");
+        let image = make(&dir, kind, 11);
+        let raw = dir.path("guest.raw");
+        qemu::convert("qcow2", &image, "raw", &raw);
+        let guest = fs::read(&raw).expect("reads");
+        let sound = fs::read(&image).expect("reads");
+        for seed in 0..3 {
+            let mut bytes = sound.clone();
+            let how = damage_of(&mut bytes, &mut Rng::new(nth as u64 * 100 + seed), place);
+            each(&dir, &format!("{name}, seed {seed}: {how}"), &bytes, &guest);
+        }
+    }
+}
+
+/// After a second repair the image is sound, to QEMU too, and the guest's data are all there.
+fn recovers(dir: &TempDir, what: &str, crashed: &Arc<SimDisk>, guest: &[u8], ask_qemu: bool) {
+    let report = check_with(&**crashed, Repair::All);
+    let report = report.unwrap_or_else(|error| panic!("{what}: {error}"));
+    let left = (report.corruptions, report.leaks, report.check_errors);
+    assert_eq!(left, (0, 0, 0), "{what}: {:?}", report.findings);
+    if !ask_qemu {
+        return;
+    }
+    let (image, raw) = (dir.path("crashed.qcow2"), dir.path("crashed.raw"));
+    fs::write(&image, bytes_of(crashed)).expect("writes");
+    let verdict = qemu_check(&image, "").expect("qemu-img ends");
+    assert_eq!(verdict.status, 0, "{what}: {}", verdict.messages);
+    qemu::convert("qcow2", &image, "raw", &raw);
+    assert!(
+        fs::read(&raw).expect("reads") == guest,
+        "{what}: guest data"
+    );
+}
+
+/// The errors of an image, but for flags that are behind the refcounts: none may be new after a crash.
+fn dangers(sim: &Arc<SimDisk>, what: &str) -> BTreeSet<String> {
+    let report = check_with(&**sim, Repair::No).unwrap_or_else(|e| panic!("{what}: {e}"));
+    assert_eq!(report.findings_left_out, 0, "{what}");
+    let findings = report.findings.into_iter();
+    findings
+        .filter(|f| f.severity == Severity::Corruption && !f.text.contains("COPIED flag"))
+        .map(|finding| finding.text)
+        .collect()
+}
+
+#[test]
+fn a_repair_cut_off_by_a_crash_can_be_repeated() {
+    cases(|dir, what, bytes, guest| {
+        let sim = simulated(bytes, 1);
+        let before = dangers(&sim, what);
+        check_with(&*sim, Repair::All).expect("repairs");
+        for position in 0..=sim.log_len() {
+            for seed in 0..3 {
+                let crashed = sim.crash_at(position, seed * 1000 + position as u64);
+                let what = format!("{what}: crash at {position}, seed {seed}");
+                let now = dangers(&crashed, &what);
+                let new: Vec<_> = now.difference(&before).collect();
+                assert!(new.is_empty(), "{what}: {new:#?}");
+                recovers(dir, &what, &crashed, guest, seed == 0);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_repair_that_fails_can_be_repeated() {
+    const EIO: i32 = 5;
+    const ENOSPC: i32 = 28;
+    cases(|dir, what, bytes, guest| {
+        for (op, errno) in [
+            (FaultOp::Write, EIO),
+            (FaultOp::Sync, EIO),
+            (FaultOp::Range, ENOSPC),
+        ] {
+            for skip in 0..40 {
+                let sim = simulated(bytes, skip);
+                sim.inject(Fault {
+                    skip,
+                    count: 1,
+                    ..Fault::always(op, errno)
+                });
+                let done = check_with(&*sim, Repair::All);
+                sim.heal();
+                let sound = done
+                    .as_ref()
+                    .is_ok_and(|r| (r.corruptions, r.leaks) == (0, 0));
+                let what = format!("{what}: {op:?} {skip} fails");
+                recovers(dir, &what, &sim, guest, skip < 4);
+                if sound && skip > 0 {
+                    // There are no more operations to fail (a failed reservation is no failure).
+                    break;
+                }
+            }
+        }
+    });
+}
