@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what diskplane's build, tests and demo need on a Debian machine.
+# Installs what diskplane's build, tests, demo and benchmark need on a Debian machine.
 #
-#   scripts/setup.sh [build|test|demo]      (default: test)
+#   scripts/setup.sh [build|test|demo|bench]      (default: test)
 #
 # As root it installs what is missing; as anyone else it names what is missing and exits 1. When nothing
 # is missing it does nothing and takes well under a second, so every make target may call it.
@@ -47,6 +47,11 @@ modinfo                         kmod
 xz                              xz-utils
 flock                           util-linux
 '
+needs_bench='
+qemu-nbd                        qemu-utils
+qemu-storage-daemon             qemu-utils
+fio                             fio
+'
 needs_guest='
 /bin/busybox                    busybox-static
 '
@@ -54,7 +59,8 @@ needs_guest='
 case $purpose in
     build)     needs=$needs_build ;;
     test|demo) needs=$needs_build$needs_run$needs_guest ;;
-    *)         die "unknown purpose '$purpose' (build, test or demo)" ;;
+    bench)     needs=$needs_build$needs_bench ;;
+    *)         die "unknown purpose '$purpose' (build, test, demo or bench)" ;;
 esac
 
 # A user's PATH on Debian has no sbin, and that is where mkfs and blkdiscard are.

@@ -1,6 +1,6 @@
 //! The command line. Stable: scripts rely on it.
 
-use crate::{bench_load::Load, disks::DiskArgument};
+use crate::{bench_load::Load, bench_versus::Versus, disks::DiskArgument};
 use block::{Result, size};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use export::nbd::NbdAddress;
@@ -47,6 +47,8 @@ pub struct Bench {
 pub enum BenchCommand {
     /// Put load on a server or a file, and report what came back
     Load(Load),
+    /// Compare diskplane with its peers and with bare metal, cell by cell
+    Versus(Versus),
 }
 
 /// `create`.

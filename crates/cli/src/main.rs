@@ -7,6 +7,7 @@
 
 mod args;
 mod bench_load;
+mod bench_versus;
 mod check;
 mod create;
 mod disks;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => done(serve::run(args)),
         Command::Bench(args) => match &args.what {
             BenchCommand::Load(args) => done(bench_load::run(args)),
+            BenchCommand::Versus(args) => done(bench_versus::run(args)),
         },
     };
     match outcome {

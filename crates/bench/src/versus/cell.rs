@@ -1,0 +1,304 @@
+//! What is compared, as data: cells, their sides and their bars.
+
+use crate::load::{Flushes, Pattern};
+use serde::{Deserialize, Serialize};
+
+/// One comparison: a load on several sides in turn, and what the first side must reach.
+#[derive(Clone, Debug)]
+pub struct Cell {
+    /// How it is named on the command line.
+    pub name: &'static str,
+    /// The line of the table in issue 4 ("Ahead of every peer on the data path") that it stands for.
+    pub line: &'static str,
+    /// What it shows, in a sentence or two.
+    pub meaning: &'static str,
+    /// The load; a side may have its own.
+    pub load: Load,
+    /// Who takes part; the first one is judged.
+    pub sides: &'static [Side],
+    /// What it must reach.
+    pub bars: &'static [Bar],
+    /// Cores that the host must have for the bars to mean anything.
+    pub cores: usize,
+}
+
+/// A load, without where it goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    /// Which requests.
+    pub pattern: Pattern,
+    /// Bytes of a request.
+    pub block: u64,
+    /// Requests in flight per queue.
+    pub depth: u32,
+    /// When flushes are sent.
+    pub flushes: Flushes,
+    /// The driver spins instead of sleeping.
+    pub poll: bool,
+    /// Distance between requests; for random ones the grid that they lie on.
+    pub stride: Option<u64>,
+    /// Bytes by which the host's files grow with each request at most: ends a sample before the disk is full.
+    pub grows: u64,
+    /// Seconds before measuring, on top of what every sample has.
+    pub warm: f64,
+    /// No requests at all: clients connect and rest.
+    pub idle: bool,
+}
+
+/// 4 KiB reads at random, 32 in flight.
+pub const RANDREAD: Load = Load {
+    pattern: Pattern::RandRead,
+    block: 4 << 10,
+    depth: 32,
+    flushes: Flushes::Never,
+    poll: false,
+    stride: None,
+    grows: 0,
+    warm: 0.0,
+    idle: false,
+};
+
+/// 4 KiB writes at random, 32 in flight.
+pub const RANDWRITE: Load = Load {
+    pattern: Pattern::RandWrite,
+    ..RANDREAD
+};
+
+/// Who answers requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Server {
+    /// `diskplane serve --vhost-user`.
+    Diskplane,
+    /// `diskplane serve --nbd`.
+    DiskplaneNbd,
+    /// `qemu-storage-daemon` over vhost-user-blk, with each of its engines.
+    Qsd,
+    /// `qemu-nbd`, with each of its engines.
+    QemuNbd,
+    /// SPDK's vhost target.
+    Spdk,
+    /// fio on the file itself: bare metal.
+    Fio,
+}
+
+/// What is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Image {
+    /// Zeros, without a file.
+    Null,
+    /// A raw file, written full.
+    Raw,
+    /// A qcow2 image of the same size, written full in order.
+    Qcow2,
+    /// An empty qcow2 image, new for each sample.
+    Growing,
+    /// An empty overlay with 64 KiB clusters and without subclusters over a raw base full of data, new for each sample.
+    Overlay,
+    /// The same with subclusters.
+    Subclusters,
+    /// qcow2 of 1 TiB with 64 GiB of scattered clusters.
+    Scattered,
+    /// The host file of [`Image::Scattered`], as a raw disk.
+    ScatteredFile,
+    /// The raw base of overlays.
+    Base,
+    /// This many raw files, each written full, served by one process.
+    Several(u8),
+    /// This many small raw files, served by one process.
+    Many(u8),
+}
+
+/// Whether a server spins for requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Polling {
+    /// As it comes.
+    Default,
+    /// It spins for a bounded time, then sleeps.
+    Adaptive,
+    /// It spins always.
+    Busy,
+}
+
+/// One of those that are compared.
+#[derive(Clone, Debug)]
+pub struct Side {
+    /// How tables name it.
+    pub name: &'static str,
+    /// Who answers.
+    pub server: Server,
+    /// With what.
+    pub image: Image,
+    /// Virtqueues or connections.
+    pub queues: u16,
+    /// I/O threads (of diskplane).
+    pub io_threads: u16,
+    /// How it waits.
+    pub polling: Polling,
+    /// Its own load.
+    pub load: Option<Load>,
+}
+
+/// A side with one queue and defaults.
+pub const fn side(name: &'static str, server: Server, image: Image) -> Side {
+    Side {
+        name,
+        server,
+        image,
+        queues: 1,
+        io_threads: 1,
+        polling: Polling::Default,
+        load: None,
+    }
+}
+
+impl Side {
+    /// With `queues` queues or connections.
+    pub const fn queues(mut self, queues: u16) -> Self {
+        self.queues = queues;
+        self
+    }
+
+    /// With `threads` I/O threads.
+    pub const fn io_threads(mut self, threads: u16) -> Self {
+        self.io_threads = threads;
+        self
+    }
+
+    /// Waiting as `polling` says.
+    pub const fn polling(mut self, polling: Polling) -> Self {
+        self.polling = polling;
+        self
+    }
+
+    /// Under another load than the cell's.
+    pub const fn load(mut self, load: Load) -> Self {
+        self.load = Some(load);
+        self
+    }
+}
+
+/// What a sample says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Metric {
+    /// Reads and writes per second.
+    Iops,
+    /// Pairs of a read and a write per second: half of [`Metric::Iops`].
+    Pairs,
+    /// Server CPU, microseconds per read or write.
+    CpuUs,
+    /// Median latency, microseconds.
+    P50Us,
+    /// 99th percentile of the latency, microseconds.
+    P99Us,
+    /// `fdatasync` calls per flush that was acknowledged (diskplane only).
+    BarriersPerFlush,
+    /// Anonymous memory of the server process, MiB: no guest memory, no program text.
+    MemoryMib,
+    /// Server CPU while clients rest, percent of a core.
+    IdlePercent,
+    /// CPU that neither the server nor the load used, percent of a core: other processes, and the hypervisor's other guests.
+    OthersPercent,
+}
+
+impl Metric {
+    /// For the head of a table.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Iops => "IOPS",
+            Self::Pairs => "read+write pairs/s",
+            Self::CpuUs => "CPU µs/IO",
+            Self::P50Us => "p50 µs",
+            Self::P99Us => "p99 µs",
+            Self::BarriersPerFlush => "barriers/flush",
+            Self::MemoryMib => "memory MiB",
+            Self::IdlePercent => "idle CPU %",
+            Self::OthersPercent => "others' CPU %",
+        }
+    }
+
+    /// Whether more is better.
+    pub fn more_is_better(self) -> bool {
+        matches!(self, Self::Iops | Self::Pairs)
+    }
+}
+
+/// What a figure is held against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Against {
+    /// The ratio to the same figure of the side with this name; of several engines to the best.
+    Side(&'static str),
+    /// The ratio to another figure of the side with this name.
+    Other(&'static str, Metric),
+    /// What it has more than the side with this name.
+    Above(&'static str),
+    /// The figure itself.
+    Alone,
+}
+
+/// The bound.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Limit {
+    /// ≥
+    AtLeast(f64),
+    /// ≤
+    AtMost(f64),
+    /// <
+    Below(f64),
+    /// No bound; shown beside the others.
+    Shown,
+}
+
+/// One thing that the first side of a cell must reach.
+#[derive(Clone, Copy, Debug)]
+pub struct Bar {
+    /// The figure.
+    pub metric: Metric,
+    /// Beside what.
+    pub against: Against,
+    /// The bound.
+    pub limit: Limit,
+}
+
+/// At least `times` the side's figure.
+pub const fn at_least(metric: Metric, side: &'static str, times: f64) -> Bar {
+    Bar {
+        metric,
+        against: Against::Side(side),
+        limit: Limit::AtLeast(times),
+    }
+}
+
+/// At most `times` the side's figure.
+pub const fn at_most(metric: Metric, side: &'static str, times: f64) -> Bar {
+    Bar {
+        metric,
+        against: Against::Side(side),
+        limit: Limit::AtMost(times),
+    }
+}
+
+/// Shown beside a side's figure, without a bound.
+pub const fn shown(metric: Metric, side: &'static str) -> Bar {
+    Bar {
+        metric,
+        against: Against::Side(side),
+        limit: Limit::Shown,
+    }
+}
+
+impl std::fmt::Display for Limit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::AtLeast(bound) => write!(f, "≥ {bound}"),
+            Self::AtMost(bound) => write!(f, "≤ {bound}"),
+            Self::Below(bound) => write!(f, "< {bound}"),
+            Self::Shown => f.write_str("–"),
+        }
+    }
+}

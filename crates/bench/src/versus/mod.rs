@@ -1,0 +1,497 @@
+//! Comparisons with peers, with bare metal and with ourselves.
+//!
+//! ```text
+//!   for each cell        make its images, unless they are there           (image)
+//!     for each round     A B A B …: each side, and each engine of a peer
+//!       sample           start the server · look at it · load · stop      (server, sample, fio)
+//!     judge              the rounds' ratios, their interval, the bars     (statistics, judge)
+//!   print, store                                                          (report)
+//! ```
+//!
+//! Which cells there are and what they must reach is data ([`table`]). A side that cannot be started ends its own
+//! part, a cell that cannot be run ends itself, and the run goes on.
+//!
+//! # Results
+//!
+//! `DIR/versus-SECONDS.jsonl` holds one JSON object per line, told apart by `record`:
+//!
+//! - `run`: `schema` (1), `seconds` since 1970, `command`, `host` ([`Host`]), `samples`, `ramp_s` and `duration_s` of
+//!   a sample, `sizes` of the images in bytes;
+//! - `sample`: `cell`, `side`, `engine`, `round`, `metrics` (by name: `iops`, `cpu-us` …, see [`Metric`]), `seen` (the
+//!   server's files, their sizes, whether all are open with `O_DIRECT`, its queues) and `detail`: the server's
+//!   command line and the whole [`crate::load::Report`] of each disk with its load, or what fio said;
+//! - `cell`: the [`Outcome`] with every figure, interval and verdict.
+
+pub mod cell;
+mod fio;
+mod host;
+mod idle;
+mod image;
+mod judge;
+mod others;
+mod pre_exec;
+mod process;
+pub mod report;
+mod sample;
+pub mod scattered;
+mod server;
+pub mod statistics;
+pub mod table;
+
+pub use cell::{Cell, Metric};
+pub use host::Host;
+pub use image::Sizes;
+pub use judge::{Judgement, Outcome, Series, Verdict};
+pub use process::abort;
+
+use block::{Context, Error, ErrorKind, Result};
+use cell::{Image, Server};
+use image::Images;
+use rustix::fs::{FlockOperation, flock};
+use sample::Times;
+use serde_json::{Value, json};
+use server::Programs;
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+use table::CELLS;
+
+/// An engine of a peer that is this much slower than its best one, in parts, is not measured again: after one round,
+/// which may have been a bad one, and after more.
+const SET_ASIDE_AT_ONCE: f64 = 0.5;
+const SET_ASIDE: f64 = 0.8;
+
+/// What to compare, and how long.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The `diskplane` that is judged.
+    pub diskplane: PathBuf,
+    /// Where images and results go.
+    pub dir: PathBuf,
+    /// Names of cells; all where empty.
+    pub cells: Vec<String>,
+    /// Samples of each side.
+    pub samples: usize,
+    /// How long a sample measures.
+    pub duration: Duration,
+    /// How long it runs before.
+    pub ramp: Duration,
+    /// How large images are.
+    pub sizes: Sizes,
+    /// Keep the full images for the next run.
+    pub keep: bool,
+    /// The command line, for the record.
+    pub command: String,
+}
+
+/// What happens, for those who watch.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// What is being done: a line to be replaced by the next.
+    Status(&'a str),
+    /// A line of the results file.
+    Record(&'a Value),
+    /// A cell ended.
+    Cell(&'a Cell, &'a Outcome),
+}
+
+/// A finished run.
+#[derive(Debug)]
+pub struct Run {
+    /// The surroundings.
+    pub host: Host,
+    /// A result per cell, in their order.
+    pub outcomes: Vec<Outcome>,
+    /// The file with all samples.
+    pub results: PathBuf,
+}
+
+/// The cells with these names, in the table's order; all for none.
+///
+/// # Errors
+///
+/// A name that no cell has.
+pub fn select(names: &[String]) -> Result<Vec<&'static Cell>> {
+    let known: BTreeSet<&str> = CELLS.iter().map(|cell| cell.name).collect();
+    if let Some(name) = names.iter().find(|name| !known.contains(name.as_str())) {
+        return Err(Error::invalid(format!(
+            "there is no cell '{name}'; there are {}",
+            known.into_iter().collect::<Vec<_>>().join(", ")
+        )));
+    }
+    let chosen = CELLS
+        .iter()
+        .filter(|cell| names.is_empty() || names.iter().any(|name| name == cell.name));
+    Ok(chosen.collect())
+}
+
+/// Compares.
+///
+/// # Errors
+///
+/// Only what concerns the run as a whole: an unknown cell, a folder that cannot be written, another run in
+/// the same folder. What goes wrong within a cell is its [`Outcome`].
+pub fn run(options: &Options, watch: &mut dyn FnMut(Event<'_>)) -> Result<Run> {
+    let cells = select(&options.cells)?;
+    let dir = &options.dir;
+    fs::create_dir_all(dir).context(|| dir.display().to_string())?;
+    let dir = &fs::canonicalize(dir).context(|| dir.display().to_string())?;
+    let _lock = lock(dir)?;
+    let images = Images::new(&options.diskplane, dir, options.keep, options.sizes)?;
+    let programs = Programs {
+        diskplane: options.diskplane.clone(),
+        direct: has_o_direct(images.work()),
+        spdk: find("spdk_tgt"),
+    };
+    let host = Host::look(dir);
+    let seconds = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
+    let results = dir.join(format!("versus-{seconds}.jsonl"));
+    let mut file = File::create(&results).context(|| results.display().to_string())?;
+    let mut bench = Bench {
+        options,
+        programs,
+        images,
+        cores: host.cores,
+        record: &mut |value, watch| {
+            watch(Event::Record(&value));
+            writeln!(file, "{value}").context(|| results.display().to_string())
+        },
+        watch,
+    };
+    let head = json!({
+        "record": "run", "schema": 1, "seconds": seconds, "command": options.command, "host": host,
+        "samples": options.samples, "ramp_s": options.ramp.as_secs_f64(),
+        "duration_s": options.duration.as_secs_f64(), "sizes": options.sizes,
+    });
+    (bench.record)(head, bench.watch)?;
+    let mut outcomes = Vec::with_capacity(cells.len());
+    for (n, cell) in cells.iter().enumerate() {
+        let outcome = bench.cell(cell)?;
+        let mut value = serde_json::to_value(&outcome).unwrap_or_default();
+        value["record"] = "cell".into();
+        (bench.record)(value, bench.watch)?;
+        (bench.watch)(Event::Cell(cell, &outcome));
+        outcomes.push(outcome);
+        // Images that no later cell needs make room.
+        let later: BTreeSet<Image> = cells[n + 1..].iter().flat_map(|c| needs(c)).collect();
+        for image in needs(cell).difference(&later) {
+            bench.images.remove(*image);
+        }
+    }
+    drop(bench);
+    Ok(Run {
+        host,
+        outcomes,
+        results,
+    })
+}
+
+/// One run in a folder at a time: they would remove each other's images.
+fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join("lock");
+    let file = File::create(&path).context(|| path.display().to_string())?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        Error::new(
+            ErrorKind::Locked,
+            format!(
+                "{}: another comparison runs there; give another --dir",
+                dir.display()
+            ),
+        )
+    })?;
+    Ok(file)
+}
+
+fn needs(cell: &Cell) -> BTreeSet<Image> {
+    cell.sides
+        .iter()
+        .flat_map(|side| side.image.needs())
+        .collect()
+}
+
+fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|folder| folder.join(program))
+        .find(|path| path.is_file())
+}
+
+/// Whether files in `dir` can be opened with `O_DIRECT`.
+fn has_o_direct(dir: &Path) -> bool {
+    use rustix::fs::{Mode, OFlags, open};
+    let path = dir.join("direct");
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
+    let can = open(&path, flags, Mode::from_raw_mode(0o600)).is_ok();
+    let _ = fs::remove_file(path);
+    can
+}
+
+type Record<'a> = dyn FnMut(Value, &mut dyn FnMut(Event<'_>)) -> Result<()> + 'a;
+
+struct Bench<'a> {
+    options: &'a Options,
+    programs: Programs,
+    images: Images,
+    cores: usize,
+    /// Writes a line of the results file.
+    record: &'a mut Record<'a>,
+    watch: &'a mut dyn FnMut(Event<'_>),
+}
+
+impl Bench<'_> {
+    /// Runs a cell; an error only where its results cannot be stored.
+    fn cell(&mut self, cell: &'static Cell) -> Result<Outcome> {
+        let needs: Vec<Image> = needs(cell).into_iter().collect();
+        let watch = &mut *self.watch;
+        let prepared = self.images.prepare(&needs, |what| {
+            watch(Event::Status(&format!("{}: {what}", cell.name)))
+        });
+        if let Err(error) = prepared {
+            return Ok(failed(cell, "skipped", &error));
+        }
+        let mut series: Vec<Series> = Vec::new();
+        for (side, of) in cell.sides.iter().enumerate() {
+            series.extend(server::variants(of).iter().map(|engine| Series {
+                side,
+                engine,
+                ..Series::default()
+            }));
+        }
+        let mut equal: Vec<Option<server::Seen>> = vec![None; cell.sides.len()];
+        for round in 0..self.options.samples {
+            for one in &mut series {
+                if !one.goes_on() {
+                    one.rounds.push(None);
+                    continue;
+                }
+                let side = &cell.sides[one.side];
+                (self.watch)(Event::Status(&format!(
+                    "{}: round {} of {}, {} {}",
+                    cell.name,
+                    round + 1,
+                    self.options.samples,
+                    side.name,
+                    one.engine
+                )));
+                let times = Times {
+                    ramp: self.options.ramp,
+                    duration: self.options.duration,
+                };
+                let seed = 1 + round as u64 * 1000;
+                let taken = sample::take(
+                    &self.programs,
+                    &self.images,
+                    cell,
+                    side,
+                    one.engine,
+                    times,
+                    seed,
+                );
+                match taken {
+                    Ok(sample) => {
+                        (self.record)(
+                            json!({
+                                "record": "sample", "cell": cell.name, "side": side.name, "engine": one.engine,
+                                "round": round, "metrics": sample.metrics, "seen": sample.seen,
+                                "detail": sample.detail,
+                            }),
+                            self.watch,
+                        )?;
+                        one.rounds.push(Some(sample.metrics));
+                        equal[one.side] = equal[one.side].take().or(sample.seen);
+                    }
+                    Err(error) if one.side == 0 => {
+                        let what = match error.kind() {
+                            ErrorKind::Unsupported => "not supported",
+                            _ => "failed",
+                        };
+                        return Ok(failed(cell, what, &error));
+                    }
+                    Err(error) => {
+                        one.rounds.push(None);
+                        one.failed = Some(if fio::missing(&error) {
+                            "not installed".to_owned()
+                        } else {
+                            error.to_string()
+                        });
+                    }
+                }
+            }
+            set_aside(cell, &mut series);
+        }
+        let mut outcome = judge::judge(cell, &series, self.cores);
+        compare(cell, &equal, &mut outcome);
+        Ok(outcome)
+    }
+}
+
+fn failed(cell: &Cell, what: &str, error: &Error) -> Outcome {
+    Outcome {
+        cell: cell.name,
+        failed: Some(format!("{what}: {error}")),
+        ..Outcome::default()
+    }
+}
+
+/// Leaves out engines of a peer that are far behind its best one.
+fn set_aside(cell: &Cell, series: &mut [Series]) {
+    for side in 0..cell.sides.len() {
+        let metric = judge::primary(cell, side);
+        let of = |s: &Series| statistics::median(&s.values(metric));
+        let Some(best) = judge::best(cell, series, side).and_then(of) else {
+            continue;
+        };
+        for one in series.iter_mut().filter(|s| s.side == side && s.goes_on()) {
+            let bound = if one.rounds.len() > 1 {
+                SET_ASIDE
+            } else {
+                SET_ASIDE_AT_ONCE
+            };
+            let behind = of(one).is_some_and(|value| {
+                if metric.more_is_better() {
+                    value < best * bound
+                } else {
+                    value * bound > best
+                }
+            });
+            one.set_aside = behind;
+        }
+    }
+}
+
+/// Says whether what ought to be equal is.
+fn compare(cell: &Cell, seen: &[Option<server::Seen>], outcome: &mut Outcome) {
+    let (Some(ours), Some(first)) = (&seen[0], cell.sides.first()) else {
+        return;
+    };
+    let mut equal = Vec::new();
+    for (side, theirs) in cell.sides.iter().zip(seen).skip(1) {
+        let Some(theirs) = theirs else { continue };
+        if theirs.direct != ours.direct {
+            outcome.notes.push(format!(
+                "not equal: O_DIRECT is {} here and {} at {}",
+                ours.direct, theirs.direct, side.name
+            ));
+        }
+        let peer = matches!(side.server, Server::Qsd | Server::QemuNbd | Server::Spdk);
+        if !peer || side.image != first.image {
+            continue;
+        }
+        // What grows has another size each time that it is looked at.
+        if theirs.files != ours.files || (!first.image.fresh() && theirs.bytes != ours.bytes) {
+            outcome.notes.push(format!(
+                "not equal: {:?} {:?} here, {:?} {:?} at {}",
+                ours.files, ours.bytes, theirs.files, theirs.bytes, side.name
+            ));
+        } else {
+            equal.push(side.name);
+        }
+    }
+    if !equal.is_empty() && !ours.files.is_empty() {
+        let files = match &ours.files[..] {
+            [file] => file.clone(),
+            files => format!("{} files", files.len()),
+        };
+        outcome.equal = Some(format!(
+            "same as {}: {files}, {}, {} queue(s)",
+            equal.join(" and "),
+            if ours.direct { "O_DIRECT" } else { "buffered" },
+            ours.queues
+        ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cells_are_chosen_by_name_in_the_tables_order() {
+        let names = |chosen: &[&Cell]| chosen.iter().map(|c| c.name).collect::<Vec<_>>();
+        assert_eq!(select(&[]).unwrap().len(), CELLS.len());
+        let two = ["grow-random".to_owned(), "null".to_owned()];
+        assert_eq!(names(&select(&two).unwrap()), ["null", "grow-random"]);
+        let error = select(&["nul".to_owned()]).unwrap_err().to_string();
+        assert!(
+            error.contains("'nul'") && error.contains("grow-random, "),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn engines_that_are_far_behind_are_set_aside() {
+        let cell = CELLS.iter().find(|c| c.name == "raw-randread").unwrap();
+        let series = |side, engine, iops| Series {
+            side,
+            engine,
+            rounds: vec![Some([(Metric::Iops, iops)].into())],
+            ..Series::default()
+        };
+        let mut all = [
+            series(0, "auto", 10.0),
+            series(1, "io_uring", 100.0),
+            series(1, "native", 70.0),
+            series(1, "threads", 40.0),
+        ];
+        set_aside(cell, &mut all);
+        let aside = |all: &[Series]| all.iter().map(|s| s.set_aside).collect::<Vec<_>>();
+        assert_eq!(aside(&all), [false, false, false, true]);
+        // What one bad round may be, two are not.
+        for one in &mut all {
+            one.rounds.push(one.rounds[0].clone());
+        }
+        set_aside(cell, &mut all);
+        assert_eq!(aside(&all), [false, false, true, true]);
+        // By latency, less is better.
+        let cell = CELLS.iter().find(|c| c.name == "latency-sleeping").unwrap();
+        let series = |engine, us| Series {
+            side: 1,
+            engine,
+            rounds: vec![Some([(Metric::P50Us, us)].into())],
+            ..Series::default()
+        };
+        let mut all = [series("io_uring", 100.0), series("native", 230.0)];
+        set_aside(cell, &mut all);
+        assert_eq!(all.each_ref().map(|s| s.set_aside), [false, true]);
+    }
+
+    #[test]
+    fn sides_that_differ_are_told() {
+        let cell = CELLS.iter().find(|c| c.name == "raw-randread").unwrap();
+        let seen = |direct, bytes| {
+            Some(server::Seen {
+                files: vec!["full.raw".to_owned()],
+                bytes: vec![bytes],
+                direct,
+                queues: 1,
+            })
+        };
+        let mut outcome = Outcome::default();
+        compare(cell, &[seen(true, 5), seen(true, 5), None], &mut outcome);
+        assert!(outcome.notes.is_empty());
+        assert_eq!(
+            outcome.equal.as_deref(),
+            Some("same as qsd: full.raw, O_DIRECT, 1 queue(s)")
+        );
+        for other in [seen(false, 5), seen(true, 6)] {
+            let mut outcome = Outcome::default();
+            compare(cell, &[seen(true, 5), other, None], &mut outcome);
+            assert_eq!(outcome.notes.len(), 1, "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn two_runs_do_not_share_a_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = lock(dir.path()).unwrap();
+        assert_eq!(lock(dir.path()).unwrap_err().kind(), ErrorKind::Locked);
+        drop(first);
+        lock(dir.path()).unwrap();
+    }
+}

@@ -1,0 +1,321 @@
+//! Servers as children, and the folder in which everything temporary lies. Nothing of either outlives the run:
+//! not a normal end, not an error (drop), not ^C ([`abort`]), and servers not even SIGKILL.
+
+use super::pre_exec;
+use block::{Context, Error, ErrorKind, Result};
+use rustix::{
+    fs::{FallocateFlags, fallocate},
+    process::{Pid, Signal, kill_process},
+};
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// How long a server may take until it listens.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+/// How long it may take to finish, flush and close.
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(2);
+/// Bytes of a server's words that an error repeats.
+const WORDS_MAX: usize = 600;
+
+/// What has to go when this process ends early.
+#[derive(Debug, Default)]
+struct Leftovers {
+    pids: Vec<u32>,
+    folders: Vec<PathBuf>,
+}
+
+static LEFTOVERS: Mutex<Leftovers> = Mutex::new(Leftovers {
+    pids: Vec::new(),
+    folders: Vec::new(),
+});
+
+fn leftovers() -> MutexGuard<'static, Leftovers> {
+    LEFTOVERS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Kills all servers and removes all temporary files. For a thread that noticed ^C, which is to exit the process next:
+/// a run under way stops at its next step, since the lock that all steps need is never given back.
+pub fn abort() {
+    let mut left = leftovers();
+    for pid in left.pids.drain(..) {
+        // Not waited for yet (that takes it out of the list first), so the number is still the child's.
+        if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+            let _ = kill_process(pid, Signal::KILL);
+            // So that the files below are really free, and no half-dead server is left behind.
+            let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+        }
+    }
+    for folder in left.folders.drain(..) {
+        let _ = remove_folder(&folder);
+    }
+    std::mem::forget(left);
+}
+
+/// Removes a file. What it holds is first made unwritten space: where a file system discards freed space at once,
+/// each of ten thousand written extents costs a discard of its own, half a minute in all; so they are one.
+pub(super) fn remove_file(path: &Path) -> io::Result<()> {
+    if let Ok(file) = File::options().write(true).open(path)
+        && let Ok(meta) = file.metadata()
+        // Filling the holes of a sparse file would not make it simpler.
+        && meta.is_file() && meta.blocks().saturating_mul(512) >= meta.len() / 2
+    {
+        // A hint.
+        let all = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        let _ = fallocate(
+            &file,
+            all,
+            0,
+            meta.len().max(meta.blocks().saturating_mul(512)),
+        );
+    }
+    fs::remove_file(path)
+}
+
+fn remove_folder(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)?.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            remove_file(&entry.path())?;
+        }
+    }
+    fs::remove_dir_all(folder)
+}
+
+/// A folder that is removed with everything in it.
+#[derive(Debug)]
+pub(super) struct Folder(PathBuf);
+
+impl Folder {
+    /// Makes `path`; what an earlier run left there is removed.
+    pub(super) fn create(path: PathBuf) -> Result<Self> {
+        let mut left = leftovers();
+        if path.exists() {
+            remove_folder(&path).context(|| format!("{}: remove", path.display()))?;
+        }
+        fs::create_dir_all(&path).context(|| format!("{}: create", path.display()))?;
+        left.folders.push(path.clone());
+        Ok(Self(path))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // Kept until the folder is gone: `abort` must not come in between.
+        let mut left = leftovers();
+        left.folders.retain(|folder| *folder != self.0);
+        if let Err(error) = remove_folder(&self.0)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!("{}: cannot be removed: {error}", self.0.display());
+        }
+    }
+}
+
+/// A child process. Dropping it kills it.
+#[derive(Debug)]
+pub(super) struct Process {
+    name: String,
+    child: Child,
+    out: PathBuf,
+    err: PathBuf,
+    ended: Option<ExitStatus>,
+}
+
+impl Process {
+    /// Starts `command`; what it prints goes to files `NAME.out` and `NAME.err` in `folder`.
+    pub(super) fn start(name: &str, command: &mut Command, folder: &Path) -> Result<Self> {
+        let (out, err) = (
+            folder.join(format!("{name}.out")),
+            folder.join(format!("{name}.err")),
+        );
+        let create = |path: &Path| File::create(path).context(|| path.display().to_string());
+        command
+            .stdin(Stdio::null())
+            .stdout(create(&out)?)
+            .stderr(create(&err)?);
+        pre_exec::tie(command);
+        let mut left = leftovers();
+        let child = command
+            .spawn()
+            .context(|| format!("cannot start {}", command.get_program().display()))?;
+        left.pids.push(child.id());
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            out,
+            err,
+            ended: None,
+        })
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it printed on standard error so far.
+    pub(super) fn stderr(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.err).unwrap_or_default()).into_owned()
+    }
+
+    /// What it printed on standard output so far.
+    pub(super) fn stdout(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.out).unwrap_or_default()).into_owned()
+    }
+
+    /// Waits until `ready` says so; an error with the server's words when it ends before.
+    pub(super) fn wait_ready(&mut self, mut ready: impl FnMut(&Self) -> bool) -> Result<()> {
+        let deadline = Instant::now() + READY_LIMIT;
+        while !ready(self) {
+            if let Some(status) = self.try_wait()? {
+                return Err(self.failed(&format!("did not start ({status})")));
+            }
+            if Instant::now() >= deadline {
+                return Err(self.failed("was not ready in time"));
+            }
+            thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
+    /// Waits for its end, at most `limit`.
+    pub(super) fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.try_wait()? {
+                return Ok(status);
+            }
+            if Instant::now() >= deadline {
+                return Err(self.failed("did not end in time"));
+            }
+            thread::sleep(POLL);
+        }
+    }
+
+    /// SIGTERM, and then a good end in time.
+    pub(super) fn stop(mut self) -> Result<String> {
+        if let Some(status) = self.try_wait()? {
+            return Err(self.failed(&format!("ended by itself ({status})")));
+        }
+        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
+        let status = self.wait(STOP_LIMIT)?;
+        if !status.success() {
+            return Err(self.failed(&format!("ended badly ({status})")));
+        }
+        Ok(self.stderr())
+    }
+
+    fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
+        if self.ended.is_none() {
+            // Under the lock, so that `abort` never kills a number that was given to another.
+            let mut left = leftovers();
+            self.ended = self
+                .child
+                .try_wait()
+                .context(|| format!("wait for {}", self.name))?;
+            if self.ended.is_some() {
+                left.pids.retain(|pid| *pid != self.child.id());
+            }
+        }
+        Ok(self.ended)
+    }
+
+    /// An error with the last words of the process.
+    pub(super) fn failed(&self, what: &str) -> Error {
+        let words = self.stderr();
+        let words = words.trim();
+        let start = words.ceil_char_boundary(words.len().saturating_sub(WORDS_MAX));
+        let words = words[start..].lines().collect::<Vec<_>>().join("; ");
+        let message = if words.is_empty() {
+            format!("{} {what}", self.name)
+        } else {
+            format!("{} {what}: {words}", self.name)
+        };
+        Error::new(ErrorKind::Io, message)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.ended.is_some() {
+            return;
+        }
+        let mut left = leftovers();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        left.pids.retain(|pid| *pid != self.child.id());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    fn alive(pid: u32) -> bool {
+        Path::new(&format!("/proc/{pid}")).exists()
+    }
+
+    #[test]
+    fn a_server_is_ready_stops_and_says_why_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let listens = "trap 'exit 0' TERM; echo ready; while :; do sleep 0.01; done";
+        let mut server = Process::start("good", &mut shell(listens), dir.path()).unwrap();
+        server.wait_ready(|p| p.stdout().contains("ready")).unwrap();
+        let pid = server.pid();
+        server.stop().unwrap();
+        assert!(!alive(pid));
+
+        let mut server = Process::start(
+            "bad",
+            &mut shell("echo no such disk >&2; exit 3"),
+            dir.path(),
+        )
+        .unwrap();
+        let error = server.wait_ready(|_| false).unwrap_err().to_string();
+        assert!(
+            error.contains("bad did not start") && error.contains("no such disk"),
+            "{error}"
+        );
+
+        let mut missing = Command::new("/no/such/program");
+        let error = Process::start("none", &mut missing, dir.path()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_dropped_server_and_a_dropped_folder_are_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::create(dir.path().join("work")).unwrap();
+        fs::write(folder.path().join("image"), vec![1; 1 << 20]).unwrap();
+        let path = folder.path().to_owned();
+        let server = Process::start("sleeps", &mut shell("sleep 1000"), folder.path()).unwrap();
+        let pid = server.pid();
+        assert!(alive(pid));
+        drop(server);
+        assert!(!alive(pid));
+        // What an earlier run left is removed too.
+        drop(folder);
+        fs::create_dir_all(path.join("old")).unwrap();
+        let folder = Folder::create(path.clone()).unwrap();
+        assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+        drop(folder);
+        assert!(!path.exists());
+    }
+}

@@ -1,0 +1,194 @@
+//! From samples to a figure that can be believed: medians, spreads, and intervals of ratios.
+//!
+//! The rate of a device drifts over minutes by more than the differences that are looked for, so the two sides
+//! of a comparison are measured in turn and compared round by round: the figure is the median of the rounds'
+//! ratios. Its interval is a bootstrap: the rounds are drawn again, with replacement, a few thousand times, and
+//! the middle 95 % of the medians are what the figure may well have been.
+
+use serde::{Deserialize, Serialize};
+
+/// Draws of the bootstrap.
+const DRAWS: usize = 4000;
+
+/// Medians, and how far the samples lie apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// Samples.
+    pub count: usize,
+    /// The middle one, or the mean of the two in the middle.
+    pub median: f64,
+    /// The lowest.
+    pub min: f64,
+    /// The highest.
+    pub max: f64,
+    /// Median distance from the median.
+    pub mad: f64,
+}
+
+impl Summary {
+    /// Of some samples; `None` without any.
+    pub fn of(samples: &[f64]) -> Option<Self> {
+        let median = median(samples)?;
+        let distances: Vec<f64> = samples.iter().map(|s| (s - median).abs()).collect();
+        Some(Self {
+            count: samples.len(),
+            median,
+            min: samples.iter().copied().fold(f64::INFINITY, f64::min),
+            max: samples.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+            mad: median_of(distances),
+        })
+    }
+
+    /// Distance of the lowest and the highest, in parts of the median: what calls a machine noisy.
+    pub fn spread(&self) -> f64 {
+        if self.median == 0.0 {
+            0.0
+        } else {
+            (self.max - self.min) / self.median
+        }
+    }
+}
+
+/// The median; `None` without samples.
+pub fn median(samples: &[f64]) -> Option<f64> {
+    (!samples.is_empty()).then(|| median_of(samples.to_vec()))
+}
+
+fn median_of(mut samples: Vec<f64>) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    let middle = samples.len() / 2;
+    if samples.len() % 2 == 1 {
+        samples[middle]
+    } else {
+        (samples[middle - 1] + samples[middle]) / 2.0
+    }
+}
+
+/// A figure of several rounds, with the 95 % interval of its median.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Figure {
+    /// Rounds that it comes from.
+    pub rounds: usize,
+    /// The median of the rounds.
+    pub median: f64,
+    /// Lower end of the interval.
+    pub low: f64,
+    /// Upper end of the interval.
+    pub high: f64,
+    /// The lowest round.
+    pub min: f64,
+    /// The highest round.
+    pub max: f64,
+}
+
+impl Figure {
+    /// Of one value per round; `None` without any.
+    pub fn of(rounds: &[f64]) -> Option<Self> {
+        let summary = Summary::of(rounds)?;
+        let (low, high) = interval(rounds);
+        Some(Self {
+            rounds: rounds.len(),
+            median: summary.median,
+            low,
+            high,
+            min: summary.min,
+            max: summary.max,
+        })
+    }
+}
+
+/// The rounds' ratios; a round whose divisor is zero has none.
+pub fn ratios(of: &[f64], to: &[f64]) -> Vec<f64> {
+    let pairs = of.iter().zip(to);
+    pairs
+        .filter(|(_, to)| **to > 0.0)
+        .map(|(of, to)| of / to)
+        .collect()
+}
+
+/// The middle 95 % of the medians of redrawn rounds. The draws are the same for the same rounds.
+fn interval(rounds: &[f64]) -> (f64, f64) {
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut medians: Vec<f64> = (0..DRAWS)
+        .map(|_| {
+            let drawn = rounds.iter().map(|_| {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                // The low bits of a xorshift are its weak ones.
+                rounds[((random >> 32) as usize) % rounds.len()]
+            });
+            median_of(drawn.collect())
+        })
+        .collect();
+    medians.sort_by(f64::total_cmp);
+    let cut = DRAWS / 40;
+    (medians[cut], medians[DRAWS - 1 - cut])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_and_spreads() {
+        for (samples, expected, mad) in [
+            (&[3.0][..], 3.0, 0.0),
+            (&[1.0, 2.0], 1.5, 0.5),
+            (&[9.0, 1.0, 2.0], 2.0, 1.0),
+            (&[4.0, 1.0, 3.0, 2.0], 2.5, 1.0),
+            (&[5.0, 5.0, 5.0, 100.0, 5.0], 5.0, 0.0),
+        ] {
+            let summary = Summary::of(samples).unwrap();
+            assert_eq!(summary.median, expected, "{samples:?}");
+            assert_eq!(summary.mad, mad, "{samples:?}");
+            assert_eq!(summary.count, samples.len());
+        }
+        assert_eq!(Summary::of(&[]), None);
+        assert_eq!(median(&[]), None);
+        let summary = Summary::of(&[8.0, 10.0, 13.0]).unwrap();
+        assert_eq!((summary.min, summary.max), (8.0, 13.0));
+        assert_eq!(summary.spread(), 0.5);
+    }
+
+    #[test]
+    fn ratios_are_taken_round_by_round() {
+        // Both drift by a factor of three; the ratio does not.
+        let ours = [300.0, 200.0, 100.0];
+        let theirs = [150.0, 100.0, 50.0];
+        let figure = Figure::of(&ratios(&ours, &theirs)).unwrap();
+        assert_eq!((figure.median, figure.low, figure.high), (2.0, 2.0, 2.0));
+        assert_eq!(ratios(&ours, &[0.0, 100.0]), [2.0]);
+        assert_eq!(Figure::of(&[]), None);
+    }
+
+    #[test]
+    fn intervals_hold_the_median_and_shrink_with_rounds() {
+        for rounds in [
+            &[1.0, 1.1, 0.9, 1.05, 0.95][..],
+            &[2.0],
+            &[1.0, 5.0],
+            &[1.0, 1.0, 1.0, 1.0, 7.0],
+        ] {
+            let figure = Figure::of(rounds).unwrap();
+            assert!(
+                figure.min <= figure.low && figure.low <= figure.median,
+                "{figure:?}"
+            );
+            assert!(
+                figure.median <= figure.high && figure.high <= figure.max,
+                "{figure:?}"
+            );
+            assert_eq!(Figure::of(rounds), Some(figure));
+        }
+        let few = Figure::of(&[0.9, 1.0, 1.1]).unwrap();
+        let many: Vec<f64> = (0..60).map(|i| 0.9 + 0.1 * f64::from(i % 3)).collect();
+        let many = Figure::of(&many).unwrap();
+        assert!(
+            few.high - few.low > many.high - many.low,
+            "{few:?} {many:?}"
+        );
+        // One outlier of five does not decide what the median may be on its own side alone.
+        assert_eq!(Figure::of(&[1.0, 1.0, 1.0, 1.0, 7.0]).unwrap().low, 1.0);
+    }
+}

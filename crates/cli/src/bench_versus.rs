@@ -1,0 +1,230 @@
+//! `diskplane bench versus`.
+
+use crate::{
+    print,
+    signals::{Signal, Signals},
+};
+use anyhow::{Context, Result, bail};
+use bench::versus::{self, Event, Options, Run, Sizes, report};
+use clap::Args;
+use std::{
+    fmt::Write as _,
+    fs,
+    io::{IsTerminal, Write as _},
+    path::PathBuf,
+    process, thread,
+    time::Duration,
+};
+
+/// Exit status after SIGINT, as a shell counts it.
+const INTERRUPTED: i32 = 130;
+
+/// `bench versus`.
+#[derive(Args, Debug)]
+pub struct Versus {
+    /// Fewer and shorter samples on smaller images: a few minutes instead of half an hour
+    #[arg(long)]
+    pub quick: bool,
+    /// Only this cell; may be given many times [default: all]
+    #[arg(long = "cell", value_name = "NAME")]
+    pub cells: Vec<String>,
+    /// Samples of each side [default: 5, with --quick 3]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub samples: Option<u16>,
+    /// Seconds that each sample measures [default: 2, with --quick 0.5]
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    pub seconds: Option<Duration>,
+    /// Where images (up to 13 GiB, gone afterwards) and results go
+    #[arg(long, value_name = "DIR", default_value = "versus")]
+    pub dir: PathBuf,
+    /// Keep the full raw file, the full qcow2 image and the base of overlays for the next run
+    #[arg(long)]
+    pub keep: bool,
+    /// Also write the results as a table in Markdown; in a FILE that has them, between the lines
+    /// "<!-- versus: begin -->" and "<!-- versus: end -->"
+    #[arg(long, value_name = "FILE")]
+    pub markdown: Option<PathBuf>,
+    /// Print every sample and result as a line of JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
+    /// Show the cells and their bars, and do nothing
+    #[arg(long)]
+    pub list: bool,
+}
+
+fn seconds(text: &str) -> Result<Duration> {
+    let seconds: f64 = text.parse()?;
+    if !(0.01..=3600.0).contains(&seconds) {
+        bail!("it must be 0.01 to 3600");
+    }
+    Ok(Duration::from_secs_f64(seconds))
+}
+
+/// Compares, prints, stores.
+pub fn run(args: &Versus) -> Result<()> {
+    let cells = versus::select(&args.cells)?;
+    if args.list {
+        return print(&report::list(&cells));
+    }
+    // Before anything starts a thread, so that all of them leave these signals to the one that waits for them.
+    stop_on_signals(Signals::block()?)?;
+    let options = options(args)?;
+    if !args.json {
+        print(&report::head())?;
+    }
+    let terminal = std::io::stderr().is_terminal();
+    let mut printed = Ok(());
+    let run = versus::run(&options, &mut |event| {
+        let result = match event {
+            Event::Status(what) if terminal => {
+                let mut err = std::io::stderr().lock();
+                // A status line that cannot be shown is no reason to stop.
+                let _ = write!(err, "\r\x1b[K{what}").and_then(|()| err.flush());
+                Ok(())
+            }
+            Event::Status(what) => {
+                tracing::info!("{what}");
+                Ok(())
+            }
+            Event::Record(record) if args.json => print(&format!("{record}\n")),
+            Event::Cell(_, outcome) if !args.json => {
+                if terminal {
+                    eprint!("\r\x1b[K");
+                }
+                print(&report::text(outcome))
+            }
+            _ => Ok(()),
+        };
+        if printed.is_ok() {
+            printed = result;
+        }
+    })?;
+    printed?;
+    if !args.json {
+        let lines = run.host.lines().join("\n");
+        print(&format!(
+            "\n{lines}\nall samples: {}\n",
+            run.results.display()
+        ))?;
+    }
+    if let Some(path) = &args.markdown {
+        let page = fs::read_to_string(path).unwrap_or_default();
+        let page = insert(&page, &markdown(args, &options, &run)?);
+        fs::write(path, page).with_context(|| path.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// Ends the process on SIGINT or SIGTERM, after everything that runs or lies around on its behalf.
+fn stop_on_signals(mut signals: Signals) -> Result<()> {
+    thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            while matches!(signals.wait(), Ok(Signal::Statistics)) {}
+            versus::abort();
+            eprintln!("\ndiskplane: stopped; servers and images of the run are gone");
+            process::exit(INTERRUPTED);
+        })
+        .context("start a thread for signals")?;
+    Ok(())
+}
+
+fn options(args: &Versus) -> Result<Options> {
+    let (samples, duration, ramp, sizes) = if args.quick {
+        (
+            3,
+            Duration::from_millis(500),
+            Duration::from_millis(150),
+            Sizes::QUICK,
+        )
+    } else {
+        (
+            5,
+            Duration::from_secs(2),
+            Duration::from_millis(400),
+            Sizes::FULL,
+        )
+    };
+    let duration = args.seconds.unwrap_or(duration);
+    Ok(Options {
+        diskplane: std::env::current_exe().context("find this executable")?,
+        dir: args.dir.clone(),
+        cells: args.cells.clone(),
+        samples: args.samples.map_or(samples, usize::from),
+        duration,
+        ramp: ramp.min(duration),
+        sizes,
+        keep: args.keep,
+        command: command(args),
+    })
+}
+
+/// The command line, without where things lie on this machine.
+fn command(args: &Versus) -> String {
+    let mut text = "diskplane bench versus".to_owned();
+    if args.quick {
+        text.push_str(" --quick");
+    }
+    for cell in &args.cells {
+        let _ = write!(text, " --cell {cell}");
+    }
+    if let Some(samples) = args.samples {
+        let _ = write!(text, " --samples {samples}");
+    }
+    if let Some(seconds) = args.seconds {
+        let _ = write!(text, " --seconds {}", seconds.as_secs_f64());
+    }
+    text
+}
+
+fn markdown(args: &Versus, options: &Options, run: &Run) -> Result<String> {
+    let cells = versus::select(&args.cells)?;
+    let mut text = format!(
+        "`{}`: {} samples of {} s of each side, in turn.\n\n",
+        command(args),
+        options.samples,
+        options.duration.as_secs_f64()
+    );
+    for line in run.host.lines() {
+        let _ = writeln!(text, "- {line}");
+    }
+    let _ = write!(text, "\n{}", report::markdown(&cells, &run.outcomes));
+    Ok(text)
+}
+
+/// `page` with `results` between its marks; without marks, the results alone.
+fn insert(page: &str, results: &str) -> String {
+    let (begin, end) = ("<!-- versus: begin -->\n", "<!-- versus: end -->");
+    let around = page
+        .split_once(begin)
+        .and_then(|(before, rest)| Some((before, rest.split_once(end)?.1)));
+    match around {
+        Some((before, after)) => format!("{before}{begin}{results}{end}{after}"),
+        None => results.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_go_between_the_marks() {
+        let page = "# B\n<!-- versus: begin -->\nold\n<!-- versus: end -->\nmore\n";
+        let once = insert(page, "new\n");
+        assert_eq!(
+            once,
+            "# B\n<!-- versus: begin -->\nnew\n<!-- versus: end -->\nmore\n"
+        );
+        assert_eq!(insert(&once, "new\n"), once);
+        assert_eq!(insert("no marks", "new\n"), "new\n");
+    }
+
+    #[test]
+    fn durations_are_sane() {
+        assert_eq!(seconds("0.2").unwrap(), Duration::from_millis(200));
+        for wrong in ["", "0", "-1", "nan", "inf", "1e9", "2s"] {
+            assert!(seconds(wrong).is_err(), "{wrong}");
+        }
+    }
+}
