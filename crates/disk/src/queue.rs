@@ -202,9 +202,10 @@ impl DiskQueue {
             || self.punches + self.reserving > 0
     }
 
-    /// Whether a commit waits for the next [`Self::advance`]: to be called before the thread sleeps.
+    /// Whether a commit or a fill waits for the next [`Self::advance`]: to be called before the thread
+    /// sleeps.
     pub fn must_advance(&self) -> bool {
-        self.leads && self.committer.is_none()
+        self.leads && self.committer.is_none() || self.fills_wait()
     }
 
     /// Leaves the disk.
@@ -393,7 +394,7 @@ impl DiskQueue {
             }
             self.advance_commit(engine);
             // A stalled request may have begun a fill, or a stalled read of one ended at once.
-            if !self.mailbox.is_filled() && !self.fills_wait() && !self.must_advance() {
+            if !self.mailbox.is_filled() && !self.must_advance() {
                 break;
             }
             if round == ROUNDS_MAX {

@@ -285,6 +285,7 @@ fn neighbours_that_arrive_together_copy_what_they_leave_only() {
     qemu_create(&path, "", Some((&base, "raw")), 4 * CLUSTER);
     let disk = open(&path, Format::Qcow2, DiskOptions::default());
     let mut rig = Rig::new(&disk, EngineKind::Threads, 64);
+    let mut begun = false;
     let mut write = |blocks: Vec<u64>| {
         let before = disk.statistics();
         for block in blocks {
@@ -293,6 +294,7 @@ fn neighbours_that_arrive_together_copy_what_they_leave_only() {
             model[at as usize..(at + BLOCK) as usize].copy_from_slice(&data);
             rig.submit(Op::Write { fua: false }, at, data, BLOCK, &[]);
         }
+        begun |= rig.queue().must_advance();
         assert!(rig.drain().iter().all(|ended| ended.result.is_ok()));
         let after = disk.statistics();
         (after.copies - before.copies, after.joins - before.joins)
@@ -303,6 +305,10 @@ fn neighbours_that_arrive_together_copy_what_they_leave_only() {
     assert_eq!(write((16..32).collect()), (0, 15), "a whole cluster");
     assert_eq!(write(vec![40, 33, 47, 36]), (1, 3), "parts of one");
     assert_eq!(write(vec![48, 34, 63]), (1, 1), "one is there already");
+    assert!(
+        begun,
+        "whoever slept before the next step would leave an open allocation unwritten"
+    );
     rig.detach();
     disk.close().unwrap();
     drop(disk);
