@@ -102,6 +102,7 @@ pub(crate) fn available() -> Result<(), &'static str> {
                 (opcode::Write::CODE, "write"),
                 (opcode::Fsync::CODE, "fsync"),
                 (opcode::PollAdd::CODE, "poll"),
+                (opcode::AsyncCancel::CODE, "cancel"),
             ] {
                 if !probe.is_supported(code) {
                     return Err(format!("the kernel's io_uring lacks {name}"));
@@ -442,7 +443,9 @@ impl Backend for Uring {
         let Some(watch) = self.watches[index].take() else {
             return Ok(());
         };
-        let cancel = opcode::PollRemove::new(watch_data(index, &watch))
+        // Not a poll's own removal, which leaves one alone whose descriptor has just become ready (EALREADY):
+        // the file would stay open, and its peer wait for the end of the connection.
+        let cancel = opcode::AsyncCancel::new(watch_data(index, &watch))
             .build()
             .user_data(TAG_IGNORE);
         self.push(&cancel)?;
@@ -474,8 +477,14 @@ impl Backend for Uring {
             while left > SUBMIT_MAX {
                 count(&mut queue.counters, true);
                 self.enter(SUBMIT_MAX, false, None)?;
-                left -= SUBMIT_MAX;
+                // A call may take less (memory is short): nothing sleeps on what it left.
+                let rest = self.ring.submission().len() as u32;
+                if rest == left {
+                    break;
+                }
+                left = rest;
             }
+            let sleep = sleep.filter(|_| left <= SUBMIT_MAX);
             count(&mut queue.counters, len > 0);
             self.enter(left, true, sleep)?;
             // A sleeper is woken by the first completion and brings home that one alone. The others

@@ -6,7 +6,12 @@ use block::Storage;
 use common::{HANG, Piece, Rig, SETUPS, Setup, pattern, scratch};
 use io::{Cache, EngineKind, EngineOptions, EventFd, Events, IoOp, Wait, Waker};
 use proptest::prelude::*;
-use std::{os::fd::AsFd, sync::Arc, time::Duration};
+use std::{
+    io::{ErrorKind, Read, Write},
+    os::{fd::AsFd, unix::net::UnixStream},
+    sync::Arc,
+    time::Duration,
+};
 
 const SPACE: u64 = 600_000;
 
@@ -402,6 +407,36 @@ fn watches_report_and_wakers_wake() {
             [10],
             "{kind}: an unwatched descriptor is silent"
         );
+    }
+}
+
+/// Whose descriptor is unwatched and closed is gone for its peer at once, also when an event of it is under way.
+#[test]
+fn a_closed_descriptor_is_not_kept_open() {
+    for kind in [
+        EngineKind::Threads,
+        EngineKind::Native,
+        EngineKind::IoUring,
+        EngineKind::Sim,
+    ] {
+        let mut engine = io::open_engine(kind, &EngineOptions::default()).unwrap();
+        let mut events = Events::default();
+        for speaks in [false, true] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            theirs.set_read_timeout(Some(HANG)).unwrap();
+            engine.watch(ours.as_fd(), 10, false).unwrap();
+            engine.turn(Wait::Poll, &mut events).unwrap();
+            if speaks {
+                theirs.write_all(b"the last word").unwrap();
+            }
+            engine.unwatch(ours.as_fd(), 10).unwrap();
+            drop(ours);
+            let end = theirs.read_to_end(&mut Vec::new()).map_err(|e| e.kind());
+            assert!(
+                matches!(end, Ok(0) | Err(ErrorKind::ConnectionReset)),
+                "{kind}, speaks: {speaks}: {end:?}"
+            );
+        }
     }
 }
 
