@@ -35,6 +35,15 @@ fn binary() -> PathBuf {
     testkit::diskplane(env!("CARGO_BIN_EXE_diskplane"))
 }
 
+/// Which engine in which round, and its cache mode.
+const ENGINES: [(&str, &str); 5] = [
+    ("io_uring", "writeback"),
+    ("threads", "writeback"),
+    ("native", "none"),
+    ("io_uring", "none"),
+    ("threads", "writethrough"),
+];
+
 /// A number from the environment.
 fn from_environment(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| {
@@ -214,8 +223,8 @@ fn rounds(image: Image, door: Door, what: &str) {
         };
         let (path, socket) = (dir.path("disk"), dir.path("sock"));
         let serve = Serve::new(binary(), &path).format(image.format());
-        let serve = serve.aio(["io_uring", "threads", "native"][round as usize % 3]);
-        let serve = serve.cache(["writeback", "none"][(round / 2) as usize % 2]);
+        let (engine, cache) = ENGINES[round as usize % ENGINES.len()];
+        let serve = serve.aio(engine).cache(cache);
         let queues = 1 + round as usize % 2;
         let serve = serve.io_threads(queues);
         let (server, mut client): (Server, Box<dyn Client>) = match door {
