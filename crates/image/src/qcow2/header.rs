@@ -443,21 +443,7 @@ impl Header {
     /// The header's bytes: fields, extensions, backing file's name. Fails with
     /// [`block::ErrorKind::Invalid`] when they do not fit a cluster.
     pub fn encode(&self) -> Result<Vec<u8>> {
-        let mut out = vec![0; self.header_length as usize];
-        if self.version >= 3 {
-            let mut put = |at: usize, bytes: &[u8]| {
-                if let Some(field) = out.get_mut(at..at + bytes.len()) {
-                    field.copy_from_slice(bytes);
-                }
-            };
-            put(72, &self.incompatible.to_be_bytes());
-            put(80, &self.compatible.to_be_bytes());
-            put(88, &self.autoclear.to_be_bytes());
-            put(96, &self.refcount_order.to_be_bytes());
-            put(100, &self.header_length.to_be_bytes());
-            put(104, &[self.compression_type]);
-            put(105, &self.unknown_fields);
-        }
+        let mut out = self.encode_fields(0);
         extensions::encode(&self.extensions, &mut out)?;
         let name = self.backing.as_deref().unwrap_or_default().as_bytes();
         let name_at = if name.is_empty() { 0 } else { out.len() };
@@ -468,13 +454,36 @@ impl Header {
                 out.len()
             )));
         }
+        let fields = self.encode_fields(name_at as u64);
+        out.splice(..fields.len(), fields);
+        Ok(out)
+    }
+
+    /// Bytes `0..header_length`, with the backing file's name at byte `name_at` of the file.
+    pub(super) fn encode_fields(&self, name_at: u64) -> Vec<u8> {
+        let mut out = vec![0; self.header_length as usize];
+        let mut put = |at: usize, bytes: &[u8]| {
+            if let Some(field) = out.get_mut(at..at + bytes.len()) {
+                field.copy_from_slice(bytes);
+            }
+        };
+        if self.version >= 3 {
+            put(72, &self.incompatible.to_be_bytes());
+            put(80, &self.compatible.to_be_bytes());
+            put(88, &self.autoclear.to_be_bytes());
+            put(96, &self.refcount_order.to_be_bytes());
+            put(100, &self.header_length.to_be_bytes());
+            put(104, &[self.compression_type]);
+            put(105, &self.unknown_fields);
+        }
+        let name_len = self.backing.as_ref().map_or(0, String::len);
         let head: [(usize, &[u8]); 13] = [
             (0, &MAGIC),
             (4, &self.version.to_be_bytes()),
-            (8, &(name_at as u64).to_be_bytes()),
+            (8, &name_at.to_be_bytes()),
             (
                 16,
-                &u32::try_from(name.len()).unwrap_or(u32::MAX).to_be_bytes(),
+                &u32::try_from(name_len).unwrap_or(u32::MAX).to_be_bytes(),
             ),
             (20, &self.cluster_bits.to_be_bytes()),
             (24, &self.size.to_be_bytes()),
@@ -487,11 +496,9 @@ impl Header {
             (64, &self.snapshots_offset.to_be_bytes()),
         ];
         for (at, bytes) in head {
-            if let Some(field) = out.get_mut(at..at + bytes.len()) {
-                field.copy_from_slice(bytes);
-            }
+            put(at, bytes);
         }
-        Ok(out)
+        out
     }
 
     /// Data of the first extension of type `kind`.

@@ -10,6 +10,7 @@
 //! * `packed`, `pages`: L2 slices in a compact form, many to a frame.
 //! * `state`: what the lock guards, made of `cache`, `refcount`, `alloc`, `ahead` and `tickets`.
 //! * `map`, `write`, `zero`: the questions. `flush`: the order on disk, and why it is safe.
+//! * `edit`: changes of a closed image's metadata, all at once.
 //! * `header`, `extensions`, `features`, `entry`: the format. `open`, `close`, `compress`.
 //!
 //! Internal functions answer with `state::Ask`: a value, or why there is none now (`?` passes it up).
@@ -25,6 +26,7 @@ mod corners;
 #[cfg(test)]
 mod crash;
 mod create;
+pub mod edit;
 mod entry;
 pub mod extensions;
 pub mod features;
