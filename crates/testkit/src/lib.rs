@@ -9,6 +9,8 @@
 //! | [`guest`] | a virtual machine that uses a served disk |
 //! | [`report`] | what it found |
 //! | [`allocations`] | an allocator that counts |
+//! | [`forge`] | qcow2 images byte by byte, sound or not |
+//! | [`memory`] | a sparse file in memory that counts what is done to it |
 //!
 //! Everything here is for tests: what a test takes for granted (a tool is installed, a file can be made)
 //! panics with the reason where it does not hold, and what a test may want to see fail is offered a second
@@ -34,7 +36,9 @@
 
 pub mod allocations;
 pub mod command;
+pub mod forge;
 pub mod guest;
+pub mod memory;
 mod process;
 pub mod qemu;
 pub mod report;
