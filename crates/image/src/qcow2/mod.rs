@@ -10,7 +10,7 @@
 //! * `packed`, `pages`: L2 slices in a compact form, many to a frame.
 //! * `state`: what the lock guards, made of `cache`, `refcount`, `alloc`, `ahead` and `tickets`.
 //! * `map`, `write`, `zero`: the questions. `flush`: the order on disk, and why it is safe.
-//! * `edit`: changes of a closed image's metadata, all at once.
+//! * `edit`: changes of a closed image's metadata, all at once; `snapshot`: internal snapshots.
 //! * `header`, `extensions`, `features`, `entry`: the format. `open`, `close`, `compress`.
 //!
 //! Internal functions answer with `state::Ask`: a value, or why there is none now (`?` passes it up).
@@ -27,6 +27,7 @@ mod corners;
 mod crash;
 mod create;
 pub mod edit;
+
 mod entry;
 pub mod extensions;
 pub mod features;
@@ -43,6 +44,7 @@ mod pages;
 mod refcount;
 #[cfg(test)]
 mod scale;
+pub mod snapshot;
 mod state;
 mod subcluster;
 mod tables;

@@ -3,13 +3,14 @@
 //! A block that changes gets a new place, and the old one stays as it is until the switch. So both views of
 //! a refcount can be had at any time: what counts now, and what will.
 
-use crate::qcow2::check::{Block, Layout, block_at};
+use crate::qcow2::check::{Block, Layout, block_at, set_refcount};
 use crate::qcow2::close::read_short;
 use crate::qcow2::entry::refcount_at;
 use crate::qcow2::header::{Header, REFCOUNT_TABLE_BYTES_MAX};
 use crate::qcow2::read_u64;
 use block::{Context, Error, ErrorKind, Result, Storage};
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+use std::ops::Range;
 
 /// Bytes of refcount blocks that are held at most (and 8 blocks at least).
 const HELD_BYTES_MAX: usize = 32 << 20;
@@ -34,7 +35,8 @@ pub(super) struct Blocks {
     pub(super) new: Vec<u64>,
     /// Blocks that have no new place yet.
     pub(super) homeless: Vec<u64>,
-    held: HashMap<u64, Held>,
+    /// What is held, by the block's index.
+    held: Vec<Option<Box<Held>>>,
     /// The blocks that are held, in the order in which they are looked at to be dropped.
     queue: VecDeque<u64>,
     held_max: usize,
@@ -67,7 +69,7 @@ impl Blocks {
             new: old.clone(),
             old,
             homeless: Vec::new(),
-            held: HashMap::new(),
+            held: Vec::new(),
             queue: VecDeque::new(),
             held_max: (HELD_BYTES_MAX >> layout.cluster_bits).max(HELD_BLOCKS_MIN),
             previous: None,
@@ -118,17 +120,21 @@ impl Blocks {
         Ok(bytes)
     }
 
+    fn slot(&mut self, block: u64) -> Option<&mut Option<Box<Held>>> {
+        self.held.get_mut(usize::try_from(block).ok()?)
+    }
+
     /// Drops blocks until there is room for one more; dirty ones are written to their new place, where
     /// nothing refers to them yet.
     fn make_room(&mut self, storage: &dyn Storage) -> Result<()> {
         let mut left = self.queue.len() * 2;
-        while self.held.len() >= self.held_max && left > 0 {
+        while self.queue.len() >= self.held_max && left > 0 {
             left -= 1;
             let Some(index) = self.queue.pop_front() else {
                 break;
             };
             let at = self.new_at(index);
-            let Some(held) = self.held.get_mut(&index) else {
+            let Some(Some(held)) = self.slot(index) else {
                 continue;
             };
             if std::mem::take(&mut held.used) || at == HOMELESS {
@@ -138,27 +144,32 @@ impl Blocks {
             if held.dirty {
                 storage.write_at(at, &held.bytes)?;
             }
-            self.held.remove(&index);
+            if let Some(slot) = self.slot(index) {
+                *slot = None;
+            }
         }
         Ok(())
     }
 
     fn hold(&mut self, storage: &dyn Storage, block: u64) -> Result<&mut Held> {
-        if !self.held.contains_key(&block) {
+        if !matches!(self.slot(block), Some(Some(_))) {
             self.make_room(storage)?;
             let bytes = match self.new_at(block) {
                 0 | HOMELESS => vec![0; self.layout.cluster() as usize],
                 at => Self::read(storage, &self.layout, at)?,
             };
-            let held = Held {
-                bytes,
-                dirty: false,
-                used: true,
-            };
-            self.held.insert(block, held);
+            // As long as the table, which is bounded.
+            self.held.resize_with(self.new.len(), || None);
+            if let Some(slot) = self.slot(block) {
+                *slot = Some(Box::new(Held {
+                    bytes,
+                    dirty: false,
+                    used: true,
+                }));
+            }
             self.queue.push_back(block);
         }
-        let held = self.held.get_mut(&block);
+        let held = self.slot(block).and_then(Option::as_mut);
         let held = held.ok_or_else(|| Error::invalid("a refcount block that is not held"))?;
         held.used = true;
         Ok(held)
@@ -193,7 +204,7 @@ impl Blocks {
     }
 
     /// Sees to it that refcounts of `block` may change: it will get a new place.
-    pub(super) fn touch(&mut self, storage: &dyn Storage, block: u64) -> Result<()> {
+    fn touch(&mut self, storage: &dyn Storage, block: u64) -> Result<()> {
         let index = usize::try_from(block).unwrap_or(usize::MAX);
         if index >= self.new.len() {
             let most = REFCOUNT_TABLE_BYTES_MAX.max(self.layout.cluster()) / 8;
@@ -209,7 +220,7 @@ impl Blocks {
         if self.moves(block) {
             return Ok(());
         }
-        self.hold(storage, block)?.dirty = true;
+        self.hold(storage, block)?;
         if let Some(at) = self.new.get_mut(index) {
             *at = HOMELESS;
         }
@@ -217,14 +228,40 @@ impl Blocks {
         Ok(())
     }
 
-    /// Changes the refcount of `cluster`, whose block has been touched.
-    pub(super) fn set(&mut self, storage: &dyn Storage, cluster: u64, value: u64) -> Result<()> {
-        let (block, index) = (self.index_of(cluster), self.within(cluster));
+    /// Makes the refcounts of `clusters`, which one block counts, what `change` makes of each cluster and
+    /// its refcount.
+    pub(super) fn update(
+        &mut self,
+        storage: &dyn Storage,
+        clusters: Range<u64>,
+        mut change: impl FnMut(u64, u64) -> Result<u64>,
+    ) -> Result<()> {
+        let block = self.index_of(clusters.start);
+        self.touch(storage, block)?;
+        let first = self.within(clusters.start);
         let layout = self.layout;
         let held = self.hold(storage, block)?;
         held.dirty = true;
-        crate::qcow2::check::set_refcount(&layout, &mut held.bytes, index, value);
+        for (cluster, index) in clusters.zip(first..) {
+            let old = value_at(&held.bytes, index, layout.refcount_order);
+            let new = change(cluster, old)?;
+            set_refcount(&layout, &mut held.bytes, index, new);
+        }
         Ok(())
+    }
+
+    /// The last cluster whose refcount in `block` is not 0.
+    pub(super) fn last_used(&mut self, storage: &dyn Storage, block: u64) -> Result<Option<u64>> {
+        if self.new_at(block) == 0 {
+            return Ok(None);
+        }
+        let layout = self.layout;
+        let bytes = &self.hold(storage, block)?.bytes;
+        let words = bytes.chunks_exact(8).rposition(|word| *word != [0; 8]);
+        let end = words.map_or(0, |word| (word as u64 + 1) << (6 - layout.refcount_order));
+        let used = |index: &u64| value_at(bytes, *index, layout.refcount_order) != 0;
+        let index = (0..end).rev().find(used);
+        Ok(index.map(|index| (block << layout.block_bits()) + index))
     }
 
     /// Gives the homeless `block` the place `at`.
@@ -239,15 +276,12 @@ impl Blocks {
 
     /// Writes all that is dirty, in the order of the file.
     pub(super) fn write(&mut self, storage: &dyn Storage) -> Result<()> {
-        let mut dirty: Vec<(u64, u64)> = self
-            .held
-            .iter()
-            .filter(|(_, held)| held.dirty)
-            .map(|(index, _)| (self.new_at(*index), *index))
-            .collect();
-        dirty.sort_unstable();
-        for (at, index) in dirty {
-            if let Some(held) = self.held.get_mut(&index) {
+        let mut held: Vec<(u64, u64)> = self.queue.iter().map(|b| (self.new_at(*b), *b)).collect();
+        held.sort_unstable();
+        for (at, block) in held {
+            if let Some(Some(held)) = self.slot(block)
+                && held.dirty
+            {
                 storage.write_at(at, &held.bytes)?;
                 held.dirty = false;
             }

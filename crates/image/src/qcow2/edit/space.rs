@@ -44,7 +44,7 @@ impl Space {
         let bits = layout.cluster_bits;
         let file_len = storage.len()?;
         let mut space = Self {
-            end: Self::end_of(storage, layout, blocks)?,
+            end: Self::end_of(storage, blocks)?,
             file_len,
             reserved: file_len,
             cursor: 0,
@@ -84,17 +84,10 @@ impl Space {
     }
 
     /// The cluster behind the last one that has a refcount.
-    fn end_of(storage: &dyn Storage, layout: Layout, blocks: &mut Blocks) -> Result<u64> {
+    fn end_of(storage: &dyn Storage, blocks: &mut Blocks) -> Result<u64> {
         for block in (0..blocks.old.len() as u64).rev() {
-            if blocks.old_at(block) == 0 {
-                continue;
-            }
-            let per_block = 1u64 << layout.block_bits();
-            for within in (0..per_block).rev() {
-                let cluster = block * per_block + within;
-                if blocks.get(storage, cluster)? != 0 {
-                    return Ok(cluster + 1);
-                }
+            if let Some(cluster) = blocks.last_used(storage, block)? {
+                return Ok(cluster + 1);
             }
         }
         // The header's, whatever the refcounts say.
@@ -220,9 +213,10 @@ impl Editor<'_> {
                 "{clusters} clusters from {first:#x} on end behind 2^56 bytes: run diskplane check"
             )));
         };
-        let most = self.layout.refcount_max();
-        for cluster in first..end {
-            let old = self.blocks.get(self.storage, cluster)?;
+        let layout = self.layout;
+        let most = layout.refcount_max();
+        let freed = &mut self.freed;
+        let mut change = |cluster: u64, old: u64| {
             let at = cluster << bits;
             let new = old.checked_add_signed(delta).ok_or_else(|| {
                 Error::corrupt(format!(
@@ -235,27 +229,22 @@ impl Editor<'_> {
                 return Err(Error::unsupported(format!(
                     "the cluster at {at:#x} would be referred to {new} times, but refcount_bits \
                      of {} hold {most} at most",
-                    1u32 << self.layout.refcount_order
+                    1u32 << layout.refcount_order
                 )));
             }
-            self.blocks
-                .touch(self.storage, self.blocks.index_of(cluster))?;
-            self.blocks.set(self.storage, cluster, new)?;
             if new == 0 && old != 0 {
-                self.note_freed(at);
+                note_freed(freed, at, layout.cluster());
             }
+            Ok(new)
+        };
+        let mut from = first;
+        while from < end {
+            // As far as one block counts.
+            let until = end.min(((from >> layout.block_bits()) + 1) << layout.block_bits());
+            self.blocks.update(self.storage, from..until, &mut change)?;
+            from = until;
         }
         Ok(())
-    }
-
-    fn note_freed(&mut self, at: u64) {
-        let cluster = self.layout.cluster();
-        let room = self.freed.len() < FREED_MAX;
-        match self.freed.last_mut() {
-            Some((start, len)) if *start + *len == at => *len += cluster,
-            _ if room => self.freed.push((at, cluster)),
-            _ => {}
-        }
     }
 
     /// Finds new places for the blocks that change. A place has a refcount itself, perhaps in one
@@ -271,5 +260,15 @@ impl Editor<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// Notes that the cluster at `at` is free, to give it back to the host.
+fn note_freed(freed: &mut Vec<(u64, u64)>, at: u64, cluster: u64) {
+    let room = freed.len() < FREED_MAX;
+    match freed.last_mut() {
+        Some((start, len)) if *start + *len == at => *len += cluster,
+        _ if room => freed.push((at, cluster)),
+        _ => {}
     }
 }
