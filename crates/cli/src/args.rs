@@ -28,6 +28,8 @@ pub enum Command {
     Map(Map),
     /// Find what is wrong with an image, and repair it
     Check(Check),
+    /// List, make, apply or delete snapshots inside a qcow2 image
+    Snapshot(Snapshot),
     /// Serve images to virtual machines and NBD clients
     Serve(Serve),
     /// Measure disks and servers
@@ -144,6 +146,35 @@ pub struct Check {
     #[arg(long, value_name = "SIZE", default_value = "40M", value_parser = bytes)]
     pub memory: u64,
     /// Image to check
+    pub file: PathBuf,
+}
+
+/// `snapshot`.
+#[derive(Args, Debug)]
+#[command(group(ArgGroup::new("operation").args(["list", "create", "apply", "delete"])))]
+pub struct Snapshot {
+    /// Format of the image [default: known by its magic]
+    #[arg(short, long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// List the snapshots (what is done if nothing else is said)
+    #[arg(short, long)]
+    pub list: bool,
+    /// Make a snapshot of the disk as it is
+    #[arg(short, long, value_name = "NAME")]
+    pub create: Option<String>,
+    /// Make the disk what it was then; what was written since is lost. An id counts before a name
+    #[arg(short, long, value_name = "NAME")]
+    pub apply: Option<String>,
+    /// Delete a snapshot. A name counts before an id
+    #[arg(short, long, value_name = "NAME")]
+    pub delete: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// List even while another process writes the image
+    #[arg(short = 'U', long, conflicts_with_all = ["create", "apply", "delete"])]
+    pub force_share: bool,
+    /// Image; nobody else may use it while it is changed
     pub file: PathBuf,
 }
 

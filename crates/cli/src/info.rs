@@ -13,14 +13,15 @@
 //! | `backing-filename`, `backing-filename-format` | as stored in the image; absent where it has none |
 //! | `read-only-because` | why the image cannot be written; absent where it can |
 //! | `format-specific` | object of strings: further facts of the format, the metadata cache's coverage among them |
+//! | `snapshots` | array of internal snapshots, as `snapshot --json` prints them; absent where there are none |
 //! | `engine` | object with `name` and `reason`: what `--aio auto` picks for the file; the active image only |
 
-use crate::{args, print};
+use crate::{args, print, snapshot};
 use anyhow::Result;
 use block::size;
 use comfy_table::{Table, presets};
 use disk::chain::{Chain, ChainOptions, Layer};
-use image::Description;
+use image::{Description, Format};
 use io::Aio;
 use serde::Serialize;
 use std::{collections::BTreeMap, fs, os::unix::fs::MetadataExt};
@@ -45,6 +46,8 @@ struct Entry {
     #[serde(skip_serializing_if = "Option::is_none")]
     read_only_because: Option<String>,
     format_specific: BTreeMap<&'static str, String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    snapshots: Vec<snapshot::Entry>,
     #[serde(skip_serializing_if = "Option::is_none")]
     engine: Option<Engine>,
     /// The facts in the format's order, for the table.
@@ -105,6 +108,10 @@ fn entry(layer: &Layer) -> Result<Entry> {
         Some(_) => Some(fs::metadata(&layer.path)?),
         None => None,
     };
+    let snapshots = match file {
+        Some(file) if format == Format::Qcow2.name() => image::qcow2::snapshot::list(&**file)?,
+        _ => Vec::new(),
+    };
     Ok(Entry {
         filename: layer.path.display().to_string(),
         format,
@@ -116,6 +123,7 @@ fn entry(layer: &Layer) -> Result<Entry> {
         backing_filename_format: backing_format,
         read_only_because,
         format_specific: facts.iter().cloned().collect(),
+        snapshots: snapshots.iter().map(snapshot::Entry::from).collect(),
         engine: None,
         facts,
     })
@@ -172,7 +180,11 @@ fn table(entry: &Entry) -> String {
         table.add_row([name, &value]);
     }
     let lines: Vec<String> = table.lines().map(|l| l.trim().to_owned()).collect();
-    lines.join("\n") + "\n"
+    let snapshots = match entry.snapshots.is_empty() {
+        true => String::new(),
+        false => format!("snapshots\n{}", snapshot::table(&entry.snapshots)),
+    };
+    lines.join("\n") + "\n" + &snapshots
 }
 
 /// A string from an image, for a terminal: nothing in it may steer that.

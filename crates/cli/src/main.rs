@@ -16,6 +16,7 @@ mod map;
 mod options;
 mod serve;
 mod signals;
+mod snapshot;
 mod systemd;
 
 use args::{BenchCommand, Cli, Command};
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         Command::Info(args) => done(info::run(args)),
         Command::Map(args) => done(map::run(args)),
         Command::Check(args) => check::run(args),
+        Command::Snapshot(args) => done(snapshot::run(args)),
         Command::Serve(args) => done(serve::run(args)),
         Command::Bench(args) => match &args.what {
             BenchCommand::Load(args) => done(bench_load::run(args)),
