@@ -1,7 +1,7 @@
 //! The `diskplane` command.
 //!
-//! Exit codes: 0 done, 1 failed (one line on stderr says what, where and what to do), 2 wrong usage;
-//! `check` has more, see its help.
+//! Exit codes: 0 done, 1 failed or wrong usage (stderr says what, where and what to do); `check` has more,
+//! see its help. 2 is its "errors were found", as of `qemu-img check`, and so nothing else's.
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
@@ -28,7 +28,14 @@ use std::{
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            // Help and version go to stdout.
+            return ExitCode::from(u8::from(error.use_stderr()));
+        }
+    };
     // DISKPLANE_LOG=debug, or per module as tracing-subscriber describes.
     let filter = EnvFilter::try_from_env("DISKPLANE_LOG").unwrap_or_else(|_| "warn".into());
     tracing_subscriber::fmt()

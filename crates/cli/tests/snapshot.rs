@@ -104,7 +104,7 @@ fn what_is_wrong_is_said() {
         "diskplane: i: there is no snapshot 'gone': it has none\n"
     );
     assert!(bad(&["-c", "n", "r"], 1).contains("a raw image has no internal snapshots"));
-    bad(&["-c", "n", "-d", "m", "i"], 2);
-    bad(&["-U", "-c", "n", "i"], 2);
+    bad(&["-c", "n", "-d", "m", "i"], 1);
+    bad(&["-U", "-c", "n", "i"], 1);
     qemu::check("qcow2", dir.path("i"));
 }

@@ -99,8 +99,11 @@ fn nothing_is_allocated_and_a_batch_is_one_call() {
     std::fs::write(&raw, vec![1; 8 << 20]).unwrap();
     let qcow2 = dir.path().join("disk.qcow2");
     qemu_create(&qcow2, "cluster_size=64k", None, 8 << 20);
-    {
-        let disk = open(&qcow2, Format::Qcow2, DiskOptions::default());
+    let subclusters = dir.path().join("subclusters.qcow2");
+    let options = "cluster_size=64k,extended_l2=on";
+    qemu_create(&subclusters, options, None, 8 << 20);
+    for path in [&qcow2, &subclusters] {
+        let disk = open(path, Format::Qcow2, DiskOptions::default());
         let mut rig = Rig::new(&disk, EngineKind::Threads, 4);
         let write = Op::Write { fua: false };
         for at in (0..8 << 20).step_by(1 << 20) {
@@ -109,11 +112,15 @@ fn nothing_is_allocated_and_a_batch_is_one_call() {
         rig.detach();
         disk.close().unwrap();
     }
-    for (path, format) in [(&raw, Format::Raw), (&qcow2, Format::Qcow2)] {
+    for (path, format) in [
+        (&raw, Format::Raw),
+        (&qcow2, Format::Qcow2),
+        (&subclusters, Format::Qcow2),
+    ] {
         for kind in [EngineKind::Threads, EngineKind::Native, EngineKind::IoUring] {
             for op in [Op::Read, Op::Write { fua: false }, Op::Flush] {
                 let (allocations, calls) = measure(path, format, kind, op, 50);
-                let what = format!("{op:?} of {format} with {kind}");
+                let what = format!("{op:?} of {} with {kind}", path.display());
                 assert_eq!(allocations, 0, "{what} allocates");
                 // io_uring is handed a batch of 32 in parts of 8, so that the device can begin.
                 let parts = if kind == EngineKind::IoUring {
