@@ -88,9 +88,12 @@ pub struct Reading {
     /// Read the image even while another process writes it
     #[arg(long)]
     pub force_share: bool,
-    /// Also open backing files below DIR, not only below each image's own directory
+    /// Also open backing and data files below DIR, not only below each image's own directory
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
+    /// The image's external data file, whatever name the image has for it
+    #[arg(long, value_name = "PATH")]
+    pub data_file: Option<PathBuf>,
     /// Image to read, or null:SIZE
     pub file: String,
 }
@@ -214,7 +217,7 @@ pub struct Serve {
     #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = str::parse::<NbdAddress>)]
     pub nbd: Option<NbdAddress>,
     /// Serve this disk too, on the same I/O threads; may be given many times. Keys: vhost-user=SOCK,
-    /// nbd=ADDRESS, format=FMT, queues=N, read-only=on|off; what it does not say is as for all disks
+    /// nbd=ADDRESS, format=FMT, queues=N, read-only=on|off, data-file=PATH; what it does not say is as for all disks
     #[arg(long, value_name = "FILE,K=V,…", value_parser = str::parse::<DiskArgument>)]
     pub disk: Vec<DiskArgument>,
     /// Queues that a virtual machine may use
@@ -241,9 +244,12 @@ pub struct Serve {
     /// What becomes of discards
     #[arg(long, value_name = "MODE", default_value = "unmap")]
     pub discard: Discard,
-    /// Also open backing files below DIR, not only below each image's own directory
+    /// Also open backing and data files below DIR, not only below each image's own directory
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
+    /// The image's external data file, whatever name the image has for it
+    #[arg(long, value_name = "PATH")]
+    pub data_file: Option<PathBuf>,
     /// Print statistics to stderr at the end (and, as always, on SIGUSR1): table, or json for one line per disk
     #[arg(long, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "table")]
     pub stats: Option<Stats>,

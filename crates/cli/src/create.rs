@@ -6,7 +6,7 @@ use crate::{
 };
 use anyhow::{Context, Result, bail};
 use block::{ErrorKind, Storage, limits, size};
-use disk::chain::{Chain, ChainOptions};
+use disk::chain::{self, Chain, ChainOptions};
 use image::{Format, qcow2};
 use io::{File, FileKind, OpenOptions};
 use std::{fs, path::Path};
@@ -51,7 +51,7 @@ pub fn run(args: &args::Create) -> Result<()> {
         // Before the file is touched.
         options.qcow2.validate()?;
     }
-    write(&args.file, format, &options)?;
+    write_all(&args.file, format, &options)?;
     let bytes = block::align_up(bytes, 512);
     let mut line = format!(
         "created {}: {format}, {}",
@@ -69,6 +69,14 @@ pub fn run(args: &args::Create) -> Result<()> {
     if let Some((name, format)) = &backing {
         line.push_str(&format!(", on {name} ({format})"));
     }
+    if let Some(name) = &options.qcow2.data_file {
+        let raw = if options.qcow2.data_file_raw {
+            " (raw)"
+        } else {
+            ""
+        };
+        line.push_str(&format!(", data in {name}{raw}"));
+    }
     if chosen {
         line.push_str(
             "\nsubclusters make small writes to an overlay cheap; QEMU reads them from 5.2 on \
@@ -76,7 +84,10 @@ pub fn run(args: &args::Create) -> Result<()> {
         );
     }
     crate::print(&format!("{line}\n"))?;
-    warn_of_policy(&args.file, backing.is_some());
+    warn_of_policy(
+        &args.file,
+        backing.is_some() || options.qcow2.data_file.is_some(),
+    );
     Ok(())
 }
 
@@ -134,6 +145,40 @@ fn base_size(file: &Path, name: &str, format: Format) -> Result<u64> {
     Ok(chain.layers.first().map_or(0, |layer| layer.image.size()))
 }
 
+/// Makes the external data file, if there is to be one, and the image.
+fn write_all(path: &Path, format: Format, options: &Options) -> Result<()> {
+    let Some(name) = &options.qcow2.data_file else {
+        return write(path, format, options);
+    };
+    if !chain::is_file_name(name) {
+        bail!("-o data_file={name}: it has a protocol, only names of files are opened");
+    }
+    if fs::metadata(path).is_ok_and(|m| m.is_file()) {
+        bail!(exists(path));
+    }
+    // As with backing files, a relative name starts at the directory of the image that stores it.
+    let data = path.parent().unwrap_or(Path::new("")).join(name);
+    let raw = Options {
+        preallocation: Preallocation::Off,
+        ..options.clone()
+    };
+    let is_new = !data.exists();
+    // A failure takes a new file away again.
+    write(&data, Format::Raw, &raw).context("data file")?;
+    let written = write(path, format, options);
+    if written.is_err() && is_new {
+        let _ = fs::remove_file(&data);
+    }
+    written
+}
+
+fn exists(path: &Path) -> String {
+    format!(
+        "{}: the file exists already: remove it or choose another name",
+        path.display()
+    )
+}
+
 fn write(path: &Path, format: Format, options: &Options) -> Result<()> {
     let open = OpenOptions::default();
     let created = match File::create_new(path, &open) {
@@ -143,10 +188,7 @@ fn write(path: &Path, format: Format, options: &Options) -> Result<()> {
     };
     let file = match File::open(path, &open) {
         Ok(file) if file.kind() == FileKind::BlockDevice => file,
-        Ok(_) => bail!(
-            "{}: the file exists already: remove it or choose another name",
-            path.display()
-        ),
+        Ok(_) => bail!(exists(path)),
         Err(error) if error.kind() == ErrorKind::Locked => return Err(error.into()),
         Err(_) => return Err(created.into()),
     };
@@ -205,9 +247,9 @@ fn write_raw(file: &File, options: &Options) -> Result<()> {
     Ok(file.sync()?)
 }
 
-/// Says so when the new image's backing file will not be opened without being allowed.
-fn warn_of_policy(path: &Path, has_backing: bool) {
-    let Some(spec) = path.to_str().filter(|_| has_backing) else {
+/// Says so when the new image's backing or data file will not be opened without being allowed.
+fn warn_of_policy(path: &Path, names_files: bool) {
+    let Some(spec) = path.to_str().filter(|_| names_files) else {
         return;
     };
     let options = ChainOptions {

@@ -23,6 +23,8 @@ pub struct DiskSpec {
     pub read_only: bool,
     /// Allow both exports at the same time.
     pub shared: bool,
+    /// The image's external data file, in place of the one that it names.
+    pub data_file: Option<PathBuf>,
 }
 
 /// A `--disk` argument: what is not said there holds as for the other disks.
@@ -34,6 +36,7 @@ pub struct DiskArgument {
     nbd: Option<NbdAddress>,
     queues: Option<u16>,
     read_only: Option<bool>,
+    data_file: Option<PathBuf>,
 }
 
 impl FromStr for DiskArgument {
@@ -57,6 +60,7 @@ impl FromStr for DiskArgument {
                 "format" => disk.format = Some(value.parse()?),
                 "vhost-user" => disk.vhost_user = Some(value.into()),
                 "nbd" => disk.nbd = Some(value.parse().map_err(|e| anyhow!("nbd={value}: {e}"))?),
+                "data-file" => disk.data_file = Some(value.into()),
                 "queues" => {
                     let queues = value.parse().ok().filter(|n| (1..=256).contains(n));
                     disk.queues =
@@ -70,7 +74,7 @@ impl FromStr for DiskArgument {
                     });
                 }
                 _ => bail!(
-                    "{key}: a disk has no such option; it has format, vhost-user, nbd, queues, read-only"
+                    "{key}: a disk has no such option; it has format, vhost-user, nbd, queues, read-only, data-file"
                 ),
             }
         }
@@ -97,7 +101,11 @@ pub fn specs(args: &Serve) -> Result<Vec<DiskSpec>> {
                 queues: args.queues,
                 read_only: args.read_only,
                 shared: args.shared,
+                data_file: args.data_file.clone(),
             });
+        }
+        None if args.data_file.is_some() => {
+            bail!("--data-file is for FILE; a --disk names its own: --disk FILE,data-file=PATH");
         }
         None if args.vhost_user.is_some() || args.nbd.is_some() => {
             bail!(
@@ -114,6 +122,7 @@ pub fn specs(args: &Serve) -> Result<Vec<DiskSpec>> {
         queues: disk.queues.unwrap_or(args.queues),
         read_only: disk.read_only.unwrap_or(args.read_only),
         shared: args.shared,
+        data_file: disk.data_file.clone(),
     }));
     for spec in &specs {
         if spec.vhost_user.is_some() && spec.nbd.is_some() && !spec.shared {
@@ -152,7 +161,7 @@ mod tests {
             "unix:/n",
             "--read-only",
             "--disk",
-            "b,,c,format=qcow2,vhost-user=/b,queues=4,read-only=off",
+            "b,,c,format=qcow2,vhost-user=/b,queues=4,read-only=off,data-file=/d",
             "--disk",
             "null:1G,vhost-user=/d",
         ])
@@ -161,6 +170,7 @@ mod tests {
         assert_eq!(all[1].file, "b,c");
         assert_eq!(all[1].format, Some(Format::Qcow2));
         assert_eq!((all[1].queues, all[1].read_only), (4, false));
+        assert_eq!(all[1].data_file, Some("/d".into()));
         assert_eq!((all[2].queues, all[2].read_only), (1, true));
         assert_eq!(all[2].vhost_user, Some("/d".into()));
     }

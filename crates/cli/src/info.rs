@@ -11,6 +11,7 @@
 //! | `file-size`, `actual-size` | bytes of the file, and bytes that it takes on the host; absent for `null` |
 //! | `cluster-size` | bytes; absent for formats without clusters |
 //! | `backing-filename`, `backing-filename-format` | as stored in the image; absent where it has none |
+//! | `data-filename` | name of the external data file as stored in the image; absent where it has none |
 //! | `read-only-because` | why the image cannot be written; absent where it can |
 //! | `format-specific` | object of strings: further facts of the format, the metadata cache's coverage among them |
 //! | `snapshots` | array of internal snapshots, as `snapshot --json` prints them; absent where there are none |
@@ -44,6 +45,8 @@ struct Entry {
     #[serde(skip_serializing_if = "Option::is_none")]
     backing_filename_format: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    data_filename: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     read_only_because: Option<String>,
     format_specific: BTreeMap<&'static str, String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -71,6 +74,7 @@ pub fn run(args: &args::Info) -> Result<()> {
             read_only: true,
             force_share: reading.force_share,
             allow_backing: reading.allow_backing.clone(),
+            data_file: reading.data_file.clone(),
             without_backing: !args.backing_chain,
             ..ChainOptions::default()
         },
@@ -100,6 +104,7 @@ fn entry(layer: &Layer) -> Result<Entry> {
         cluster_size,
         backing,
         backing_format,
+        data_file,
         read_only_because,
         facts,
     } = layer.image.describe();
@@ -121,6 +126,7 @@ fn entry(layer: &Layer) -> Result<Entry> {
         cluster_size: Some(cluster_size).filter(|bytes| *bytes > 1),
         backing_filename: backing,
         backing_filename_format: backing_format,
+        data_filename: data_file.and_then(|data| data.name),
         read_only_because,
         format_specific: facts.iter().cloned().collect(),
         snapshots: snapshots.iter().map(snapshot::Entry::from).collect(),

@@ -10,7 +10,7 @@
 //! | `zero` | whether it is known to read as zeros |
 //! | `data` | whether data are stored for it |
 //! | `compressed` | whether they are compressed |
-//! | `offset` | where they are in that image's file; absent where there are none |
+//! | `offset` | where they are in that image's file, or its external data file; absent where there are none |
 
 use crate::args;
 use anyhow::Result;
@@ -19,7 +19,7 @@ use disk::{
     blocking::{ChainExtent, Driver},
     chain::{Chain, ChainOptions},
 };
-use image::ExtentKind;
+use image::{ExtentKind, FileId};
 use serde::Serialize;
 use std::io::{self, BufWriter, Write};
 
@@ -60,6 +60,7 @@ pub fn run(args: &args::Map) -> Result<()> {
             read_only: true,
             force_share: reading.force_share,
             allow_backing: reading.allow_backing.clone(),
+            data_file: reading.data_file.clone(),
             ..ChainOptions::default()
         },
     )?;
@@ -162,14 +163,17 @@ fn one(chain: &Chain, driver: &mut Driver, start: u64, len: u64) -> Result<Entry
         offset: None,
     };
     match kind {
-        ExtentKind::Data { file, offset } => {
+        ExtentKind::Data {
+            file: file_id,
+            offset,
+        } => {
             entry.offset = Some(offset.0);
             let layer = chain.layers.get(depth);
-            let file = layer.and_then(|l| l.files.get(usize::from(file.0)).map(|f| (l, f)));
+            let file = layer.and_then(|l| l.files.get(usize::from(file_id.0)).map(|f| (l, f)));
             if let Some((layer, file)) = file
-                && layer.format == image::Format::Raw
+                && (layer.format == image::Format::Raw || file_id == FileId::DATA)
             {
-                // Only in a raw file do holes say something about the disk.
+                // Only in a raw file and in an external data file do holes say something about the disk.
                 match file.range_at(offset.0)? {
                     Some(range) => {
                         entry.length = len.min(range.len);

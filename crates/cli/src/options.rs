@@ -8,7 +8,7 @@ use image::{
 };
 
 /// Options of each format, with what they may be.
-const QCOW2: [(&str, &str); 9] = [
+const QCOW2: [(&str, &str); 11] = [
     ("backing_file", "name of the backing file (as -b)"),
     ("backing_fmt", "its format (as -F)"),
     ("cluster_size", "512 to 2M, a power of two [64K]"),
@@ -17,6 +17,14 @@ const QCOW2: [(&str, &str); 9] = [
         "0.10 (version 2) or 1.1 (version 3, also v3) [1.1]",
     ),
     ("compression_type", "zlib or zstd [zlib]"),
+    (
+        "data_file",
+        "name of a new file for the guest's data, from the image's directory on; the image keeps the metadata",
+    ),
+    (
+        "data_file_raw",
+        "on or off: that file is a raw image of the disk at any time [off]",
+    ),
     (
         "extended_l2",
         "on or off: 32 subclusters to a cluster of 16K or more, for cheap small writes;\n\
@@ -29,9 +37,7 @@ const QCOW2: [(&str, &str); 9] = [
 const RAW: [(&str, &str); 1] = [("preallocation", "off, falloc or full [off]")];
 
 /// Options of qemu-img that no code here implements yet: refused by name.
-const LATER: [&str; 6] = [
-    "data_file",
-    "data_file_raw",
+const LATER: [&str; 4] = [
     "encryption",
     "encrypt.format",
     "encrypt.key-secret",
@@ -159,6 +165,8 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
                 _ => return Err(wrong()),
             };
         }
+        "data_file" => options.qcow2.data_file = Some(value.to_owned()),
+        "data_file_raw" => options.qcow2.data_file_raw = switch(value).ok_or_else(wrong)?,
         "extended_l2" => options.extended_l2 = Some(switch(value).ok_or_else(wrong)?),
         "lazy_refcounts" => {
             options.qcow2.lazy_refcounts = switch(value).ok_or_else(wrong)?;
@@ -248,7 +256,14 @@ mod tests {
                 "extended_l2=maybe",
                 "-o extended_l2=maybe: it must be on or off",
             ),
-            ("data_file=x", "-o data_file: not supported yet"),
+            (
+                "data_file_raw=2",
+                "-o data_file_raw=2: it must be on or off",
+            ),
+            (
+                "encrypt.format=luks",
+                "-o encrypt.format: not supported yet",
+            ),
             (
                 "preallocation=metadata",
                 "-o preallocation=metadata: not supported yet for qcow2",

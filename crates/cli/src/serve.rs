@@ -213,6 +213,7 @@ fn chain_options(args: &args::Serve, spec: &DiskSpec) -> ChainOptions {
         // Who asks for an engine by name wants what it was chosen for, or to be told.
         direct_fallback: args.aio == Aio::Auto,
         allow_backing: args.allow_backing.clone(),
+        data_file: spec.data_file.clone(),
         ..ChainOptions::default()
     }
 }

@@ -11,7 +11,8 @@
 //! too), and the result must lie below the directory of the image that names it or below one
 //! that the user allowed. The format must be recorded beside the name: probing
 //! would let a guest turn its raw base into a qcow2 that names what it likes. Names with
-//! a protocol (`nbd://`, `json:`) are refused.
+//! a protocol (`nbd://`, `json:`) are refused. An external data file is treated as a backing file is (it is raw, so
+//! there is no format to record), and no file may be in the chain twice: a guest's data would overwrite metadata.
 
 use crate::blocking::{Driver, Member};
 use block::{Context, Error, ErrorKind, Result, Storage, limits};
@@ -43,11 +44,14 @@ pub struct ChainOptions {
     pub direct_fallback: bool,
     /// Read although another process may be writing (no locks). Needs `read_only`.
     pub force_share: bool,
-    /// Directories, besides each image's own, below which backing files may lie.
+    /// Directories, besides each image's own, below which backing and data files may lie.
     pub allow_backing: Vec<PathBuf>,
+    /// The active image's external data file, whatever name the image has for it, and wherever it is.
+    pub data_file: Option<PathBuf>,
     /// Most bytes of memory for each image's metadata cache; sized from the disk when absent.
     pub cache_bytes: Option<u64>,
-    /// Leave backing images closed. What the chain reads as is wrong then: for `info` only.
+    /// Leave backing images and data files closed. What the chain reads as is wrong then: for
+    /// `info` only.
     pub without_backing: bool,
 }
 
@@ -106,7 +110,10 @@ impl Chain {
         }
         let path = PathBuf::from(spec);
         let mut seen = vec![identity(&path)?];
-        layers.push(open_active(&path, options)?);
+        let mut active = open_active(&path, options)?;
+        let said = options.data_file.as_deref();
+        open_data_file(&mut active, options, options.read_only, said, &mut seen)?;
+        layers.push(active);
         while let Some(above) = layers.last() {
             let description = above.image.describe();
             let Some(name) = description.backing.filter(|_| !options.without_backing) else {
@@ -122,16 +129,9 @@ impl Chain {
             let path = resolve(&above.path, &name, &options.allow_backing).context(named)?;
             let format = recorded(&above.path, &name, description.backing_format.as_deref())
                 .context(named)?;
-            let this = identity(&path).context(named)?;
-            if seen.contains(&this) {
-                return Err(Error::corrupt(format!(
-                    "'{}' is in the chain already: the chain is a loop",
-                    name.escape_default()
-                ))
-                .within(named()));
-            }
-            seen.push(this);
-            let layer = open_backing(path, format, options).context(named)?;
+            once(&mut seen, &path, &name).context(named)?;
+            let mut layer = open_backing(path, format, options).context(named)?;
+            open_data_file(&mut layer, options, true, None, &mut seen)?;
             layers.push(layer);
         }
         Ok(Self {
@@ -157,6 +157,68 @@ impl Chain {
     pub fn driver(&self) -> Result<Driver> {
         Driver::new(self.members(), self.read_only)
     }
+}
+
+/// Notes that the file at `path`, called `name`, is in the chain; it must not be there already.
+fn once(seen: &mut Vec<(u64, u64)>, path: &Path, name: &str) -> Result<()> {
+    let this = identity(path)?;
+    if seen.contains(&this) {
+        return Err(Error::corrupt(format!(
+            "'{}' is in the chain already: the chain is a loop",
+            name.escape_default()
+        )));
+    }
+    seen.push(this);
+    Ok(())
+}
+
+/// Opens the external data file of `layer`, if it has one, as the layer's second file. `said`: what the user
+/// calls it, in place of the name in the image.
+fn open_data_file(
+    layer: &mut Layer,
+    options: &ChainOptions,
+    read_only: bool,
+    said: Option<&Path>,
+    seen: &mut Vec<(u64, u64)>,
+) -> Result<()> {
+    let Some(data) = layer.image.describe().data_file else {
+        return match said {
+            Some(said) => Err(Error::invalid(format!(
+                "{}: has no external data file, but {} is given for one",
+                layer.path.display(),
+                said.display()
+            ))),
+            None => Ok(()),
+        };
+    };
+    if options.without_backing {
+        return Ok(());
+    }
+    let named = || format!("{}: data file", layer.path.display());
+    let lock = match (options.force_share, read_only) {
+        (true, _) => Lock::None,
+        (false, true) => SHARED,
+        (false, false) => Lock::Write,
+    };
+    let file = match (said, &data.name) {
+        (Some(said), _) => {
+            once(seen, said, &said.to_string_lossy()).context(named)?;
+            open_file(said, options, read_only, lock).context(named)?
+        }
+        (None, Some(name)) => {
+            let path = resolve(&layer.path, name, &options.allow_backing).context(named)?;
+            once(seen, &path, name).context(named)?;
+            open_named(&path, options, read_only, lock).context(named)?
+        }
+        (None, None) => {
+            return Err(Error::unsupported(
+                "the image does not say where it is: say --data-file PATH",
+            )
+            .within(named()));
+        }
+    };
+    layer.files.push(file);
+    Ok(())
 }
 
 fn open_active(path: &Path, options: &ChainOptions) -> Result<Layer> {
@@ -199,11 +261,28 @@ fn open_backing(path: PathBuf, format: Format, options: &ChainOptions) -> Result
         true => Lock::None,
         false => SHARED,
     };
-    let file = open_file(&path, options, true, lock)?;
+    let file = open_named(&path, options, true, lock)?;
+    let image = open_image(&file, format, true, options)?;
+    Ok(Layer {
+        image,
+        files: vec![file],
+        path,
+        format,
+    })
+}
+
+/// Opens the file at a path that was resolved and allowed.
+fn open_named(
+    path: &Path,
+    options: &ChainOptions,
+    read_only: bool,
+    lock: Lock,
+) -> Result<Arc<File>> {
+    let file = open_file(path, options, read_only, lock)?;
     // Between the check and the opening someone may have put a link in the way.
     let opened = fs::read_link(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
         .context(|| format!("{}: which file was opened", path.display()))?;
-    if opened != path {
+    if opened != *path {
         return Err(Error::new(
             ErrorKind::Denied,
             format!(
@@ -213,13 +292,7 @@ fn open_backing(path: PathBuf, format: Format, options: &ChainOptions) -> Result
             ),
         ));
     }
-    let image = open_image(&file, format, true, options)?;
-    Ok(Layer {
-        image,
-        files: vec![file],
-        path,
-        format,
-    })
+    Ok(file)
 }
 
 fn open_file(
@@ -311,6 +384,11 @@ fn resolve(above: &Path, name: &str, allowed: &[PathBuf]) -> Result<PathBuf> {
             path.parent().unwrap_or(&path).display()
         ),
     ))
+}
+
+/// Whether `name` is one of a file, and not of something with a protocol (`nbd://…`), which is never opened.
+pub fn is_file_name(name: &str) -> bool {
+    !has_protocol(name)
 }
 
 /// Whether a name is not a path to QEMU: a colon comes before the first slash.

@@ -233,14 +233,15 @@ impl DiskQueue {
         Next::Continue
     }
 
-    /// What an extent means to a client. A raw file's holes are asked of the host (`lseek`).
+    /// What an extent means to a client. Holes of a raw or data file are asked of the host (`lseek`).
     fn status_of(&self, layer: u8, extent: Extent) -> StatusExtent {
         let (mut allocated, mut zero, mut len) = (true, false, extent.len);
         match extent.kind {
             ExtentKind::Data { file, offset } => {
                 let layer = &self.disk.layers[layer as usize];
-                // Other formats know what is allocated; the host's view adds nothing there.
-                if layer.format == Format::Raw {
+                // Other formats know what is allocated; the host's view adds nothing there. Of an external
+                // data file it does: holes are punched in that without a change of the tables.
+                if layer.format == Format::Raw || file == FileId::DATA {
                     match layer.files[file.0 as usize].range_at(offset.0) {
                         Ok(Some(range)) => {
                             let run = (range.offset + range.len).saturating_sub(offset.0);

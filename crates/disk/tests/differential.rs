@@ -41,6 +41,16 @@ struct Case {
     base: Base,
     seed: u64,
     extended_l2: bool,
+    outside: Outside,
+}
+
+/// Whether the guest's data are in a file of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outside {
+    No,
+    Data,
+    /// It must be the disk's raw image too.
+    Raw,
 }
 
 fn open(dir: &Path, name: &str, read_only: bool) -> Driver {
@@ -150,13 +160,19 @@ fn create(dir: &Path, case: &Case, size: u64, backing: Option<&str>, by_us: bool
         backing: backing.map(|format| ("base".to_owned(), format.to_owned())),
         compression,
         extended_l2: case.extended_l2,
+        data_file: (case.outside != Outside::No).then(|| "data".to_owned()),
+        data_file_raw: case.outside == Outside::Raw,
     };
     if by_us {
         let file = io::File::create_new(&dir.join("disk"), &io::OpenOptions::default()).unwrap();
         image::qcow2::create(&*file, &options).unwrap();
+        if options.data_file.is_some() {
+            let data = std::fs::File::create_new(dir.join("data")).unwrap();
+            data.set_len(size).unwrap();
+        }
         return;
     }
-    let settings = format!(
+    let mut settings = format!(
         "compat={},cluster_size={},refcount_bits={},lazy_refcounts={},extended_l2={}",
         if case.version == 2 { "0.10" } else { "1.1" },
         options.cluster_size,
@@ -164,6 +180,11 @@ fn create(dir: &Path, case: &Case, size: u64, backing: Option<&str>, by_us: bool
         if options.lazy_refcounts { "on" } else { "off" },
         if options.extended_l2 { "on" } else { "off" },
     );
+    match case.outside {
+        Outside::No => {}
+        Outside::Data => settings.push_str(",data_file=data"),
+        Outside::Raw => settings.push_str(",data_file=data,data_file_raw=on"),
+    }
     let size = size.to_string();
     let mut args = vec!["create", "-q", "-f", "qcow2", "-o", &settings];
     if let Some(format) = backing {
@@ -182,7 +203,8 @@ fn run(case: &Case) -> Result<(), String> {
     let size = ((cluster * 16).clamp(192 << 10, 8 << 20) + 512 * (1 + random.below(9))) & !511;
     let base = make_base(dir, case, size, &mut random);
     let kind = base.as_ref().map(|(kind, _)| kind.as_str());
-    create(dir, case, size, kind, !case.seed.is_multiple_of(4));
+    let by_us = !case.seed.is_multiple_of(4);
+    create(dir, case, size, kind, by_us);
     check(dir, "disk");
     let mut model = match &base {
         Some((_, base)) => Model::over(base, size),
@@ -203,6 +225,18 @@ fn run(case: &Case) -> Result<(), String> {
         close(driver)?;
         check(dir, "disk");
         qemu_reads(dir, "qcow2", "disk", &mut model);
+        if case.outside == Outside::Raw {
+            let mut raw = std::fs::read(dir.join("data")).unwrap();
+            // QEMU makes whole clusters or subclusters of it; we leave its size as it is.
+            assert!(
+                raw.len() as u64 == size || !by_us || round > 0,
+                "{case:?}: {}",
+                raw.len()
+            );
+            raw.truncate(size as usize);
+            let same = model.check(0, &raw);
+            same.map_err(|e| format!("{round}: the raw file: {e}"))?;
+        }
         let mut script = String::new();
         for _ in 0..25 {
             let op = peer::random_op(&mut random, size, cluster, 512);
@@ -241,6 +275,7 @@ fn version_3(bits: std::ops::RangeInclusive<u32>) -> impl Iterator<Item = Case> 
                 base: BASES[(index % 6) as usize],
                 seed: u64::from(index) + 1000,
                 extended_l2: false,
+                outside: Outside::No,
             }
         })
     })
@@ -270,6 +305,7 @@ fn version_2() {
         base: BASES[(cluster_bits % 6) as usize],
         seed: u64::from(cluster_bits) + 2000,
         extended_l2: false,
+        outside: Outside::No,
     }));
 }
 
@@ -283,6 +319,7 @@ fn every_base() {
         base: BASES[index as usize],
         seed: index + 3000,
         extended_l2: false,
+        outside: Outside::No,
     }));
 }
 
@@ -299,6 +336,34 @@ fn subclusters() {
             base: BASES[index as usize],
             seed: u64::from(cluster_bits) * 10 + index + 4000,
             extended_l2: true,
+            outside: Outside::No,
+        })
+    }));
+}
+
+/// Data in a file of their own, with every kind of base, and such files that must be raw images.
+#[test]
+fn external_data_files() {
+    run_all([9, 12, 14, 16, 21].into_iter().flat_map(|cluster_bits| {
+        (0..4).map(move |turn| {
+            let index = cluster_bits * 4 + turn;
+            let outside = if turn == 0 {
+                Outside::Raw
+            } else {
+                Outside::Data
+            };
+            Case {
+                version: 3,
+                cluster_bits,
+                refcount_bits: 1 << (index % 7),
+                base: match outside {
+                    Outside::Raw => Base::None,
+                    _ => BASES[(index % 6) as usize],
+                },
+                seed: u64::from(index) + 5000 + u64::from(cluster_bits),
+                extended_l2: cluster_bits >= 14 && turn % 2 == 0,
+                outside,
+            }
         })
     }));
 }

@@ -184,7 +184,7 @@ const TABLE: &[(&str, Damage, &str)] = &[
         |b| put(b, 60, &[0xff; 4]),
         "nb_snapshots at byte 60",
     ),
-    ("external data file", |b| b[79] |= 4, "external data file"),
+    ("external data file", |b| b[79] |= 4, "say --data-file"),
     ("extended L2", |b| b[79] |= 16, "extended L2"),
     ("unknown feature", |b| b[74] |= 1, "unknown feature bit 40"),
     ("dirty", |b| b[79] |= 1, "dirty bit"),

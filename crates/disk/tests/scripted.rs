@@ -39,6 +39,7 @@ impl Image for Script {
             cluster_size: UNIT,
             backing: None,
             backing_format: None,
+            data_file: None,
             read_only_because: None,
             facts: Vec::new(),
         }

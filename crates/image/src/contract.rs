@@ -40,6 +40,8 @@ pub struct FileId(pub u8);
 impl FileId {
     /// The image file itself.
     pub const IMAGE: FileId = FileId(0);
+    /// The external data file.
+    pub const DATA: FileId = FileId(1);
 }
 
 /// Names something busy inside one image: a block being loaded, clusters being
@@ -329,6 +331,15 @@ pub struct Freed {
     pub len: u64,
 }
 
+/// The external data file of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataFile {
+    /// Its name as the image stores it; `None` when it stores none and the user must say it.
+    pub name: Option<String>,
+    /// The file is the disk's raw image too, after each flush.
+    pub raw: bool,
+}
+
 /// What an image is, for `info` and for the exports' limits.
 #[derive(Clone, Debug)]
 pub struct Description {
@@ -342,6 +353,8 @@ pub struct Description {
     pub backing: Option<String>,
     /// The backing file's format as the image stores it.
     pub backing_format: Option<String>,
+    /// The external data file that has the guest's bytes ([`FileId::DATA`]), when there is one.
+    pub data_file: Option<DataFile>,
     /// Why the image may not be written, when it may not: the feature's name.
     pub read_only_because: Option<String>,
     /// Further facts, in the order in which `info` shows them.

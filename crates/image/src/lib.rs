@@ -12,8 +12,9 @@ pub mod qcow2;
 mod raw;
 
 pub use contract::{
-    Allocation, Compressed, Description, Extent, ExtentKind, FileId, Fill, FlushRun, Freed, Image,
-    Key, Load, MetaWrite, Need, Plan, Reserve, Stage, Step, Ticket, ZeroMode, ZeroPlan,
+    Allocation, Compressed, DataFile, Description, Extent, ExtentKind, FileId, Fill, FlushRun,
+    Freed, Image, Key, Load, MetaWrite, Need, Plan, Reserve, Stage, Step, Ticket, ZeroMode,
+    ZeroPlan,
 };
 pub use null::Null;
 pub use probe::{Format, PROBE_BYTES, probe, probe_bytes};

@@ -64,6 +64,7 @@ impl Image for Null {
             cluster_size: 1,
             backing: None,
             backing_format: None,
+            data_file: None,
             read_only_because: None,
             facts: Vec::new(),
         }

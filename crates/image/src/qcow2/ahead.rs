@@ -84,7 +84,13 @@ impl Qcow2 {
         let want = (recent * FLUSHES).clamp(LOT_MIN, LOT_MAX).min(most);
         let left: u64 = st.ahead.lots.iter().map(|lot| lot.count).sum();
         let enough = left > 2 * recent && left > want / 4;
-        if recent == 0 || recent > want || enough || st.ahead.lots.len() >= LOTS_MAX {
+        // With a data file, the guest's writes take no clusters of this one.
+        if self.geometry.data_file
+            || recent == 0
+            || recent > want
+            || enough
+            || st.ahead.lots.len() >= LOTS_MAX
+        {
             return;
         }
         let slice_bits = self.geometry.slice_refcount_bits();

@@ -355,7 +355,10 @@ impl Qcow2 {
         st.space.scan = end;
         st.space.scan_budget = st.space.scan_budget.saturating_sub(1);
         // What looks free but is not, in order.
-        let mut taken: Vec<(u64, u64)> = st.tickets.hosts().collect();
+        let mut taken: Vec<(u64, u64)> = match g.data_file {
+            false => st.tickets.hosts().collect(),
+            true => Vec::new(),
+        };
         taken.extend(st.space.quarantine.range(..end).map(|(f, c)| (*f, *c)));
         taken.extend(st.space.runs.iter().map(|r| (r.first, r.count)));
         taken.retain(|(f, c)| *f < end && f + c > first);

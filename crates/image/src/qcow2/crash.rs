@@ -83,6 +83,8 @@ fn storm(
         backing: backing.then(|| ("base".into(), "raw".into())),
         compression: Compression::Zlib,
         extended_l2,
+        data_file: None,
+        data_file_raw: false,
     };
     let open = OpenOptions::default();
     let base: Vec<u8> = match backing {

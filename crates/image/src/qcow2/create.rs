@@ -5,11 +5,13 @@
 //!           1 … refcount table
 //!           …   refcount blocks, as many as cover all of this
 //!           …   L1 table, all zeros
+//!           …   L2 tables, only where the guest's clusters are preallocated
 //! ```
 //!
 //! The header is written last, behind a barrier: until then the file shows no
 //! format, so a crash leaves no half of an image that looks like one.
 
+use super::entry::COPIED;
 use super::extensions::{self, Extension};
 use super::subcluster::SUBCLUSTERS;
 use super::{
@@ -37,6 +39,11 @@ pub struct CreateOptions {
     pub compression: Compression,
     /// L2 entries with subclusters, 32 to a cluster; version 3 with clusters of 16 KiB or more only.
     pub extended_l2: bool,
+    /// Name of the external data file, as it is to be stored; version 3 only. The file itself is not made here.
+    pub data_file: Option<String>,
+    /// The data file is to be the disk's raw image too: without a backing file only. All L2 entries are
+    /// there from the beginning then (8 or 16 bytes a cluster).
+    pub data_file_raw: bool,
 }
 
 impl Default for CreateOptions {
@@ -50,6 +57,8 @@ impl Default for CreateOptions {
             backing: None,
             compression: Compression::Zlib,
             extended_l2: false,
+            data_file: None,
+            data_file_raw: false,
         }
     }
 }
@@ -60,16 +69,18 @@ struct Layout {
     refcount_table: u64,
     refcount_blocks: u64,
     l1: u64,
+    l2: u64,
 }
 
 impl Layout {
-    /// The fewest refcount structures that cover `l1` clusters, the header and themselves.
-    fn of(l1: u64, cluster_size: u64, refcount_bits: u32) -> Self {
+    /// The fewest refcount structures that cover `l1` and `l2` clusters, the header and themselves.
+    fn of(l1: u64, l2: u64, cluster_size: u64, refcount_bits: u32) -> Self {
         let per_block = cluster_size * 8 / u64::from(refcount_bits);
         let mut layout = Self {
             refcount_table: 1,
             refcount_blocks: 1,
             l1,
+            l2,
         };
         // Each turn adds what the turn before lacked; a block covers at least 64 clusters, so the
         // additions shrink and this ends.
@@ -85,7 +96,12 @@ impl Layout {
     }
 
     fn clusters(&self) -> u64 {
-        1 + self.refcount_table + self.refcount_blocks + self.l1
+        1 + self.refcount_table + self.refcount_blocks + self.l1 + self.l2
+    }
+
+    /// The first cluster of the L1 table.
+    fn l1_first(&self) -> u64 {
+        1 + self.refcount_table + self.refcount_blocks
     }
 }
 
@@ -114,6 +130,7 @@ impl CreateOptions {
                 return wrong("compression_type=zstd needs compat=1.1".into());
             }
             2 if self.extended_l2 => return wrong("extended_l2=on needs compat=1.1".into()),
+            2 if self.data_file.is_some() => return wrong("data_file needs compat=1.1".into()),
             2 | 3 => {}
             other => return wrong(format!("version {other} is not known: 2 or 3")),
         }
@@ -123,6 +140,7 @@ impl CreateOptions {
                 size::human(1 << EXTENDED_CLUSTER_BITS_MIN)
             ));
         }
+        self.validate_data_file()?;
         if let Some((name, format)) = &self.backing {
             if name.is_empty() || name.len() > limits::FILE_NAME_BYTES_MAX || name.contains('\0') {
                 return wrong(format!(
@@ -152,6 +170,29 @@ impl CreateOptions {
         Ok(())
     }
 
+    fn validate_data_file(&self) -> Result<()> {
+        let Some(name) = &self.data_file else {
+            return match self.data_file_raw {
+                true => Err(Error::invalid("data_file_raw=on needs a data_file")),
+                false => Ok(()),
+            };
+        };
+        if name.is_empty() || name.len() > limits::FILE_NAME_BYTES_MAX || name.contains('\0') {
+            return Err(Error::invalid(format!(
+                "the data file's name has {} bytes: 1 to {} without a zero byte are possible",
+                name.len(),
+                limits::FILE_NAME_BYTES_MAX
+            )));
+        }
+        if self.data_file_raw && self.backing.is_some() {
+            return Err(Error::invalid(
+                "data_file_raw=on and a backing file exclude each other: the raw file would lack what is \
+                 in the backing file only",
+            ));
+        }
+        Ok(())
+    }
+
     /// Bytes of a subcluster: what `extended_l2` makes of a cluster.
     pub fn subcluster_size(&self) -> u64 {
         self.cluster_size / u64::from(SUBCLUSTERS)
@@ -167,7 +208,8 @@ impl CreateOptions {
         let size = align_up(self.size, 512);
         let l1_entries = size.div_ceil(self.l2_bytes());
         let l1 = (l1_entries * 8).div_ceil(self.cluster_size);
-        let layout = Layout::of(l1, self.cluster_size, self.refcount_bits);
+        let l2 = if self.data_file_raw { l1_entries } else { 0 };
+        let layout = Layout::of(l1, l2, self.cluster_size, self.refcount_bits);
         let v3 = self.version >= 3;
         let packed = self.compression == Compression::Zstd;
         let mut extensions = Vec::new();
@@ -177,13 +219,18 @@ impl CreateOptions {
                 data: format.as_bytes().to_vec(),
             });
         }
+        if let Some(name) = &self.data_file {
+            extensions.push(Extension {
+                kind: extensions::DATA_FILE_NAME,
+                data: name.as_bytes().to_vec(),
+            });
+        }
         if v3 {
             extensions.push(Extension {
                 kind: extensions::FEATURE_NAMES,
                 data: features::standard_table(),
             });
         }
-        let l1_at = 1 + layout.refcount_table + layout.refcount_blocks;
         let header = Header {
             version: self.version,
             backing: self.backing.as_ref().map(|(name, _)| name.clone()),
@@ -195,13 +242,14 @@ impl CreateOptions {
             l1_table_offset: if l1 == 0 {
                 0
             } else {
-                l1_at * self.cluster_size
+                layout.l1_first() * self.cluster_size
             },
             refcount_table_offset: self.cluster_size,
             refcount_table_clusters: u32::try_from(layout.refcount_table).unwrap_or(u32::MAX),
             nb_snapshots: 0,
             snapshots_offset: 0,
             incompatible: [
+                (self.data_file.is_some(), features::DATA_FILE),
                 (packed, features::COMPRESSION),
                 (self.extended_l2, features::EXTENDED_L2),
             ]
@@ -212,7 +260,10 @@ impl CreateOptions {
                 true => features::LAZY_REFCOUNTS,
                 false => 0,
             },
-            autoclear: 0,
+            autoclear: match self.data_file_raw {
+                true => features::DATA_FILE_RAW,
+                false => 0,
+            },
             refcount_order: self.refcount_bits.trailing_zeros(),
             header_length: if v3 { V3_LEN } else { V2_LEN },
             compression_type: u8::from(packed),
@@ -280,9 +331,40 @@ fn write(
         let ones = ones(used, options.refcount_bits);
         storage.write_at((blocks_at + block) * cluster, &ones)?;
     }
+    if layout.l2 > 0 {
+        preallocate(storage, options, layout)?;
+    }
     storage.sync()?;
     storage.write_at(0, header)?;
     storage.sync()
+}
+
+/// Writes L1 and L2 tables in which each guest cluster has its own place in the data file.
+fn preallocate(storage: &dyn Storage, options: &CreateOptions, layout: &Layout) -> Result<()> {
+    let cluster = options.cluster_size;
+    let first = layout.l1_first() + layout.l1;
+    let tables = (first..first + layout.l2).map(|at| (at * cluster) | COPIED);
+    // At most 32 MiB.
+    let l1: Vec<u8> = tables.flat_map(u64::to_be_bytes).collect();
+    storage.write_at(layout.l1_first() * cluster, &l1)?;
+    let entry = if options.extended_l2 { 16 } else { 8 };
+    let clusters = align_up(options.size, 512).div_ceil(cluster);
+    let mut table = Vec::new();
+    for (nth, first_guest) in (0..clusters)
+        .step_by((cluster / entry) as usize)
+        .enumerate()
+    {
+        table.clear();
+        for guest in first_guest..clusters.min(first_guest + cluster / entry) {
+            table.extend_from_slice(&((guest * cluster) | COPIED).to_be_bytes());
+            if options.extended_l2 {
+                // All subclusters are allocated.
+                table.extend_from_slice(&u64::from(u32::MAX).to_be_bytes());
+            }
+        }
+        storage.write_at((first + nth as u64) * cluster, &table)?;
+    }
+    Ok(())
 }
 
 /// `count` refcounts of 1, each `bits` wide: below a byte the first is in the lowest bits, else big-endian.
@@ -332,7 +414,7 @@ mod tests {
             (62, 512, 64),
             (16, 2 << 20, 1),
         ] {
-            let layout = Layout::of(l1, cluster, bits);
+            let layout = Layout::of(l1, l1 / 2, cluster, bits);
             let per_block = cluster * 8 / u64::from(bits);
             assert!(layout.refcount_blocks * per_block >= layout.clusters());
             assert!(layout.refcount_table * cluster / 8 >= layout.refcount_blocks);
@@ -376,6 +458,22 @@ mod tests {
             (
                 change(|o| (o.version, o.extended_l2) = (2, true)),
                 "extended_l2=on needs compat",
+            ),
+            (
+                change(|o| (o.version, o.data_file) = (2, Some("d".into()))),
+                "data_file needs compat",
+            ),
+            (change(|o| o.data_file_raw = true), "data_file_raw=on needs"),
+            (
+                change(|o| o.data_file = Some(String::new())),
+                "the data file's name has 0 bytes",
+            ),
+            (
+                change(|o| {
+                    (o.data_file, o.data_file_raw) = (Some("d".into()), true);
+                    o.backing = Some(("b".into(), "raw".into()));
+                }),
+                "data_file_raw=on and a backing file",
             ),
             (
                 change(|o| (o.cluster_size, o.extended_l2) = (8192, true)),

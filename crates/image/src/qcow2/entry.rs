@@ -20,8 +20,8 @@ pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 pub(super) const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Reserved bits of an L1 entry.
 pub(super) const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
-/// In memory only: the entry points at a cluster that holds metadata. All of the low reserved
-/// bits, which no sound entry has.
+/// In memory only: the entry points at a cluster that holds metadata, or in an external data file at
+/// another place than its own. All of the low reserved bits, which no sound entry has.
 pub(super) const OVERLAP: u64 = 0x1fe;
 /// In memory only, in L1 and refcount table entries: the block behind it was never written, so
 /// what is not in the cache is zeros.
@@ -67,6 +67,9 @@ pub(super) enum Bad {
     BothBits,
     NoCluster,
     Compressed,
+    /// From here on: in an image with an external data file.
+    Elsewhere,
+    CompressedOutside,
 }
 
 impl Bad {
@@ -80,6 +83,10 @@ impl Bad {
             Bad::BothBits => "marks a subcluster as allocated and as zeros",
             Bad::NoCluster => "marks subclusters as allocated where there is no cluster",
             Bad::Compressed => "is not zero for a compressed cluster",
+            Bad::Elsewhere => "points at another place of the data file than the guest's own",
+            Bad::CompressedOutside => {
+                "is of a compressed cluster, but data are in an external file"
+            }
         }
     }
 
@@ -107,6 +114,10 @@ pub(super) struct Geometry {
     /// log2 of the unit in which clusters are allocated to the guest: a subcluster with extended
     /// L2 entries, else the cluster.
     pub(super) unit_bits: u32,
+    /// Whether the guest's clusters are in an external file.
+    pub(super) data_file: bool,
+    /// Besides, that file is to be the disk's raw image.
+    pub(super) data_raw: bool,
 }
 
 impl Geometry {
@@ -128,6 +139,8 @@ impl Geometry {
                 true => header.cluster_bits - SUBCLUSTERS_BITS,
                 false => header.cluster_bits,
             },
+            data_file: header.has_data_file(),
+            data_raw: header.data_file_raw(),
         }
     }
 
@@ -236,6 +249,7 @@ impl Geometry {
         }
         if raw & L2_RESERVED != 0 {
             return Err(match raw & L2_RESERVED {
+                OVERLAP if self.data_file => Bad::Elsewhere,
                 OVERLAP => Bad::Overlap,
                 _ => Bad::Reserved,
             });
@@ -244,7 +258,8 @@ impl Geometry {
         if host & (self.cluster() - 1) != 0 {
             return Err(Bad::Misaligned);
         }
-        let copied = raw & COPIED != 0;
+        // What is in the data file is nobody else's, whatever the flag says.
+        let copied = raw & COPIED != 0 || self.data_file;
         Ok(match (raw & ZERO != 0, host) {
             (true, _) if self.version < 3 => return Err(Bad::ZeroInV2),
             (true, 0) => Entry::Zero {
@@ -255,12 +270,17 @@ impl Geometry {
                 host: Some(host),
                 copied,
             },
+            // There, offset 0 is a place like any other: the flag tells it from none.
+            (false, 0) if self.data_file && raw & COPIED != 0 => Entry::Data { host, copied },
             (false, 0) => Entry::Unallocated,
             (false, _) => Entry::Data { host, copied },
         })
     }
 
     fn decode_compressed(&self, raw: u64) -> Result<Entry, Bad> {
+        if self.data_file {
+            return Err(Bad::CompressedOutside);
+        }
         let (offset, len) = compressed_range(self.cluster_bits, raw);
         if offset + len > HOST_OFFSET_END {
             return Err(Bad::TooFar);
@@ -348,6 +368,8 @@ mod tests {
             size: 1 << 30,
             has_backing: false,
             unit_bits: cluster_bits,
+            data_file: false,
+            data_raw: false,
         }
     }
 

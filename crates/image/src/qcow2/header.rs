@@ -14,6 +14,7 @@
 use super::extensions::{self, Extension};
 use super::features::{self, FeatureKind};
 use super::{read_u32, read_u64};
+use crate::DataFile;
 use block::{Context, Error, Result, Storage, limits};
 
 /// The first four bytes of every image.
@@ -405,7 +406,12 @@ impl Header {
 
     /// Refuses features that make the image unreadable to this code, by name.
     pub fn check_features(&self) -> Result<()> {
-        self.refuse(self.incompatible & (!features::INCOMPATIBLE_KNOWN | features::DATA_FILE))?;
+        self.check_known()?;
+        if self.data_file_raw() && self.backing.is_some() {
+            return Err(Error::corrupt(
+                "header: 'raw external data' (autoclear bit 1) and a backing file exclude each other",
+            ));
+        }
         match self.crypt_method {
             0 => {}
             1 => return Err(Error::unsupported("is encrypted (AES): not supported")),
@@ -422,14 +428,17 @@ impl Header {
         if self.incompatible & features::DIRTY != 0 {
             return Some("its dirty bit is set: run diskplane check --repair all".into());
         }
+        if self.nb_snapshots > 0 && self.has_data_file() {
+            return Some("internal snapshots beside an external data file".into());
+        }
         if self.nb_snapshots > 0 {
             return Some("internal snapshots".into());
         }
-        if self.autoclear != 0 {
+        if self.autoclear & !features::DATA_FILE_RAW != 0 {
             let table = self.extension(extensions::FEATURE_NAMES);
             return Some(features::names(
                 FeatureKind::Autoclear,
-                self.autoclear,
+                self.autoclear & !features::DATA_FILE_RAW,
                 table,
             ));
         }
@@ -511,6 +520,52 @@ impl Header {
     pub fn backing_format(&self) -> Option<String> {
         self.extension(extensions::BACKING_FORMAT)
             .map(|name| String::from_utf8_lossy(name).into_owned())
+    }
+
+    /// Whether the guest's clusters are in an external file.
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible & features::DATA_FILE != 0
+    }
+
+    /// Whether that file is to be the disk's raw image too.
+    pub fn data_file_raw(&self) -> bool {
+        self.has_data_file() && self.autoclear & features::DATA_FILE_RAW != 0
+    }
+
+    /// The external data file, with its name as the image stores it.
+    ///
+    /// # Errors
+    ///
+    /// [`block::ErrorKind::Corrupt`] for a name that cannot be one, [`block::ErrorKind::Unsupported`] for one
+    /// that is not UTF-8.
+    pub fn data_file(&self) -> Result<Option<DataFile>> {
+        if !self.has_data_file() {
+            return Ok(None);
+        }
+        let name = match self.extension(extensions::DATA_FILE_NAME) {
+            None => None,
+            Some(name) if name.is_empty() || name.len() > limits::FILE_NAME_BYTES_MAX => {
+                return Err(Error::corrupt(format!(
+                    "header: the data file's name has {} bytes, allowed are 1 to {}",
+                    name.len(),
+                    limits::FILE_NAME_BYTES_MAX
+                )));
+            }
+            Some(name) if name.contains(&0) => {
+                return Err(Error::corrupt(
+                    "header: the data file's name contains a zero byte",
+                ));
+            }
+            Some(name) => Some(
+                std::str::from_utf8(name)
+                    .map_err(|_| Error::unsupported("header: the data file's name is not UTF-8"))?
+                    .to_owned(),
+            ),
+        };
+        Ok(Some(DataFile {
+            name,
+            raw: self.data_file_raw(),
+        }))
     }
 
     /// Bytes of a cluster.

@@ -18,6 +18,8 @@ fn sound(cluster_bits: u32, order: u32, extended_l2: bool) -> (Vec<u8>, Vec<u64>
         backing: (order == 4).then(|| ("base".into(), "raw".into())),
         compression: Compression::Zlib,
         extended_l2,
+        data_file: None,
+        data_file_raw: false,
     };
     let mut driver = Driver::create(&options, &OpenOptions::default());
     let mut rng = Rng(5);

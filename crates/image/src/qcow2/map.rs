@@ -32,6 +32,8 @@ pub(super) struct Growing {
     pub(super) want: u64,
     pub(super) len: u64,
     kind: ExtentKind,
+    /// Where the guest's clusters are.
+    file: FileId,
 }
 
 impl Growing {
@@ -47,10 +49,10 @@ impl Growing {
         let kind = match entry {
             Entry::Unallocated => ExtentKind::Unallocated,
             Entry::Zero { host, .. } => ExtentKind::Zero {
-                host: host.map(|host| (FileId::IMAGE, HostOffset(host + skip))),
+                host: host.map(|host| (self.file, HostOffset(host + skip))),
             },
             Entry::Data { host, .. } => ExtentKind::Data {
-                file: FileId::IMAGE,
+                file: self.file,
                 offset: HostOffset(host + skip),
             },
             Entry::Compressed { offset, len } => ExtentKind::Compressed(Compressed {
@@ -187,6 +189,7 @@ impl Qcow2 {
             want: len,
             len: 0,
             kind: ExtentKind::Unallocated,
+            file: g.guest_file(),
         };
         for _ in 0..STEPS_MAX {
             let place = self.place(run.next() >> g.cluster_bits);
@@ -350,7 +353,7 @@ impl Qcow2 {
             }
         }
         Ok((done > 0).then_some(Plan::InPlace {
-            file: FileId::IMAGE,
+            file: g.guest_file(),
             offset: HostOffset(host),
             len: done,
         }))

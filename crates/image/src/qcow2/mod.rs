@@ -11,6 +11,7 @@
 //! * `state`: what the lock guards, made of `cache`, `refcount`, `alloc`, `ahead` and `tickets`.
 //! * `map`, `write`, `zero`: the questions. `flush`: the order on disk, and why it is safe.
 //! * `edit`: changes of a closed image's metadata, all at once; `snapshot`: internal snapshots.
+//! * `data`: images whose guest data are in a file of their own.
 //! * `header`, `extensions`, `features`, `entry`: the format. `open`, `close`, `compress`.
 //!
 //! Internal functions answer with `state::Ask`: a value, or why there is none now (`?` passes it up).
@@ -26,6 +27,7 @@ mod corners;
 #[cfg(test)]
 mod crash;
 mod create;
+mod data;
 pub mod edit;
 
 mod entry;
@@ -66,8 +68,8 @@ pub use header::{
 pub use open::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX, OpenOptions};
 
 use crate::{
-    Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan, Reserve, Step, Ticket,
-    ZeroMode, ZeroPlan,
+    DataFile, Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan, Reserve, Step,
+    Ticket, ZeroMode, ZeroPlan,
 };
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
 use cache::Owner;
@@ -82,6 +84,7 @@ use tables::Tables;
 pub struct Qcow2 {
     name: String,
     header: Header,
+    data_file: Option<DataFile>,
     geometry: Geometry,
     compression: Compression,
     /// `Some` when it must not be written: by wish (empty) or for a reason.
@@ -151,13 +154,19 @@ impl Qcow2 {
                         }
                         let at = n as usize * slice_len;
                         decode(&mut words, bytes.get(at..at + slice_len));
-                        if self.read_only.is_none() {
-                            // Of extended entries, the first word of two.
-                            for raw in words.iter_mut().step_by(1 << g.entry_word_bits()) {
+                        let (slice, host) = (load.first + n, load.host + at as u64);
+                        // Of extended entries, the first word of two.
+                        let entries = words.iter_mut().step_by(1 << g.entry_word_bits());
+                        if g.data_file {
+                            let first = slice << g.slice_entry_bits();
+                            for (raw, cluster) in entries.zip(first..) {
+                                *raw = g.judge_outside(*raw, cluster);
+                            }
+                        } else if self.read_only.is_none() {
+                            for raw in entries {
                                 *raw = self.judge(&st.places, *raw);
                             }
                         }
-                        let (slice, host) = (load.first + n, load.host + at as u64);
                         st.cache
                             .take_in(&self.tables, g, slice, host, &words, &mut spare);
                     }
@@ -230,6 +239,13 @@ impl Image for Qcow2 {
             let unit = size::human(self.geometry.unit());
             facts.push(("subclusters", unit));
         }
+        let data_file = self.data_file.clone();
+        if let Some(data) = &data_file {
+            let name = data.name.clone();
+            let none = || "no name recorded: say --data-file".to_owned();
+            facts.push(("data file", name.unwrap_or_else(none)));
+            facts.push(("data file raw", data.raw.to_string()));
+        }
         facts.push(("metadata cache", self.cache_fact(&st)));
         Description {
             format: "qcow2",
@@ -237,6 +253,7 @@ impl Image for Qcow2 {
             cluster_size: h.cluster_size(),
             backing: h.backing.clone(),
             backing_format: h.backing_format(),
+            data_file,
             read_only_because: self.lacks.clone(),
             facts,
         }

@@ -49,6 +49,7 @@ impl Qcow2 {
     fn open_unnamed(storage: &dyn Storage, options: &OpenOptions, name: &str) -> Result<Self> {
         let header = Header::read_unnamed(storage)?;
         header.check_features()?;
+        let data_file = header.data_file()?;
         let compression = header.compression()?;
         let geometry = Geometry::of(&header);
         let file_len = storage.len()?;
@@ -148,6 +149,7 @@ impl Qcow2 {
             .or_else(|| options.read_only.then(String::new));
         Ok(Self {
             name: name.to_owned(),
+            data_file,
             compression,
             read_only,
             lacks,
@@ -157,7 +159,7 @@ impl Qcow2 {
             state: Mutex::new(State {
                 cache: Cache::new(frames, &geometry),
                 refs,
-                space: Space::new(end, geometry.size, holed),
+                space: Space::new(end, space_bytes(&geometry), holed),
                 ahead: Ahead::default(),
                 tickets: Tickets::new(),
                 places: Places { blocks, fixed },
@@ -178,10 +180,12 @@ impl Qcow2 {
     }
 }
 
+/// Incompatible features that a writer here knows.
+const WRITABLE: u64 = features::COMPRESSION | features::EXTENDED_L2 | features::DATA_FILE;
+
 /// Whether the header alone allows writing.
 fn lacks_nothing(header: &Header) -> bool {
-    header.read_only_because().is_none()
-        && header.incompatible & !(features::COMPRESSION | features::EXTENDED_L2) == 0
+    header.read_only_because().is_none() && header.incompatible & !WRITABLE == 0
 }
 
 /// The L1 table, padded to whole sectors with what the file has there.
@@ -232,6 +236,15 @@ pub(super) fn word_of(bytes: &[u8]) -> u64 {
         *to = *from;
     }
     u64::from_be_bytes(word)
+}
+
+/// Bytes that the image file may grow by, roughly: the disk's, or those of its L2 tables where data are
+/// in a file of their own.
+fn space_bytes(geometry: &Geometry) -> u64 {
+    match geometry.data_file {
+        true => geometry.l2_slices() << geometry.slice_bits,
+        false => geometry.size,
+    }
 }
 
 /// How many frames the cache gets.

@@ -375,6 +375,8 @@ mod tests {
         Geometry {
             cluster_bits: BITS,
             unit_bits: if extended { BITS - 5 } else { BITS },
+            data_file: false,
+            data_raw: false,
             slice_bits,
             refcount_order: 4,
             version: 3,

@@ -38,6 +38,8 @@ impl Synthetic {
             lazy_refcounts: false,
             backing: None,
             compression: Compression::Zlib,
+            data_file: None,
+            data_file_raw: false,
         };
         create(&file, &options).unwrap();
         let mut head = file.bytes();

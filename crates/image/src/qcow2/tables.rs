@@ -332,6 +332,8 @@ mod tests {
             size: 1 << 30,
             has_backing: false,
             unit_bits: 12,
+            data_file: false,
+            data_raw: false,
         }
     }
 

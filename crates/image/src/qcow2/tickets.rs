@@ -25,8 +25,10 @@ pub(super) struct Pending {
     pub(super) clusters: u64,
     /// The L2 slice's frame, pinned.
     pub(super) l2_frame: u32,
+    /// A part of a cluster with subclusters: nothing but bits to change, and perhaps a birth to end.
+    pub(super) part: bool,
     /// The frame with the new clusters' refcounts, pinned; `None` when the clusters were the
-    /// guest's already (a preallocated zero cluster), or when their birth has it.
+    /// guest's already (a preallocated zero cluster), when their birth has it, or when they are in a data file.
     pub(super) ref_frame: Option<u32>,
     /// The new clusters were counted ahead.
     pub(super) counted: bool,
@@ -43,8 +45,8 @@ pub(super) struct Birth {
     pub(super) cluster: u64,
     /// Host cluster.
     pub(super) host: u64,
-    /// The frame with its refcount, pinned.
-    pub(super) ref_frame: u32,
+    /// The frame with its refcount, pinned; none in a data file.
+    pub(super) ref_frame: Option<u32>,
     /// It was counted ahead.
     pub(super) counted: bool,
     /// It reads as zeros where nobody wrote.

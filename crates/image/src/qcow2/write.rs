@@ -7,7 +7,7 @@ use super::map::Place;
 use super::state::{Ask, Deref, FRESH_TABLES_MAX, Halt, State};
 use super::subcluster::Bitmap;
 use super::tickets::{Pending, Tickets};
-use crate::{Allocation, FileId, Fill, Need, Plan, Ticket};
+use crate::{Allocation, Fill, Need, Plan, Ticket};
 use block::{GuestOffset, HostOffset};
 use std::sync::atomic::Ordering;
 
@@ -150,7 +150,7 @@ impl Qcow2 {
                 });
                 let skip = at.0 & (g.cluster() - 1);
                 return Ok(Plan::InPlace {
-                    file: FileId::IMAGE,
+                    file: g.guest_file(),
                     offset: HostOffset(host + skip),
                     len: len.min((count << g.cluster_bits) - skip),
                 });
@@ -171,6 +171,7 @@ impl Qcow2 {
                     host: host >> g.cluster_bits,
                     clusters: count,
                     l2_frame: frame,
+                    part: false,
                     ref_frame: None,
                     counted: false,
                     independent: false,
@@ -203,8 +204,8 @@ impl Qcow2 {
         if let Some(old) = old {
             self.pin_old(st, old)?;
         }
-        let piece = match self.alloc(st, count) {
-            Ok(piece) => piece,
+        let given = match self.give_clusters(st, cluster, count) {
+            Ok(given) => given,
             Err(halt) => {
                 if let Some(old) = old {
                     self.unpin_old(st, old);
@@ -212,19 +213,19 @@ impl Qcow2 {
                 return Err(halt);
             }
         };
-        st.cache.pin(piece.frame);
         let pending = Pending {
             start: cluster,
-            count: piece.count,
-            host: piece.first,
-            clusters: piece.count,
+            count: given.count,
+            host: given.first,
+            clusters: given.count,
             l2_frame: frame,
-            ref_frame: Some(piece.frame),
-            counted: piece.counted,
-            independent: piece.counted && blank,
+            part: false,
+            ref_frame: given.frame,
+            counted: given.counted,
+            independent: given.counted && blank,
             old,
         };
-        self.ticket(st, pending, at, len, fill, piece.zeroed)
+        self.ticket(st, pending, at, len, fill, given.zeroed)
     }
 
     /// The plan for an allocation. Its first byte is in the first host cluster where it is in
@@ -245,7 +246,11 @@ impl Qcow2 {
             return Err(Halt::Busy);
         };
         let start = pending.start << g.unit_bits;
-        let bytes = pending.count << g.unit_bits;
+        let mut bytes = pending.count << g.unit_bits;
+        if g.data_file {
+            // It ends where the disk does: as a raw image it has the disk's size.
+            bytes = bytes.min(g.size - start);
+        }
         let skip = start & (g.cluster() - 1);
         let write_len = len.min(start + bytes - at.0);
         // A tail behind the disk's end needs no care: nobody can read it before the
@@ -254,7 +259,7 @@ impl Qcow2 {
         Ok(Plan::Allocate(Allocation {
             ticket,
             key: Tickets::key(ticket),
-            file: FileId::IMAGE,
+            file: g.guest_file(),
             host: HostOffset((pending.host << g.cluster_bits) + skip),
             start: GuestOffset(start),
             len: bytes,
@@ -271,7 +276,7 @@ impl Qcow2 {
             return;
         };
         let g = &self.geometry;
-        if g.extended() && pending.ref_frame.is_none() {
+        if pending.part {
             return self.end_part(st, &pending, commit);
         }
         if commit {

@@ -10,13 +10,13 @@
 //!
 //! *Free* leaves the zero flag where there is a backing file, since its bytes must not show again, and
 //! nothing otherwise. Version 2 has no zero flag: with a backing file a discard does nothing
-//! and zeros are written.
+//! and zeros are written. With an external data file what has data is zeroed there (`data`).
 
 use super::Qcow2;
 use super::entry::{COPIED, Entry, OFFSET_MASK, SECTOR, ZERO};
 use super::state::{Ask, Deref, Halt, State};
 use super::subcluster::Bitmap;
-use crate::{FileId, ZeroMode, ZeroPlan};
+use crate::{ZeroMode, ZeroPlan};
 use block::{GuestOffset, HostOffset};
 
 /// What becomes of one whole cluster.
@@ -51,10 +51,15 @@ impl Qcow2 {
         let table = g
             .decode_l1(place.raw)
             .map_err(|bad| self.bad_l1(place.l1, bad))?;
-        if table == 0 && (discard || !g.has_backing) {
+        if table == 0 && !g.data_raw && (discard || !g.has_backing) {
             let covers = 1u64 << (g.l2_bits() + g.cluster_bits);
             let room = covers - (at.0 & (covers - 1));
             return Ok(ZeroPlan::Skip { len: len.min(room) });
+        }
+        if g.data_file
+            && let Some(plan) = self.zero_outside(st, at, len, mode, table != 0)?
+        {
+            return Ok(plan);
         }
         if !whole {
             let part = len.min(cluster_end - at.0);
@@ -93,17 +98,17 @@ impl Qcow2 {
             Entry::Zero { .. } => ZeroPlan::Skip { len },
             Entry::Unallocated if !g.has_backing => ZeroPlan::Skip { len },
             Entry::Data { host, copied: true } if place.raw & COPIED != 0 => {
-                Self::zero_in_place(host + (at.0 & (g.cluster() - 1)), len)
+                self.zero_in_place(host + (at.0 & (g.cluster() - 1)), len)
             }
             _ => ZeroPlan::Write { len },
         })
     }
 
     /// The plan for zeroing bytes that are the guest's own at `offset`.
-    pub(super) fn zero_in_place(offset: u64, len: u64) -> ZeroPlan {
+    pub(super) fn zero_in_place(&self, offset: u64, len: u64) -> ZeroPlan {
         match (offset | len).is_multiple_of(SECTOR) {
             true => ZeroPlan::Host {
-                file: FileId::IMAGE,
+                file: self.geometry.guest_file(),
                 offset: HostOffset(offset),
                 len,
             },
@@ -117,6 +122,11 @@ impl Qcow2 {
         let keep = mode == ZeroMode::Zero { unmap: false };
         let flag = g.version >= 3;
         let old = match entry {
+            // In a data file, what has data is zeroed there: see `data`.
+            Entry::Data { host, .. } if g.data_file => {
+                return Change::Other(self.zero_in_place(host, len));
+            }
+            Entry::Zero { .. } if g.data_file => return Change::Keep,
             Entry::Unallocated if discard || !g.has_backing => return Change::Keep,
             Entry::Zero { host: None, .. } => return Change::Keep,
             Entry::Unallocated => None,
@@ -125,7 +135,7 @@ impl Qcow2 {
                 return Change::To(raw | ZERO, Bitmap::NONE, None);
             }
             Entry::Data { host, copied: true } if !flag && (keep || g.has_backing && !discard) => {
-                return Change::Other(Self::zero_in_place(host, len));
+                return Change::Other(self.zero_in_place(host, len));
             }
             Entry::Data { host, .. }
             | Entry::Zero {

@@ -5,7 +5,7 @@ use super::super::entry::{Bad, COPIED, Entry};
 use super::super::map::{Growing, STEPS_MAX};
 use super::super::tables::Entries;
 use super::{Cluster, Kind};
-use crate::{FileId, Plan};
+use crate::Plan;
 use block::{GuestOffset, HostOffset};
 
 impl Qcow2 {
@@ -106,7 +106,7 @@ impl Qcow2 {
             }
         }
         (done > 0).then_some(Plan::InPlace {
-            file: FileId::IMAGE,
+            file: g.guest_file(),
             offset: HostOffset(host),
             len: done,
         })

@@ -216,6 +216,8 @@ mod tests {
             size: 1 << 30,
             has_backing: false,
             unit_bits: 11,
+            data_file: false,
+            data_raw: false,
         }
     }
 

@@ -19,7 +19,7 @@ use super::super::state::{Ask, Deref, State};
 use super::super::tickets::{Birth, Pending};
 use super::super::write::ALLOC_BYTES_MAX;
 use super::{Bitmap, Cluster, Kind, SUBCLUSTERS};
-use crate::{FileId, Fill, Plan};
+use crate::{Fill, Plan};
 use block::{GuestOffset, HostOffset};
 
 /// Subclusters of one cluster that an allocation covers.
@@ -64,7 +64,7 @@ impl Qcow2 {
                     // Someone committed since the caller looked.
                     let skip = at.0 & (g.cluster() - 1);
                     return Ok(Plan::InPlace {
-                        file: FileId::IMAGE,
+                        file: g.guest_file(),
                         offset: HostOffset(host + skip),
                         len: len.min((u64::from(first + count) << g.unit_bits) - skip),
                     });
@@ -83,17 +83,16 @@ impl Qcow2 {
                 let (host, zeroed) = match st.tickets.birth(cluster) {
                     Some(birth) => (birth.host, birth.zeroed),
                     None => {
-                        let piece = self.alloc(st, 1)?;
-                        st.cache.pin(piece.frame);
+                        let given = self.give_clusters(st, cluster, 1)?;
                         st.tickets.add_birth(Birth {
                             cluster,
-                            host: piece.first,
-                            ref_frame: piece.frame,
-                            counted: piece.counted,
-                            zeroed: piece.zeroed,
+                            host: given.first,
+                            ref_frame: given.frame,
+                            counted: given.counted,
+                            zeroed: given.zeroed,
                             users: 0,
                         });
-                        (piece.first, piece.zeroed)
+                        (given.first, given.zeroed)
                     }
                 };
                 let plan = self.plan_part(st, at, len, frame, host, part, zeroed);
@@ -194,6 +193,7 @@ impl Qcow2 {
             host,
             clusters: 1,
             l2_frame: frame,
+            part: true,
             ref_frame: None,
             counted: false,
             independent: false,
@@ -233,20 +233,21 @@ impl Qcow2 {
     ) -> Ask<Plan> {
         let g = &self.geometry;
         let unit_bits = g.cluster_unit_bits();
-        let piece = self.alloc(st, count)?;
-        st.cache.pin(piece.frame);
+        let cluster = at.0 >> g.cluster_bits;
+        let given = self.give_clusters(st, cluster, count)?;
         let pending = Pending {
-            start: (at.0 >> g.cluster_bits) << unit_bits,
-            count: piece.count << unit_bits,
-            host: piece.first,
-            clusters: piece.count,
+            start: cluster << unit_bits,
+            count: given.count << unit_bits,
+            host: given.first,
+            clusters: given.count,
             l2_frame: frame,
-            ref_frame: Some(piece.frame),
-            counted: piece.counted,
+            part: false,
+            ref_frame: given.frame,
+            counted: given.counted,
             independent: false,
             old,
         };
-        self.ticket(st, pending, at, len, fill, piece.zeroed)
+        self.ticket(st, pending, at, len, fill, given.zeroed)
     }
 
     /// Ends an allocation of subclusters of one cluster.
@@ -272,10 +273,12 @@ impl Qcow2 {
             match st.tickets.take_birth(cluster) {
                 Some(birth) => {
                     debug_assert!(host.is_none() && birth.host == pending.host);
-                    if !birth.counted {
-                        self.set_refcount(st, birth.ref_frame, birth.host, 1);
+                    if let Some(frame) = birth.ref_frame {
+                        if !birth.counted {
+                            self.set_refcount(st, frame, birth.host, 1);
+                        }
+                        st.cache.unpin(frame);
                     }
-                    st.cache.unpin(birth.ref_frame);
                     let raw = birth.host << g.cluster_bits | COPIED;
                     self.put_entry(st, frame, index, raw, bits);
                 }
@@ -307,16 +310,18 @@ impl Qcow2 {
         if birth.users > 0 {
             return;
         }
-        if let Some(birth) = st.tickets.take_birth(cluster) {
+        if let Some(birth) = st.tickets.take_birth(cluster)
+            && let Some(frame) = birth.ref_frame
+        {
             let piece = Piece {
                 first: birth.host,
                 count: 1,
                 zeroed: false,
                 counted: birth.counted,
-                frame: birth.ref_frame,
+                frame,
             };
             self.take_back(st, piece);
-            st.cache.unpin(birth.ref_frame);
+            st.cache.unpin(frame);
         }
     }
 }

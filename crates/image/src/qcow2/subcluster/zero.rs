@@ -23,7 +23,8 @@ use block::GuestOffset;
 impl Qcow2 {
     /// What zeroing or discarding makes of a whole cluster.
     pub(in super::super) fn change_extended(&self, cluster: Cluster, mode: ZeroMode) -> Change {
-        let keep = mode == ZeroMode::Zero { unmap: false };
+        // What is in a data file has its place there anyway.
+        let keep = mode == ZeroMode::Zero { unmap: false } || self.geometry.data_file;
         let zeros = match self.geometry.has_backing {
             true => Bitmap::ZERO,
             false => Bitmap::NONE,
@@ -99,7 +100,7 @@ impl Qcow2 {
                 (Kind::Zero, _) => ZeroPlan::Skip { len },
                 (Kind::Unallocated, _) if !g.has_backing => ZeroPlan::Skip { len },
                 (Kind::Allocated, Some(host)) if copied && place.raw & COPIED != 0 => {
-                    Self::zero_in_place(host + offset, len)
+                    self.zero_in_place(host + offset, len)
                 }
                 _ => ZeroPlan::Write { len },
             });
