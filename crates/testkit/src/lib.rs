@@ -10,6 +10,7 @@
 //! | [`report`] | what it found |
 //! | [`allocations`] | an allocator that counts |
 //! | [`forge`] | qcow2 images byte by byte, sound or not |
+//! | [`rich`] | sound qcow2 images with something of everything, and damage as a program |
 //! | [`memory`] | a sparse file in memory that counts what is done to it |
 //!
 //! Everything here is for tests: what a test takes for granted (a tool is installed, a file can be made)
@@ -42,6 +43,7 @@ pub mod memory;
 mod process;
 pub mod qemu;
 pub mod report;
+pub mod rich;
 pub mod scattered;
 pub mod server;
 pub mod temp;

@@ -6,7 +6,6 @@
 
 mod abuse;
 mod headers;
-mod rich;
 mod snapshots_and_bitmaps;
 mod sweeps;
 mod tables;

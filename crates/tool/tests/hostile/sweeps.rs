@@ -2,8 +2,8 @@
 
 use super::abuse::abuse;
 use super::plain;
-use super::rich::{SHAPES, damaged, rich};
 use proptest::prelude::*;
+use testkit::rich::{SHAPES, damaged, rich};
 
 #[test]
 fn files_that_end_anywhere() {

@@ -1,6 +1,6 @@
 //! Sound images with something of everything, and damage to them.
 
-use testkit::forge::{Bitmap, Forge, Shape, Snapshot};
+use crate::forge::{Bitmap, Forge, Shape, Snapshot};
 
 /// An image with something of everything.
 pub fn rich(shape: Shape) -> Forge {
@@ -44,7 +44,7 @@ pub fn rich(shape: Shape) -> Forge {
     image.backing(b"base.qcow2", "qcow2")
 }
 
-/// Shapes with small tables, so that damage meets something.
+/// Kinds of images with small tables, so that damage meets something.
 pub const SHAPES: [Shape; 4] = [
     Shape {
         version: 3,
