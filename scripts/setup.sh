@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what diskplane's build, tests, demo and benchmark need on a Debian machine.
 #
-#   scripts/setup.sh [build|test|demo|bench]      (default: test)
+#   scripts/setup.sh [build|test|demo|bench|soak] (default: test)
 #
 # As root it installs what is missing; as anyone else it names what is missing and exits 1. When nothing
 # is missing it does nothing and takes well under a second, so every make target may call it.
@@ -52,6 +52,10 @@ qemu-nbd                        qemu-utils
 qemu-storage-daemon             qemu-utils
 fio                             fio
 '
+# cargo-fuzz builds libFuzzer, which is C++.
+needs_soak='
+g++                             g++
+'
 needs_guest='
 /bin/busybox                    busybox-static
 '
@@ -60,7 +64,8 @@ case $purpose in
     build)     needs=$needs_build ;;
     test|demo) needs=$needs_build$needs_run$needs_guest ;;
     bench)     needs=$needs_build$needs_bench ;;
-    *)         die "unknown purpose '$purpose' (build, test, demo or bench)" ;;
+    soak)      needs=$needs_build$needs_run$needs_guest$needs_soak ;;
+    *)         die "unknown purpose '$purpose' (build, test, demo, bench or soak)" ;;
 esac
 
 # A user's PATH on Debian has no sbin, and that is where mkfs and blkdiscard are.
@@ -228,6 +233,12 @@ install_missing() {
 }
 
 command -v cargo >/dev/null || die 'cargo is not in PATH: install the Rust toolchain first (rust-toolchain.toml names the version)'
+
+# From the registry, not from Debian, and so for everyone who has cargo.
+if [[ $purpose == soak ]] && ! cargo fuzz --version >/dev/null 2>&1; then
+    say 'installing cargo-fuzz'
+    cargo install --quiet --locked cargo-fuzz@0.13.2 || die 'cargo could not install cargo-fuzz'
+fi
 
 find_missing
 if [[ ${#missing[@]} -eq 0 ]]; then
