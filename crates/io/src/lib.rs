@@ -46,4 +46,4 @@ pub use engine::{
 };
 pub use eventfd::{EventFd, Waker};
 pub use file::{Alignment, File, FileKind, Lock, OpenOptions, wait_for_lock};
-pub use sim::{Fault, FaultOp, LogEntry, SimDisk, SimOptions};
+pub use sim::{Change, Fault, FaultOp, Keep, LogEntry, Outage, SimClock, SimDisk, SimOptions};

@@ -132,7 +132,7 @@ impl File {
             return Err(os(libc::EROFS));
         }
         if let Some(sim) = &self.sim {
-            return sim.write_all(offset, buf);
+            return sim.write_all(offset, buf, sim.begin());
         }
         let _hold = self.enter(offset, buf.len() as u64, gate);
         if self.fits(offset, buf) {
@@ -185,7 +185,7 @@ impl File {
             return Err(os(errno));
         }
         if let Some(sim) = &self.sim {
-            return sim.sync_data();
+            return sim.sync_data(sim.begin());
         }
         loop {
             match rustix::fs::fdatasync(&self.fd) {
@@ -245,7 +245,7 @@ impl File {
             return Err(os(libc::EROFS));
         }
         if let Some(sim) = &self.sim {
-            return sim.zero_range(offset, len, grow);
+            return sim.zero_range(offset, len, grow, sim.begin());
         }
         // Once, for everything that follows, fallbacks included.
         let _hold = self.enter(offset, len, gate);
@@ -371,7 +371,7 @@ impl File {
             return Err(os(libc::EROFS));
         }
         if let Some(sim) = &self.sim {
-            return sim.discard_range(offset, len);
+            return sim.discard_range(offset, len, sim.begin());
         }
         let _hold = self.enter(offset, len, gate);
         let result = match self.kind {
@@ -405,7 +405,7 @@ impl File {
             return Err(os(libc::EROFS));
         }
         if let Some(sim) = &self.sim {
-            return sim.allocate_range(offset, len);
+            return sim.allocate_range(offset, len, sim.begin());
         }
         if self.kind == FileKind::BlockDevice {
             return if end > self.size()? {
@@ -453,7 +453,7 @@ impl File {
             return Err(os(libc::EROFS));
         }
         if let Some(sim) = &self.sim {
-            return sim.resize(len);
+            return sim.resize(len, sim.begin());
         }
         if self.kind == FileKind::BlockDevice {
             // As QEMU: a device is as long as it is; less than all of it may be used.

@@ -4,7 +4,7 @@
 //! in flight together end, and take effect, in any order. Virtual time jumps to the next end: a turn
 //! sleeps really only when nothing is in flight, for the watched descriptors.
 
-use super::disk::Rng;
+use super::rng::Rng;
 use crate::{
     EngineKind, File, FileKind, IoOp, SimDisk,
     eventfd::Waker,
@@ -26,8 +26,8 @@ struct Pending {
     job: u32,
     step: Step,
     disk: Arc<SimDisk>,
-    /// What a sync that starts now covers.
-    log_len: usize,
+    /// When it began, by the disk's clock.
+    begun: u64,
 }
 
 /// See the module's documentation.
@@ -68,7 +68,7 @@ impl Sim {
                 due_ns: self.now_ns + delay,
                 job,
                 step,
-                log_len: disk.log_len(),
+                begun: disk.clock().tick(),
                 disk,
             });
         }
@@ -90,7 +90,10 @@ impl Sim {
 }
 
 fn perform(pending: &Pending) -> io::Result<(i32, bool)> {
-    let Pending { step, disk, .. } = pending;
+    let Pending {
+        step, disk, begun, ..
+    } = pending;
+    let begun = *begun;
     // SAFETY: `Engine::stage` makes the caller keep the array until the step's completion, which
     // follows.
     let iov = unsafe { pieces(step.iov, step.iov_len) };
@@ -108,20 +111,20 @@ fn perform(pending: &Pending) -> io::Result<(i32, bool)> {
             let mut buf = vec![0; bytes];
             // SAFETY: the memory is valid; `buf` is apart from it and has room.
             unsafe { gather(iov, 0, buf.as_mut_ptr(), bytes) };
-            disk.write_all(step.offset, &buf)?;
+            disk.write_all(step.offset, &buf, begun)?;
             Ok((done(bytes), false))
         }
-        StepKind::Sync => disk.sync_covering(pending.log_len).map(|()| (0, false)),
+        StepKind::Sync => disk.sync_data(begun).map(|()| (0, false)),
         StepKind::Range(IoOp::Discard) => {
-            disk.discard_range(step.offset, step.len)?;
+            disk.discard_range(step.offset, step.len, begun)?;
             Ok((0, false))
         }
         StepKind::Range(IoOp::Zero { .. }) => {
-            disk.zero_range(step.offset, step.len, true)?;
+            disk.zero_range(step.offset, step.len, true, begun)?;
             Ok((0, false))
         }
         StepKind::Range(_) => {
-            let zeroed = disk.allocate_range(step.offset, step.len)?;
+            let zeroed = disk.allocate_range(step.offset, step.len, begun)?;
             Ok((0, zeroed))
         }
     }
