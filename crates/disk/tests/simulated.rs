@@ -1,4 +1,4 @@
-//! The queue over a simulated disk: operations that fail, and crashes at any moment.
+//! The queue over a simulated disk: operations that fail. (Crashes: crate `crash`.)
 //!
 //! A failure prints its seed; every run is decided by it.
 
@@ -175,59 +175,4 @@ fn a_full_disk_stops_writes_and_damages_nothing() {
     drop(disk);
     assert_eq!(model.differs(0, &content(&sim)), None);
     check(dir.path(), &sim, "after ENOSPC");
-}
-
-#[test]
-fn a_crash_loses_nothing_that_a_flush_covered() {
-    let dir = common::dir();
-    for (seed, options) in [
-        (21, "cluster_size=64k"),
-        (22, "cluster_size=4k"),
-        (23, "cluster_size=512,refcount_bits=64"),
-        (24, "cluster_size=4k,refcount_bits=1"),
-        (25, "cluster_size=16k,compat=0.10"),
-        (26, "cluster_size=16k,extended_l2=on"),
-        (27, "cluster_size=64k,extended_l2=on"),
-        (28, "cluster_size=2M,extended_l2=on"),
-    ] {
-        let sim = image(dir.path(), options, seed);
-        let mut model = Model::new(vec![0; SIZE as usize]);
-        let (_disk, mut rig) = rig(&sim);
-        for round in 0..5 {
-            let covered = model.snapshot();
-            let from = sim.log_len();
-            let storm = Storm {
-                seed: seed * 100 + round,
-                count: 60,
-                flushes: false,
-                ..Storm::default()
-            };
-            let changes = storm.run(&mut rig, &mut model);
-            rig.one(Op::Flush, 0, vec![], 0).expect("flushes");
-            let until = sim.log_len();
-            let step = ((until - from) / 12).max(1);
-            for (nth, position) in (from..=until).step_by(step).enumerate() {
-                let crash_seed = seed * 1000 + position as u64;
-                let crashed = sim.crash_at(position, crash_seed);
-                let what =
-                    format!("{options}: round {round}, crash at {position}, seed {crash_seed}");
-                let mut allowed = covered.snapshot();
-                for (at, data) in &changes {
-                    allowed.perhaps(*at, data);
-                }
-                assert_eq!(allowed.differs(0, &content(&crashed)), None, "{what}");
-                if nth % 3 == 0 {
-                    check(dir.path(), &crashed, &what);
-                }
-            }
-            // The flush ended: a crash now must show the model itself.
-            let crashed = sim.crash(seed * 77 + round);
-            let differs = model.differs(0, &content(&crashed));
-            assert_eq!(
-                differs, None,
-                "{options}: round {round}, crash after the flush"
-            );
-        }
-        rig.detach();
-    }
 }

@@ -52,12 +52,4 @@ impl Model {
         }
         None
     }
-
-    /// A copy that forgets nothing: what a crash may leave is compared with it.
-    pub fn snapshot(&self) -> Self {
-        Self {
-            bytes: self.bytes.clone(),
-            others: self.others.clone(),
-        }
-    }
 }

@@ -92,13 +92,11 @@ impl Default for Storm {
 }
 
 impl Storm {
-    /// Runs it; `model` is what the disk holds. Requests in flight never overlap. Returns what the
-    /// requests made of the disk, or tried to: bytes and where.
-    pub fn run(&self, rig: &mut Rig, model: &mut Model) -> Vec<(u64, Vec<u8>)> {
+    /// Runs it; `model` is what the disk holds. Requests in flight never overlap.
+    pub fn run(&self, rig: &mut Rig, model: &mut Model) {
         let size = model.len();
         let mut random = Random(self.seed);
         let mut running: HashMap<u64, Effect> = HashMap::new();
-        let mut changes = Vec::new();
         let mut begun = 0;
         while begun < self.count || !running.is_empty() {
             let mut tries = 0;
@@ -132,15 +130,13 @@ impl Storm {
                     Effect::Zero(at, len) if !failed => model.write(*at, &vec![0; *len as usize]),
                     _ => {}
                 }
-                if let Some((at, data)) = effect.change() {
-                    if failed || matches!(effect, Effect::Discard(..)) {
-                        model.perhaps(at, &data);
-                    }
-                    changes.push((at, data));
+                if let Some((at, data)) = effect.change()
+                    && (failed || matches!(effect, Effect::Discard(..)))
+                {
+                    model.perhaps(at, &data);
                 }
             }
         }
-        changes
     }
 
     fn begin(&self, rig: &mut Rig, random: &mut Random, at: u64, len: u64) -> (u64, Effect) {

@@ -1,0 +1,38 @@
+//! Crash safety by enumeration.
+//!
+//! A workload runs on simulated disks ([`io::SimDisk`]), which record every operation that reaches them. Between
+//! any two barriers of that log the machine may lose power, and the disks may then hold any part of what no
+//! barrier covers. [`states`] enumerates what they may hold, [`judge`] opens each such state and asks
+//! whether a guest could find it: nothing worse than leaked clusters, every byte that a completed
+//! flush covered, and no sector that holds what was never written there.
+//!
+//! | module | what it brings |
+//! |---|---|
+//! | [`spec`] | an image in words: `cluster_size=4k refcount_bits=1 backing` |
+//! | [`script`] | a workload in words: `storm 60; flush; close; storm 20` |
+//! | [`world`] | the disks of a machine, and how they are opened |
+//! | [`run`] | a workload carried out: by the blocking driver, or through queues in virtual time |
+//! | [`whole`] | operations on whole images in the middle of a workload |
+//! | [`model`] | what a guest may find |
+//! | [`states`] | what disks may hold after a crash |
+//! | [`judge`] | whether that is sound |
+//! | [`mutant`] | images that break the rules, to see that they are caught |
+//! | [`cases`] | workloads × images × ways to drive them; [`cases::Case::replay`] prints how to see a failure again |
+//!
+//! For tests only: what is taken for granted panics, and nothing of it is in any other build.
+
+pub mod cases;
+pub mod judge;
+pub mod model;
+pub mod mutant;
+mod queues;
+pub mod random;
+pub mod run;
+pub mod script;
+pub mod spec;
+pub mod states;
+pub mod whole;
+pub mod world;
+
+pub use cases::Case;
+pub use random::Random;

@@ -1,0 +1,47 @@
+//! Every crash of some runs of all workloads: the fast part of what `make soak` does for long.
+
+use crash::Case;
+use crash::judge::Judge;
+use crash::states::Bounds;
+
+/// Seeds of each case.
+const SEEDS: std::ops::Range<u64> = 1..2;
+
+fn survives(workload: &str) {
+    let judge = Judge::default();
+    for case in Case::of(workload) {
+        for seed in SEEDS {
+            match case.enumerate(seed, &Bounds::FAST, &judge) {
+                Ok(looked) => println!("{case}, seed {seed}: {looked:?}"),
+                Err(what) => panic!("{what}"),
+            }
+        }
+    }
+}
+
+macro_rules! workloads {
+    ($($test:ident: $workload:literal,)*) => {
+        $(#[test]
+        fn $test() {
+            survives($workload);
+        })*
+
+        #[test]
+        fn every_workload_has_its_test() {
+            let tested = [$($workload),*];
+            for case in Case::all() {
+                assert!(tested.contains(&case.workload()), "{case}");
+            }
+        }
+    };
+}
+
+workloads! {
+    allocate: "allocate",
+    refcounts: "refcounts",
+    overwrite: "overwrite",
+    copy_on_write: "copy-on-write",
+    discard: "discard",
+    zeroes: "zeroes",
+    table_growth: "table-growth",
+}
