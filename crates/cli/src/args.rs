@@ -1,6 +1,6 @@
 //! The command line. Stable: scripts rely on it.
 
-use crate::{bench_load::Load, bench_versus::Versus, disks::DiskArgument};
+use crate::{bench_load::Load, bench_versus::Versus, bitmap::Bitmap, disks::DiskArgument};
 use block::{Result, size};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use export::nbd::NbdAddress;
@@ -30,6 +30,8 @@ pub enum Command {
     Check(Check),
     /// List, make, apply or delete snapshots inside a qcow2 image
     Snapshot(Snapshot),
+    /// Show and change an image's persistent bitmaps
+    Bitmap(Bitmap),
     /// Serve images to virtual machines and NBD clients
     Serve(Serve),
     /// Measure disks and servers
@@ -259,7 +261,7 @@ pub(crate) fn bytes(text: &str) -> Result<u64> {
     size::parse(text)
 }
 
-fn format(text: &str) -> Result<Format> {
+pub(crate) fn format(text: &str) -> Result<Format> {
     text.parse()
 }
 

@@ -8,6 +8,7 @@
 mod args;
 mod bench_load;
 mod bench_versus;
+mod bitmap;
 mod check;
 mod create;
 mod disks;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         Command::Map(args) => done(map::run(args)),
         Command::Check(args) => check::run(args),
         Command::Snapshot(args) => done(snapshot::run(args)),
+        Command::Bitmap(args) => done(bitmap::run(args)),
         Command::Serve(args) => done(serve::run(args)),
         Command::Bench(args) => match &args.what {
             BenchCommand::Load(args) => done(bench_load::run(args)),

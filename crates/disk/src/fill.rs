@@ -187,6 +187,7 @@ impl DiskQueue {
         let Some((fill, len)) = found.find(|(_, room)| *room > 0) else {
             return 0;
         };
+        self.disk.layers[0].image.joined(at, len);
         let fill = &mut self.fills[fill as usize];
         fill.cover.give(Given {
             slot: index,

@@ -385,6 +385,12 @@ pub trait Image: Send + Sync + Debug {
         None
     }
 
+    /// Another write, of `len` bytes at `at`, joins an allocation that is under way, without asking
+    /// [`Image::plan_write`].
+    fn joined(&self, at: GuestOffset, len: u64) {
+        let _ = (at, len);
+    }
+
     /// Makes the clusters of an allocation the guest's, in memory.
     fn commit(&self, ticket: Ticket);
 

@@ -12,7 +12,7 @@ const FLUSHES_MAX: u32 = 8;
 
 impl Qcow2 {
     pub(super) fn close_blocking(&self, storage: &dyn Storage) -> Result<()> {
-        if self.read_only.is_some() {
+        if self.read_only.is_some() || self.bitmaps.as_ref().is_some_and(|b| b.is_saved()) {
             return Ok(());
         }
         self.end_ahead(&mut self.lock());
@@ -32,7 +32,12 @@ impl Qcow2 {
         drop(st);
         self.flush_blocking(storage)?;
         self.cut_tail(storage)?;
-        storage.sync()
+        storage.sync()?;
+        match &self.bitmaps {
+            // Last: it takes clusters that this state knows nothing of.
+            Some(bitmaps) => bitmaps.save(storage),
+            None => Ok(()),
+        }
     }
 
     /// Flushes until nothing is dirty.

@@ -246,9 +246,6 @@ fn what_is_not_written_yet_opens_for_reading() {
     make();
     run("qemu-img", &["snapshot", "-c", "one", name]);
     judge("internal snapshots");
-    make();
-    run("qemu-img", &["bitmap", "--add", name, "b"]);
-    judge("bitmaps");
     for (bit, text) in [(1, "dirty bit"), (2, "corrupt")] {
         make();
         let mut bytes = fs::read(&path).unwrap();

@@ -1,6 +1,8 @@
 //! What a flush writes, and in which order.
 //!
 //! ```text
+//!   bitmaps   their marks (see `bitmap::track`)                                 (only once)
+//!   ── barrier ──
 //!   stage 0   refcount blocks that the table on disk does not know yet        (only if any)
 //!   ── barrier ──
 //!   stage 1   refcounts, refcount table, L2 tables that the L1 table on disk does not know yet
@@ -185,7 +187,18 @@ impl Qcow2 {
             derefs: st.derefs.len(),
             moved: st.refs.moved,
             ordered: st.ordered,
+            bitmaps: self.bitmaps.as_ref().is_some_and(|b| b.wanted()),
         };
+        if st.covered.bitmaps
+            && let Some(bitmaps) = &self.bitmaps
+        {
+            for (host, sector) in bitmaps.sectors() {
+                let start = run.bytes.len();
+                run.bytes.extend_from_slice(sector);
+                extend(run, host, start);
+            }
+            run.seal();
+        }
         let bits = self.geometry.slices_per_cluster_bits();
 
         for &block in &st.refs.fresh {
@@ -292,6 +305,11 @@ impl Qcow2 {
         if covered.moved {
             st.refs.moved = false;
         }
+        if covered.bitmaps
+            && let Some(bitmaps) = &self.bitmaps
+        {
+            bitmaps.marked();
+        }
         for index in st.fresh_tables.drain(..covered.tables) {
             if let Some(entry) = self.tables.l1.get(index as usize) {
                 entry.fetch_and(!(FRESH | FRESH_ZEROED), Ordering::AcqRel);
@@ -314,5 +332,6 @@ impl Qcow2 {
             || !st.fresh_tables.is_empty()
             || !st.refs.fresh.is_empty()
             || !st.derefs.is_empty()
+            || self.bitmaps.as_ref().is_some_and(|b| b.wanted())
     }
 }

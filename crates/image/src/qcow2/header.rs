@@ -434,17 +434,10 @@ impl Header {
         if self.nb_snapshots > 0 {
             return Some("internal snapshots".into());
         }
-        if self.autoclear & !features::DATA_FILE_RAW != 0 {
+        let foreign = self.autoclear & !(features::BITMAPS | features::DATA_FILE_RAW);
+        if foreign != 0 {
             let table = self.extension(extensions::FEATURE_NAMES);
-            return Some(features::names(
-                FeatureKind::Autoclear,
-                self.autoclear & !features::DATA_FILE_RAW,
-                table,
-            ));
-        }
-        if self.extension(extensions::BITMAPS).is_some() {
-            // Their clusters are refcounted, but only the extension says where they are.
-            return Some("bitmaps".into());
+            return Some(features::names(FeatureKind::Autoclear, foreign, table));
         }
         None
     }

@@ -18,6 +18,7 @@
 
 mod ahead;
 mod alloc;
+pub mod bitmap;
 mod cache;
 pub mod check;
 mod close;
@@ -95,6 +96,8 @@ pub struct Qcow2 {
     opened_len: u64,
     tables: Tables,
     state: Mutex<State>,
+    /// The enabled bitmaps of an image that may be written.
+    bitmaps: Option<Box<bitmap::Tracker>>,
     /// There may be something to foresee.
     ahead: AtomicBool,
 }
@@ -121,6 +124,27 @@ impl Qcow2 {
                     why => format!("{}: is open for reading only: {why}", self.name),
                 },
             )),
+        }
+    }
+
+    /// Whether a change may be planned now. The enabled bitmaps are marked on disk before the first one.
+    #[inline]
+    fn bitmaps_ready(&self) -> Result<bool> {
+        match self.bitmaps.as_ref().map(|bitmaps| bitmaps.ready()) {
+            None | Some(bitmap::Ready::Yes) => Ok(true),
+            Some(bitmap::Ready::Flush) => Ok(false),
+            Some(bitmap::Ready::Closed) => Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("{}: is closed", self.name),
+            )),
+        }
+    }
+
+    /// Notes a change of `len` bytes at `at` in the enabled bitmaps.
+    #[inline]
+    fn note_change(&self, at: GuestOffset, len: u64) {
+        if let Some(bitmaps) = &self.bitmaps {
+            bitmaps.mark(at.0, len);
         }
     }
 
@@ -269,12 +293,29 @@ impl Image for Qcow2 {
 
     fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>> {
         self.check_writable()?;
-        if let Some(plan) = self.plan_in_place(at, len)? {
-            return Ok(Step::Done(plan));
+        if !self.bitmaps_ready()? {
+            return Ok(Step::Need(Need::Commit));
         }
-        let mut st = self.lock();
-        let plan = self.plan_allocating(&mut st, at, len);
-        st.step(plan)
+        let step = match self.plan_in_place(at, len)? {
+            Some(plan) => Step::Done(plan),
+            None => {
+                let mut st = self.lock();
+                let plan = self.plan_allocating(&mut st, at, len);
+                st.step(plan)?
+            }
+        };
+        match &step {
+            Step::Done(Plan::InPlace { len, .. } | Plan::Drop { len }) => {
+                self.note_change(at, *len);
+            }
+            Step::Done(Plan::Allocate(allocation)) => self.note_change(at, allocation.write_len),
+            _ => {}
+        }
+        Ok(step)
+    }
+
+    fn joined(&self, at: GuestOffset, len: u64) {
+        self.note_change(at, len);
     }
 
     fn foresee(&self) -> Option<Need> {
@@ -300,9 +341,22 @@ impl Image for Qcow2 {
     fn plan_zero(&self, at: GuestOffset, len: u64, mode: ZeroMode) -> Result<Step<ZeroPlan>> {
         self.check_writable()?;
         self.check_range(at, len)?;
-        let mut st = self.lock();
-        let plan = self.plan_zeroes(&mut st, at, len, mode);
-        st.step(plan)
+        if !self.bitmaps_ready()? {
+            return Ok(Step::Need(Need::Commit));
+        }
+        let step = {
+            let mut st = self.lock();
+            let plan = self.plan_zeroes(&mut st, at, len, mode);
+            st.step(plan)?
+        };
+        match &step {
+            Step::Done(
+                ZeroPlan::Done { len } | ZeroPlan::Skip { len } | ZeroPlan::Host { len, .. },
+            ) => self.note_change(at, *len),
+            // Its writes are planned one by one.
+            Step::Done(ZeroPlan::Write { .. }) | Step::Need(_) | Step::Wait(_) => {}
+        }
+        Ok(step)
     }
 
     fn loaded(&self, load: &Load, bytes: &[u8]) -> Result<()> {

@@ -1,6 +1,5 @@
 //! Opening: read and judge everything that stays in memory.
 
-use super::Qcow2;
 use super::ahead::Ahead;
 use super::alloc::Space;
 use super::cache::Cache;
@@ -11,6 +10,7 @@ use super::refcount::RefTable;
 use super::state::{Covered, Places, Sectors, State};
 use super::tables::{FRAMES_MAX, Tables};
 use super::tickets::Tickets;
+use super::{Qcow2, bitmap};
 use block::{Context, Error, ErrorKind, Result, Storage};
 use std::collections::HashSet;
 use std::sync::Mutex;
@@ -144,6 +144,14 @@ impl Qcow2 {
             let last = usize::try_from(last).unwrap_or(usize::MAX);
             refs.entries.get(last).is_none_or(|entry| *entry == 0)
         };
+        let places = Places { blocks, fixed };
+        let mut bitmaps = None;
+        if !options.read_only && lacks.is_none() {
+            match bitmap::Tracker::load(storage, &header, |cluster| places.holds(cluster)) {
+                Ok(found) => bitmaps = found,
+                Err(error) => lacks = Some(error.to_string()),
+            }
+        }
         let read_only = lacks
             .clone()
             .or_else(|| options.read_only.then(String::new));
@@ -162,7 +170,7 @@ impl Qcow2 {
                 space: Space::new(end, space_bytes(&geometry), holed),
                 ahead: Ahead::default(),
                 tickets: Tickets::new(),
-                places: Places { blocks, fixed },
+                places,
                 l1_changed: Sectors::new(l1_sectors),
                 fresh_tables: Vec::new(),
                 derefs: Vec::new(),
@@ -174,6 +182,7 @@ impl Qcow2 {
                 covers: frames as u64 >= geometry.l2_slices(),
             }),
             ahead: std::sync::atomic::AtomicBool::new(false),
+            bitmaps,
             geometry,
             header,
         })

@@ -107,6 +107,8 @@ pub(super) struct Covered {
     pub(super) derefs: usize,
     pub(super) moved: bool,
     pub(super) ordered: bool,
+    /// The run brings the marks of the bitmaps.
+    pub(super) bitmaps: bool,
 }
 
 /// Which host clusters hold metadata.

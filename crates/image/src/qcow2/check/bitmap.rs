@@ -13,6 +13,7 @@ use crate::qcow2::extensions;
 use crate::qcow2::features;
 use crate::qcow2::header::Header;
 use crate::qcow2::{read_u32, read_u64};
+use std::ops::RangeInclusive;
 
 /// Most bitmaps (QEMU's limit).
 pub const BITMAPS_MAX: u32 = 65535;
@@ -22,11 +23,21 @@ pub const BITMAP_DIRECTORY_BYTES_MAX: u64 = 65535 * (24 + 1024);
 pub const DIRECTORY_ENTRY_BYTES: usize = 24;
 
 const TABLE_ENTRIES_MAX: u32 = 0x800_0000;
-const BITMAP_BYTES_MAX: u64 = 0x2000_0000;
-const NAME_BYTES_MAX: u16 = 1023;
-const FLAGS_KNOWN: u32 = 0b11;
-const IN_USE: u32 = 1;
-const DIRTY_TRACKING: u8 = 1;
+/// Most bytes of a bitmap's data (QEMU's limit).
+pub const BITMAP_BYTES_MAX: u64 = 0x2000_0000;
+/// Longest name of a bitmap in bytes (QEMU's limit).
+pub const BITMAP_NAME_BYTES_MAX: u16 = 1023;
+/// What log2 of a bitmap's granularity may be (QEMU's limits).
+pub const BITMAP_GRANULARITY_BITS: RangeInclusive<u8> = 9..=31;
+/// Flag: the bitmap was not saved after its last use.
+pub const BITMAP_IN_USE: u32 = 1 << 0;
+/// Flag: the bitmap must be told of all changes.
+pub const BITMAP_AUTO: u32 = 1 << 1;
+/// Flag: who does not know the extra data may use the bitmap all the same.
+pub const BITMAP_EXTRA_COMPATIBLE: u32 = 1 << 2;
+const FLAGS_KNOWN: u32 = BITMAP_IN_USE | BITMAP_AUTO;
+/// Type: dirty tracking.
+pub const BITMAP_DIRTY_TRACKING: u8 = 1;
 
 /// What the header extension says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,8 +97,20 @@ pub struct Bitmap {
 }
 
 impl Bitmap {
-    /// Reads and judges the fixed part; `Err` says what is wrong. `size` is the disk's.
+    /// Reads and judges the fixed part as QEMU does; `Err` says what is wrong. `size` is the disk's.
     pub fn parse(bytes: &[u8], layout: &Layout, size: u64) -> Result<Self, &'static str> {
+        let flags = read_u32(bytes, 12).unwrap_or(0);
+        if flags & BITMAP_EXTRA_COMPATIBLE != 0 {
+            Err("has reserved flags set")
+        } else if read_u32(bytes, 20).unwrap_or(0) != 0 {
+            Err("has extra data, which nobody knows")
+        } else {
+            Self::parse_any(bytes, layout, size)
+        }
+    }
+
+    /// The same with the extra data that the specification allows.
+    pub fn parse_any(bytes: &[u8], layout: &Layout, size: u64) -> Result<Self, &'static str> {
         let short = "ends behind the directory";
         let table = read_u64(bytes, 0).ok_or(short)?;
         let entries = read_u32(bytes, 8).ok_or(short)?;
@@ -101,20 +124,18 @@ impl Bitmap {
             Err("has a table that is not at a cluster")
         } else if entries == 0 || entries > TABLE_ENTRIES_MAX || bytes > BITMAP_BYTES_MAX {
             Err("has a table of no or too many entries")
-        } else if !(9..=31).contains(&granularity) {
+        } else if !BITMAP_GRANULARITY_BITS.contains(&granularity) {
             Err("has a granularity outside 2^9 to 2^31")
-        } else if flags & !FLAGS_KNOWN != 0 {
+        } else if flags & !(FLAGS_KNOWN | BITMAP_EXTRA_COMPATIBLE) != 0 {
             Err("has reserved flags set")
-        } else if kind != DIRTY_TRACKING {
+        } else if kind != BITMAP_DIRTY_TRACKING {
             Err("is of an unknown type")
-        } else if name > NAME_BYTES_MAX {
+        } else if name > BITMAP_NAME_BYTES_MAX {
             Err("has too long a name")
-        } else if extra != 0 {
-            Err("has extra data, which nobody knows")
-        } else if flags & IN_USE == 0 && size > (bytes * 8) << granularity {
+        } else if flags & BITMAP_IN_USE == 0 && size > (bytes * 8) << granularity {
             Err("is too small for the disk")
         } else {
-            let len = DIRECTORY_ENTRY_BYTES as u64 + u64::from(name);
+            let len = DIRECTORY_ENTRY_BYTES as u64 + u64::from(extra) + u64::from(name);
             Ok(Self {
                 table,
                 entries,

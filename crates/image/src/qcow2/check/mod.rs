@@ -21,8 +21,9 @@ mod snapshot;
 mod table;
 
 pub use bitmap::{
-    BITMAP_DIRECTORY_BYTES_MAX, BITMAPS_MAX, Bitmap, BitmapDirectory, DIRECTORY_ENTRY_BYTES,
-    bitmap_data,
+    BITMAP_AUTO, BITMAP_BYTES_MAX, BITMAP_DIRECTORY_BYTES_MAX, BITMAP_DIRTY_TRACKING,
+    BITMAP_EXTRA_COMPATIBLE, BITMAP_GRANULARITY_BITS, BITMAP_IN_USE, BITMAP_NAME_BYTES_MAX,
+    BITMAPS_MAX, Bitmap, BitmapDirectory, DIRECTORY_ENTRY_BYTES, bitmap_data,
 };
 pub use refcount::{Block, BlockFault, block_at, each_refcount, set_refcount};
 pub use snapshot::{

@@ -1,6 +1,6 @@
 //! Edits: what they change, what they refuse, and what a crash leaves of them.
 
-use super::super::testing::{Change, Checked, Driver, MemFile, Rng, apply, check};
+use super::super::testing::{Checked, Driver, MemFile, Rng, check, crashes};
 use super::super::{CreateOptions, Header, OpenOptions, create, extensions};
 use super::Editor;
 use super::switch::pieces;
@@ -49,38 +49,6 @@ fn meaning(header: &Header) -> Header {
         .extensions
         .retain(|e| e.kind != extensions::FEATURE_NAMES);
     header
-}
-
-/// Every file that a crash may leave: the writes up to some point, of those since the last barrier some subset,
-/// one of them torn.
-fn crashes(before: &[u8], journal: &[Change], mut each: impl FnMut(&[u8])) {
-    let mut rng = Rng(5);
-    let mut durable = before.to_vec();
-    let mut since: Vec<&Change> = Vec::new();
-    for change in journal {
-        if matches!(change, Change::Sync) {
-            for change in since.drain(..) {
-                apply(&mut durable, change);
-            }
-            each(&durable);
-            continue;
-        }
-        since.push(change);
-        let mut some = durable.clone();
-        for change in &since {
-            match (rng.below(3), change) {
-                (0, _) => {}
-                (1, Change::Write(at, data)) => {
-                    // Torn between two sectors.
-                    let sectors = data.len().div_ceil(512) as u64;
-                    let kept = (rng.below(sectors + 1) as usize * 512).min(data.len());
-                    apply(&mut some, &Change::Write(*at, data[..kept].to_vec()));
-                }
-                _ => apply(&mut some, change),
-            }
-        }
-        each(&some);
-    }
 }
 
 #[test]

@@ -1,0 +1,365 @@
+//! The bits of one bitmap, in memory.
+
+use crate::qcow2::check::BITMAP_BYTES_MAX;
+use block::{Error, Result};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bits of a word.
+const WORD: u64 = 64;
+
+/// A bit for each `2^granularity_bits` bytes of a disk, the first at its start.
+///
+/// Bits are set from any thread without a lock and without ordering anything else: who reads
+/// them has met all who set them before.
+#[derive(Debug)]
+pub struct Bits {
+    granularity_bits: u32,
+    /// Bytes of the disk.
+    size: u64,
+    words: Vec<AtomicU64>,
+}
+
+/// What a cluster of a bitmap's data holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Content {
+    Zeros,
+    /// All bits of the cluster are set (bits that the disk does not have must be zeros).
+    Ones,
+    Mixed,
+}
+
+impl Bits {
+    /// No bit set, for a disk of `size` bytes.
+    ///
+    /// # Errors
+    ///
+    /// `Invalid` where the bits would take more than 512 MiB.
+    pub fn new(size: u64, granularity_bits: u32) -> Result<Self> {
+        let bytes = bytes_needed(size, granularity_bits);
+        check_bytes(bytes)?;
+        // At most 64 Mi words.
+        let words = bytes.div_ceil(8) as usize;
+        Ok(Self {
+            granularity_bits,
+            size,
+            words: std::iter::repeat_with(AtomicU64::default)
+                .take(words)
+                .collect(),
+        })
+    }
+
+    /// log2 of the bytes of the disk that a bit stands for.
+    pub fn granularity_bits(&self) -> u32 {
+        self.granularity_bits
+    }
+
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// How many bits there are.
+    fn count(&self) -> u64 {
+        self.size.div_ceil(1 << self.granularity_bits)
+    }
+
+    /// Sets the bits of all that `len` bytes at `at` touch; what lies behind the disk's end is left out.
+    #[inline]
+    pub fn mark(&self, at: u64, len: u64) {
+        let end = at.saturating_add(len).min(self.size);
+        if at >= end {
+            return;
+        }
+        let first = at >> self.granularity_bits;
+        let last = (end - 1) >> self.granularity_bits;
+        self.set(first, last);
+    }
+
+    /// Sets bits `first..=last`.
+    fn set(&self, first: u64, last: u64) {
+        // Both are words of a vector.
+        let (from, to) = ((first / WORD) as usize, (last / WORD) as usize);
+        let words = self.words.get(from..=to).unwrap_or_default();
+        for (index, word) in (from..).zip(words) {
+            let mut mask = u64::MAX;
+            if index == from {
+                mask &= u64::MAX << (first % WORD);
+            }
+            if index == to {
+                mask &= u64::MAX >> (WORD - 1 - last % WORD);
+            }
+            // Most writes go where others went before: no need to take the line from other cores.
+            if word.load(Ordering::Relaxed) & mask != mask {
+                word.fetch_or(mask, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Sets all bits.
+    pub fn mark_all(&self) {
+        self.mark(0, self.size);
+    }
+
+    /// The first run of bytes at or behind `at` whose bits are set, as start and end;
+    /// neither passes the end of the disk.
+    pub fn next_dirty(&self, at: u64) -> Option<(u64, u64)> {
+        // Within the last bit, and behind the disk, there is nothing left.
+        if at >= self.size {
+            return None;
+        }
+        let first = self.find(at >> self.granularity_bits, true)?;
+        let end = self.find(first, false).unwrap_or(self.count());
+        let start = (first << self.granularity_bits).max(at);
+        Some((start, (end << self.granularity_bits).min(self.size)))
+    }
+
+    /// The first bit at or behind `bit` that is set, or clear.
+    fn find(&self, bit: u64, set: bool) -> Option<u64> {
+        let mut index = usize::try_from(bit / WORD).ok()?;
+        let mut mask = u64::MAX << (bit % WORD);
+        while let Some(word) = self.words.get(index) {
+            let word = word.load(Ordering::Relaxed);
+            let word = if set { word } else { !word } & mask;
+            if word != 0 {
+                let found = index as u64 * WORD + u64::from(word.trailing_zeros());
+                return Some(found).filter(|found| *found < self.count());
+            }
+            mask = u64::MAX;
+            index += 1;
+        }
+        None
+    }
+
+    /// Bytes of the disk whose bits are set.
+    pub fn dirty_bytes(&self) -> u64 {
+        let set: u64 = self
+            .words
+            .iter()
+            .map(|word| u64::from(word.load(Ordering::Relaxed).count_ones()))
+            .sum();
+        let bytes = set << self.granularity_bits;
+        // The last bit may stand for less.
+        let last = self.count().saturating_sub(1);
+        match self.find(last, true) {
+            Some(_) => bytes - ((self.count() << self.granularity_bits) - self.size),
+            None => bytes,
+        }
+    }
+
+    /// Sets the bits of all that has a bit in `other`, whatever granularity that has.
+    ///
+    /// # Errors
+    ///
+    /// `Invalid` where they are of disks of different size.
+    pub fn merge(&self, other: &Bits) -> Result<()> {
+        if self.size != other.size {
+            return Err(Error::invalid(format!(
+                "bitmaps of disks of {} and of {} bytes cannot be merged",
+                self.size, other.size
+            )));
+        }
+        if self.granularity_bits == other.granularity_bits {
+            for (to, from) in self.words.iter().zip(&other.words) {
+                to.fetch_or(from.load(Ordering::Relaxed), Ordering::Relaxed);
+            }
+            return Ok(());
+        }
+        let mut at = 0;
+        while let Some((start, end)) = other.next_dirty(at) {
+            self.mark(start, end - start);
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Words of cluster `index` of the bitmap's data.
+    fn part(&self, index: u64, cluster: u64) -> &[AtomicU64] {
+        let len = (cluster / 8) as usize;
+        let start = usize::try_from(index)
+            .unwrap_or(usize::MAX)
+            .saturating_mul(len);
+        let end = start.saturating_add(len).min(self.words.len());
+        self.words.get(start..end).unwrap_or_default()
+    }
+
+    /// Sets the bits that cluster `index` of the data has in `bytes`, a cluster. Bits that the disk does
+    /// not have are dropped.
+    pub(super) fn take_in(&self, index: u64, bytes: &[u8]) {
+        for (word, raw) in self
+            .part(index, bytes.len() as u64)
+            .iter()
+            .zip(bytes.as_chunks().0)
+        {
+            word.fetch_or(u64::from_le_bytes(*raw), Ordering::Relaxed);
+        }
+        self.trim();
+    }
+
+    /// Sets all bits of cluster `index` of the data.
+    pub(super) fn fill(&self, index: u64, cluster: u64) {
+        for word in self.part(index, cluster) {
+            word.store(u64::MAX, Ordering::Relaxed);
+        }
+        self.trim();
+    }
+
+    /// Clears what lies behind the last bit.
+    fn trim(&self) {
+        let over = self.words.len() as u64 * WORD - self.count();
+        if let Some(last) = self.words.last() {
+            last.fetch_and(u64::MAX >> over, Ordering::Relaxed);
+        }
+    }
+
+    /// Cluster `index` of the data, `out.len()` bytes.
+    pub(super) fn put_out(&self, index: u64, out: &mut [u8]) -> Content {
+        let cluster = out.len() as u64;
+        out.fill(0);
+        let part = self.part(index, cluster);
+        let mut ones = 0;
+        for (word, raw) in part.iter().zip(out.as_chunks_mut().0) {
+            let word = word.load(Ordering::Relaxed);
+            ones += u64::from(word.count_ones());
+            *raw = word.to_le_bytes();
+        }
+        match ones {
+            0 => Content::Zeros,
+            ones if ones == cluster * 8 => Content::Ones,
+            _ => Content::Mixed,
+        }
+    }
+}
+
+/// Fails where a bitmap would have more than 512 MiB.
+pub(super) fn check_bytes(bytes: u64) -> Result<()> {
+    match bytes > BITMAP_BYTES_MAX {
+        true => Err(Error::invalid(format!(
+            "a bitmap of {bytes} bytes, the limit is {BITMAP_BYTES_MAX}: take a coarser granularity"
+        ))),
+        false => Ok(()),
+    }
+}
+
+/// Bytes of the bits of a disk of `size` bytes.
+pub(super) fn bytes_needed(size: u64, granularity_bits: u32) -> u64 {
+    size.div_ceil(1 << granularity_bits).div_ceil(8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The plainest bitmap: a byte of memory for each bit.
+    fn model(size: u64, bits: u32, marks: &[(u64, u64)]) -> Vec<bool> {
+        let mut model = vec![false; size.div_ceil(1 << bits) as usize];
+        for (at, len) in marks {
+            for byte in (*at..(at + len).min(size))
+                .step_by(1 << 9)
+                .chain((*len > 0 && *at < size).then(|| (at + len).min(size) - 1))
+            {
+                model[(byte >> bits) as usize] = true;
+            }
+        }
+        model
+    }
+
+    fn seen(bits: &Bits) -> Vec<bool> {
+        let mut seen = vec![false; bits.count() as usize];
+        let mut at = 0;
+        while let Some((start, end)) = bits.next_dirty(at) {
+            assert!(
+                start >= at && end > start && end <= bits.size,
+                "{start} {end}"
+            );
+            for byte in (start..end).step_by(1 << bits.granularity_bits) {
+                seen[(byte >> bits.granularity_bits) as usize] = true;
+            }
+            at = end;
+        }
+        seen
+    }
+
+    fn made(size: u64, granularity_bits: u32, marks: &[(u64, u64)]) -> Bits {
+        let bits = Bits::new(size, granularity_bits).unwrap();
+        for (at, len) in marks {
+            bits.mark(*at, *len);
+        }
+        bits
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn bits_are_those_of_a_plain_model(
+            size in 1u64..600_000,
+            (a, b) in (9u32..17, 9u32..17),
+            marks in prop::collection::vec((0u64..620_000, 0u64..200_000), 0..12),
+            more in prop::collection::vec((0u64..620_000, 0u64..90_000), 0..6),
+            cluster_bits in 9u32..12,
+        ) {
+            let bits = made(size, a, &marks);
+            let plain = model(size, a, &marks);
+            prop_assert_eq!(seen(&bits), plain.clone());
+            let dirty: u64 = plain.iter().enumerate().filter(|(_, set)| **set).map(|(n, _)| {
+                (((n as u64) + 1) << a).min(size) - ((n as u64) << a)
+            }).sum();
+            prop_assert_eq!(bits.dirty_bytes(), dirty);
+
+            // Through clusters of data, and back.
+            let again = Bits::new(size, a).unwrap();
+            let mut cluster = vec![0; 1 << cluster_bits];
+            for index in 0..bytes_needed(size, a).div_ceil(1 << cluster_bits) {
+                match bits.put_out(index, &mut cluster) {
+                    Content::Zeros => prop_assert!(cluster.iter().all(|b| *b == 0)),
+                    Content::Ones => again.fill(index, 1 << cluster_bits),
+                    Content::Mixed => again.take_in(index, &cluster),
+                }
+                for (n, byte) in cluster.iter().enumerate() {
+                    for bit in 0..8 {
+                        let number = (index as usize * cluster.len() + n) * 8 + bit;
+                        let want = plain.get(number).copied().unwrap_or(false);
+                        prop_assert_eq!(byte >> bit & 1 == 1, want);
+                    }
+                }
+            }
+            prop_assert_eq!(seen(&again), plain);
+
+            // What another one has, whatever a bit of that stands for.
+            let other = made(size, b, &more);
+            bits.merge(&other).unwrap();
+            let mut want = model(size, a, &marks);
+            let coarse = model(size, b, &more);
+            for (n, set) in coarse.iter().enumerate().filter(|(_, set)| **set) {
+                assert!(*set);
+                let start = (n as u64) << b;
+                let end = (start + (1 << b)).min(size);
+                for bit in start >> a..=(end - 1) >> a {
+                    want[bit as usize] = true;
+                }
+            }
+            prop_assert_eq!(seen(&bits), want);
+        }
+    }
+
+    #[test]
+    fn too_many_bits_and_other_disks_are_refused() {
+        let error = Bits::new(1 << 42, 9).unwrap_err();
+        assert!(error.to_string().contains("512") || error.to_string().contains("536870912"));
+        let (a, b) = (Bits::new(1 << 20, 9), Bits::new(1 << 21, 9));
+        assert!(a.unwrap().merge(&b.unwrap()).is_err());
+        // A disk without bytes has no bits, and that harms nobody.
+        let none = Bits::new(0, 16).unwrap();
+        none.mark_all();
+        none.fill(0, 512);
+        assert_eq!((none.dirty_bytes(), none.next_dirty(0)), (0, None));
+    }
+
+    #[test]
+    fn bits_behind_the_disk_are_dropped() {
+        let bits = Bits::new(100 << 9, 9).unwrap();
+        bits.take_in(0, &[0xff; 512]);
+        assert_eq!(bits.dirty_bytes(), 100 << 9);
+        assert_eq!(bits.next_dirty(0), Some((0, 100 << 9)));
+    }
+}
