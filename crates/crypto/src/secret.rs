@@ -57,6 +57,15 @@ impl MasterKey {
         Ok(key)
     }
 
+    /// The first `len` bytes of a passphrase, padded with zeros: the key of QEMU's first encryption.
+    pub fn of_passphrase(passphrase: &Passphrase, len: usize) -> Self {
+        let mut key = Self::zeroed(len);
+        for (to, from) in key.bytes_mut().iter_mut().zip(passphrase.bytes()) {
+            *to = *from;
+        }
+        key
+    }
+
     /// The key's bytes.
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.0

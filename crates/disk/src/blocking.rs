@@ -10,10 +10,12 @@
 //!   flush: stage 1 writes · sync · stage 2 writes · sync … · free space punched, released
 //! ```
 
-use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed};
+use crate::crypt::SECTOR;
+use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed, align_up};
+use crypto::SectorCipher;
 use image::{
-    Allocation, Compressed, ExtentKind, FileId, Fill, FlushRun, Freed, Image, Load, Need, Plan,
-    Step, ZeroMode, ZeroPlan,
+    Allocation, Compressed, Encryption, ExtentKind, FileId, Fill, FlushRun, Freed, Image, Load,
+    Need, Plan, Step, ZeroMode, ZeroPlan,
 };
 use std::sync::Arc;
 
@@ -90,7 +92,7 @@ impl Driver {
             done += match plan {
                 Plan::InPlace { file, offset, len } => {
                     let part = prefix(rest, len)?;
-                    self.file(0, file)?.write_at(offset.0, part)?;
+                    self.write_data(file, here, offset, part)?;
                     part.len()
                 }
                 Plan::Drop { len } => prefix(rest, len)?.len(),
@@ -262,6 +264,58 @@ impl Driver {
         Ok(bytes)
     }
 
+    /// The bytes at `offset` of a file, decrypted where the image's data are encrypted.
+    fn read_data(
+        &self,
+        depth: usize,
+        file: FileId,
+        guest: GuestOffset,
+        offset: HostOffset,
+        buf: &mut [u8],
+    ) -> Result<()> {
+        let storage = self.file(depth, file)?;
+        let Some(encryption) = self.member(depth)?.image.encryption() else {
+            return read_padded(&*storage, offset, buf);
+        };
+        let cipher = cipher_of(encryption)?;
+        let sector = encryption.sector(guest, offset);
+        let skip = usize_of(offset.0 % SECTOR)?;
+        let mut sectors = vec![0; usize_of(align_up((skip + buf.len()) as u64, SECTOR))?];
+        read_padded(&*storage, HostOffset(offset.0 - skip as u64), &mut sectors)?;
+        cipher.decrypt(sector, &mut sectors);
+        let plain = sectors.iter().skip(skip);
+        buf.iter_mut().zip(plain).for_each(|(to, from)| *to = *from);
+        Ok(())
+    }
+
+    /// Writes the active image's bytes at `offset` of a file, encrypted where its data are. Of a sector that is
+    /// not wholly written the rest stays as it is.
+    fn write_data(
+        &self,
+        file: FileId,
+        guest: GuestOffset,
+        offset: HostOffset,
+        data: &[u8],
+    ) -> Result<()> {
+        let storage = self.file(0, file)?;
+        let Some(encryption) = self.member(0)?.image.encryption() else {
+            return storage.write_at(offset.0, data);
+        };
+        let cipher = cipher_of(encryption)?;
+        let skip = usize_of(offset.0 % SECTOR)?;
+        let mut sectors = vec![0; usize_of(align_up((skip + data.len()) as u64, SECTOR))?];
+        let start = HostOffset(offset.0 - skip as u64);
+        let sector = encryption.sector(guest, offset);
+        if sectors.len() != data.len() {
+            read_padded(&*storage, start, &mut sectors)?;
+            cipher.decrypt(sector, &mut sectors);
+        }
+        let plain = sectors.iter_mut().skip(skip);
+        plain.zip(data).for_each(|(to, from)| *to = *from);
+        cipher.encrypt(sector, &mut sectors);
+        storage.write_at(start.0, &sectors)
+    }
+
     /// The guest's bytes as the image at `depth` and those below it have them.
     fn read_from(&mut self, depth: usize, at: u64, buf: &mut [u8]) -> Result<()> {
         let size = self.members.get(depth).map_or(0, |m| m.image.size());
@@ -277,7 +331,7 @@ impl Driver {
             let (part, later) = rest.split_at_mut(len);
             match extent.kind {
                 ExtentKind::Data { file, offset } => {
-                    read_padded(&*self.file(depth, file)?, offset, part)?;
+                    self.read_data(depth, file, GuestOffset(at), offset, part)?;
                 }
                 ExtentKind::Zero { .. } => part.fill(0),
                 ExtentKind::Untouched => {}
@@ -320,8 +374,7 @@ impl Driver {
             )));
         }
         self.fill(new, new.start, at)?;
-        let file = self.file(0, new.file)?;
-        file.write_at(new.host.plus(at.since(new.start)).0, data)?;
+        self.write_data(new.file, at, new.host.plus(at.since(new.start)), data)?;
         self.fill(new, data_end, end)
     }
 
@@ -332,7 +385,6 @@ impl Driver {
             Fill::Zero if new.zeroed => return Ok(()),
             Fill::Zero | Fill::Existing => {}
         }
-        let file = self.file(0, new.file)?;
         let size = self.size();
         let mut piece = vec![0; usize_of(to.since(from).min(PIECE_BYTES))?];
         let mut at = from;
@@ -344,7 +396,7 @@ impl Driver {
                 let inside = usize_of(size.saturating_sub(at.0))?.min(len);
                 self.read_from(0, at.0, prefix_mut(part, inside)?)?;
             }
-            file.write_at(new.host.plus(at.since(new.start)).0, part)?;
+            self.write_data(new.file, at, new.host.plus(at.since(new.start)), part)?;
             at = at.plus(len as u64);
         }
         Ok(())
@@ -416,6 +468,14 @@ impl Driver {
         }
         Ok(())
     }
+}
+
+/// The cipher of an image that was opened with its passphrase.
+fn cipher_of(encryption: &Encryption) -> Result<&SectorCipher> {
+    encryption.cipher.as_ref().ok_or_else(|| {
+        let message = "the image is encrypted, and was opened without its passphrase";
+        Error::new(ErrorKind::Denied, message)
+    })
 }
 
 /// Reads from `file`; what lies behind its end are zeros.

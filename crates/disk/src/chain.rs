@@ -16,6 +16,7 @@
 
 use crate::blocking::{Driver, Member};
 use block::{Context, Error, ErrorKind, Result, Storage, limits};
+use crypto::Passphrase;
 use image::{Format, Image, Null, Raw, qcow2};
 use io::{Cache, File, Lock};
 use std::{
@@ -53,6 +54,11 @@ pub struct ChainOptions {
     /// Leave backing images and data files closed. What the chain reads as is wrong then: for
     /// `info` only.
     pub without_backing: bool,
+    /// The passphrases of encrypted images, in the order of the chain; the last holds for all
+    /// further ones too.
+    pub passphrases: Vec<Arc<Passphrase>>,
+    /// Open encrypted images for which there is no passphrase: their data cannot be read then.
+    pub allow_locked: bool,
 }
 
 /// One image of a chain.
@@ -110,7 +116,8 @@ impl Chain {
         }
         let path = PathBuf::from(spec);
         let mut seen = vec![identity(&path)?];
-        let mut active = open_active(&path, options)?;
+        let mut keys = Keys::new(options);
+        let mut active = open_active(&path, &mut keys)?;
         let said = options.data_file.as_deref();
         open_data_file(&mut active, options, options.read_only, said, &mut seen)?;
         layers.push(active);
@@ -130,7 +137,7 @@ impl Chain {
             let format = recorded(&above.path, &name, description.backing_format.as_deref())
                 .context(named)?;
             once(&mut seen, &path, &name).context(named)?;
-            let mut layer = open_backing(path, format, options).context(named)?;
+            let mut layer = open_backing(path, format, &mut keys).context(named)?;
             open_data_file(&mut layer, options, true, None, &mut seen)?;
             layers.push(layer);
         }
@@ -221,7 +228,8 @@ fn open_data_file(
     Ok(())
 }
 
-fn open_active(path: &Path, options: &ChainOptions) -> Result<Layer> {
+fn open_active(path: &Path, keys: &mut Keys<'_>) -> Result<Layer> {
+    let options = keys.options;
     let lock = match (options.force_share, options.read_only) {
         (true, _) => Lock::None,
         (false, true) => SHARED,
@@ -241,7 +249,7 @@ fn open_active(path: &Path, options: &ChainOptions) -> Result<Layer> {
             }
         },
     };
-    let image = open_image(&file, format, options.read_only, options)?;
+    let image = open_image(&file, format, options.read_only, keys)?;
     if let (false, Some(why)) = (options.read_only, image.describe().read_only_because) {
         return Err(Error::unsupported(format!(
             "{}: can only be opened with --read-only: {why}",
@@ -256,13 +264,14 @@ fn open_active(path: &Path, options: &ChainOptions) -> Result<Layer> {
     })
 }
 
-fn open_backing(path: PathBuf, format: Format, options: &ChainOptions) -> Result<Layer> {
+fn open_backing(path: PathBuf, format: Format, keys: &mut Keys<'_>) -> Result<Layer> {
+    let options = keys.options;
     let lock = match options.force_share {
         true => Lock::None,
         false => SHARED,
     };
     let file = open_named(&path, options, true, lock)?;
-    let image = open_image(&file, format, true, options)?;
+    let image = open_image(&file, format, true, keys)?;
     Ok(Layer {
         image,
         files: vec![file],
@@ -316,22 +325,56 @@ fn open_image(
     file: &Arc<File>,
     format: Format,
     read_only: bool,
-    options: &ChainOptions,
+    keys: &mut Keys<'_>,
 ) -> Result<Arc<dyn Image>> {
     let storage: &dyn Storage = &**file;
-    Ok(match format {
+    let image: Arc<dyn Image> = match format {
         Format::Raw => Arc::new(Raw::open(storage)?),
         Format::Qcow2 => {
             let options = qcow2::OpenOptions {
                 read_only,
-                cache_bytes: options.cache_bytes,
+                cache_bytes: keys.options.cache_bytes,
+                passphrase: keys.next(),
             };
             Arc::new(qcow2::Qcow2::open(storage, &options)?)
         }
         Format::Null => {
             return Err(Error::invalid("null is no format of a file: say null:SIZE"));
         }
-    })
+    };
+    if let Some(encryption) = image.encryption() {
+        keys.used += 1;
+        if encryption.cipher.is_none() && !keys.options.allow_locked {
+            return Err(Error::new(
+                ErrorKind::Denied,
+                format!(
+                    "{}: is encrypted ({}): give its passphrase with --key-file FILE",
+                    storage.name(),
+                    encryption.name()
+                ),
+            ));
+        }
+    }
+    Ok(image)
+}
+
+/// The passphrases of a chain that is being opened.
+struct Keys<'a> {
+    options: &'a ChainOptions,
+    /// Encrypted images opened so far.
+    used: usize,
+}
+
+impl<'a> Keys<'a> {
+    fn new(options: &'a ChainOptions) -> Self {
+        Self { options, used: 0 }
+    }
+
+    /// That of the next encrypted image.
+    fn next(&self) -> Option<Arc<Passphrase>> {
+        let all = &self.options.passphrases;
+        all.get(self.used).or(all.last()).cloned()
+    }
 }
 
 /// The format that the image `above` records for its backing file `name`.

@@ -75,6 +75,18 @@ impl Disk {
                 limits::CHAIN_LENGTH_MAX
             )));
         }
+        for layer in &layers {
+            let encryption = layer.image.encryption();
+            if encryption.is_some_and(|e| e.cipher.is_none()) {
+                return Err(block::Error::new(
+                    block::ErrorKind::Denied,
+                    format!(
+                        "{}: is encrypted, and its passphrase was not given",
+                        layer.path.display()
+                    ),
+                ));
+            }
+        }
         let description = active.image.describe();
         if let (Some(why), false) = (&description.read_only_because, options.read_only) {
             return Err(block::Error::unsupported(format!(
@@ -119,6 +131,14 @@ impl Disk {
             .max()
             .unwrap_or(512);
         align.clamp(512, 4096)
+    }
+
+    /// What writes must be multiples of, in bytes: 1, or a sector where the active image is encrypted.
+    pub fn write_unit(&self) -> u32 {
+        match self.layers.first().and_then(|l| l.image.encryption()) {
+            Some(_) => crypto::SECTOR as u32,
+            None => 1,
+        }
     }
 
     /// Allocation unit of the active image in bytes, at least 512.

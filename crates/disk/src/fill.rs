@@ -426,7 +426,14 @@ impl DiskQueue {
             at = given.end();
         }
         self.put_gap(fill_index, at..extent.end, sub);
-        if self.subs[sub as usize].iov.len() > PIECES_MAX {
+        if self.is_encrypted(0) {
+            let fill = &self.fills[fill_index as usize];
+            let guest = fill.start.plus(extent.start);
+            if !self.seal(sub, 0, guest, place.offset, place.len) {
+                self.free_sub(sub);
+                return self.fill_written(fill_index, Some(GuestError::Io));
+            }
+        } else if self.subs[sub as usize].iov.len() > PIECES_MAX {
             self.gather(sub, place.len);
         }
         let purpose = Purpose::Fill { fill: fill_index };
@@ -471,7 +478,7 @@ impl DiskQueue {
     }
 
     /// Copies an operation's many pieces into one buffer of its own.
-    fn gather(&mut self, sub: u32, len: u64) {
+    pub(crate) fn gather(&mut self, sub: u32, len: u64) {
         let mut buffer = self.buffers.take(len as usize);
         let sub = &mut self.subs[sub as usize];
         memory::gather(&sub.iov, 0, &mut buffer[..len as usize]);

@@ -20,6 +20,7 @@ pub mod chain;
 mod clock;
 mod commit;
 mod cover;
+mod crypt;
 mod disk;
 mod fill;
 mod flush;

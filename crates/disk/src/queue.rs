@@ -12,7 +12,9 @@
 
 use crate::{
     buffers::Buffers,
+    chain::Layer,
     clock::now_ns,
+    crypt,
     disk::Disk,
     fill::FillOp,
     flush::Committer,
@@ -78,6 +80,10 @@ pub struct DiskQueue {
     /// Fills whose gaps have been read and that must be written.
     pub(crate) fills_read: VecDeque<u32>,
     pub(crate) buffers: Buffers,
+    /// Which images' data are encrypted, by layer.
+    pub(crate) encrypted: Box<[bool]>,
+    /// Bytes of ciphertext in buffers of in-place reads and writes.
+    pub(crate) crypt_bytes: u64,
     pub(crate) stalled: VecDeque<u32>,
     done: VecDeque<Done>,
     status_done: Vec<(u64, Vec<StatusExtent>)>,
@@ -135,6 +141,8 @@ impl DiskQueue {
             }
             files.push(slots);
         }
+        let is_encrypted = |layer: &Layer| layer.image.encryption().is_some();
+        let encrypted: Box<[bool]> = disk.layers.iter().map(is_encrypted).collect();
         let inner = FILLS_MAX * 2;
         let slots = depth + inner;
         let subs = depth * 2 + 64 + FILLS_MAX;
@@ -154,7 +162,12 @@ impl DiskQueue {
             fills_new: Vec::with_capacity(FILLS_MAX),
             fills_open: Vec::with_capacity(FILLS_MAX),
             fills_read: VecDeque::with_capacity(FILLS_MAX),
-            buffers: Buffers::default(),
+            buffers: Buffers::new(match encrypted.contains(&true) {
+                false => 0,
+                true => crypt::KEPT_BYTES,
+            }),
+            encrypted,
+            crypt_bytes: 0,
             stalled: VecDeque::with_capacity(slots),
             done: VecDeque::with_capacity(depth),
             status_done: Vec::new(),
@@ -343,6 +356,12 @@ impl DiskQueue {
         }
         let end = request.at.checked_add(request.len);
         if end.is_none_or(|end| end.0 > self.disk.size()) {
+            return Err(GuestError::Invalid);
+        }
+        if matches!(request.op, Op::Write { .. } | Op::WriteZeroes { .. })
+            && self.is_encrypted(0)
+            && !(request.at.0 | request.len).is_multiple_of(crypt::SECTOR)
+        {
             return Err(GuestError::Invalid);
         }
         if request.op.has_data() {

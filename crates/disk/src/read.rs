@@ -78,6 +78,9 @@ impl DiskQueue {
         match extent.kind {
             ExtentKind::Data { file, offset } => {
                 self.note_data(index);
+                if self.is_encrypted(layer) {
+                    return self.read_sealed(engine, index, layer, file, offset.0, extent.len);
+                }
                 self.transfer(
                     engine,
                     index,

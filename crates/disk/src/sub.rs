@@ -1,7 +1,7 @@
 //! Engine operations of requests: the table of those under way, how they are
 //! issued and what their ends mean.
 
-use crate::{memory, queue::DiskQueue};
+use crate::{crypt::Sealed, memory, queue::DiskQueue};
 use block::{GuestError, IoVec};
 use image::{Compressed, Freed, Load, Reserve};
 use io::{Completion, Engine, FileSlot, Io, IoOp, Token, memory::AlignedBuf};
@@ -21,6 +21,10 @@ pub(crate) enum Purpose {
         to: u64,
         len: u64,
     },
+    /// Ciphertext; its plain bytes go to the request's memory.
+    Unseal { slot: u32, sealed: Sealed },
+    /// Part of a request's own work in so many bytes of a buffer.
+    Sealed { slot: u32, bytes: u64 },
     /// A metadata block that a request waits for.
     Load { slot: u32, layer: u8, load: Load },
     /// Space that a request waits for, or (without one) that will be needed soon.
@@ -164,6 +168,17 @@ impl DiskQueue {
                 len,
             } => {
                 let error = error.or_else(|| self.unpack(index, slot, layer, &cluster, to, len));
+                self.free_sub(index);
+                self.part_ended(slot, error);
+            }
+            Purpose::Unseal { slot, sealed } => {
+                let error = error.or_else(|| self.unseal(index, slot, &sealed));
+                self.sealed_ended(sealed.bytes());
+                self.free_sub(index);
+                self.part_ended(slot, error);
+            }
+            Purpose::Sealed { slot, bytes } => {
+                self.sealed_ended(bytes);
                 self.free_sub(index);
                 self.part_ended(slot, error);
             }

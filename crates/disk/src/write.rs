@@ -40,8 +40,15 @@ impl DiskQueue {
         let len = match step {
             Ok(Step::Done(Plan::InPlace { file, offset, len })) => {
                 let len = len.min(left);
-                self.transfer(engine, index, ACTIVE, file, IoOp::Write, offset.0, pos, len);
-                len
+                if self.is_encrypted(ACTIVE) {
+                    match self.write_sealed(engine, index, file, offset.0, len) {
+                        Some(len) => len,
+                        None => return self.stall(index),
+                    }
+                } else {
+                    self.transfer(engine, index, ACTIVE, file, IoOp::Write, offset.0, pos, len);
+                    len
+                }
             }
             Ok(Step::Done(Plan::Allocate(allocation))) => {
                 let len = allocation.write_len.min(left);

@@ -4,13 +4,14 @@
 
 mod peer;
 
+use crypto::{Passphrase, luks};
 use disk::{ChainOptions, blocking::Driver};
 use image::{
     Format,
     qcow2::{Compression, CreateOptions},
 };
-use peer::{Model, Op, Random, check, qemu_img, qemu_io, qemu_reads};
-use std::path::Path;
+use peer::{Model, Op, Random, check_as, qemu_img, qemu_io, qemu_reads};
+use std::{path::Path, sync::Arc};
 
 /// What lies below the image under test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,7 @@ struct Case {
     seed: u64,
     extended_l2: bool,
     outside: Outside,
+    encrypted: Encrypted,
 }
 
 /// Whether the guest's data are in a file of their own.
@@ -53,6 +55,29 @@ enum Outside {
     Raw,
 }
 
+/// Which images of the case are encrypted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Encrypted {
+    disk: bool,
+    base: bool,
+}
+
+impl Case {
+    /// What QEMU's tools are told of the image under test.
+    fn format(&self) -> &'static str {
+        match (self.encrypted.disk, self.encrypted.base) {
+            (false, false) => "qcow2",
+            (true, false) => peer::LUKS,
+            (false, true) => peer::QCOW2_ON_LUKS,
+            (true, true) => peer::LUKS_ON_LUKS,
+        }
+    }
+}
+
+fn passphrase() -> Passphrase {
+    Passphrase::new(peer::PASSPHRASE.as_bytes().to_vec().into()).unwrap()
+}
+
 fn open(dir: &Path, name: &str, read_only: bool) -> Driver {
     let path = dir.join(name);
     let options = ChainOptions {
@@ -62,6 +87,7 @@ fn open(dir: &Path, name: &str, read_only: bool) -> Driver {
         cache: io::Cache::Unsafe,
         // Small: blocks must come and go.
         cache_bytes: Some(64 << 10),
+        passphrases: vec![Arc::new(passphrase())],
         ..ChainOptions::default()
     };
     let chain = peer::open_chain(&path, &options).unwrap_or_else(|e| panic!("{e}"));
@@ -91,6 +117,16 @@ fn apply(driver: &mut Driver, op: Op, model: &mut Model) -> Result<(), String> {
     Ok(())
 }
 
+/// Has qemu-img create an encrypted image.
+const QEMU_LUKS: [&str; 6] = [
+    "--object",
+    peer::SECRET,
+    "-f",
+    "qcow2",
+    "-o",
+    "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=1",
+];
+
 /// Writes the base images; returns the name and format to store, and what they read as.
 fn make_base(dir: &Path, case: &Case, size: u64, random: &mut Random) -> Option<(String, Model)> {
     let cluster = 1 << case.cluster_bits;
@@ -105,7 +141,11 @@ fn make_base(dir: &Path, case: &Case, size: u64, random: &mut Random) -> Option<
     };
     let create = |name: &str, format: &str, size: u64, on: Option<(&str, &str)>| {
         let size = size.to_string();
-        let mut args = vec!["create", "-q", "-f", format];
+        let mut args = vec!["create", "-q"];
+        match format {
+            peer::LUKS => args.extend(QEMU_LUKS),
+            _ => args.extend(["-f", format]),
+        }
         if let Some((base, format)) = on {
             args.extend(["-b", base, "-F", format]);
         }
@@ -117,6 +157,7 @@ fn make_base(dir: &Path, case: &Case, size: u64, random: &mut Random) -> Option<
         Base::None => return None,
         Base::RawShorter => ("raw", shorter),
         Base::RawLonger => ("raw", size + 5 * cluster + 1024),
+        Base::Qcow2Shorter if case.encrypted.base => (peer::LUKS, shorter),
         Base::Qcow2Shorter | Base::Deep => ("qcow2", shorter),
         Base::Qcow2Compressed => ("qcow2", size),
     };
@@ -143,6 +184,7 @@ fn make_base(dir: &Path, case: &Case, size: u64, random: &mut Random) -> Option<
         );
         std::fs::rename(dir.join("packed"), dir.join("base")).unwrap();
     }
+    let kind = if kind == "raw" { kind } else { "qcow2" };
     Some((kind.to_owned(), model))
 }
 
@@ -162,6 +204,13 @@ fn create(dir: &Path, case: &Case, size: u64, backing: Option<&str>, by_us: bool
         extended_l2: case.extended_l2,
         data_file: (case.outside != Outside::No).then(|| "data".to_owned()),
         data_file_raw: case.outside == Outside::Raw,
+        encryption: case.encrypted.disk.then(|| {
+            let options = luks::FormatOptions {
+                iter_time_ms: 1,
+                ..luks::FormatOptions::default()
+            };
+            luks::Volume::format(&options, &passphrase()).unwrap()
+        }),
     };
     if by_us {
         let file = io::File::create_new(&dir.join("disk"), &io::OpenOptions::default()).unwrap();
@@ -186,7 +235,11 @@ fn create(dir: &Path, case: &Case, size: u64, backing: Option<&str>, by_us: bool
         Outside::Raw => settings.push_str(",data_file=data,data_file_raw=on"),
     }
     let size = size.to_string();
-    let mut args = vec!["create", "-q", "-f", "qcow2", "-o", &settings];
+    // Without a look at the backing image, whose passphrase nobody asks for.
+    let mut args = vec!["create", "-q", "-u", "-f", "qcow2", "-o", &settings];
+    if case.encrypted.disk {
+        args.extend(QEMU_LUKS);
+    }
     if let Some(format) = backing {
         args.extend(["-b", "base", "-F", format]);
     }
@@ -205,7 +258,7 @@ fn run(case: &Case) -> Result<(), String> {
     let kind = base.as_ref().map(|(kind, _)| kind.as_str());
     let by_us = !case.seed.is_multiple_of(4);
     create(dir, case, size, kind, by_us);
-    check(dir, "disk");
+    check_as(dir, case.format(), "disk");
     let mut model = match &base {
         Some((_, base)) => Model::over(base, size),
         None => Model::new(size),
@@ -223,8 +276,8 @@ fn run(case: &Case) -> Result<(), String> {
             }
         }
         close(driver)?;
-        check(dir, "disk");
-        qemu_reads(dir, "qcow2", "disk", &mut model);
+        check_as(dir, case.format(), "disk");
+        qemu_reads(dir, case.format(), "disk", &mut model);
         if case.outside == Outside::Raw {
             let mut raw = std::fs::read(dir.join("data")).unwrap();
             // QEMU makes whole clusters or subclusters of it; we leave its size as it is.
@@ -242,7 +295,7 @@ fn run(case: &Case) -> Result<(), String> {
             let op = peer::random_op(&mut random, size, cluster, 512);
             peer::as_qemu_io(op, &mut model, &mut script);
         }
-        qemu_io(dir, "qcow2", "disk", &script);
+        qemu_io(dir, case.format(), "disk", &script);
         let mut all = vec![0xa5; size as usize];
         let mut driver = open(dir, "disk", true);
         driver
@@ -276,6 +329,7 @@ fn version_3(bits: std::ops::RangeInclusive<u32>) -> impl Iterator<Item = Case> 
                 seed: u64::from(index) + 1000,
                 extended_l2: false,
                 outside: Outside::No,
+                encrypted: Encrypted::default(),
             }
         })
     })
@@ -306,6 +360,7 @@ fn version_2() {
         seed: u64::from(cluster_bits) + 2000,
         extended_l2: false,
         outside: Outside::No,
+        encrypted: Encrypted::default(),
     }));
 }
 
@@ -320,6 +375,7 @@ fn every_base() {
         seed: index + 3000,
         extended_l2: false,
         outside: Outside::No,
+        encrypted: Encrypted::default(),
     }));
 }
 
@@ -337,6 +393,7 @@ fn subclusters() {
             seed: u64::from(cluster_bits) * 10 + index + 4000,
             extended_l2: true,
             outside: Outside::No,
+            encrypted: Encrypted::default(),
         })
     }));
 }
@@ -363,7 +420,34 @@ fn external_data_files() {
                 seed: u64::from(index) + 5000 + u64::from(cluster_bits),
                 extended_l2: cluster_bits >= 14 && turn % 2 == 0,
                 outside,
+                encrypted: Encrypted::default(),
             }
         })
+    }));
+}
+
+/// The image or its base encrypted, or both, with and without subclusters.
+#[test]
+fn encrypted() {
+    let cases = [
+        (2, 9, false, Base::None, true, false),
+        (3, 12, false, Base::Qcow2Shorter, true, true),
+        (3, 16, false, Base::RawLonger, true, false),
+        (3, 16, false, Base::Qcow2Shorter, false, true),
+        (3, 16, true, Base::Qcow2Compressed, true, false),
+        (3, 17, true, Base::None, true, false),
+    ];
+    run_all((5000..).zip(cases).map(|(seed, case)| {
+        let (version, cluster_bits, extended_l2, base, disk, below) = case;
+        Case {
+            version,
+            cluster_bits,
+            refcount_bits: 16,
+            base,
+            seed,
+            extended_l2,
+            outside: Outside::No,
+            encrypted: Encrypted { disk, base: below },
+        }
     }));
 }

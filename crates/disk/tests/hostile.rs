@@ -119,14 +119,9 @@ const TABLE: &[(&str, Damage, &str)] = &[
         "l1_size at byte 36",
     ),
     (
-        "crypt_method 1",
-        |b| put(b, 32, &1u32.to_be_bytes()),
-        "encrypted (AES)",
-    ),
-    (
         "crypt_method 2",
         |b| put(b, 32, &2u32.to_be_bytes()),
-        "encrypted (LUKS)",
+        "(LUKS header): it is missing",
     ),
     (
         "crypt_method 3",

@@ -30,6 +30,7 @@
 //! disk layer hands it back ([`Image::release`]) only when all requests that were in flight
 //! by then have ended and the hole is punched. Only then is it allocated again.
 
+use crate::Encryption;
 use block::{GuestOffset, HostOffset, Result, Storage, Zeroed};
 use std::fmt::Debug;
 
@@ -416,6 +417,12 @@ pub trait Image: Send + Sync + Debug {
     /// Unpacks one compressed cluster: `input` are [`Compressed::len`] bytes (fewer at the end of the
     /// file), `output` [`Compressed::unpacked_len`].
     fn decompress(&self, input: &[u8], output: &mut [u8]) -> Result<()>;
+
+    /// How its data are encrypted, where they are. Of what lies at an [`ExtentKind::Data`] or is written
+    /// by a [`Plan`], whole sectors are encrypted; nothing else is. No [`Allocation`] is zeroed then.
+    fn encryption(&self) -> Option<&Encryption> {
+        None
+    }
 
     /// Fills `run` with everything that was committed so far and is not durable yet, as
     /// stages. One run at a time: the disk layer calls `flush_end` before the next begin.

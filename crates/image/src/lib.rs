@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod contract;
+mod encryption;
 mod null;
 mod probe;
 pub mod qcow2;
@@ -16,6 +17,7 @@ pub use contract::{
     Freed, Image, Key, Load, MetaWrite, Need, Plan, Reserve, Stage, Step, Ticket, ZeroMode,
     ZeroPlan,
 };
+pub use encryption::{Encryption, Method};
 pub use null::Null;
 pub use probe::{Format, PROBE_BYTES, probe, probe_bytes};
 pub use raw::Raw;

@@ -75,10 +75,39 @@ pub fn qemu_img(dir: &Path, args: &[&str]) -> String {
     patiently(is_locked, || try_tool(dir, "qemu-img", args, "")).unwrap_or_else(|e| panic!("{e}"))
 }
 
+/// What `qemu_args` calls an encrypted qcow2 image, with any unencrypted backing image.
+pub const LUKS: &str = "luks";
+/// An encrypted qcow2 image on an encrypted qcow2 image.
+pub const LUKS_ON_LUKS: &str = "luks on luks";
+/// A qcow2 image on an encrypted qcow2 image.
+pub const QCOW2_ON_LUKS: &str = "qcow2 on luks";
+/// The passphrase of them all.
+pub const PASSPHRASE: &str = "open, sesame";
+/// The passphrase as an object for QEMU's tools.
+pub const SECRET: &str = "secret,id=key,data=open,, sesame";
+
+/// How QEMU's tools are told of `image`: a format, or one of the names above.
+pub fn qemu_args(format: &str, image: &str) -> Vec<String> {
+    let key = ",encrypt.key-secret=key";
+    let below = ",backing.driver=qcow2,backing.file.filename=base,backing.encrypt.key-secret=key";
+    let (key, below) = match format {
+        LUKS => (key, ""),
+        LUKS_ON_LUKS => (key, below),
+        QCOW2_ON_LUKS => ("", below),
+        _ => return ["-f", format, image].map(str::to_owned).to_vec(),
+    };
+    let opts = format!("driver=qcow2,file.filename={image}{key}{below}");
+    ["--object", SECRET, "--image-opts", &opts]
+        .map(str::to_owned)
+        .to_vec()
+}
+
 /// Has one `qemu-io` carry out all `commands` (one a line) on `image`; panics when one failed.
 pub fn qemu_io(dir: &Path, format: &str, image: &str, commands: &str) -> String {
     // Unmapping must be asked for, or discards are ignored. Nothing crashes here: syncs only cost time.
-    let args = ["-f", format, "-d", "unmap", "-t", "unsafe", image];
+    let image_args = qemu_args(format, image);
+    let mut args = vec!["-d", "unmap", "-t", "unsafe"];
+    args.extend(image_args.iter().map(String::as_str));
     let text = patiently(is_locked, || try_tool(dir, "qemu-io", &args, commands));
     let text = text.unwrap_or_else(|e| panic!("{e}\n{commands}"));
     let bad = ["failed", "rror", "verification", "Invalid", "not found"];
@@ -91,7 +120,15 @@ pub fn qemu_io(dir: &Path, format: &str, image: &str, commands: &str) -> String 
 
 /// `qemu-img check`: neither errors nor leaks.
 pub fn check(dir: &Path, image: &str) {
-    qemu_img(dir, &["check", "-q", "-f", "qcow2", image]);
+    check_as(dir, "qcow2", image);
+}
+
+/// As [`check`], for a `format` of [`qemu_args`].
+pub fn check_as(dir: &Path, format: &str, image: &str) {
+    let image_args = qemu_args(format, image);
+    let mut args = vec!["check", "-q"];
+    args.extend(image_args.iter().map(String::as_str));
+    qemu_img(dir, &args);
 }
 
 /// `qemu-img check`: no errors; clusters that nobody uses are no harm.
@@ -267,10 +304,11 @@ pub fn as_qemu_io(op: Op, model: &mut Model, script: &mut String) {
 
 /// Whether `image` reads as `model` to QEMU.
 pub fn qemu_reads(dir: &Path, format: &str, image: &str, model: &mut Model) {
-    qemu_img(
-        dir,
-        &["convert", "-f", format, "-O", "raw", image, "as-qemu.raw"],
-    );
+    let image_args = qemu_args(format, image);
+    let mut args = vec!["convert", "-O", "raw"];
+    args.extend(image_args.iter().map(String::as_str));
+    args.push("as-qemu.raw");
+    qemu_img(dir, &args);
     let read = fs::read(dir.join("as-qemu.raw")).unwrap();
     assert_eq!(read.len(), model.bytes.len(), "{image}: size");
     model

@@ -36,6 +36,8 @@ pub(crate) struct Export {
     pub read_only: bool,
     /// Preferred block size in bytes, a power of two from 512.
     pub preferred_block: u32,
+    /// What requests should be multiples of, in bytes.
+    pub min_block: u32,
 }
 
 impl Export {
@@ -312,7 +314,7 @@ impl Handshake {
             item(
                 info::BLOCK_SIZE,
                 [
-                    &1u32.to_be_bytes(),
+                    &export.min_block.to_be_bytes(),
                     &export.preferred_block.to_be_bytes(),
                     &PAYLOAD_BYTES_MAX.to_be_bytes(),
                 ],

@@ -8,6 +8,7 @@ fn export() -> Export {
         size: 1 << 30,
         read_only: false,
         preferred_block: 4096,
+        min_block: 1,
     }
 }
 

@@ -99,6 +99,7 @@ impl Nbd {
                 description: options.description,
                 size: disk.size(),
                 read_only: options.read_only || disk.read_only(),
+                min_block: disk.write_unit(),
                 preferred_block: disk.logical_block_size().max(4096),
             },
             disk,

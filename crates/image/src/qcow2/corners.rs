@@ -19,8 +19,7 @@ fn options(size: u64) -> CreateOptions {
         backing: None,
         compression: Compression::Zlib,
         extended_l2: false,
-        data_file: None,
-        data_file_raw: false,
+        ..CreateOptions::default()
     }
 }
 

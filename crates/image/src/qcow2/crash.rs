@@ -83,8 +83,7 @@ fn storm(
         backing: backing.then(|| ("base".into(), "raw".into())),
         compression: Compression::Zlib,
         extended_l2,
-        data_file: None,
-        data_file_raw: false,
+        ..CreateOptions::default()
     };
     let open = OpenOptions::default();
     let base: Vec<u8> = match backing {

@@ -6,11 +6,13 @@
 //!           …   refcount blocks, as many as cover all of this
 //!           …   L1 table, all zeros
 //!           …   L2 tables, only where the guest's clusters are preallocated
+//!           …   LUKS header and key slots, where data are to be encrypted
 //! ```
 //!
 //! The header is written last, behind a barrier: until then the file shows no
 //! format, so a crash leaves no half of an image that looks like one.
 
+use super::crypt::{CRYPT_LUKS, CRYPT_NONE};
 use super::entry::COPIED;
 use super::extensions::{self, Extension};
 use super::subcluster::SUBCLUSTERS;
@@ -19,6 +21,7 @@ use super::{
     V3_LEN, features,
 };
 use block::{Context, Error, Result, Storage, align_up, limits, size};
+use crypto::luks;
 
 /// What a new image is to be. The default is QEMU's: version 3, 64 KiB clusters, 16-bit refcounts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +47,8 @@ pub struct CreateOptions {
     /// The data file is to be the disk's raw image too: without a backing file only. All L2 entries are
     /// there from the beginning then (8 or 16 bytes a cluster).
     pub data_file_raw: bool,
+    /// The header and first key of data that are to be encrypted with LUKS.
+    pub encryption: Option<luks::Volume>,
 }
 
 impl Default for CreateOptions {
@@ -59,6 +64,7 @@ impl Default for CreateOptions {
             extended_l2: false,
             data_file: None,
             data_file_raw: false,
+            encryption: None,
         }
     }
 }
@@ -70,17 +76,19 @@ struct Layout {
     refcount_blocks: u64,
     l1: u64,
     l2: u64,
+    luks: u64,
 }
 
 impl Layout {
-    /// The fewest refcount structures that cover `l1` and `l2` clusters, the header and themselves.
-    fn of(l1: u64, l2: u64, cluster_size: u64, refcount_bits: u32) -> Self {
+    /// The fewest refcount structures that cover `l1`, `l2` and `luks` clusters, the header and themselves.
+    fn of(l1: u64, l2: u64, luks: u64, cluster_size: u64, refcount_bits: u32) -> Self {
         let per_block = cluster_size * 8 / u64::from(refcount_bits);
         let mut layout = Self {
             refcount_table: 1,
             refcount_blocks: 1,
             l1,
             l2,
+            luks,
         };
         // Each turn adds what the turn before lacked; a block covers at least 64 clusters, so the
         // additions shrink and this ends.
@@ -96,12 +104,17 @@ impl Layout {
     }
 
     fn clusters(&self) -> u64 {
-        1 + self.refcount_table + self.refcount_blocks + self.l1 + self.l2
+        self.luks_first() + self.luks
     }
 
     /// The first cluster of the L1 table.
     fn l1_first(&self) -> u64 {
         1 + self.refcount_table + self.refcount_blocks
+    }
+
+    /// The first cluster of the LUKS header.
+    fn luks_first(&self) -> u64 {
+        self.l1_first() + self.l1 + self.l2
     }
 }
 
@@ -109,6 +122,9 @@ impl CreateOptions {
     /// Checks the rules that qemu-img has too. Errors name the option and what it may be.
     pub fn validate(&self) -> Result<()> {
         let wrong = |message: String| Err(Error::invalid(message));
+        if self.encryption.is_some() && self.data_file_raw {
+            return wrong("data_file_raw=on and encryption exclude each other".into());
+        }
         if !self.cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&self.cluster_size) {
             return wrong(format!(
                 "cluster_size is {}: it must be a power of two from 512 to 2M",
@@ -209,7 +225,9 @@ impl CreateOptions {
         let l1_entries = size.div_ceil(self.l2_bytes());
         let l1 = (l1_entries * 8).div_ceil(self.cluster_size);
         let l2 = if self.data_file_raw { l1_entries } else { 0 };
-        let layout = Layout::of(l1, l2, self.cluster_size, self.refcount_bits);
+        let luks = self.encryption.as_ref().map_or(0, luks::Volume::len);
+        let luks_clusters = luks.div_ceil(self.cluster_size);
+        let layout = Layout::of(l1, l2, luks_clusters, self.cluster_size, self.refcount_bits);
         let v3 = self.version >= 3;
         let packed = self.compression == Compression::Zstd;
         let mut extensions = Vec::new();
@@ -231,12 +249,22 @@ impl CreateOptions {
                 data: features::standard_table(),
             });
         }
+        if self.encryption.is_some() {
+            let at = layout.luks_first() * self.cluster_size;
+            extensions.push(Extension {
+                kind: extensions::CRYPTO_HEADER,
+                data: [at.to_be_bytes(), luks.to_be_bytes()].concat(),
+            });
+        }
         let header = Header {
             version: self.version,
             backing: self.backing.as_ref().map(|(name, _)| name.clone()),
             cluster_bits: self.cluster_size.trailing_zeros(),
             size,
-            crypt_method: 0,
+            crypt_method: match self.encryption {
+                Some(_) => CRYPT_LUKS,
+                None => CRYPT_NONE,
+            },
             // `validate` bounds the table to 32 MiB.
             l1_size: u32::try_from(l1_entries).unwrap_or(u32::MAX),
             l1_table_offset: if l1 == 0 {
@@ -334,6 +362,9 @@ fn write(
     if layout.l2 > 0 {
         preallocate(storage, options, layout)?;
     }
+    if let Some(volume) = &options.encryption {
+        volume.write(storage, layout.luks_first() * cluster)?;
+    }
     storage.sync()?;
     storage.write_at(0, header)?;
     storage.sync()
@@ -406,15 +437,17 @@ mod tests {
 
     #[test]
     fn refcount_structures_cover_themselves() {
-        for (l1, cluster, bits) in [
-            (1, 65536, 16),
-            (0, 65536, 16),
-            (65536, 512, 64),
-            (61, 512, 64),
-            (62, 512, 64),
-            (16, 2 << 20, 1),
+        for (l1, luks, cluster, bits) in [
+            (1, 0, 65536, 16),
+            (0, 0, 65536, 16),
+            (65536, 0, 512, 64),
+            (61, 0, 512, 64),
+            (62, 0, 512, 64),
+            (1, 61, 512, 64),
+            (1, 4040, 512, 64),
+            (16, 1, 2 << 20, 1),
         ] {
-            let layout = Layout::of(l1, l1 / 2, cluster, bits);
+            let layout = Layout::of(l1, l1 / 2, luks, cluster, bits);
             let per_block = cluster * 8 / u64::from(bits);
             assert!(layout.refcount_blocks * per_block >= layout.clusters());
             assert!(layout.refcount_table * cluster / 8 >= layout.refcount_blocks);

@@ -412,11 +412,6 @@ impl Header {
                 "header: 'raw external data' (autoclear bit 1) and a backing file exclude each other",
             ));
         }
-        match self.crypt_method {
-            0 => {}
-            1 => return Err(Error::unsupported("is encrypted (AES): not supported")),
-            _ => return Err(Error::unsupported("is encrypted (LUKS): not supported")),
-        }
         self.compression().map(drop)
     }
 

@@ -18,8 +18,7 @@ fn sound(cluster_bits: u32, order: u32, extended_l2: bool) -> (Vec<u8>, Vec<u64>
         backing: (order == 4).then(|| ("base".into(), "raw".into())),
         compression: Compression::Zlib,
         extended_l2,
-        data_file: None,
-        data_file_raw: false,
+        ..CreateOptions::default()
     };
     let mut driver = Driver::create(&options, &OpenOptions::default());
     let mut rng = Rng(5);
@@ -55,6 +54,7 @@ fn abuse(bytes: Vec<u8>, rng: &mut Rng) {
     let open = OpenOptions {
         read_only: rng.below(4) == 0,
         cache_bytes: Some(0),
+        ..OpenOptions::default()
     };
     let Ok(image) = Qcow2::open(&file, &open) else {
         return;

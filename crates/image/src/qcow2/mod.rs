@@ -28,6 +28,7 @@ mod corners;
 #[cfg(test)]
 mod crash;
 mod create;
+pub mod crypt;
 mod data;
 pub mod edit;
 
@@ -69,8 +70,8 @@ pub use header::{
 pub use open::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX, OpenOptions};
 
 use crate::{
-    DataFile, Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan, Reserve, Step,
-    Ticket, ZeroMode, ZeroPlan,
+    DataFile, Description, Encryption, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan,
+    Reserve, Step, Ticket, ZeroMode, ZeroPlan,
 };
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
 use cache::Owner;
@@ -86,6 +87,7 @@ pub struct Qcow2 {
     name: String,
     header: Header,
     data_file: Option<DataFile>,
+    encryption: Option<Encryption>,
     geometry: Geometry,
     compression: Compression,
     /// `Some` when it must not be written: by wish (empty) or for a reason.
@@ -270,6 +272,10 @@ impl Image for Qcow2 {
             facts.push(("data file", name.unwrap_or_else(none)));
             facts.push(("data file raw", data.raw.to_string()));
         }
+        if let Some(encryption) = &self.encryption {
+            let (name, suite) = (encryption.name(), encryption.suite());
+            facts.push(("encryption", format!("{name}, {suite}")));
+        }
         facts.push(("metadata cache", self.cache_fact(&st)));
         Description {
             format: "qcow2",
@@ -347,7 +353,7 @@ impl Image for Qcow2 {
         let step = {
             let mut st = self.lock();
             let plan = self.plan_zeroes(&mut st, at, len, mode);
-            st.step(plan)?
+            self.plan_encrypted_zeroes(st.step(plan)?)
         };
         match &step {
             Step::Done(
@@ -378,6 +384,10 @@ impl Image for Qcow2 {
 
     fn decompress(&self, input: &[u8], output: &mut [u8]) -> Result<()> {
         compress::unpack(self.compression, input, output).map_err(|e| e.within(&self.name))
+    }
+
+    fn encryption(&self) -> Option<&Encryption> {
+        self.encryption.as_ref()
     }
 
     fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {

@@ -3,6 +3,7 @@
 use super::ahead::Ahead;
 use super::alloc::Space;
 use super::cache::Cache;
+use super::crypt;
 use super::entry::{Geometry, OFFSET_MASK};
 use super::features;
 use super::header::{Header, REFCOUNT_TABLE_BYTES_MAX};
@@ -12,9 +13,10 @@ use super::tables::{FRAMES_MAX, Tables};
 use super::tickets::Tickets;
 use super::{Qcow2, bitmap};
 use block::{Context, Error, ErrorKind, Result, Storage};
+use crypto::Passphrase;
 use std::collections::HashSet;
-use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 
 /// Most memory of the metadata cache when the user says nothing: as plain tables 512 GiB with 64 KiB clusters;
 /// packed, 1 TiB in perfect disorder and many times that in some order. It is taken as it is needed.
@@ -33,6 +35,8 @@ pub struct OpenOptions {
     /// Upper bound of the metadata cache in bytes; [`CACHE_BYTES_DEFAULT`] when not given. Less
     /// is used where less covers the disk, a little more where it is too little to work.
     pub cache_bytes: Option<u64>,
+    /// Unlocks an encrypted image. Without it such an image opens, but its data stay encrypted.
+    pub passphrase: Option<Arc<Passphrase>>,
 }
 
 impl Qcow2 {
@@ -51,10 +55,13 @@ impl Qcow2 {
         header.check_features()?;
         let data_file = header.data_file()?;
         let compression = header.compression()?;
+        let encryption = crypt::open(storage, &header, options.passphrase.as_deref())?;
         let geometry = Geometry::of(&header);
         let file_len = storage.len()?;
         let mut first_sector = [0; 512];
-        let mut lacks = header.read_only_because();
+        let mut lacks = header
+            .read_only_because()
+            .or_else(|| crypt::read_only_because(encryption.as_ref()));
         if file_len < 512 {
             return Err(Error::corrupt("header: the file ends inside it"));
         }
@@ -90,6 +97,9 @@ impl Qcow2 {
         }
 
         fixed.push(table);
+        if let Some((offset, len)) = crypt::luks_range(&header)? {
+            fixed.push(offset >> bits..(offset + len).div_ceil(cluster));
+        }
 
         // What a writer needs beyond: every place that holds metadata.
         let mut blocks = HashSet::new();
@@ -159,6 +169,7 @@ impl Qcow2 {
             name: name.to_owned(),
             data_file,
             compression,
+            encryption,
             read_only,
             lacks,
             first_sector,

@@ -38,8 +38,7 @@ impl Synthetic {
             lazy_refcounts: false,
             backing: None,
             compression: Compression::Zlib,
-            data_file: None,
-            data_file_raw: false,
+            ..CreateOptions::default()
         };
         create(&file, &options).unwrap();
         let mut head = file.bytes();
@@ -134,6 +133,7 @@ fn open(file: &Synthetic, cache_bytes: Option<u64>) -> Qcow2 {
     let options = OpenOptions {
         read_only: true,
         cache_bytes,
+        ..OpenOptions::default()
     };
     Qcow2::open(file, &options).unwrap()
 }

@@ -16,8 +16,7 @@ fn options(size: u64, cluster_bits: u32, order: u32, version: u32) -> CreateOpti
         backing: None,
         compression: Compression::Zlib,
         extended_l2: false,
-        data_file: None,
-        data_file_raw: false,
+        ..CreateOptions::default()
     }
 }
 

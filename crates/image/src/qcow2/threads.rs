@@ -138,8 +138,7 @@ fn threads_meet(extended_l2: bool) -> u64 {
         backing: None,
         compression: Compression::Zlib,
         extended_l2,
-        data_file: None,
-        data_file_raw: false,
+        ..CreateOptions::default()
     };
     let open = OpenOptions {
         cache_bytes: Some(0),

@@ -222,7 +222,7 @@ impl Qcow2 {
             part: false,
             ref_frame: given.frame,
             counted: given.counted,
-            independent: given.counted && blank,
+            independent: given.counted && blank && !self.encrypted(),
             old,
         };
         self.ticket(st, pending, at, len, fill, given.zeroed)
@@ -264,7 +264,7 @@ impl Qcow2 {
             start: GuestOffset(start),
             len: bytes,
             write_len,
-            zeroed,
+            zeroed: zeroed && !self.encrypted(),
             fill: if whole { Fill::Nothing } else { fill },
         }))
     }

@@ -79,6 +79,7 @@ fn driver(storage: &Arc<Memory>, read_only: bool) -> Result<Driver> {
     let options = OpenOptions {
         read_only,
         cache_bytes: None,
+        ..OpenOptions::default()
     };
     let image = Qcow2::open(&**storage, &options)?;
     if let (false, Some(why)) = (read_only, image.describe().read_only_because) {
