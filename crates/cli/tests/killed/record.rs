@@ -31,7 +31,7 @@ pub fn fill(bytes: &mut [u8], first: u64, version: u32) {
 
 /// What the bytes of `sector` are, if they are anything whole that belongs there.
 pub fn decode(bytes: &[u8], sector: u64) -> Option<Content> {
-    if bytes.iter().all(|byte| *byte == 0) {
+    if bytes == [0; SECTOR] {
         return Some(Content::Zero);
     }
     let head = u64::from_le_bytes(bytes[..8].try_into().unwrap());

@@ -3,6 +3,7 @@
 use block::{Error, ErrorKind, Result, Storage};
 use disk::blocking::{Driver, Member};
 use image::Image as _;
+use image::qcow2::snapshot::{self, NewSnapshot};
 use image::qcow2::{OpenOptions, Qcow2};
 use std::sync::Arc;
 use testkit::memory::Memory;
@@ -16,6 +17,29 @@ const CALLS_MAX: u64 = 400_000;
 const EXTENTS: usize = 100;
 /// Bytes of a read or write.
 const PIECE: u64 = 9000;
+
+type Edit = fn(&dyn Storage) -> Result<()>;
+
+/// What is done to images that nobody has open. The ids are those of the forge.
+const EDITS: &[(&str, Edit)] = &[
+    ("make a snapshot", |storage| {
+        let name = "new".into();
+        snapshot::create(
+            storage,
+            &NewSnapshot {
+                name,
+                ..NewSnapshot::default()
+            },
+        )
+        .map(drop)
+    }),
+    ("apply a snapshot", |storage| {
+        snapshot::apply(storage, "1").map(drop)
+    }),
+    ("delete a snapshot", |storage| {
+        snapshot::delete(storage, "snap").map(drop)
+    }),
+];
 
 /// What became of it.
 #[derive(Debug)]
@@ -36,6 +60,7 @@ pub struct Outcome {
 pub fn abuse(bytes: &[u8]) -> Outcome {
     let reading = storage(bytes);
     let open = read(&reading);
+    let _ = snapshot::list(&*reading);
     assert_eq!(reading.done().changes, 0, "opening or reading wrote");
 
     let checking = storage(bytes);
@@ -47,6 +72,25 @@ pub fn abuse(bytes: &[u8]) -> Outcome {
     assert_eq!(checking.done().changes, 0, "a check wrote");
 
     let _ = write(&storage(bytes));
+
+    // What an edit leaves, done or refused, is sound if it was before.
+    let sound = report
+        .as_ref()
+        .is_ok_and(|r| (r.corruptions, r.check_errors) == (0, 0));
+    for (what, edit) in EDITS {
+        let storage = storage(bytes);
+        let done = edit(&*storage);
+        if sound {
+            let after =
+                check(&*storage, &options(Repair::No)).expect("an edited image can be checked");
+            assert_eq!(
+                (after.corruptions, after.check_errors),
+                (0, 0),
+                "after '{what}' ({done:?}): {:?}",
+                after.findings
+            );
+        }
+    }
 
     for repair in [Repair::Leaks, Repair::All] {
         let storage = storage(bytes);

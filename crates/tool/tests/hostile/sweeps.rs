@@ -30,7 +30,7 @@ fn change() -> impl Strategy<Value = [u8; 6]> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(150))]
+    #![proptest_config(ProptestConfig::with_cases(100))]
 
     /// Words of a sound image replaced, and the file cut off.
     #[test]
