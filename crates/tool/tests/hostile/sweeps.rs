@@ -29,8 +29,16 @@ fn change() -> impl Strategy<Value = [u8; 6]> {
     })
 }
 
+/// How many images; more with `PROPTEST_CASES`.
+fn cases() -> u32 {
+    let text = std::env::var("PROPTEST_CASES").ok();
+    text.map_or(100, |text| {
+        text.parse().expect("PROPTEST_CASES is a number")
+    })
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(100))]
+    #![proptest_config(ProptestConfig::with_cases(cases()))]
 
     /// Words of a sound image replaced, and the file cut off.
     #[test]
