@@ -55,10 +55,12 @@ fn from_environment(name: &str, default: u64) -> u64 {
 #[derive(Clone, Copy)]
 enum Image {
     Raw,
-    /// `-o` of `qemu-img create`.
+    /// `-o` of `qemu-img create`; DATA is a file for data.
     Qcow2(&'static str),
     /// Over a raw base that is half as long and half full.
     Overlay(&'static str),
+    /// A quarter full of compressed clusters.
+    Compressed(&'static str),
 }
 
 impl Image {
@@ -75,7 +77,11 @@ impl Image {
         let mut content = vec![Content::Zero; DISK_BYTES as usize / SECTOR];
         match self {
             Image::Raw => qemu::create("raw", &image, &size),
-            Image::Qcow2(options) => qemu::create_with("qcow2", &image, &size, options),
+            Image::Qcow2(options) => {
+                let data = dir.path("data").display().to_string();
+                let options = options.replace("DATA", &data);
+                qemu::create_with("qcow2", &image, &size, &options);
+            }
             Image::Overlay(options) => {
                 let full = DISK_BYTES as usize / 4;
                 let mut bytes = vec![0; 2 * full];
@@ -83,6 +89,18 @@ impl Image {
                 std::fs::write(dir.path("base"), bytes).unwrap();
                 let options = format!("backing_file=base,backing_fmt=raw,{options}");
                 qemu::create_with("qcow2", &image, &size, &options);
+                content[..full / SECTOR].fill(Content::Version(BASE_VERSION));
+            }
+            Image::Compressed(options) => {
+                let full = DISK_BYTES as usize / 4;
+                let mut bytes = vec![0; DISK_BYTES as usize];
+                fill(&mut bytes[..full], 0, BASE_VERSION);
+                std::fs::write(dir.path("plain"), bytes).unwrap();
+                let mut convert = Command::new("qemu-img");
+                convert.args(["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options]);
+                command::run(convert.arg(dir.path("plain")).arg(&image));
+                let checked = qemu::check_allowing_leaks("qcow2", &image);
+                assert!(!checked.contains(" 0.00% compressed"), "{checked}");
                 content[..full / SECTOR].fill(Content::Version(BASE_VERSION));
             }
         }
@@ -337,6 +355,18 @@ fn overlay_with_subclusters_behind_vhost_user() {
 fn overlay_with_subclusters_behind_nbd() {
     let image = Image::Overlay("extended_l2=on,cluster_size=16k");
     rounds(image, Door::Nbd, "overlay_with_subclusters_behind_nbd");
+}
+
+#[test]
+fn compressed_behind_vhost_user() {
+    let image = Image::Compressed("cluster_size=16k");
+    rounds(image, Door::VhostUser, "compressed_behind_vhost_user");
+}
+
+#[test]
+fn external_data_behind_nbd() {
+    let image = Image::Qcow2("cluster_size=4096,data_file=DATA");
+    rounds(image, Door::Nbd, "external_data_behind_nbd");
 }
 
 #[test]
