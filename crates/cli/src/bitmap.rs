@@ -171,6 +171,15 @@ impl Json {
     }
 }
 
+/// The bitmaps of a qcow2 image, for `info`. An image whose directory is damaged is worth a look too: then a
+/// warning says what is wrong.
+pub fn entries(storage: &dyn Storage) -> Vec<Entry> {
+    image::qcow2::bitmap::list(storage).unwrap_or_else(|error| {
+        tracing::warn!(%error, "its bitmaps cannot be listed");
+        Vec::new()
+    })
+}
+
 /// What a bitmap is, for people.
 pub fn describe(entry: &Entry) -> String {
     let state = match (entry.in_use(), entry.incompatible(), entry.auto()) {

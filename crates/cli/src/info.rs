@@ -15,9 +15,10 @@
 //! | `read-only-because` | why the image cannot be written; absent where it can |
 //! | `format-specific` | object of strings: further facts of the format, the metadata cache's coverage among them |
 //! | `snapshots` | array of internal snapshots, as `snapshot --json` prints them; absent where there are none |
+//! | `bitmaps` | array of objects with `name`, `granularity` (bytes) and `flags` (`in-use`, `auto`); absent where there are none |
 //! | `engine` | object with `name` and `reason`: what `--aio auto` picks for the file; the active image only |
 
-use crate::{args, print, snapshot};
+use crate::{args, bitmap, print, snapshot};
 use anyhow::Result;
 use block::size;
 use comfy_table::{Table, presets};
@@ -51,11 +52,16 @@ struct Entry {
     format_specific: BTreeMap<&'static str, String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     snapshots: Vec<snapshot::Entry>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    bitmaps: Vec<bitmap::Json>,
     #[serde(skip_serializing_if = "Option::is_none")]
     engine: Option<Engine>,
     /// The facts in the format's order, for the table.
     #[serde(skip)]
     facts: Vec<(&'static str, String)>,
+    /// Each bitmap's name and state, likewise.
+    #[serde(skip)]
+    bitmap_rows: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -117,6 +123,10 @@ fn entry(layer: &Layer) -> Result<Entry> {
         Some(file) if format == Format::Qcow2.name() => image::qcow2::snapshot::list(&**file)?,
         _ => Vec::new(),
     };
+    let bitmaps = match file {
+        Some(file) if format == Format::Qcow2.name() => bitmap::entries(&**file),
+        _ => Vec::new(),
+    };
     Ok(Entry {
         filename: layer.path.display().to_string(),
         format,
@@ -130,7 +140,12 @@ fn entry(layer: &Layer) -> Result<Entry> {
         read_only_because,
         format_specific: facts.iter().cloned().collect(),
         snapshots: snapshots.iter().map(snapshot::Entry::from).collect(),
+        bitmaps: bitmaps.iter().map(bitmap::Json::of).collect(),
         engine: None,
+        bitmap_rows: bitmaps
+            .iter()
+            .map(|entry| format!("{}: {}", entry.name(), bitmap::describe(entry)))
+            .collect(),
         facts,
     })
 }
@@ -172,6 +187,9 @@ fn table(entry: &Entry) -> String {
     push("read-only", entry.read_only_because.clone());
     for (name, value) in &entry.facts {
         push(name, Some(shown(value)));
+    }
+    for bitmap in &entry.bitmap_rows {
+        push("bitmap", Some(bitmap.clone()));
     }
     push(
         "engine",
