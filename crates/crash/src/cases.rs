@@ -8,7 +8,7 @@ use crate::run::{Outcome, Plan, run};
 use crate::script;
 use crate::spec::Spec;
 use crate::states::{Bounds, Moment, StateId, moments};
-use io::Fault;
+use io::{Fault, FaultOp};
 use std::fmt;
 
 /// A workload and the images that it is run on.
@@ -268,6 +268,7 @@ impl Case {
         judge: &Judge,
     ) -> Result<Option<Looked>, String> {
         let what = format!("{:?} {} fails with {}", fault.op, fault.skip, fault.errno);
+        let told = fault.op == FaultOp::Sync && mutant.is_none();
         let plan = Plan {
             mutant,
             fault: Some(fault),
@@ -277,6 +278,9 @@ impl Case {
         let outcome = run(&plan).map_err(wrong)?;
         if !outcome.world.image().faulted() {
             return Ok(None);
+        }
+        if told && outcome.errors.is_empty() {
+            return Err(wrong("nobody was told".to_owned()));
         }
         let bounds = bounds.for_clusters_of(plan.spec.create.cluster_size);
         look(&outcome, seed, &bounds, judge, None)

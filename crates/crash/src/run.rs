@@ -11,7 +11,7 @@ use crate::world::World;
 use block::Result;
 use disk::blocking::Driver;
 use disk::{Disk, DiskOptions};
-use io::{Fault, SimDisk};
+use io::{Change, Fault, SimDisk};
 use std::collections::HashMap;
 
 /// How to carry it out.
@@ -79,6 +79,10 @@ pub fn run(plan: &Plan) -> std::result::Result<Outcome, String> {
     };
     run.open()?;
     for (nth, step) in plan.steps.iter().enumerate() {
+        if !matches!(step, Step::One(_) | Step::Storm(_)) && run.lost() {
+            // Who opens the image next finds in the page cache what is on no disk, and cannot know.
+            break;
+        }
         run.step(step)
             .map_err(|what| format!("step {nth} {step:?}: {what}"))?;
     }
@@ -114,6 +118,12 @@ impl Run {
             }
         };
         done.map_err(|e| e.to_string())
+    }
+
+    /// Whether a sync failed: what it did not cover may be lost for good.
+    fn lost(&self) -> bool {
+        let log = self.world.disks.iter().flat_map(|disk| disk.log());
+        log.into_iter().any(|e| e.change == Change::FailedSync)
     }
 
     /// Opens the image; a fault may hit that once.

@@ -28,6 +28,12 @@ impl Bounds {
         each: 16,
         all: 240,
     };
+    /// For runs that are many: one for each operation that may fail.
+    pub const FEW: Bounds = Bounds {
+        exhaustive: 3,
+        each: 6,
+        all: 16,
+    };
     /// For `make soak`.
     pub const LONG: Bounds = Bounds {
         exhaustive: 8,

@@ -185,7 +185,9 @@ impl File {
             return Err(os(errno));
         }
         if let Some(sim) = &self.sim {
-            return sim.sync_data(sim.begin());
+            return sim.sync_data(sim.begin()).inspect_err(|error| {
+                self.note_sync_failure(error.raw_os_error().unwrap_or(libc::EIO));
+            });
         }
         loop {
             match rustix::fs::fdatasync(&self.fd) {

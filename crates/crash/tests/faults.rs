@@ -1,0 +1,75 @@
+//! Every operation that changes the image's file fails once, in some runs of each kind.
+//!
+//! The errors go to the requests that they hit: what was reported as done is there, and what a flush
+//! covered survives every crash; what failed may be there or not.
+
+use crash::Case;
+use crash::judge::Judge;
+use crash::states::Bounds;
+use io::{Fault, FaultOp};
+
+/// As in errno(3).
+const EIO: i32 = 5;
+const ENOSPC: i32 = 28;
+
+/// Fails every `stride`th of the operations `op` of the cases whose names contain `filter`.
+fn fail_each(filter: &str, op: FaultOp, errno: i32, torn: bool, stride: u64) {
+    let judge = Judge::default();
+    let cases = Case::all();
+    let mut failed = 0;
+    for case in cases.iter().filter(|c| c.to_string().contains(filter)) {
+        for skip in (0..).step_by(stride as usize) {
+            let fault = Fault {
+                skip,
+                count: 1,
+                torn,
+                ..Fault::always(op, errno)
+            };
+            match case.fail_nth(1, fault, None, &Bounds::FEW, &judge) {
+                Ok(Some(_)) => failed += 1,
+                Ok(None) => break,
+                Err(what) => panic!("{what}"),
+            }
+        }
+    }
+    println!("{filter}: {failed} operations failed, one in each run");
+    assert!(failed > 0, "{filter}: nothing of {op:?} to fail");
+}
+
+#[test]
+fn each_write_fails_once() {
+    fail_each("allocate/4k/", FaultOp::Write, EIO, true, 5);
+    fail_each("copy-on-write/16k", FaultOp::Write, EIO, true, 17);
+    fail_each(
+        "refcounts/1k,size=512k,refcount_bits=1/",
+        FaultOp::Write,
+        EIO,
+        true,
+        19,
+    );
+}
+
+#[test]
+fn each_sync_fails_once() {
+    fail_each("allocate/4k/", FaultOp::Sync, EIO, false, 1);
+    fail_each("discard/4k,size=512k/", FaultOp::Sync, EIO, false, 3);
+}
+
+#[test]
+fn the_disk_is_full_at_each_step() {
+    fail_each("allocate/64k", FaultOp::Range, ENOSPC, false, 3);
+    fail_each("discard/16k", FaultOp::Range, ENOSPC, false, 5);
+    fail_each(
+        "copy-on-write/4k,backing/",
+        FaultOp::Write,
+        ENOSPC,
+        true,
+        17,
+    );
+    fail_each("table-growth", FaultOp::Range, ENOSPC, false, 6);
+}
+
+#[test]
+fn each_change_of_the_size_fails_once() {
+    fail_each("copy-on-write/4k,backing/", FaultOp::Resize, EIO, false, 1);
+}

@@ -1,0 +1,85 @@
+//! Builds that break a rule must be caught: tests of the tests.
+//!
+//! Each mutant is run on cases that are known to show it, with the bounds of the fast tests; and the same
+//! cases without it find nothing (see `enumerated.rs`).
+
+use crash::Case;
+use crash::judge::Judge;
+use crash::mutant::Mutant;
+use crash::states::Bounds;
+use io::{Fault, FaultOp};
+
+/// Seeds that a mutant may take to be caught.
+const SEEDS: std::ops::Range<u64> = 1..4;
+/// As in errno(3).
+const EIO: i32 = 5;
+
+/// What catches the mutant on cases whose names contain `filter`.
+fn caught(mutant: Mutant, filter: &str, judge: &Judge) -> Option<String> {
+    let cases = Case::all();
+    let cases = cases.iter().filter(|c| c.to_string().contains(filter));
+    for case in cases {
+        for seed in SEEDS {
+            let found = match mutant {
+                Mutant::FailureForgotten | Mutant::FailureCommitted => {
+                    fails(case, seed, mutant, judge)
+                }
+                _ => case
+                    .enumerate_mutant(seed, mutant, &Bounds::FAST, judge)
+                    .err(),
+            };
+            if found.is_some() {
+                return found;
+            }
+        }
+    }
+    None
+}
+
+/// With each write of a run failing, one after the other.
+fn fails(case: &Case, seed: u64, mutant: Mutant, judge: &Judge) -> Option<String> {
+    for skip in 0.. {
+        let fault = Fault {
+            skip,
+            count: 1,
+            ..Fault::always(FaultOp::Write, EIO)
+        };
+        match case.fail_nth(seed, fault, Some(mutant), &Bounds::FEW, judge) {
+            Ok(Some(_)) => {}
+            Ok(None) => return None,
+            Err(what) => return Some(what),
+        }
+    }
+    None
+}
+
+macro_rules! mutants {
+    ($($test:ident: $mutant:ident on $filter:literal,)*) => {
+        $(#[test]
+        fn $test() {
+            let found = caught(Mutant::$mutant, $filter, &Judge::default());
+            println!("{}", found.expect("a build like that must be caught"));
+        })*
+
+        #[test]
+        fn every_mutant_has_its_test() {
+            let tested = [$(Mutant::$mutant),*];
+            assert!(Mutant::ALL.iter().all(|mutant| tested.contains(mutant)));
+        }
+    };
+}
+
+mutants! {
+    a_barrier_left_out: BarrierLeftOut on "allocate/4k/",
+    stages_in_the_wrong_order: OrderSwapped on "allocate/4k/",
+    refcounts_after_the_entries: RefcountsLate on "allocate/4k/",
+    entries_after_the_flush: EntriesLate on "allocate/4k/",
+    a_flush_without_a_barrier: NoBarrier on "overwrite/",
+    the_header_before_the_table: HeaderFirst on "table-growth/",
+    a_commit_before_the_data: CommitBeforeData on "copy-on-write/64k",
+    space_reused_before_the_flush: ReusedEarly on "discard/",
+    the_rest_of_a_cluster_not_zeroed: RestNotZeroed on "junk",
+    the_rest_of_a_cluster_not_copied: RestNotCopied on "copy-on-write/4k",
+    a_failed_flush_that_counts: FailureForgotten on "allocate/4k/",
+    a_failed_write_that_counts: FailureCommitted on "copy-on-write/4k",
+}
