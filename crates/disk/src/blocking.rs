@@ -124,6 +124,66 @@ impl Driver {
         self.zero(at, len, ZeroMode::Discard)
     }
 
+    /// Gives a range that reads as zeros clusters of its own in the active image's file; `each` is told
+    /// which bytes of which file the range has then, piece by piece, and whether they are known to read as
+    /// zeros: where not, they are written.
+    pub fn preallocate(
+        &mut self,
+        at: u64,
+        len: u64,
+        mut each: impl FnMut(&dyn Storage, HostOffset, u64) -> Result<()>,
+    ) -> Result<()> {
+        self.check_write(at, len)?;
+        let (mut at, mut left) = (at, len);
+        while left > 0 {
+            let plan = self.answer(0, |image| image.plan_write(GuestOffset(at), left))?;
+            let len = match plan {
+                Plan::Drop { len } => len,
+                Plan::InPlace { file, offset, len } => {
+                    each(&*self.file(0, file)?, offset, len)?;
+                    len
+                }
+                Plan::Allocate(new) => {
+                    let done = self
+                        .fill_with_zeros(GuestOffset(at), &new)
+                        .and_then(|host| each(&*self.file(0, new.file)?, host, new.write_len));
+                    let image = &self.member(0)?.image;
+                    match done {
+                        Ok(()) => image.commit(new.ticket),
+                        Err(error) => {
+                            image.abort(new.ticket);
+                            return Err(error);
+                        }
+                    }
+                    new.write_len
+                }
+            };
+            let len = whole(len, left)?;
+            at += len;
+            left -= len;
+        }
+        Ok(())
+    }
+
+    /// Writes all that belongs into an allocation for a write of zeros at `at`. Returns where that is.
+    fn fill_with_zeros(&mut self, at: GuestOffset, new: &Allocation) -> Result<HostOffset> {
+        let (from, to) = (new.host.plus(at.since(new.start)), at.plus(new.write_len));
+        let end = new.start.plus(new.len);
+        if at < new.start || to > end {
+            return Err(Error::corrupt(format!(
+                "{new:?} does not cover {} bytes at {at}",
+                new.write_len
+            )));
+        }
+        self.fill(new, new.start, at)?;
+        if !new.zeroed {
+            let file = self.file(0, new.file)?;
+            file.write_zeroes(from.0, new.write_len, false)?;
+        }
+        self.fill(new, to, end)?;
+        Ok(from)
+    }
+
     /// Makes everything written before survive a crash.
     pub fn flush(&mut self) -> Result<()> {
         if self.read_only {

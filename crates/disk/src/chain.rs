@@ -59,6 +59,9 @@ pub struct ChainOptions {
     pub passphrases: Vec<Arc<Passphrase>>,
     /// Open encrypted images for which there is no passphrase: their data cannot be read then.
     pub allow_locked: bool,
+    /// Called with the active qcow2 image before that is opened for writing: brings one that was not closed
+    /// cleanly in order. Without it such an image is refused.
+    pub repair: Option<fn(&dyn Storage) -> Result<()>>,
 }
 
 /// One image of a chain.
@@ -250,6 +253,10 @@ fn open_active(path: &Path, keys: &mut Keys<'_>) -> Result<Layer> {
         },
     };
     let image = open_image(&file, format, options.read_only, keys)?;
+    if let (Format::Qcow2, false, Some(repair)) = (format, options.read_only, options.repair) {
+        repair(&*file)?;
+    }
+    let image = open_image(&file, format, options.read_only, options)?;
     if let (false, Some(why)) = (options.read_only, image.describe().read_only_because) {
         return Err(Error::unsupported(format!(
             "{}: can only be opened with --read-only: {why}",
@@ -335,6 +342,8 @@ fn open_image(
                 read_only,
                 cache_bytes: keys.options.cache_bytes,
                 passphrase: keys.next(),
+                cache_bytes: options.cache_bytes,
+                size: None,
             };
             Arc::new(qcow2::Qcow2::open(storage, &options)?)
         }

@@ -18,6 +18,7 @@
 
 mod ahead;
 mod alloc;
+mod amend;
 pub mod bitmap;
 mod cache;
 pub mod check;
@@ -30,6 +31,7 @@ mod crash;
 mod create;
 pub mod crypt;
 mod data;
+mod downgrade;
 pub mod edit;
 
 mod entry;
@@ -46,6 +48,8 @@ mod open;
 mod packed;
 mod pages;
 mod refcount;
+pub mod resize;
+mod rewidth;
 #[cfg(test)]
 mod scale;
 pub mod snapshot;
@@ -62,7 +66,9 @@ mod tickets;
 mod write;
 mod zero;
 
+pub use amend::{AmendOptions, amend};
 pub use create::{CreateOptions, create};
+pub use downgrade::downgrade;
 pub use header::{
     Compression, EXTENDED_CLUSTER_BITS_MIN, HOST_OFFSET_END, Header, L1_BYTES_MAX, MAGIC,
     REFCOUNT_TABLE_BYTES_MAX, SNAPSHOTS_MAX, V2_LEN, V3_LEN,

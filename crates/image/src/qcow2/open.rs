@@ -37,6 +37,8 @@ pub struct OpenOptions {
     pub cache_bytes: Option<u64>,
     /// Unlocks an encrypted image. Without it such an image opens, but its data stay encrypted.
     pub passphrase: Option<Arc<Passphrase>>,
+    /// Open it as a disk of so many bytes, which its L1 table has room for: see [`super::resize`].
+    pub size: Option<u64>,
 }
 
 impl Qcow2 {
@@ -51,9 +53,13 @@ impl Qcow2 {
     }
 
     fn open_unnamed(storage: &dyn Storage, options: &OpenOptions, name: &str) -> Result<Self> {
-        let header = Header::read_unnamed(storage)?;
+        let mut header = Header::read_unnamed(storage)?;
         header.check_features()?;
         let data_file = header.data_file()?;
+        if let Some(size) = options.size {
+            header.size = size;
+            header.validate()?;
+        }
         let compression = header.compression()?;
         let encryption = crypt::open(storage, &header, options.passphrase.as_deref())?;
         let geometry = Geometry::of(&header);
