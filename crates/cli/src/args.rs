@@ -1,12 +1,15 @@
 //! The command line. Stable: scripts rely on it.
 
-use crate::{bench_load::Load, bench_versus::Versus, bitmap::Bitmap, disks::DiskArgument};
+use crate::{
+    bench_load::Load, bench_versus::Versus, bitmap::Bitmap, disks::DiskArgument, resize::NewSize,
+};
 use block::{Result, size};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use export::nbd::NbdAddress;
 use image::Format;
 use io::{Aio, Cache};
 use std::path::PathBuf;
+use tool::prealloc::Preallocation;
 
 /// Opens virtual disk images, looks after them and serves them to virtual machines.
 #[derive(Debug, Parser)]
@@ -32,6 +35,10 @@ pub enum Command {
     Snapshot(Snapshot),
     /// Show and change an image's persistent bitmaps
     Bitmap(Bitmap),
+    /// Change what a qcow2 image was created with
+    Amend(Amend),
+    /// Make a disk larger or smaller
+    Resize(Resize),
     /// Serve images to virtual machines and NBD clients
     Serve(Serve),
     /// Measure disks and servers
@@ -181,6 +188,51 @@ pub struct Snapshot {
     pub force_share: bool,
     /// Image; nobody else may use it while it is changed
     pub file: PathBuf,
+}
+
+/// `amend`.
+#[derive(Args, Debug)]
+pub struct Amend {
+    /// Format of the image [default: known by its magic]
+    #[arg(short, long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// What to change, as key=value,…: `-o help` lists it
+    #[arg(short, long = "option", value_name = "K=V,…")]
+    pub options: Vec<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// For -o size: also open backing files below DIR, not only below each image's own directory
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+    /// Image to change; nobody else may use it
+    pub file: PathBuf,
+}
+
+/// `resize`.
+#[derive(Args, Debug)]
+pub struct Resize {
+    /// Format of the image: needed for raw, known by its magic otherwise
+    #[arg(short, long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Let the disk become smaller: what lies behind its new end is lost
+    #[arg(long)]
+    pub shrink: bool,
+    /// What the new part gets at once: off, metadata (its place in the file), falloc (besides, space reserved by
+    /// the file system) or full (besides, zeros written to it)
+    #[arg(long, value_name = "MODE", default_value = "off", value_parser = str::parse::<Preallocation>)]
+    pub preallocation: Preallocation,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Also open backing files below DIR, not only below each image's own directory
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+    /// Image to resize; nobody else may use it
+    pub file: PathBuf,
+    /// The new size (20G, 512M, …), or by how much it is to change
+    #[arg(value_name = "[+|-]SIZE", value_parser = str::parse::<NewSize>, allow_hyphen_values = true)]
+    pub size: NewSize,
 }
 
 /// What becomes of a guest's discards.

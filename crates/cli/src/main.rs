@@ -5,6 +5,7 @@
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod amend;
 mod args;
 mod bench_load;
 mod bench_versus;
@@ -15,6 +16,7 @@ mod disks;
 mod info;
 mod map;
 mod options;
+mod resize;
 mod serve;
 mod signals;
 mod snapshot;
@@ -53,6 +55,8 @@ fn main() -> ExitCode {
         Command::Check(args) => check::run(args),
         Command::Snapshot(args) => done(snapshot::run(args)),
         Command::Bitmap(args) => done(bitmap::run(args)),
+        Command::Amend(args) => done(amend::run(args)),
+        Command::Resize(args) => done(resize::run(args)),
         Command::Serve(args) => done(serve::run(args)),
         Command::Bench(args) => match &args.what {
             BenchCommand::Load(args) => done(bench_load::run(args)),

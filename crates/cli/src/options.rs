@@ -1,5 +1,6 @@
 //! `-o key=value,…`: the options of a new image.
 
+use crate::amend::Changes;
 use anyhow::{Result, anyhow, bail};
 use block::size;
 use image::{
@@ -84,6 +85,101 @@ impl Options {
     }
 }
 
+/// What `amend` can change.
+const AMEND: [(&str, &str); 13] = [
+    (
+        "backing_file",
+        "only what it is: qemu-img rebase changes it",
+    ),
+    ("backing_fmt", "only what it is: qemu-img rebase changes it"),
+    (
+        "compat",
+        "0.10 (version 2, also v2) or 1.1 (version 3, also v3)",
+    ),
+    (
+        "data_file",
+        "name of the external data file, of an image that has one",
+    ),
+    ("data_file_raw", "off; on is for create only"),
+    (
+        "encrypt.iter-time",
+        "milliseconds that a guess at the passphrase is to take",
+    ),
+    ("encrypt.keyslot", "number of the key slot to change"),
+    (
+        "encrypt.new-secret",
+        "file with the new passphrase; empty to erase the slot",
+    ),
+    (
+        "encrypt.old-secret",
+        "file with a passphrase: all slots that it opens change",
+    ),
+    ("encrypt.state", "active or inactive: what the slots become"),
+    ("lazy_refcounts", "on or off; on needs compat=1.1"),
+    (
+        "refcount_bits",
+        "1 to 64, a power of two; other than 16 needs compat=1.1",
+    ),
+    (
+        "size",
+        "of the disk: 20G, 512M, …; diskplane resize can do more",
+    ),
+];
+
+/// The options of `amend` for people: what `-o help` prints.
+pub fn amend_help() -> String {
+    let mut text = "Options that can be amended in qcow2:\n".to_owned();
+    for (name, meaning) in AMEND {
+        text.push_str(&format!("  {name:<18} {meaning}\n"));
+    }
+    text
+}
+
+/// Parses all `-o` arguments of `amend`.
+pub fn parse_amend(arguments: &[String]) -> Result<Changes> {
+    let mut changes = Changes::default();
+    for (key, value) in pairs(arguments)? {
+        let Some((_, meaning)) = AMEND.iter().find(|(name, _)| *name == key) else {
+            if QCOW2.iter().any(|(name, _)| *name == key) || LATER.contains(&key.as_str()) {
+                bail!(
+                    "-o {key}: an image keeps what it was created with; -o help lists what can be amended"
+                );
+            }
+            let names: Vec<&str> = AMEND.iter().map(|(name, _)| *name).collect();
+            bail!(
+                "-o {key}: there is no such option to amend; there are {}",
+                names.join(", ")
+            );
+        };
+        let wrong = || anyhow!("-o {key}={value}: it must be {meaning}");
+        let image = &mut changes.image;
+        match key.as_str() {
+            "backing_file" => image.backing = Some(value),
+            "backing_fmt" => image.backing_format = Some(value),
+            "compat" => image.version = Some(version(&value).ok_or_else(wrong)?),
+            "data_file" => image.data_file = Some(value),
+            "data_file_raw" => image.data_file_raw = Some(switch(&value).ok_or_else(wrong)?),
+            "lazy_refcounts" => image.lazy_refcounts = Some(switch(&value).ok_or_else(wrong)?),
+            "refcount_bits" => image.refcount_bits = Some(value.parse().map_err(|_| wrong())?),
+            "size" => {
+                let bytes = size::parse(&value).map_err(|_| wrong())?;
+                changes.size = Some(block::align_up(bytes, 512));
+            }
+            _ => changes.encrypt.push((key, value)),
+        }
+    }
+    Ok(changes)
+}
+
+/// The version that a value of `compat` means.
+fn version(value: &str) -> Option<u32> {
+    match value {
+        "0.10" | "v2" => Some(2),
+        "1.1" | "v3" => Some(3),
+        _ => None,
+    }
+}
+
 fn table(format: Format) -> &'static [(&'static str, &'static str)] {
     match format {
         Format::Qcow2 => &QCOW2,
@@ -103,15 +199,22 @@ pub fn help(format: Format) -> String {
 /// Parses all `-o` arguments for an image of `format`. A comma within a value is written twice, as in QEMU.
 pub fn parse(format: Format, arguments: &[String]) -> Result<Options> {
     let mut options = Options::default();
-    for argument in arguments {
-        for pair in split(argument) {
-            let Some((key, value)) = pair.split_once('=') else {
-                bail!("-o {pair}: give it as key=value");
-            };
-            set(&mut options, format, key, value)?;
-        }
+    for (key, value) in pairs(arguments)? {
+        set(&mut options, format, &key, &value)?;
     }
     Ok(options)
+}
+
+/// The keys and values of all `-o` arguments, in order.
+fn pairs(arguments: &[String]) -> Result<Vec<(String, String)>> {
+    let mut found = Vec::new();
+    for pair in arguments.iter().flat_map(|argument| split(argument)) {
+        let Some((key, value)) = pair.split_once('=') else {
+            bail!("-o {pair}: give it as key=value");
+        };
+        found.push((key.to_owned(), value.to_owned()));
+    }
+    Ok(found)
 }
 
 /// The pieces between single commas; a doubled one stands for itself.
@@ -152,11 +255,7 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
         "backing_fmt" => options.backing_format = Some(value.parse()?),
         "cluster_size" => options.qcow2.cluster_size = size::parse(value).map_err(|_| wrong())?,
         "compat" => {
-            options.qcow2.version = match value {
-                "0.10" | "v2" => 2,
-                "1.1" | "v3" => 3,
-                _ => return Err(wrong()),
-            };
+            options.qcow2.version = version(value).ok_or_else(wrong)?;
         }
         "compression_type" => {
             options.qcow2.compression = match value {

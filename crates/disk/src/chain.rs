@@ -252,11 +252,10 @@ fn open_active(path: &Path, keys: &mut Keys<'_>) -> Result<Layer> {
             }
         },
     };
-    let image = open_image(&file, format, options.read_only, keys)?;
     if let (Format::Qcow2, false, Some(repair)) = (format, options.read_only, options.repair) {
         repair(&*file)?;
     }
-    let image = open_image(&file, format, options.read_only, options)?;
+    let image = open_image(&file, format, options.read_only, keys)?;
     if let (false, Some(why)) = (options.read_only, image.describe().read_only_because) {
         return Err(Error::unsupported(format!(
             "{}: can only be opened with --read-only: {why}",
@@ -342,7 +341,6 @@ fn open_image(
                 read_only,
                 cache_bytes: keys.options.cache_bytes,
                 passphrase: keys.next(),
-                cache_bytes: options.cache_bytes,
                 size: None,
             };
             Arc::new(qcow2::Qcow2::open(storage, &options)?)

@@ -7,3 +7,5 @@
 
 pub mod bitmap;
 pub mod check;
+pub mod prealloc;
+pub mod resize;

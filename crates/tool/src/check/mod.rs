@@ -50,6 +50,7 @@ pub use source::{FileSource, Source};
 pub use tally::{FINDINGS_MAX, Finding, Severity};
 
 use self::image::Image;
+use ::image::qcow2::{Header, features};
 use block::{Error, Result, Storage};
 use counts::{Counts, PAGE_BITS};
 use tally::Tally;
@@ -159,6 +160,33 @@ pub fn check(storage: &dyn Storage, options: &CheckOptions) -> Result<Report> {
         Repair::No => inspect(&FileSource::new(storage)?, options.budget_bytes),
         _ => repair::repair(storage, options),
     }
+}
+
+/// Brings the qcow2 image in `storage` in order if its dirty bit is set, as QEMU does before it writes to
+/// one: whoever wrote it had postponed refcounts, or a repair was cut off. Others are left alone, and so
+/// is one that is marked corrupt, which takes a decision of the user.
+///
+/// # Errors
+///
+/// As [`check`]; `Corrupt` where it could not be repaired.
+pub fn mend_dirty(storage: &dyn Storage) -> Result<()> {
+    let header = Header::read(storage)?;
+    if header.incompatible & (features::DIRTY | features::CORRUPT) != features::DIRTY {
+        return Ok(());
+    }
+    let options = CheckOptions {
+        repair: Repair::All,
+        ..CheckOptions::default()
+    };
+    let report = check(storage, &options)?;
+    if report.corruptions + report.check_errors > 0 {
+        return Err(Error::corrupt(format!(
+            "{}: was not closed cleanly, and {} errors could not be repaired: run diskplane check",
+            storage.name(),
+            report.corruptions + report.check_errors
+        )));
+    }
+    Ok(())
 }
 
 /// Checks the image whose metadata `source` shows, without a repair.

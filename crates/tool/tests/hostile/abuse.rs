@@ -122,7 +122,6 @@ fn storage(bytes: &[u8]) -> Arc<Memory> {
 fn driver(storage: &Arc<Memory>, read_only: bool) -> Result<Driver> {
     let options = OpenOptions {
         read_only,
-        cache_bytes: None,
         ..OpenOptions::default()
     };
     let image = Qcow2::open(&**storage, &options)?;

@@ -1,0 +1,190 @@
+//! Another size for a disk that nobody uses: `qemu-img resize`'s work.
+//!
+//! What is new reads as zeros, also where a backing file is longer than the image was, and also in the part of
+//! the last cluster that lay behind the old end. Until the very last write, of the new size, nobody sees any of
+//! it: a crash leaves the disk as it was.
+//!
+//! ```text
+//!   grow      1 L1 table, large enough · 2 zeros and preallocated clusters behind the end · 3 size
+//!   shrink    1 everything at once · 2 the file's tail is cut off
+//! ```
+
+use crate::prealloc::{Preallocation, fill_host};
+use block::{Context, Error, Result, Storage};
+use disk::blocking::{Driver, Member};
+use image::qcow2::{Header, OpenOptions, Qcow2, edit::Editor, features, resize};
+use image::{ExtentKind, Format};
+use std::sync::Arc;
+
+/// How to resize.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResizeOptions {
+    /// Bytes of the disk, a multiple of 512.
+    pub size: u64,
+    /// Data may be lost: the disk may become smaller.
+    pub shrink: bool,
+    /// What the new part gets.
+    pub preallocation: Preallocation,
+}
+
+/// Gives the first of `members`, an image of `format` that nobody uses, another size. The others are its backing
+/// chain. Returns the size that it had.
+///
+/// # Errors
+///
+/// `Invalid` and `Unsupported` for what cannot be, before anything is written; what the host fails
+/// with. The disk has its old size then, and is sound.
+pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Result<u64> {
+    let member = members
+        .first()
+        .ok_or_else(|| Error::invalid("a chain without an image"))?;
+    let file = member
+        .files
+        .first()
+        .ok_or_else(|| Error::invalid("an image without a file cannot be resized"))?;
+    let name = file.name();
+    let old = match format {
+        Format::Qcow2 => Header::read(&**file)?.size,
+        _ => file.len()?,
+    };
+    permit(old, options).context(|| &name)?;
+    match format {
+        Format::Raw => raw(&**file, old, options).context(|| &name)?,
+        Format::Qcow2 if options.size < old => shrink(member, &**file, &name, options)?,
+        Format::Qcow2 => grow(members, file, &name, old, options)?,
+        Format::Null => {
+            return Err(Error::invalid(format!(
+                "{name}: null has the size that it is given"
+            )));
+        }
+    }
+    Ok(old)
+}
+
+fn permit(old: u64, options: &ResizeOptions) -> Result<()> {
+    if options.size >= old {
+        return Ok(());
+    }
+    if !options.shrink {
+        return Err(Error::invalid(format!(
+            "{} bytes are less than the {old} that it has: say --shrink if what lies behind may be lost",
+            options.size
+        )));
+    }
+    if options.preallocation != Preallocation::Off {
+        return Err(Error::invalid(
+            "preallocation is for a disk that grows: it cannot be combined with --shrink",
+        ));
+    }
+    Ok(())
+}
+
+fn raw(file: &dyn Storage, old: u64, options: &ResizeOptions) -> Result<()> {
+    let new = options.size;
+    if !new.is_multiple_of(512) {
+        return Err(Error::invalid(format!(
+            "a size of {new} bytes: it must be a multiple of 512"
+        )));
+    }
+    if options.preallocation == Preallocation::Metadata {
+        return Err(Error::invalid(
+            "preallocation=metadata: raw has no metadata; it can be off, falloc or full",
+        ));
+    }
+    file.set_len(new)?;
+    if new > old {
+        fill_host(options.preallocation, file, old, new - old)?;
+    }
+    file.sync()
+}
+
+fn has_data_file(header: &Header) -> bool {
+    header.incompatible & features::DATA_FILE != 0
+}
+
+fn data_file(member: &Member) -> Result<&dyn Storage> {
+    let file = member.files.get(1);
+    file.map(AsRef::as_ref)
+        .ok_or_else(|| Error::invalid("its external data file is not open"))
+}
+
+fn shrink(member: &Member, file: &dyn Storage, name: &str, options: &ResizeOptions) -> Result<()> {
+    let mut editor = Editor::open(file, name)?;
+    resize::shrink(&mut editor, options.size)?;
+    if has_data_file(editor.header()) {
+        data_file(member)?.set_len(options.size)?;
+    }
+    cut_tail(&mut editor, file).context(|| name)
+}
+
+/// Cuts off what the file has behind the last cluster in use.
+fn cut_tail(editor: &mut Editor, file: &dyn Storage) -> Result<()> {
+    let cluster = editor.layout().cluster();
+    let len = file.len()?;
+    let mut end = len.next_multiple_of(cluster);
+    while end > cluster && editor.refcount(end - cluster)? == 0 {
+        end -= cluster;
+    }
+    if end < len {
+        file.set_len(end)?;
+        file.sync()?;
+    }
+    Ok(())
+}
+
+fn grow(
+    members: &[Member],
+    file: &Arc<dyn Storage>,
+    name: &str,
+    old: u64,
+    options: &ResizeOptions,
+) -> Result<()> {
+    let new = options.size;
+    let header = {
+        let mut editor = Editor::open(&**file, name)?;
+        resize::grow_table(&mut editor, new)?;
+        editor.header().clone()
+    };
+    let mut preallocation = options.preallocation;
+    if header.autoclear & features::DATA_FILE_RAW != 0 && preallocation == Preallocation::Off {
+        // Otherwise the file would not show what the disk reads as.
+        preallocation = Preallocation::Metadata;
+    }
+    let open = OpenOptions {
+        size: Some(new),
+        ..OpenOptions::default()
+    };
+    let image = Qcow2::open(&**file, &open)?;
+    let mut members = members.to_vec();
+    if let Some(first) = members.first_mut() {
+        first.image = Arc::new(image);
+        if has_data_file(&header) {
+            data_file(first)?.set_len(new)?;
+        }
+    }
+    let mut driver = Driver::new(members, false)?;
+    clear(&mut driver, old, new)?;
+    if preallocation != Preallocation::Off {
+        driver.preallocate(old, new - old, |file, host, len| {
+            fill_host(preallocation, file, host.0, len)
+        })?;
+    }
+    driver.close()?;
+    resize::set_size(&mut Editor::open(&**file, name)?, new)
+}
+
+/// Makes the range read as zeros, without a write where it does.
+fn clear(driver: &mut Driver, from: u64, to: u64) -> Result<()> {
+    let mut at = from;
+    while at < to {
+        let extent = driver.extent_at(at, to - at)?;
+        match extent.kind {
+            ExtentKind::Unallocated | ExtentKind::Zero { .. } if extent.depth == 0 => {}
+            ExtentKind::Unallocated => {}
+            // A backing file's zeros are not for ever.
+            _ => driver.write_zeroes(at, extent.len, false)?,
+        }
+        at += extent.len;
+    }
+    Ok(())
+}
