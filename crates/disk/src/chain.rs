@@ -341,7 +341,7 @@ fn open_image(
                 read_only,
                 cache_bytes: keys.options.cache_bytes,
                 passphrase: keys.next(),
-                size: None,
+                ..qcow2::OpenOptions::default()
             };
             Arc::new(qcow2::Qcow2::open(storage, &options)?)
         }

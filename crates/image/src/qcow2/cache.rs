@@ -41,6 +41,7 @@ const KEY_L2: u64 = 1;
 const KEY_REF: u64 = 2;
 pub(super) const KEY_TICKET: u64 = 3 << KEY_KIND;
 pub(super) const KEY_RESERVE: u64 = 4 << KEY_KIND;
+pub(super) const KEY_COPY: u64 = 5 << KEY_KIND;
 
 impl Owner {
     pub(super) fn key(self) -> Key {
@@ -560,6 +561,26 @@ impl Cache {
             }
         }
         self.packer = packer;
+    }
+
+    /// Notes that the clean L2 slice `slice` lies at `host` now. With `forget` it is to be read again instead.
+    pub(super) fn rehome(&mut self, tables: &Tables, slice: u64, host: u64, forget: bool) {
+        match tables.slot(slice) {
+            Slot::Frame(frame) => {
+                let Some(meta) = self.meta(frame) else { return };
+                debug_assert_eq!(meta.dirty | meta.flight, 0, "a shared table was changed");
+                meta.host = host;
+                if forget && Self::evictable(meta) {
+                    self.move_slot(tables, slice, Slot::Absent);
+                    self.give_back(frame);
+                }
+            }
+            Slot::Packed { page, block } if forget => {
+                self.move_slot(tables, slice, Slot::Absent);
+                self.free_block(page, block);
+            }
+            _ => {}
+        }
     }
 
     pub(super) fn pin(&mut self, frame: u32) {

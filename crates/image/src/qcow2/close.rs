@@ -2,6 +2,7 @@
 
 use super::Qcow2;
 use super::cache::Owner;
+use super::shared::copy_of_key;
 use super::state::{Ask, Halt, State};
 use crate::{FlushRun, Need};
 use block::{Context, Error, Result, Storage, align_up};
@@ -139,7 +140,9 @@ impl Qcow2 {
 
     /// Gives up a load that nobody will carry out.
     pub(super) fn drop_load(&self, st: &mut State, load: &crate::Load) {
-        if let Some(owner) = Owner::of_key(load.key) {
+        if let Some(l1) = copy_of_key(load.key) {
+            self.cancel_copy(st, l1);
+        } else if let Some(owner) = Owner::of_key(load.key) {
             st.cache.cancel_load(&self.tables, owner, load.offset.0);
         }
     }

@@ -4,6 +4,7 @@
 //! sectors (a seeded choice of them). The guest must find for each sector what it held at the last flush
 //! that had completed, or anything that it was given since.
 
+use super::snapshot::{self, NewSnapshot};
 use super::testing::{Change, Checked, Driver, MemFile, Rng, apply, check};
 use super::{Compression, CreateOptions, OpenOptions};
 use crate::ZeroMode;
@@ -63,13 +64,37 @@ fn crashed(start: &[u8], journal: &[Change], barrier: usize, end: usize, rng: &m
     bytes
 }
 
-fn storm(
-    (cluster_bits, extended_l2): (u32, bool),
-    order: u32,
-    seed: u64,
-    backing: bool,
-    punch: bool,
-) {
+/// What is special about the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum With {
+    Nothing,
+    Backing,
+    /// An internal snapshot, made when it had content.
+    Snapshot,
+}
+
+/// Fills some of the disk and makes a snapshot of it. Returns what it holds then.
+fn take_snapshot(driver: Driver, rng: &mut Rng, size: u64) -> (Driver, Vec<u8>) {
+    let mut driver = driver;
+    let mut value = 1 << 40;
+    for _ in 0..12 {
+        let sector = rng.below(size / SECTOR);
+        let count = (1 + rng.below(200)).min(size / SECTOR - sector);
+        let data: Vec<u8> = (0..count).flat_map(|i| sector_of(value + i)).collect();
+        driver.write(sector * SECTOR, &data).unwrap();
+        value += count;
+    }
+    let content = driver.read(0, size).unwrap();
+    let (punch, zeroed) = (driver.punch, driver.zeroed);
+    let file = MemFile::of(driver.close());
+    snapshot::create(&file, &NewSnapshot::default()).unwrap();
+    let mut driver = Driver::open(file, &OpenOptions::default());
+    (driver.punch, driver.zeroed) = (punch, zeroed);
+    (driver, content)
+}
+
+fn storm((cluster_bits, extended_l2): (u32, bool), order: u32, seed: u64, with: With, punch: bool) {
+    let backing = with == With::Backing;
     // Small clusters: many refcount blocks. Large ones: few of everything.
     let size = (96u64 << cluster_bits).clamp(512 << 10, 2 << 20);
     let sectors = size / SECTOR;
@@ -94,10 +119,18 @@ fn storm(
     driver.backing = base.clone();
     driver.punch = punch;
     driver.zeroed = punch;
+    let kept = match with {
+        With::Snapshot => {
+            let kept;
+            (driver, kept) = take_snapshot(driver, &mut rng, size);
+            kept
+        }
+        _ => Vec::new(),
+    };
+    let before = driver.read(0, size).unwrap();
+    let first = |sector: &[u8]| u64::from_be_bytes(sector[..8].try_into().unwrap());
     let mut model = Model {
-        now: (0..sectors)
-            .map(|s| if backing { 1 << 32 | s } else { 0 })
-            .collect(),
+        now: before.chunks(SECTOR as usize).map(first).collect(),
         allowed: Vec::new(),
     };
     model.allowed = model.now.iter().map(|v| vec![*v]).collect();
@@ -188,6 +221,14 @@ fn storm(
             ..OpenOptions::default()
         };
         let mut after = Driver::open(MemFile::of(bytes), &read_only);
+        if with == With::Snapshot {
+            let snapshot = OpenOptions {
+                snapshot: Some("1".into()),
+                ..OpenOptions::default()
+            };
+            let mut then = Driver::open(after.file.clone(), &snapshot);
+            assert!(then.read(0, size).unwrap() == kept, "{what}: snapshot");
+        }
         after.backing = base.clone();
         let found = after.read(0, size).unwrap();
         for (sector, part) in found.chunks(SECTOR as usize).enumerate() {
@@ -209,9 +250,9 @@ fn storms(seed: u64, cluster_bits: u32, order: u32) {
 }
 
 fn storms_with(seed: u64, clusters: (u32, bool), order: u32) {
-    storm(clusters, order, seed, false, true);
-    storm(clusters, order, seed + 100, true, false);
-    storm(clusters, order, seed + 200, true, true);
+    storm(clusters, order, seed, With::Nothing, true);
+    storm(clusters, order, seed + 100, With::Backing, false);
+    storm(clusters, order, seed + 200, With::Backing, true);
 }
 
 #[test]
@@ -219,7 +260,17 @@ fn crashes_with_subclusters() {
     storms_with(5, (14, true), 4);
     storms_with(6, (16, true), 6);
     // The largest cost most: one of them.
-    storm((21, true), 4, 7, true, true);
+    storm((21, true), 4, 7, With::Backing, true);
+}
+
+#[test]
+fn crashes_with_a_snapshot() {
+    storm((9, false), 6, 8, With::Snapshot, true);
+    storm((9, false), 1, 9, With::Snapshot, false);
+    storm((12, false), 4, 10, With::Snapshot, true);
+    storm((16, false), 4, 11, With::Snapshot, false);
+    storm((14, true), 4, 12, With::Snapshot, true);
+    storm((16, true), 3, 13, With::Snapshot, false);
 }
 
 #[test]

@@ -5,7 +5,8 @@
 //!   ── barrier ──
 //!   stage 0   refcount blocks that the table on disk does not know yet        (only if any)
 //!   ── barrier ──
-//!   stage 1   refcounts, refcount table, L2 tables that the L1 table on disk does not know yet
+//!   stage 1   refcounts, refcount table, L2 tables that the L1 table on disk does not know yet (new ones,
+//!             and copies of those that snapshots share)
 //!   ── barrier ──
 //!   header    where the refcount table is                                     (only if it moved)
 //!   ── barrier ──
@@ -73,7 +74,7 @@ fn push(run: &mut FlushRun, host: u64, words: impl Iterator<Item = u64>) {
 }
 
 /// Describes the bytes from `start` on as a write to `host`.
-fn extend(run: &mut FlushRun, host: u64, start: usize) {
+pub(super) fn extend(run: &mut FlushRun, host: u64, start: usize) {
     let len = run.bytes.len() - start;
     let stage = run.stages.last().map_or(0, |s| s.end);
     if let Some(last) = run.writes.get_mut(stage..).and_then(|w| w.last_mut())
@@ -228,6 +229,7 @@ impl Qcow2 {
                 Owner::L2((u64::from(index) << bits) + n)
             });
         }
+        self.push_copies(st, run);
         if st.covered.moved {
             run.seal();
             let start = run.bytes.len();
@@ -298,6 +300,7 @@ impl Qcow2 {
         st.l1_changed.end(ok);
         st.refs.changed.end(ok);
         st.failed = !ok;
+        self.copies_flushed(st, ok);
         if !ok {
             st.ordered |= covered.ordered;
             return;

@@ -261,6 +261,8 @@ impl Qcow2 {
             false => (place.slice, 1),
         };
         let (host, raw) = self.l2_host(first, place)?;
+        let table = raw & OFFSET_MASK;
+        let host = host - table + st.copies.source(place.l1, table);
         if raw & FRESH != 0 {
             // What is not in the cache was never written.
             st.cache.move_slot(&self.tables, place.slice, Slot::Empty);

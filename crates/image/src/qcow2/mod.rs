@@ -9,7 +9,8 @@
 //! * `tables`: what is read without a lock: L1, slots, frames, checked by sequence tags.
 //! * `packed`, `pages`: L2 slices in a compact form, many to a frame.
 //! * `state`: what the lock guards, made of `cache`, `refcount`, `alloc`, `ahead` and `tickets`.
-//! * `map`, `write`, `zero`: the questions. `flush`: the order on disk, and why it is safe.
+//! * `map`, `write`, `zero`: the questions; `shared`: tables that snapshots share.
+//! * `flush`: the order on disk, and why it is safe.
 //! * `edit`: changes of a closed image's metadata, all at once; `snapshot`: internal snapshots.
 //! * `data`: images whose guest data are in a file of their own.
 //! * `header`, `extensions`, `features`, `entry`: the format. `open`, `close`, `compress`.
@@ -52,6 +53,9 @@ pub mod resize;
 mod rewidth;
 #[cfg(test)]
 mod scale;
+mod shared;
+#[cfg(test)]
+mod shared_tests;
 pub mod snapshot;
 mod state;
 mod subcluster;
@@ -158,6 +162,9 @@ impl Qcow2 {
 
     /// Takes the bytes of loaded slices in.
     fn end_loading(&self, st: &mut State, load: &Load, bytes: &[u8]) -> Result<()> {
+        if let Some(l1) = shared::copy_of_key(load.key) {
+            return self.end_copy(st, l1, bytes);
+        }
         let unknown = || Error::invalid(format!("{}: a load nobody asked for", self.name));
         let g = &self.geometry;
         // At most a cluster, 2 MiB.
@@ -199,6 +206,8 @@ impl Qcow2 {
                                 *raw = self.judge(&st.places, *raw);
                             }
                         }
+                        // A copy of the table may have taken its place meanwhile.
+                        let host = self.home_of(slice, host, &mut words);
                         st.cache
                             .take_in(&self.tables, g, slice, host, &words, &mut spare);
                     }

@@ -8,6 +8,7 @@ use super::entry::{Geometry, OFFSET_MASK};
 use super::features;
 use super::header::{Header, REFCOUNT_TABLE_BYTES_MAX};
 use super::refcount::RefTable;
+use super::snapshot;
 use super::state::{Covered, Places, Sectors, State};
 use super::tables::{FRAMES_MAX, Tables};
 use super::tickets::Tickets;
@@ -27,6 +28,9 @@ pub const CACHE_BYTES_MAX: u64 = 4 << 30;
 /// may be pinned already. Tests use so few that slices come and go all the time.
 const FRAMES_MIN: u64 = if cfg!(test) { 16 } else { 64 };
 
+/// Clusters with tables of snapshots that are kept from being overwritten if refcounts are wrong.
+const SNAPSHOT_CLUSTERS_MAX: usize = 65536;
+
 /// How to open an image.
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
@@ -39,6 +43,8 @@ pub struct OpenOptions {
     pub passphrase: Option<Arc<Passphrase>>,
     /// Open it as a disk of so many bytes, which its L1 table has room for: see [`super::resize`].
     pub size: Option<u64>,
+    /// Open the internal snapshot of that id, or else name, instead of the disk; for reading only.
+    pub snapshot: Option<String>,
 }
 
 impl Qcow2 {
@@ -55,6 +61,9 @@ impl Qcow2 {
     fn open_unnamed(storage: &dyn Storage, options: &OpenOptions, name: &str) -> Result<Self> {
         let mut header = Header::read_unnamed(storage)?;
         header.check_features()?;
+        if let Some(which) = &options.snapshot {
+            snapshot::enter(storage, &mut header, which)?;
+        }
         let data_file = header.data_file()?;
         if let Some(size) = options.size {
             header.size = size;
@@ -110,7 +119,7 @@ impl Qcow2 {
         // What a writer needs beyond: every place that holds metadata.
         let mut blocks = HashSet::new();
         let mut refs = RefTable::new(Vec::new(), table_first, table_clusters);
-        if !options.read_only && lacks_nothing(&header) {
+        if !options.read_only && options.snapshot.is_none() && lacks_nothing(&header) {
             let entries = read_ref_table(storage, &header, file_len)?;
             let mut claim = |what: &str, index: usize, offset: u64| {
                 let at = offset >> bits;
@@ -140,6 +149,18 @@ impl Qcow2 {
                     offset => claim("L2 table", index, offset),
                 }
             }
+            match snapshot::tables(storage, &header) {
+                Ok(tables) => {
+                    let places = tables.iter().flat_map(|(at, bytes)| {
+                        let end = at.saturating_add(*bytes);
+                        (*at..end).step_by(cluster as usize)
+                    });
+                    for (index, at) in places.take(SNAPSHOT_CLUSTERS_MAX).enumerate() {
+                        claim("cluster of snapshot tables", index, at);
+                    }
+                }
+                Err(error) => drop(unsound.get_or_insert(error.to_string())),
+            }
             if let Some(what) = unsound {
                 damage(what);
             }
@@ -160,6 +181,9 @@ impl Qcow2 {
             let last = usize::try_from(last).unwrap_or(usize::MAX);
             refs.entries.get(last).is_none_or(|entry| *entry == 0)
         };
+        if options.snapshot.is_some() {
+            lacks = Some("it is a snapshot".into());
+        }
         let places = Places { blocks, fixed };
         let mut bitmaps = None;
         if !options.read_only && lacks.is_none() {
@@ -188,6 +212,7 @@ impl Qcow2 {
                 ahead: Ahead::default(),
                 tickets: Tickets::new(),
                 places,
+                copies: super::shared::Copies::default(),
                 l1_changed: Sectors::new(l1_sectors),
                 fresh_tables: Vec::new(),
                 derefs: Vec::new(),

@@ -3,7 +3,7 @@
 
 use super::Qcow2;
 use super::cache::Owner;
-use super::entry::{COPIED, FRESH, FRESH_ZEROED, OFFSET_MASK, refcount_at};
+use super::entry::{FRESH, FRESH_ZEROED, OFFSET_MASK, refcount_at};
 use super::header::REFCOUNT_TABLE_BYTES_MAX;
 use super::state::{Ask, Deref, Halt, Sectors, State};
 use crate::{FileId, Load, Need};
@@ -359,27 +359,5 @@ impl Qcow2 {
             return Err(Halt::Need(Need::Commit));
         }
         Ok(())
-    }
-
-    /// Sees to it that the L2 table of L1 entry `index` may be written in place.
-    pub(super) fn own_table(&self, st: &mut State, index: usize, raw: u64) -> Ask<()> {
-        if raw & COPIED != 0 {
-            return Ok(());
-        }
-        let offset = raw & OFFSET_MASK;
-        match self.refcount_of(st, offset >> self.geometry.cluster_bits)? {
-            1 => {
-                if let Some(entry) = self.tables.l1.get(index) {
-                    entry.store(raw | COPIED, Ordering::Release);
-                    st.l1_changed.mark_entry(index);
-                }
-                Ok(())
-            }
-            count => Err(Halt::Fail(Error::corrupt(format!(
-                "{}: L2 table at {offset:#x} has refcount {count}, but there are no internal \
-                 snapshots: run diskplane check",
-                self.name
-            )))),
-        }
     }
 }

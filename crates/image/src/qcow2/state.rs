@@ -4,6 +4,7 @@ use super::ahead::Ahead;
 use super::alloc::Space;
 use super::cache::{Cache, Changed};
 use super::refcount::RefTable;
+use super::shared::Copies;
 use super::tickets::Tickets;
 use crate::{Key, Need, Step};
 use block::{Error, Result};
@@ -138,6 +139,8 @@ pub(super) struct State {
     pub(super) l1_changed: Sectors,
     /// L1 indices of tables that no flush has written yet.
     pub(super) fresh_tables: Vec<u32>,
+    /// L2 tables that were shared.
+    pub(super) copies: Copies,
     pub(super) derefs: Vec<Deref>,
     /// Whether something became referenced since the last flush began that was not counted ahead, or not
     /// zeros before: only then must stage 1 be durable before stage 2.
@@ -179,6 +182,7 @@ impl State {
         !self.covered.running
             && (self.fresh_tables.len() >= FRESH_TABLES_MAX / 2
                 || self.derefs.len() >= DEREFS_MAX / 2
+                || self.copies.filling()
                 || !self.covers && self.cache.filling())
     }
 

@@ -90,6 +90,56 @@ pub fn delete(storage: &dyn Storage, which: &str) -> Result<Snapshot> {
     Edit::begin(storage)?.run(|edit| edit.delete(which))
 }
 
+/// Where the snapshot table of an image is, and the L1 tables that it names: offset and bytes of each.
+///
+/// # Errors
+///
+/// As [`list`].
+pub(super) fn tables(storage: &dyn Storage, header: &Header) -> Result<Vec<(u64, u64)>> {
+    if header.nb_snapshots == 0 {
+        return Ok(Vec::new());
+    }
+    let (snapshots, len) = table::read(storage, header)?;
+    let l1s = snapshots
+        .iter()
+        .map(|s| (s.l1_offset, u64::from(s.l1_size) * 8));
+    Ok(std::iter::once((header.snapshots_offset, len))
+        .chain(l1s)
+        .collect())
+}
+
+/// Makes `header` that of the disk as it was when the snapshot `which` was made.
+///
+/// # Errors
+///
+/// `NotFound`; as [`list`].
+pub(super) fn enter(storage: &dyn Storage, header: &mut Header, which: &str) -> Result<()> {
+    let (snapshots, _) = match header.nb_snapshots {
+        0 => (Vec::new(), 0),
+        _ => table::read(storage, header)?,
+    };
+    let snapshot = find(&snapshots, which).ok_or_else(|| not_found(&snapshots, which))?;
+    header.l1_table_offset = snapshot.l1_offset;
+    header.l1_size = snapshot.l1_size;
+    header.size = snapshot.disk_size().unwrap_or(header.size);
+    header
+        .validate()
+        .context(|| format!("snapshot '{}'", snapshot.shown_name()))
+}
+
+fn not_found(snapshots: &[Snapshot], which: &str) -> Error {
+    let names: Vec<String> = snapshots.iter().map(Snapshot::shown_name).collect();
+    let there = match names.len() {
+        0 => "it has none".to_owned(),
+        1..=10 => format!("it has {}", names.join(", ")),
+        count => format!("it has {count} others"),
+    };
+    Error::new(
+        ErrorKind::NotFound,
+        format!("there is no snapshot '{which}': {there}"),
+    )
+}
+
 struct Edit<'a> {
     editor: Editor<'a>,
     snapshots: Vec<Snapshot>,
@@ -186,7 +236,8 @@ impl<'a> Edit<'a> {
                 "it has persistent bitmaps, which would not be true any more: remove them first",
             ));
         }
-        let found = find(&self.snapshots, which).ok_or_else(|| self.not_found(which))?;
+        let found =
+            find(&self.snapshots, which).ok_or_else(|| not_found(&self.snapshots, which))?;
         let snapshot = found.clone();
         let disk_size = snapshot.disk_size().unwrap_or(header.size);
         self.check_size(&snapshot, disk_size)?;
@@ -223,7 +274,7 @@ impl<'a> Edit<'a> {
                 .position(|s| part(s) == which.as_bytes())
         };
         let position = by(|s| &s.name).or_else(|| by(|s| &s.id));
-        let position = position.ok_or_else(|| self.not_found(which))?;
+        let position = position.ok_or_else(|| not_found(&self.snapshots, which))?;
         let snapshot = self.snapshots.remove(position);
         let gone = read_l1(&self.editor, snapshot.l1_offset, snapshot.l1_size)?;
         self.drop_references(&gone)?;
@@ -255,19 +306,6 @@ impl<'a> Edit<'a> {
             )));
         }
         Ok(())
-    }
-
-    fn not_found(&self, which: &str) -> Error {
-        let names: Vec<String> = self.snapshots.iter().map(Snapshot::shown_name).collect();
-        let there = match names.len() {
-            0 => "it has none".to_owned(),
-            1..=10 => format!("it has {}", names.join(", ")),
-            count => format!("it has {count} others"),
-        };
-        Error::new(
-            ErrorKind::NotFound,
-            format!("there is no snapshot '{which}': {there}"),
-        )
     }
 
     /// Takes back the references of an L1 table's entries.
