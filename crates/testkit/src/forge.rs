@@ -351,6 +351,33 @@ impl Shape {
     }
 }
 
+/// A LUKS header (version 1, aes-xts-plain64, sha256) whose slots are not active: its fields are for tests to spoil.
+///
+/// ```text
+///     0 magic   6 version   8 cipher   40 mode   72 hash   104 payload offset, sectors   108 key bytes
+///   112 digest   132 salt   164 iterations   168 uuid   208 + 48 n  slot n: 0 state   4 iterations   8 salt
+///   40 material's offset, sectors   44 stripes
+/// ```
+pub fn luks() -> Vec<u8> {
+    let mut bytes = vec![0; 592];
+    let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
+    put(0, b"LUKS\xba\xbe\0\x01aes");
+    put(40, b"xts-plain64");
+    put(72, b"sha256");
+    // Materials of 512 sectors from sector 8 on.
+    put(104, &(8 + 8 * 512u32).to_be_bytes());
+    put(108, &64u32.to_be_bytes());
+    put(164, &1000u32.to_be_bytes());
+    put(168, b"00000000-0000-0000-0000-000000000000");
+    for slot in 0..8u32 {
+        let at = 208 + 48 * slot as usize;
+        put(at, &0xdeadu32.to_be_bytes());
+        put(at + 40, &(8 + 512 * slot).to_be_bytes());
+        put(at + 44, &4000u32.to_be_bytes());
+    }
+    bytes
+}
+
 /// The data of the bitmaps extension.
 pub fn bitmaps_extension(count: u32, len: u64, offset: u64) -> Vec<u8> {
     let mut data = [count.to_be_bytes(), [0; 4]].concat();

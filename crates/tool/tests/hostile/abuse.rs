@@ -3,6 +3,7 @@
 use block::{Error, ErrorKind, Result, Storage};
 use disk::blocking::{Driver, Member};
 use image::Image as _;
+use image::qcow2::bitmap::{self, Bitmaps};
 use image::qcow2::snapshot::{self, NewSnapshot};
 use image::qcow2::{OpenOptions, Qcow2};
 use std::sync::Arc;
@@ -36,10 +37,33 @@ const EDITS: &[(&str, Edit)] = &[
     ("apply a snapshot", |storage| {
         snapshot::apply(storage, "1").map(drop)
     }),
+    ("add a bitmap", |storage| {
+        bitmaps(storage, |all| all.add(b"new", None))
+    }),
+    ("remove a bitmap", |storage| {
+        bitmaps(storage, |all| all.remove(b"bits"))
+    }),
+    ("clear a bitmap", |storage| {
+        bitmaps(storage, |all| all.clear(b"bits"))
+    }),
+    ("disable a bitmap", |storage| {
+        bitmaps(storage, |all| all.set_enabled(b"bits", false))
+    }),
+    ("merge bitmaps", |storage| {
+        let source = bitmap::load(storage, b"bits")?;
+        source.mark_all();
+        bitmaps(storage, |all| all.merge(b"bits", &source))
+    }),
     ("delete a snapshot", |storage| {
         snapshot::delete(storage, "snap").map(drop)
     }),
 ];
+
+fn bitmaps(storage: &dyn Storage, edit: impl FnOnce(&mut Bitmaps) -> Result<()>) -> Result<()> {
+    let mut all = Bitmaps::open(storage)?;
+    edit(&mut all)?;
+    all.commit()
+}
 
 /// What became of it.
 #[derive(Debug)]
@@ -61,6 +85,8 @@ pub fn abuse(bytes: &[u8]) -> Outcome {
     let reading = storage(bytes);
     let open = read(&reading);
     let _ = snapshot::list(&*reading);
+    let _ = bitmap::list(&*reading);
+    let _ = bitmap::load(&*reading, b"bits");
     assert_eq!(reading.done().changes, 0, "opening or reading wrote");
 
     let checking = storage(bytes);
@@ -80,7 +106,7 @@ pub fn abuse(bytes: &[u8]) -> Outcome {
     for (what, edit) in EDITS {
         let storage = storage(bytes);
         let done = edit(&*storage);
-        if sound {
+        if sound && storage.done().changes > 0 {
             let after =
                 check(&*storage, &options(Repair::No)).expect("an edited image can be checked");
             assert_eq!(

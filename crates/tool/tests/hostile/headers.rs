@@ -1,7 +1,7 @@
 //! The header, its extensions and names.
 
 use super::{judge, plain};
-use testkit::forge::{Forge, Shape, extension, field};
+use testkit::forge::{Forge, Shape, extension, field, luks};
 
 fn v2() -> Forge {
     Forge::new(Shape {
@@ -258,13 +258,13 @@ fn cve_2014_0147_disk_sizes_that_overflow() {
         ),
         ("size 0", || plain().put_u64(field::SIZE, 0), "", ""),
         ("size 1", || plain().put_u64(field::SIZE, 1), "", ""),
-        // The largest clusters, 8192 L2 tables that are not there.
+        // 8192 L2 tables that are not there.
         (
-            "size 2^52 that fits",
+            "size 2^46 that fits",
             || {
                 Forge::new(Shape {
-                    cluster_bits: 21,
-                    size: 1 << 52,
+                    cluster_bits: 18,
+                    size: 1 << 46,
                     ..Shape::default()
                 })
             },
@@ -647,6 +647,103 @@ fn encryption_headers_of_any_size() {
             "LUKS extension without LUKS",
             || crypto(4096, 4096).put_u32(field::CRYPT_METHOD, 0),
             "",
+            "",
+        ),
+    ]);
+}
+
+#[test]
+fn luks_headers_that_ask_for_too_much() {
+    /// An encrypted image whose LUKS header has these bytes at `at`.
+    fn with(at: u64, bytes: &[u8]) -> Forge {
+        let mut image = plain().put_u32(field::CRYPT_METHOD, 2);
+        let len = 513 * 4096u64;
+        let header = image.allocate(len / 4096);
+        let data = [header.to_be_bytes(), len.to_be_bytes()].concat();
+        let image = image.extension(extension::CRYPTO_HEADER, &data);
+        image.put(header, &luks()).put(header + at, bytes)
+    }
+    judge(&[
+        ("as it should be", || with(0, b"L"), "", "ok"),
+        ("no LUKS", || with(0, b"X"), "magic at byte 0", ""),
+        ("version 2", || with(7, &[2]), "version at byte 6 is 2", ""),
+        (
+            "no end of the cipher's name",
+            || with(8, &[b'a'; 32]),
+            "cipher name at byte 8",
+            "",
+        ),
+        ("an unknown cipher", || with(8, b"rot"), "LUKS header", ""),
+        (
+            "a mode that is no text",
+            || with(40, &[0xff; 31]),
+            "cipher mode at byte 40",
+            "",
+        ),
+        (
+            "keys of 2^32-1 bytes",
+            || with(108, &[0xff; 4]),
+            "LUKS header",
+            "",
+        ),
+        ("keys of no bytes", || with(108, &[0; 4]), "LUKS header", ""),
+        (
+            "payload in the header",
+            || with(104, &[0; 4]),
+            "payload offset at byte 104",
+            "",
+        ),
+        (
+            "no iterations",
+            || with(164, &[0; 4]),
+            "master key iterations at byte 164",
+            "",
+        ),
+        (
+            "2^32-1 iterations in each slot",
+            || {
+                (0..8).fold(with(164, &[0xff; 4]), |image, slot| {
+                    let at = image
+                        .bytes
+                        .windows(6)
+                        .position(|w| w == b"LUKS\xba\xbe")
+                        .unwrap() as u64;
+                    image
+                        .put_u32(at + 208 + 48 * slot, 0x00ac_71f3)
+                        .put_u32(at + 212 + 48 * slot, !0)
+                })
+            },
+            "iterations of PBKDF2, the most is",
+            "",
+        ),
+        (
+            "a slot neither active nor not",
+            || with(208, &[1]),
+            "key slot 0: state at byte 208",
+            "",
+        ),
+        (
+            "2^32-1 stripes",
+            || with(252, &[0xff; 4]),
+            "key slot 0: stripes at byte 252",
+            "",
+        ),
+        (
+            "a material in the header",
+            || with(248, &[0; 4]),
+            "key slot 0: material's offset at byte 248",
+            "",
+        ),
+        (
+            "a material at 2 TiB",
+            || with(248, &[0xff; 4]),
+            "key slot 0: material's offset at byte 248",
+            "",
+        ),
+        (
+            "materials over each other",
+            || with(248 + 48, &8u32.to_be_bytes()),
+            "overlaps that of key slot 0",
             "",
         ),
     ]);
