@@ -37,5 +37,5 @@ mod track;
 
 pub use bits::Bits;
 pub use directory::{Directory, Entry};
-pub use ops::{Bitmaps, granularity_default, list, load};
+pub use ops::{Bitmaps, granularity_default, list, load, resize};
 pub(super) use track::{Ready, Tracker};

@@ -252,8 +252,16 @@ impl<'a> Bitmaps<'a> {
     }
 }
 
-/// Writes the directory to a new place, lets the header refer to it, and commits.
+/// Puts the directory in force.
 fn write(editor: &mut Editor<'_>, directory: &mut Directory) -> Result<()> {
+    let mut header = editor.header().clone();
+    place(editor, directory, &mut header)?;
+    editor.set_header(header)?;
+    editor.commit()
+}
+
+/// Writes the directory to a new place, and says in `header` where that is.
+fn place(editor: &mut Editor<'_>, directory: &mut Directory, header: &mut Header) -> Result<()> {
     let cluster = editor.layout().cluster();
     if directory.offset != 0 {
         editor.free(directory.offset, directory.len.div_ceil(cluster))?;
@@ -266,8 +274,42 @@ fn write(editor: &mut Editor<'_>, directory: &mut Directory) -> Result<()> {
         directory.offset = editor.allocate(bytes.len() as u64 / cluster)?;
         editor.write(directory.offset, &bytes)?;
     }
-    let mut header = editor.header().clone();
-    directory.announce(&mut header);
-    editor.set_header(header)?;
-    editor.commit()
+    directory.announce(header);
+    Ok(())
+}
+
+/// Fits the bitmaps to a disk that gets `new` bytes by the same edit: `header` is what the caller goes on to set. As
+/// QEMU has it, what the disk grows by counts as unchanged. Inconsistent bitmaps stay as they are. Memory: a bitmap
+/// before and after, each at most 512 MiB.
+///
+/// # Errors
+///
+/// `Corrupt` for bitmaps that cannot be read; `Unsupported` where one has extra data that nobody knows; `Invalid`
+/// where a bitmap of the new size would pass 512 MiB, or have nothing to track.
+pub fn resize(editor: &mut Editor<'_>, header: &mut Header, new: u64) -> Result<()> {
+    let directory = Directory::read(editor.storage(), editor.header());
+    let mut directory = directory.context(|| editor.name().to_owned())?;
+    if directory.entries.is_empty() || new == editor.header().size {
+        return Ok(());
+    }
+    if new == 0 {
+        let error = Error::invalid("a disk of 0 bytes cannot have bitmaps: remove them first");
+        return Err(error.within(editor.name()));
+    }
+    let (layout, old) = (editor.layout(), editor.header().size);
+    for entry in directory.entries.iter_mut().filter(|entry| !entry.in_use()) {
+        let fitted = || -> Result<Bits> {
+            let before = table::load(editor.storage(), &layout, old, entry)?;
+            let after = Bits::new(new, before.granularity_bits())?;
+            let mut at = 0;
+            while let Some((start, end)) = before.next_dirty(at) {
+                after.mark(start, end - start);
+                at = end;
+            }
+            Ok(after)
+        };
+        let after = fitted().context(|| editor.name().to_owned())?;
+        table::store(editor, entry, Some(&after))?;
+    }
+    place(editor, &mut directory, header)
 }

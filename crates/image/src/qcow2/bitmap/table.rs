@@ -104,7 +104,7 @@ fn free_data(editor: &mut Editor<'_>, at: u64) -> Result<()> {
 /// `entry` says afterwards where they are. An entry whose table is 0 has none yet. Without `bits` none is set.
 pub(super) fn store(editor: &mut Editor<'_>, entry: &mut Entry, bits: Option<&Bits>) -> Result<()> {
     let layout = editor.layout();
-    let size = editor.header().size;
+    let size = bits.map_or(editor.header().size, Bits::size);
     let needed = entries_needed(&layout, size, entry.granularity_bits);
     let mut old = match entry.table {
         0 => Vec::new(),

@@ -1,8 +1,9 @@
 //! Bitmaps of whole images: operations, use, crashes, damage; and QEMU's opinion of what is left.
 
+use super::super::edit::Editor;
 use super::super::testing::{Change, Checked, Driver, MemFile, Rng, apply, check, crashes, run};
 use super::super::{CreateOptions, Header, OpenOptions, Qcow2, create, features};
-use super::{Bitmaps, Bits, list, load};
+use super::{Bitmaps, Bits, list, load, resize};
 use crate::{Image, ZeroMode};
 use block::{ErrorKind, Storage};
 use std::fs;
@@ -566,6 +567,55 @@ fn extra_data_is_kept_and_says_whether_the_bitmap_is_used() {
     bitmaps.commit().unwrap();
     assert_eq!(entry(&file, "b").extra, b"what is?");
     edit(&file, |b| b.remove(b"b").unwrap());
+}
+
+#[test]
+fn bitmaps_are_fitted_to_a_disk_of_another_size_as_qemu_does_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    let name = path.to_str().unwrap();
+    for new in [SIZE + (1 << 20), SIZE - 512, 1 << 20, 64 << 20] {
+        let file = image(512, 16);
+        edit(&file, |b| {
+            for (name, granularity) in [(&b"fine"[..], 512), (b"coarse", 1 << 20)] {
+                b.add(name, Some(granularity)).unwrap();
+                b.merge(name, &marked(9, &[(5000, 99_000), (SIZE - 9000, 9000)]))
+                    .unwrap();
+            }
+        });
+        fs::write(&path, file.bytes()).unwrap();
+        let size = new.to_string();
+        run("qemu-img", &["resize", "-q", "--shrink", name, &size]);
+        let theirs = MemFile::of(fs::read(&path).unwrap());
+
+        // The size alone, without what a resize does to the tables of the disk.
+        let mut editor = Editor::open(&file, "t").unwrap();
+        let mut header = editor.header().clone();
+        resize(&mut editor, &mut header, new).unwrap();
+        header.size = new;
+        if header.l1_entries_needed() > u64::from(header.l1_size) {
+            let entries = header.l1_entries_needed();
+            let l1 = editor.allocate((entries * 8).div_ceil(512)).unwrap();
+            editor.write(l1, &vec![0; entries as usize * 8]).unwrap();
+            let old = u64::from(header.l1_size) * 8;
+            editor
+                .free(header.l1_table_offset, old.div_ceil(512))
+                .unwrap();
+            (header.l1_table_offset, header.l1_size) = (l1, entries as u32);
+        }
+        editor.set_header(header).unwrap();
+        editor.commit().unwrap();
+        drop(editor);
+        for name in [&b"fine"[..], b"coarse"] {
+            let (ours, theirs) = (load(&file, name).unwrap(), load(&theirs, name).unwrap());
+            assert_eq!(ours.size(), new);
+            assert_eq!(runs(&ours), runs(&theirs), "{new}");
+        }
+        assert_eq!(opinion(&file.bytes()), Checked::Clean);
+        let mut editor = Editor::open(&file, "t").unwrap();
+        let mut header = editor.header().clone();
+        assert!(resize(&mut editor, &mut header, 0).is_err());
+    }
 }
 
 #[test]
