@@ -242,6 +242,38 @@ fn a_killed_server_leaves_inconsistent_bitmaps() {
 }
 
 #[test]
+fn a_disk_of_another_size_keeps_its_bitmaps() {
+    let dir = TempDir::new();
+    let (ours, theirs) = (dir.path("ours.qcow2"), dir.path("theirs.qcow2"));
+    for (size, option) in [("100M", "--preallocation=off"), ("40000K", "--shrink")] {
+        for image in [&ours, &theirs] {
+            let _ = std::fs::remove_file(image);
+            qemu::create("qcow2", image, "64M");
+            qemu_img(&["bitmap", "--add", "-g", "512"], image, &["fine"]);
+            qemu_img(&["bitmap", "--add", "-g", "16M"], image, &["coarse"]);
+            qemu::io(
+                "qcow2",
+                image,
+                &["write 1M 5k", "write 39M 4M", "write 65535K 1K"],
+            );
+        }
+        let mut resize = Command::new(binary());
+        run(resize.args(["resize", option]).arg(&ours).arg(size));
+        qemu_img(&["resize", "-q", option], &theirs, &[size]);
+        qemu::check("qcow2", &ours);
+        for name in ["fine", "coarse"] {
+            let dirty = qemu_dirty(&dir, &ours, name);
+            assert_eq!(dirty, qemu_dirty(&dir, &theirs, name), "{size} {name}");
+            assert!(!dirty.is_empty());
+        }
+        assert_eq!(
+            bitmap(&ours, &[])["bitmaps"],
+            bitmap(&theirs, &[])["bitmaps"]
+        );
+    }
+}
+
+#[test]
 fn bitmaps_of_another_image_are_merged() {
     let dir = TempDir::new();
     let (image, other) = (dir.path("a.qcow2"), dir.path("b.qcow2"));

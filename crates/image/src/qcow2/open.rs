@@ -186,7 +186,8 @@ impl Qcow2 {
         }
         let places = Places { blocks, fixed };
         let mut bitmaps = None;
-        if !options.read_only && lacks.is_none() {
+        // Under another size than its own nothing is written that they would note: see `resize`.
+        if !options.read_only && options.size.is_none() && lacks.is_none() {
             match bitmap::Tracker::load(storage, &header, |cluster| places.holds(cluster)) {
                 Ok(found) => bitmaps = found,
                 Err(error) => lacks = Some(error.to_string()),

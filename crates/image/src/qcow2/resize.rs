@@ -7,10 +7,10 @@
 //!
 //! *Shrinking* is one commit: what lies behind the new end is not referred to any more.
 
+use super::bitmap;
 use super::check::{Layout, Target};
 use super::edit::Editor;
 use super::entry::{COPIED, OFFSET_MASK};
-use super::extensions;
 use super::header::{Header, L1_BYTES_MAX};
 use super::open::words_of;
 use block::{Context, Error, Result, limits, size};
@@ -39,11 +39,6 @@ pub fn check(header: &Header, new: u64) -> Result<()> {
     if header.nb_snapshots > 0 && header.version < 3 {
         return Err(Error::unsupported(
             "a version 2 image with snapshots cannot be resized: amend -o compat=1.1 first",
-        ));
-    }
-    if header.extension(extensions::BITMAPS).is_some() {
-        return Err(Error::unsupported(
-            "an image with persistent bitmaps cannot be resized: remove them first",
         ));
     }
     Ok(())
@@ -86,6 +81,7 @@ pub fn grow_table(editor: &mut Editor, new: u64) -> Result<()> {
 /// As [`grow_table`].
 pub fn set_size(editor: &mut Editor, new: u64) -> Result<()> {
     let mut header = editor.header().clone();
+    bitmap::resize(editor, &mut header, new)?;
     header.size = new;
     editor.set_header(header)?;
     editor.commit()
@@ -141,6 +137,7 @@ pub fn shrink(editor: &mut Editor, new: u64) -> Result<()> {
         }
         header.l1_size = entries(needed)?;
     }
+    bitmap::resize(editor, &mut header, new)?;
     editor.set_header(header)?;
     editor.commit()
 }
