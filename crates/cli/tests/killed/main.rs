@@ -61,6 +61,8 @@ enum Image {
     Overlay(&'static str),
     /// A quarter full of compressed clusters.
     Compressed(&'static str),
+    /// A quarter full, with an internal snapshot of that and an enabled bitmap.
+    Snapshot(&'static str),
 }
 
 impl Image {
@@ -91,16 +93,26 @@ impl Image {
                 qemu::create_with("qcow2", &image, &size, &options);
                 content[..full / SECTOR].fill(Content::Version(BASE_VERSION));
             }
-            Image::Compressed(options) => {
+            Image::Compressed(options) | Image::Snapshot(options) => {
                 let full = DISK_BYTES as usize / 4;
                 let mut bytes = vec![0; DISK_BYTES as usize];
                 fill(&mut bytes[..full], 0, BASE_VERSION);
                 std::fs::write(dir.path("plain"), bytes).unwrap();
+                let compress = matches!(self, Image::Compressed(_));
                 let mut convert = Command::new("qemu-img");
-                convert.args(["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options]);
+                convert.arg("convert").args(compress.then_some("-c"));
+                convert.args(["-f", "raw", "-O", "qcow2", "-o", options]);
                 command::run(convert.arg(dir.path("plain")).arg(&image));
-                let checked = qemu::check_allowing_leaks("qcow2", &image);
-                assert!(!checked.contains(" 0.00% compressed"), "{checked}");
+                if compress {
+                    let checked = qemu::check_allowing_leaks("qcow2", &image);
+                    assert!(!checked.contains(" 0.00% compressed"), "{checked}");
+                } else {
+                    for args in [["snapshot", "-c", "before"], ["bitmap", "--add", "-g64k"]] {
+                        let mut command = Command::new("qemu-img");
+                        command.args(args).arg(&image);
+                        command::run(command.args((args[0] == "bitmap").then_some("bits")));
+                    }
+                }
                 content[..full / SECTOR].fill(Content::Version(BASE_VERSION));
             }
         }
@@ -275,6 +287,14 @@ fn rounds(image: Image, door: Door, what: &str) {
                 .unwrap_or_else(|loss| panic!("{}: to QEMU {loss}", context()));
         }
     }
+    if let Image::Snapshot(_) = image {
+        // The snapshot is what it was.
+        let mut convert = Command::new("qemu-img");
+        convert.args(["convert", "-l", "before", "-O", "raw"]);
+        command::run(convert.arg(dir.path("disk")).arg(dir.path("then")));
+        let (then, plain) = (dir.path("then"), dir.path("plain"));
+        assert!(std::fs::read(then).unwrap() == std::fs::read(plain).unwrap());
+    }
     assert!(
         record.covered > 10 * rounds,
         "flushes covered {} requests only",
@@ -361,6 +381,16 @@ fn overlay_with_subclusters_behind_nbd() {
 fn compressed_behind_vhost_user() {
     let image = Image::Compressed("cluster_size=16k");
     rounds(image, Door::VhostUser, "compressed_behind_vhost_user");
+}
+
+#[test]
+fn snapshot_and_bitmap_behind_vhost_user() {
+    let image = Image::Snapshot("cluster_size=4096");
+    rounds(
+        image,
+        Door::VhostUser,
+        "snapshot_and_bitmap_behind_vhost_user",
+    );
 }
 
 #[test]
