@@ -3,7 +3,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build lint test demo bench clean
+.PHONY: help setup build lint test soak demo bench clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ test: ## all the set-up it needs, lint, and every test
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory build
 	@scripts/test.sh
+
+soak: ## the long tests: crash enumeration for MINUTES (10), 50 kills, fuzzing (ARGS=crash for one of them)
+	@$(MAKE) --no-print-directory setup
+	@scripts/soak.sh $(ARGS)
 
 demo: ## boot a Linux guest on an overlay that diskplane serves, and check what is left
 	@scripts/demo.sh

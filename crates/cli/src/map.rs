@@ -61,8 +61,6 @@ pub fn run(args: &args::Map) -> Result<()> {
             force_share: reading.force_share,
             allow_backing: reading.allow_backing.clone(),
             data_file: reading.data_file.clone(),
-            passphrases: reading.keys.read()?,
-            allow_locked: true,
             ..ChainOptions::default()
         },
     )?;

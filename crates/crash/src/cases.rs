@@ -34,6 +34,7 @@ const WORKLOADS: &[Workload] = &[
             "cluster_size=2M size=8M",
             "cluster_size=16k extended_l2",
             "cluster_size=4k junk=256k",
+            "cluster_size=4k lazy_refcounts",
         ],
         queues: &[0, 2],
     },
@@ -87,6 +88,69 @@ const WORKLOADS: &[Workload] = &[
             "cluster_size=4k backing",
             "cluster_size=64k extended_l2 backing",
             "cluster_size=16k compat=0.10 backing",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
+        name: "data-file",
+        script: "storm 50 flush=3; kill; storm 30",
+        images: &[
+            "cluster_size=4k data_file",
+            "cluster_size=16k extended_l2 data_file backing",
+            "cluster_size=64k data_file_raw",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
+        name: "encrypted",
+        script: "storm 40 flush=3; kill; storm 20",
+        images: &[
+            "cluster_size=16k size=512k luks",
+            "cluster_size=4k size=512k luks backing",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
+        name: "snapshots",
+        script: "storm 25; snapshot-create a; storm 25; snapshot-create b; storm 15; snapshot-apply a; storm 20; \
+                 snapshot-delete b; storm 10; snapshot-delete a; storm 10",
+        images: &[
+            "cluster_size=4k size=512k",
+            "cluster_size=512 size=256k refcount_bits=64",
+            "cluster_size=4k size=512k refcount_bits=2 backing",
+            "cluster_size=16k extended_l2",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
+        name: "resize",
+        script: "storm 30; resize 1M; storm 20; resize 300k; storm 20; resize 5M; storm 20 len=128k; resize 512k; storm 10",
+        images: &[
+            "cluster_size=4k size=512k",
+            "cluster_size=512 size=512k refcount_bits=64",
+            "cluster_size=4k size=512k backing",
+            "cluster_size=16k size=512k extended_l2",
+            "cluster_size=4k size=512k data_file",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
+        name: "amend",
+        script: "storm 30; amend refcount_bits 64; storm 10; amend refcount_bits 1; storm 10; amend refcount_bits 16; \
+                 storm 10; downgrade; storm 10; amend compat 3; storm 10",
+        images: &[
+            "cluster_size=4k size=512k",
+            "cluster_size=512 size=256k backing",
+        ],
+        queues: &[0],
+    },
+    Workload {
+        name: "bitmaps",
+        script: "storm 10; bitmap-add a; storm 20; close; storm 10; bitmap-add b; storm 10; bitmap-disable a; \
+                 storm 10; bitmap-merge b a; kill; storm 10; bitmap-remove a; storm 5",
+        images: &[
+            "cluster_size=4k size=512k",
+            "cluster_size=16k extended_l2 backing",
         ],
         queues: &[0, 2],
     },

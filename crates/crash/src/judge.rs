@@ -1,14 +1,14 @@
 //! Whether what a crash left is sound.
 
-use crate::model::{Allowed, Model};
-use crate::spec::BACKING;
+use crate::model::{Allowed, Model, SECTOR};
 use crate::world::World;
 use block::Storage;
-use image::qcow2::{Header, features};
+use image::qcow2::{Header, bitmap, features, snapshot};
 use std::path::Path;
 use std::process::Command;
 use testkit::TempDir;
-use tool::check::{CheckOptions, Repair, Report};
+use testkit::command::run;
+use tool::check::{CheckOptions, Repair, Report, mend_dirty};
 
 /// How closely to look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,19 +47,29 @@ impl Judge {
         allowed: &Allowed,
         look: Look,
     ) -> Result<(), String> {
-        let header = Header::read(&**world.image()).map_err(|e| format!("header: {e}"))?;
-        if header.incompatible & features::DIRTY != 0 {
+        let dirty = is_dirty(&**world.image()).map_err(|e| format!("header: {e}"))?;
+        if dirty {
             // Refcounts are behind the tables: the image says so itself.
-            check(&**world.image(), Repair::All)?;
+            let before = world.content().map_err(|e| e.to_string())?;
+            model.judge(allowed, &before)?;
+            mend_dirty(&**world.image()).map_err(|e| e.to_string())?;
         }
         check(&**world.image(), Repair::No)?;
         let bytes = world.content().map_err(|e| e.to_string())?;
         model.judge(allowed, &bytes)?;
+        // qemu-img would need the passphrase.
+        let peer = world.spec.create.encryption.is_none();
         if look != Look::Quick {
-            self.peer(world)?;
+            if peer {
+                self.peer(world)?;
+            }
+            snapshots(world, model)?;
+            bitmaps(world, model, &bytes)?;
         }
         if look == Look::Close {
-            self.peer_reads(&bytes)?;
+            if peer {
+                self.peer_reads(&bytes)?;
+            }
             go_on(world, model, allowed)?;
         }
         Ok(())
@@ -71,12 +81,14 @@ impl Judge {
         let write =
             |path: &Path, bytes: &[u8]| std::fs::write(path, bytes).map_err(|e| e.to_string());
         write(&path, &world.image().bytes())?;
-        if let Some(backing) = world.disks.get(1) {
-            write(&self.dir.path(BACKING), &backing.bytes())?;
+        for (name, disk) in world.others() {
+            write(&self.dir.path(name), &disk.bytes())?;
         }
         let output = Command::new("qemu-img")
             .args(["check", "-f", "qcow2"])
-            .arg(&path)
+            // A data file's name starts where qemu-img is run.
+            .arg("image.qcow2")
+            .current_dir(self.dir.root())
             .output()
             .map_err(|e| format!("qemu-img: {e}"))?;
         // 3 is leaked clusters, nothing worse.
@@ -92,8 +104,18 @@ impl Judge {
 
     /// qemu reads the image, written before, as we do.
     fn peer_reads(&self, bytes: &[u8]) -> Result<(), String> {
-        let (image, raw) = (self.dir.path("image.qcow2"), self.dir.path("image.raw"));
-        testkit::qemu::convert("qcow2", &image, "raw", &raw);
+        let raw = self.dir.path("image.raw");
+        run(Command::new("qemu-img")
+            .args([
+                "convert",
+                "-f",
+                "qcow2",
+                "-O",
+                "raw",
+                "image.qcow2",
+                "image.raw",
+            ])
+            .current_dir(self.dir.root()));
         let read = std::fs::read(&raw).map_err(|e| e.to_string())?;
         match read == bytes {
             true => Ok(()),
@@ -125,6 +147,65 @@ fn go_on(world: &World, model: &Model, allowed: &Allowed) -> Result<(), String> 
     check(&**world.image(), Repair::No)
         .map(|_| ())
         .map_err(after)
+}
+
+/// Every snapshot of the image is what the disk was when it was made.
+fn snapshots(world: &World, model: &Model) -> Result<(), String> {
+    let found = snapshot::list(&**world.image()).map_err(|e| e.to_string())?;
+    for found in found {
+        let name = found.shown_name();
+        let saved = model.saved(&name).ok_or(format!("a snapshot {name}"))?;
+        let copy = world.on(world.disks.iter().map(|disk| disk.copy()).collect());
+        let applied = snapshot::apply(&**copy.image(), &name);
+        let read = applied.and_then(|_| copy.content());
+        let bytes = read.map_err(|e| format!("snapshot {name}: {e}"))?;
+        if stamps(&bytes) != saved {
+            return Err(format!(
+                "snapshot {name} holds other bytes than the disk did"
+            ));
+        }
+        check(&**copy.image(), Repair::No).map_err(|e| format!("snapshot {name} applied: {e}"))?;
+    }
+    Ok(())
+}
+
+/// Every enabled bitmap that says it can be trusted knows of all that has changed since it was made.
+fn bitmaps(world: &World, model: &Model, bytes: &[u8]) -> Result<(), String> {
+    let found = bitmap::list(&**world.image()).map_err(|e| e.to_string())?;
+    let now = stamps(bytes);
+    for found in found.iter().filter(|b| b.auto() && !b.in_use()) {
+        let name = found.name();
+        let saved = model.saved(&name).ok_or(format!("a bitmap {name}"))?;
+        let bits = bitmap::load(&**world.image(), found.raw_name());
+        let bits = bits.map_err(|e| format!("bitmap {name}: {e}"))?;
+        let mut sectors = (0..).zip(now.iter().zip(saved));
+        let missed = sectors.find(|(sector, (now, then))| {
+            let at = sector * SECTOR;
+            now != then && bits.next_dirty(at).is_none_or(|(start, _)| start > at)
+        });
+        if let Some((sector, _)) = missed {
+            return Err(format!(
+                "bitmap {name} does not know that sector {sector} has changed"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The stamps of a disk's sectors.
+pub fn stamps(bytes: &[u8]) -> Vec<u64> {
+    let sectors = bytes.chunks(SECTOR as usize);
+    let stamps = sectors.map(|s| s.first_chunk().map_or(0, |w| u64::from_le_bytes(*w)));
+    stamps.collect()
+}
+
+/// Whether the image says that its refcounts are behind.
+///
+/// # Errors
+///
+/// What reading its header fails with.
+pub fn is_dirty(storage: &dyn Storage) -> block::Result<bool> {
+    Ok(Header::read(storage)?.incompatible & features::DIRTY != 0)
 }
 
 /// Our check: no errors, but leaks perhaps.

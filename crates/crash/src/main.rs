@@ -2,9 +2,10 @@
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
-use crash::Case;
 use crash::judge::Judge;
 use crash::states::{Bounds, StateId};
+use crash::{Case, Random};
+use io::{Fault, FaultOp};
 use std::time::{Duration, Instant};
 
 /// Enumerates what crashes leave of disks.
@@ -94,6 +95,27 @@ fn soak(minutes: f64, seed: Option<u64>, filter: &str) -> Result<()> {
                     peer += looked.peer;
                 }
                 Err(what) => bail!("{what} --long"),
+            }
+            // And one operation that fails.
+            let mut random = Random::new(seed, case.queues() as u64 + 77);
+            let ops = [
+                FaultOp::Write,
+                FaultOp::Sync,
+                FaultOp::Range,
+                FaultOp::Resize,
+            ];
+            let fault = Fault {
+                skip: random.below(200),
+                count: 1,
+                torn: random.once_in(2),
+                ..Fault::always(
+                    ops[random.below(4) as usize],
+                    [5, 28][random.below(2) as usize],
+                )
+            };
+            match case.fail_nth(seed, fault, None, &Bounds::FAST, &judge) {
+                Ok(looked) => states += looked.unwrap_or_default().states,
+                Err(what) => bail!("{what}"),
             }
             if Instant::now() >= end {
                 println!("seed {seed}: {states} states are sound, {peer} to qemu too; time is up");

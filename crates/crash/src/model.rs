@@ -5,6 +5,7 @@
 //! but for those that a write behind them has *settled*: one that began after they had ended, and that was
 //! itself covered by a completed flush.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Bytes of a sector.
@@ -54,6 +55,8 @@ pub struct Model {
     flushes: Vec<(u64, u64)>,
     /// Begin and end of each change of the size, and the size.
     sizes: Vec<(u64, u64, u64)>,
+    /// What the disk held when something was made of it: a stamp for each sector.
+    saved: BTreeMap<String, Vec<u64>>,
 }
 
 /// When to judge.
@@ -94,6 +97,7 @@ impl Model {
             writes: vec![whole(size, Value::Zeros), backing],
             flushes: Vec::new(),
             sizes: vec![(0, 0, size)],
+            saved: BTreeMap::new(),
         }
     }
 
@@ -107,6 +111,16 @@ impl Model {
         let sectors = first..first + count;
         let stamps = sectors.flat_map(|s| [Self::stamp(id, s); SECTOR as usize / 8]);
         stamps.flat_map(u64::to_le_bytes).collect()
+    }
+
+    /// Keeps what the disk holds under a name that nothing else gets.
+    pub fn save(&mut self, name: &str, stamps: Vec<u64>) {
+        self.saved.insert(name.to_owned(), stamps);
+    }
+
+    /// What the disk held when something of that name was made.
+    pub fn saved(&self, name: &str) -> Option<&[u64]> {
+        self.saved.get(name).map(Vec::as_slice)
     }
 
     /// Bytes of the disk by now.

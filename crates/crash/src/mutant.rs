@@ -6,8 +6,8 @@
 
 use block::{GuestOffset, Result, Storage, Zeroed};
 use image::{
-    Description, Extent, Fill, FlushRun, Freed, Image, Load, MetaWrite, Need, Plan, Reserve, Stage,
-    Step, Ticket, ZeroMode, ZeroPlan,
+    Description, Encryption, Extent, Fill, FlushRun, Freed, Image, Load, MetaWrite, Need, Plan,
+    Reserve, Stage, Step, Ticket, ZeroMode, ZeroPlan,
 };
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -192,6 +192,14 @@ impl Image for Mutated {
 
     fn foresee(&self) -> Option<Need> {
         self.image.foresee()
+    }
+
+    fn joined(&self, at: GuestOffset, len: u64) {
+        self.image.joined(at, len);
+    }
+
+    fn encryption(&self) -> Option<&Encryption> {
+        self.image.encryption()
     }
 
     fn commit(&self, ticket: Ticket) {

@@ -2,15 +2,28 @@
 //!
 //! ```text
 //!   size=1M cluster_size=4k refcount_bits=1 compat=0.10 extended_l2 lazy_refcounts zstd backing junk=256k
+//!   data_file data_file_raw luks
 //! ```
 //!
-//! With `backing` the image lies over a raw one that is a little shorter. `junk` bytes follow the last cluster, as
+//! With `data_file` the guest's data are in a file of their own, with `luks` they are encrypted. With `backing` the image lies over a raw one that is a little shorter. `junk` bytes follow the last cluster, as
 //! on a device that was used before.
 
+use crypto::Passphrase;
+use crypto::luks::{FormatOptions, Volume};
 use image::qcow2::{Compression, CreateOptions};
+use std::sync::Arc;
 
 /// What the backing file is called in the image.
 pub const BACKING: &str = "base";
+
+/// What the data file is called in the image.
+pub const DATA: &str = "data";
+
+/// The passphrase of an encrypted image.
+pub fn passphrase() -> Arc<Passphrase> {
+    let passphrase = Passphrase::new(b"open sesame".to_vec().into());
+    Arc::new(passphrase.expect("a passphrase that may be"))
+}
 
 /// An image to make.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +63,19 @@ impl Spec {
                 "compat" => create.version = if value == "0.10" { 2 } else { 3 },
                 "extended_l2" => create.extended_l2 = true,
                 "lazy_refcounts" => create.lazy_refcounts = true,
+                "data_file" => create.data_file = Some(DATA.to_owned()),
+                "data_file_raw" => {
+                    create.data_file = Some(DATA.to_owned());
+                    create.data_file_raw = true;
+                }
+                "luks" => {
+                    let options = FormatOptions {
+                        iter_time_ms: 1,
+                        ..FormatOptions::default()
+                    };
+                    let volume = Volume::format(&options, &passphrase());
+                    create.encryption = Some(volume.map_err(|e| e.to_string())?);
+                }
                 "zstd" => create.compression = Compression::Zstd,
                 "backing" => backing = true,
                 "junk" => spec.junk = number()?,

@@ -3,11 +3,19 @@
 //! A step that is no request ([`crate::script`]) names one of [`OPERATIONS`]. The image is closed before and opened
 //! again afterwards; the operation may lose power and fail at every step like all else.
 
-use crate::model::{Model, SECTOR, Value, Write};
+use crate::judge;
+use crate::model::{Model, Value, Write};
+use crate::spec::bytes;
 use crate::world::World;
 use block::{Error, Result, Storage};
+use image::Format;
+use image::qcow2::bitmap::Bitmaps;
+use image::qcow2::snapshot::{self, NewSnapshot};
+use image::qcow2::{AmendOptions, amend, downgrade};
 use std::sync::Arc;
 use tool::check::{CheckOptions, Repair};
+use tool::prealloc::Preallocation;
+use tool::resize::{ResizeOptions, resize};
 
 /// A closed image and its history.
 pub struct Ground<'a> {
@@ -18,6 +26,7 @@ pub struct Ground<'a> {
 }
 
 /// What an operation makes of the guest's disk.
+#[derive(Clone, Debug)]
 pub enum Effect {
     /// It reads as before.
     Nothing,
@@ -30,7 +39,90 @@ pub enum Effect {
 type Operation = fn(&mut Ground, &[&str]) -> Result<Effect>;
 
 /// What can be plugged into a workload: its name, and what it does.
-const OPERATIONS: &[(&str, Operation)] = &[("check", |ground, words| {
+///
+/// Snapshots and bitmaps are saved under names of their own, so that a crash state's can be judged.
+const OPERATIONS: &[(&str, Operation)] = &[
+    ("check", check),
+    ("snapshot-create", |ground, words| {
+        let name = words[0].to_owned();
+        ground.save(&name)?;
+        let new = NewSnapshot {
+            name,
+            ..NewSnapshot::default()
+        };
+        snapshot::create(ground.file(), &new)?;
+        Ok(Effect::Nothing)
+    }),
+    ("snapshot-apply", |ground, words| {
+        snapshot::apply(ground.file(), words[0])?;
+        let saved = ground.model.saved(words[0]).unwrap_or_default();
+        Ok(Effect::Content(saved.into()))
+    }),
+    ("snapshot-delete", |ground, words| {
+        snapshot::delete(ground.file(), words[0])?;
+        Ok(Effect::Nothing)
+    }),
+    ("resize", |ground, words| {
+        let size = bytes(words[0]).expect("a size");
+        let options = ResizeOptions {
+            size,
+            shrink: true,
+            preallocation: Preallocation::Off,
+        };
+        let chain = ground.world.open(false, None)?;
+        resize(&chain.members(), Format::Qcow2, &options)?;
+        Ok(Effect::Size(size))
+    }),
+    ("amend", |ground, words| {
+        let number = |at: usize| words[at].parse().expect("a number");
+        let options = match words[0] {
+            "compat" => AmendOptions {
+                version: Some(number(1)),
+                ..AmendOptions::default()
+            },
+            _ => AmendOptions {
+                refcount_bits: Some(number(1)),
+                ..AmendOptions::default()
+            },
+        };
+        amend(ground.file(), "image", &options)?;
+        Ok(Effect::Nothing)
+    }),
+    ("downgrade", |ground, _| {
+        downgrade(ground.file(), "image")?;
+        Ok(Effect::Nothing)
+    }),
+    ("bitmap-add", |ground, words| {
+        ground.save(words[0])?;
+        bitmaps(ground, |bitmaps| {
+            bitmaps.add(words[0].as_bytes(), Some(4096))
+        })
+    }),
+    ("bitmap-disable", |ground, words| {
+        bitmaps(ground, |bitmaps| {
+            bitmaps.set_enabled(words[0].as_bytes(), false)
+        })
+    }),
+    ("bitmap-merge", |ground, words| {
+        bitmaps(ground, |bitmaps| {
+            let source = bitmaps.bits(words[1].as_bytes())?;
+            bitmaps.merge(words[0].as_bytes(), &source)
+        })
+    }),
+    ("bitmap-remove", |ground, words| {
+        bitmaps(ground, |bitmaps| bitmaps.remove(words[0].as_bytes()))
+    }),
+];
+
+/// One edit of the bitmaps.
+fn bitmaps(ground: &Ground, change: impl FnOnce(&mut Bitmaps) -> Result<()>) -> Result<Effect> {
+    let mut bitmaps = Bitmaps::open(ground.file())?;
+    change(&mut bitmaps)?;
+    bitmaps.commit()?;
+    Ok(Effect::Nothing)
+}
+
+fn check(ground: &mut Ground, words: &[&str]) -> Result<Effect> {
     let repair = match words {
         ["repair"] => Repair::All,
         ["leaks"] => Repair::Leaks,
@@ -45,7 +137,7 @@ const OPERATIONS: &[(&str, Operation)] = &[("check", |ground, words| {
         0 => Ok(Effect::Nothing),
         _ => Err(Error::corrupt(format!("{:?}", report.findings))),
     }
-})];
+}
 
 /// Carries the operation `words` out.
 ///
@@ -65,7 +157,17 @@ pub fn run(ground: &mut Ground, words: &[String]) -> Result<()> {
     let done = operation(ground, &words[1..]);
     let ended = ground.world.clock.tick();
     let begun = ground.begun;
-    match done? {
+    // An operation that failed may have had its effect; only this one has any so far.
+    let sure = done.is_ok();
+    let effect = match (&done, words[0]) {
+        (Err(_), "snapshot-apply") => {
+            Effect::Content(ground.model.saved(words[1]).unwrap_or_default().into())
+        }
+        (Err(_), "resize") => Effect::Size(bytes(words[1]).unwrap_or(0)),
+        (Err(_), _) => Effect::Nothing,
+        (Ok(effect), _) => effect.clone(),
+    };
+    match effect {
         Effect::Nothing => {}
         Effect::Content(stamps) => {
             ground.model.begin(Write {
@@ -74,13 +176,13 @@ pub fn run(ground: &mut Ground, words: &[String]) -> Result<()> {
                 value: Value::Former(stamps),
                 begun,
                 ended: Some(ended),
-                sure: true,
+                sure,
                 durable: true,
             });
         }
-        Effect::Size(size) => ground.model.resized(begun, ended, size, true),
+        Effect::Size(size) => ground.model.resized(begun, ended, size, sure),
     }
-    Ok(())
+    done.map(|_| ())
 }
 
 impl<'a> Ground<'a> {
@@ -99,15 +201,10 @@ impl<'a> Ground<'a> {
         &**self.world.image()
     }
 
-    /// What the guest's disk holds: a stamp for each sector.
-    ///
-    /// # Errors
-    ///
-    /// What reading it fails with.
-    pub fn content(&self) -> Result<Arc<[u64]>> {
+    /// Keeps what the guest's disk holds under a name.
+    fn save(&mut self, name: &str) -> Result<()> {
         let bytes = self.world.content()?;
-        let sectors = bytes.chunks(SECTOR as usize);
-        let stamps = sectors.map(|s| s.first_chunk().map_or(0, |w| u64::from_le_bytes(*w)));
-        Ok(stamps.collect())
+        self.model.save(name, judge::stamps(&bytes));
+        Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::model::Model;
 use crate::mutant::{self, Mutant};
-use crate::spec::Spec;
+use crate::spec::{BACKING, DATA, Spec, passphrase};
 use block::{Context, Result, Storage};
 use disk::{Chain, Layer};
 use image::{Format, Raw, qcow2};
@@ -16,7 +16,7 @@ pub struct World {
     pub spec: Spec,
     /// Numbers what happens to the disks.
     pub clock: SimClock,
-    /// The image's file; then its backing file, if it has one.
+    /// The image's file; then its data file and its backing file, if it has them.
     pub disks: Vec<Arc<SimDisk>>,
 }
 
@@ -43,9 +43,16 @@ impl World {
         let junk = Model::bytes(0xdead, 0, spec.junk / 512);
         bytes.extend_from_slice(&junk);
         let mut disks = vec![SimDisk::from_bytes(options("image", 0), &bytes)];
+        if spec.create.data_file.is_some() {
+            let data = SimDisk::new(SimOptions {
+                size: spec.create.size,
+                ..options(DATA, 2)
+            });
+            disks.push(data);
+        }
         if spec.backed > 0 {
             let backing = Model::bytes(1, 0, spec.backed / 512);
-            disks.push(SimDisk::from_bytes(options("base", 1), &backing));
+            disks.push(SimDisk::from_bytes(options(BACKING, 1), &backing));
         }
         Ok(Self {
             spec: spec.clone(),
@@ -67,7 +74,24 @@ impl World {
         &self.disks[0]
     }
 
-    /// Opens the image with what it lies over.
+    /// The other files with their names.
+    pub fn others(&self) -> impl Iterator<Item = (&'static str, &Arc<SimDisk>)> {
+        let data = self.spec.create.data_file.is_some().then_some(DATA);
+        let backing = (self.spec.backed > 0).then_some(BACKING);
+        let names = data.into_iter().chain(backing);
+        names.zip(self.disks.iter().skip(1))
+    }
+
+    /// A file of that name.
+    fn file(&self, name: &str) -> Result<Option<Arc<File>>> {
+        let found = self.others().find(|(other, _)| *other == name);
+        found
+            .map(|(_, disk)| File::sim(Arc::clone(disk)))
+            .transpose()
+    }
+
+    /// Opens the image with what it lies over. A writer first brings one that was not closed in order, as the
+    /// command does.
     ///
     /// # Errors
     ///
@@ -76,22 +100,27 @@ impl World {
         let file = File::sim(Arc::clone(self.image()))?;
         let options = qcow2::OpenOptions {
             read_only,
+            passphrase: (self.spec.create.encryption.is_some()).then(passphrase),
             ..qcow2::OpenOptions::default()
         };
+        if !read_only {
+            tool::check::mend_dirty(&*file)?;
+        }
         let image = qcow2::Qcow2::open(&*file, &options).context(|| "open")?;
+        let mut files = vec![file];
+        files.extend(self.file(DATA)?);
         let mut layers = vec![Layer {
             image: mutant::wrap(Arc::new(image), mutant),
-            files: vec![file],
+            files,
             path: "image".into(),
             format: Format::Qcow2,
         }];
-        if self.spec.backed > 0 {
-            let file = File::sim(Arc::clone(&self.disks[1]))?;
+        if let Some(file) = self.file(BACKING)? {
             let storage: &dyn Storage = &*file;
             layers.push(Layer {
                 image: Arc::new(Raw::open(storage)?),
                 files: vec![file],
-                path: "base".into(),
+                path: BACKING.into(),
                 format: Format::Raw,
             });
         }

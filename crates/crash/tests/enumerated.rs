@@ -43,5 +43,11 @@ workloads! {
     copy_on_write: "copy-on-write",
     discard: "discard",
     zeroes: "zeroes",
+    data_file: "data-file",
+    encrypted: "encrypted",
+    snapshots: "snapshots",
+    resize: "resize",
+    amend: "amend",
+    bitmaps: "bitmaps",
     table_growth: "table-growth",
 }
