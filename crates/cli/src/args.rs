@@ -31,6 +31,8 @@ pub enum Command {
     Map(Map),
     /// Find what is wrong with an image, and repair it
     Check(Check),
+    /// Copy a disk into a new image, of another format or compressed
+    Convert(Convert),
     /// List, make, apply or delete snapshots inside a qcow2 image
     Snapshot(Snapshot),
     /// Show and change an image's persistent bitmaps
@@ -83,6 +85,62 @@ pub struct Create {
     /// Size of the disk (20G, 512M, …) [default: the size of BASE]
     #[arg(value_parser = bytes)]
     pub size: Option<u64>,
+}
+
+/// `convert`.
+#[derive(Args, Debug)]
+pub struct Convert {
+    /// Compress (qcow2): every cluster that gets smaller; -o compression_type says how
+    #[arg(short = 'c', long, conflicts_with = "no_create")]
+    pub compress: bool,
+    /// Format of SRC [default: known by its magic, else raw]
+    #[arg(short = 'f', long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Format of DST: raw or qcow2 [default: by DST's extension, .qcow2, .raw or .img]
+    #[arg(short = 'O', long, value_name = "FMT", value_parser = format)]
+    pub target_format: Option<Format>,
+    /// Options of DST's format, as key=value,…: `diskplane create -f FMT -o help FILE` lists them
+    #[arg(
+        short,
+        long = "option",
+        value_name = "K=V,…",
+        conflicts_with = "no_create"
+    )]
+    pub options: Vec<String>,
+    /// Make DST an overlay of BASE: what reads the same there is left out
+    #[arg(short = 'B', long, value_name = "BASE", requires = "backing_format")]
+    pub backing: Option<String>,
+    /// Format of BASE
+    #[arg(short = 'F', long, value_name = "FMT", value_parser = format, requires = "backing")]
+    pub backing_format: Option<Format>,
+    /// Write into DST, which exists and is large enough; what is behind SRC's size stays
+    #[arg(short = 'n', long)]
+    pub no_create: bool,
+    /// Threads that compress; without -c, pieces of 512 KiB that are read ahead [default: a thread per core]
+    #[arg(short = 'm', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub workers: Option<u16>,
+    /// As in qemu-img, where it allows writing in any order; here DST is always written in order
+    #[arg(short = 'W', long, conflicts_with = "compress")]
+    pub out_of_order: bool,
+    /// Show progress also where stderr is no terminal
+    #[arg(short, long)]
+    pub progress: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Read SRC even while another process writes it: what is copied may never have been on it at once
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+    /// Also open backing and data files below DIR, not only below each image's own directory
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+    /// SRC's external data file, whatever name SRC has for it
+    #[arg(long, value_name = "PATH")]
+    pub data_file: Option<PathBuf>,
+    /// Image to copy, or null:SIZE
+    pub source: String,
+    /// Image to make; it must not exist yet, unless -n is given
+    pub target: PathBuf,
 }
 
 /// What `info` and `map` have in common.

@@ -16,7 +16,7 @@ const PIECE_BYTES: usize = 1 << 20;
 
 /// Creates an image.
 pub fn run(args: &args::Create) -> Result<()> {
-    let format = format_of(args)?;
+    let format = format_of(args.format, &args.file, "-f")?;
     if args.options.iter().any(|o| o == "help" || o == "?") {
         return crate::print(&options::help(format));
     }
@@ -91,17 +91,18 @@ pub fn run(args: &args::Create) -> Result<()> {
     Ok(())
 }
 
-fn format_of(args: &args::Create) -> Result<Format> {
-    if let Some(format) = args.format {
+/// The format that was said (by `flag`), or that a new file's name says.
+pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result<Format> {
+    if let Some(format) = said {
         return Ok(format);
     }
-    let extension = args.file.extension().and_then(|e| e.to_str());
+    let extension = file.extension().and_then(|e| e.to_str());
     Ok(match extension {
         Some("qcow2") => Format::Qcow2,
         Some("raw" | "img") => Format::Raw,
         _ => bail!(
-            "{}: its name does not say which format it is to have: say -f {}",
-            args.file.display(),
+            "{}: its name does not say which format it is to have: say {flag} {}",
+            file.display(),
             Format::NAMES
         ),
     })
@@ -146,7 +147,7 @@ fn base_size(file: &Path, name: &str, format: Format) -> Result<u64> {
 }
 
 /// Makes the external data file, if there is to be one, and the image.
-fn write_all(path: &Path, format: Format, options: &Options) -> Result<()> {
+pub(crate) fn write_all(path: &Path, format: Format, options: &Options) -> Result<()> {
     let Some(name) = &options.qcow2.data_file else {
         return write(path, format, options);
     };
@@ -172,7 +173,7 @@ fn write_all(path: &Path, format: Format, options: &Options) -> Result<()> {
     written
 }
 
-fn exists(path: &Path) -> String {
+pub(crate) fn exists(path: &Path) -> String {
     format!(
         "{}: the file exists already: remove it or choose another name",
         path.display()
@@ -216,6 +217,11 @@ fn write_new(path: &Path, file: &File, format: Format, options: &Options) -> Res
         let _ = fs::remove_file(path);
         return written;
     }
+    sync_directory(path)
+}
+
+/// Makes the name of a new file durable.
+pub(crate) fn sync_directory(path: &Path) -> Result<()> {
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

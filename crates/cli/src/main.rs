@@ -11,6 +11,7 @@ mod bench_load;
 mod bench_versus;
 mod bitmap;
 mod check;
+mod convert;
 mod create;
 mod disks;
 mod info;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         Command::Info(args) => done(info::run(args)),
         Command::Map(args) => done(map::run(args)),
         Command::Check(args) => check::run(args),
+        Command::Convert(args) => done(convert::run(args)),
         Command::Snapshot(args) => done(snapshot::run(args)),
         Command::Bitmap(args) => done(bitmap::run(args)),
         Command::Amend(args) => done(amend::run(args)),

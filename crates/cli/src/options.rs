@@ -20,7 +20,8 @@ const QCOW2: [(&str, &str); 11] = [
     ("compression_type", "zlib or zstd [zlib]"),
     (
         "data_file",
-        "name of a new file for the guest's data, from the image's directory on; the image keeps the metadata",
+        "new file for the guest's data, relative to the image's directory (QEMU opens relative names from its\n\
+         \x20                   working directory: an absolute name suits both)",
     ),
     (
         "data_file_raw",

@@ -75,6 +75,11 @@ impl Driver {
         self.members.first().map_or(0, |m| m.image.size())
     }
 
+    /// Whether there is an image below the active one.
+    pub fn has_backing(&self) -> bool {
+        self.members.len() > 1
+    }
+
     /// Fills `buf` with the guest's bytes from `at` on.
     pub fn read(&mut self, at: u64, buf: &mut [u8]) -> Result<()> {
         self.check(at, buf.len() as u64)?;

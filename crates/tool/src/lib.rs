@@ -7,5 +7,6 @@
 
 pub mod bitmap;
 pub mod check;
+pub mod convert;
 pub mod prealloc;
 pub mod resize;

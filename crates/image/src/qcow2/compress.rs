@@ -1,4 +1,4 @@
-//! Unpacking compressed clusters (specification: "Compressed Clusters Descriptor").
+//! Packing and unpacking compressed clusters (specification: "Compressed Clusters Descriptor").
 
 use super::header::Compression;
 use block::{Error, Result};
@@ -6,6 +6,67 @@ use std::io::Read;
 
 /// log2 of the window that QEMU's deflate uses.
 const WINDOW_BITS: u8 = 12;
+/// Levels of compression: what makes files of the size that QEMU's have.
+const ZLIB_LEVEL: u32 = 6;
+const ZSTD_LEVEL: i32 = 3;
+
+/// Packs clusters, one after the other, as QEMU does: raw deflate with a window of 4 KiB, or one Zstandard frame.
+/// What it gives depends on its input alone, so that several of them may share the work of an image.
+pub struct Compressor(Method);
+
+enum Method {
+    Zlib(Box<flate2::Compress>),
+    Zstd(Box<zstd::bulk::Compressor<'static>>),
+}
+
+impl std::fmt::Debug for Compressor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self.0 {
+            Method::Zlib(_) => "Compressor(zlib)",
+            Method::Zstd(_) => "Compressor(zstd)",
+        })
+    }
+}
+
+impl Compressor {
+    /// For images of this compression type. Takes some 300 KiB of memory, or 1 MiB and more for Zstandard.
+    pub fn new(compression: Compression) -> Result<Self> {
+        Ok(Self(match compression {
+            Compression::Zlib => {
+                let level = flate2::Compression::new(ZLIB_LEVEL);
+                let stream = flate2::Compress::new_with_window_bits(level, false, WINDOW_BITS);
+                Method::Zlib(Box::new(stream))
+            }
+            Compression::Zstd => {
+                let stream = zstd::bulk::Compressor::new(ZSTD_LEVEL)
+                    .map_err(|e| Error::invalid(format!("zstd: {e}")))?;
+                Method::Zstd(Box::new(stream))
+            }
+        }))
+    }
+
+    /// Packs `cluster` into `out`, whose contents are lost. `false` when that would not make it smaller: it is to be
+    /// stored as it is then.
+    pub fn pack(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> bool {
+        out.clear();
+        // An entry can describe no more: the sectors of less than a cluster.
+        out.resize(cluster.len().saturating_sub(1), 0);
+        let len = match &mut self.0 {
+            Method::Zlib(stream) => {
+                stream.reset();
+                let status = stream.compress(cluster, out, flate2::FlushCompress::Finish);
+                match status {
+                    Ok(flate2::Status::StreamEnd) => usize::try_from(stream.total_out()).ok(),
+                    _ => None,
+                }
+            }
+            // It fails where the room does not suffice.
+            Method::Zstd(stream) => stream.compress_to_buffer(cluster, out.as_mut_slice()).ok(),
+        };
+        out.truncate(len.unwrap_or(0));
+        len.is_some()
+    }
+}
 
 /// Unpacks `input`, which may go on behind the compressed data, into all of `output`.
 ///

@@ -71,7 +71,7 @@ impl Default for CreateOptions {
 
 /// Where the tables of a new image go, in clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Layout {
+pub(super) struct Layout {
     refcount_table: u64,
     refcount_blocks: u64,
     l1: u64,
@@ -220,7 +220,7 @@ impl CreateOptions {
         self.cluster_size / entry * self.cluster_size
     }
 
-    fn header(&self) -> (Header, Layout) {
+    pub(super) fn header(&self) -> (Header, Layout) {
         let size = align_up(self.size, 512);
         let l1_entries = size.div_ceil(self.l2_bytes());
         let l1 = (l1_entries * 8).div_ceil(self.cluster_size);
@@ -311,6 +311,19 @@ impl CreateOptions {
 pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
     options.validate()?;
     let (mut header, layout) = options.header();
+    let encoded = encode(&mut header)?;
+    let table_bytes = layout.refcount_table * options.cluster_size;
+    if table_bytes > REFCOUNT_TABLE_BYTES_MAX.max(options.cluster_size) {
+        return Err(Error::invalid(format!(
+            "the disk needs a refcount table of {}: choose larger clusters",
+            size::human(table_bytes)
+        )));
+    }
+    write(storage, options, &layout, &encoded).context(|| storage.name())
+}
+
+/// The bytes of a new image's header, which is judged once more.
+pub(super) fn encode(header: &mut Header) -> Result<Vec<u8>> {
     let encoded = match header.encode() {
         Ok(bytes) => bytes,
         // The feature names are for people: in small clusters a backing file's name goes first.
@@ -322,14 +335,7 @@ pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
         }
     };
     header.validate()?;
-    let table_bytes = layout.refcount_table * options.cluster_size;
-    if table_bytes > REFCOUNT_TABLE_BYTES_MAX.max(options.cluster_size) {
-        return Err(Error::invalid(format!(
-            "the disk needs a refcount table of {}: choose larger clusters",
-            size::human(table_bytes)
-        )));
-    }
-    write(storage, options, &layout, &encoded).context(|| storage.name())
+    Ok(encoded)
 }
 
 fn write(

@@ -12,6 +12,7 @@
 //! * `map`, `write`, `zero`: the questions; `shared`: tables that snapshots share.
 //! * `flush`: the order on disk, and why it is safe.
 //! * `edit`: changes of a closed image's metadata, all at once; `snapshot`: internal snapshots.
+//! * `compress_image`: a new image in one go, with compressed clusters.
 //! * `data`: images whose guest data are in a file of their own.
 //! * `header`, `extensions`, `features`, `entry`: the format. `open`, `close`, `compress`.
 //!
@@ -25,6 +26,7 @@ mod cache;
 pub mod check;
 mod close;
 mod compress;
+mod compress_image;
 #[cfg(test)]
 mod corners;
 #[cfg(test)]
@@ -71,6 +73,8 @@ mod write;
 mod zero;
 
 pub use amend::{AmendOptions, amend};
+pub use compress::Compressor;
+pub use compress_image::ImageWriter;
 pub use create::{CreateOptions, create};
 pub use downgrade::downgrade;
 pub use header::{
