@@ -4,8 +4,8 @@ use super::super::edit::Editor;
 use super::super::testing::{Change, Checked, Driver, MemFile, Rng, apply, check, crashes, run};
 use super::super::{CreateOptions, Header, OpenOptions, Qcow2, create, features};
 use super::{Bitmaps, Bits, list, load, resize};
-use crate::{Image, ZeroMode};
-use block::{ErrorKind, Storage};
+use crate::{FlushRun, Image, Need, Step, ZeroMode};
+use block::{ErrorKind, GuestOffset, Storage};
 use std::fs;
 
 const SIZE: u64 = 4 << 20;
@@ -314,6 +314,39 @@ fn nothing_is_written_for_a_guest_before_the_marks_are_durable() {
         clean > 1 && marked > 5 && saved > 0,
         "{clean} {marked} {saved}"
     );
+}
+
+#[test]
+fn every_change_waits_for_the_marks() {
+    let file = image(65536, 16);
+    edit(&file, |b| b.add(b"b", None).unwrap());
+    let image = Qcow2::open(&file, &OpenOptions::default()).unwrap();
+    assert!(!image.is_dirty());
+    let waits = || {
+        let write = image.plan_write(GuestOffset(0), 512).unwrap();
+        let zero = image.plan_zero(GuestOffset(0), SIZE, ZeroMode::Discard);
+        let zero = zero.unwrap();
+        let (write, zero) = (
+            write == Step::Need(Need::Commit),
+            zero == Step::Need(Need::Commit),
+        );
+        assert_eq!(write, zero);
+        write
+    };
+    // The first one asks for the marks; who comes before they are durable waits too.
+    assert!(waits() && waits() && image.is_dirty());
+    let mut run = FlushRun::default();
+    for ok in [false, true] {
+        image.flush_begin(&mut run).unwrap();
+        assert_eq!(run.writes.len(), 1);
+        assert_eq!(run.writes[0].offset.0, directory_at(&file) as u64);
+        assert!(waits(), "the run is under way");
+        image.flush_end(&mut run, ok);
+        assert_eq!(waits(), !ok);
+    }
+    image.flush_begin(&mut run).unwrap();
+    assert!(run.writes.is_empty(), "once is enough");
+    image.flush_end(&mut run, true);
 }
 
 #[test]
