@@ -161,6 +161,9 @@ pub struct Reading {
     /// The image's external data file, whatever name the image has for it
     #[arg(long, value_name = "PATH")]
     pub data_file: Option<PathBuf>,
+    /// Read the internal snapshot of that id, or else name, instead of the disk
+    #[arg(long, value_name = "NAME")]
+    pub snapshot: Option<String>,
     /// Image to read, or null:SIZE
     pub file: String,
 }
@@ -329,7 +332,7 @@ pub struct Serve {
     #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = str::parse::<NbdAddress>)]
     pub nbd: Option<NbdAddress>,
     /// Serve this disk too, on the same I/O threads; may be given many times. Keys: vhost-user=SOCK,
-    /// nbd=ADDRESS, format=FMT, queues=N, read-only=on|off, data-file=PATH; what it does not say is as for all disks
+    /// nbd=ADDRESS, format=FMT, queues=N, read-only=on|off, data-file=PATH, snapshot=NAME; what it does not say is as for all disks
     #[arg(long, value_name = "FILE,K=V,…", value_parser = str::parse::<DiskArgument>)]
     pub disk: Vec<DiskArgument>,
     /// Queues that a virtual machine may use
@@ -350,6 +353,9 @@ pub struct Serve {
     /// Refuse writes
     #[arg(long)]
     pub read_only: bool,
+    /// Serve FILE's internal snapshot of that id, or else name
+    #[arg(long, value_name = "NAME", requires_all = ["file", "read_only"])]
+    pub snapshot: Option<String>,
     /// Allow --vhost-user and --nbd at the same time
     #[arg(long)]
     pub shared: bool,

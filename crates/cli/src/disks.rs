@@ -25,6 +25,8 @@ pub struct DiskSpec {
     pub shared: bool,
     /// The image's external data file, in place of the one that it names.
     pub data_file: Option<PathBuf>,
+    /// Serve this internal snapshot of the image, for reading.
+    pub snapshot: Option<String>,
 }
 
 /// A `--disk` argument: what is not said there holds as for the other disks.
@@ -37,6 +39,7 @@ pub struct DiskArgument {
     queues: Option<u16>,
     read_only: Option<bool>,
     data_file: Option<PathBuf>,
+    snapshot: Option<String>,
 }
 
 impl FromStr for DiskArgument {
@@ -61,6 +64,7 @@ impl FromStr for DiskArgument {
                 "vhost-user" => disk.vhost_user = Some(value.into()),
                 "nbd" => disk.nbd = Some(value.parse().map_err(|e| anyhow!("nbd={value}: {e}"))?),
                 "data-file" => disk.data_file = Some(value.into()),
+                "snapshot" => disk.snapshot = Some(value.to_owned()),
                 "queues" => {
                     let queues = value.parse().ok().filter(|n| (1..=256).contains(n));
                     disk.queues =
@@ -74,7 +78,7 @@ impl FromStr for DiskArgument {
                     });
                 }
                 _ => bail!(
-                    "{key}: a disk has no such option; it has format, vhost-user, nbd, queues, read-only, data-file"
+                    "{key}: a disk has no such option; it has format, vhost-user, nbd, queues, read-only, data-file, snapshot"
                 ),
             }
         }
@@ -102,6 +106,7 @@ pub fn specs(args: &Serve) -> Result<Vec<DiskSpec>> {
                 read_only: args.read_only,
                 shared: args.shared,
                 data_file: args.data_file.clone(),
+                snapshot: args.snapshot.clone(),
             });
         }
         None if args.data_file.is_some() => {
@@ -123,6 +128,7 @@ pub fn specs(args: &Serve) -> Result<Vec<DiskSpec>> {
         read_only: disk.read_only.unwrap_or(args.read_only),
         shared: args.shared,
         data_file: disk.data_file.clone(),
+        snapshot: disk.snapshot.clone(),
     }));
     for spec in &specs {
         if spec.vhost_user.is_some() && spec.nbd.is_some() && !spec.shared {

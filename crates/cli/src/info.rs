@@ -81,6 +81,7 @@ pub fn run(args: &args::Info) -> Result<()> {
             force_share: reading.force_share,
             allow_backing: reading.allow_backing.clone(),
             data_file: reading.data_file.clone(),
+            snapshot: reading.snapshot.clone(),
             without_backing: !args.backing_chain,
             ..ChainOptions::default()
         },

@@ -61,6 +61,7 @@ pub fn run(args: &args::Map) -> Result<()> {
             force_share: reading.force_share,
             allow_backing: reading.allow_backing.clone(),
             data_file: reading.data_file.clone(),
+            snapshot: reading.snapshot.clone(),
             ..ChainOptions::default()
         },
     )?;

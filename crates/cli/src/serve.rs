@@ -214,6 +214,7 @@ fn chain_options(args: &args::Serve, spec: &DiskSpec) -> ChainOptions {
         direct_fallback: args.aio == Aio::Auto,
         allow_backing: args.allow_backing.clone(),
         data_file: spec.data_file.clone(),
+        snapshot: spec.snapshot.clone(),
         repair: Some(tool::check::mend_dirty),
         ..ChainOptions::default()
     }

@@ -72,6 +72,18 @@ fn snapshots_are_those_of_qemu_img() {
     assert_eq!(columns[..4], ["3", "third", "0", "B"]);
     assert!(text(diskplane(dir, &["info", "i"])).ends_with(&format!("snapshots\n{table}")));
 
+    // A snapshot is read as it was, and never written to.
+    let map = |args: &[&str]| text(diskplane(dir, &[&["map", "--json"], args].concat()));
+    qemu::io("qcow2", &image, &["write -P 3 2M 64k"]);
+    let then = map(&["--snapshot", "first", "i"]);
+    assert!(map(&["i"]) != then && then == map(&["--snapshot", "1", "i"]));
+    let info = ["info", "--json", "--snapshot", "3", "i"];
+    let info = json(&text(diskplane(dir, &info)));
+    assert_eq!(info["read-only-because"], "it is a snapshot");
+    let gone = diskplane(dir, &["map", "--snapshot", "gone", "i"]);
+    let said = String::from_utf8(gone.stderr).unwrap();
+    assert!(said.contains("it has first, second, third"), "{said}");
+
     assert_eq!(
         ours(&["-a", "first", "i"]),
         "applied snapshot first (id 1)\n"

@@ -49,6 +49,9 @@ pub struct ChainOptions {
     pub allow_backing: Vec<PathBuf>,
     /// The active image's external data file, whatever name the image has for it, and wherever it is.
     pub data_file: Option<PathBuf>,
+    /// Of the active image, which must be qcow2, open the internal snapshot of that id, or else name.
+    /// Needs `read_only`.
+    pub snapshot: Option<String>,
     /// Most bytes of memory for each image's metadata cache; sized from the disk when absent.
     pub cache_bytes: Option<u64>,
     /// Leave backing images and data files closed. What the chain reads as is wrong then: for
@@ -255,7 +258,7 @@ fn open_active(path: &Path, keys: &mut Keys<'_>) -> Result<Layer> {
     if let (Format::Qcow2, false, Some(repair)) = (format, options.read_only, options.repair) {
         repair(&*file)?;
     }
-    let image = open_image(&file, format, options.read_only, keys)?;
+    let image = open_image(&file, format, options.read_only, &options.snapshot, keys)?;
     if let (false, Some(why)) = (options.read_only, image.describe().read_only_because) {
         return Err(Error::unsupported(format!(
             "{}: can only be opened with --read-only: {why}",
@@ -277,7 +280,7 @@ fn open_backing(path: PathBuf, format: Format, keys: &mut Keys<'_>) -> Result<La
         false => SHARED,
     };
     let file = open_named(&path, options, true, lock)?;
-    let image = open_image(&file, format, true, keys)?;
+    let image = open_image(&file, format, true, &None, keys)?;
     Ok(Layer {
         image,
         files: vec![file],
@@ -331,9 +334,19 @@ fn open_image(
     file: &Arc<File>,
     format: Format,
     read_only: bool,
+    snapshot: &Option<String>,
     keys: &mut Keys<'_>,
 ) -> Result<Arc<dyn Image>> {
     let storage: &dyn Storage = &**file;
+    if let (Some(name), true) = (snapshot, format != Format::Qcow2) {
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            format!(
+                "{}: there is no snapshot '{name}': a {format} image has none",
+                storage.name()
+            ),
+        ));
+    }
     let image: Arc<dyn Image> = match format {
         Format::Raw => Arc::new(Raw::open(storage)?),
         Format::Qcow2 => {
@@ -341,6 +354,7 @@ fn open_image(
                 read_only,
                 cache_bytes: keys.options.cache_bytes,
                 passphrase: keys.next(),
+                snapshot: snapshot.clone(),
                 ..qcow2::OpenOptions::default()
             };
             Arc::new(qcow2::Qcow2::open(storage, &options)?)
