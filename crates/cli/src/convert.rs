@@ -176,6 +176,9 @@ fn into_new(
         _ if args.compress => bail!("-c: {format} images have no compressed clusters"),
         _ => {}
     }
+    if args.compress && options.preallocation != options::Preallocation::Off {
+        bail!("-c and -o preallocation exclude each other");
+    }
     // A device is taken as it is, and stays where it is.
     let device = match fs::metadata(&args.target) {
         Ok(metadata) if metadata.is_file() => bail!(create::exists(&args.target)),

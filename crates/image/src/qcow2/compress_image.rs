@@ -59,13 +59,18 @@ impl<'a> ImageWriter<'a> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Invalid`] for options that are refused by [`super::create`] too, and for an external data
-    /// file, which cannot have compressed clusters; or what the host refused.
+    /// [`ErrorKind::Invalid`] for options that are refused by [`super::create`] too, for an external data
+    /// file, which cannot have compressed clusters, and for encryption; or what the host refused.
     pub fn new(storage: &'a dyn Storage, options: &CreateOptions) -> Result<Self> {
         options.validate()?;
         if options.data_file.is_some() {
             return Err(Error::invalid(
                 "an image with an external data file cannot have compressed clusters",
+            ));
+        }
+        if options.encryption.is_some() {
+            return Err(Error::invalid(
+                "compression and encryption exclude each other",
             ));
         }
         let (header, _) = options.header();
