@@ -19,6 +19,9 @@
 //! | [`mutant`] | images that break the rules, to see that they are caught |
 //! | [`cases`] | workloads × images × ways to drive them; [`cases::Case::replay`] prints how to see a failure again |
 //!
+//! A failure prints its seed, its state, and the command that shows it again. Where a test fails with its seed only:
+//! `cargo run -p crash -- replay CASE --seed N`; `list` names the cases, `soak` runs them with new seeds.
+//!
 //! For tests only: what is taken for granted panics, and nothing of it is in any other build.
 
 pub mod cases;

@@ -25,8 +25,8 @@ impl Bounds {
     /// For `make test`.
     pub const FAST: Bounds = Bounds {
         exhaustive: 4,
-        each: 16,
-        all: 240,
+        each: 14,
+        all: 96,
     };
     /// For runs that are many: one for each operation that may fail.
     pub const FEW: Bounds = Bounds {
