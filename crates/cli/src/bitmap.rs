@@ -245,7 +245,8 @@ fn open(path: &Path, format: Option<Format>, read_only: bool, lock: Lock) -> Res
         lock,
         ..OpenOptions::default()
     };
-    let file = File::open(path, &options)?;
+    // A server that was killed just now may hold its lock for a moment.
+    let file = io::wait_for_lock(|| File::open(path, &options))?;
     let found = format.map_or_else(|| image::probe(&*file), |format| Ok(Some(format)));
     match found.with_context(|| path.display().to_string())? {
         Some(Format::Qcow2) => Ok(file),
