@@ -200,7 +200,6 @@ fn features_that_are_lacking_are_named() {
     for (at, value, kind, text) in [
         (79, 1 << 7, ErrorKind::Unsupported, "unknown feature bit 7"),
         (35, 2, ErrorKind::Corrupt, "LUKS"),
-        (35, 1, ErrorKind::Unsupported, "AES"),
         (7, 4, ErrorKind::Unsupported, "version at byte 4 is 4"),
         (23, 22, ErrorKind::Corrupt, "cluster_bits"),
         (23, 8, ErrorKind::Corrupt, "cluster_bits"),
