@@ -3,6 +3,7 @@
 //! With `--json` an object: `filename`, `format`, and what the image is then: `compat`, `lazy-refcounts`,
 //! `refcount-bits`, `virtual-size`; `data-file-raw` where there is an external data file.
 
+use crate::keys::Change;
 use crate::resize::{NewSize, Wish};
 use crate::{args, options, print, resize};
 use anyhow::{Result, bail};
@@ -44,6 +45,7 @@ pub fn run(args: &args::Amend) -> Result<()> {
         return print(&options::amend_help());
     }
     let changes = options::parse_amend(&args.options)?;
+    let keys = Change::parse(&changes.encrypt)?;
     let file = open(args)?;
     let shown = args.file.display();
     let probed = || image::probe(&*file).map(|found| found.unwrap_or(Format::Raw));
@@ -68,7 +70,9 @@ pub fn run(args: &args::Amend) -> Result<()> {
     }
     // In QEMU's order: what an upgrade allows comes behind it, what a downgrade forbids before it.
     amend(storage, &name, &changes.image)?;
-    encryption(storage, &changes.encrypt)?;
+    if let Some(change) = &keys {
+        change.apply(storage, &args.keys, args.force)?;
+    }
     // It opens the image itself, with its backing files.
     drop(file);
     if let Some(bytes) = changes.size {
@@ -77,7 +81,13 @@ pub fn run(args: &args::Amend) -> Result<()> {
             shrink: false,
             preallocation: Preallocation::Off,
         };
-        resize::resize(&args.file, Some(format), &args.allow_backing, &wish)?;
+        resize::resize(
+            &args.file,
+            Some(format),
+            &args.allow_backing,
+            &args.keys,
+            &wish,
+        )?;
     }
     let file = open(args)?;
     if changes.image.version == Some(2) {
@@ -92,14 +102,6 @@ fn open(args: &args::Amend) -> Result<Arc<File>> {
         ..OpenOptions::default()
     };
     Ok(File::open(&args.file, &options)?)
-}
-
-/// Changes the keys of an encrypted image.
-fn encryption(_storage: &dyn Storage, wishes: &[(String, String)]) -> Result<()> {
-    match wishes.first() {
-        None => Ok(()),
-        Some((key, _)) => bail!("-o {key}: not supported yet"),
-    }
 }
 
 fn report(args: &args::Amend, header: &Header) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use crate::{
     bench_load::Load, bench_versus::Versus, bitmap::Bitmap, disks::DiskArgument, resize::NewSize,
+    secret::Keys,
 };
 use block::{Result, size};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
@@ -73,6 +74,9 @@ pub struct Create {
     /// Options of the format, as key=value,…: `-o help` lists them
     #[arg(short, long = "option", value_name = "K=V,…")]
     pub options: Vec<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub keys: Keys,
     /// The new image shows what BASE holds wherever it was not written. It gets subclusters, which
     /// make small writes cheap, unless -o extended_l2=off says otherwise
     #[arg(short, long, value_name = "BASE", requires = "backing_format")]
@@ -164,6 +168,9 @@ pub struct Reading {
     /// Read the internal snapshot of that id, or else name, instead of the disk
     #[arg(long, value_name = "NAME")]
     pub snapshot: Option<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub keys: Keys,
     /// Image to read, or null:SIZE
     pub file: String,
 }
@@ -263,6 +270,12 @@ pub struct Amend {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub keys: Keys,
+    /// Erase the last key slot too: the guest's data are lost then
+    #[arg(long)]
+    pub force: bool,
     /// For -o size: also open backing files below DIR, not only below each image's own directory
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
@@ -283,6 +296,9 @@ pub struct Resize {
     /// the file system) or full (besides, zeros written to it)
     #[arg(long, value_name = "MODE", default_value = "off", value_parser = str::parse::<Preallocation>)]
     pub preallocation: Preallocation,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub keys: Keys,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -359,6 +375,9 @@ pub struct Serve {
     /// Allow --vhost-user and --nbd at the same time
     #[arg(long)]
     pub shared: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub keys: Keys,
     /// What becomes of discards
     #[arg(long, value_name = "MODE", default_value = "unmap")]
     pub discard: Discard,

@@ -50,6 +50,8 @@ pub fn run(args: &args::Create) -> Result<()> {
         chosen = options.choose();
         // Before the file is touched.
         options.qcow2.validate()?;
+        options.qcow2.encryption = options.encrypt.volume(&args.keys)?;
+        options.qcow2.validate()?;
     }
     write_all(&args.file, format, &options)?;
     let bytes = block::align_up(bytes, 512);
@@ -64,6 +66,11 @@ pub fn run(args: &args::Create) -> Result<()> {
         if options.qcow2.extended_l2 {
             let part = size::human(options.qcow2.subcluster_size());
             line.push_str(&format!(" with subclusters of {part}"));
+        }
+        if let Some(volume) = &options.qcow2.encryption {
+            let suite = &volume.header.suite;
+            let (cipher, mode) = (suite.algorithm, suite.mode_name());
+            line.push_str(&format!(", encrypted with {cipher} {mode}"));
         }
     }
     if let Some((name, format)) = &backing {
@@ -140,6 +147,7 @@ fn base_size(file: &Path, name: &str, format: Format) -> Result<u64> {
         format: Some(format),
         read_only: true,
         without_backing: true,
+        allow_locked: true,
         ..ChainOptions::default()
     };
     let chain = Chain::open(spec, &options).context("backing file")?;
@@ -261,6 +269,7 @@ fn warn_of_policy(path: &Path, names_files: bool) {
     let options = ChainOptions {
         format: Some(Format::Qcow2),
         read_only: true,
+        allow_locked: true,
         ..ChainOptions::default()
     };
     if let Err(error) = Chain::open(spec, &options)

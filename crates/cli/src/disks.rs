@@ -1,10 +1,11 @@
 //! Which disks `serve` serves: one named by its own arguments, and one for each `--disk`.
 
-use crate::{args::Serve, options::split};
+use crate::{args::Serve, options::split, secret::Keys};
 use anyhow::{Result, anyhow, bail};
+use crypto::Passphrase;
 use export::nbd::NbdAddress;
 use image::Format;
-use std::{path::PathBuf, str::FromStr};
+use std::{path::PathBuf, str::FromStr, sync::Arc};
 
 /// A disk to serve, and where.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,6 +20,10 @@ pub struct DiskSpec {
     pub nbd: Option<NbdAddress>,
     /// Queues that a virtual machine may use.
     pub queues: u16,
+    /// Files of its passphrases, in the order of the chain; where there are none, those of the command hold.
+    pub key_files: Vec<PathBuf>,
+    /// The same by the IDs of secrets.
+    pub key_secrets: Vec<String>,
     /// Refuse writes.
     pub read_only: bool,
     /// Allow both exports at the same time.
@@ -27,6 +32,23 @@ pub struct DiskSpec {
     pub data_file: Option<PathBuf>,
     /// Serve this internal snapshot of the image, for reading.
     pub snapshot: Option<String>,
+}
+
+impl DiskSpec {
+    /// The passphrases of its chain.
+    pub fn keys(&self, args: &Serve) -> Result<Vec<Arc<Passphrase>>> {
+        let own = Keys {
+            objects: args.keys.objects.clone(),
+            key_secret: self.key_secrets.clone(),
+            key_file: self.key_files.clone(),
+            key_fd: Vec::new(),
+        };
+        let keys = own.read()?;
+        match keys.is_empty() {
+            true => args.keys.read(),
+            false => Ok(keys),
+        }
+    }
 }
 
 /// A `--disk` argument: what is not said there holds as for the other disks.
@@ -38,6 +60,8 @@ pub struct DiskArgument {
     nbd: Option<NbdAddress>,
     queues: Option<u16>,
     read_only: Option<bool>,
+    key_files: Vec<PathBuf>,
+    key_secrets: Vec<String>,
     data_file: Option<PathBuf>,
     snapshot: Option<String>,
 }
@@ -70,6 +94,8 @@ impl FromStr for DiskArgument {
                     disk.queues =
                         Some(queues.ok_or_else(|| anyhow!("queues={value}: it must be 1 to 256"))?);
                 }
+                "key-file" => disk.key_files.push(value.into()),
+                "key-secret" => disk.key_secrets.push(value.to_owned()),
                 "read-only" => {
                     disk.read_only = Some(match value {
                         "on" => true,
@@ -78,7 +104,7 @@ impl FromStr for DiskArgument {
                     });
                 }
                 _ => bail!(
-                    "{key}: a disk has no such option; it has format, vhost-user, nbd, queues, read-only, data-file, snapshot"
+                    "{key}: a disk has no such option; it has format, vhost-user, nbd, queues, read-only, data-file, snapshot, key-file, key-secret"
                 ),
             }
         }
@@ -107,6 +133,8 @@ pub fn specs(args: &Serve) -> Result<Vec<DiskSpec>> {
                 shared: args.shared,
                 data_file: args.data_file.clone(),
                 snapshot: args.snapshot.clone(),
+                key_files: Vec::new(),
+                key_secrets: Vec::new(),
             });
         }
         None if args.data_file.is_some() => {
@@ -129,6 +157,8 @@ pub fn specs(args: &Serve) -> Result<Vec<DiskSpec>> {
         shared: args.shared,
         data_file: disk.data_file.clone(),
         snapshot: disk.snapshot.clone(),
+        key_files: disk.key_files.clone(),
+        key_secrets: disk.key_secrets.clone(),
     }));
     for spec in &specs {
         if spec.vhost_user.is_some() && spec.nbd.is_some() && !spec.shared {

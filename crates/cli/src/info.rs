@@ -12,13 +12,15 @@
 //! | `cluster-size` | bytes; absent for formats without clusters |
 //! | `backing-filename`, `backing-filename-format` | as stored in the image; absent where it has none |
 //! | `data-filename` | name of the external data file as stored in the image; absent where it has none |
+//! | `encrypted` | whether the guest's data are |
+//! | `encrypt` | object as in `format-specific` of `qemu-img info`: cipher, hash, key slots; absent where they are not |
 //! | `read-only-because` | why the image cannot be written; absent where it can |
 //! | `format-specific` | object of strings: further facts of the format, the metadata cache's coverage among them |
 //! | `snapshots` | array of internal snapshots, as `snapshot --json` prints them; absent where there are none |
 //! | `bitmaps` | array of objects with `name`, `granularity` (bytes) and `flags` (`in-use`, `auto`); absent where there are none |
 //! | `engine` | object with `name` and `reason`: what `--aio auto` picks for the file; the active image only |
 
-use crate::{args, bitmap, print, snapshot};
+use crate::{args, bitmap, encrypt::Shown, print, snapshot};
 use anyhow::Result;
 use block::size;
 use comfy_table::{Table, presets};
@@ -49,6 +51,9 @@ struct Entry {
     data_filename: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     read_only_because: Option<String>,
+    encrypted: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    encrypt: Option<Shown>,
     format_specific: BTreeMap<&'static str, String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     snapshots: Vec<snapshot::Entry>,
@@ -83,6 +88,8 @@ pub fn run(args: &args::Info) -> Result<()> {
             data_file: reading.data_file.clone(),
             snapshot: reading.snapshot.clone(),
             without_backing: !args.backing_chain,
+            passphrases: reading.keys.read()?,
+            allow_locked: true,
             ..ChainOptions::default()
         },
     )?;
@@ -139,6 +146,8 @@ fn entry(layer: &Layer) -> Result<Entry> {
         backing_filename_format: backing_format,
         data_filename: data_file.and_then(|data| data.name),
         read_only_because,
+        encrypted: layer.image.encryption().is_some(),
+        encrypt: layer.image.encryption().map(Shown::of),
         format_specific: facts.iter().cloned().collect(),
         snapshots: snapshots.iter().map(snapshot::Entry::from).collect(),
         bitmaps: bitmaps.iter().map(bitmap::Json::of).collect(),
@@ -185,6 +194,9 @@ fn table(entry: &Entry) -> String {
             )
         }),
     );
+    for (name, value) in entry.encrypt.iter().flat_map(Shown::rows) {
+        push(name, Some(shown(&value)));
+    }
     push("read-only", entry.read_only_because.clone());
     for (name, value) in &entry.facts {
         push(name, Some(shown(value)));

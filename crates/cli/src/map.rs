@@ -62,6 +62,8 @@ pub fn run(args: &args::Map) -> Result<()> {
             allow_backing: reading.allow_backing.clone(),
             data_file: reading.data_file.clone(),
             snapshot: reading.snapshot.clone(),
+            passphrases: reading.keys.read()?,
+            allow_locked: true,
             ..ChainOptions::default()
         },
     )?;

@@ -1,6 +1,7 @@
 //! `-o key=value,…`: the options of a new image.
 
 use crate::amend::Changes;
+use crate::encrypt;
 use anyhow::{Result, anyhow, bail};
 use block::size;
 use image::{
@@ -39,12 +40,7 @@ const QCOW2: [(&str, &str); 11] = [
 const RAW: [(&str, &str); 1] = [("preallocation", "off, falloc or full [off]")];
 
 /// Options of qemu-img that no code here implements yet: refused by name.
-const LATER: [&str; 4] = [
-    "encryption",
-    "encrypt.format",
-    "encrypt.key-secret",
-    "extent_size_hint",
-];
+const LATER: [&str; 1] = ["extent_size_hint"];
 
 /// How the space of a new raw image is reserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -69,6 +65,8 @@ pub struct Options {
     pub backing_format: Option<Format>,
     /// `extended_l2`; where it was not said, [`Options::choose`] decides.
     pub extended_l2: Option<bool>,
+    /// `encrypt.…`.
+    pub encrypt: encrypt::Options,
     /// For raw.
     pub preallocation: Preallocation,
 }
@@ -104,18 +102,24 @@ const AMEND: [(&str, &str); 13] = [
     ("data_file_raw", "off; on is for create only"),
     (
         "encrypt.iter-time",
-        "milliseconds that a guess at the passphrase is to take",
+        "milliseconds that unlocking the new slot is to take on this machine [2000]",
     ),
-    ("encrypt.keyslot", "number of the key slot to change"),
+    (
+        "encrypt.keyslot",
+        "0 to 7: key slot to fill or to erase [a free one]",
+    ),
     (
         "encrypt.new-secret",
-        "file with the new passphrase; empty to erase the slot",
+        "ID of the --object secret with the passphrase to add",
     ),
     (
         "encrypt.old-secret",
-        "file with a passphrase: all slots that it opens change",
+        "ID of the --object secret with the passphrase to erase",
     ),
-    ("encrypt.state", "active or inactive: what the slots become"),
+    (
+        "encrypt.state",
+        "active: add a passphrase; inactive: erase one",
+    ),
     ("lazy_refcounts", "on or off; on needs compat=1.1"),
     (
         "refcount_bits",
@@ -141,7 +145,7 @@ pub fn parse_amend(arguments: &[String]) -> Result<Changes> {
     let mut changes = Changes::default();
     for (key, value) in pairs(arguments)? {
         let Some((_, meaning)) = AMEND.iter().find(|(name, _)| *name == key) else {
-            if QCOW2.iter().any(|(name, _)| *name == key) || LATER.contains(&key.as_str()) {
+            if table(Format::Qcow2).any(|(name, _)| *name == key) || LATER.contains(&key.as_str()) {
                 bail!(
                     "-o {key}: an image keeps what it was created with; -o help lists what can be amended"
                 );
@@ -181,18 +185,19 @@ fn version(value: &str) -> Option<u32> {
     }
 }
 
-fn table(format: Format) -> &'static [(&'static str, &'static str)] {
-    match format {
-        Format::Qcow2 => &QCOW2,
-        _ => &RAW,
-    }
+fn table(format: Format) -> impl Iterator<Item = &'static (&'static str, &'static str)> {
+    let (own, encryption): (&[_], &[_]) = match format {
+        Format::Qcow2 => (&QCOW2, &encrypt::OPTIONS),
+        _ => (&RAW, &[]),
+    };
+    own.iter().chain(encryption)
 }
 
 /// The options of `format` for people: what `-o help` prints.
 pub fn help(format: Format) -> String {
     let mut text = format!("Options of {format}:\n");
     for (name, meaning) in table(format) {
-        text.push_str(&format!("  {name:<17} {meaning}\n"));
+        text.push_str(&format!("  {name:<22} {meaning}\n"));
     }
     text
 }
@@ -234,19 +239,24 @@ pub fn split(argument: &str) -> Vec<String> {
 }
 
 fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<()> {
-    if !table(format).iter().any(|(name, _)| *name == key) {
+    if !table(format).any(|(name, _)| *name == key) {
+        if key == "encryption" {
+            bail!("-o encryption: QEMU's first encryption is not safe: say encrypt.format=luks");
+        }
         if LATER.contains(&key) {
             bail!("-o {key}: not supported yet");
         }
-        let names: Vec<&str> = table(format).iter().map(|(name, _)| *name).collect();
+        let names: Vec<&str> = table(format).map(|(name, _)| *name).collect();
         bail!(
             "-o {key}: {format} has no such option; it has {}",
             names.join(", ")
         );
     }
+    if key.starts_with("encrypt.") {
+        return options.encrypt.set(key, value);
+    }
     let wrong = || {
         let meaning = table(format)
-            .iter()
             .find(|(name, _)| *name == key)
             .map_or("something else", |(_, meaning)| *meaning);
         anyhow!("-o {key}={value}: it must be {meaning}")
@@ -360,10 +370,7 @@ mod tests {
                 "data_file_raw=2",
                 "-o data_file_raw=2: it must be on or off",
             ),
-            (
-                "encrypt.format=luks",
-                "-o encrypt.format: not supported yet",
-            ),
+            ("encryption=on", "-o encryption: QEMU's first encryption"),
             (
                 "preallocation=metadata",
                 "-o preallocation=metadata: not supported yet for qcow2",

@@ -3,6 +3,7 @@
 //! With `--json` an object: `filename` and `format` as given or known; `old-virtual-size` and `virtual-size` in
 //! bytes; `preallocation`, the mode that the new part got.
 
+use crate::secret::Keys;
 use crate::{args, print};
 use anyhow::{Result, anyhow, bail};
 use block::{limits, size};
@@ -94,6 +95,7 @@ pub fn resize(
     path: &Path,
     format: Option<Format>,
     allow_backing: &[PathBuf],
+    keys: &Keys,
     wish: &Wish,
 ) -> Result<Resized> {
     let Some(spec) = path.to_str() else {
@@ -102,11 +104,20 @@ pub fn resize(
     let options = ChainOptions {
         format,
         allow_backing: allow_backing.to_vec(),
+        passphrases: keys.read()?,
         repair: Some(check::mend_dirty),
         ..ChainOptions::default()
     };
     let chain = Chain::open(spec, &options)?;
     let active = chain.layers.first();
+    let encrypted = active.is_some_and(|layer| layer.image.encryption().is_some());
+    if encrypted && wish.preallocation != Preallocation::Off {
+        bail!(
+            "{spec}: --preallocation {}: the image is encrypted, where zeros in the file are not zeros to the \
+             guest: say off",
+            wish.preallocation.name()
+        );
+    }
     let format = active.map_or(Format::Null, |layer| layer.format);
     let old = active.map_or(0, |layer| layer.image.size());
     let new = wish.size.of(old).map_err(|e| anyhow!("{spec}: {e}"))?;
@@ -126,7 +137,13 @@ pub fn run(args: &args::Resize) -> Result<()> {
         shrink: args.shrink,
         preallocation: args.preallocation,
     };
-    let resized = resize(&args.file, args.format, &args.allow_backing, &wish)?;
+    let resized = resize(
+        &args.file,
+        args.format,
+        &args.allow_backing,
+        &args.keys,
+        &wish,
+    )?;
     if args.json {
         let json = Json {
             filename: args.file.display().to_string(),

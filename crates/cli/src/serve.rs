@@ -101,7 +101,7 @@ fn allow_descriptors() {
 
 /// Opens the chain, waiting a moment for a process before that has just ended.
 fn open(args: &args::Serve, spec: &DiskSpec) -> Result<Chain> {
-    let options = chain_options(args, spec);
+    let options = chain_options(args, spec)?;
     Ok(io::wait_for_lock(|| Chain::open(&spec.file, &options))?)
 }
 
@@ -205,8 +205,9 @@ fn listen(served: &Served, workers: &[WorkerHandle]) -> Result<Exports> {
     Ok(Exports { vhost_user, nbd })
 }
 
-fn chain_options(args: &args::Serve, spec: &DiskSpec) -> ChainOptions {
-    ChainOptions {
+fn chain_options(args: &args::Serve, spec: &DiskSpec) -> Result<ChainOptions> {
+    Ok(ChainOptions {
+        passphrases: spec.keys(args)?,
         format: spec.format,
         read_only: spec.read_only,
         cache: args.cache,
@@ -217,7 +218,7 @@ fn chain_options(args: &args::Serve, spec: &DiskSpec) -> ChainOptions {
         snapshot: spec.snapshot.clone(),
         repair: Some(tool::check::mend_dirty),
         ..ChainOptions::default()
-    }
+    })
 }
 
 fn disk_options(args: &args::Serve, spec: &DiskSpec) -> DiskOptions {
