@@ -401,8 +401,9 @@ fn subclusters() {
 /// Data in a file of their own, with every kind of base, and such files that must be raw images.
 #[test]
 fn external_data_files() {
-    run_all([9, 12, 14, 16, 21].into_iter().flat_map(|cluster_bits| {
-        (0..4).map(move |turn| {
+    run_all([9, 12, 16, 21].into_iter().flat_map(|cluster_bits| {
+        // The largest clusters cost most.
+        (0..if cluster_bits == 21 { 2 } else { 4 }).map(move |turn| {
             let index = cluster_bits * 4 + turn;
             let outside = if turn == 0 {
                 Outside::Raw
