@@ -332,7 +332,7 @@ impl Case {
         judge: &Judge,
     ) -> Result<Option<Looked>, String> {
         let what = format!("{:?} {} fails with {}", fault.op, fault.skip, fault.errno);
-        let told = fault.op == FaultOp::Sync && mutant.is_none();
+        let told = fault.op == FaultOp::Sync && !fault.lie;
         let plan = Plan {
             mutant,
             fault: Some(fault),
@@ -343,7 +343,7 @@ impl Case {
         if !outcome.world.image().faulted() {
             return Ok(None);
         }
-        if told && outcome.errors.is_empty() {
+        if told && mutant.is_none() && outcome.errors.is_empty() {
             return Err(wrong("nobody was told".to_owned()));
         }
         let bounds = bounds.for_clusters_of(plan.spec.create.cluster_size);

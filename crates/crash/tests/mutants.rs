@@ -53,6 +53,24 @@ fn fails(case: &Case, seed: u64, mutant: Mutant, judge: &Judge) -> Option<String
     None
 }
 
+#[test]
+fn a_disk_that_ignores_two_barriers() {
+    // Whoever asked for them, a flush or an edit: some crash shows it.
+    let judge = Judge::default();
+    let cases = Case::of("resize");
+    let caught = (0..60).any(|skip| {
+        let fault = Fault {
+            skip,
+            count: 2,
+            lie: true,
+            ..Fault::always(FaultOp::Sync, EIO)
+        };
+        let found = cases[0].fail_nth(1, fault, None, &Bounds::FEW, &judge);
+        found.is_err()
+    });
+    assert!(caught, "no barrier of {} is needed", cases[0]);
+}
+
 macro_rules! mutants {
     ($($test:ident: $mutant:ident on $filter:literal,)*) => {
         $(#[test]
