@@ -176,7 +176,7 @@ fn into_new(
         _ if args.compress => bail!("-c: {format} images have no compressed clusters"),
         _ => {}
     }
-    if args.compress && options.preallocation != options::Preallocation::Off {
+    if args.compress && options.preallocation != tool::prealloc::Preallocation::Off {
         bail!("-c and -o preallocation exclude each other");
     }
     // A device is taken as it is, and stays where it is.

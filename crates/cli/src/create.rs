@@ -1,18 +1,13 @@
 //! `diskplane create`.
 
-use crate::{
-    args, options,
-    options::{Options, Preallocation},
-};
+use crate::{args, options, options::Options};
 use anyhow::{Context, Result, bail};
 use block::{ErrorKind, Storage, limits, size};
 use disk::chain::{self, Chain, ChainOptions};
 use image::{Format, qcow2};
 use io::{File, FileKind, OpenOptions};
 use std::{fs, path::Path};
-
-/// Bytes of zeros written at a time by `preallocation=full`.
-const PIECE_BYTES: usize = 1 << 20;
+use tool::prealloc::{Preallocation, fill_host};
 
 /// Creates an image.
 pub fn run(args: &args::Create) -> Result<()> {
@@ -167,13 +162,9 @@ pub(crate) fn write_all(path: &Path, format: Format, options: &Options) -> Resul
     }
     // As with backing files, a relative name starts at the directory of the image that stores it.
     let data = path.parent().unwrap_or(Path::new("")).join(name);
-    let raw = Options {
-        preallocation: Preallocation::Off,
-        ..options.clone()
-    };
     let is_new = !data.exists();
     // A failure takes a new file away again.
-    write(&data, Format::Raw, &raw).context("data file")?;
+    write(&data, Format::Raw, options).context("data file")?;
     let written = write(path, format, options);
     if written.is_err() && is_new {
         let _ = fs::remove_file(&data);
@@ -202,7 +193,7 @@ fn write(path: &Path, format: Format, options: &Options) -> Result<()> {
         Err(_) => return Err(created.into()),
     };
     match format {
-        Format::Qcow2 => Ok(qcow2::create(&*file, &options.qcow2)?),
+        Format::Qcow2 => write_qcow2(&file, options),
         _ if file.len()? < options.qcow2.size => bail!(
             "{}: the device has {}, less than {}",
             path.display(),
@@ -217,7 +208,7 @@ fn write(path: &Path, format: Format, options: &Options) -> Result<()> {
 /// Fills a file that did not exist before; takes it away again when that fails.
 fn write_new(path: &Path, file: &File, format: Format, options: &Options) -> Result<()> {
     let written = match format {
-        Format::Qcow2 => qcow2::create(file, &options.qcow2).map_err(Into::into),
+        Format::Qcow2 => write_qcow2(file, options),
         _ => write_raw(file, options),
     };
     if written.is_err() {
@@ -239,25 +230,25 @@ pub(crate) fn sync_directory(path: &Path) -> Result<()> {
         .with_context(|| format!("{}: sync", directory.display()))
 }
 
+fn write_qcow2(file: &File, options: &Options) -> Result<()> {
+    qcow2::create(file, &options.qcow2)?;
+    reserve(options, file, options.qcow2.data_range())?;
+    Ok(file.sync()?)
+}
+
+/// Has the host set space aside, if that was asked for.
+fn reserve(options: &Options, file: &File, range: std::ops::Range<u64>) -> Result<()> {
+    match options.preallocation {
+        // A new file is sparse.
+        Preallocation::Off | Preallocation::Metadata => Ok(()),
+        mode => Ok(fill_host(mode, file, range.start, range.end - range.start)?),
+    }
+}
+
 fn write_raw(file: &File, options: &Options) -> Result<()> {
     let bytes = block::align_up(options.qcow2.size, 512);
     file.set_len(bytes)?;
-    match options.preallocation {
-        Preallocation::Off => {}
-        Preallocation::Falloc if bytes > 0 => {
-            file.allocate(0, bytes)?;
-        }
-        Preallocation::Falloc => {}
-        Preallocation::Full => {
-            let zeros = vec![0; PIECE_BYTES];
-            let mut at = 0;
-            while at < bytes {
-                let len = (bytes - at).min(PIECE_BYTES as u64);
-                file.write_at(at, zeros.get(..usize::try_from(len)?).unwrap_or(&zeros))?;
-                at += len;
-            }
-        }
-    }
+    reserve(options, file, 0..bytes)?;
     Ok(file.sync()?)
 }
 

@@ -8,6 +8,7 @@ use image::{
     Format,
     qcow2::{self, Compression, CreateOptions},
 };
+use tool::prealloc::Preallocation;
 
 /// Options of each format, with what they may be.
 const QCOW2: [(&str, &str); 11] = [
@@ -34,25 +35,16 @@ const QCOW2: [(&str, &str); 11] = [
          \x20                   QEMU knows it from 5.2 on [on with a backing file where it is possible, else off]",
     ),
     ("lazy_refcounts", "on or off [off]"),
-    ("preallocation", "off"),
+    (
+        "preallocation",
+        "off, metadata, falloc or full; with a backing file only beside extended_l2=on [off]",
+    ),
     ("refcount_bits", "1 to 64, a power of two [16]"),
 ];
 const RAW: [(&str, &str); 1] = [("preallocation", "off, falloc or full [off]")];
 
 /// Options of qemu-img that no code here implements yet: refused by name.
 const LATER: [&str; 1] = ["extent_size_hint"];
-
-/// How the space of a new raw image is reserved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Preallocation {
-    /// Not at all.
-    #[default]
-    Off,
-    /// By the file system.
-    Falloc,
-    /// By writing zeros.
-    Full,
-}
 
 /// What `-o` said, over the format's defaults.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -67,7 +59,7 @@ pub struct Options {
     pub extended_l2: Option<bool>,
     /// `encrypt.…`.
     pub encrypt: encrypt::Options,
-    /// For raw.
+    /// What the new disk gets at once.
     pub preallocation: Preallocation,
 }
 
@@ -282,15 +274,11 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
             options.qcow2.lazy_refcounts = switch(value).ok_or_else(wrong)?;
         }
         "preallocation" => {
-            options.preallocation = match (value, format) {
-                ("off", _) => Preallocation::Off,
-                ("falloc", Format::Raw) => Preallocation::Falloc,
-                ("full", Format::Raw) => Preallocation::Full,
-                ("metadata" | "falloc" | "full", _) => {
-                    bail!("-o preallocation={value}: not supported yet for {format}")
-                }
-                _ => return Err(wrong()),
-            };
+            options.preallocation = value.parse().map_err(|_| wrong())?;
+            if format == Format::Raw && options.preallocation == Preallocation::Metadata {
+                return Err(wrong());
+            }
+            options.qcow2.preallocated = options.preallocation != Preallocation::Off;
         }
         _ => options.qcow2.refcount_bits = value.parse().map_err(|_| wrong())?,
     }
@@ -372,8 +360,8 @@ mod tests {
             ),
             ("encryption=on", "-o encryption: QEMU's first encryption"),
             (
-                "preallocation=metadata",
-                "-o preallocation=metadata: not supported yet for qcow2",
+                "preallocation=some",
+                "-o preallocation=some: it must be off, metadata",
             ),
         ] {
             let error = qcow2(text).unwrap_err().to_string();

@@ -267,22 +267,93 @@ fn resize_refuses_what_would_lose_data() {
     );
     // QEMU and we keep each other out.
     let held = Command::new("qemu-nbd")
-        .args(["-t", "-f", "qcow2", "-k"])
+        // It returns when it has the image.
+        .args(["--fork", "--pid-file=pid", "-t", "-f", "qcow2", "-k"])
         .arg(dir.join("nbd.sock"))
         .arg("a.qcow2")
         .current_dir(dir)
-        .spawn();
-    let mut held = held.unwrap();
-    while !dir.join("nbd.sock").exists() {
-        std::thread::yield_now();
-    }
+        .status();
+    assert!(held.unwrap().success());
+    let pid = fs::read_to_string(dir.join("pid")).unwrap();
     let resized = diskplane(dir, &["resize", "a.qcow2", "9M"]);
     let amended = diskplane(dir, &["amend", "-o", "lazy_refcounts=on", "a.qcow2"]);
-    held.kill().unwrap();
-    held.wait().unwrap();
+    let killed = Command::new("kill").arg(pid.trim()).status();
+    assert!(killed.unwrap().success());
     for output in [resized, amended] {
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(1), "{text}");
         assert!(text.contains("is locked"), "{text}");
     }
+}
+
+#[test]
+fn create_preallocates_as_qemu_does() {
+    use std::os::unix::fs::MetadataExt;
+    const SIZE: u64 = (3 << 20) + 512;
+    let dir = TempDir::new();
+    let dir = dir.root();
+    fs::write(dir.join("base"), vec![7; 2 << 20]).unwrap();
+    fs::write(dir.join("zeros"), vec![0; SIZE as usize]).unwrap();
+    let size = SIZE.to_string();
+    for options in [
+        "",
+        "cluster_size=512",
+        "cluster_size=2M,refcount_bits=1",
+        "compat=0.10,cluster_size=4k",
+        "extended_l2=on,cluster_size=16k",
+        "backing_file=base,backing_fmt=raw,extended_l2=on",
+        "data_file=data",
+        "data_file=data,data_file_raw=on",
+    ] {
+        // QEMU opens a relative name from where it runs.
+        let outside = format!("data_file={}", dir.join("data").display());
+        let options = &*options.replace("data_file=data", &outside);
+        for mode in ["metadata", "falloc", "full"] {
+            let option = match options {
+                "" => format!("preallocation={mode}"),
+                _ => format!("preallocation={mode},{options}"),
+            };
+            for image in ["o.qcow2", "q.qcow2", "data"] {
+                let _ = fs::remove_file(dir.join(image));
+            }
+            qemu_img(
+                dir,
+                &[
+                    "create", "-q", "-f", "qcow2", "-o", &option, "q.qcow2", &size,
+                ],
+            );
+            let _ = fs::remove_file(dir.join("data"));
+            good(dir, &["create", "-o", &option, "o.qcow2", &size]);
+            let image = dir.join("o.qcow2");
+            qemu::check("qcow2", &image);
+            let backed = options.contains("backing");
+            if backed {
+                qemu::io("qcow2", &image, &["read -P 7 0 2M", "read -P 0 2M 1M"]);
+            } else {
+                let compare = ["compare", "-f", "qcow2", "-F", "raw", "o.qcow2", "zeros"];
+                qemu_img(dir, &compare);
+            }
+            let mapped = |image: &str| {
+                let map = json(&qemu_img(dir, &["map", "--output=json", image]));
+                let there = |e: &&serde_json::Value| e["depth"] == 0 && e["offset"].is_u64();
+                let parts = map.as_array().unwrap().iter().filter(there);
+                parts.map(|e| e["length"].as_u64().unwrap()).sum::<u64>()
+            };
+            assert_eq!(mapped("o.qcow2"), mapped("q.qcow2"), "{option}");
+            let data = if options.contains("data") {
+                "data"
+            } else {
+                "o.qcow2"
+            };
+            let blocks = fs::metadata(dir.join(data)).unwrap().blocks() * 512;
+            assert_eq!(blocks >= SIZE, mode != "metadata", "{option}: {blocks}");
+            // A writer finds its way.
+            qemu::io("qcow2", &image, &["write -P 9 1M 70k"]);
+            qemu::check("qcow2", &image);
+        }
+    }
+    let backed = "preallocation=full,backing_file=base,backing_fmt=raw,extended_l2=off";
+    let text = bad(dir, &["create", "-o", backed, "x.qcow2"]);
+    assert!(text.contains("unless extended_l2=on"), "{text}");
+    assert!(!dir.join("x.qcow2").exists());
 }

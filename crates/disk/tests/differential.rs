@@ -203,6 +203,7 @@ fn create(dir: &Path, case: &Case, size: u64, backing: Option<&str>, by_us: bool
         compression,
         extended_l2: case.extended_l2,
         data_file: (case.outside != Outside::No).then(|| "data".to_owned()),
+        preallocated: false,
         data_file_raw: case.outside == Outside::Raw,
         encryption: case.encrypted.disk.then(|| {
             let options = luks::FormatOptions {

@@ -7,13 +7,14 @@
 //!           …   L1 table, all zeros
 //!           …   L2 tables, only where the guest's clusters are preallocated
 //!           …   LUKS header and key slots, where data are to be encrypted
+//!           …   the guest's clusters, where they are preallocated in this file
 //! ```
 //!
 //! The header is written last, behind a barrier: until then the file shows no
 //! format, so a crash leaves no half of an image that looks like one.
 
 use super::crypt::{CRYPT_LUKS, CRYPT_NONE};
-use super::entry::COPIED;
+use super::entry::{COPIED, ZERO};
 use super::extensions::{self, Extension};
 use super::subcluster::SUBCLUSTERS;
 use super::{
@@ -47,6 +48,9 @@ pub struct CreateOptions {
     /// The data file is to be the disk's raw image too: without a backing file only. All L2 entries are
     /// there from the beginning then (8 or 16 bytes a cluster).
     pub data_file_raw: bool,
+    /// Every guest cluster has its place in the file from the beginning; the space itself is not reserved. With a
+    /// backing file only where there are subclusters.
+    pub preallocated: bool,
     /// The header and first key of data that are to be encrypted with LUKS.
     pub encryption: Option<luks::Volume>,
 }
@@ -64,6 +68,7 @@ impl Default for CreateOptions {
             extended_l2: false,
             data_file: None,
             data_file_raw: false,
+            preallocated: false,
             encryption: None,
         }
     }
@@ -77,11 +82,13 @@ pub(super) struct Layout {
     l1: u64,
     l2: u64,
     luks: u64,
+    /// The guest's clusters.
+    data: u64,
 }
 
 impl Layout {
-    /// The fewest refcount structures that cover `l1`, `l2` and `luks` clusters, the header and themselves.
-    fn of(l1: u64, l2: u64, luks: u64, cluster_size: u64, refcount_bits: u32) -> Self {
+    /// The fewest refcount structures that cover so many clusters of the other kinds, the header and themselves.
+    fn of([l1, l2, luks, data]: [u64; 4], cluster_size: u64, refcount_bits: u32) -> Self {
         let per_block = cluster_size * 8 / u64::from(refcount_bits);
         let mut layout = Self {
             refcount_table: 1,
@@ -89,6 +96,7 @@ impl Layout {
             l1,
             l2,
             luks,
+            data,
         };
         // Each turn adds what the turn before lacked; a block covers at least 64 clusters, so the
         // additions shrink and this ends.
@@ -104,6 +112,11 @@ impl Layout {
     }
 
     fn clusters(&self) -> u64 {
+        self.data_first() + self.data
+    }
+
+    /// The first of the guest's clusters.
+    fn data_first(&self) -> u64 {
         self.luks_first() + self.luks
     }
 
@@ -157,6 +170,16 @@ impl CreateOptions {
             ));
         }
         self.validate_data_file()?;
+        if self.preallocated && self.backing.is_some() && !self.extended_l2 {
+            return wrong(
+                "preallocation and a backing file exclude each other, unless extended_l2=on: the clusters \
+                 would hide what the backing file has"
+                    .into(),
+            );
+        }
+        if self.preallocated && self.encryption.is_some() && self.version < 3 {
+            return wrong("preallocation of an encrypted image needs compat=1.1".into());
+        }
         if let Some((name, format)) = &self.backing {
             if name.is_empty() || name.len() > limits::FILE_NAME_BYTES_MAX || name.contains('\0') {
                 return wrong(format!(
@@ -220,14 +243,28 @@ impl CreateOptions {
         self.cluster_size / entry * self.cluster_size
     }
 
+    /// Where in the file the guest's clusters are, in bytes; none unless they are preallocated in it.
+    pub fn data_range(&self) -> std::ops::Range<u64> {
+        let (_, layout) = self.header();
+        layout.data_first() * self.cluster_size..layout.clusters() * self.cluster_size
+    }
+
     pub(super) fn header(&self) -> (Header, Layout) {
         let size = align_up(self.size, 512);
         let l1_entries = size.div_ceil(self.l2_bytes());
         let l1 = (l1_entries * 8).div_ceil(self.cluster_size);
-        let l2 = if self.data_file_raw { l1_entries } else { 0 };
+        let l2 = match self.preallocated || self.data_file_raw {
+            true => l1_entries,
+            false => 0,
+        };
+        let data = match self.preallocated && self.data_file.is_none() {
+            true => size.div_ceil(self.cluster_size),
+            false => 0,
+        };
         let luks = self.encryption.as_ref().map_or(0, luks::Volume::len);
         let luks_clusters = luks.div_ceil(self.cluster_size);
-        let layout = Layout::of(l1, l2, luks_clusters, self.cluster_size, self.refcount_bits);
+        let other = [l1, l2, luks_clusters, data];
+        let layout = Layout::of(other, self.cluster_size, self.refcount_bits);
         let v3 = self.version >= 3;
         let packed = self.compression == Compression::Zstd;
         let mut extensions = Vec::new();
@@ -376,7 +413,8 @@ fn write(
     storage.sync()
 }
 
-/// Writes L1 and L2 tables in which each guest cluster has its own place in the data file.
+/// Writes L1 and L2 tables in which each guest cluster has its place: its own in the data file, or the
+/// next one in this file.
 fn preallocate(storage: &dyn Storage, options: &CreateOptions, layout: &Layout) -> Result<()> {
     let cluster = options.cluster_size;
     let first = layout.l1_first() + layout.l1;
@@ -384,6 +422,20 @@ fn preallocate(storage: &dyn Storage, options: &CreateOptions, layout: &Layout) 
     // At most 32 MiB.
     let l1: Vec<u8> = tables.flat_map(u64::to_be_bytes).collect();
     storage.write_at(layout.l1_first() * cluster, &l1)?;
+    let place = match options.data_file {
+        Some(_) => 0,
+        None => layout.data_first(),
+    };
+    // What is not encrypted zeros does not read as zeros: the entry says so then.
+    let mark = match options.encryption.is_some() && !options.extended_l2 {
+        true => ZERO,
+        false => 0,
+    };
+    // With a raw data file all subclusters are allocated; else none is, and each shows what is behind it.
+    let bitmap = match options.data_file_raw {
+        true => u64::from(u32::MAX),
+        false => 0,
+    };
     let entry = if options.extended_l2 { 16 } else { 8 };
     let clusters = align_up(options.size, 512).div_ceil(cluster);
     let mut table = Vec::new();
@@ -393,10 +445,10 @@ fn preallocate(storage: &dyn Storage, options: &CreateOptions, layout: &Layout) 
     {
         table.clear();
         for guest in first_guest..clusters.min(first_guest + cluster / entry) {
-            table.extend_from_slice(&((guest * cluster) | COPIED).to_be_bytes());
+            let raw = ((place + guest) * cluster) | COPIED | mark;
+            table.extend_from_slice(&raw.to_be_bytes());
             if options.extended_l2 {
-                // All subclusters are allocated.
-                table.extend_from_slice(&u64::from(u32::MAX).to_be_bytes());
+                table.extend_from_slice(&bitmap.to_be_bytes());
             }
         }
         storage.write_at((first + nth as u64) * cluster, &table)?;
@@ -453,7 +505,7 @@ mod tests {
             (1, 4040, 512, 64),
             (16, 1, 2 << 20, 1),
         ] {
-            let layout = Layout::of(l1, l1 / 2, luks, cluster, bits);
+            let layout = Layout::of([l1, l1 / 2, luks, l1], cluster, bits);
             let per_block = cluster * 8 / u64::from(bits);
             assert!(layout.refcount_blocks * per_block >= layout.clusters());
             assert!(layout.refcount_table * cluster / 8 >= layout.refcount_blocks);

@@ -30,6 +30,9 @@ pub const BITMAPS: u64 = 1 << 0;
 /// Autoclear bit: the external data file is a plain raw image too.
 pub const DATA_FILE_RAW: u64 = 1 << 1;
 
+/// All autoclear bits that this code keeps true; a writer clears the others first.
+pub const AUTOCLEAR_KNOWN: u64 = BITMAPS | DATA_FILE_RAW;
+
 /// The three bitmaps of feature bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FeatureKind {

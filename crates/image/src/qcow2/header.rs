@@ -426,11 +426,6 @@ impl Header {
         if self.nb_snapshots > 0 && self.has_data_file() {
             return Some("internal snapshots beside an external data file".into());
         }
-        let foreign = self.autoclear & !(features::BITMAPS | features::DATA_FILE_RAW);
-        if foreign != 0 {
-            let table = self.extension(extensions::FEATURE_NAMES);
-            return Some(features::names(FeatureKind::Autoclear, foreign, table));
-        }
         None
     }
 

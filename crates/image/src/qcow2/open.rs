@@ -51,7 +51,8 @@ impl Qcow2 {
     /// Opens the image in `storage`, reading header, L1 table and refcount table.
     ///
     /// Fails with `Corrupt` (naming file, field and offset), `Unsupported` (naming the feature), or what
-    /// reading failed with. An image that can be read but must not be written opens; its
+    /// reading failed with. Opened for writing, autoclear features that this code does not know are
+    /// cleared at once. An image that can be read but must not be written opens; its
     /// description says why, and writes to it fail with `ReadOnly`.
     pub fn open(storage: &dyn Storage, options: &OpenOptions) -> Result<Self> {
         let name = storage.name();
@@ -196,6 +197,16 @@ impl Qcow2 {
         let read_only = lacks
             .clone()
             .or_else(|| options.read_only.then(String::new));
+        if read_only.is_none() && header.autoclear & !features::AUTOCLEAR_KNOWN != 0 {
+            // Before anything else is written: what they say may not be true any more then.
+            header.autoclear &= features::AUTOCLEAR_KNOWN;
+            let field = header.autoclear.to_be_bytes();
+            for (to, from) in first_sector.iter_mut().skip(88).zip(field) {
+                *to = from;
+            }
+            storage.write_at(0, &first_sector)?;
+            storage.sync()?;
+        }
         Ok(Self {
             name: name.to_owned(),
             data_file,

@@ -9,7 +9,6 @@ use ::image::qcow2::check::{Block, set_refcount};
 use ::image::qcow2::features;
 use block::{Error, Result, Storage};
 
-const AUTOCLEAR_KNOWN: u64 = features::BITMAPS | features::DATA_FILE_RAW;
 /// Ranges of freed clusters that are given back to the host at once; more are only free in the image.
 const FREED_MAX: usize = 1 << 16;
 
@@ -218,7 +217,7 @@ impl Work<'_> {
         }
         patch_header(self.storage, |sector| {
             update(sector, 72, |bits| bits | features::DIRTY);
-            update(sector, 88, |bits| bits & AUTOCLEAR_KNOWN);
+            update(sector, 88, |bits| bits & features::AUTOCLEAR_KNOWN);
         })
     }
 }
@@ -235,7 +234,7 @@ fn settle(storage: &dyn Storage, image: &Image, sound: bool, was_dirty: bool) ->
     };
     patch_header(storage, |sector| {
         update(sector, 72, |bits| bits & !cleared);
-        update(sector, 88, |bits| bits & AUTOCLEAR_KNOWN);
+        update(sector, 88, |bits| bits & features::AUTOCLEAR_KNOWN);
     })
 }
 

@@ -5,9 +5,6 @@ use crate::qcow2::features;
 use crate::qcow2::header::REFCOUNT_TABLE_BYTES_MAX;
 use block::{Context, Error, Result};
 
-/// Autoclear features that this code keeps true.
-const AUTOCLEAR_KNOWN: u64 = features::BITMAPS | features::DATA_FILE_RAW;
-
 impl Editor<'_> {
     /// Makes the edit durable and puts it in force: all of it, or nothing if the system crashes.
     /// Autoclear features that nobody knows are cleared. Afterwards a further edit may begin.
@@ -21,7 +18,7 @@ impl Editor<'_> {
     }
 
     fn commit_unnamed(&mut self) -> Result<()> {
-        self.header.autoclear &= AUTOCLEAR_KNOWN;
+        self.header.autoclear &= features::AUTOCLEAR_KNOWN;
         if self.blocks.changed() {
             let (at, clusters) = self.place_table()?;
             self.blocks.write(self.storage)?;
