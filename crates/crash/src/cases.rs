@@ -117,7 +117,7 @@ const WORKLOADS: &[Workload] = &[
         images: &[
             "cluster_size=4k size=512k",
             "cluster_size=512 size=256k refcount_bits=64",
-            "cluster_size=4k size=512k refcount_bits=2 backing",
+            "cluster_size=4k size=512k refcount_bits=4 backing",
             "cluster_size=16k extended_l2",
         ],
         queues: &[0, 2],
