@@ -94,6 +94,9 @@ pub struct Create {
 /// `convert`.
 #[derive(Args, Debug)]
 pub struct Convert {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub keys: Keys,
     /// Compress (qcow2): every cluster that gets smaller; -o compression_type says how
     #[arg(short = 'c', long, conflicts_with = "no_create")]
     pub compress: bool,

@@ -46,6 +46,7 @@ pub fn run(args: &args::Convert) -> Result<()> {
             force_share: args.force_share,
             allow_backing: args.allow_backing.clone(),
             data_file: args.data_file.clone(),
+            passphrases: args.keys.read()?,
             ..ChainOptions::default()
         },
     )?;
@@ -64,6 +65,9 @@ pub fn run(args: &args::Convert) -> Result<()> {
     let (format, report) = match args.no_create {
         true => into_existing(args, &source, &options, &mut progress)?,
         false => {
+            if args.options.iter().any(|o| o.contains("encrypt.")) {
+                bail!("-o encrypt.…: convert does not encrypt yet, only read with --key-file");
+            }
             let format = create::format_of(args.target_format, &args.target, "-O")?;
             let report = into_new(args, format, bytes, &source, &options, &mut progress)?;
             (format, report)
