@@ -188,6 +188,7 @@ impl Qcow2 {
             derefs: st.derefs.len(),
             moved: st.refs.moved,
             ordered: st.ordered,
+            marks: false,
             bitmaps: self.bitmaps.as_ref().is_some_and(|b| b.wanted()),
         };
         if st.covered.bitmaps
@@ -253,6 +254,12 @@ impl Qcow2 {
             let words = part.iter().map(|w| w.load(Ordering::Relaxed));
             push(run, host, words.map(table_entry));
         });
+        st.covered.marks = self.mark_wanted();
+        if st.covered.marks && !st.covered.moved {
+            let start = run.bytes.len();
+            run.bytes.extend_from_slice(&self.header_sector(st));
+            extend(run, 0, start);
+        }
         if open_stage(run) || run.stages.is_empty() {
             run.seal();
         }
@@ -288,6 +295,9 @@ impl Qcow2 {
         for (to, from) in sector.iter_mut().skip(48).zip(fields) {
             *to = from;
         }
+        for (to, bits) in sector.iter_mut().skip(72).zip(self.mark().to_be_bytes()) {
+            *to |= bits;
+        }
         sector
     }
 
@@ -307,6 +317,9 @@ impl Qcow2 {
         }
         if covered.moved {
             st.refs.moved = false;
+        }
+        if covered.marks {
+            self.marked();
         }
         if covered.bitmaps
             && let Some(bitmaps) = &self.bitmaps
@@ -335,6 +348,7 @@ impl Qcow2 {
             || !st.fresh_tables.is_empty()
             || !st.refs.fresh.is_empty()
             || !st.derefs.is_empty()
+            || self.mark_wanted()
             || self.bitmaps.as_ref().is_some_and(|b| b.wanted())
     }
 }

@@ -13,6 +13,7 @@
 //! * `flush`: the order on disk, and why it is safe.
 //! * `edit`: changes of a closed image's metadata, all at once; `snapshot`: internal snapshots.
 //! * `compress_image`: a new image in one go, with compressed clusters.
+//! * `damaged`: corruption found while the image is written to.
 //! * `data`: images whose guest data are in a file of their own.
 //! * `header`, `extensions`, `features`, `entry`: the format. `open`, `close`, `compress`.
 //!
@@ -33,6 +34,7 @@ mod corners;
 mod crash;
 mod create;
 pub mod crypt;
+mod damaged;
 mod data;
 mod downgrade;
 pub mod edit;
@@ -91,7 +93,7 @@ use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
 use cache::Owner;
 use entry::{Entry, Geometry, OVERLAP};
 use state::{Places, State};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tables::Tables;
 
@@ -116,6 +118,8 @@ pub struct Qcow2 {
     bitmaps: Option<Box<bitmap::Tracker>>,
     /// There may be something to foresee.
     ahead: AtomicBool,
+    /// Whether changes are refused, and why: see `damaged`.
+    barred: AtomicU8,
 }
 
 impl Qcow2 {
@@ -128,19 +132,6 @@ impl Qcow2 {
         // Nothing in here panics with the state half changed; and refusing all
         // further requests would help nobody.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn check_writable(&self) -> Result<()> {
-        match &self.read_only {
-            None => Ok(()),
-            Some(why) => Err(Error::new(
-                ErrorKind::ReadOnly,
-                match why.as_str() {
-                    "" => format!("{}: is open for reading only", self.name),
-                    why => format!("{}: is open for reading only: {why}", self.name),
-                },
-            )),
-        }
     }
 
     /// Whether a change may be planned now. The enabled bitmaps are marked on disk before the first one.
@@ -321,14 +312,15 @@ impl Image for Qcow2 {
         if !self.bitmaps_ready()? {
             return Ok(Step::Need(Need::Commit));
         }
-        let step = match self.plan_in_place(at, len)? {
-            Some(plan) => Step::Done(plan),
+        let planned = self.plan_in_place(at, len).and_then(|found| match found {
+            Some(plan) => Ok(Step::Done(plan)),
             None => {
                 let mut st = self.lock();
                 let plan = self.plan_allocating(&mut st, at, len);
-                st.step(plan)?
+                st.step(plan)
             }
-        };
+        });
+        let step = planned.inspect_err(|error| self.note_failure(error))?;
         match &step {
             Step::Done(Plan::InPlace { len, .. } | Plan::Drop { len }) => {
                 self.note_change(at, *len);
@@ -352,7 +344,7 @@ impl Image for Qcow2 {
         if let Some(reserve) = self.reserve_ahead(&mut st) {
             return Some(Need::Reserve(reserve));
         }
-        st.flush_soon().then_some(Need::Commit)
+        (st.flush_soon() || self.mark_soon(&st)).then_some(Need::Commit)
     }
 
     fn commit(&self, ticket: Ticket) {
@@ -372,7 +364,10 @@ impl Image for Qcow2 {
         let step = {
             let mut st = self.lock();
             let plan = self.plan_zeroes(&mut st, at, len, mode);
-            self.plan_encrypted_zeroes(st.step(plan)?)
+            let step = st
+                .step(plan)
+                .inspect_err(|error| self.note_failure(error))?;
+            self.plan_encrypted_zeroes(step)
         };
         match &step {
             Step::Done(

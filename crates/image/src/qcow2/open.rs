@@ -12,7 +12,7 @@ use super::snapshot;
 use super::state::{Covered, Places, Sectors, State};
 use super::tables::{FRAMES_MAX, Tables};
 use super::tickets::Tickets;
-use super::{Qcow2, bitmap};
+use super::{Qcow2, bitmap, damaged};
 use block::{Context, Error, ErrorKind, Result, Storage};
 use crypto::Passphrase;
 use std::collections::HashSet;
@@ -207,6 +207,7 @@ impl Qcow2 {
             storage.write_at(0, &first_sector)?;
             storage.sync()?;
         }
+        let barred = damaged::barred(read_only.is_some());
         Ok(Self {
             name: name.to_owned(),
             data_file,
@@ -236,6 +237,7 @@ impl Qcow2 {
                 covers: frames as u64 >= geometry.l2_slices(),
             }),
             ahead: std::sync::atomic::AtomicBool::new(false),
+            barred,
             bitmaps,
             geometry,
             header,

@@ -110,6 +110,8 @@ pub(super) struct Covered {
     pub(super) ordered: bool,
     /// The run brings the marks of the bitmaps.
     pub(super) bitmaps: bool,
+    /// The run sets the corrupt bit.
+    pub(super) marks: bool,
 }
 
 /// Which host clusters hold metadata.
