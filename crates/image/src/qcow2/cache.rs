@@ -88,6 +88,12 @@ pub(super) struct Meta {
     listed: bool,
 }
 
+impl Meta {
+    fn holds_refcounts(&self) -> bool {
+        matches!(self.holds, Holds::Slice(Owner::Ref(_)))
+    }
+}
+
 /// A load of L2 slices under way.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SpanLoad {
@@ -654,12 +660,34 @@ impl Cache {
         !self.changed.is_empty()
     }
 
-    /// Moves all dirty granules into flight and tells `each` of them, in no order.
-    pub(super) fn take_changed(&mut self, mut each: impl FnMut(Changed)) {
+    /// Frames with refcounts that changed.
+    fn changed_refcounts(&self) -> usize {
+        let metas = self
+            .changed
+            .iter()
+            .filter_map(|f| self.meta.get(*f as usize));
+        metas.filter(|meta| meta.holds_refcounts()).count()
+    }
+
+    /// Whether anything but refcounts changed.
+    pub(super) fn tables_dirty(&self) -> bool {
+        self.changed_refcounts() < self.changed.len()
+    }
+
+    /// Whether refcounts that were not written take much of the cache.
+    pub(super) fn refcounts_crowd(&self) -> bool {
+        self.changed_refcounts() > self.capacity / 4
+    }
+
+    /// Moves all dirty granules (those of refcounts where wanted) into flight and tells `each` of them, in no order.
+    pub(super) fn take_changed(&mut self, refcounts: bool, mut each: impl FnMut(Changed)) {
         for &frame in &self.changed {
             let Some(meta) = self.meta.get_mut(frame as usize) else {
                 continue;
             };
+            if !refcounts && meta.holds_refcounts() {
+                continue;
+            }
             debug_assert_eq!(meta.flight, 0, "two flushes at once");
             meta.flight |= std::mem::take(&mut meta.dirty);
             if let Holds::Slice(owner) = meta.holds {

@@ -16,7 +16,11 @@ impl Qcow2 {
         if self.read_only.is_some() || self.bitmaps.as_ref().is_some_and(|b| b.is_saved()) {
             return Ok(());
         }
-        self.end_ahead(&mut self.lock());
+        {
+            let mut st = self.lock();
+            st.lazy.closing = true;
+            self.end_ahead(&mut st);
+        }
         self.flush_blocking(storage)?;
         let mut st = self.lock();
         let former = std::mem::take(&mut st.refs.former);
@@ -34,6 +38,7 @@ impl Qcow2 {
         self.flush_blocking(storage)?;
         self.cut_tail(storage)?;
         storage.sync()?;
+        self.clear_dirty_bit(storage)?;
         match &self.bitmaps {
             // Last: it takes clusters that this state knows nothing of.
             Some(bitmaps) => bitmaps.save(storage),

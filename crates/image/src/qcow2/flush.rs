@@ -3,6 +3,8 @@
 //! ```text
 //!   bitmaps   their marks (see `bitmap::track`)                                 (only once)
 //!   ── barrier ──
+//!   header    the dirty bit (see `lazy`)                                       (only once, if refcounts are postponed)
+//!   ── barrier ──
 //!   stage 0   refcount blocks that the table on disk does not know yet        (only if any)
 //!   ── barrier ──
 //!   stage 1   refcounts, refcount table, L2 tables that the L1 table on disk does not know yet (new ones,
@@ -44,6 +46,7 @@
 use super::Qcow2;
 use super::cache::{Changed, Owner};
 use super::entry::{FRESH, FRESH_ZEROED, OFFSET_MASK, OVERLAP, SECTOR};
+use super::lazy::DirtyBit;
 use super::state::{Covered, State};
 use crate::{FileId, FlushRun, MetaWrite};
 use block::HostOffset;
@@ -176,17 +179,20 @@ impl Qcow2 {
     pub(super) fn begin_flush(&self, st: &mut State, run: &mut FlushRun) {
         run.clear();
         debug_assert!(!st.covered.running, "two flushes at once");
-        self.count_ahead(st);
+        if !st.lazy.closing {
+            self.count_ahead(st);
+        }
         let mut changed = std::mem::take(&mut st.scratch);
         changed.clear();
-        st.cache.take_changed(|c| changed.push(c));
-        changed.sort_unstable_by_key(|c| c.host);
+        let refcounts = st.writes_refcounts();
+        let moved = refcounts && std::mem::take(&mut st.refs.moved);
         st.covered = Covered {
             running: true,
             tables: st.fresh_tables.len(),
-            blocks: st.refs.fresh.len(),
+            blocks: if refcounts { st.refs.fresh.len() } else { 0 },
             derefs: st.derefs.len(),
-            moved: st.refs.moved,
+            moved: moved.then_some((st.refs.first, st.refs.clusters)),
+            refcounts,
             ordered: st.ordered,
             marks: false,
             bitmaps: self.bitmaps.as_ref().is_some_and(|b| b.wanted()),
@@ -201,9 +207,12 @@ impl Qcow2 {
             }
             run.seal();
         }
+        self.push_dirty_bit(st, run, refcounts);
+        st.cache.take_changed(refcounts, |c| changed.push(c));
+        changed.sort_unstable_by_key(|c| c.host);
         let bits = self.geometry.slices_per_cluster_bits();
 
-        for &block in &st.refs.fresh {
+        for &block in st.refs.fresh.get(..st.covered.blocks).unwrap_or_default() {
             let raw = st.refs.entries.get(block as usize).copied().unwrap_or(0);
             self.push_fresh(st, run, raw, &changed, |n| {
                 Owner::Ref((u64::from(block) << bits) + n)
@@ -218,7 +227,9 @@ impl Qcow2 {
                 self.push_granules(run, c);
             }
         }
-        self.push_table(st, run);
+        if refcounts {
+            self.push_table(st, run);
+        }
         if st.failed && (open_stage(run) || st.ordered) {
             // The L1 table on disk may know the new tables already: refcounts and data before them.
             run.seal();
@@ -231,10 +242,11 @@ impl Qcow2 {
             });
         }
         self.push_copies(st, run);
-        if st.covered.moved {
+        if let Some(table) = st.covered.moved {
             run.seal();
             let start = run.bytes.len();
-            run.bytes.extend_from_slice(&self.header_sector(st));
+            let sector = self.header_sector(st, table);
+            run.bytes.extend_from_slice(&sector);
             extend(run, 0, start);
             run.seal();
         } else if st.ordered && (open_stage(run) || run.stages.is_empty()) {
@@ -255,9 +267,10 @@ impl Qcow2 {
             push(run, host, words.map(table_entry));
         });
         st.covered.marks = self.mark_wanted();
-        if st.covered.marks && !st.covered.moved {
+        if st.covered.marks && st.covered.moved.is_none() {
             let start = run.bytes.len();
-            run.bytes.extend_from_slice(&self.header_sector(st));
+            let sector = self.header_sector(st, st.refs.known);
+            run.bytes.extend_from_slice(&sector);
             extend(run, 0, start);
         }
         if open_stage(run) || run.stages.is_empty() {
@@ -270,7 +283,7 @@ impl Qcow2 {
     fn push_table(&self, st: &mut State, run: &mut FlushRun) {
         let base = st.refs.first << self.geometry.cluster_bits;
         let entries = &st.refs.entries;
-        if st.refs.moved {
+        if st.covered.moved.is_some() {
             st.refs.changed.take(|_| {});
             push(run, base, entries.iter().copied().map(table_entry));
             return;
@@ -282,12 +295,17 @@ impl Qcow2 {
         });
     }
 
-    /// The first sector of the file, with the refcount table's place as it is now.
-    fn header_sector(&self, st: &State) -> [u8; SECTOR as usize] {
+    /// The first sector of the file, with the refcount table at `first` for so many clusters, and with the
+    /// feature bits that were set since the image was opened.
+    pub(super) fn header_sector(
+        &self,
+        st: &State,
+        (first, clusters): (u64, u64),
+    ) -> [u8; SECTOR as usize] {
         let mut sector = self.first_sector;
-        let offset = st.refs.first << self.geometry.cluster_bits;
+        let offset = first << self.geometry.cluster_bits;
         // At most 8 MiB of clusters.
-        let clusters = st.refs.clusters as u32;
+        let clusters = clusters as u32;
         let fields = offset
             .to_be_bytes()
             .into_iter()
@@ -295,7 +313,8 @@ impl Qcow2 {
         for (to, from) in sector.iter_mut().skip(48).zip(fields) {
             *to = from;
         }
-        for (to, bits) in sector.iter_mut().skip(72).zip(self.mark().to_be_bytes()) {
+        let marks = self.mark() | st.lazy.mark();
+        for (to, bits) in sector.iter_mut().skip(72).zip(marks.to_be_bytes()) {
             *to |= bits;
         }
         sector
@@ -313,10 +332,17 @@ impl Qcow2 {
         self.copies_flushed(st, ok);
         if !ok {
             st.ordered |= covered.ordered;
+            st.refs.moved |= covered.moved.is_some();
             return;
         }
-        if covered.moved {
-            st.refs.moved = false;
+        if let Some(table) = covered.moved {
+            st.refs.known = table;
+        }
+        if covered.refcounts {
+            st.lazy.pressed = false;
+        }
+        if st.lazy.bit == DirtyBit::Begun {
+            st.lazy.bit = DirtyBit::Set;
         }
         if covered.marks {
             self.marked();
@@ -341,14 +367,21 @@ impl Qcow2 {
     }
 
     pub(super) fn has_dirty(&self, st: &State) -> bool {
-        st.cache.is_dirty()
-            || st.l1_changed.any()
-            || st.refs.changed.any()
-            || st.refs.moved
-            || !st.fresh_tables.is_empty()
-            || !st.refs.fresh.is_empty()
-            || !st.derefs.is_empty()
+        self.has_changes(st, st.writes_refcounts())
             || self.mark_wanted()
             || self.bitmaps.as_ref().is_some_and(|b| b.wanted())
+    }
+
+    /// Whether tables changed, or `refcounts`.
+    pub(super) fn has_changes(&self, st: &State, refcounts: bool) -> bool {
+        st.cache.tables_dirty()
+            || st.l1_changed.any()
+            || !st.fresh_tables.is_empty()
+            || !st.derefs.is_empty()
+            || refcounts
+                && (st.cache.is_dirty()
+                    || st.refs.changed.any()
+                    || st.refs.moved
+                    || !st.refs.fresh.is_empty())
     }
 }

@@ -10,7 +10,7 @@
 //! * `packed`, `pages`: L2 slices in a compact form, many to a frame.
 //! * `state`: what the lock guards, made of `cache`, `refcount`, `alloc`, `ahead` and `tickets`.
 //! * `map`, `write`, `zero`: the questions; `shared`: tables that snapshots share.
-//! * `flush`: the order on disk, and why it is safe.
+//! * `flush`: the order on disk, and why it is safe; `lazy`: refcounts that are postponed.
 //! * `edit`: changes of a closed image's metadata, all at once; `snapshot`: internal snapshots.
 //! * `compress_image`: a new image in one go, with compressed clusters.
 //! * `damaged`: corruption found while the image is written to.
@@ -48,6 +48,9 @@ mod growing;
 mod header;
 #[cfg(test)]
 mod hostile;
+mod lazy;
+#[cfg(test)]
+mod lazy_tests;
 mod map;
 mod open;
 mod packed;

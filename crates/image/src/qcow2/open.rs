@@ -7,6 +7,7 @@ use super::crypt;
 use super::entry::{Geometry, OFFSET_MASK};
 use super::features;
 use super::header::{Header, REFCOUNT_TABLE_BYTES_MAX};
+use super::lazy::Lazy;
 use super::refcount::RefTable;
 use super::snapshot;
 use super::state::{Covered, Places, Sectors, State};
@@ -208,6 +209,9 @@ impl Qcow2 {
             storage.sync()?;
         }
         let barred = damaged::barred(read_only.is_some());
+        let lazy = read_only.is_none()
+            && header.version >= 3
+            && header.compatible & features::LAZY_REFCOUNTS != 0;
         Ok(Self {
             name: name.to_owned(),
             data_file,
@@ -230,6 +234,7 @@ impl Qcow2 {
                 fresh_tables: Vec::new(),
                 derefs: Vec::new(),
                 ordered: false,
+                lazy: Lazy::new(lazy),
                 failed: false,
                 covered: Covered::default(),
                 scratch: Vec::with_capacity(frames),

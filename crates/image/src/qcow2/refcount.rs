@@ -21,8 +21,10 @@ pub(super) struct RefTable {
     pub(super) changed: Sectors,
     /// Blocks that no flush has written yet.
     pub(super) fresh: Vec<u32>,
-    /// The table got a new place, which the header does not say yet.
+    /// The table got a new place, which no flush has taken on yet.
     pub(super) moved: bool,
+    /// First cluster and clusters of the place that the header says.
+    pub(super) known: (u64, u64),
     /// Former places of the table, given back on close.
     pub(super) former: Vec<Deref>,
 }
@@ -37,6 +39,7 @@ impl RefTable {
             changed: Sectors::new(sectors),
             fresh: Vec::new(),
             moved: false,
+            known: (first, clusters),
             former: Vec::new(),
         }
     }
@@ -243,7 +246,7 @@ impl Qcow2 {
             st.refs.changed.mark_entry(index);
             st.refs.fresh.push(index as u32);
             st.places.blocks.insert(base >> self.geometry.cluster_bits);
-            st.ordered = true;
+            st.order_refcount();
         }
     }
 
@@ -321,7 +324,7 @@ impl Qcow2 {
         let table = st.refs.first..st.refs.first + clusters;
         st.places.fixed.push(table);
         st.refs.moved = true;
-        st.ordered = true;
+        st.order_refcount();
         Ok(used)
     }
 

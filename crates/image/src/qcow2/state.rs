@@ -3,6 +3,7 @@
 use super::ahead::Ahead;
 use super::alloc::Space;
 use super::cache::{Cache, Changed};
+use super::lazy::Lazy;
 use super::refcount::RefTable;
 use super::shared::Copies;
 use super::tickets::Tickets;
@@ -106,8 +107,11 @@ pub(super) struct Covered {
     pub(super) tables: usize,
     pub(super) blocks: usize,
     pub(super) derefs: usize,
-    pub(super) moved: bool,
+    /// First cluster and clusters of the place that the run gives the refcount table.
+    pub(super) moved: Option<(u64, u64)>,
     pub(super) ordered: bool,
+    /// The run writes refcounts.
+    pub(super) refcounts: bool,
     /// The run brings the marks of the bitmaps.
     pub(super) bitmaps: bool,
     /// The run sets the corrupt bit.
@@ -147,6 +151,7 @@ pub(super) struct State {
     /// Whether something became referenced since the last flush began that was not counted ahead, or not
     /// zeros before: only then must stage 1 be durable before stage 2.
     pub(super) ordered: bool,
+    pub(super) lazy: Lazy,
     /// The last flush failed: some of what counts as never written may be on disk, and referred to.
     pub(super) failed: bool,
     pub(super) covered: Covered,
@@ -189,14 +194,21 @@ impl State {
     }
 
     /// The answer as the contract wants it.
-    pub(super) fn step<T>(&self, ask: Ask<T>) -> Result<Step<T>> {
+    pub(super) fn step<T>(&mut self, ask: Ask<T>) -> Result<Step<T>> {
         match ask {
             Ok(answer) => Ok(Step::Done(answer)),
-            Err(Halt::Need(need)) => Ok(Step::Need(need)),
+            Err(Halt::Need(need)) => {
+                // Whatever there is too much of: this flush is to make room.
+                self.lazy.pressed |= need == Need::Commit;
+                Ok(Step::Need(need))
+            }
             Err(Halt::Wait(key)) => Ok(Step::Wait(key)),
             Err(Halt::Busy) => match self.tickets.any_key() {
                 Some(key) => Ok(Step::Wait(key)),
-                None => Ok(Step::Need(Need::Commit)),
+                None => {
+                    self.lazy.pressed = true;
+                    Ok(Step::Need(Need::Commit))
+                }
             },
             Err(Halt::Fail(error)) => Err(error),
         }
