@@ -131,6 +131,7 @@ fn open(args: &args::Convert, format: Option<Format>) -> Result<Chain> {
     let options = ChainOptions {
         format,
         allow_backing: args.allow_backing.clone(),
+        repair: Some(tool::check::mend_dirty),
         ..ChainOptions::default()
     };
     Ok(io::wait_for_lock(|| Chain::open(spec, &options))?)

@@ -78,6 +78,9 @@ pub fn run(args: &args::Snapshot) -> Result<()> {
         bail!("{shown}: a {format} image has no internal snapshots; qcow2 images can have them");
     }
     let storage: &dyn Storage = &*file;
+    if changes {
+        tool::check::mend_dirty(storage)?;
+    }
     let (done, snapshot) = match (&args.create, &args.apply, &args.delete) {
         (Some(name), ..) => ("created", snapshot::create(storage, &new(name)?)?),
         (_, Some(which), _) => ("applied", snapshot::apply(storage, which)?),
