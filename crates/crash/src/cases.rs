@@ -92,6 +92,24 @@ const WORKLOADS: &[Workload] = &[
         queues: &[0, 2],
     },
     Workload {
+        name: "lazy",
+        script: "storm 30 discard=3 flush=3; kill; storm 20 flush=3; close; storm 20 unmap=3; discard 0 128k; flush; storm 10",
+        images: &[
+            "cluster_size=4k lazy_refcounts",
+            "cluster_size=512 size=512k refcount_bits=64 lazy_refcounts",
+            "cluster_size=64k lazy_refcounts backing",
+            "cluster_size=16k extended_l2 lazy_refcounts",
+            "cluster_size=4k lazy_refcounts data_file",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
+        name: "lazy-growth",
+        script: "write 0 1536k; flush; storm 10 write=20 flush=4 len=128k; write 1536k 1M; flush; discard 0 1M; flush; storm 20",
+        images: &["cluster_size=512 size=4M refcount_bits=64 lazy_refcounts"],
+        queues: &[0],
+    },
+    Workload {
         name: "data-file",
         script: "storm 50 flush=3; kill; storm 30",
         images: &[

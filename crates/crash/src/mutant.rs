@@ -26,6 +26,8 @@ pub enum Mutant {
     NoBarrier,
     /// The header names the refcount table's new place before the table is there.
     HeaderFirst,
+    /// The bit that says that refcounts are behind is set after the first tables were written, not before.
+    DirtyBitLate,
     /// New clusters become the guest's before their data are written.
     CommitBeforeData,
     /// Freed space is given out again before the flush that freed it is durable.
@@ -42,13 +44,14 @@ pub enum Mutant {
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Mutant; 12] = [
+    pub const ALL: [Mutant; 13] = [
         Mutant::BarrierLeftOut,
         Mutant::OrderSwapped,
         Mutant::RefcountsLate,
         Mutant::EntriesLate,
         Mutant::NoBarrier,
         Mutant::HeaderFirst,
+        Mutant::DirtyBitLate,
         Mutant::CommitBeforeData,
         Mutant::ReusedEarly,
         Mutant::RestNotZeroed,
@@ -151,6 +154,12 @@ impl Mutated {
                 if let Some(at) = stages.iter().position(is_header) {
                     let header = stages.remove(at);
                     stages.insert(0, header);
+                }
+            }
+            Mutant::DirtyBitLate => {
+                let is_header = |stage: &Writes| stage.iter().any(|(w, _)| w.offset.0 == 0);
+                if several && is_header(&stages[0]) {
+                    stages.rotate_left(1);
                 }
             }
             _ => return,

@@ -43,6 +43,8 @@ workloads! {
     copy_on_write: "copy-on-write",
     discard: "discard",
     zeroes: "zeroes",
+    lazy: "lazy",
+    lazy_growth: "lazy-growth",
     data_file: "data-file",
     encrypted: "encrypted",
     snapshots: "snapshots",

@@ -98,6 +98,7 @@ mutants! {
     space_reused_before_the_flush: ReusedEarly on "discard/",
     the_rest_of_a_cluster_not_zeroed: RestNotZeroed on "junk",
     the_rest_of_a_cluster_not_copied: RestNotCopied on "copy-on-write/4k",
+    the_dirty_bit_after_the_tables: DirtyBitLate on "lazy/4k,lazy_refcounts/",
     a_failed_flush_that_counts: FailureForgotten on "allocate/4k/",
     a_failed_write_that_counts: FailureCommitted on "copy-on-write/4k",
 }
