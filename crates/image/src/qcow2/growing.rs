@@ -3,7 +3,7 @@
 use super::testing::{Checked, Driver, MemFile, check};
 use super::{CreateOptions, OpenOptions};
 use crate::{FileId, FlushRun, Image, Need, Plan, Step};
-use block::GuestOffset;
+use block::{GuestOffset, Storage};
 use std::fs;
 
 const CLUSTER: u64 = 4096;
@@ -218,4 +218,38 @@ fn a_flush_is_asked_for_before_the_cache_is_full() {
     }
     assert_eq!(lacked, 0, "no write has to wait for a flush");
     assert!(foreseen > 3, "{foreseen}");
+}
+
+#[test]
+fn a_refcount_table_may_move_while_a_flush_carries_its_last_move() {
+    // A table of one cluster covers 2 MiB, and each place is not much larger than the one before.
+    let options = CreateOptions {
+        size: 32 << 20,
+        cluster_size: 512,
+        refcount_bits: 64,
+        ..CreateOptions::default()
+    };
+    let mut driver = Driver::create(&options, &OpenOptions::default());
+    let file = driver.file.clone();
+    let write = |driver: &mut Driver, from: u64, to: u64| {
+        for at in (from << 20..to << 20).step_by(64 << 10) {
+            driver.write(at, &[5; 64 << 10]).unwrap();
+        }
+    };
+    write(&mut driver, 0, 3);
+    let mut run = FlushRun::default();
+    driver.image.flush_begin(&mut run).unwrap();
+    let header = run.writes.iter().filter(|w| w.offset.0 == 0);
+    assert_eq!(header.count(), 1, "the flush carries a move");
+    write(&mut driver, 3, 16);
+    for w in &run.writes {
+        let bytes = &run.bytes[w.start..w.start + w.len];
+        file.write_at(w.offset.0, bytes).unwrap();
+    }
+    driver.image.flush_end(&mut run, true);
+    let content = driver.read(0, 32 << 20).unwrap();
+    driver.close();
+    assert_eq!(checked(&file), Checked::Clean);
+    let mut again = Driver::open(file, &OpenOptions::default());
+    assert!(again.read(0, 32 << 20).unwrap() == content);
 }
