@@ -101,7 +101,8 @@ fn open(args: &args::Amend) -> Result<Arc<File>> {
         lock: Lock::Write,
         ..OpenOptions::default()
     };
-    Ok(File::open(&args.file, &options)?)
+    // A server that was killed just now may hold its lock for a moment.
+    Ok(io::wait_for_lock(|| File::open(&args.file, &options))?)
 }
 
 fn report(args: &args::Amend, header: &Header) -> Result<()> {

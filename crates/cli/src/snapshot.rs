@@ -70,7 +70,8 @@ pub fn run(args: &args::Snapshot) -> Result<()> {
         lock,
         ..OpenOptions::default()
     };
-    let file = File::open(&args.file, &options)?;
+    // A server that was killed just now may hold its lock for a moment.
+    let file = io::wait_for_lock(|| File::open(&args.file, &options))?;
     let shown = args.file.display();
     let probed = || image::probe(&*file).map(|found| found.unwrap_or(Format::Raw));
     let format = args.format.map_or_else(probed, Ok)?;

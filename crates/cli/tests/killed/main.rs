@@ -276,7 +276,9 @@ fn rounds(image: Image, door: Door, what: &str) {
             judge(&dir, image, &record).unwrap_or_else(|loss| panic!("{}: {loss}", context()));
         record.restart(found);
         if image.format() == "qcow2" {
-            check(&path, round % 2 == 1);
+            let postponed =
+                matches!(image, Image::Qcow2(options) if options.contains("lazy_refcounts"));
+            check(&path, round % 2 == 1, postponed);
         }
         if round + 1 == rounds {
             let flat = dir.path("flat");
@@ -321,7 +323,16 @@ fn judge(dir: &TempDir, image: Image, record: &Record) -> Result<Vec<Content>, r
 }
 
 /// Leaks and nothing else, to us and to QEMU; every other time they are repaired.
-fn check(image: &Path, repair: bool) {
+fn check(image: &Path, repair: bool, postponed: bool) {
+    if postponed && is_dirty(image) {
+        // Refcounts are behind, as the image says: QEMU repairs it, or the next server does.
+        if repair {
+            let mut check = Command::new("qemu-img");
+            command::run(check.args(["check", "-q", "-r", "all"]).arg(image));
+            assert!(!is_dirty(image));
+        }
+        return;
+    }
     let status = Command::new(binary())
         .arg("check")
         .arg(image)
@@ -337,6 +348,10 @@ fn check(image: &Path, repair: bool) {
         );
         qemu::check("qcow2", image);
     }
+}
+
+fn is_dirty(image: &Path) -> bool {
+    std::fs::read(image).unwrap()[79] & 1 == 1
 }
 
 #[test]
@@ -397,6 +412,18 @@ fn snapshot_and_bitmap_behind_vhost_user() {
 fn external_data_behind_nbd() {
     let image = Image::Qcow2("cluster_size=4096,data_file=DATA");
     rounds(image, Door::Nbd, "external_data_behind_nbd");
+}
+
+#[test]
+fn lazy_refcounts_behind_vhost_user() {
+    let image = Image::Qcow2("cluster_size=4096,lazy_refcounts=on");
+    rounds(image, Door::VhostUser, "lazy_refcounts_behind_vhost_user");
+}
+
+#[test]
+fn lazy_refcounts_behind_nbd() {
+    let image = Image::Qcow2("cluster_size=512,lazy_refcounts=on");
+    rounds(image, Door::Nbd, "lazy_refcounts_behind_nbd");
 }
 
 #[test]
