@@ -136,6 +136,7 @@ const WORKLOADS: &[Workload] = &[
             "cluster_size=4k size=512k",
             "cluster_size=512 size=256k refcount_bits=64",
             "cluster_size=4k size=512k refcount_bits=4 backing",
+            "cluster_size=4k size=512k lazy_refcounts",
             "cluster_size=16k extended_l2",
         ],
         queues: &[0, 2],
@@ -148,6 +149,7 @@ const WORKLOADS: &[Workload] = &[
             "cluster_size=512 size=512k refcount_bits=64",
             "cluster_size=4k size=512k backing",
             "cluster_size=16k size=512k extended_l2",
+            "cluster_size=4k size=512k lazy_refcounts backing",
             "cluster_size=4k size=512k data_file",
         ],
         queues: &[0, 2],
@@ -168,6 +170,7 @@ const WORKLOADS: &[Workload] = &[
                  storm 10; bitmap-merge b a; kill; storm 10; bitmap-remove a; storm 5",
         images: &[
             "cluster_size=4k size=512k",
+            "cluster_size=4k size=512k lazy_refcounts",
             "cluster_size=16k extended_l2 backing",
         ],
         queues: &[0, 2],
