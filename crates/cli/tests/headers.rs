@@ -57,6 +57,9 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
+/// Header extensions: type and data of each.
+type Extensions = Vec<(u32, Vec<u8>)>;
+
 /// A header, taken apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Header {
@@ -65,7 +68,7 @@ struct Header {
     fields: Vec<u8>,
     /// What follows up to the header's length.
     rest: Vec<u8>,
-    extensions: Vec<(u32, Vec<u8>)>,
+    extensions: Extensions,
     backing: Vec<u8>,
 }
 
@@ -129,7 +132,7 @@ impl Header {
     }
 
     /// Extensions that are nobody's to change here.
-    fn kept(&self) -> Vec<(u32, Vec<u8>)> {
+    fn kept(&self) -> Extensions {
         let mut kept = self.extensions.clone();
         kept.retain(|(kind, _)| ![FEATURE_NAMES, BITMAPS].contains(kind));
         // The order is nobody's: QEMU turns it round.
@@ -138,7 +141,7 @@ impl Header {
     }
 
     /// What everybody keeps.
-    fn foreign(&self) -> (Vec<u8>, Vec<(u32, Vec<u8>)>, u64) {
+    fn foreign(&self) -> (Vec<u8>, Extensions, u64) {
         (self.rest.clone(), self.kept(), self.compatible() & !1)
     }
 
