@@ -13,10 +13,12 @@ mod offset;
 mod op;
 pub mod size;
 mod storage;
+mod text;
 mod vector;
 
 pub use error::{Context, Error, ErrorKind, GuestError, Result};
 pub use offset::{GuestOffset, HostOffset, align_down, align_up};
 pub use op::Op;
 pub use storage::{Range, RangeKind, Storage, Zeroed};
+pub use text::{plain, steers};
 pub use vector::{IoVec, clip, total_len};

@@ -117,7 +117,7 @@ fn report(args: &args::Amend, header: &Header) -> Result<()> {
         data_file_raw: (header.incompatible & features::DATA_FILE != 0).then_some(raw),
     };
     print(&match args.json {
-        true => serde_json::to_string_pretty(&json)? + "\n",
+        true => crate::json(&json)?,
         false => format!(
             "amended {}: qcow2, {}, compat={}, refcount_bits={}, lazy_refcounts={}\n",
             json.filename,

@@ -139,7 +139,7 @@ pub fn run(args: &Load) -> Result<()> {
             spec: &spec,
             report: &report,
         };
-        return print(&format!("{}\n", serde_json::to_string_pretty(&answer)?));
+        return print(&crate::json(&answer)?);
     }
     print(&text(&spec, &report))
 }

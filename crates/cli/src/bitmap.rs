@@ -271,7 +271,7 @@ fn json(args: &Bitmap, bitmaps: &[Listed]) -> Result<String> {
             })
             .collect(),
     };
-    Ok(serde_json::to_string_pretty(&output)? + "\n")
+    crate::json(&output)
 }
 
 fn table(bitmaps: &[Listed]) -> String {

@@ -18,7 +18,7 @@
 use crate::args::{self, Repair};
 use crate::print;
 use anyhow::{Result, bail};
-use block::Storage;
+use block::{Storage, plain};
 use image::Format;
 use io::{File, Lock, OpenOptions};
 use serde::Serialize;
@@ -121,7 +121,7 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
 }
 
 fn json(args: &args::Check, report: &Report) -> Result<String> {
-    let mut text = serde_json::to_string_pretty(&Json {
+    crate::json(&Json {
         filename: args.file.display().to_string(),
         format: Format::Qcow2.name(),
         check_errors: report.check_errors,
@@ -137,15 +137,13 @@ fn json(args: &args::Check, report: &Report) -> Result<String> {
         overlaps: report.overlaps,
         findings: report.findings.iter().map(ToString::to_string).collect(),
         findings_left_out: report.findings_left_out,
-    })?;
-    text.push('\n');
-    Ok(text)
+    })
 }
 
 /// What is wrong, line by line, on stderr.
 fn tell(report: &Report) {
     for finding in report.findings.iter().take(SHOWN_MAX) {
-        eprintln!("{finding}");
+        eprintln!("{}", plain(&finding.to_string()));
     }
     let over = report.findings.len().saturating_sub(SHOWN_MAX) as u64 + report.findings_left_out;
     if over > 0 {

@@ -266,7 +266,7 @@ fn print(args: &args::Convert, format: Format, report: &Report) -> Result<()> {
             file_size,
             actual_size,
         };
-        return crate::print(&(serde_json::to_string_pretty(&json)? + "\n"));
+        return crate::print(&crate::json(&json)?);
     }
     let mut line = format!(
         "converted {} to {}: {format}, {}; {} of data",

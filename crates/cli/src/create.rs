@@ -266,6 +266,6 @@ fn warn_of_policy(path: &Path, names_files: bool) {
     if let Err(error) = Chain::open(spec, &options)
         && error.kind() == ErrorKind::Denied
     {
-        eprintln!("diskplane: note: {error}");
+        eprintln!("diskplane: note: {}", block::plain(&error.to_string()));
     }
 }

@@ -22,7 +22,7 @@
 
 use crate::{args, bitmap, encrypt::Shown, print, snapshot};
 use anyhow::Result;
-use block::size;
+use block::{plain, size};
 use comfy_table::{Table, presets};
 use disk::chain::{Chain, ChainOptions, Layer};
 use image::{Description, Format};
@@ -101,8 +101,8 @@ pub fn run(args: &args::Info) -> Result<()> {
         active.engine = Some(engine(&chain)?);
     }
     let text = match (reading.json, args.backing_chain) {
-        (true, true) => serde_json::to_string_pretty(&entries)? + "\n",
-        (true, false) => serde_json::to_string_pretty(&entries.first())? + "\n",
+        (true, true) => crate::json(&entries)?,
+        (true, false) => crate::json(&entries.first())?,
         (false, _) => {
             let tables: Vec<String> = entries.iter().map(table).collect();
             tables.join("\n")
@@ -175,7 +175,7 @@ fn table(entry: &Entry) -> String {
         _ => format!("{} ({bytes} bytes)", size::human(bytes)),
     };
     let mut rows: Vec<(&str, String)> = vec![
-        ("image", shown(&entry.filename)),
+        ("image", entry.filename.clone()),
         ("format", entry.format.to_owned()),
         ("virtual size", sized(entry.virtual_size)),
     ];
@@ -187,19 +187,15 @@ fn table(entry: &Entry) -> String {
         "backing file",
         entry.backing_filename.as_ref().map(|name| {
             let format = entry.backing_filename_format.as_deref();
-            format!(
-                "{} ({})",
-                shown(name),
-                shown(format.unwrap_or("no format recorded"))
-            )
+            format!("{} ({})", name, format.unwrap_or("no format recorded"))
         }),
     );
     for (name, value) in entry.encrypt.iter().flat_map(Shown::rows) {
-        push(name, Some(shown(&value)));
+        push(name, Some(value));
     }
     push("read-only", entry.read_only_because.clone());
     for (name, value) in &entry.facts {
-        push(name, Some(shown(value)));
+        push(name, Some(value.clone()));
     }
     for bitmap in &entry.bitmap_rows {
         push("bitmap", Some(bitmap.clone()));
@@ -214,7 +210,7 @@ fn table(entry: &Entry) -> String {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
     for (name, value) in rows {
-        table.add_row([name, &value]);
+        table.add_row([name, &plain(&value)]);
     }
     let lines: Vec<String> = table.lines().map(|l| l.trim().to_owned()).collect();
     let snapshots = match entry.snapshots.is_empty() {
@@ -222,19 +218,4 @@ fn table(entry: &Entry) -> String {
         false => format!("snapshots\n{}", snapshot::table(&entry.snapshots)),
     };
     lines.join("\n") + "\n" + &snapshots
-}
-
-/// A string from an image, for a terminal: nothing in it may steer that.
-fn shown(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '?' } else { c })
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn names_cannot_steer_the_terminal() {
-        assert_eq!(super::shown("base\x1b[2J.raw\n"), "base?[2J.raw?");
-    }
 }

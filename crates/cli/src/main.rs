@@ -29,6 +29,7 @@ mod systemd;
 use args::{BenchCommand, Cli, Command};
 use clap::Parser;
 use std::{
+    fmt::Write as _,
     io::{ErrorKind, IsTerminal as _, Write},
     process::ExitCode,
 };
@@ -71,7 +72,8 @@ fn main() -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("diskplane: {error:#}");
+            // It may have names in it that somebody else made, of files too.
+            eprintln!("diskplane: {}", block::plain(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }
@@ -80,6 +82,21 @@ fn main() -> ExitCode {
 /// The code of a command that either did its work or failed.
 fn done(outcome: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
     outcome.map(|()| ExitCode::SUCCESS)
+}
+
+/// `value` as JSON, for a program or a terminal: `serde_json` escapes what is ASCII of the characters that steer one.
+fn json(value: &impl serde::Serialize) -> anyhow::Result<String> {
+    let plain = serde_json::to_string_pretty(value)?;
+    let mut text = String::with_capacity(plain.len() + 1);
+    for c in plain.chars() {
+        match c != '\n' && block::steers(c) {
+            // They are in strings only, and none needs more than four digits.
+            true => write!(text, "\\u{:04x}", u32::from(c))?,
+            false => text.push(c),
+        }
+    }
+    text.push('\n');
+    Ok(text)
 }
 
 /// Prints `text`; a reader that has gone (`diskplane map … | head`) is no error.

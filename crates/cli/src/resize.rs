@@ -152,7 +152,7 @@ pub fn run(args: &args::Resize) -> Result<()> {
             virtual_size: resized.new,
             preallocation: args.preallocation.name(),
         };
-        return print(&(serde_json::to_string_pretty(&json)? + "\n"));
+        return print(&crate::json(&json)?);
     }
     print(&match resized.old == resized.new {
         true => format!(

@@ -14,7 +14,7 @@
 
 use crate::{args, print};
 use anyhow::{Context as _, Result, bail};
-use block::{Storage, size};
+use block::{Storage, plain, size};
 use comfy_table::{Table, presets};
 use image::Format;
 use image::qcow2::snapshot::{self, NewSnapshot, Snapshot};
@@ -90,7 +90,7 @@ pub fn run(args: &args::Snapshot) -> Result<()> {
     };
     let entry = Entry::from(&snapshot);
     print(&match args.json {
-        true => serde_json::to_string_pretty(&entry)? + "\n",
+        true => crate::json(&entry)?,
         false => format!(
             "{done} snapshot {} (id {})\n",
             plain(&entry.name),
@@ -113,7 +113,7 @@ fn new(name: &str) -> Result<NewSnapshot> {
 fn listed(snapshots: &[Snapshot], json: bool) -> Result<String> {
     let entries: Vec<Entry> = snapshots.iter().map(Entry::from).collect();
     if json {
-        return Ok(serde_json::to_string_pretty(&entries)? + "\n");
+        return crate::json(&entries);
     }
     Ok(table(&entries))
 }
@@ -138,13 +138,6 @@ pub fn table(entries: &[Entry]) -> String {
     }
     let lines: Vec<String> = table.lines().map(|l| l.trim().to_owned()).collect();
     lines.join("\n") + "\n"
-}
-
-/// A string from an image, for a terminal: nothing in it may steer that.
-fn plain(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '?' } else { c })
-        .collect()
 }
 
 /// `2026-11-21 10:08:30`.
@@ -191,6 +184,5 @@ mod tests {
             assert_eq!(date(sec), text);
         }
         assert_eq!(clock(3723, 4_000_000), "0001:02:03.004");
-        assert_eq!(plain("a\x1b[2Jb"), "a?[2Jb");
     }
 }

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output};
 use testkit::TempDir;
-use testkit::forge::{Forge, Shape, extension, field};
+use testkit::forge::{Bitmap, Forge, Shape, Snapshot, extension, field};
 
 /// Runs a command that must end by itself, in `dir`.
 fn diskplane(dir: &Path, args: &[&str]) -> Output {
@@ -212,4 +212,92 @@ fn cve_2024_4467_data_files_are_no_way_out() {
         refusals(&own, "image");
     }
     assert_eq!(fs::read(dir.path("secret")).unwrap(), [7; 4096]);
+}
+
+/// No control character but the ends of lines that we mean; nothing that turns the text around.
+fn harmless(output: &Output, what: &str) {
+    for text in [&output.stdout, &output.stderr] {
+        let text = std::str::from_utf8(text).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let steers = |c: char| c != '\n' && c.is_control() || c == '\u{202e}';
+        assert!(!text.contains(steers), "{what}: {text:?}");
+        assert!(!text.lines().any(|line| line == "FORGED"), "{what}: {text}");
+    }
+}
+
+#[test]
+fn no_name_in_an_image_steers_the_terminal() {
+    let dir = TempDir::new();
+    let own = own(&dir);
+    const EVIL: &[u8] = b"e\x1b[2J\r\x07\nFORGED\n\xe2\x80\xae\xff\xc2\x9bx";
+    let text = String::from_utf8_lossy(EVIL);
+    let mut forge = Forge::new(Shape::default()).data(0, 1);
+    let (l1_offset, table) = (forge.allocate(1), forge.allocate(1));
+    let snapshot = Snapshot {
+        l1_offset,
+        l1_size: 2,
+        name: EVIL.to_vec(),
+        ..Snapshot::default()
+    };
+    // One that is too large to be entered: the error names it.
+    let large = Snapshot {
+        extra: [0u64.to_be_bytes(), (!511u64 >> 1).to_be_bytes()].concat(),
+        name: [EVIL, b"large"].concat(),
+        ..snapshot.clone()
+    };
+    let bitmap = |name: &[u8], flags| Bitmap {
+        table,
+        flags,
+        name: name.to_vec(),
+        ..Bitmap::default()
+    };
+    let feature = [&[0, 60][..], EVIL, &[0; 46][EVIL.len()..]].concat();
+    let forge = forge
+        .snapshots(&[snapshot, large])
+        .bitmaps(&[bitmap(EVIL, 1), bitmap(b"b", 2)])
+        .extension(extension::FEATURE_NAMES, &feature)
+        .backing(text.as_bytes(), &text);
+    fs::write(own.join("image"), &forge.bytes).unwrap();
+    let lacking = forge.put_u64(field::INCOMPATIBLE, 1 << 60);
+    fs::write(own.join("lacking"), lacking.bytes).unwrap();
+    // A backing file that is there, by that name, and is no qcow2 image.
+    fs::write(own.join(&*text), [0; 4096]).unwrap();
+    let above = Forge::new(Shape::default()).backing(text.as_bytes(), "qcow2");
+    fs::write(own.join("above"), above.bytes).unwrap();
+    let large = format!("{text}large");
+    let commands: &[&[&str]] = &[
+        &["info", "image"],
+        &["info", "image", "--json"],
+        &["info", "image", "--backing-chain"],
+        &["info", "image", "--snapshot", "nothing"],
+        &["info", "image", "--snapshot", &large],
+        &["info", "lacking"],
+        &["info", "above", "--backing-chain"],
+        &["map", "above"],
+        &["check", "image"],
+        &["check", "image", "--json"],
+        &["check", "lacking"],
+        &["snapshot", "image"],
+        &["snapshot", "image", "--json"],
+        &["snapshot", "image", "--delete", "nothing"],
+        &["snapshot", "image", "--apply", &large],
+        &["bitmap", "image"],
+        &["bitmap", "image", "--json"],
+        &["bitmap", "image", "--remove", "nothing"],
+        &["bitmap", "image", "--clear", &text],
+        &["convert", "above", "out"],
+        &["resize", "image", "8M"],
+        &["amend", "image", "-o", "compat=0.10"],
+        &["amend", "lacking", "-o", "compat=0.10"],
+        &["serve", "above", "--nbd", "unix:sock"],
+        &["serve", "lacking", "--nbd", "unix:sock"],
+    ];
+    for args in commands {
+        let output = diskplane(&own, args);
+        let what = args.join(" ");
+        harmless(&output, &what);
+        if args.contains(&"--json") {
+            serde_json::from_slice::<serde_json::Value>(&output.stdout)
+                .unwrap_or_else(|error| panic!("{what}: {error}: {output:?}"));
+        }
+    }
 }

@@ -92,11 +92,7 @@ pub fn name(kind: FeatureKind, bit: u8, table: Option<&[u8]>) -> String {
         let (head, text) = entry.split_at(2);
         if head == [kind.code(), bit] {
             let end = text.iter().position(|b| *b == 0).unwrap_or(text.len());
-            let text: String = String::from_utf8_lossy(&text[..end])
-                .chars()
-                // A name goes to a terminal: nothing in it may steer that.
-                .map(|c| if c.is_control() { '?' } else { c })
-                .collect();
+            let text = block::plain(&String::from_utf8_lossy(&text[..end]));
             return format!("'{text}' (bit {bit})");
         }
     }

@@ -98,10 +98,7 @@ impl Entry {
 
 /// `name` for a terminal.
 pub(super) fn shown(name: &[u8]) -> String {
-    String::from_utf8_lossy(name)
-        .chars()
-        .map(|c| if c.is_control() { '?' } else { c })
-        .collect()
+    block::plain(&String::from_utf8_lossy(name))
 }
 
 /// The bitmaps of an image.

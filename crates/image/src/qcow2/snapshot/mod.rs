@@ -22,7 +22,7 @@ use super::edit::Editor;
 use super::entry::COPIED;
 use super::features;
 use super::header::{Header, L1_BYTES_MAX};
-use block::{Context, Error, ErrorKind, Result, Storage, size};
+use block::{Context, Error, ErrorKind, Result, Storage, plain, size};
 use walk::{
     count, flag_all, free_table, read_l1, read_l2, share, table_of, write_bytes, write_table,
 };
@@ -124,11 +124,11 @@ pub(super) fn enter(storage: &dyn Storage, header: &mut Header, which: &str) -> 
     header.size = snapshot.disk_size().unwrap_or(header.size);
     header
         .validate()
-        .context(|| format!("snapshot '{}'", snapshot.shown_name()))
+        .context(|| format!("snapshot '{}'", plain(&snapshot.shown_name())))
 }
 
 fn not_found(snapshots: &[Snapshot], which: &str) -> Error {
-    let names: Vec<String> = snapshots.iter().map(Snapshot::shown_name).collect();
+    let names: Vec<String> = snapshots.iter().map(|s| plain(&s.shown_name())).collect();
     let there = match names.len() {
         0 => "it has none".to_owned(),
         1..=10 => format!("it has {}", names.join(", ")),
@@ -301,7 +301,7 @@ impl<'a> Edit<'a> {
         if disk_size > block::limits::DISK_BYTES_MAX || entries * 8 > L1_BYTES_MAX {
             return Err(Error::corrupt(format!(
                 "snapshot '{}' is of a disk of {}, which is too large",
-                snapshot.shown_name(),
+                plain(&snapshot.shown_name()),
                 size::human(disk_size)
             )));
         }

@@ -58,12 +58,12 @@ impl Snapshot {
         }
     }
 
-    /// Its id, for people.
+    /// Its id, as far as it is UTF-8. For a terminal it needs [`block::plain`].
     pub fn shown_id(&self) -> String {
         String::from_utf8_lossy(&self.id).into_owned()
     }
 
-    /// Its name, for people.
+    /// Its name, as far as it is UTF-8. For a terminal it needs [`block::plain`].
     pub fn shown_name(&self) -> String {
         String::from_utf8_lossy(&self.name).into_owned()
     }
