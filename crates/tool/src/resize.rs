@@ -119,13 +119,8 @@ fn shrink(member: &Member, file: &dyn Storage, name: &str, options: &ResizeOptio
 
 /// Cuts off what the file has behind the last cluster in use.
 fn cut_tail(editor: &mut Editor, file: &dyn Storage) -> Result<()> {
-    let cluster = editor.layout().cluster();
-    let len = file.len()?;
-    let mut end = len.next_multiple_of(cluster);
-    while end > cluster && editor.refcount(end - cluster)? == 0 {
-        end -= cluster;
-    }
-    if end < len {
+    let end = editor.used_end()?;
+    if end < file.len()? {
         file.set_len(end)?;
         file.sync()?;
     }

@@ -161,9 +161,7 @@ impl<'e, 'a> Work<'e, 'a> {
     fn tables(&self) -> Result<Vec<u64>> {
         let mut tables = Vec::new();
         for l1 in &self.l1s {
-            // At most 32 MiB.
-            let bytes = self.editor.read(l1.offset, l1.entries as usize * 8)?;
-            for raw in words_of(&bytes) {
+            for raw in self.editor.read_l1(l1.offset, l1.entries)? {
                 let at = raw & OFFSET_MASK;
                 if at == 0 {
                     continue;

@@ -60,7 +60,8 @@ pub fn grow_table(editor: &mut Editor, new: u64) -> Result<()> {
     }
     let cluster = header.cluster_size();
     let old_len = u64::from(header.l1_size) * 8;
-    let mut bytes = editor.read(header.l1_table_offset, old_len as usize)?;
+    let l1 = editor.read_l1(header.l1_table_offset, header.l1_size)?;
+    let mut bytes: Vec<u8> = l1.iter().flat_map(|raw| raw.to_be_bytes()).collect();
     // At most 32 MiB, as `check` found.
     bytes.resize((needed * 8).next_multiple_of(cluster) as usize, 0);
     let at = editor.allocate(bytes.len() as u64 / cluster)?;
@@ -97,13 +98,13 @@ pub fn shrink(editor: &mut Editor, new: u64) -> Result<()> {
     let mut header = editor.header().clone();
     check(&header, new).context(|| editor.name().to_owned())?;
     let (cluster, old_len) = (header.cluster_size(), u64::from(header.l1_size) * 8);
-    let old_l1 = editor.read(header.l1_table_offset, old_len as usize)?;
+    let old_l1 = editor.read_l1(header.l1_table_offset, header.l1_size)?;
     header.size = new;
     let needed = header.l1_entries_needed();
     let layout = editor.layout();
     let table_entries = cluster / 8 / layout.entry_words() as u64;
     let first = new.div_ceil(cluster);
-    let mut l1 = words_of(&old_l1);
+    let mut l1 = old_l1.clone();
     for (index, raw) in (0u64..).zip(&mut l1).skip((first / table_entries) as usize) {
         let at = *raw & OFFSET_MASK;
         if at == 0 {
@@ -124,7 +125,7 @@ pub fn shrink(editor: &mut Editor, new: u64) -> Result<()> {
     let cut = l1.len() as u64 > needed;
     l1.truncate(needed as usize);
     let mut bytes: Vec<u8> = l1.iter().flat_map(|raw| raw.to_be_bytes()).collect();
-    if cut || bytes != old_l1 {
+    if cut || l1 != old_l1 {
         if !bytes.is_empty() {
             bytes.resize(bytes.len().next_multiple_of(cluster as usize), 0);
             let at = editor.allocate(bytes.len() as u64 / cluster)?;

@@ -81,6 +81,10 @@ impl Blocks {
         self.held_max = blocks;
     }
 
+    pub(super) fn cluster_bits(&self) -> u32 {
+        self.layout.cluster_bits
+    }
+
     pub(super) fn index_of(&self, cluster: u64) -> u64 {
         cluster >> self.layout.block_bits()
     }

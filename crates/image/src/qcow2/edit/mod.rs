@@ -32,6 +32,7 @@ use super::check::Layout;
 use super::close::read_short;
 use super::features;
 use super::header::Header;
+use super::open::words_of;
 use block::{Context, Error, ErrorKind, Result, Storage};
 use blocks::Blocks;
 use space::Space;
@@ -146,6 +147,35 @@ impl<'a> Editor<'a> {
         read_short(self.storage, offset, len)
             .context(|| format!("read {len} bytes at {offset:#x}"))
             .context(|| &self.name)
+    }
+
+    /// The `entries` words of the L1 table at `offset`: at most 32 MiB, which who parsed the number has seen to.
+    ///
+    /// # Errors
+    ///
+    /// `Corrupt` for a table that ends behind the file's end: what one claims costs no more memory than the file
+    /// has bytes. What reading fails with.
+    pub fn read_l1(&self, offset: u64, entries: u32) -> Result<Vec<u64>> {
+        let len = u64::from(entries) * 8;
+        let file_len = self.storage.len()?;
+        if entries > 0 && offset.checked_add(len).is_none_or(|end| end > file_len) {
+            return Err(Error::corrupt(format!(
+                "{}: L1 table at {offset:#x} with {entries} entries ends behind the file's end \
+                 ({file_len:#x}): run diskplane check",
+                self.name
+            )));
+        }
+        Ok(words_of(&self.read(offset, len as usize)?))
+    }
+
+    /// Where the last cluster ends that has a refcount, in bytes; at least behind the header.
+    ///
+    /// # Errors
+    ///
+    /// What reading a refcount block fails with.
+    pub fn used_end(&mut self) -> Result<u64> {
+        let end = Space::end_of(self.storage, &mut self.blocks).context(|| &self.name)?;
+        Ok(end << self.layout.cluster_bits)
     }
 
     /// What the refcount of the cluster at `offset` (any byte of it) will be after a commit.

@@ -84,10 +84,11 @@ impl Space {
     }
 
     /// The cluster behind the last one that has a refcount.
-    fn end_of(storage: &dyn Storage, blocks: &mut Blocks) -> Result<u64> {
+    pub(super) fn end_of(storage: &dyn Storage, blocks: &mut Blocks) -> Result<u64> {
         for block in (0..blocks.old.len() as u64).rev() {
             if let Some(cluster) = blocks.last_used(storage, block)? {
-                return Ok(cluster + 1);
+                // A refcount block may say that clusters are in use which no offset reaches.
+                return Ok((cluster + 1).min(HOST_OFFSET_END >> blocks.cluster_bits()));
             }
         }
         // The header's, whatever the refcounts say.

@@ -3,12 +3,12 @@
 use crate::qcow2::check::Target;
 use crate::qcow2::edit::Editor;
 use crate::qcow2::entry::COPIED;
-use crate::qcow2::read_u64;
+use crate::qcow2::open::words_of;
 use block::{Error, Result};
 
-/// Reads the L1 table at `offset`. At most 32 MiB: who parsed its size has bounded it.
+/// Reads the L1 table at `offset`, as [`Editor::read_l1`].
 pub(super) fn read_l1(editor: &Editor, offset: u64, entries: u32) -> Result<Vec<u64>> {
-    let l1 = words(&editor.read(offset, entries as usize * 8)?);
+    let l1 = editor.read_l1(offset, entries)?;
     // No two entries have the same table: a file made for the purpose could keep us busy for days.
     let tables = l1.iter().filter(|raw| **raw != 0).count() as u64;
     let clusters = editor.storage().len()? >> editor.layout().cluster_bits;
@@ -48,7 +48,7 @@ pub(super) fn read_l2(editor: &Editor, offset: u64) -> Result<Vec<u64>> {
             "L2 table at {offset:#x} lies behind the end of the file: run diskplane check"
         )));
     }
-    Ok(words(&editor.read(offset, len)?))
+    Ok(words_of(&editor.read(offset, len)?))
 }
 
 /// The clusters that an L2 entry refers to: first cluster's offset, how many, and whether it is compressed.
@@ -183,9 +183,4 @@ pub(super) fn free_table(editor: &mut Editor, offset: u64, bytes: u64) -> Result
         0 => Ok(()),
         clusters => editor.free(offset, clusters),
     }
-}
-
-fn words(bytes: &[u8]) -> Vec<u64> {
-    let word = |chunk| read_u64(chunk, 0).unwrap_or(0);
-    bytes.chunks_exact(8).map(word).collect()
 }
