@@ -12,18 +12,23 @@ fn main() -> io::Result<()> {
         .nth(1)
         .ok_or(io::ErrorKind::InvalidInput)?;
     let folder = Path::new(&folder);
-    let mut images: Vec<Vec<u8>> = rich::SHAPES
-        .iter()
-        .map(|shape| rich::rich(*shape).bytes)
-        .collect();
-    for shape in 0..rich::SHAPES.len() as u8 {
-        images.push(vec![shape]);
+    let mut images = Vec::new();
+    for kind in 0..rich::KINDS as u8 {
+        images.push(vec![kind]);
         // A change in each field of the header, in each way.
         for word in 0..14 {
-            images.push(vec![shape, word, 0, word << 2, 1, word, 0]);
+            images.push(vec![kind, word, 0, word << 2, 1, word, 0]);
         }
     }
-    write(&folder.join("qcow2"), &images)?;
+    // Each edit of each image; there are fewer than so many of them.
+    let edits: Vec<Vec<u8>> = (0..24)
+        .flat_map(|edit| (0..rich::KINDS as u8).map(move |kind| vec![edit, kind]))
+        .collect();
+    write(&folder.join("qcow2_edit"), &edits)?;
+    // As bytes too: what a program does not reach.
+    images.extend((0..rich::KINDS).map(|kind| rich::kind(kind).bytes));
+    write(&folder.join("qcow2_open"), &images)?;
+    write(&folder.join("qcow2_check"), &images)?;
     write(&folder.join("nbd"), &nbd())?;
     write(&folder.join("vhost_user"), &vhost_user())
 }

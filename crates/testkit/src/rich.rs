@@ -1,9 +1,66 @@
 //! Sound images with something of everything, and damage to them.
 
-use crate::forge::{Bitmap, Forge, Shape, Snapshot};
+use crate::forge::{Bitmap, COPIED, Forge, Shape, Snapshot, extension, field, luks};
+use std::borrow::Cow;
 
-/// An image with something of everything.
-pub fn rich(shape: Shape) -> Forge {
+/// How many kinds of images there are.
+pub const KINDS: usize = SHAPES.len() + 4;
+
+/// A sound image, as small as can be: 0 to [`KINDS`] - 1 are of each shape with something of everything, then
+/// encrypted, with clusters compressed by zstd, with an external data file, and not closed cleanly.
+pub fn kind(nth: usize) -> Forge {
+    let shape = Shape {
+        size: 128 << 10,
+        ..Shape::default()
+    };
+    let plain = Forge::new(shape).data(0, 1).data(9, 2);
+    match nth.checked_sub(SHAPES.len()) {
+        None => rich(SHAPES[nth]),
+        Some(0) => encrypted(plain),
+        Some(1) => plain
+            .put_u64(field::INCOMPATIBLE, 8)
+            .put(field::COMPRESSION_TYPE, &[1])
+            // A frame that says its length, 4096, and one block of one byte repeated so often.
+            .compressed(3, b"\x28\xb5\x2f\xfd\x60\0\x0f\x03\x80\0\x42"),
+        Some(2) => Forge::new(shape)
+            .put_u64(field::INCOMPATIBLE, 4)
+            .extension(extension::DATA_FILE, b"data")
+            .map(3, 3 << 12 | COPIED)
+            .map(5, 5 << 12 | COPIED | 1),
+        Some(_) => plain
+            .put_u64(field::INCOMPATIBLE, 1)
+            .put_u64(field::COMPATIBLE, 1)
+            .map(4, 1),
+    }
+}
+
+/// The same with a LUKS header, of the shortest keys: a slot is active, and no passphrase is known.
+fn encrypted(plain: Forge) -> Forge {
+    const SLOT_SECTORS: u32 = 128;
+    let mut luks = luks();
+    let mut put = |at: usize, field: &[u8]| luks[at..at + field.len()].copy_from_slice(field);
+    put(40, b"cbc-plain64");
+    put(104, &(8 + 8 * SLOT_SECTORS).to_be_bytes());
+    put(108, &16u32.to_be_bytes());
+    for slot in 0..8 {
+        put(
+            248 + 48 * slot as usize,
+            &(8 + SLOT_SECTORS * slot).to_be_bytes(),
+        );
+    }
+    put(208, &0x00ac_71f3u32.to_be_bytes());
+    put(212, &1000u32.to_be_bytes());
+    let len = u64::from(8 + 8 * SLOT_SECTORS) * 512;
+    let mut image = plain.put_u32(field::CRYPT_METHOD, 2);
+    let at = image.allocate(len.div_ceil(image.cluster()));
+    image.put(at, &luks).extension(
+        extension::CRYPTO_HEADER,
+        &[at.to_be_bytes(), len.to_be_bytes()].concat(),
+    )
+}
+
+/// An image with something of everything that its shape can have.
+fn rich(shape: Shape) -> Forge {
     let mut image = Forge::new(shape);
     if shape.version >= 3 {
         image = image.extension(0x1234_5678, b"unknown");
@@ -45,7 +102,7 @@ pub fn rich(shape: Shape) -> Forge {
 }
 
 /// Kinds of images with small tables, so that damage meets something.
-pub const SHAPES: [Shape; 4] = [
+const SHAPES: [Shape; 4] = [
     Shape {
         version: 3,
         cluster_bits: 9,
@@ -80,11 +137,19 @@ pub const SHAPES: [Shape; 4] = [
     },
 ];
 
+/// The image that a fuzzer's input stands for: as it is, or as a program of [`damaged`].
+pub fn image(input: &[u8]) -> Cow<'_, [u8]> {
+    match input.starts_with(b"QFI\xfb") {
+        true => Cow::Borrowed(input),
+        false => Cow::Owned(damaged(input)),
+    }
+}
+
 /// A sound image with the damage that a program describes: its first byte says which image, each six more bytes a word
 /// (of 8 bytes) and what becomes of it.
 pub fn damaged(program: &[u8]) -> Vec<u8> {
     let (first, rest) = program.split_first().unwrap_or((&0, &[]));
-    let mut bytes = rich(SHAPES[usize::from(*first) % SHAPES.len()]).bytes;
+    let mut bytes = kind(usize::from(*first) % KINDS).bytes;
     for change in rest.as_chunks::<6>().0.iter().take(16) {
         let [lo, hi, how, a, b, c] = *change;
         let at = 8 * usize::from(u16::from_le_bytes([lo, hi]));

@@ -1,14 +1,19 @@
-//! Uses an image in every way that there is, whatever it is. The fuzz target of qcow2 does the same.
+//! Uses an image in every way that there is, whatever it is. The fuzz targets of qcow2 do the same, each a part of it.
 
 use block::{Error, ErrorKind, Result, Storage};
+use crypto::Passphrase;
+use crypto::luks::Erase;
 use disk::blocking::{Driver, Member};
-use image::Image as _;
 use image::qcow2::bitmap::{self, Bitmaps};
+use image::qcow2::crypt::luks_header;
 use image::qcow2::snapshot::{self, NewSnapshot};
-use image::qcow2::{OpenOptions, Qcow2};
+use image::qcow2::{self, AmendOptions, Header, OpenOptions, Qcow2};
+use image::{Format, Image as _};
 use std::sync::Arc;
 use testkit::memory::Memory;
 use tool::check::{CheckOptions, Repair, Report, check};
+use tool::prealloc::Preallocation;
+use tool::resize::{ResizeOptions, resize};
 
 /// Bytes that a hostile image may have us write on top of its own.
 const SPACE: u64 = 48 << 20;
@@ -19,23 +24,28 @@ const EXTENTS: usize = 100;
 /// Bytes of a read or write.
 const PIECE: u64 = 9000;
 
-type Edit = fn(&dyn Storage) -> Result<()>;
+/// Bytes of the disk that are read to compare them.
+const READ_MAX: u64 = 256 << 10;
+/// Iterations of PBKDF2 that are tried: a header may ask for minutes of them.
+const ITERATIONS_MAX: u64 = 20_000;
 
-/// What is done to images that nobody has open. The ids are those of the forge.
-const EDITS: &[(&str, Edit)] = &[
+/// Something that is done to images which nobody has open.
+pub type Edit = (&'static str, fn(&Arc<Memory>) -> Result<()>);
+
+/// All of them. Ids and names are those of the forge.
+pub const EDITS: &[Edit] = &[
     ("make a snapshot", |storage| {
-        let name = "new".into();
-        snapshot::create(
-            storage,
-            &NewSnapshot {
-                name,
-                ..NewSnapshot::default()
-            },
-        )
-        .map(drop)
+        let new = NewSnapshot {
+            name: "new".into(),
+            ..NewSnapshot::default()
+        };
+        snapshot::create(&**storage, &new).map(drop)
     }),
     ("apply a snapshot", |storage| {
-        snapshot::apply(storage, "1").map(drop)
+        snapshot::apply(&**storage, "1").map(drop)
+    }),
+    ("delete a snapshot", |storage| {
+        snapshot::delete(&**storage, "snap").map(drop)
     }),
     ("add a bitmap", |storage| {
         bitmaps(storage, |all| all.add(b"new", None))
@@ -50,19 +60,75 @@ const EDITS: &[(&str, Edit)] = &[
         bitmaps(storage, |all| all.set_enabled(b"bits", false))
     }),
     ("merge bitmaps", |storage| {
-        let source = bitmap::load(storage, b"bits")?;
+        let source = bitmap::load(&**storage, b"bits")?;
         source.mark_all();
         bitmaps(storage, |all| all.merge(b"bits", &source))
     }),
-    ("delete a snapshot", |storage| {
-        snapshot::delete(storage, "snap").map(drop)
+    ("version 2", |storage| {
+        amended(storage, |options| options.version = Some(2))
+    }),
+    ("version 3", |storage| {
+        amended(storage, |options| {
+            options.version = Some(3);
+            options.lazy_refcounts = Some(true);
+        })
+    }),
+    ("refcounts of 1 bit", |storage| {
+        amended(storage, |options| options.refcount_bits = Some(1))
+    }),
+    ("refcounts of 64 bits", |storage| {
+        amended(storage, |options| options.refcount_bits = Some(64))
+    }),
+    ("grow", |storage| {
+        sized(storage, |size| size.next_multiple_of(512) + (3 << 20))
+    }),
+    ("grow, with metadata", |storage| {
+        sized_with(
+            storage,
+            |size| size.next_multiple_of(512) + (1 << 20),
+            Preallocation::Metadata,
+        )
+    }),
+    ("shrink", |storage| sized(storage, |size| size / 3 & !511)),
+    ("shrink to nothing", |storage| sized(storage, |_| 0)),
+    ("erase a key", |storage| {
+        let header = Header::read(&**storage)?;
+        let (at, mut luks) = luks_header(&**storage, &header)?;
+        luks.erase_keys(&**storage, at, Erase::Slot(0), true)
+            .map(drop)
     }),
 ];
 
-fn bitmaps(storage: &dyn Storage, edit: impl FnOnce(&mut Bitmaps) -> Result<()>) -> Result<()> {
-    let mut all = Bitmaps::open(storage)?;
+fn bitmaps(storage: &Arc<Memory>, edit: impl FnOnce(&mut Bitmaps) -> Result<()>) -> Result<()> {
+    let mut all = Bitmaps::open(&**storage)?;
     edit(&mut all)?;
     all.commit()
+}
+
+fn amended(storage: &Arc<Memory>, set: impl FnOnce(&mut AmendOptions)) -> Result<()> {
+    let mut options = AmendOptions::default();
+    set(&mut options);
+    // As the command does: what can be refused is refused before anything is written.
+    options.validate(&Header::read(&**storage)?)?;
+    qcow2::amend(&**storage, &storage.name(), &options)
+}
+
+fn sized(storage: &Arc<Memory>, new: fn(u64) -> u64) -> Result<()> {
+    sized_with(storage, new, Preallocation::Off)
+}
+
+fn sized_with(
+    storage: &Arc<Memory>,
+    new: fn(u64) -> u64,
+    preallocation: Preallocation,
+) -> Result<()> {
+    let member = member(storage, false)?;
+    let options = ResizeOptions {
+        size: new(member.image.size()),
+        shrink: true,
+        preallocation,
+    };
+    resize(&[member], Format::Qcow2, &options).map(drop)
 }
 
 /// What became of it.
@@ -79,9 +145,23 @@ pub struct Outcome {
 ///
 /// # Panics
 ///
-/// When reading or checking changes the file, when opening for writing changes more than one field of it, when what a repair reports is not what a check finds afterwards, when the
-/// storage is called beyond all measure; and of course when the code under test panics.
+/// When reading or checking changes the file, when opening for writing changes more than one field of it, when what a
+/// repair reports is not what a check finds afterwards, when the storage is called beyond all measure; and of course
+/// when the code under test panics.
+#[allow(dead_code, reason = "a fuzz target does a part of it")]
 pub fn abuse(bytes: &[u8]) -> Outcome {
+    let open = open(bytes);
+    let _ = written(bytes);
+    let check = checked(bytes);
+    for edit in EDITS {
+        edited(bytes, edit, check.as_ref().is_ok_and(sound));
+    }
+    repaired(bytes, open.is_ok());
+    Outcome { open, check }
+}
+
+/// Opens it, maps and reads.
+pub fn open(bytes: &[u8]) -> Result<()> {
     let opening = storage(bytes);
     let open = driver(&opening, false).map(drop);
     let changes = opening.done().changes;
@@ -91,42 +171,100 @@ pub fn abuse(bytes: &[u8]) -> Outcome {
     let _ = snapshot::list(&*reading);
     let _ = bitmap::list(&*reading);
     let _ = bitmap::load(&*reading, b"bits");
+    let _ = unlocked(&reading);
+    let past = OpenOptions {
+        read_only: true,
+        snapshot: Some("1".into()),
+        ..OpenOptions::default()
+    };
+    if let Ok(image) = Qcow2::open(&*reading, &past) {
+        let _ = driven(&reading, image, true).and_then(|driver| read_all(driver));
+    }
     assert_eq!(reading.done().changes, 0, "reading wrote");
+    open
+}
 
+/// Opens an encrypted image with a passphrase.
+fn unlocked(storage: &Arc<Memory>) -> Result<()> {
+    let header = Header::read(&**storage)?;
+    let (_, luks) = luks_header(&**storage, &header)?;
+    let slots = luks.slots.iter().filter(|slot| slot.active);
+    let iterations: u64 = slots
+        .map(|slot| u64::from(slot.iterations) + u64::from(luks.iterations))
+        .sum();
+    if iterations > ITERATIONS_MAX {
+        return Ok(());
+    }
+    let options = OpenOptions {
+        passphrase: Some(Arc::new(Passphrase::new(b"secret".to_vec().into())?)),
+        ..OpenOptions::default()
+    };
+    let image = Qcow2::open(&**storage, &options)?;
+    read_all(driven(storage, image, true)?)
+}
+
+/// Checks it.
+pub fn checked(bytes: &[u8]) -> Result<Report> {
     let checking = storage(bytes);
-    let options = |repair| CheckOptions {
+    let report = check(&*checking, &repairing(Repair::No));
+    assert_eq!(checking.done().changes, 0, "a check wrote");
+    report
+}
+
+/// Whether a check found nothing that could make an edit do harm.
+pub fn sound(report: &Report) -> bool {
+    (report.corruptions, report.check_errors) == (0, 0)
+}
+
+fn repairing(repair: Repair) -> CheckOptions {
+    CheckOptions {
         repair,
         ..CheckOptions::default()
-    };
-    let report = check(&*checking, &options(Repair::No));
-    assert_eq!(checking.done().changes, 0, "a check wrote");
+    }
+}
 
-    let _ = write(&storage(bytes));
-
-    // What an edit leaves, done or refused, is sound if it was before.
-    let sound = report
-        .as_ref()
-        .is_ok_and(|r| (r.corruptions, r.check_errors) == (0, 0));
-    for (what, edit) in EDITS {
-        let storage = storage(bytes);
-        let done = edit(&*storage);
-        if sound && storage.done().changes > 0 {
-            let after =
-                check(&*storage, &options(Repair::No)).expect("an edited image can be checked");
-            assert_eq!(
-                (after.corruptions, after.check_errors),
-                (0, 0),
-                "after '{what}' ({done:?}): {:?}",
-                after.findings
-            );
+/// Edits it. What an edit leaves, done or refused, is sound if it was before.
+pub fn edited(bytes: &[u8], (what, edit): &Edit, was_sound: bool) {
+    let storage = storage(bytes);
+    let done = edit(&storage);
+    if was_sound && storage.done().changes > 0 {
+        let after =
+            check(&*storage, &repairing(Repair::No)).expect("an edited image can be checked");
+        assert!(
+            sound(&after),
+            "after '{what}' ({done:?}): {:?}",
+            after.findings
+        );
+        if !["apply a snapshot", "erase a key"].contains(what) {
+            let (before, after) = (content(&self::storage(bytes)), content(&storage));
+            let len = match (&before, &after) {
+                (Ok(before), Ok(after)) => before.len().min(after.len()),
+                _ => 0,
+            };
+            let same = match (&before, &after) {
+                (Ok(before), Ok(after)) => before[..len] == after[..len],
+                (before, after) => before.is_err() || after.is_ok(),
+            };
+            assert!(same, "after '{what}' ({done:?}) the disk reads otherwise");
         }
     }
+}
 
+/// What the disk reads as, up to a bound.
+fn content(storage: &Arc<Memory>) -> Result<Vec<u8>> {
+    let mut driver = driver(storage, true)?;
+    let mut bytes = vec![0; driver.size().min(READ_MAX) as usize];
+    driver.read(0, &mut bytes)?;
+    Ok(bytes)
+}
+
+/// Repairs it, in both ways. Whether it could be read before is known.
+pub fn repaired(bytes: &[u8], readable: bool) {
     for repair in [Repair::Leaks, Repair::All] {
         let storage = storage(bytes);
-        if let Ok(repaired) = check(&*storage, &options(repair)) {
+        if let Ok(repaired) = check(&*storage, &repairing(repair)) {
             let after =
-                check(&*storage, &options(Repair::No)).expect("what was repaired can be checked");
+                check(&*storage, &repairing(Repair::No)).expect("what was repaired can be checked");
             let left = |report: &Report| (report.corruptions, report.leaks, report.check_errors);
             assert_eq!(
                 left(&repaired),
@@ -134,17 +272,13 @@ pub fn abuse(bytes: &[u8]) -> Outcome {
                 "{repair:?} reports what is not so"
             );
             // A repair never costs what could be read before.
-            if open.is_ok() {
+            if readable {
                 driver(&storage, false)
                     .map(drop)
                     .and(read(&storage))
                     .expect("a repaired image is as good as before");
             }
         }
-    }
-    Outcome {
-        open,
-        check: report,
     }
 }
 
@@ -153,6 +287,16 @@ fn storage(bytes: &[u8]) -> Arc<Memory> {
 }
 
 fn driver(storage: &Arc<Memory>, read_only: bool) -> Result<Driver> {
+    Driver::new(vec![member(storage, read_only)?], read_only)
+}
+
+fn driven(storage: &Arc<Memory>, image: Qcow2, read_only: bool) -> Result<Driver> {
+    let files = vec![Arc::clone(storage) as Arc<dyn Storage>];
+    let image = Arc::new(image);
+    Driver::new(vec![Member { image, files }], read_only)
+}
+
+fn member(storage: &Arc<Memory>, read_only: bool) -> Result<Member> {
     let options = OpenOptions {
         read_only,
         ..OpenOptions::default()
@@ -164,7 +308,7 @@ fn driver(storage: &Arc<Memory>, read_only: bool) -> Result<Driver> {
     }
     let files = vec![Arc::clone(storage) as Arc<dyn Storage>];
     let image = Arc::new(image);
-    Driver::new(vec![Member { image, files }], read_only)
+    Ok(Member { image, files })
 }
 
 /// Places worth a look: the ends, and a few between.
@@ -185,7 +329,10 @@ fn places(size: u64) -> impl Iterator<Item = u64> {
 }
 
 fn read(storage: &Arc<Memory>) -> Result<()> {
-    let mut driver = driver(storage, true)?;
+    read_all(driver(storage, true)?)
+}
+
+fn read_all(mut driver: Driver) -> Result<()> {
     let (size, mut first) = (driver.size(), Ok(()));
     let mut buf = [0; PIECE as usize];
     for start in places(size) {
@@ -214,6 +361,15 @@ fn read(storage: &Arc<Memory>) -> Result<()> {
         at += len as u64;
     }
     first
+}
+
+/// Opens it, and writes in all ways.
+///
+/// # Errors
+///
+/// What failed first.
+pub fn written(bytes: &[u8]) -> Result<()> {
+    write(&storage(bytes))
 }
 
 fn write(storage: &Arc<Memory>) -> Result<()> {

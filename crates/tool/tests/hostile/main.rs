@@ -21,9 +21,9 @@ static ALLOCATOR: Counting = Counting::new();
 /// Memory is counted for the whole process: one at a time.
 static MEASURING: Mutex<()> = Mutex::new(());
 
-/// Bytes of memory that using a small image may take, whatever it says. Most take one or two MiB; an edit reads the L1
-/// table that a snapshot claims, of 32 MiB at most, and has it as words too.
-const BYTES_MAX: u64 = (24 + 64) << 20;
+/// Bytes of memory that using a small image may take, whatever it says. Most take one or two MiB; an edit has a
+/// refcount table that is claimed, of 8 MiB at most, as bytes and twice as words.
+const BYTES_MAX: u64 = 28 << 20;
 
 /// A way to spoil an image: name, how, and what opening (or reading) and checking say. An empty text: it may be
 /// accepted or not; `"ok"`: it must be accepted.
