@@ -55,7 +55,7 @@ pub fn run(args: &args::Serve) -> Result<()> {
     let layers = chains.iter().flat_map(|chain| &chain.layers);
     let files: Vec<_> = layers.flat_map(|layer| layer.files.clone()).collect();
     for note in files.iter().filter_map(|file| file.fallback()) {
-        eprintln!("diskplane: note: {}", block::plain(&note.to_string()));
+        eprintln!("diskplane: note: {}", block::plain(note));
     }
     // The disks share the I/O threads, so one engine has to do for all.
     let engine = io::choose(args.aio, &files)?;

@@ -89,7 +89,7 @@ pub const EDITS: &[Edit] = &[
             Preallocation::Metadata,
         )
     }),
-    ("shrink", |storage| sized(storage, |size| size / 3 & !511)),
+    ("shrink", |storage| sized(storage, |size| (size / 3) & !511)),
     ("shrink to nothing", |storage| sized(storage, |_| 0)),
     ("erase a key", |storage| {
         let header = Header::read(&**storage)?;
@@ -178,7 +178,7 @@ pub fn open(bytes: &[u8]) -> Result<()> {
         ..OpenOptions::default()
     };
     if let Ok(image) = Qcow2::open(&*reading, &past) {
-        let _ = driven(&reading, image, true).and_then(|driver| read_all(driver));
+        let _ = driven(&reading, image, true).and_then(read_all);
     }
     assert_eq!(reading.done().changes, 0, "reading wrote");
     open
