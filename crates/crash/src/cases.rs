@@ -1,14 +1,14 @@
 //! Workloads × images × ways to drive them.
 
+use crate::injection::Injection;
 use crate::judge::{Judge, Look};
 use crate::model::When;
 use crate::mutant::Mutant;
 use crate::random::Random;
-use crate::run::{Outcome, Plan, run};
+use crate::run::{Era, Outcome, Plan, run};
 use crate::script;
 use crate::spec::Spec;
 use crate::states::{Bounds, Moment, StateId, moments};
-use io::{Fault, FaultOp};
 use std::fmt;
 
 /// A workload and the images that it is run on.
@@ -151,6 +151,7 @@ const WORKLOADS: &[Workload] = &[
             "cluster_size=16k size=512k extended_l2",
             "cluster_size=4k size=512k lazy_refcounts backing",
             "cluster_size=4k size=512k data_file",
+            "cluster_size=4k size=512k luks",
         ],
         queues: &[0, 2],
     },
@@ -181,6 +182,174 @@ const WORKLOADS: &[Workload] = &[
         script: "write 0 1536k; flush; storm 20 write=20 flush=6 len=128k; write 1536k 1M; flush; storm 20 flush=4",
         images: &["cluster_size=512 size=4M refcount_bits=64"],
         queues: &[0, 2],
+    },
+    Workload {
+        name: "growth",
+        // The same in the middle of small writes, with what a snapshot shares, and L1 tables that move too.
+        script: "write 0 900k; snapshot-create a; storm 30 len=96k flush=3; crash; storm 20 len=96k; resize 6M; \
+                 storm 30 len=256k flush=2; crash; resize 12M; crash; storm 10 len=64k; snapshot-delete a; storm 10",
+        images: &[
+            "cluster_size=512 size=2M refcount_bits=64",
+            "cluster_size=512 size=2M refcount_bits=64 over cluster_size=2k size=1M compressed",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
+        name: "crashes",
+        script: "storm 25; crash; storm 25; crash; storm 25 flush=3; crash; storm 20; close; storm 10",
+        images: &[
+            "cluster_size=64k",
+            "cluster_size=4k lazy_refcounts",
+            "cluster_size=4k backing lazy_refcounts",
+            "cluster_size=1k size=512k refcount_bits=1",
+            "cluster_size=16k extended_l2 backing",
+            "cluster_size=4k data_file",
+            "cluster_size=64k data_file_raw",
+            "cluster_size=4k size=512k luks",
+            "cluster_size=4k compat=0.10 backing",
+            "cluster_size=2M extended_l2 size=8M backing junk=4M",
+        ],
+        queues: &[0, 3],
+    },
+    Workload {
+        name: "chain",
+        script: "storm 50 flush=3; crash; storm 30; close; storm 10",
+        images: &[
+            "cluster_size=4k over cluster_size=16k compressed over raw size=600k",
+            "cluster_size=16k extended_l2 over cluster_size=4k size=700k compressed over raw size=1200k",
+            "cluster_size=64k over cluster_size=512 size=1200k",
+            "cluster_size=512 size=256k over cluster_size=64k extended_l2 size=100k zstd compressed over cluster_size=4k size=400k",
+            "cluster_size=16k extended_l2 compressed over cluster_size=32k extended_l2 compressed",
+            "cluster_size=4k data_file over cluster_size=16k extended_l2 size=500k",
+            "cluster_size=16k luks over cluster_size=4k compressed",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
+        name: "compressed",
+        script: "storm 50 flush=3 len=8k; crash; storm 30; discard 0 200k; flush; storm 20",
+        images: &[
+            "cluster_size=4k compressed",
+            "cluster_size=64k size=2M zstd compressed",
+            "cluster_size=512 size=256k refcount_bits=64 compressed",
+            "cluster_size=4k refcount_bits=1 compressed",
+            "cluster_size=4k refcount_bits=2 compressed backing",
+            "cluster_size=4k compat=0.10 compressed",
+            "cluster_size=16k extended_l2 compressed",
+            "cluster_size=2M size=8M compressed",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
+        name: "convert",
+        script: "storm 20; convert; crash; storm 30 flush=2; convert; storm 10",
+        images: &[
+            "cluster_size=4k",
+            "cluster_size=512 size=512k refcount_bits=64",
+            "cluster_size=64k zstd over cluster_size=4k size=700k",
+            "cluster_size=16k extended_l2 compressed",
+        ],
+        queues: &[0],
+    },
+    Workload {
+        name: "one-cluster",
+        script: "storm 100 in=32k len=8k flush=3 fua=3 discard=3 unmap=2 zero=2 read=4; crash; storm 60 in=32k len=4k",
+        images: &[
+            "cluster_size=64k",
+            "cluster_size=64k backing",
+            "cluster_size=16k size=64k extended_l2 backing",
+            "cluster_size=2M size=2M extended_l2 junk=4M",
+            "cluster_size=2M size=2M compressed",
+            "cluster_size=64k size=64k luks",
+            "cluster_size=64k data_file_raw",
+        ],
+        queues: &[4],
+    },
+    Workload {
+        name: "reuse",
+        // Clusters go from one place to another all the time.
+        script: "write 0 128k; flush; storm 120 in=256k len=48k discard=8 unmap=6 flush=5; crash; \
+                 storm 60 in=256k len=64k discard=8 flush=5",
+        images: &[
+            "cluster_size=4k size=256k",
+            "cluster_size=16k size=256k extended_l2 junk=512k",
+            "cluster_size=4k size=256k backing",
+            "cluster_size=4k size=256k lazy_refcounts",
+            "cluster_size=4k size=256k luks",
+            "cluster_size=2M size=16M junk=8M",
+        ],
+        queues: &[0, 3],
+    },
+    Workload {
+        name: "repair",
+        script: "storm 30; repair; crash; storm 20; snapshot-create a; storm 10; repair; crash; storm 10",
+        images: &[
+            "cluster_size=4k size=512k",
+            "cluster_size=512 size=256k refcount_bits=64",
+            "cluster_size=1k size=256k refcount_bits=2 backing",
+            "cluster_size=16k extended_l2 compressed",
+            "cluster_size=4k size=512k lazy_refcounts",
+        ],
+        queues: &[0],
+    },
+    Workload {
+        name: "bitmaps-and-crashes",
+        script: "bitmap-add a; crash; storm 20; crash; bitmap-add b; storm 20; close; bitmap-clear b; crash; storm 10; \
+                 close; bitmap-disable b; crash; bitmap-merge b a; crash; storm 5; bitmap-remove b; crash; storm 5",
+        images: &[
+            "cluster_size=4k size=512k",
+            "cluster_size=16k extended_l2 backing",
+            "cluster_size=512 size=256k refcount_bits=64",
+            "cluster_size=4k data_file",
+            "cluster_size=4k luks",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
+        name: "snapshots-and-crashes",
+        script: "storm 20; snapshot-create a; crash; storm 20; snapshot-create b; storm 20; crash; snapshot-apply b; \
+                 crash; storm 20; resize 1M; storm 10; snapshot-apply b; crash; storm 10; snapshot-delete a; crash; \
+                 storm 10; snapshot-delete b; crash; storm 10",
+        images: &[
+            "cluster_size=4k size=512k",
+            "cluster_size=512 size=256k refcount_bits=64",
+            "cluster_size=4k size=512k refcount_bits=8 compressed",
+            "cluster_size=16k size=512k extended_l2 compressed backing",
+            "cluster_size=16k size=512k luks",
+            "cluster_size=4k size=512k lazy_refcounts",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
+        name: "keys",
+        script: "storm 10; key-add; crash; storm 5; key-erase; crash; storm 5",
+        images: &["cluster_size=4k size=256k luks"],
+        queues: &[0],
+    },
+    Workload {
+        name: "preallocate",
+        script: "storm 10; resize 1M metadata; crash; storm 20; resize 1536k falloc; crash; storm 10; resize 1600k full; \
+                 crash; resize 600k; crash; storm 10; resize 2M metadata; storm 10",
+        images: &[
+            "cluster_size=4k size=512k",
+            "cluster_size=512 size=512k refcount_bits=64",
+            "cluster_size=16k size=512k extended_l2",
+            "cluster_size=4k size=512k over raw size=1M",
+            "cluster_size=4k size=512k data_file",
+            "cluster_size=64k size=512k data_file_raw",
+            "cluster_size=4k size=512k lazy_refcounts",
+        ],
+        queues: &[0],
+    },
+    Workload {
+        name: "amend-and-crash",
+        script: "storm 20; amend refcount_bits 64; crash; storm 10; amend refcount_bits 16; crash; amend lazy_refcounts on; \
+                 storm 10; crash; amend lazy_refcounts off; downgrade; crash; storm 10; amend compat 3; crash; storm 10",
+        images: &[
+            "cluster_size=4k size=512k",
+            "cluster_size=512 size=256k compressed",
+        ],
+        queues: &[0],
     },
 ];
 
@@ -257,6 +426,12 @@ impl Case {
         self.queues
     }
 
+    /// Disks that its image and what it refers to lie on.
+    pub fn disks(&self) -> usize {
+        let spec = self.plan(0).spec;
+        spec.chain().count() + usize::from(spec.create.data_file.is_some())
+    }
+
     /// How to carry it out.
     pub fn plan(&self, seed: u64) -> Plan {
         Plan {
@@ -270,9 +445,19 @@ impl Case {
     }
 
     /// The command that shows a failure again.
-    pub fn replay(&self, seed: u64, state: Option<StateId>) -> String {
-        let state = state.map_or(String::new(), |s| format!(" --state {s}"));
-        format!("cargo run -q -p crash -- replay '{self}' --seed {seed}{state}")
+    pub fn replay(&self, plan: &Plan, bounds: &Bounds, state: Option<StateId>) -> String {
+        let seed = plan.seed;
+        let mut command = format!("cargo run -q -p crash -- replay '{self}' --seed {seed}");
+        if let Some(fault) = &plan.fault {
+            command += &format!(" --fault {fault}");
+        }
+        if *bounds != Bounds::FAST {
+            command += &format!(" --bounds {bounds}");
+        }
+        if let Some(state) = state {
+            command += &format!(" --state {state}");
+        }
+        command
     }
 
     /// Runs it with `seed`, and judges what crashes leave of it.
@@ -281,7 +466,8 @@ impl Case {
     ///
     /// What is wrong, and how to see it again.
     pub fn enumerate(&self, seed: u64, bounds: &Bounds, judge: &Judge) -> Result<Looked, String> {
-        self.enumerate_plan(&self.plan(seed), bounds, judge, None)
+        let looked = self.enumerate_plan(&self.plan(seed), bounds, judge, None)?;
+        Ok(looked.unwrap_or_default())
     }
 
     /// As [`Case::enumerate`], with a rule broken.
@@ -300,10 +486,11 @@ impl Case {
             mutant: Some(mutant),
             ..self.plan(seed)
         };
-        self.enumerate_plan(&plan, bounds, judge, None)
+        let looked = self.enumerate_plan(&plan, bounds, judge, None)?;
+        Ok(looked.unwrap_or_default())
     }
 
-    /// Judges one state again, as closely as possible.
+    /// As [`Case::enumerate`] or [`Case::fail`], or judges one state of that again, as closely as possible.
     ///
     /// # Errors
     ///
@@ -311,11 +498,16 @@ impl Case {
     pub fn again(
         &self,
         seed: u64,
-        state: StateId,
+        fault: Option<Injection>,
+        state: Option<StateId>,
         bounds: &Bounds,
         judge: &Judge,
-    ) -> Result<Looked, String> {
-        self.enumerate_plan(&self.plan(seed), bounds, judge, Some(state))
+    ) -> Result<Option<Looked>, String> {
+        let plan = Plan {
+            fault,
+            ..self.plan(seed)
+        };
+        self.enumerate_plan(&plan, bounds, judge, state)
     }
 
     fn enumerate_plan(
@@ -324,53 +516,52 @@ impl Case {
         bounds: &Bounds,
         judge: &Judge,
         only: Option<StateId>,
-    ) -> Result<Looked, String> {
-        let bounds = &bounds.for_clusters_of(plan.spec.create.cluster_size);
+    ) -> Result<Option<Looked>, String> {
         let wrong = |what, state| {
-            let again = self.replay(plan.seed, state);
+            let again = self.replay(plan, bounds, state);
             format!(
                 "{self}, seed {}: {what}\nto see it again: {again}",
                 plan.seed
             )
         };
         let outcome = run(plan).map_err(|what| wrong(what, None))?;
-        look(&outcome, plan.seed, bounds, judge, only)
+        if let Some(injection) = &plan.fault {
+            if !outcome.faulted() {
+                return Ok(None);
+            }
+            if injection.must_be_told() && plan.mutant.is_none() && outcome.errors.is_empty() {
+                return Err(wrong(
+                    "nobody was told that a barrier failed".to_owned(),
+                    None,
+                ));
+            }
+        }
+        let few = bounds.for_image(&plan.spec);
+        look(&outcome, plan.seed, &few, judge, only)
+            .map(Some)
             .map_err(|(state, what)| wrong(format!("crash state {state}: {what}"), Some(state)))
     }
 
-    /// Runs it with the nth operation that changes the image's file failing, and judges what that left and
-    /// what crashes leave of it. `None` when there are fewer operations.
+    /// Runs it with an operation failing, and judges what that left and what crashes leave of it. `None` when
+    /// there are fewer operations.
     ///
     /// # Errors
     ///
     /// As [`Case::enumerate`].
-    pub fn fail_nth(
+    pub fn fail(
         &self,
         seed: u64,
-        fault: Fault,
+        injection: Injection,
         mutant: Option<Mutant>,
         bounds: &Bounds,
         judge: &Judge,
     ) -> Result<Option<Looked>, String> {
-        let what = format!("{:?} {} fails with {}", fault.op, fault.skip, fault.errno);
-        let told = fault.op == FaultOp::Sync && !fault.lie;
         let plan = Plan {
             mutant,
-            fault: Some(fault),
+            fault: Some(injection),
             ..self.plan(seed)
         };
-        let wrong = |error| format!("{self}, seed {seed}, {what}: {error}");
-        let outcome = run(&plan).map_err(wrong)?;
-        if !outcome.world.image().faulted() {
-            return Ok(None);
-        }
-        if told && mutant.is_none() && outcome.errors.is_empty() {
-            return Err(wrong("nobody was told".to_owned()));
-        }
-        let bounds = bounds.for_clusters_of(plan.spec.create.cluster_size);
-        look(&outcome, seed, &bounds, judge, None)
-            .map(Some)
-            .map_err(|(state, error)| wrong(format!("crash state {state}: {error}")))
+        self.enumerate_plan(&plan, bounds, judge, None)
     }
 }
 
@@ -386,15 +577,21 @@ pub fn look(
     judge: &Judge,
     only: Option<StateId>,
 ) -> Result<Looked, (StateId, String)> {
-    let Outcome { world, model, .. } = outcome;
-    let moments = moments(&world.disks);
+    let eras = outcome.eras.iter();
+    let moments: Vec<(&Era, u64)> = eras
+        .flat_map(|era| {
+            moments(&era.world.disks)
+                .into_iter()
+                .map(move |at| (era, at))
+        })
+        .collect();
     let mut looked = Looked {
         moments: moments.len(),
         ..Looked::default()
     };
     let mut choose = Random::new(seed, 2);
     // What the rest of the moments may take of the bound, spread evenly.
-    for (number, at) in moments.iter().enumerate() {
+    for (number, (Era { world, model }, at)) in moments.iter().enumerate() {
         let mut random = Random::new(seed, 1000 + number as u64);
         let left = moments.len() - number;
         let most = bounds.all.saturating_sub(looked.states).div_ceil(left);

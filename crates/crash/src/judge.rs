@@ -48,21 +48,27 @@ impl Judge {
         allowed: &Allowed,
         look: Look,
     ) -> Result<(), String> {
+        if allowed.absent && Header::read(&**world.image()).is_err() {
+            return Ok(());
+        }
+        // qemu-img would need the passphrase.
+        let peer = world.spec.create.encryption.is_none();
         let dirty = is_dirty(&**world.image()).map_err(|e| format!("header: {e}"))?;
-        if dirty {
-            // Refcounts are behind the tables: the image says so itself.
+        if dirty || allowed.damaged {
+            // Refcounts are behind the tables: the image says so itself, or the workload has seen to it.
             let before = world.content().map_err(|e| e.to_string())?;
             model.judge(allowed, &before)?;
-            if look == Look::Close {
+            if look == Look::Close && dirty && peer {
                 self.peer_mends(world, &before)?;
             }
-            mend_dirty(&**world.image()).map_err(|e| e.to_string())?;
+            match allowed.damaged {
+                true => check(&**world.image(), Repair::All).map(|_| ())?,
+                false => mend_dirty(&**world.image()).map_err(|e| e.to_string())?,
+            }
         }
         check(&**world.image(), Repair::No)?;
         let bytes = world.content().map_err(|e| e.to_string())?;
         model.judge(allowed, &bytes)?;
-        // qemu-img would need the passphrase.
-        let peer = world.spec.create.encryption.is_none();
         if look != Look::Quick {
             if peer {
                 self.peer(world)?;
@@ -84,7 +90,7 @@ impl Judge {
         let path = self.dir.path("dirty.qcow2");
         std::fs::write(&path, world.image().bytes()).map_err(|e| e.to_string())?;
         for (name, disk) in world.others() {
-            std::fs::write(self.dir.path(name), disk.bytes()).map_err(|e| e.to_string())?;
+            std::fs::write(self.dir.path(&name), disk.bytes()).map_err(|e| e.to_string())?;
         }
         run(Command::new("qemu-img")
             .args(["check", "-q", "-f", "qcow2", "-r", "all", "dirty.qcow2"])
@@ -107,7 +113,7 @@ impl Judge {
             |path: &Path, bytes: &[u8]| std::fs::write(path, bytes).map_err(|e| e.to_string());
         write(&path, &world.image().bytes())?;
         for (name, disk) in world.others() {
-            write(&self.dir.path(name), &disk.bytes())?;
+            write(&self.dir.path(&name), &disk.bytes())?;
         }
         let output = Command::new("qemu-img")
             .args(["check", "-f", "qcow2"])
@@ -151,8 +157,8 @@ impl Judge {
 
 /// The crashed image can be used: what is written next is there, and the rest stays.
 fn go_on(world: &World, model: &Model, allowed: &Allowed) -> Result<(), String> {
-    let disks = world.disks.iter().map(|disk| disk.copy()).collect();
-    let world = world.on(disks);
+    let after = |what| format!("after going on: {what}");
+    let world = world.copy();
     let written = || -> block::Result<Vec<u8>> {
         let mut driver = world.open(false, None)?.driver()?;
         let mut bytes = vec![0; driver.size() as usize];
@@ -167,11 +173,17 @@ fn go_on(world: &World, model: &Model, allowed: &Allowed) -> Result<(), String> 
         world.content()
     };
     let bytes = written().map_err(|e| format!("going on after the crash: {e}"))?;
-    let after = |what| format!("after going on: {what}");
     model.judge(allowed, &bytes).map_err(after)?;
-    check(&**world.image(), Repair::No)
-        .map(|_| ())
-        .map_err(after)
+    check(&**world.image(), Repair::No).map_err(after)?;
+    // What the crash leaked can be given back, and nothing else goes with it.
+    let report = check(&**world.image(), Repair::Leaks).map_err(after)?;
+    let bytes = world.content().map_err(|e| after(e.to_string()))?;
+    model.judge(allowed, &bytes).map_err(after)?;
+    let again = check(&**world.image(), Repair::No).map_err(after)?;
+    match report.leaks + again.leaks {
+        0 => Ok(()),
+        leaks => Err(format!("{leaks} clusters are leaked after their repair")),
+    }
 }
 
 /// Every snapshot of the image is what the disk was when it was made.
@@ -180,7 +192,7 @@ fn snapshots(world: &World, model: &Model) -> Result<(), String> {
     for found in found {
         let name = found.shown_name();
         let saved = model.saved(&name).ok_or(format!("a snapshot {name}"))?;
-        let copy = world.on(world.disks.iter().map(|disk| disk.copy()).collect());
+        let copy = world.copy();
         let applied = snapshot::apply(&**copy.image(), &name);
         let read = applied.and_then(|_| copy.content());
         let bytes = read.map_err(|e| format!("snapshot {name}: {e}"))?;

@@ -12,6 +12,7 @@
 //! | [`script`] | a workload in words: `storm 60; flush; close; storm 20` |
 //! | [`world`] | the disks of a machine, and how they are opened |
 //! | [`run`] | a workload carried out: by the blocking driver, or through queues in virtual time |
+//! | [`injection`] | errors to inject, in words |
 //! | [`whole`] | operations on whole images in the middle of a workload |
 //! | [`model`] | what a guest may find |
 //! | [`states`] | what disks may hold after a crash |
@@ -25,6 +26,7 @@
 //! For tests only: what is taken for granted panics, and nothing of it is in any other build.
 
 pub mod cases;
+pub mod injection;
 pub mod judge;
 pub mod model;
 pub mod mutant;
@@ -38,4 +40,5 @@ pub mod whole;
 pub mod world;
 
 pub use cases::Case;
+pub use injection::Injection;
 pub use random::Random;

@@ -4,8 +4,8 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use crash::judge::Judge;
 use crash::states::{Bounds, StateId};
-use crash::{Case, Random};
-use io::{Fault, FaultOp};
+use crash::{Case, Injection, Random};
+use io::FaultOp;
 use std::time::{Duration, Instant};
 
 /// Enumerates what crashes leave of disks.
@@ -41,9 +41,12 @@ enum Command {
         /// A state, as the failure names it.
         #[arg(long)]
         state: Option<StateId>,
-        /// With the bounds of the soak, which number states otherwise.
+        /// An operation that fails, as the failure names it: DISK:OP:SKIP:ERRNO[:torn][:lie].
         #[arg(long)]
-        long: bool,
+        fault: Option<Injection>,
+        /// How many states are looked at, as the failure names it: fast, few or long.
+        #[arg(long, default_value_t = Bounds::FAST)]
+        bounds: Bounds,
     },
 }
 
@@ -64,8 +67,9 @@ fn main() -> Result<()> {
             case,
             seed,
             state,
-            long,
-        } => replay(&case, seed, state, long),
+            fault,
+            bounds,
+        } => replay(&case, seed, fault, state, &bounds),
     }
 }
 
@@ -94,27 +98,17 @@ fn soak(minutes: f64, seed: Option<u64>, filter: &str) -> Result<()> {
                     states += looked.states;
                     peer += looked.peer;
                 }
-                Err(what) => bail!("{what} --long"),
+                Err(what) => bail!("{what}"),
             }
             // And one operation that fails.
             let mut random = Random::new(seed, case.queues() as u64 + 77);
-            let ops = [
-                FaultOp::Write,
-                FaultOp::Sync,
-                FaultOp::Range,
-                FaultOp::Resize,
-            ];
-            let fault = Fault {
-                skip: random.below(200),
-                count: 1,
-                torn: random.once_in(2),
-                ..Fault::always(
-                    ops[random.below(4) as usize],
-                    [5, 28][random.below(2) as usize],
-                )
-            };
-            match case.fail_nth(seed, fault, None, &Bounds::FAST, &judge) {
-                Ok(looked) => states += looked.unwrap_or_default().states,
+            let fault = injection(&mut random, case.disks());
+            match case.fail(seed, fault, None, &Bounds::FAST, &judge) {
+                Ok(looked) => {
+                    let looked = looked.unwrap_or_default();
+                    states += looked.states;
+                    peer += looked.peer;
+                }
                 Err(what) => bail!("{what}"),
             }
             if Instant::now() >= end {
@@ -127,18 +121,46 @@ fn soak(minutes: f64, seed: Option<u64>, filter: &str) -> Result<()> {
     }
 }
 
-fn replay(name: &str, seed: u64, state: Option<StateId>, long: bool) -> Result<()> {
-    let bounds = if long { Bounds::LONG } else { Bounds::FAST };
+/// Something that fails, on one of so many disks.
+fn injection(random: &mut Random, disks: usize) -> Injection {
+    let ops = [
+        FaultOp::Read,
+        FaultOp::Write,
+        FaultOp::Sync,
+        FaultOp::Range,
+        FaultOp::Resize,
+        FaultOp::Change,
+    ];
+    let op = ops[random.below(6) as usize];
+    // What is rare is failed nearer to the beginning.
+    let most = [200, 20][random.below(2) as usize];
+    let disk = random.below(disks as u64) as usize;
+    let errno = [5, 28][random.below(2) as usize];
+    let mut injection = Injection::once(disk, op, random.below(most), errno);
+    injection.fault.torn = random.once_in(2);
+    if random.once_in(4) {
+        injection.fault.count = 1 + random.below(9);
+    }
+    injection
+}
+
+fn replay(
+    name: &str,
+    seed: u64,
+    fault: Option<Injection>,
+    state: Option<StateId>,
+    bounds: &Bounds,
+) -> Result<()> {
     let case = Case::all().into_iter().find(|c| c.to_string() == name);
     let case = case.with_context(|| format!("no case is called '{name}': see crash list"))?;
-    let judge = Judge::default();
-    let looked = match state {
-        Some(state) => case.again(seed, state, &bounds, &judge),
-        None => case.enumerate(seed, &bounds, &judge),
-    };
+    let looked = case.again(seed, fault, state, bounds, &Judge::default());
     match looked {
-        Ok(looked) => {
+        Ok(Some(looked)) => {
             println!("{case}, seed {seed}: {looked:?}: sound");
+            Ok(())
+        }
+        Ok(None) => {
+            println!("{case}, seed {seed}: nothing failed, the run has fewer operations");
             Ok(())
         }
         Err(what) => bail!("{what}"),

@@ -53,10 +53,28 @@ pub struct Model {
     writes: Vec<Write>,
     /// When each flush was submitted, and when its success was reported.
     flushes: Vec<(u64, u64)>,
-    /// Begin and end of each change of the size, and the size.
+    /// Begin and end of each change of the size, and the size. One that failed never ends.
     sizes: Vec<(u64, u64, u64)>,
     /// What the disk held when something was made of it: a stamp for each sector.
     saved: BTreeMap<String, Vec<u64>>,
+    /// When the image was damaged on purpose, and when a repair had mended it.
+    damaged: Vec<(u64, Option<u64>)>,
+    /// When the image was begun anew, and when that was complete.
+    absent: Vec<(u64, Option<u64>)>,
+}
+
+/// Whether `at` is in one of the spans, which end where the second is known.
+fn spans(all: &[(u64, Option<u64>)], at: u64) -> bool {
+    let mut all = all.iter();
+    all.any(|(from, until)| *from < at && until.is_none_or(|until| until >= at))
+}
+
+/// `all`, when what happened from `at` on never did.
+fn cut(all: &mut Vec<(u64, Option<u64>)>, at: u64) {
+    all.retain(|(from, _)| *from < at);
+    for span in all {
+        span.1 = span.1.filter(|until| *until < at);
+    }
 }
 
 /// When to judge.
@@ -66,12 +84,18 @@ pub enum When {
     Crash(u64),
     /// While the disk is served: all that has ended is there.
     Served,
+    /// While the disk is served, for a read that began at this event: all that had ended then is there.
+    Read(u64),
 }
 
 /// What may be on a disk at some moment.
 #[derive(Clone, Debug)]
 pub struct Allowed {
     at: u64,
+    /// Errors that a repair mends.
+    pub damaged: bool,
+    /// There may be no image.
+    pub absent: bool,
     /// By sector: the latest beginning of what has settled there.
     settled: Vec<u64>,
     zeros: Vec<bool>,
@@ -80,24 +104,27 @@ pub struct Allowed {
 }
 
 impl Model {
-    /// A disk of `size` bytes whose first `backed` bytes hold stamps of write 1, the others zeros.
-    pub fn new(size: u64, backed: u64) -> Self {
-        let whole = |count: u64, value| Write {
+    /// A disk that holds `stamps`, one for each sector, 0 for zeros. They are those of writes 1 to `layers`, which
+    /// filled the images of the chain before anything else happened.
+    pub fn new(stamps: &[u64], layers: usize) -> Self {
+        let write = |count: u64, value| Write {
             first: 0,
-            count: count.div_ceil(SECTOR),
+            count,
             value,
             begun: 0,
             ended: Some(0),
             sure: true,
             durable: true,
         };
-        let mut backing = whole(backed, Value::Stamps);
-        (backing.begun, backing.ended) = (1, Some(1));
+        let mut writes = vec![write(stamps.len() as u64, Value::Former(stamps.into()))];
+        writes.extend((0..layers).map(|_| write(0, Value::Stamps)));
         Self {
-            writes: vec![whole(size, Value::Zeros), backing],
+            writes,
             flushes: Vec::new(),
-            sizes: vec![(0, 0, size)],
+            sizes: vec![(0, 0, stamps.len() as u64 * SECTOR)],
             saved: BTreeMap::new(),
+            damaged: Vec::new(),
+            absent: Vec::new(),
         }
     }
 
@@ -125,7 +152,8 @@ impl Model {
 
     /// Bytes of the disk by now.
     pub fn size(&self) -> u64 {
-        self.sizes.last().map_or(0, |s| s.2)
+        let sure = self.sizes.iter().rfind(|s| s.1 < u64::MAX);
+        sure.map_or(0, |s| s.2)
     }
 
     /// A write begins; returns its number.
@@ -152,6 +180,71 @@ impl Model {
         }
     }
 
+    /// The machine lost power at `at`, and the disk holds `stamps` by `now`, durably. What began after `at` never
+    /// happened.
+    pub fn crashed(&mut self, at: u64, now: u64, stamps: &[u64]) {
+        self.killed(at);
+        for write in &mut self.writes {
+            if write.begun > at {
+                write.count = 0;
+            } else if write.ended.is_none_or(|ended| ended > at) {
+                // Nothing that follows a crash can be older than it.
+                write.ended = Some(at);
+            }
+        }
+        self.flushes.retain(|(_, ended)| *ended < at);
+        cut(&mut self.damaged, at);
+        cut(&mut self.absent, at);
+        let size = stamps.len() as u64 * SECTOR;
+        self.sizes.retain(|(_, ended, _)| *ended < at);
+        if self.size() != size {
+            self.sizes.push((now, now, size));
+        }
+        self.writes.push(Write {
+            first: 0,
+            count: stamps.len() as u64,
+            value: Value::Former(stamps.into()),
+            begun: now,
+            ended: Some(now),
+            sure: true,
+            durable: true,
+        });
+    }
+
+    /// The image is damaged on purpose from `at` on, until it is [`Model::mended`].
+    pub fn damaged(&mut self, at: u64) {
+        self.damaged.push((at, None));
+    }
+
+    /// A repair has mended the image.
+    pub fn mended(&mut self, at: u64) {
+        for damage in &mut self.damaged {
+            damage.1.get_or_insert(at);
+        }
+    }
+
+    /// Whether the image may have errors that a repair has to mend.
+    pub fn is_damaged(&self, at: u64) -> bool {
+        spans(&self.damaged, at)
+    }
+
+    /// The image is begun anew: there may be none from `at` on, until it is [`Model::present`].
+    pub fn absent(&mut self, at: u64) {
+        self.absent.push((at, None));
+    }
+
+    /// The image is there.
+    pub fn present(&mut self, at: u64) {
+        for absent in &mut self.absent {
+            absent.1.get_or_insert(at);
+        }
+    }
+
+    /// Whether there may be no image.
+    pub fn is_absent(&self, at: u64) -> bool {
+        spans(&self.absent, at)
+    }
+
     /// When the latest flush was submitted whose success was reported before `at`.
     fn flushed_by(&self, at: u64) -> u64 {
         let flushes = self.flushes.iter().filter(|(_, ended)| *ended < at);
@@ -176,6 +269,7 @@ impl Model {
             sure: sure && size > old,
             durable: true,
         });
+        let ended = if sure { ended } else { u64::MAX };
         self.sizes.push((begun, ended, size));
     }
 
@@ -183,6 +277,7 @@ impl Model {
     fn settles(&self, write: &Write, when: When, flushed: u64) -> bool {
         match (write.ended, when) {
             (Some(_), When::Served) => write.sure,
+            (Some(ended), When::Read(begun)) => write.sure && ended < begun,
             (Some(ended), When::Crash(at)) => {
                 write.sure && ended < at && (write.durable || ended < flushed)
             }
@@ -194,11 +289,11 @@ impl Model {
     pub fn allowed(&self, when: When) -> Allowed {
         let at = match when {
             When::Crash(at) => at,
-            When::Served => u64::MAX,
+            When::Served | When::Read(_) => u64::MAX,
         };
         let flushed = self.flushed_by(at);
-        let most = self.sizes.iter().map(|s| s.2).max().unwrap_or(0);
-        let mut settled = vec![0; most.div_ceil(SECTOR) as usize];
+        let ends = self.writes.iter().map(|w| w.first + w.count);
+        let mut settled = vec![0; ends.max().unwrap_or(0) as usize];
         for write in &self.writes {
             if self.settles(write, when, flushed) {
                 for sector in write.first..write.first + write.count {
@@ -223,6 +318,8 @@ impl Model {
         let last = sizes.iter().rposition(|s| s.1 < at).unwrap_or(0);
         Allowed {
             at,
+            damaged: self.is_damaged(at),
+            absent: self.is_absent(at),
             settled,
             zeros,
             sizes: sizes.iter().skip(last).map(|s| s.2).collect(),
@@ -235,7 +332,12 @@ impl Model {
             let len = bytes.len();
             return Err(format!("the disk has {len} bytes, not {:?}", allowed.sizes));
         }
-        for (sector, part) in (0..).zip(bytes.chunks(SECTOR as usize)) {
+        self.judge_part(allowed, 0, bytes)
+    }
+
+    /// What is wrong with `bytes`, read from sector `first` on.
+    pub fn judge_part(&self, allowed: &Allowed, first: u64, bytes: &[u8]) -> Result<(), String> {
+        for (sector, part) in (first..).zip(bytes.chunks(SECTOR as usize)) {
             if let Some(what) = self.judge_sector(allowed, sector, part) {
                 let byte = sector * SECTOR;
                 return Err(format!("sector {sector} (guest byte {byte:#x}) {what}"));
@@ -339,7 +441,7 @@ mod tests {
 
     #[test]
     fn a_sector_holds_what_was_written_since_the_last_flush_or_what_that_covered() {
-        let mut model = Model::new(1024, 0);
+        let mut model = Model::new(&[0, 0], 1);
         let a = model.begin(write(0, 1, 10));
         assert_eq!(found(&model, When::Crash(10)), [0]);
         assert_eq!(found(&model, When::Crash(11)), [0, a]);
@@ -369,7 +471,7 @@ mod tests {
 
     #[test]
     fn wrong_bytes_are_named() {
-        let mut model = Model::new(1024, 0);
+        let mut model = Model::new(&[0, 0], 1);
         let a = model.begin(write(0, 2, 10));
         model.end(a, 11, true);
         let allowed = model.allowed(When::Crash(20));
@@ -388,7 +490,7 @@ mod tests {
 
     #[test]
     fn a_size_is_the_old_one_or_the_new_one() {
-        let mut model = Model::new(1024, 0);
+        let mut model = Model::new(&[0, 0], 1);
         model.resized(10, 20, 2048, true);
         let sizes = |at| model.allowed(When::Crash(at)).sizes;
         assert_eq!(sizes(5), [1024]);

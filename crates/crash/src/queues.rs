@@ -15,8 +15,16 @@ const TURNS_MAX: u32 = 100_000;
 
 /// A request in flight: its memory must outlive it.
 struct Running {
-    _bytes: Vec<u8>,
+    bytes: Vec<u8>,
     _piece: Box<IoVec>,
+}
+
+/// What ended.
+pub(crate) struct Ended {
+    pub tag: u64,
+    pub ok: bool,
+    /// What was read; what was written.
+    pub bytes: Vec<u8>,
 }
 
 struct Queue {
@@ -86,6 +94,7 @@ impl Queues {
             },
             Ask::Discard => Op::Discard,
             Ask::Flush => Op::Flush,
+            Ask::Read => Op::Read,
         };
         let piece = Box::new(IoVec::from_mut(&mut bytes));
         let (iov, iov_len) = match op.has_data() {
@@ -106,13 +115,16 @@ impl Queues {
         // SAFETY: bytes and piece stay in `running` until the request's `Done` was taken.
         let taken = unsafe { queue.submit(&mut **engine, request) };
         assert!(taken.is_ok(), "fewer are in flight than the queue takes");
-        let (_bytes, _piece) = (bytes, piece);
-        running.insert(tag, Running { _bytes, _piece });
+        let running_now = Running {
+            bytes,
+            _piece: piece,
+        };
+        running.insert(tag, running_now);
         Some(tag)
     }
 
-    /// A turn of one of the queues: what ended, and whether it succeeded.
-    pub fn turn(&mut self, random: &mut Random) -> block::Result<Vec<(u64, bool)>> {
+    /// A turn of one of the queues: what ended.
+    pub fn turn(&mut self, random: &mut Random) -> block::Result<Vec<Ended>> {
         let nth = random.below(self.queues.len() as u64) as usize;
         let Queue {
             engine,
@@ -129,14 +141,18 @@ impl Queues {
         queue.notified();
         let mut ended = Vec::new();
         while let Some(done) = queue.done() {
-            running.remove(&done.tag);
-            ended.push((done.tag, done.result.is_ok()));
+            let running = running.remove(&done.tag).expect("ends once");
+            ended.push(Ended {
+                tag: done.tag,
+                ok: done.result.is_ok(),
+                bytes: running.bytes,
+            });
         }
         Ok(ended)
     }
 
     /// Turns until something ended, or nothing is at work any more.
-    pub fn some(&mut self, random: &mut Random) -> block::Result<Vec<(u64, bool)>> {
+    pub fn some(&mut self, random: &mut Random) -> block::Result<Vec<Ended>> {
         for _ in 0..TURNS_MAX {
             let ended = self.turn(random)?;
             if !ended.is_empty() || !self.queues.iter().any(|q| q.queue.is_busy()) {
@@ -148,7 +164,7 @@ impl Queues {
     }
 
     /// Lets all that is at work come to its end: what ended.
-    pub fn drain(&mut self, random: &mut Random) -> block::Result<Vec<(u64, bool)>> {
+    pub fn drain(&mut self, random: &mut Random) -> block::Result<Vec<Ended>> {
         let mut ended = Vec::new();
         while self.queues.iter().any(|q| q.queue.is_busy()) {
             ended.extend(self.some(random)?);

@@ -1,18 +1,28 @@
 //! A workload carried out.
 
+use crate::injection::Injection;
+use crate::judge::stamps;
 use crate::model::{Model, SECTOR, Value, When, Write};
 use crate::mutant::Mutant;
-use crate::queues::Queues;
+use crate::queues::{Ended, Queues};
 use crate::random::Random;
 use crate::script::{Ask, Request, Step};
 use crate::spec::Spec;
+use crate::states::{Bounds, Moment};
 use crate::whole::{self, Ground};
 use crate::world::World;
-use block::Result;
+use block::{ErrorKind, Result};
 use disk::blocking::Driver;
 use disk::{Disk, DiskOptions};
-use io::{Change, Fault, SimDisk};
+use io::{Change, SimDisk};
 use std::collections::HashMap;
+
+/// What operations say of something that a crash may have kept or lost.
+const GONE: [&str; 3] = [
+    "is inconsistent, since it was not saved",
+    "already",
+    "opens no key slot",
+];
 
 /// How to carry it out.
 #[derive(Clone, Debug)]
@@ -28,18 +38,33 @@ pub struct Plan {
     /// A rule to break.
     pub mutant: Option<Mutant>,
     /// An error to inject.
-    pub fault: Option<Fault>,
+    pub fault: Option<Injection>,
+}
+
+/// From the beginning, or a crash, to the next or to the end.
+#[derive(Debug)]
+pub struct Era {
+    /// The disks with their logs.
+    pub world: World,
+    /// What the guest may find.
+    pub model: Model,
 }
 
 /// What came of it.
 #[derive(Debug)]
 pub struct Outcome {
-    /// The disks with their logs.
-    pub world: World,
-    /// What the guest may find.
-    pub model: Model,
+    /// One after the other.
+    pub eras: Vec<Era>,
     /// Errors that were reported: to requests, to whole-image operations, by opening and closing.
     pub errors: Vec<String>,
+}
+
+impl Outcome {
+    /// Whether the fault has hit an operation.
+    pub fn faulted(&self) -> bool {
+        let mut disks = self.eras.iter().flat_map(|era| &era.world.disks);
+        disks.any(|disk| disk.faulted())
+    }
 }
 
 enum Drive {
@@ -54,6 +79,13 @@ struct Run {
     random: Random,
     drive: Option<Drive>,
     errors: Vec<String>,
+    /// What a guest has read that it may not find.
+    wrong: Option<String>,
+    eras: Vec<Era>,
+    /// When the step before began.
+    before: u64,
+    /// Power was lost: what later steps ask for may not be there.
+    crashed: bool,
     /// Requests in flight by tag: what they are, when they began, and the number of a write.
     flying: HashMap<u64, (Request, u64, Option<usize>)>,
 }
@@ -65,16 +97,23 @@ struct Run {
 /// What the guest could see wrong without any crash; with no fault in the plan, any error.
 pub fn run(plan: &Plan) -> std::result::Result<Outcome, String> {
     let world = World::new(&plan.spec, plan.seed).map_err(|e| format!("create: {e}"))?;
-    if let Some(fault) = &plan.fault {
-        world.image().inject(fault.clone());
+    let model = world.model().map_err(|e| format!("create: {e}"))?;
+    if let Some(Injection { disk, fault }) = &plan.fault {
+        let disk = world.disks.get(*disk);
+        let disk = disk.ok_or("there is no such disk to inject an error into")?;
+        disk.inject(fault.clone());
     }
     let mut run = Run {
-        model: Model::new(plan.spec.create.size, plan.spec.backed),
+        before: world.clock.now(),
+        model,
         random: Random::new(plan.seed, 1),
         plan: plan.clone(),
         world,
         drive: None,
         errors: Vec::new(),
+        wrong: None,
+        eras: Vec::new(),
+        crashed: false,
         flying: HashMap::new(),
     };
     run.open()?;
@@ -83,8 +122,11 @@ pub fn run(plan: &Plan) -> std::result::Result<Outcome, String> {
             // Who opens the image next finds in the page cache what is on no disk, and cannot know.
             break;
         }
-        run.step(step)
-            .map_err(|what| format!("step {nth} {step:?}: {what}"))?;
+        let begun = run.world.clock.now();
+        let done = run.step(step);
+        let done = done.and_then(|()| run.wrong.take().map_or(Ok(()), Err));
+        done.map_err(|what| format!("step {nth} {step:?}: {what}"))?;
+        run.before = begun;
     }
     run.served()?;
     run.close();
@@ -108,16 +150,64 @@ impl Run {
                 self.model.killed(self.world.clock.tick());
                 return self.open();
             }
+            Step::Crash => {
+                self.drain().map_err(|e| e.to_string())?;
+                if let Some(Drive::Queues(queues)) = self.drive.take() {
+                    queues.detach();
+                }
+                self.crash()?;
+                return self.open();
+            }
             Step::Whole(words) => {
                 self.close();
                 let mut ground = Ground::new(&self.world, &mut self.model);
-                if let Err(error) = whole::run(&mut ground, words) {
-                    self.errors.push(format!("{}: {error}", words.join(" ")));
+                match whole::run(&mut ground, words) {
+                    // What an operation made that lost power may not be there, or be there already.
+                    Err(error)
+                        if self.crashed
+                            && (error.kind() == ErrorKind::NotFound
+                                || GONE.iter().any(|what| error.to_string().contains(what))) => {}
+                    Err(error) => self.errors.push(format!("{}: {error}", words.join(" "))),
+                    Ok(()) => {}
                 }
                 return self.open();
             }
         };
         done.map_err(|e| e.to_string())
+    }
+
+    /// Loses power at some moment of the step before, and goes on with what one of the states that the disks may
+    /// be in then.
+    fn crash(&mut self) -> std::result::Result<(), String> {
+        let now = self.world.clock.tick();
+        let at = match self.random.below(3) {
+            0 => now,
+            _ => self.before + 1 + self.random.below(now - self.before),
+        };
+        // Where there may be no image the guest has not crashed, but whoever made it.
+        let at = if self.model.is_absent(at) { now } else { at };
+        let moment = Moment::new(&self.world.disks, at);
+        let mut states = moment.states(&Bounds::FAST, &mut self.random);
+        let state = states.swap_remove(self.random.below(states.len() as u64) as usize);
+        let disks = moment.disks(&state);
+        let world = self.world.on(disks);
+        let world = std::mem::replace(&mut self.world, world);
+        let model = self.model.clone();
+        self.eras.push(Era { world, model });
+        let content = self.world.content().map_err(|e| e.to_string())?;
+        let allowed = self.model.allowed(When::Crash(at));
+        self.model.judge(&allowed, &content)?;
+        let now = self.world.clock.tick();
+        self.model.crashed(at, now, &stamps(&content));
+        self.crashed = true;
+        if self.model.is_damaged(now + 1) {
+            // It is known to be: whoever repairs it may lose power once more.
+            let mut ground = Ground::new(&self.world, &mut self.model);
+            let repair = ["check".to_owned(), "repair".to_owned()];
+            whole::run(&mut ground, &repair).map_err(|e| e.to_string())?;
+            self.model.mended(self.world.clock.tick());
+        }
+        Ok(())
     }
 
     /// Whether a sync failed: what it did not cover may be lost for good.
@@ -160,6 +250,8 @@ impl Run {
         });
         if let Err(error) = closed {
             self.errors.push(format!("close: {error}"));
+            // What only the image's memory knew has gone with it.
+            self.model.killed(self.world.clock.tick());
         }
     }
 
@@ -177,7 +269,9 @@ impl Run {
     }
 
     fn finish(self) -> std::result::Result<Outcome, String> {
-        self.world.image().heal();
+        for disk in &self.world.disks {
+            disk.heal();
+        }
         let bytes = self.world.content().map_err(|e| e.to_string())?;
         // A close is a flush: what was closed well is all there. Otherwise the page cache is, as after the end of a
         // process: all but what only the image's memory knew, and no flush had covered.
@@ -186,9 +280,13 @@ impl Run {
         if self.plan.fault.is_none() && !self.errors.is_empty() {
             return Err(self.errors.join("; "));
         }
-        Ok(Outcome {
+        let mut eras = self.eras;
+        eras.push(Era {
             world: self.world,
             model: self.model,
+        });
+        Ok(Outcome {
+            eras,
             errors: self.errors,
         })
     }
@@ -220,6 +318,7 @@ impl Run {
             Ask::Write { fua } => (Value::Stamps, fua),
             Ask::Zero { .. } | Ask::Discard => (Value::Zeros, false),
             Ask::Flush => return (begun, None, Vec::new()),
+            Ask::Read => return (begun, None, vec![0xee; request.len as usize]),
         };
         let id = self.model.begin(Write {
             first,
@@ -237,9 +336,17 @@ impl Run {
         (begun, Some(id), bytes)
     }
 
-    fn end(&mut self, request: Request, begun: u64, id: Option<usize>, ok: bool) {
+    fn end(&mut self, request: Request, begun: u64, id: Option<usize>, ok: bool, bytes: &[u8]) {
         let now = self.world.clock.tick();
         match id {
+            None if ok && request.ask == Ask::Read => {
+                let allowed = self.model.allowed(When::Read(begun));
+                let judged = self.model.judge_part(&allowed, request.at / SECTOR, bytes);
+                if let Err(what) = judged {
+                    let what = format!("{request:?} that began at event {begun}: {what}");
+                    self.wrong.get_or_insert(what);
+                }
+            }
             Some(id) => self.model.end(id, now, ok && request.ask != Ask::Discard),
             None if ok => self.model.flushed(begun, now),
             None => {}
@@ -252,7 +359,7 @@ impl Run {
 
     /// One request with blocking calls.
     fn serial(&mut self, request: Request) {
-        let (begun, id, bytes) = self.begin(request);
+        let (begun, id, mut bytes) = self.begin(request);
         let Some(Drive::Blocking(driver)) = &mut self.drive else {
             return;
         };
@@ -265,11 +372,12 @@ impl Run {
             Ask::Zero { unmap } => driver.write_zeroes(at, len, unmap),
             Ask::Discard => driver.discard(at, len),
             Ask::Flush => driver.flush(),
+            Ask::Read => driver.read(at, &mut bytes),
         };
         if let Err(error) = &done {
             self.errors.push(error.to_string());
         }
-        self.end(request, begun, id, done.is_ok());
+        self.end(request, begun, id, done.is_ok(), &bytes);
     }
 
     fn queued(&mut self, request: Request) -> Result<()> {
@@ -295,10 +403,10 @@ impl Run {
         Ok(())
     }
 
-    fn ended(&mut self, ended: Vec<(u64, bool)>) {
-        for (tag, ok) in ended {
+    fn ended(&mut self, ended: Vec<Ended>) {
+        for Ended { tag, ok, bytes } in ended {
             let (request, begun, id) = self.flying.remove(&tag).expect("ends once");
-            self.end(request, begun, id, ok);
+            self.end(request, begun, id, ok, &bytes);
         }
     }
 

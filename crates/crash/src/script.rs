@@ -8,9 +8,10 @@
 //! | `zero AT LEN` | writes zeros; `unmap AT LEN` gives space back |
 //! | `discard AT LEN` | discards |
 //! | `flush` | flushes |
-//! | `storm N [KIND=WEIGHT …] [len=LEN]` | N random requests of the kinds above, `len` bytes at most |
+//! | `storm N [KIND=WEIGHT …] [len=LEN] [in=LEN]` | N random requests of the kinds above and reads (`read`), `len` bytes at most, in the first `in` bytes of the disk |
 //! | `close` | closes the image and opens it again |
 //! | `kill` | opens it again without closing it, as after the end of a process |
+//! | `crash` | opens what a power failure in the step before may have left |
 //! | anything else | an operation on the closed image, see [`crate::whole`] |
 
 use crate::random::Random;
@@ -33,6 +34,8 @@ pub enum Ask {
     Discard,
     /// Flush.
     Flush,
+    /// Read.
+    Read,
 }
 
 /// A guest's request.
@@ -47,13 +50,14 @@ pub struct Request {
 }
 
 /// Kinds of a storm's requests by their names, with usual weights.
-const KINDS: [(&str, Ask, u64); 6] = [
+const KINDS: [(&str, Ask, u64); 7] = [
     ("write", Ask::Write { fua: false }, 10),
     ("fua", Ask::Write { fua: true }, 1),
     ("zero", Ask::Zero { unmap: false }, 1),
     ("unmap", Ask::Zero { unmap: true }, 1),
     ("discard", Ask::Discard, 1),
     ("flush", Ask::Flush, 1),
+    ("read", Ask::Read, 1),
 ];
 
 /// Many random requests.
@@ -65,6 +69,8 @@ pub struct Storm {
     weights: [u64; KINDS.len()],
     /// Bytes of a request at most.
     len_max: u64,
+    /// The part of the disk that they are for, in bytes.
+    within: u64,
 }
 
 impl Storm {
@@ -82,6 +88,7 @@ impl Storm {
                     }
                     None => Some(*ask),
                 });
+        let size = size.min(self.within);
         let at = random.below(size / 512) * 512;
         let len = (1 + random.below(self.len_max / 512)) * 512;
         Request {
@@ -103,6 +110,8 @@ pub enum Step {
     Close,
     /// Open again.
     Kill,
+    /// Lose power, and open what is left.
+    Crash,
     /// A whole-image operation and its arguments.
     Whole(Vec<String>),
 }
@@ -126,11 +135,13 @@ fn step(text: &str) -> Result<Step, String> {
     match (words.as_slice(), kind) {
         (["close"], _) => Ok(Step::Close),
         (["kill"], _) => Ok(Step::Kill),
+        (["crash"], _) => Ok(Step::Crash),
         (["storm", count, rest @ ..], _) => {
             let mut storm = Storm {
                 count: bytes(count).ok_or_else(wrong)?,
                 weights: KINDS.map(|(.., weight)| weight),
                 len_max: 32 << 10,
+                within: u64::MAX,
             };
             for word in rest {
                 let (key, value) = word.split_once('=').ok_or_else(wrong)?;
@@ -138,6 +149,7 @@ fn step(text: &str) -> Result<Step, String> {
                 match KINDS.iter().position(|(name, ..)| *name == key) {
                     Some(kind) => storm.weights[kind] = value,
                     None if key == "len" => storm.len_max = value.max(512),
+                    None if key == "in" => storm.within = value.max(512),
                     None => return Err(wrong()),
                 }
             }
@@ -184,7 +196,7 @@ mod tests {
     #[test]
     fn a_storm_asks_for_what_has_weight() {
         let Step::Storm(storm) =
-            step("storm 5 fua=0 zero=0 unmap=0 discard=0 flush=0 len=8k").unwrap()
+            step("storm 5 fua=0 zero=0 unmap=0 discard=0 flush=0 read=0 len=8k in=64k").unwrap()
         else {
             panic!("a storm");
         };
@@ -192,7 +204,7 @@ mod tests {
         for _ in 0..1000 {
             let request = storm.draw(&mut random, 1 << 20);
             assert_eq!(request.ask, Ask::Write { fua: false });
-            assert!(request.len > 0 && request.len <= 8192 && request.at + request.len <= 1 << 20);
+            assert!(request.len > 0 && request.len <= 8192 && request.at + request.len <= 64 << 10);
         }
     }
 }

@@ -2,19 +2,26 @@
 //!
 //! ```text
 //!   size=1M cluster_size=4k refcount_bits=1 compat=0.10 extended_l2 lazy_refcounts zstd backing junk=256k
-//!   data_file data_file_raw luks
+//!   data_file data_file_raw luks filled compressed over cluster_size=64k size=700k compressed over raw
 //! ```
 //!
-//! With `data_file` the guest's data are in a file of their own, with `luks` they are encrypted. With `backing` the image lies over a raw one that is a little shorter. `junk` bytes follow the last cluster, as
-//! on a device that was used before.
+//! With `data_file` the guest's data are in a file of their own, with `luks` they are encrypted. `filled` and
+//! `compressed` images hold something from the beginning, as it is or compressed where that makes it smaller.
+//! `over` begins the words of the image below, which is filled and may be `raw`; `backing` is a raw one that is a little
+//! shorter. `junk` bytes follow the last cluster, as on a device that was used before.
 
 use crypto::Passphrase;
 use crypto::luks::{FormatOptions, Volume};
 use image::qcow2::{Compression, CreateOptions};
 use std::sync::Arc;
 
-/// What the backing file is called in the image.
-pub const BACKING: &str = "base";
+/// What the backing file is called in the image that is number `above` of the chain, 0 the active one.
+pub fn backing(above: usize) -> String {
+    match above {
+        0 => "base".to_owned(),
+        n => format!("base{n}"),
+    }
+}
 
 /// What the data file is called in the image.
 pub const DATA: &str = "data";
@@ -25,15 +32,36 @@ pub fn passphrase() -> Arc<Passphrase> {
     Arc::new(passphrase.expect("a passphrase that may be"))
 }
 
+/// Another one, of a key that is added and erased.
+pub fn second_passphrase() -> Arc<Passphrase> {
+    let passphrase = Passphrase::new(b"another one".to_vec().into());
+    Arc::new(passphrase.expect("a passphrase that may be"))
+}
+
 /// An image to make.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spec {
     /// As the format wants it.
     pub create: CreateOptions,
-    /// Bytes of the backing file, if any.
-    pub backed: u64,
+    /// It is a raw image; of the options only the size counts.
+    pub raw: bool,
+    /// What it holds from the beginning.
+    pub content: Content,
+    /// The image below.
+    pub below: Option<Box<Spec>>,
     /// Bytes of rubbish behind the image.
     pub junk: u64,
+}
+
+/// What an image holds from the beginning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Nothing.
+    Nothing,
+    /// Something here and there.
+    Filled,
+    /// Likewise, compressed where that makes it smaller.
+    Compressed,
 }
 
 impl Spec {
@@ -43,17 +71,48 @@ impl Spec {
     ///
     /// The word that means nothing.
     pub fn parse(words: &str) -> Result<Self, String> {
+        let words: Vec<&str> = words.split_whitespace().collect();
+        let mut images = words.split(|word| *word == "over");
+        let top = Self::image(images.next().unwrap_or_default(), 1 << 20)?;
+        let mut chain = vec![top];
+        for words in images {
+            let above = chain.last().map_or(0, |spec| spec.create.size);
+            let mut spec = Self::image(words, above)?;
+            if spec.content == Content::Nothing {
+                spec.content = Content::Filled;
+            }
+            chain.push(spec);
+        }
+        let mut below: Option<Spec> = None;
+        let depths = (0..chain.len()).rev();
+        for (above, mut spec) in depths.zip(chain.into_iter().rev()) {
+            // `backing` has put one there.
+            let lower = below.take().map(Box::new).or(spec.below.take());
+            if let Some(lower) = &lower {
+                let format = if lower.raw { "raw" } else { "qcow2" };
+                spec.create.backing = Some((backing(above), format.to_owned()));
+            }
+            spec.below = lower;
+            below = Some(spec);
+        }
+        below.ok_or_else(|| "no image".to_owned())
+    }
+
+    /// One image of a chain, of `size` bytes unless the words say another.
+    fn image(words: &[&str], size: u64) -> Result<Self, String> {
         let mut spec = Self {
             create: CreateOptions {
-                size: 1 << 20,
+                size,
                 ..CreateOptions::default()
             },
-            backed: 0,
+            raw: false,
+            content: Content::Nothing,
+            below: None,
             junk: 0,
         };
         let create = &mut spec.create;
         let mut backing = false;
-        for word in words.split_whitespace() {
+        for word in words {
             let (key, value) = word.split_once('=').unwrap_or((word, ""));
             let number = || bytes(value).ok_or_else(|| format!("'{word}': what number is that"));
             match key {
@@ -77,17 +136,27 @@ impl Spec {
                     create.encryption = Some(volume.map_err(|e| e.to_string())?);
                 }
                 "zstd" => create.compression = Compression::Zstd,
+                "raw" => spec.raw = true,
+                "filled" => spec.content = Content::Filled,
+                "compressed" => spec.content = Content::Compressed,
                 "backing" => backing = true,
                 "junk" => spec.junk = number()?,
                 _ => return Err(format!("'{word}' says nothing about an image")),
             }
         }
         if backing {
-            create.backing = Some((BACKING.to_owned(), "raw".to_owned()));
             // Ends inside a cluster, before the disk does.
-            spec.backed = create.size / 8 * 7 / 512 * 512 + 512;
+            let size = spec.create.size / 8 * 7 / 512 * 512 + 512;
+            let mut raw = Self::image(&["raw"], size)?;
+            raw.content = Content::Filled;
+            spec.below = Some(Box::new(raw));
         }
         Ok(spec)
+    }
+
+    /// The images of the chain, the active one first.
+    pub fn chain(&self) -> impl Iterator<Item = &Spec> {
+        std::iter::successors(Some(self), |spec| spec.below.as_deref())
     }
 }
 
@@ -111,7 +180,15 @@ mod tests {
         let spec = Spec::parse("cluster_size=4k refcount_bits=1 size=2M backing junk=8k").unwrap();
         assert_eq!(spec.create.cluster_size, 4096);
         assert_eq!(spec.create.refcount_bits, 1);
-        assert_eq!((spec.backed, spec.junk), ((7 << 18) + 512, 8192));
+        let below = spec.below.unwrap();
+        assert_eq!((below.create.size, spec.junk), ((7 << 18) + 512, 8192));
+        assert!(below.raw && below.content == Content::Filled);
+        let spec = Spec::parse("over cluster_size=2k compressed size=9k over raw").unwrap();
+        let names: Vec<_> = spec.chain().map(|s| s.create.backing.clone()).collect();
+        let name = |name: &str, format: &str| Some((name.to_owned(), format.to_owned()));
+        assert_eq!(names, [name("base", "qcow2"), name("base1", "raw"), None]);
+        let sizes: Vec<_> = spec.chain().map(|s| s.create.size).collect();
+        assert_eq!(sizes, [1 << 20, 9 << 10, 9 << 10]);
         assert!(Spec::parse("cluster=4k").is_err() && Spec::parse("size=x").is_err());
     }
 }

@@ -6,11 +6,12 @@
 //! barrier's, and of the end.
 
 use crate::random::Random;
+use crate::spec::Spec;
 use io::{Change, Keep, Outage, SimDisk};
 use std::sync::Arc;
 
 /// How many states to look at.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
     /// Where no more sectors than this are open, every subset of them is a state; where no more
     /// operations are, every subset of those.
@@ -26,7 +27,7 @@ impl Bounds {
     pub const FAST: Bounds = Bounds {
         exhaustive: 4,
         each: 14,
-        all: 96,
+        all: 64,
     };
     /// For runs that are many: one for each operation that may fail.
     pub const FEW: Bounds = Bounds {
@@ -41,10 +42,37 @@ impl Bounds {
         all: 4000,
     };
 
-    /// Fewer where each takes longer: tables are as large as clusters.
-    pub fn for_clusters_of(self, bytes: u64) -> Self {
-        let all = self.all / (bytes >> 18).max(1) as usize;
+    /// Those that have names.
+    const NAMED: [(&str, Bounds); 3] = [
+        ("fast", Self::FAST),
+        ("few", Self::FEW),
+        ("long", Self::LONG),
+    ];
+
+    /// Fewer where each takes longer: tables are as large as clusters, and keys are made slowly.
+    pub fn for_image(self, spec: &Spec) -> Self {
+        let mut all = self.all / (spec.create.cluster_size >> 18).max(1) as usize;
+        if spec.create.encryption.is_some() {
+            all /= 3;
+        }
         Self { all, ..self }
+    }
+}
+
+impl std::fmt::Display for Bounds {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = Self::NAMED.iter().find(|(_, bounds)| bounds == self);
+        f.write_str(name.map_or("unnamed", |(name, _)| name))
+    }
+}
+
+impl std::str::FromStr for Bounds {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::NAMED.iter().find(|(name, _)| *name == text);
+        let found = found.map(|(_, bounds)| *bounds);
+        found.ok_or(format!("'{text}': bounds are fast, few or long"))
     }
 }
 

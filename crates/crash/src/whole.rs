@@ -4,16 +4,19 @@
 //! again afterwards; the operation may lose power and fail at every step like all else.
 
 use crate::judge;
-use crate::model::{Model, Value, Write};
-use crate::spec::bytes;
+use crate::model::{Model, SECTOR, Value, Write};
+use crate::random::Random;
+use crate::spec::{bytes, passphrase, second_passphrase};
 use crate::world::World;
 use block::{Error, Result, Storage};
+use crypto::luks::{self, Erase};
 use image::Format;
 use image::qcow2::bitmap::Bitmaps;
 use image::qcow2::snapshot::{self, NewSnapshot};
-use image::qcow2::{AmendOptions, amend, downgrade};
+use image::qcow2::{AmendOptions, Header, ImageWriter, amend, crypt, downgrade};
 use std::sync::Arc;
 use tool::check::{CheckOptions, Repair};
+use tool::convert::{ConvertOptions, Target, convert};
 use tool::prealloc::Preallocation;
 use tool::resize::{ResizeOptions, resize};
 
@@ -64,10 +67,11 @@ const OPERATIONS: &[(&str, Operation)] = &[
     }),
     ("resize", |ground, words| {
         let size = bytes(words[0]).expect("a size");
+        let preallocation = words.get(1).map_or(Ok(Preallocation::Off), |w| w.parse());
         let options = ResizeOptions {
             size,
             shrink: true,
-            preallocation: Preallocation::Off,
+            preallocation: preallocation?,
         };
         let chain = ground.world.open(false, None)?;
         resize(&chain.members(), Format::Qcow2, &options)?;
@@ -78,6 +82,14 @@ const OPERATIONS: &[(&str, Operation)] = &[
         let options = match words[0] {
             "compat" => AmendOptions {
                 version: Some(number(1)),
+                ..AmendOptions::default()
+            },
+            "lazy_refcounts" => AmendOptions {
+                lazy_refcounts: Some(words[1] == "on"),
+                ..AmendOptions::default()
+            },
+            "data_file_raw" => AmendOptions {
+                data_file_raw: Some(words[1] == "on"),
                 ..AmendOptions::default()
             },
             _ => AmendOptions {
@@ -98,6 +110,10 @@ const OPERATIONS: &[(&str, Operation)] = &[
             bitmaps.add(words[0].as_bytes(), Some(4096))
         })
     }),
+    ("bitmap-clear", |ground, words| {
+        ground.save(words[0])?;
+        bitmaps(ground, |bitmaps| bitmaps.clear(words[0].as_bytes()))
+    }),
     ("bitmap-disable", |ground, words| {
         bitmaps(ground, |bitmaps| {
             bitmaps.set_enabled(words[0].as_bytes(), false)
@@ -112,7 +128,99 @@ const OPERATIONS: &[(&str, Operation)] = &[
     ("bitmap-remove", |ground, words| {
         bitmaps(ground, |bitmaps| bitmaps.remove(words[0].as_bytes()))
     }),
+    ("key-add", |ground, _| {
+        let (offset, mut luks) = keys(ground)?;
+        let (_, key) = luks.unlock(ground.file(), offset, &passphrase())?;
+        luks.add_key(ground.file(), offset, &key, &second_passphrase(), None, 1)?;
+        Ok(Effect::Nothing)
+    }),
+    ("key-erase", |ground, _| {
+        let (offset, mut luks) = keys(ground)?;
+        let which = Erase::Opened(&second_passphrase());
+        luks.erase_keys(ground.file(), offset, which, false)?;
+        Ok(Effect::Nothing)
+    }),
+    ("repair", damage_and_repair),
+    ("convert", convert_again),
 ];
+
+/// The image's LUKS header, and where it is.
+fn keys(ground: &Ground) -> Result<(u64, luks::Header)> {
+    crypt::luks_header(ground.file(), &Header::read(ground.file())?)
+}
+
+/// Damages refcounts and COPIED flags, and repairs that.
+fn damage_and_repair(ground: &mut Ground, _: &[&str]) -> Result<Effect> {
+    damage(ground)?;
+    check(ground, &["repair"])?;
+    ground.model.mended(ground.world.clock.tick());
+    Ok(Effect::Nothing)
+}
+
+/// Damages what a repair mends without losing anything, durably.
+fn damage(ground: &mut Ground) -> Result<()> {
+    let file: &dyn Storage = &**ground.world.image();
+    let header = Header::read(file)?;
+    let mut random = Random::new(ground.begun, 9);
+    let begun = ground.world.clock.tick();
+    ground.model.damaged(begun);
+    let entries = |offset: u64, count: u64| -> Result<Vec<u64>> {
+        let mut bytes = vec![0; count as usize * 8];
+        file.read_at(offset, &mut bytes)?;
+        let entries = bytes.chunks_exact(8);
+        Ok(entries
+            .map(|e| u64::from_be_bytes(e.try_into().expect("8 bytes")))
+            .collect())
+    };
+    // The bits of entries that say where something is.
+    let place = |entry: u64| entry & 0x00ff_ffff_ffff_fe00;
+    let cluster = header.cluster_size();
+    for block in entries(header.refcount_table_offset, cluster / 8)? {
+        if block == 0 || random.once_in(3) {
+            continue;
+        }
+        for _ in 0..1 + random.below(4) {
+            let at = place(block) + random.below(cluster);
+            file.write_at(at, &[[0, 0xff][random.below(2) as usize]])?;
+        }
+    }
+    for table in entries(header.l1_table_offset, u64::from(header.l1_size))? {
+        if table == 0 || random.once_in(3) {
+            continue;
+        }
+        let words = if header.extended_l2() { 2 } else { 1 };
+        let entries = entries(place(table), cluster / 8)?;
+        for (at, entry) in (0..).zip(entries).step_by(words) {
+            // Not of compressed clusters, whose bit it is.
+            if place(entry) != 0 && entry >> 62 & 1 == 0 && random.once_in(8) {
+                let flipped = (entry ^ 1 << 63).to_be_bytes();
+                file.write_at(place(table) + at * 8, &flipped)?;
+            }
+        }
+    }
+    file.sync()
+}
+
+/// Writes the image anew over itself, compressed.
+fn convert_again(ground: &mut Ground, _: &[&str]) -> Result<Effect> {
+    ground.model.absent(ground.begun);
+    let source = ground.world.copy().open(true, None)?;
+    let mut below = source.clone();
+    below.layers.remove(0);
+    let mut create = ground.world.spec.create.clone();
+    create.size = ground.model.size();
+    let target = Target::Compressed {
+        writer: Box::new(ImageWriter::new(ground.file(), &create)?),
+        compression: create.compression,
+    };
+    let options = ConvertOptions {
+        base: (!below.layers.is_empty()).then_some(&below),
+        workers: 1,
+    };
+    convert(&source, target, &options, &mut |_| {})?;
+    ground.model.present(ground.world.clock.tick());
+    Ok(Effect::Nothing)
+}
 
 /// One edit of the bitmaps.
 fn bitmaps(ground: &Ground, change: impl FnOnce(&mut Bitmaps) -> Result<()>) -> Result<Effect> {
@@ -170,6 +278,10 @@ pub fn run(ground: &mut Ground, words: &[String]) -> Result<()> {
     match effect {
         Effect::Nothing => {}
         Effect::Content(stamps) => {
+            let size = stamps.len() as u64 * SECTOR;
+            if size != ground.model.size() {
+                ground.model.resized(begun, ended, size, sure);
+            }
             ground.model.begin(Write {
                 first: 0,
                 count: stamps.len() as u64,

@@ -1,11 +1,14 @@
 //! The disks of a machine, and how an image on them is opened.
 
-use crate::model::Model;
+use crate::judge::stamps;
+use crate::model::{Model, SECTOR};
 use crate::mutant::{self, Mutant};
-use crate::spec::{BACKING, DATA, Spec, passphrase};
+use crate::random::Random;
+use crate::spec::{Content, DATA, Spec, backing, passphrase};
 use block::{Context, Result, Storage};
 use disk::{Chain, Layer};
-use image::{Format, Raw, qcow2};
+use image::qcow2::{self, Compressor, ImageWriter};
+use image::{Format, Raw};
 use io::{File, SimClock, SimDisk, SimOptions};
 use std::sync::Arc;
 
@@ -16,7 +19,7 @@ pub struct World {
     pub spec: Spec,
     /// Numbers what happens to the disks.
     pub clock: SimClock,
-    /// The image's file; then its data file and its backing file, if it has them.
+    /// The image's file; then its data file, if it has one, and the images below it.
     pub disks: Vec<Arc<SimDisk>>,
 }
 
@@ -31,34 +34,107 @@ impl World {
         // The beginning of the model's history.
         clock.tick();
         clock.tick();
-        let options = |label: &str, salt| SimOptions {
-            label: label.to_owned(),
+        let chain: Vec<&Spec> = spec.chain().collect();
+        let mut below: Option<World> = None;
+        for (depth, spec) in chain.into_iter().enumerate().rev() {
+            below = Some(Self::over(spec, below, depth, seed, &clock)?);
+        }
+        let world = below.expect("a chain has an image");
+        let disks = world.disks.iter().map(|disk| disk.copy()).collect();
+        Ok(world.on(disks))
+    }
+
+    /// The image at `depth` of the chain over those `below`.
+    fn over(
+        spec: &Spec,
+        below: Option<World>,
+        depth: usize,
+        seed: u64,
+        clock: &SimClock,
+    ) -> Result<Self> {
+        let label = match depth {
+            0 => "image".to_owned(),
+            n => backing(n - 1),
+        };
+        let options = |label: String, salt| SimOptions {
+            label,
             seed: seed.wrapping_add(salt),
             clock: clock.clone(),
             ..SimOptions::default()
         };
-        let image = SimDisk::new(options("image", 0));
-        qcow2::create(&*image, &spec.create)?;
-        let mut bytes = image.bytes();
-        let junk = Model::bytes(0xdead, 0, spec.junk / 512);
-        bytes.extend_from_slice(&junk);
-        let mut disks = vec![SimDisk::from_bytes(options("image", 0), &bytes)];
+        let image = SimDisk::new(options(label.clone(), depth as u64));
+        let mut disks = vec![Arc::clone(&image)];
         if spec.create.data_file.is_some() {
-            let data = SimDisk::new(SimOptions {
+            disks.push(SimDisk::new(SimOptions {
                 size: spec.create.size,
-                ..options(DATA, 2)
-            });
-            disks.push(data);
+                ..options(DATA.to_owned(), 77)
+            }));
         }
-        if spec.backed > 0 {
-            let backing = Model::bytes(1, 0, spec.backed / 512);
-            disks.push(SimDisk::from_bytes(options(BACKING, 1), &backing));
-        }
-        Ok(Self {
+        disks.extend(below.iter().flat_map(|world| world.disks.iter().cloned()));
+        let mut world = Self {
             spec: spec.clone(),
-            clock,
+            clock: clock.clone(),
             disks,
-        })
+        };
+        let mut random = Random::new(seed, 500 + depth as u64);
+        let id = depth + 1;
+        if spec.raw {
+            image.set_len(spec.create.size)?;
+        } else if spec.content != Content::Compressed {
+            qcow2::create(&*image, &spec.create)?;
+        }
+        match spec.content {
+            Content::Nothing => {}
+            Content::Filled => world.fill(id, &mut random)?,
+            Content::Compressed => world.compress(id, &mut random)?,
+        }
+        if spec.junk > 0 {
+            let mut bytes = image.bytes();
+            bytes.extend_from_slice(&Model::bytes(0xdead, 0, spec.junk / SECTOR));
+            world.disks[0] = SimDisk::from_bytes(options(label, depth as u64), &bytes);
+        }
+        Ok(world)
+    }
+
+    /// Writes here and there, most of the disk.
+    fn fill(&mut self, id: usize, random: &mut Random) -> Result<()> {
+        let mut driver = self.open(false, None)?.driver()?;
+        let sectors = driver.size() / SECTOR;
+        let mut at = random.below(3);
+        while at < sectors {
+            let count = (1 + random.below(sectors / 4)).min(sectors - at);
+            driver.write(at * SECTOR, &Model::bytes(id, at, count))?;
+            let gap = random.below(sectors / 16 + 2).min(sectors - at - count);
+            if random.once_in(3) && gap > 0 {
+                driver.write_zeroes((at + count) * SECTOR, gap * SECTOR, true)?;
+            }
+            at += count + gap;
+        }
+        driver.close()
+    }
+
+    /// Makes the image with compressed clusters.
+    fn compress(&mut self, id: usize, random: &mut Random) -> Result<()> {
+        let mut writer = ImageWriter::new(&*self.disks[0], &self.spec.create)?;
+        let mut compressor = Compressor::new(self.spec.create.compression)?;
+        let sectors = writer.cluster_size() / SECTOR;
+        let end = self.spec.create.size / SECTOR;
+        let mut packed = Vec::new();
+        for guest in 0..writer.clusters() {
+            let first = guest * sectors;
+            let mut bytes = Model::bytes(id, first, sectors.min(end - first));
+            bytes.resize((sectors * SECTOR) as usize, 0);
+            match random.below(8) {
+                0 => {}
+                1 => writer.put_zero(guest)?,
+                2 => writer.put_data(guest, &bytes)?,
+                _ if compressor.pack(&bytes, &mut packed) => {
+                    writer.put_compressed(guest, &packed)?;
+                }
+                _ => writer.put_data(guest, &bytes)?,
+            }
+        }
+        writer.finish()
     }
 
     /// The same image on other disks.
@@ -69,25 +145,22 @@ impl World {
         }
     }
 
+    /// The same image on copies of its disks.
+    pub fn copy(&self) -> Self {
+        self.on(self.disks.iter().map(|disk| disk.copy()).collect())
+    }
+
     /// The image's file.
     pub fn image(&self) -> &Arc<SimDisk> {
         &self.disks[0]
     }
 
     /// The other files with their names.
-    pub fn others(&self) -> impl Iterator<Item = (&'static str, &Arc<SimDisk>)> {
-        let data = self.spec.create.data_file.is_some().then_some(DATA);
-        let backing = (self.spec.backed > 0).then_some(BACKING);
-        let names = data.into_iter().chain(backing);
+    pub fn others(&self) -> impl Iterator<Item = (String, &Arc<SimDisk>)> {
+        let data = self.spec.create.data_file.iter().cloned();
+        let below = self.spec.chain().skip(1).enumerate();
+        let names = data.chain(below.map(|(above, _)| backing(above)));
         names.zip(self.disks.iter().skip(1))
-    }
-
-    /// A file of that name.
-    fn file(&self, name: &str) -> Result<Option<Arc<File>>> {
-        let found = self.others().find(|(other, _)| *other == name);
-        found
-            .map(|(_, disk)| File::sim(Arc::clone(disk)))
-            .transpose()
     }
 
     /// Opens the image with what it lies over. A writer first brings one that was not closed in order, as the
@@ -97,31 +170,34 @@ impl World {
     ///
     /// What opening it fails with.
     pub fn open(&self, read_only: bool, mutant: Option<Mutant>) -> Result<Chain> {
-        let file = File::sim(Arc::clone(self.image()))?;
-        let options = qcow2::OpenOptions {
-            read_only,
-            passphrase: (self.spec.create.encryption.is_some()).then(passphrase),
-            ..qcow2::OpenOptions::default()
-        };
-        if !read_only {
-            tool::check::mend_dirty(&*file)?;
+        if !read_only && !self.spec.raw {
+            tool::check::mend_dirty(&**self.image())?;
         }
-        let image = qcow2::Qcow2::open(&*file, &options).context(|| "open")?;
-        let mut files = vec![file];
-        files.extend(self.file(DATA)?);
-        let mut layers = vec![Layer {
-            image: mutant::wrap(Arc::new(image), mutant),
-            files,
-            path: "image".into(),
-            format: Format::Qcow2,
-        }];
-        if let Some(file) = self.file(BACKING)? {
-            let storage: &dyn Storage = &*file;
+        let mut layers = Vec::new();
+        let mut disks = self.disks.iter();
+        for (depth, spec) in self.spec.chain().enumerate() {
+            let files = 1 + usize::from(spec.create.data_file.is_some());
+            let own = disks.by_ref().take(files);
+            let files: Vec<Arc<File>> = own
+                .map(|disk| File::sim(Arc::clone(disk)))
+                .collect::<Result<_>>()?;
+            let file: &dyn Storage = &*files[0];
+            let (image, format): (Arc<dyn image::Image>, _) = if spec.raw {
+                (Arc::new(Raw::open(file)?), Format::Raw)
+            } else {
+                let options = qcow2::OpenOptions {
+                    read_only: read_only || depth > 0,
+                    passphrase: (spec.create.encryption.is_some()).then(passphrase),
+                    ..qcow2::OpenOptions::default()
+                };
+                let image = qcow2::Qcow2::open(file, &options).context(|| "open")?;
+                (Arc::new(image), Format::Qcow2)
+            };
             layers.push(Layer {
-                image: Arc::new(Raw::open(storage)?),
-                files: vec![file],
-                path: BACKING.into(),
-                format: Format::Raw,
+                image: mutant::wrap(image, mutant.filter(|_| depth == 0)),
+                path: file.name().into(),
+                files,
+                format,
             });
         }
         Ok(Chain { layers, read_only })
@@ -137,5 +213,15 @@ impl World {
         let mut bytes = vec![0; driver.size() as usize];
         driver.read(0, &mut bytes).context(|| "read")?;
         Ok(bytes)
+    }
+
+    /// The history of the disk, with nothing in it but what it holds.
+    ///
+    /// # Errors
+    ///
+    /// As [`World::content`].
+    pub fn model(&self) -> Result<Model> {
+        let stamps = stamps(&self.content()?);
+        Ok(Model::new(&stamps, self.spec.chain().count()))
     }
 }

@@ -3,10 +3,10 @@
 //! The errors go to the requests that they hit: what was reported as done is there, and what a flush
 //! covered survives every crash; what failed may be there or not.
 
-use crash::Case;
 use crash::judge::Judge;
 use crash::states::Bounds;
-use io::{Fault, FaultOp};
+use crash::{Case, Injection};
+use io::FaultOp;
 
 /// As in errno(3).
 const EIO: i32 = 5;
@@ -19,13 +19,9 @@ fn fail_each(filter: &str, op: FaultOp, errno: i32, torn: bool, stride: u64) {
     let mut failed = 0;
     for case in cases.iter().filter(|c| c.to_string().contains(filter)) {
         for skip in (0..).step_by(stride as usize) {
-            let fault = Fault {
-                skip,
-                count: 1,
-                torn,
-                ..Fault::always(op, errno)
-            };
-            match case.fail_nth(1, fault, None, &Bounds::FEW, &judge) {
+            let mut injection = Injection::once(0, op, skip, errno);
+            injection.fault.torn = torn;
+            match case.fail(1, injection, None, &Bounds::FEW, &judge) {
                 Ok(Some(_)) => failed += 1,
                 Ok(None) => break,
                 Err(what) => panic!("{what}"),

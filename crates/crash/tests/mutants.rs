@@ -3,11 +3,11 @@
 //! Each mutant is run on cases that are known to show it, with the bounds of the fast tests; and the same
 //! cases without it find nothing (see `enumerated.rs`).
 
-use crash::Case;
 use crash::judge::Judge;
 use crash::mutant::Mutant;
 use crash::states::Bounds;
-use io::{Fault, FaultOp};
+use crash::{Case, Injection};
+use io::FaultOp;
 
 /// Seeds that a mutant may take to be caught.
 const SEEDS: std::ops::Range<u64> = 1..4;
@@ -39,12 +39,8 @@ fn caught(mutant: Mutant, filter: &str, judge: &Judge) -> Option<String> {
 /// With each write of a run failing, one after the other.
 fn fails(case: &Case, seed: u64, mutant: Mutant, judge: &Judge) -> Option<String> {
     for skip in 0.. {
-        let fault = Fault {
-            skip,
-            count: 1,
-            ..Fault::always(FaultOp::Write, EIO)
-        };
-        match case.fail_nth(seed, fault, Some(mutant), &Bounds::FEW, judge) {
+        let injection = Injection::once(0, FaultOp::Write, skip, EIO);
+        match case.fail(seed, injection, Some(mutant), &Bounds::FEW, judge) {
             Ok(Some(_)) => {}
             Ok(None) => return None,
             Err(what) => return Some(what),
@@ -59,13 +55,9 @@ fn a_disk_that_ignores_two_barriers() {
     let judge = Judge::default();
     let cases = Case::of("resize");
     let caught = (0..60).any(|skip| {
-        let fault = Fault {
-            skip,
-            count: 2,
-            lie: true,
-            ..Fault::always(FaultOp::Sync, EIO)
-        };
-        let found = cases[0].fail_nth(1, fault, None, &Bounds::FEW, &judge);
+        let mut injection = Injection::once(0, FaultOp::Sync, skip, EIO);
+        (injection.fault.count, injection.fault.lie) = (2, true);
+        let found = cases[0].fail(1, injection, None, &Bounds::FEW, &judge);
         found.is_err()
     });
     assert!(caught, "no barrier of {} is needed", cases[0]);

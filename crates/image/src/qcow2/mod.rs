@@ -30,8 +30,6 @@ mod compress;
 mod compress_image;
 #[cfg(test)]
 mod corners;
-#[cfg(test)]
-mod crash;
 mod create;
 pub mod crypt;
 mod damaged;
