@@ -97,6 +97,10 @@ pub struct Convert {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub keys: Keys,
+    /// Passphrase of DST, with -n, or of the encrypted image below it, with -B, by the ID of an --object; for a new
+    /// DST itself say -o encrypt.key-secret=ID
+    #[arg(long, value_name = "ID")]
+    pub target_key_secret: Vec<String>,
     /// Compress (qcow2): every cluster that gets smaller; -o compression_type says how
     #[arg(short = 'c', long, conflicts_with = "no_create")]
     pub compress: bool,

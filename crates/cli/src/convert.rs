@@ -10,15 +10,16 @@
 //! | `compressed-clusters`, `compressed-bytes` | how many clusters were compressed, and what they take in the file |
 //! | `file-size`, `actual-size` | bytes of the target's file, and bytes that it takes on the host |
 
-use crate::{args, create, options};
+use crate::{args, create, encrypt, options};
 use anyhow::{Context, Result, bail};
 use block::size;
-use disk::chain::{Chain, ChainOptions};
+use crypto::Passphrase;
+use disk::chain::{Chain, ChainOptions, Layer};
 use image::{Format, qcow2};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use io::{File, FileKind, OpenOptions};
 use serde::Serialize;
-use std::{fs, io::IsTerminal as _, os::unix::fs::MetadataExt, path::Path, thread};
+use std::{fs, io::IsTerminal as _, os::unix::fs::MetadataExt, path::Path, sync::Arc, thread};
 use tool::convert::{ConvertOptions, Report, Target, WORKERS_MAX, convert};
 
 #[derive(Debug, Serialize)]
@@ -51,7 +52,8 @@ pub fn run(args: &args::Convert) -> Result<()> {
         },
     )?;
     let bytes = source.layers.first().map_or(0, |l| l.image.size());
-    let base = base(args)?;
+    let below = target_passphrases(args)?;
+    let base = base(args, &below)?;
     let workers = match args.workers {
         Some(workers) => usize::from(workers),
         None => thread::available_parallelism().map_or(1, |n| n.get().min(WORKERS_MAX)),
@@ -63,13 +65,10 @@ pub fn run(args: &args::Convert) -> Result<()> {
     let bar = bar(bytes, args.progress);
     let mut progress = |done| bar.set_position(done);
     let (format, report) = match args.no_create {
-        true => into_existing(args, &source, &options, &mut progress)?,
+        true => into_existing(args, below, &source, &options, &mut progress)?,
         false => {
-            if args.options.iter().any(|o| o.contains("encrypt.")) {
-                bail!("-o encrypt.…: convert does not encrypt yet, only read with --key-file");
-            }
             let format = create::format_of(args.target_format, &args.target, "-O")?;
-            let report = into_new(args, format, bytes, &source, &options, &mut progress)?;
+            let report = into_new(args, format, bytes, below, &source, &options, &mut progress)?;
             (format, report)
         }
     };
@@ -77,8 +76,14 @@ pub fn run(args: &args::Convert) -> Result<()> {
     print(args, format, &report)
 }
 
+/// What `--target-key-secret` names.
+fn target_passphrases(args: &args::Convert) -> Result<Vec<Arc<Passphrase>>> {
+    let find = |id: &String| Ok(Arc::new(args.keys.objects.find(id)?));
+    args.target_key_secret.iter().map(find).collect()
+}
+
 /// The image that the target is to be an overlay of.
-fn base(args: &args::Convert) -> Result<Option<Chain>> {
+fn base(args: &args::Convert, passphrases: &[Arc<Passphrase>]) -> Result<Option<Chain>> {
     let Some(name) = &args.backing else {
         return Ok(None);
     };
@@ -91,6 +96,7 @@ fn base(args: &args::Convert) -> Result<Option<Chain>> {
         format: args.backing_format,
         read_only: true,
         allow_backing: args.allow_backing.clone(),
+        passphrases: passphrases.to_vec(),
         ..ChainOptions::default()
     };
     Ok(Some(Chain::open(spec, &options).context("-B")?))
@@ -112,19 +118,24 @@ fn bar(bytes: u64, anywhere: bool) -> ProgressBar {
 
 fn into_existing(
     args: &args::Convert,
+    passphrases: Vec<Arc<Passphrase>>,
     source: &Chain,
     options: &ConvertOptions<'_>,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(Format, Report)> {
     // Opened for writing, raw has to be said.
-    let target = open(args, args.target_format)?;
+    let target = open(args, args.target_format, passphrases)?;
     let report = copy(source, &target, false, options, progress)?;
     let format = target.layers.first().map_or(Format::Raw, |l| l.format);
     Ok((format, report))
 }
 
 /// Opens the target for writing.
-fn open(args: &args::Convert, format: Option<Format>) -> Result<Chain> {
+fn open(
+    args: &args::Convert,
+    format: Option<Format>,
+    passphrases: Vec<Arc<Passphrase>>,
+) -> Result<Chain> {
     let Some(spec) = args.target.to_str() else {
         bail!("{}: the name is not UTF-8", args.target.display());
     };
@@ -132,6 +143,7 @@ fn open(args: &args::Convert, format: Option<Format>) -> Result<Chain> {
         format,
         allow_backing: args.allow_backing.clone(),
         repair: Some(tool::check::mend_dirty),
+        passphrases,
         ..ChainOptions::default()
     };
     Ok(io::wait_for_lock(|| Chain::open(spec, &options))?)
@@ -160,6 +172,7 @@ fn into_new(
     args: &args::Convert,
     format: Format,
     bytes: u64,
+    below: Vec<Arc<Passphrase>>,
     source: &Chain,
     convert_options: &ConvertOptions<'_>,
     progress: &mut dyn FnMut(u64),
@@ -184,6 +197,9 @@ fn into_new(
     if args.compress && options.preallocation != tool::prealloc::Preallocation::Off {
         bail!("-c and -o preallocation exclude each other");
     }
+    if args.compress && options.encrypt.is_wanted() {
+        bail!("-c and -o encrypt.…: compressed clusters would not be encrypted");
+    }
     // A device is taken as it is, and stays where it is.
     let device = match fs::metadata(&args.target) {
         Ok(metadata) if metadata.is_file() => bail!(create::exists(&args.target)),
@@ -196,6 +212,14 @@ fn into_new(
     let new: Vec<_> = (files.into_iter().flatten())
         .filter(|file| fs::symlink_metadata(file).is_err())
         .collect();
+    let mut passphrases = below;
+    if format == Format::Qcow2
+        && let Some(passphrase) = target_passphrase(args, source, &options.encrypt)?
+    {
+        options.qcow2.encryption = Some(options.encrypt.volume(&passphrase)?);
+        options.qcow2.validate()?;
+        passphrases.insert(0, passphrase);
+    }
     let written = match args.compress {
         true => compressed(
             args,
@@ -207,7 +231,7 @@ fn into_new(
         ),
         false => create::write_all(&args.target, format, &options).and_then(|()| {
             let blank = !device || format != Format::Raw;
-            let target = open(args, Some(format))?;
+            let target = open(args, Some(format), passphrases)?;
             copy(source, &target, blank, convert_options, progress)
         }),
     };
@@ -218,6 +242,22 @@ fn into_new(
         }
     }
     written
+}
+
+/// The passphrase that a new image is to be encrypted with, if it is to be.
+fn target_passphrase(
+    args: &args::Convert,
+    source: &Chain,
+    options: &encrypt::Options,
+) -> Result<Option<Arc<Passphrase>>> {
+    let is_encrypted = |layer: &Layer| layer.image.encryption().is_some();
+    if options.is_wanted() && !options.names_secret() && source.layers.iter().any(is_encrypted) {
+        bail!(
+            "-o encrypt.format=luks: SRC has a passphrase of its own: name the new one, \
+             --object secret,id=ID,file=FILE -o encrypt.key-secret=ID"
+        );
+    }
+    options.passphrase(&args.keys)
 }
 
 fn compressed(

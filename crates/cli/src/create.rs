@@ -45,7 +45,9 @@ pub fn run(args: &args::Create) -> Result<()> {
         chosen = options.choose();
         // Before the file is touched.
         options.qcow2.validate()?;
-        options.qcow2.encryption = options.encrypt.volume(&args.keys)?;
+        if let Some(passphrase) = options.encrypt.passphrase(&args.keys)? {
+            options.qcow2.encryption = Some(options.encrypt.volume(&passphrase)?);
+        }
         options.qcow2.validate()?;
     }
     write_all(&args.file, format, &options)?;

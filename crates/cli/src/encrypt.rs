@@ -3,11 +3,12 @@
 use crate::secret::Keys;
 use anyhow::{Result, anyhow, bail};
 use crypto::{
-    Algorithm, Hash, Ivgen, Mode, Suite,
+    Algorithm, Hash, Ivgen, Mode, Passphrase, Suite,
     luks::{FormatOptions, ITER_TIME_MS_DEFAULT, Volume},
 };
 use image::{Encryption, Method};
 use serde::Serialize;
+use std::sync::Arc;
 
 /// The options of `create -o`, with what they may be.
 pub const OPTIONS: [(&str, &str); 8] = [
@@ -76,14 +77,38 @@ impl Options {
         Ok(())
     }
 
-    /// Makes the header of a new image that is to be encrypted. Computes for some seconds.
-    pub fn volume(&self, keys: &Keys) -> Result<Option<Volume>> {
+    /// Whether the image is to be encrypted.
+    pub fn is_wanted(&self) -> bool {
+        self.luks
+    }
+
+    /// Whether they say which passphrase.
+    pub fn names_secret(&self) -> bool {
+        self.key_secret.is_some()
+    }
+
+    /// The passphrase of a new image. `None` where it is not to be encrypted.
+    pub fn passphrase(&self, keys: &Keys) -> Result<Option<Arc<Passphrase>>> {
         if !self.luks {
             if let Some(key) = &self.said {
                 bail!("-o {key}: say encrypt.format=luks too");
             }
             return Ok(None);
         }
+        let found = match &self.key_secret {
+            Some(id) => Some(Arc::new(keys.objects.find(id)?)),
+            None => keys.first()?,
+        };
+        match found {
+            Some(passphrase) => Ok(Some(passphrase)),
+            None => bail!(
+                "an encrypted image needs a passphrase: say --key-file FILE or -o encrypt.key-secret=ID"
+            ),
+        }
+    }
+
+    /// Makes the header of a new image that is to be encrypted. Computes for some seconds.
+    pub fn volume(&self, passphrase: &Passphrase) -> Result<Volume> {
         let default = Suite::default();
         let essiv_hash = self.ivgen_hash.unwrap_or(Hash::Sha256);
         let suite = Suite {
@@ -96,17 +121,11 @@ impl Options {
             hash: self.hash.unwrap_or(default.hash),
         };
         suite.validate()?;
-        let passphrase = match &self.key_secret {
-            Some(id) => keys.objects.find(id)?.into(),
-            None => keys.first()?.ok_or_else(|| {
-                anyhow!("an encrypted image needs a passphrase: say --key-file FILE or -o encrypt.key-secret=ID")
-            })?,
-        };
         let options = FormatOptions {
             suite,
             iter_time_ms: self.iter_time_ms.unwrap_or(ITER_TIME_MS_DEFAULT),
         };
-        Ok(Some(Volume::format(&options, &passphrase)?))
+        Ok(Volume::format(&options, passphrase)?)
     }
 }
 
@@ -244,10 +263,16 @@ mod tests {
         }
         let mut options = Options::default();
         options.set("encrypt.cipher-mode", "cbc").unwrap();
-        let error = options.volume(&Keys::default()).unwrap_err().to_string();
+        let error = options
+            .passphrase(&Keys::default())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("encrypt.format=luks"), "{error}");
         options.set("encrypt.format", "luks").unwrap();
-        let error = options.volume(&Keys::default()).unwrap_err().to_string();
+        let error = options
+            .passphrase(&Keys::default())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("--key-file"), "{error}");
     }
 }

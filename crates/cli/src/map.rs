@@ -10,7 +10,8 @@
 //! | `zero` | whether it is known to read as zeros |
 //! | `data` | whether data are stored for it |
 //! | `compressed` | whether they are compressed |
-//! | `offset` | where they are in that image's file, or its external data file; absent where there are none |
+//! | `offset` | where they are in that image's file, or its external data file; absent where there are none, and
+//! where they are encrypted |
 
 use crate::args;
 use anyhow::Result;
@@ -19,7 +20,7 @@ use disk::{
     blocking::{ChainExtent, Driver},
     chain::{Chain, ChainOptions},
 };
-use image::{ExtentKind, FileId};
+use image::ExtentKind;
 use serde::Serialize;
 use std::io::{self, BufWriter, Write};
 
@@ -170,13 +171,13 @@ fn one(chain: &Chain, driver: &mut Driver, start: u64, len: u64) -> Result<Entry
             file: file_id,
             offset,
         } => {
-            entry.offset = Some(offset.0);
             let layer = chain.layers.get(depth);
-            let file = layer.and_then(|l| l.files.get(usize::from(file_id.0)).map(|f| (l, f)));
-            if let Some((layer, file)) = file
-                && (layer.format == image::Format::Raw || file_id == FileId::DATA)
-            {
-                // Only in a raw file and in an external data file do holes say something about the disk.
+            // Where ciphertext is says nothing of what the guest reads.
+            let plain = layer.is_some_and(|l| l.image.encryption().is_none());
+            entry.offset = plain.then_some(offset.0);
+            let tells = layer.filter(|l| l.holes_are_zeros(file_id));
+            // Only there holes say something about the disk.
+            if let Some(file) = tells.and_then(|l| l.files.get(usize::from(file_id.0))) {
                 match file.range_at(offset.0)? {
                     Some(range) => {
                         entry.length = len.min(range.len);

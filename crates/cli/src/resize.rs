@@ -110,14 +110,6 @@ pub fn resize(
     };
     let chain = Chain::open(spec, &options)?;
     let active = chain.layers.first();
-    let encrypted = active.is_some_and(|layer| layer.image.encryption().is_some());
-    if encrypted && wish.preallocation != Preallocation::Off {
-        bail!(
-            "{spec}: --preallocation {}: the image is encrypted, where zeros in the file are not zeros to the \
-             guest: say off",
-            wish.preallocation.name()
-        );
-    }
     let format = active.map_or(Format::Null, |layer| layer.format);
     let old = active.map_or(0, |layer| layer.image.size());
     let new = wish.size.of(old).map_err(|e| anyhow!("{spec}: {e}"))?;

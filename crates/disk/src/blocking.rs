@@ -130,8 +130,10 @@ impl Driver {
     }
 
     /// Gives a range that reads as zeros clusters of its own in the active image's file; `each` is told
-    /// which bytes of which file the range has then, piece by piece, and whether they are known to read as
-    /// zeros: where not, they are written.
+    /// which bytes of which file the range has then, piece by piece, and may put zeros there.
+    ///
+    /// Zeros in the file are not zeros to the guest where its data are encrypted. The range is marked as zeros
+    /// then, and gets encrypted ones where it cannot be marked: in part of a cluster, and in version 2.
     pub fn preallocate(
         &mut self,
         at: u64,
@@ -164,6 +166,9 @@ impl Driver {
                 }
             };
             let len = whole(len, left)?;
+            if self.member(0)?.image.encryption().is_some() {
+                self.write_zeroes(at, len, false)?;
+            }
             at += len;
             left -= len;
         }
@@ -181,7 +186,8 @@ impl Driver {
             )));
         }
         self.fill(new, new.start, at)?;
-        if !new.zeroed {
+        // What is encrypted is zeroed when it is the guest's.
+        if !new.zeroed && self.member(0)?.image.encryption().is_none() {
             let file = self.file(0, new.file)?;
             file.write_zeroes(from.0, new.write_len, false)?;
         }
@@ -537,7 +543,7 @@ impl Driver {
 
 /// The cipher of an image that was opened with its passphrase.
 fn cipher_of(encryption: &Encryption) -> Result<&SectorCipher> {
-    encryption.cipher.as_ref().ok_or_else(|| {
+    encryption.cipher.as_deref().ok_or_else(|| {
         let message = "the image is encrypted, and was opened without its passphrase";
         Error::new(ErrorKind::Denied, message)
     })

@@ -17,7 +17,7 @@
 use crate::blocking::{Driver, Member};
 use block::{Context, Error, ErrorKind, Result, Storage, limits};
 use crypto::Passphrase;
-use image::{Format, Image, Null, Raw, qcow2};
+use image::{FileId, Format, Image, Null, Raw, qcow2};
 use io::{Cache, File, Lock};
 use std::{
     fs,
@@ -78,6 +78,16 @@ pub struct Layer {
     pub path: PathBuf,
     /// What it is.
     pub format: Format,
+}
+
+impl Layer {
+    /// Whether holes of its file `id` are zeros to the guest: in a raw image and in an external data file, in which
+    /// holes are punched without a change of the tables. Other formats know themselves what is allocated;
+    /// and a hole is not zeros where the data are encrypted.
+    pub fn holes_are_zeros(&self, id: FileId) -> bool {
+        let tells = self.format == Format::Raw || id == FileId::DATA;
+        tells && self.image.encryption().is_none()
+    }
 }
 
 /// Open images, each the backing of the one before.

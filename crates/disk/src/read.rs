@@ -7,7 +7,7 @@ use crate::{
     sub::{Place, Purpose},
 };
 use block::{GuestOffset, RangeKind, Storage};
-use image::{Compressed, Extent, ExtentKind, FileId, Format, Step};
+use image::{Compressed, Extent, ExtentKind, FileId, Step};
 use io::{Engine, IoOp};
 
 /// What the chain holds at a place.
@@ -242,9 +242,7 @@ impl DiskQueue {
         match extent.kind {
             ExtentKind::Data { file, offset } => {
                 let layer = &self.disk.layers[layer as usize];
-                // Other formats know what is allocated; the host's view adds nothing there. Of an external
-                // data file it does: holes are punched in that without a change of the tables.
-                if layer.format == Format::Raw || file == FileId::DATA {
+                if layer.holes_are_zeros(file) {
                     match layer.files[file.0 as usize].range_at(offset.0) {
                         Ok(Some(range)) => {
                             let run = (range.offset + range.len).saturating_sub(offset.0);

@@ -2,6 +2,7 @@
 
 use block::{GuestOffset, HostOffset};
 use crypto::{Algorithm, SectorCipher, luks};
+use std::sync::Arc;
 
 /// Which way an image is encrypted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +20,7 @@ pub struct Encryption {
     /// Which way.
     pub method: Method,
     /// `None` when the image was opened without its passphrase: its data cannot be read then.
-    pub cipher: Option<SectorCipher>,
+    pub cipher: Option<Arc<SectorCipher>>,
 }
 
 impl Encryption {

@@ -12,8 +12,8 @@
 
 use block::{Error, RangeKind, Result, Storage};
 use disk::{Chain, blocking::Driver};
+use image::ExtentKind;
 use image::qcow2::{Compression, Compressor, ImageWriter};
-use image::{ExtentKind, FileId, Format};
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -127,7 +127,7 @@ impl<'a> Source<'a> {
         let Some(layer) = self.chain.layers.get(found.depth) else {
             return Ok((found.len, false));
         };
-        let tells = layer.format == Format::Raw || file == FileId::DATA;
+        let tells = layer.holes_are_zeros(file);
         let Some(storage) = layer.files.get(usize::from(file.0)).filter(|_| tells) else {
             return Ok((found.len, false));
         };

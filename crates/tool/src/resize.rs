@@ -145,8 +145,10 @@ fn grow(
         // Otherwise the file would not show what the disk reads as.
         preallocation = Preallocation::Metadata;
     }
+    let old_image = members.first().and_then(|first| first.image.encryption());
     let open = OpenOptions {
         size: Some(new),
+        cipher: old_image.and_then(|encryption| encryption.cipher.clone()),
         ..OpenOptions::default()
     };
     let image = Qcow2::open(&**file, &open)?;

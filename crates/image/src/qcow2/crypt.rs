@@ -9,11 +9,12 @@
 //! Data clusters are encrypted sector by sector, metadata and compressed clusters are not. So a
 //! cluster of zeros in the file does not read as zeros: see [`Qcow2::encrypted`] for what follows.
 
-use super::{Header, Qcow2, extensions};
+use super::{Header, OpenOptions, Qcow2, extensions};
 use crate::encryption::{Encryption, Method};
 use crate::{Step, ZeroPlan};
 use block::{Error, Result, Storage};
 use crypto::{Algorithm, Ivgen, MasterKey, Mode, Passphrase, SectorCipher, Suite, luks};
+use std::sync::Arc;
 
 /// `crypt_method` without encryption.
 pub const CRYPT_NONE: u32 = 0;
@@ -77,12 +78,16 @@ pub fn luks_header(storage: &dyn Storage, header: &Header) -> Result<(u64, luks:
     Ok((offset, luks::Header::read(storage, offset, len)?))
 }
 
-/// The encryption of an image; unlocked where a passphrase is given. `None` where it has none.
+/// The encryption of an image; unlocked where a passphrase or the cipher is given. `None` where it has none.
 pub(super) fn open(
     storage: &dyn Storage,
     header: &Header,
-    passphrase: Option<&Passphrase>,
+    options: &OpenOptions,
 ) -> Result<Option<Encryption>> {
+    let passphrase = match options.cipher {
+        Some(_) => None,
+        None => options.passphrase.as_deref(),
+    };
     let (method, cipher) = match header.crypt_method {
         CRYPT_NONE => return Ok(None),
         CRYPT_AES => {
@@ -101,6 +106,7 @@ pub(super) fn open(
             (Method::Luks(luks.into()), cipher)
         }
     };
+    let cipher = options.cipher.clone().or(cipher.map(Arc::new));
     Ok(Some(Encryption { method, cipher }))
 }
 

@@ -15,7 +15,7 @@ use super::tables::{FRAMES_MAX, Tables};
 use super::tickets::Tickets;
 use super::{Qcow2, bitmap, damaged};
 use block::{Context, Error, ErrorKind, Result, Storage};
-use crypto::Passphrase;
+use crypto::{Passphrase, SectorCipher};
 use std::collections::HashSet;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
@@ -42,6 +42,8 @@ pub struct OpenOptions {
     pub cache_bytes: Option<u64>,
     /// Unlocks an encrypted image. Without it such an image opens, but its data stay encrypted.
     pub passphrase: Option<Arc<Passphrase>>,
+    /// The cipher of the same image opened before, in place of a passphrase: nothing has to be computed again.
+    pub cipher: Option<Arc<SectorCipher>>,
     /// Open it as a disk of so many bytes, which its L1 table has room for: see [`super::resize`].
     pub size: Option<u64>,
     /// Open the internal snapshot of that id, or else name, instead of the disk; for reading only.
@@ -72,7 +74,7 @@ impl Qcow2 {
             header.validate()?;
         }
         let compression = header.compression()?;
-        let encryption = crypt::open(storage, &header, options.passphrase.as_deref())?;
+        let encryption = crypt::open(storage, &header, options)?;
         let geometry = Geometry::of(&header);
         let file_len = storage.len()?;
         let mut first_sector = [0; 512];
