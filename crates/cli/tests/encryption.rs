@@ -313,19 +313,24 @@ fn disks_are_converted_from_one_passphrase_to_another() {
     assert!(fs::metadata(dir.join("top.qcow2")).unwrap().len() < 4 << 20);
 }
 
-/// A hole of an encrypted data file is not zeros to the guest: QEMU leaves such when it preallocates.
+/// A hole of an encrypted data file is not zeros to the guest: QEMU makes such when it preallocates.
 #[test]
 fn holes_of_encrypted_data_files_are_no_zeros() {
     let temp = TempDir::new();
     let dir = temp.root();
     keys(dir);
-    let luks = "encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=1";
-    let options = format!("{luks},data_file=data,preallocation=metadata");
-    qemu_img(
-        dir,
-        "one",
-        &["create", "-f", "qcow2", "-o", &options, "disk.qcow2", "1M"],
-    );
+    let options = "encrypt.format=luks,encrypt.iter-time=1,data_file=data,preallocation=full";
+    let create = ["create", "-o", options, "--key-file", "one"];
+    good(dir, &[&create[..], &["disk.qcow2", "1M"]].concat());
+    let secret = ["--object", "secret,id=k,file=one", "--image-opts"];
+    let mut qemu_io = Command::new("qemu-io");
+    qemu_io
+        .args(secret)
+        .args([&opts("disk.qcow2"), "-c", "write -q -P 7 0 1M"]);
+    assert!(qemu_io.current_dir(dir).status().unwrap().success());
+    fs::write(dir.join("data"), []).unwrap();
+    let data = fs::File::options().write(true).open(dir.join("data"));
+    data.unwrap().set_len(1 << 20).unwrap();
     let noise = qemu_reads(dir, "one", "disk.qcow2");
     assert!(noise.iter().any(|byte| *byte != 0));
     good(
