@@ -86,7 +86,11 @@ fn readers_leave_a_dirty_image_as_it_is() {
     good(dir, &["convert", "-O", "raw", "dirty.qcow2", "ours.raw"]);
     assert!(fs::read(dir.join("ours.raw")).unwrap() == fs::read(dir.join("as.raw")).unwrap());
     let info = good(dir, &["info", "dirty.qcow2"]);
-    assert!(info.contains("dirty bit"), "{info}");
+    assert!(info.contains("its dirty bit is set"), "{info}");
+    let info = good(dir, &["info", "--json", "dirty.qcow2"]);
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    assert_eq!(info["format-specific"]["dirty"], "true");
+    assert!(info["format-specific"]["corrupt"].is_null());
     good(dir, &["map", "dirty.qcow2"]);
     good(dir, &["snapshot", "-l", "dirty.qcow2"]);
     good(dir, &["bitmap", "dirty.qcow2"]);
@@ -236,4 +240,70 @@ fn what_is_corrupt_as_well_waits_for_a_decision() {
     assert_eq!(features(&image) & 3, 0);
     qemu::check("qcow2", &image);
     qemu::compare("qcow2", &image, "raw", dir.join("as.raw"));
+}
+
+#[test]
+fn a_server_that_meets_corruption_marks_the_image() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    let image = dir.join("a.qcow2");
+    for lazy in ["off", "on"] {
+        let options = format!("cluster_size=4096,lazy_refcounts={lazy}");
+        qemu::create_with("qcow2", &image, &SIZE.to_string(), &options);
+        qemu::io("qcow2", &image, &["write -P 1 0 64k"]);
+        // The second cluster's entry points at the L1 table.
+        let mut bytes = fs::read(&image).unwrap();
+        let word = |bytes: &[u8], at: usize| {
+            u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) & !(1 << 63)
+        };
+        let l1 = word(&bytes, 40);
+        let l2 = word(&bytes, l1 as usize) as usize;
+        let sound = bytes[l2 + 8..l2 + 16].to_vec();
+        bytes[l2 + 8..l2 + 16].copy_from_slice(&(l1 | 1 << 63).to_be_bytes());
+        fs::write(&image, &bytes).unwrap();
+        let (socket, program) = (
+            dir.join("sock"),
+            testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")),
+        );
+        let uri = qemu::nbd_unix_uri(&socket);
+        let server = Serve::new(&program, &image).nbd_unix(&socket).start();
+        qemu::io("raw", &uri, &["write -P 2 1M 64k", "flush"]);
+        let failed = qemu::try_io("raw", &uri, &["write -P 3 4k 4k"]).unwrap_err();
+        assert!(failed.contains("Input/output error"), "{failed}");
+        // Nothing else is written any more, and what was is there.
+        assert!(qemu::try_io("raw", &uri, &["write -P 3 2M 4k"]).is_err());
+        qemu::io(
+            "raw",
+            &uri,
+            &["flush", "read -P 2 1M 64k", "read -P 1 8k 56k"],
+        );
+        assert_eq!(features(&image) & 2, 2, "marked while it is served");
+        server.stop();
+        assert_eq!(features(&image) & 3, 2, "corrupt, and not dirty");
+        assert_eq!(word(&fs::read(&image).unwrap(), l1 as usize), l2 as u64);
+        let info = good(dir, &["info", "a.qcow2"]);
+        assert!(info.contains("marked corrupt"), "{info}");
+        // QEMU reads it, and refuses to write.
+        let refused = qemu::try_io("qcow2", &image, &["write 0 4k"]).unwrap_err();
+        assert!(refused.contains("corrupt"), "{refused}");
+        let mut read = Command::new("qemu-io");
+        let read = read
+            .args(["-r", "-f", "qcow2", "-c", "read -P 2 1M 64k"])
+            .arg(&image);
+        let read = read.output().unwrap();
+        assert!(read.status.success());
+        // With the entry mended, a repair takes the mark away.
+        let mut bytes = fs::read(&image).unwrap();
+        bytes[l2 + 8..l2 + 16].copy_from_slice(&sound);
+        fs::write(&image, &bytes).unwrap();
+        good(dir, &["check", "--repair", "all", "a.qcow2"]);
+        assert_eq!(features(&image) & 3, 0);
+        qemu::io(
+            "qcow2",
+            &image,
+            &["read -P 1 0 64k", "read -P 2 1M 64k", "write 0 4k"],
+        );
+        qemu::check("qcow2", &image);
+        fs::remove_file(&image).unwrap();
+    }
 }

@@ -105,8 +105,8 @@ const WORKLOADS: &[Workload] = &[
     },
     Workload {
         name: "lazy-growth",
-        script: "write 0 1536k; flush; storm 10 write=20 flush=4 len=128k; write 1536k 1M; flush; discard 0 1M; flush; storm 20",
-        images: &["cluster_size=512 size=4M refcount_bits=64 lazy_refcounts"],
+        script: "write 0 1792k; flush; storm 4 write=20 flush=4 len=128k; write 1792k 640k; flush; discard 0 1M; flush; storm 8",
+        images: &["cluster_size=512 size=3M refcount_bits=64 lazy_refcounts"],
         queues: &[0],
     },
     Workload {

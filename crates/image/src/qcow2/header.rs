@@ -421,7 +421,11 @@ impl Header {
             return Some("it is marked corrupt: run diskplane check --repair all".into());
         }
         if self.incompatible & features::DIRTY != 0 {
-            return Some("its dirty bit is set: run diskplane check --repair all".into());
+            return Some(
+                "it was not closed cleanly (its dirty bit is set), and is to be repaired before: run \
+                 diskplane check --repair all"
+                    .into(),
+            );
         }
         if self.nb_snapshots > 0 && self.has_data_file() {
             return Some("internal snapshots beside an external data file".into());

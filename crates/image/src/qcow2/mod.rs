@@ -271,6 +271,11 @@ impl Image for Qcow2 {
             facts.push(("compression", compression.to_owned()));
             facts.push(("lazy refcounts", lazy.to_string()));
             facts.push(("extended l2", h.extended_l2().to_string()));
+            for (bit, name) in [(features::DIRTY, "dirty"), (features::CORRUPT, "corrupt")] {
+                if h.incompatible & bit != 0 {
+                    facts.push((name, true.to_string()));
+                }
+            }
         }
         if h.extended_l2() {
             let unit = size::human(self.geometry.unit());
