@@ -69,6 +69,15 @@ fn recovers(dir: &TempDir, what: &str, crashed: &Arc<SimDisk>, guest: &[u8], ask
     );
 }
 
+/// Whether an error is an old one seen anew: what was behind the file's end is in it once it is longer.
+fn is_old(now: &str, before: &BTreeSet<String>) -> bool {
+    let at = now.split(' ').nth(2).unwrap_or_default();
+    let beyond = before
+        .iter()
+        .filter(|text| text.contains("behind the file's end"));
+    now.starts_with("cluster at") && beyond.into_iter().any(|text| text.contains(at))
+}
+
 /// The errors of an image, but for flags that are behind the refcounts: none may be new after a crash.
 fn dangers(sim: &Arc<SimDisk>, what: &str) -> BTreeSet<String> {
     let report = check_with(&**sim, Repair::No).unwrap_or_else(|e| panic!("{what}: {e}"));
@@ -108,7 +117,8 @@ fn a_repair_cut_off_by_a_crash_can_be_repeated() {
         each_crash(&sim, |nth, state, crashed| {
             let what = format!("{what}: crash state {state}");
             let now = dangers(crashed, &what);
-            let new: Vec<_> = now.difference(&before).collect();
+            let new = now.difference(&before);
+            let new: Vec<_> = new.filter(|text| !is_old(text, &before)).collect();
             assert!(new.is_empty(), "{what}: {new:#?}");
             recovers(dir, &what, crashed, guest, nth % 12 == 0);
         });

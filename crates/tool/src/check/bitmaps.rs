@@ -1,6 +1,7 @@
 //! Clusters of persistent bitmaps.
 
 use super::counts::Role;
+use super::tally::Severity;
 use super::walk::Walk;
 use block::Result;
 use image::qcow2::check::{Bitmap, BitmapDirectory, DIRECTORY_ENTRY_BYTES, bitmap_data};
@@ -58,10 +59,12 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Counts a corruption that keeps references from being found.
+    /// Counts something that cannot be read, and with it the references that it may have.
     pub(super) fn unread(&mut self, what: String) {
         self.tally.unread.get_or_insert_with(|| what.clone());
-        self.wrong(|| what);
+        if self.first {
+            self.tally.found(Severity::CheckError, 1, || what);
+        }
     }
 
     fn bitmap(&mut self, nth: u32, bitmap: &Bitmap) -> Result<()> {

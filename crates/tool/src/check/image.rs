@@ -8,7 +8,7 @@ use image::qcow2::check::{
     Block, Layout, SNAPSHOT_BYTES, SNAPSHOT_EXTRA_BYTES, SNAPSHOT_EXTRA_BYTES_MAX,
     SNAPSHOT_TABLE_BYTES_MAX, Snapshot, block_at,
 };
-use image::qcow2::{Header, L1_BYTES_MAX, SNAPSHOTS_MAX, extensions};
+use image::qcow2::{Header, L1_BYTES_MAX, REFCOUNT_TABLE_BYTES_MAX, SNAPSHOTS_MAX, extensions};
 
 /// Largest file, in clusters (QEMU's limit): 128 TiB with 64 KiB clusters.
 const CLUSTERS_MAX: u64 = i32::MAX as u64;
@@ -108,6 +108,12 @@ impl Image {
         Ok(image)
     }
 
+    /// Has the file end after `clusters`, as it will.
+    pub fn extend(&mut self, clusters: u64) {
+        self.clusters = clusters;
+        self.file_len = clusters << self.layout.cluster_bits;
+    }
+
     /// The block of the refcount table's entry `index`.
     pub fn block(&self, index: u64) -> Block {
         let index = usize::try_from(index).ok();
@@ -117,19 +123,34 @@ impl Image {
         }
     }
 
+    /// Place and bytes of the refcount table; `Err` says what is wrong with the header's fields.
+    pub fn refcount_table(&self) -> Result<(u64, u64)> {
+        let (header, cluster) = (&self.header, self.layout.cluster());
+        let len = u64::from(header.refcount_table_clusters) * cluster;
+        // The header is a place like any other; its words make no table.
+        let at_header = header.refcount_table_offset == 0
+            && (cluster..=REFCOUNT_TABLE_BYTES_MAX.max(cluster)).contains(&len);
+        match header.validate_refcount_table() {
+            Err(error) if !at_header => Err(error),
+            _ => Ok((header.refcount_table_offset, len)),
+        }
+    }
+
     fn load_table(&mut self, source: &dyn Source) -> Result<()> {
-        if let Err(error) = self.header.validate_refcount_table() {
-            self.tally
-                .found(Severity::Corruption, 1, || error.to_string());
+        let place = self.refcount_table();
+        if let Err(error) = &place {
+            // Without a table all refcounts are 0, which counts for itself.
+            let (severity, times) = match self.header.refcount_table_clusters {
+                0 => (Severity::Corruption, 0),
+                _ => (Severity::CheckError, 1),
+            };
+            self.tally.found(severity, times, || error.to_string());
             self.tally.rebuild = true;
             return Ok(());
         }
-        let len = u64::from(self.header.refcount_table_clusters) << self.layout.cluster_bits;
+        let (offset, len) = place?;
         // At most 8 MiB; what lies behind the file's end is zeros and needs no memory.
-        let there = len.min(
-            self.file_len
-                .saturating_sub(self.header.refcount_table_offset),
-        );
+        let there = len.min(self.file_len.saturating_sub(offset));
         let mut chunk = vec![0; there.min(1 << 20) as usize];
         let mut at = 0;
         while at < there {
@@ -137,7 +158,7 @@ impl Image {
             let Some(part) = chunk.get_mut(..part) else {
                 break;
             };
-            source.read(self.header.refcount_table_offset + at, part)?;
+            source.read(offset + at, part)?;
             let words = part.chunks_exact(8).filter_map(|b| b.try_into().ok());
             self.table.extend(words.map(u64::from_be_bytes));
             at += part.len() as u64;
@@ -164,6 +185,11 @@ impl Image {
         }
         self.header.validate_snapshots()?;
         let (start, mut at) = (self.header.snapshots_offset, 0u64);
+        if count == 0 && self.layout.within(start) != 0 {
+            self.tally.found(Severity::CheckError, 1, || {
+                format!("header: snapshots_offset at byte 64 is {start:#x}, between clusters")
+            });
+        }
         let mut found: Vec<L1> = Vec::new();
         for nth in 0..count {
             let mut fixed = [0; SNAPSHOT_BYTES];
@@ -191,7 +217,7 @@ impl Image {
             }
             at = entry + snapshot.len();
             self.snapshots += 1;
-            if let Some(l1) = self.judge_snapshot(nth, &snapshot) {
+            if let Some(l1) = self.judge_snapshot(nth, &snapshot, truncate) {
                 found.push(l1);
             }
         }
@@ -217,25 +243,33 @@ impl Image {
     }
 
     /// Counts what is wrong with a snapshot, and says where its L1 table is unless that is nonsense.
-    fn judge_snapshot(&mut self, nth: u32, snapshot: &Snapshot) -> Option<L1> {
-        let mut wrong = |what: String| {
+    fn judge_snapshot(&mut self, nth: u32, snapshot: &Snapshot, truncate: bool) -> Option<L1> {
+        let mut wrong = |severity: Severity, what: String| {
             let text = || format!("snapshot table: entry {nth} {what}");
-            self.tally.found(Severity::Corruption, 1, text);
+            self.tally.found(severity, 1, text);
         };
         if nth == 0 && self.layout.data_file {
-            wrong("is one, but data are in an external file".into());
+            let what = "is one, but data are in an external file";
+            wrong(Severity::Corruption, what.into());
         }
         if snapshot.extra_len > SNAPSHOT_EXTRA_BYTES_MAX {
-            wrong(format!(
-                "has {} bytes of extra data, the most are {SNAPSHOT_EXTRA_BYTES_MAX}",
+            // Unless it is cut, what follows cannot be trusted.
+            let severity = match truncate {
+                true => Severity::Corruption,
+                false => Severity::CheckError,
+            };
+            let what = format!(
+                "has {} bytes of extra data, the most are {SNAPSHOT_EXTRA_BYTES_MAX}: \
+                 a repair of all cuts them",
                 snapshot.extra_len
-            ));
+            );
+            wrong(severity, what);
             self.rewrite_snapshots = true;
             self.snapshot_faults += 1;
             // What follows may be anywhere.
             self.cut = true;
         } else if snapshot.extra_len < SNAPSHOT_EXTRA_BYTES && self.header.version >= 3 {
-            wrong("lacks the disk's size".into());
+            wrong(Severity::Corruption, "lacks the disk's size".into());
             self.rewrite_snapshots = true;
             self.snapshot_faults += 1;
         }

@@ -23,35 +23,98 @@ const MANNER: Manner = Manner {
     replacing: true,
 };
 
-/// Puts new structures in place of `image`'s.
-pub(super) fn rebuild(storage: &dyn Storage, image: &Image, budget: u64) -> Result<()> {
+/// Rounds of laying out that references behind the file's end may cost.
+const ROUNDS_MAX: u32 = 16;
+
+/// Puts new structures in place of `image`'s, which is the old one no more.
+pub(super) fn rebuild(storage: &dyn Storage, image: &mut Image, budget: u64) -> Result<()> {
     let source = FileSource::new(storage)?;
     let snapshots = match image.rewrite_snapshots {
         true => Some(snapshot_table(&source, image)?),
         false => None,
     };
-    let mut plan = Plan::new(image);
-    let mut end = image.clusters;
-    windows(&source, image, MANNER, budget, |walk| {
-        for found in walk.counts.referred() {
-            plan.need(found.cluster);
-            end = end.max(found.cluster + 1);
-        }
-        Ok(())
-    })?;
     let snapshots_len = snapshots.as_ref().map_or(0, Vec::len) as u64;
-    // In the order of the file.
-    plan.pending.reverse();
-    let fresh = plan.clone();
-    plan.lay_out(snapshots_len, &mut Room::behind(end))?;
-    if let Err(error) = plan.reserve(storage, image, end) {
+    let (file_len, clusters) = (image.file_len, image.clusters);
+    let mut wanted = Wanted::new(image);
+    wanted.walk(&source, image, budget)?;
+    let end = wanted.end;
+    let mut inside = wanted.plan.clone();
+    let mut rounds = 0;
+    let mut plan = loop {
+        let plan = wanted.lay_out(snapshots_len, &mut Room::behind(end, &wanted.beyond))?;
+        let reach = plan.end().max(end);
+        if wanted.beyond.first().is_none_or(|first| *first >= reach) {
+            break plan;
+        }
+        // What referred to nothing refers to clusters of zeros once the file is longer, and has
+        // to be counted.
+        image.extend(reach);
+        let before = wanted.plan.pending.len();
+        wanted.walk(&source, image, budget)?;
+        if wanted.plan.pending.len() == before {
+            break plan;
+        }
+        rounds += 1;
+        if rounds == ROUNDS_MAX {
+            return Err(Error::unsupported(format!(
+                "{}: too many references behind the file's end to rebuild its refcounts",
+                storage.name()
+            )));
+        }
+    };
+    if let Err(error) = plan.reserve(storage) {
+        (image.file_len, image.clusters) = (file_len, clusters);
         let gaps = gaps(&source, image, budget, plan.taken.len() as u64 * 2)?;
-        plan = fresh;
+        inside.pending.reverse();
+        plan = inside;
         plan.lay_out(snapshots_len, &mut Room::within(gaps))
             // Then the host's reason is the one to tell.
             .map_err(|_| error)?;
     }
     write(storage, &source, image, budget, &plan, snapshots.as_deref())
+}
+
+/// What new structures have to count.
+struct Wanted {
+    /// Needs its blocks, has no place for them.
+    plan: Plan,
+    /// The end of what is in use.
+    end: u64,
+    /// Clusters behind the file's end that something refers to, in order.
+    beyond: Vec<u64>,
+}
+
+impl Wanted {
+    fn new(image: &Image) -> Self {
+        Self {
+            plan: Plan::new(image),
+            end: image.clusters,
+            beyond: Vec::new(),
+        }
+    }
+
+    fn walk(&mut self, source: &dyn Source, image: &Image, budget: u64) -> Result<()> {
+        windows(source, image, MANNER, budget, |walk| {
+            for found in walk.counts.referred() {
+                self.plan.need(found.cluster);
+                self.end = self.end.max(found.cluster + 1);
+            }
+            self.beyond.extend(walk.beyond());
+            Ok(())
+        })?;
+        self.beyond.sort_unstable();
+        self.beyond.dedup();
+        Ok(())
+    }
+
+    fn lay_out(&self, snapshots_len: u64, room: &mut Room) -> Result<Plan> {
+        let mut plan = self.plan.clone();
+        // In the order of the file.
+        plan.pending
+            .sort_unstable_by_key(|index| std::cmp::Reverse(*index));
+        plan.lay_out(snapshots_len, room)?;
+        Ok(plan)
+    }
 }
 
 /// Where the new structures go.
@@ -147,14 +210,17 @@ impl Plan {
         Ok(())
     }
 
-    /// Has the host reserve space for the new clusters behind the file's end.
-    fn reserve(&self, storage: &dyn Storage, image: &Image, end: u64) -> Result<()> {
-        let Some(last) = self.taken.last() else {
-            return Ok(());
-        };
-        let bits = image.layout.cluster_bits;
-        let (from, to) = (end << bits, (last + 1) << bits);
-        storage.allocate(from, to.saturating_sub(from))?;
+    /// Where the last of the new clusters ends.
+    fn end(&self) -> u64 {
+        self.taken.last().map_or(0, |last| last + 1)
+    }
+
+    /// Has the host reserve space for the new clusters.
+    fn reserve(&self, storage: &dyn Storage) -> Result<()> {
+        for run in self.taken.chunk_by(|a, b| a + 1 == *b) {
+            let from = run.first().map_or(0, |first| first << self.cluster_bits);
+            storage.allocate(from, (run.len() as u64) << self.cluster_bits)?;
+        }
         Ok(())
     }
 }
@@ -165,11 +231,18 @@ struct Room {
 }
 
 impl Room {
-    /// Everything behind the file's end.
-    fn behind(end: u64) -> Self {
-        Self {
-            runs: vec![(end, u64::MAX - end)],
+    /// Everything behind the file's end but for `used`, which are in order.
+    fn behind(end: u64, used: &[u64]) -> Self {
+        let mut runs = Vec::new();
+        let mut from = end;
+        for cluster in used.iter().copied().filter(|cluster| *cluster >= end) {
+            if cluster > from {
+                runs.push((from, cluster - from));
+            }
+            from = cluster + 1;
         }
+        runs.push((from, u64::MAX - from));
+        Self { runs }
     }
 
     /// Runs of free clusters: first and length.

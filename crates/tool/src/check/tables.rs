@@ -188,6 +188,7 @@ impl Walk<'_> {
         let flags = active > 0 && table.offset != 0 && !self.is_lost(own);
         // Where the next cluster would be if the file went on as the disk does; 0 before the first.
         let mut next = 0;
+        let mut sound = true;
         for (nth, chunk) in bytes.as_chunks_mut::<64>().0.iter_mut().enumerate() {
             // Most tables of a sparse disk are mostly empty.
             if *chunk == [0; 64] {
@@ -201,6 +202,7 @@ impl Walk<'_> {
                 }
                 let entry = layout.l2_entry(raw, bitmap);
                 if !entry.faults.none() {
+                    sound = false;
                     let empty = self.manner.fix.is_some_and(|fix| fix.empty);
                     if empty && entry.faults.has(Fault::MisalignedEmpty) {
                         let (raw, bitmap) = layout.emptied(bitmap);
@@ -220,6 +222,7 @@ impl Walk<'_> {
                             next = offset.saturating_add(layout.cluster());
                         }
                         if !layout.data_file {
+                            sound &= offset < image.file_len;
                             self.cluster(table, at / step, offset, weight);
                         }
                         if flags {
@@ -239,6 +242,7 @@ impl Walk<'_> {
                         }
                     }
                     Target::Compressed { offset, len } => {
+                        sound &= offset < image.file_len;
                         let what = || entry_name(table, at / step, raw);
                         self.region(offset, len, Role::Data, weight, what);
                         if self.first {
@@ -255,7 +259,7 @@ impl Walk<'_> {
             // Between clusters it is somebody else's bytes that would change.
             return Ok(());
         }
-        self.write_back(table.offset, bytes, &changed)
+        self.write_back(table.offset, bytes, &changed, sound)
     }
 
     /// Counts the reference to a whole cluster.

@@ -58,6 +58,10 @@ pub struct Tally {
     pub check_errors: u64,
     /// The refcounts cannot be repaired one by one, they have to be made anew.
     pub rebuild: bool,
+    /// Refcount blocks that are behind the file's end.
+    pub blocks_beyond: u64,
+    /// Those that a file can be made to reach.
+    pub blocks_growable: u64,
     /// Entries of the fault `MisalignedEmpty`.
     pub emptiable: u64,
     /// Something that refers to clusters could not be read: what, for people. Then clusters that
@@ -120,6 +124,8 @@ impl Tally {
         self.leaks += other.leaks;
         self.check_errors += other.check_errors;
         self.rebuild |= other.rebuild;
+        self.blocks_beyond += other.blocks_beyond;
+        self.blocks_growable += other.blocks_growable;
         self.emptiable += other.emptiable;
         if self.unread.is_none() {
             self.unread = other.unread;

@@ -51,6 +51,9 @@ pub struct Walk<'a> {
     pub tally: Tally,
     /// Clusters that clash, each at least once.
     pub clashes: Vec<u64>,
+    /// Clusters behind the file's end that something refers to, of the first [`BEYOND_MAX`]: a bit for
+    /// each. Empty where there are none.
+    beyond: Vec<u64>,
     /// The window begins at cluster 0.
     pub(super) first: bool,
     until: u64,
@@ -58,6 +61,10 @@ pub struct Walk<'a> {
 
 /// Clashes that are remembered; an image with more is not repaired in place.
 pub const CLASHES_MAX: usize = 1 << 16;
+/// The longest file that QEMU, which makes a file reach its refcount blocks, finds room for: ext4's limit.
+const GROWN_MAX: u64 = 16 << 40;
+/// Clusters behind the file's end of which it is known whether something refers to them.
+const BEYOND_MAX: u64 = 1 << 16;
 
 impl<'a> Walk<'a> {
     /// Walks over `image`, counting clusters `window`, in about `budget` bytes. The counts are
@@ -76,6 +83,7 @@ impl<'a> Walk<'a> {
             counts: Counts::new(window.start, window.end, budget),
             tally: Tally::default(),
             clashes: Vec::new(),
+            beyond: Vec::new(),
             first: window.start == 0,
             until: window.end,
         };
@@ -132,9 +140,7 @@ impl<'a> Walk<'a> {
             let what = || "the snapshot table".into();
             self.region(at, self.image.snapshots_len, Role::Own, 1, what);
         }
-        if header.validate_refcount_table().is_ok() {
-            let at = header.refcount_table_offset;
-            let len = u64::from(header.refcount_table_clusters) * cluster;
+        if let Ok((at, len)) = self.image.refcount_table() {
             match self.manner.replacing {
                 true => self.keep(at, len),
                 false => self.region(at, len, Role::Own, 1, || "the refcount table".into()),
@@ -181,6 +187,10 @@ impl<'a> Walk<'a> {
                 self.tally.found(Severity::Corruption, weight, || {
                     format!("{} at {offset:#x} ends behind the file's end", what())
                 });
+                self.note_beyond(
+                    offset >> layout.cluster_bits,
+                    (end - 1) >> layout.cluster_bits,
+                );
             }
             return;
         }
@@ -189,6 +199,31 @@ impl<'a> Walk<'a> {
                 self.clash(cluster, &what);
             }
         }
+    }
+
+    #[cold]
+    fn note_beyond(&mut self, first: u64, last: u64) {
+        let end = self.image.clusters;
+        if self.beyond.is_empty() {
+            self.beyond = vec![0; BEYOND_MAX as usize / 64];
+        }
+        let first = first.max(end) - end;
+        for at in first..=last.saturating_sub(end).min(BEYOND_MAX - 1) {
+            if let Some(word) = self.beyond.get_mut(at as usize / 64) {
+                *word |= 1 << (at % 64);
+            }
+        }
+    }
+
+    /// Clusters behind the file's end that something refers to, in order, of those near to it.
+    pub fn beyond(&self) -> impl Iterator<Item = u64> {
+        let has = |at: &u64| {
+            let word = self.beyond.get(*at as usize / 64);
+            word.is_some_and(|word| word >> (at % 64) & 1 == 1)
+        };
+        let end = self.image.clusters;
+        let known = self.beyond.len() as u64 * 64;
+        (0..known).filter(has).map(move |at| end + at)
     }
 
     #[cold]
@@ -227,14 +262,17 @@ impl<'a> Walk<'a> {
                 self.wrong(|| {
                     format!("refcount table: entry {index} ({raw:#x}) points behind the file's end")
                 });
-                // Then its refcounts are zeros.
-                self.tally.rebuild = true;
+                // Then its refcounts are zeros, or cannot be had.
+                self.tally.blocks_beyond += u64::from(self.first);
+                let growable = offset.saturating_add(layout.cluster()) <= GROWN_MAX;
+                self.tally.blocks_growable += u64::from(self.first && growable);
             } else if self.manner.replacing {
                 self.keep(offset, layout.cluster());
             } else if self.counts.holds(cluster) {
                 let what = || format!("refcount block {index}");
                 self.region(offset, layout.cluster(), Role::Own, 1, what);
-                if self.counts.references(cluster) != 1 {
+                // More than a refcount can say are not more than that, as in QEMU.
+                if self.counts.references(cluster).min(layout.refcount_max()) != 1 {
                     self.tally.found(Severity::Corruption, 1, || {
                         format!("refcount block {index} at {offset:#x} is used by something else")
                     });
@@ -398,11 +436,13 @@ impl Walk<'_> {
         let layout = self.image.layout;
         let weight = u64::from(l1.weight);
         let mut changed = super::tables::Changed::new(part.len());
+        let mut sound = true;
         for (nth, bytes) in part.as_chunks_mut::<8>().0.iter_mut().enumerate() {
             let raw = u64::from_be_bytes(*bytes);
             let Some(entry) = layout.l1_entry(raw) else {
                 continue;
             };
+            sound &= entry.faults.none() && entry.table < self.image.file_len;
             let index = first + nth as u64;
             let what = || format!("L1 entry {index} ({raw:#x})");
             if self.first {
@@ -436,15 +476,17 @@ impl Walk<'_> {
             }
         }
         let offset = l1.offset.saturating_add(first * 8);
-        self.write_back(offset, part, &changed)
+        self.write_back(offset, part, &changed, sound)
     }
 
-    /// Writes the changed sectors of a piece of a table, unless it overlaps something.
+    /// Writes the changed sectors of a piece of a table. Where something else is in the same place, only
+    /// if all of its entries are `sound`: then it is a table, and not somebody's data.
     pub(super) fn write_back(
         &mut self,
         offset: u64,
         bytes: &[u8],
         changed: &super::tables::Changed,
+        sound: bool,
     ) -> Result<()> {
         let Some(fix) = self.manner.fix.filter(|_| changed.any()) else {
             return Ok(());
@@ -454,7 +496,8 @@ impl Walk<'_> {
         let clusters = offset >> bits..end.div_ceil(1 << bits);
         let clash = |cluster| fix.overlaps.binary_search(&cluster).is_ok();
         // Between clusters it is somebody else's bytes that would change.
-        if !offset.is_multiple_of(512) || end > self.image.file_len || clusters.clone().any(clash) {
+        let misplaced = !offset.is_multiple_of(512) || end > self.image.file_len;
+        if misplaced || !sound && clusters.clone().any(clash) {
             return Ok(());
         }
         for sectors in changed.runs() {

@@ -341,7 +341,7 @@ fn cve_2014_0144_l1_and_refcount_tables_that_are_nowhere() {
             "refcount_table_offset 0",
             || plain().put_u64(field::REFCOUNT_TABLE_OFFSET, 0),
             "refcount_table_offset at byte 48",
-            "refcount_table_offset",
+            "reserved bits set",
         ),
         (
             "refcount_table_offset odd",

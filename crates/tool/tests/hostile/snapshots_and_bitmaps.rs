@@ -295,7 +295,8 @@ fn bitmap_directories_of_any_size() {
         ),
         (
             "table larger than the file",
-            || bitmap(|b| b.entries = 1 << 17),
+            // Of one in use QEMU does not look whether it fits its bits.
+            || bitmap(|b| (b.entries, b.flags) = (1 << 17, 1)),
             "",
             "larger than the file",
         ),

@@ -105,7 +105,16 @@ impl Bitmap {
         } else if read_u32(bytes, 20).unwrap_or(0) != 0 {
             Err("has extra data, which nobody knows")
         } else {
-            Self::parse_any(bytes, layout, size)
+            let bitmap = Self::parse_any(bytes, layout, size)?;
+            let granularity = bytes.get(17).copied().unwrap_or(0);
+            let bits = size.div_ceil(1 << granularity);
+            // It is saved in words of 64 bits.
+            let len = bits.div_ceil(64) * 8;
+            let entries = len.div_ceil(layout.cluster());
+            match flags & BITMAP_IN_USE == 0 && u64::from(bitmap.entries) != entries {
+                true => Err("has a table of more entries than its bits need"),
+                false => Ok(bitmap),
+            }
         }
     }
 
