@@ -16,9 +16,11 @@ build: ## build the release binary, target/release/diskplane
 	@scripts/setup.sh build
 	$(CARGO) build --release --locked -p diskplane
 
-lint: ## check the format and run clippy, warnings denied
+lint: ## check the format and run clippy, warnings denied; and that fuzz/Cargo.lock is up to date
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	@$(CARGO) metadata --quiet --locked --format-version 1 --manifest-path fuzz/Cargo.toml >/dev/null || \
+		{ echo 'fuzz/Cargo.lock is behind: cargo update --workspace --manifest-path fuzz/Cargo.toml' >&2; exit 1; }
 
 # The recipe is one sequence, not prerequisites: with -j they would compete for the build lock and the cores.
 test: ## all the set-up it needs, lint, and every test

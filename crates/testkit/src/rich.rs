@@ -49,7 +49,9 @@ fn encrypted(plain: Forge) -> Forge {
         );
     }
     put(208, &0x00ac_71f3u32.to_be_bytes());
-    put(212, &1000u32.to_be_bytes());
+    // The fewest: it is tried often.
+    put(164, &1u32.to_be_bytes());
+    put(212, &1u32.to_be_bytes());
     let len = u64::from(8 + 8 * SLOT_SECTORS) * 512;
     let mut image = plain.put_u32(field::CRYPT_METHOD, 2);
     let at = image.allocate(len.div_ceil(image.cluster()));

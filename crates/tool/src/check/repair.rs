@@ -62,6 +62,11 @@ pub(super) fn repair(storage: &dyn Storage, options: &CheckOptions) -> Result<Re
     let after = Found::search(&source, &image, options.budget_bytes)?;
     let sound = after.tally.errors() == 0 && after.tally.check_errors == 0;
     settle(storage, &image, sound, was_dirty)?;
+    // A broken table may lie over the header, which was just written.
+    let (image, after) = match sound {
+        true => (image, after),
+        false => work.again(false)?,
+    };
     let findings = std::mem::take(&mut report.findings);
     Ok(Report {
         corruptions_fixed: work.corruptions_fixed,

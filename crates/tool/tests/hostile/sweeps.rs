@@ -1,6 +1,6 @@
 //! Sound images cut off or damaged anywhere.
 
-use super::abuse::abuse;
+use super::abuse::{abuse, open, repaired};
 use super::plain;
 use proptest::prelude::*;
 use testkit::rich::{KINDS, damaged, kind};
@@ -64,4 +64,16 @@ fn what_the_sweeps_begin_with_is_sound() {
         );
     }
     assert!(abuse(&plain().bytes).open.is_ok());
+}
+
+/// Programs that fuzzing found.
+#[test]
+fn what_was_found_once_stays_found() {
+    for program in [
+        // A snapshot's L1 table on the header, which a repair writes last.
+        &[4, 7, 0, 28, 1, 7, 0][..],
+    ] {
+        let image = damaged(program);
+        repaired(&image, open(&image).is_ok());
+    }
 }

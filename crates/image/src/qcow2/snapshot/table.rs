@@ -11,7 +11,7 @@ use crate::qcow2::{read_u32, read_u64};
 use block::{Error, Result, Storage};
 
 /// Bytes of the table that are read at once.
-const READ_BYTES: usize = 256 << 10;
+const READ_BYTES: usize = 16 << 10;
 /// Extra data as QEMU writes them: VM state size, disk size, instruction count.
 const EXTRA_BYTES: usize = 24;
 
