@@ -25,6 +25,16 @@ fn main() -> io::Result<()> {
         .flat_map(|edit| (0..rich::KINDS as u8).map(move |kind| vec![edit, kind]))
         .collect();
     write(&folder.join("qcow2_edit"), &edits)?;
+    // Each way of use, of each image, and a change after some calls.
+    let meddled: Vec<Vec<u8>> = (0..32)
+        .flat_map(|way| {
+            (0..rich::KINDS as u8).map(move |kind| {
+                let call = 2 + (way * 5 + kind * 3) % 40;
+                vec![way, call, kind, call, way, 16, 1, 0, 0, kind]
+            })
+        })
+        .collect();
+    write(&folder.join("qcow2_meddled"), &meddled)?;
     // As bytes too: what a program does not reach.
     images.extend((0..rich::KINDS).map(|kind| rich::kind(kind).bytes));
     write(&folder.join("qcow2_open"), &images)?;

@@ -16,6 +16,15 @@ pub struct Done {
     pub changes: u64,
 }
 
+/// What somebody else does to a [`Memory`] while it is in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Meddling {
+    /// Overwrites 8 bytes at this offset.
+    Write(u64, [u8; 8]),
+    /// Cuts the file, or makes it longer.
+    SetLen(u64),
+}
+
 #[derive(Clone, Debug, Default)]
 struct Inner {
     pages: BTreeMap<u64, Box<[u8; PAGE as usize]>>,
@@ -30,6 +39,8 @@ pub struct Memory {
     calls: AtomicU64,
     changes: AtomicU64,
     calls_max: u64,
+    /// What happens before which call.
+    meddling: Option<(u64, Meddling)>,
 }
 
 impl Memory {
@@ -45,6 +56,15 @@ impl Memory {
             calls: AtomicU64::new(0),
             changes: AtomicU64::new(0),
             calls_max,
+            meddling: None,
+        }
+    }
+
+    /// The same, but before the call number `call` (from 1 on) somebody else changes the file.
+    pub fn meddled(self, call: u64, meddling: Meddling) -> Self {
+        Self {
+            meddling: Some((call, meddling)),
+            ..self
         }
     }
 
@@ -66,7 +86,17 @@ impl Memory {
         if changes {
             self.changes.fetch_add(1, Ordering::Relaxed);
         }
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.meddling {
+            Some((at, Meddling::Write(offset, bytes))) if at == calls => {
+                inner.write(offset, &bytes);
+            }
+            Some((at, Meddling::SetLen(len))) if at == calls => {
+                inner.set_len(len);
+            }
+            _ => {}
+        }
+        inner
     }
 
     fn end(offset: u64, len: u64) -> Result<u64> {
@@ -94,6 +124,11 @@ impl Inner {
             rest = later;
         }
         self.len = self.len.max(at);
+    }
+
+    fn set_len(&mut self, len: u64) {
+        self.zero(len, self.len);
+        self.len = len;
     }
 
     fn zero(&mut self, offset: u64, end: u64) {
@@ -155,10 +190,7 @@ impl Storage for Memory {
 
     fn set_len(&self, len: u64) -> Result<()> {
         Self::end(len, 0)?;
-        let mut inner = self.inner(true);
-        let old = inner.len;
-        inner.zero(len, old);
-        inner.len = len;
+        self.inner(true).set_len(len);
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! Sound images with something of everything, and damage to them.
 
 use crate::forge::{Bitmap, COPIED, Forge, Shape, Snapshot, extension, field, luks};
+use crate::memory::Meddling;
 use std::borrow::Cow;
 
 /// How many kinds of images there are.
@@ -144,6 +145,16 @@ pub fn image(input: &[u8]) -> Cow<'_, [u8]> {
     match input.starts_with(b"QFI\xfb") {
         true => Cow::Borrowed(input),
         false => Cow::Owned(damaged(input)),
+    }
+}
+
+/// What somebody else does to a file that is in use, of a change as [`damaged`] takes it: a word, or the file's end.
+pub fn meddling([lo, hi, how, a, b, c]: [u8; 6], cut: bool) -> Meddling {
+    let at = 8 * u64::from(u16::from_le_bytes([lo, hi]));
+    let number = u64::from_le_bytes([a, b, c, 0, 0, 0, 0, 0]);
+    match cut {
+        true => Meddling::SetLen(at + u64::from(how)),
+        false => Meddling::Write(at, number.rotate_left(u32::from(how & 63)).to_be_bytes()),
     }
 }
 

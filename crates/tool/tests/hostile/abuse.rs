@@ -10,7 +10,7 @@ use image::qcow2::snapshot::{self, NewSnapshot};
 use image::qcow2::{self, AmendOptions, Header, OpenOptions, Qcow2};
 use image::{Format, Image as _};
 use std::sync::Arc;
-use testkit::memory::Memory;
+use testkit::memory::{Meddling, Memory};
 use tool::check::{CheckOptions, Repair, Report, check};
 use tool::prealloc::Preallocation;
 use tool::resize::{ResizeOptions, resize};
@@ -280,6 +280,28 @@ pub fn repaired(bytes: &[u8], readable: bool) {
             }
         }
     }
+}
+
+/// Uses it in one way (which is taken modulo their number) while somebody else changes the file, before the call of
+/// that number. It may fail, and may leave anything.
+///
+/// # Panics
+///
+/// When the storage is called beyond all measure, or the code under test panics.
+pub fn meddled(bytes: &[u8], way: u8, call: u64, meddling: Meddling) {
+    let storage = Memory::new(bytes, SPACE, CALLS_MAX).meddled(call, meddling);
+    let storage = Arc::new(storage);
+    let edits = EDITS.iter().map(|(_, edit)| *edit);
+    let others: [fn(&Arc<Memory>) -> Result<()>; 6] = [
+        read,
+        write,
+        unlocked,
+        |storage| check(&**storage, &repairing(Repair::No)).map(drop),
+        |storage| check(&**storage, &repairing(Repair::Leaks)).map(drop),
+        |storage| check(&**storage, &repairing(Repair::All)).map(drop),
+    ];
+    let ways: Vec<_> = others.into_iter().chain(edits).collect();
+    let _ = ways[usize::from(way) % ways.len()](&storage);
 }
 
 fn storage(bytes: &[u8]) -> Arc<Memory> {

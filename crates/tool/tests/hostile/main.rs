@@ -6,6 +6,7 @@
 
 mod abuse;
 mod headers;
+mod luks;
 mod snapshots_and_bitmaps;
 mod sweeps;
 mod tables;

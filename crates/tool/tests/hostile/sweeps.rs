@@ -1,9 +1,9 @@
 //! Sound images cut off or damaged anywhere.
 
-use super::abuse::{abuse, open, repaired};
+use super::abuse::{abuse, meddled, open, repaired};
 use super::plain;
 use proptest::prelude::*;
-use testkit::rich::{KINDS, damaged, kind};
+use testkit::rich::{KINDS, damaged, kind, meddling};
 
 #[test]
 fn files_that_end_anywhere() {
@@ -15,7 +15,7 @@ fn files_that_end_anywhere() {
         let beside = sectors.zip([0, 1, 0, 511].into_iter().cycle());
         let cuts = header.chain(beside.map(|(at, more)| at + more));
         // The last kinds have not much that the first have not.
-        for len in cuts.step_by(if nth < 4 { 1 } else { 7 }) {
+        for len in cuts.step_by(if nth < 4 { 2 } else { 9 }) {
             abuse(&whole[..len.min(whole.len())]);
         }
     }
@@ -49,6 +49,22 @@ proptest! {
         changes in proptest::collection::vec(change(), 1..6),
     ) {
         abuse(&damaged(&[&[kind][..], &changes.concat()].concat()));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(3 * cases()))]
+
+    /// Another process changes the file, or cuts it, while it is in use.
+    #[test]
+    fn files_that_change_do_no_harm(
+        nth in 0..KINDS,
+        way: u8,
+        call in 2u64..80,
+        change in change(),
+        cut in prop::bool::weighted(0.2),
+    ) {
+        meddled(&kind(nth).bytes, way, call, meddling(change, cut));
     }
 }
 
