@@ -29,8 +29,11 @@ const READ_MAX: u64 = 256 << 10;
 /// Iterations of PBKDF2 that are tried: a header may ask for minutes of them.
 const ITERATIONS_MAX: u64 = 20_000;
 
+/// A way to use an image.
+type Use = fn(&Arc<Memory>) -> Result<()>;
+
 /// Something that is done to images which nobody has open.
-pub type Edit = (&'static str, fn(&Arc<Memory>) -> Result<()>);
+pub type Edit = (&'static str, Use);
 
 /// All of them. Ids and names are those of the forge.
 pub const EDITS: &[Edit] = &[
@@ -292,7 +295,7 @@ pub fn meddled(bytes: &[u8], way: u8, call: u64, meddling: Meddling) {
     let storage = Memory::new(bytes, SPACE, CALLS_MAX).meddled(call, meddling);
     let storage = Arc::new(storage);
     let edits = EDITS.iter().map(|(_, edit)| *edit);
-    let others: [fn(&Arc<Memory>) -> Result<()>; 6] = [
+    let others: [Use; 6] = [
         read,
         write,
         unlocked,

@@ -82,14 +82,9 @@ fn what_the_sweeps_begin_with_is_sound() {
     assert!(abuse(&plain().bytes).open.is_ok());
 }
 
-/// Programs that fuzzing found.
+/// What fuzzing found: a snapshot's L1 table on the header, which a repair writes last.
 #[test]
-fn what_was_found_once_stays_found() {
-    for program in [
-        // A snapshot's L1 table on the header, which a repair writes last.
-        &[4, 7, 0, 28, 1, 7, 0][..],
-    ] {
-        let image = damaged(program);
-        repaired(&image, open(&image).is_ok());
-    }
+fn what_a_repair_reports_is_what_it_leaves() {
+    let image = damaged(&[4, 7, 0, 28, 1, 7, 0]);
+    repaired(&image, open(&image).is_ok());
 }
