@@ -325,3 +325,63 @@ fn a_bit_that_was_perhaps_set_is_set_again() {
     assert!(!is_dirty(&file));
     assert_eq!(checked(&file), Checked::Clean);
 }
+
+#[test]
+fn a_header_written_meanwhile_keeps_the_table_that_the_file_has() {
+    let options = CreateOptions {
+        cluster_size: 512,
+        refcount_bits: 64,
+        size: 8 << 20,
+        ..options(0)
+    };
+    let mut driver = Driver::create(&options, &OpenOptions::default());
+    driver.write((8 << 20) - 512, &[1; 512]).unwrap();
+    let file = driver.file.clone();
+    driver.close();
+    // The disk's last cluster is said to lie where the L1 table does.
+    let header = Header::read(&file).unwrap();
+    let last = header.l1_table_offset + (u64::from(header.l1_size) - 1) * 8;
+    let l2 = file.word(last) & !(1 << 63);
+    file.patch(
+        l2 as usize + 504,
+        &(header.l1_table_offset | 1 << 63).to_be_bytes(),
+    );
+    let mut driver = Driver::open(file.clone(), &OpenOptions::default());
+    for i in 0..48 {
+        driver.write(i * (64 << 10), &[3; 64 << 10]).unwrap();
+        driver.flush().unwrap();
+    }
+    let offset = |file: &MemFile| Header::read(file).unwrap().refcount_table_offset;
+    assert_eq!(offset(&file), header.refcount_table_offset);
+    assert!(driver.write((8 << 20) - 512, &[1; 512]).is_err());
+    driver.flush().unwrap();
+    assert_eq!(file.word(72), features::DIRTY | features::CORRUPT);
+    assert_eq!(offset(&file), header.refcount_table_offset);
+    let content = driver.read(0, 3 << 20).unwrap();
+    assert!(content == vec![3; 3 << 20]);
+    driver.close();
+    assert_eq!(file.word(72), features::CORRUPT);
+    assert_ne!(offset(&file), header.refcount_table_offset);
+}
+
+#[test]
+fn a_change_that_needs_no_order_waits_for_the_bit_too() {
+    let mut driver = fresh(64);
+    driver.write(0, &[1; 4 * CLUSTER as usize]).unwrap();
+    let file = driver.file.clone();
+    driver.close();
+    let mut driver = Driver::open(file.clone(), &OpenOptions::default());
+    driver.zero(0, CLUSTER, ZeroMode::Discard).unwrap();
+    file.record();
+    driver.flush().unwrap();
+    let journal = file.journal();
+    assert!(matches!(
+        journal[..4],
+        [
+            Change::Write(0, _),
+            Change::Sync,
+            Change::Write(..),
+            Change::Sync
+        ]
+    ));
+}
