@@ -5,7 +5,7 @@
 
 use crate::keys::Change;
 use crate::resize::{NewSize, Wish};
-use crate::{args, options, print, resize};
+use crate::{args, check, options, print, resize};
 use anyhow::{Result, bail};
 use block::{Storage, size};
 use image::Format;
@@ -13,7 +13,7 @@ use image::qcow2::{AmendOptions, Header, amend, downgrade, features};
 use io::{File, Lock, OpenOptions};
 use serde::Serialize;
 use std::sync::Arc;
-use tool::{check, prealloc::Preallocation};
+use tool::prealloc::Preallocation;
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -58,7 +58,7 @@ pub fn run(args: &args::Amend) -> Result<()> {
     }
     let storage: &dyn Storage = &*file;
     let name = storage.name();
-    check::mend_dirty(storage)?;
+    check::mend(storage)?;
     let header = Header::read(storage)?;
     header.check_known().map_err(|e| e.within(&name))?;
     changes

@@ -227,7 +227,7 @@ pub fn run(args: &Bitmap) -> Result<()> {
         };
         let source = args.source_file.as_deref().map(read).transpose()?;
         let source = source.as_deref().map(|file| file as &dyn Storage);
-        tool::check::mend_dirty(&*file)?;
+        crate::check::mend(&*file)?;
         tool::bitmap::apply(&*file, name, &actions, source)?;
     }
     if name.is_some() && !args.json {

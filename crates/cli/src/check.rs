@@ -141,6 +141,19 @@ fn json(args: &args::Check, report: &Report) -> Result<String> {
 }
 
 /// What is wrong, line by line, on stderr.
+/// Brings an image that was not closed cleanly in order before a command writes to it, and says so.
+pub fn mend(storage: &dyn Storage) -> block::Result<()> {
+    if let Some(report) = tool::check::mend_dirty(storage)? {
+        tracing::warn!(
+            image = storage.name(),
+            refcounts = report.corruptions_fixed,
+            leaks = report.leaks_fixed,
+            "was not closed cleanly: its refcounts were counted anew"
+        );
+    }
+    Ok(())
+}
+
 fn tell(report: &Report) {
     for finding in report.findings.iter().take(SHOWN_MAX) {
         eprintln!("{}", plain(&finding.to_string()));

@@ -142,7 +142,7 @@ fn open(
     let options = ChainOptions {
         format,
         allow_backing: args.allow_backing.clone(),
-        repair: Some(tool::check::mend_dirty),
+        repair: Some(crate::check::mend),
         passphrases,
         ..ChainOptions::default()
     };

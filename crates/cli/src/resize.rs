@@ -12,7 +12,7 @@ use image::Format;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use tool::{check, prealloc::Preallocation, resize};
+use tool::{prealloc::Preallocation, resize};
 
 /// What the size is to be: so much, or more or less by so much.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +105,7 @@ pub fn resize(
         format,
         allow_backing: allow_backing.to_vec(),
         passphrases: keys.read()?,
-        repair: Some(check::mend_dirty),
+        repair: Some(crate::check::mend),
         ..ChainOptions::default()
     };
     let chain = Chain::open(spec, &options)?;

@@ -216,7 +216,7 @@ fn chain_options(args: &args::Serve, spec: &DiskSpec) -> Result<ChainOptions> {
         allow_backing: args.allow_backing.clone(),
         data_file: spec.data_file.clone(),
         snapshot: spec.snapshot.clone(),
-        repair: Some(tool::check::mend_dirty),
+        repair: Some(crate::check::mend),
         ..ChainOptions::default()
     })
 }

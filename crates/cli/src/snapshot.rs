@@ -80,7 +80,7 @@ pub fn run(args: &args::Snapshot) -> Result<()> {
     }
     let storage: &dyn Storage = &*file;
     if changes {
-        tool::check::mend_dirty(storage)?;
+        crate::check::mend(storage)?;
     }
     let (done, snapshot) = match (&args.create, &args.apply, &args.delete) {
         (Some(name), ..) => ("created", snapshot::create(storage, &new(name)?)?),

@@ -63,7 +63,9 @@ impl Judge {
             }
             match allowed.damaged {
                 true => check(&**world.image(), Repair::All).map(|_| ())?,
-                false => mend_dirty(&**world.image()).map_err(|e| e.to_string())?,
+                false => mend_dirty(&**world.image())
+                    .map(|_| ())
+                    .map_err(|e| e.to_string())?,
             }
         }
         check(&**world.image(), Repair::No)?;

@@ -164,15 +164,15 @@ pub fn check(storage: &dyn Storage, options: &CheckOptions) -> Result<Report> {
 
 /// Brings the qcow2 image in `storage` in order if its dirty bit is set, as QEMU does before it writes to
 /// one: whoever wrote it had postponed refcounts, or a repair was cut off. Others are left alone, and so
-/// is one that is marked corrupt, which takes a decision of the user.
+/// is one that is marked corrupt, which takes a decision of the user. Returns what the repair did, where there was one.
 ///
 /// # Errors
 ///
 /// As [`check`]; `Corrupt` where it could not be repaired.
-pub fn mend_dirty(storage: &dyn Storage) -> Result<()> {
+pub fn mend_dirty(storage: &dyn Storage) -> Result<Option<Report>> {
     let header = Header::read(storage)?;
     if header.incompatible & (features::DIRTY | features::CORRUPT) != features::DIRTY {
-        return Ok(());
+        return Ok(None);
     }
     let options = CheckOptions {
         repair: Repair::All,
@@ -186,7 +186,7 @@ pub fn mend_dirty(storage: &dyn Storage) -> Result<()> {
             report.corruptions + report.check_errors
         )));
     }
-    Ok(())
+    Ok(Some(report))
 }
 
 /// Checks the image whose metadata `source` shows, without a repair.
