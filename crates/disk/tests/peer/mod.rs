@@ -229,6 +229,12 @@ impl Model {
         }
     }
 
+    /// A disk that reads as `bytes`.
+    pub fn of(bytes: Vec<u8>) -> Self {
+        let maybe = vec![false; bytes.len()];
+        Self { bytes, maybe }
+    }
+
     /// A disk of `size` bytes over a base that reads as `base`.
     pub fn over(base: &Model, size: u64) -> Self {
         let mut model = Self::new(size);
