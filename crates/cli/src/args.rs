@@ -226,8 +226,11 @@ pub struct Check {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// Print no result, only what is wrong, on stderr: the exit status says how bad it is
+    #[arg(short, long)]
+    pub quiet: bool,
     /// Check even while another process writes the image: it may look damaged then
-    #[arg(long, conflicts_with = "repair")]
+    #[arg(short = 'U', long, conflicts_with = "repair")]
     pub force_share: bool,
     /// Memory for counting clusters; an image that needs more takes longer
     #[arg(long, value_name = "SIZE", default_value = "40M", value_parser = bytes)]

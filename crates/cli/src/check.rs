@@ -98,12 +98,14 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
     };
     let storage: &dyn Storage = &*file;
     let report = check(storage, &options)?;
-    match args.json {
-        true => print(&json(args, &report)?)?,
-        false => {
-            tell(&report);
-            print(&text(&report)?)?;
-        }
+    if !args.json {
+        tell(&report);
+    }
+    if !args.quiet {
+        print(&match args.json {
+            true => json(args, &report)?,
+            false => text(&report)?,
+        })?;
     }
     if report.check_errors > 0 {
         bail!(
