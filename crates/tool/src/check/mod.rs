@@ -32,7 +32,9 @@
 //! 2. Entries that name a cluster between clusters but have no data in it are emptied.
 //! 3. Refcounts become the number of references: in place, or, where the refcount structures
 //!    themselves are broken, as new ones behind the end of the file that one write of the header's
-//!    sector puts in force. Nothing that a table refers to is overwritten.
+//!    sector puts in force. Nothing that a table refers to is overwritten, nor does anything new go
+//!    where an entry of a cut file points behind its end: once the file is longer that is a
+//!    cluster of zeros, and counted.
 //! 4. COPIED flags become what the refcounts say.
 //! 5. The dirty and corrupt bits are cleared, if nothing is wrong any more.
 
