@@ -10,9 +10,10 @@
 //! another; each host cluster counts those that touch it. Where a refcount can count no more the
 //! next one begins in a cluster of its own.
 //!
-//! The header is written last, behind a barrier: an image that was not finished shows no format.
+//! A header that was there before is gone first, and the new one is written last, each behind a barrier: an image that
+//! was not finished shows no format.
 
-use super::create::{CreateOptions, encode};
+use super::create::{CreateOptions, encode, forget};
 use super::entry::{COMPRESSED, COPIED, HOST_END_MAX, SECTOR, ZERO};
 use super::{HOST_OFFSET_END, Header, REFCOUNT_TABLE_BYTES_MAX};
 use block::{Context, Error, ErrorKind, Result, Storage, size};
@@ -75,13 +76,7 @@ impl<'a> ImageWriter<'a> {
         }
         let (header, _) = options.header();
         let cluster = options.cluster_size;
-        let old = storage.len()?.min(cluster);
-        if old > 0 {
-            // No old header may show while this is under way.
-            storage
-                .write_zeroes(0, old, false)
-                .context(|| storage.name())?;
-        }
+        forget(storage, cluster).context(|| storage.name())?;
         let mut writer = Self {
             storage,
             has_backing: options.backing.is_some(),

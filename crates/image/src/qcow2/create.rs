@@ -384,8 +384,9 @@ fn write(
     let cluster = options.cluster_size;
     let end = layout.clusters() * cluster;
     let len = storage.len()?;
-    if len > 0 {
-        storage.write_zeroes(0, len.min(end), false)?;
+    forget(storage, cluster)?;
+    if len > cluster {
+        storage.write_zeroes(cluster, len.min(end) - cluster, false)?;
     }
     if len < end {
         storage.set_len(end)?;
@@ -410,6 +411,17 @@ fn write(
     }
     storage.sync()?;
     storage.write_at(0, header)?;
+    storage.sync()
+}
+
+/// Makes sure that no old header shows in a file that is begun anew: a crash would leave one over what it knows
+/// nothing of.
+pub(super) fn forget(storage: &dyn Storage, cluster: u64) -> Result<()> {
+    let old = storage.len()?.min(cluster);
+    if old == 0 {
+        return Ok(());
+    }
+    storage.write_zeroes(0, old, false)?;
     storage.sync()
 }
 

@@ -1,7 +1,7 @@
 //! Random runs against a model, judged by `qemu-img` at the end.
 
-use super::testing::{Checked, Driver, MemFile, Rng, check, run};
-use super::{Compression, CreateOptions, OpenOptions};
+use super::testing::{Change, Checked, Driver, MemFile, Rng, apply, check, run};
+use super::{Compression, CreateOptions, Header, ImageWriter, OpenOptions, create};
 use crate::ZeroMode;
 use std::fs;
 use std::path::Path;
@@ -222,5 +222,59 @@ fn the_refcount_table_grows_and_moves() {
         assert!(driver.image.header().refcount_table_clusters > clusters);
         let directory = tempfile::tempdir().unwrap();
         judge(directory.path(), &bytes, &model, "table growth");
+    }
+}
+
+#[test]
+fn what_is_begun_anew_never_shows_under_its_old_header() {
+    let old = CreateOptions {
+        size: 1 << 20,
+        cluster_size: 4096,
+        ..CreateOptions::default()
+    };
+    let new = CreateOptions {
+        size: 2 << 20,
+        ..old.clone()
+    };
+    type Make = fn(&MemFile, &CreateOptions);
+    let makers: [Make; 2] = [
+        |file, options| create(file, options).unwrap(),
+        |file, options| {
+            let mut writer = ImageWriter::new(file, options).unwrap();
+            for guest in 0..300 {
+                writer.put_data(guest, &[9; 4096]).unwrap();
+            }
+            writer.finish().unwrap();
+        },
+    ];
+    for make in makers {
+        let mut driver = Driver::create(&old, &OpenOptions::default());
+        driver.write(0, &[7; 900 << 10]).unwrap();
+        let file = MemFile::of(driver.close());
+        let before = file.bytes();
+        file.record();
+        make(&file, &new);
+        let after = file.bytes();
+        let journal = file.journal();
+        let mut shown = Vec::new();
+        for end in 0..=journal.len() {
+            // All is there but what no barrier has followed and comes first.
+            let begun = journal[..end].iter();
+            let late = !begun.clone().any(|change| matches!(change, Change::Sync));
+            let mut bytes = before.clone();
+            begun
+                .skip(usize::from(late))
+                .for_each(|change| apply(&mut bytes, change));
+            let size = Header::parse(&bytes).ok().map(|header| header.size);
+            let whole = match size {
+                Some(size) if size == old.size => &before,
+                Some(_) => &after,
+                None => &bytes,
+            };
+            assert!(bytes[4096..] == whole[4096..], "{end}: {size:?}");
+            shown.push(size);
+        }
+        shown.dedup();
+        assert_eq!(shown, [Some(old.size), None, Some(new.size)]);
     }
 }
