@@ -242,7 +242,7 @@ const WORKLOADS: &[Workload] = &[
     },
     Workload {
         name: "convert",
-        script: "storm 20; convert; crash; storm 30 flush=2; convert; storm 10",
+        script: "storm 20; convert; crash; storm 30 flush=2; create; crash; storm 20 flush=2; convert; storm 10",
         images: &[
             "cluster_size=4k",
             "cluster_size=512 size=512k refcount_bits=64",

@@ -18,8 +18,9 @@ use io::{Change, SimDisk};
 use std::collections::HashMap;
 
 /// What operations say of something that a crash may have kept or lost.
-const GONE: [&str; 3] = [
+const GONE: [&str; 4] = [
     "is inconsistent, since it was not saved",
+    "cannot become compat=0.10: it has refcount_bits",
     "already",
     "opens no key slot",
 ];
@@ -118,6 +119,9 @@ pub fn run(plan: &Plan) -> std::result::Result<Outcome, String> {
     };
     run.open()?;
     for (nth, step) in plan.steps.iter().enumerate() {
+        if run.is_absent() {
+            break;
+        }
         if !matches!(step, Step::One(_) | Step::Storm(_)) && run.lost() {
             // Who opens the image next finds in the page cache what is on no disk, and cannot know.
             break;
@@ -170,6 +174,9 @@ impl Run {
                     Err(error) => self.errors.push(format!("{}: {error}", words.join(" "))),
                     Ok(()) => {}
                 }
+                if self.is_absent() {
+                    return Ok(());
+                }
                 return self.open();
             }
         };
@@ -210,20 +217,36 @@ impl Run {
         Ok(())
     }
 
+    /// Whether making the image anew has failed.
+    fn is_absent(&self) -> bool {
+        self.model.is_absent(self.world.clock.now() + 1)
+    }
+
     /// Whether a sync failed: what it did not cover may be lost for good.
     fn lost(&self) -> bool {
         let log = self.world.disks.iter().flat_map(|disk| disk.log());
         log.into_iter().any(|e| e.change == Change::FailedSync)
     }
 
-    /// Opens the image; a fault may hit that once.
+    /// Opens the image; a fault may hit that as often as it can.
     fn open(&mut self) -> std::result::Result<(), String> {
-        let opened = self.try_open().or_else(|error| {
-            self.errors.push(format!("open: {error}"));
-            self.try_open()
-        });
-        self.drive = Some(opened.map_err(|e| format!("open: {e}"))?);
-        Ok(())
+        let mut tries = self.plan.fault.as_ref().map_or(0, |i| i.fault.count);
+        loop {
+            match self.try_open() {
+                Ok(drive) => {
+                    self.drive = Some(drive);
+                    return Ok(());
+                }
+                Err(error) => {
+                    let error = format!("open: {error}");
+                    if tries == 0 {
+                        return Err(error);
+                    }
+                    tries -= 1;
+                    self.errors.push(error);
+                }
+            }
+        }
     }
 
     fn try_open(&self) -> Result<Drive> {
@@ -260,8 +283,14 @@ impl Run {
         self.drain().map_err(|e| e.to_string())?;
         if let Some(Drive::Blocking(driver)) = &mut self.drive {
             let mut bytes = vec![0; driver.size() as usize];
-            let read = driver.read(0, &mut bytes);
-            read.map_err(|e| format!("read: {e}"))?;
+            match driver.read(0, &mut bytes) {
+                Ok(()) => {}
+                Err(error) if self.plan.fault.is_some() => {
+                    self.errors.push(format!("read: {error}"));
+                    return Ok(());
+                }
+                Err(error) => return Err(format!("read: {error}")),
+            }
             let allowed = self.model.allowed(When::Served);
             self.model.judge(&allowed, &bytes)?;
         }
@@ -272,11 +301,13 @@ impl Run {
         for disk in &self.world.disks {
             disk.heal();
         }
-        let bytes = self.world.content().map_err(|e| e.to_string())?;
-        // A close is a flush: what was closed well is all there. Otherwise the page cache is, as after the end of a
-        // process: all but what only the image's memory knew, and no flush had covered.
-        let allowed = self.model.allowed(When::Crash(u64::MAX));
-        self.model.judge(&allowed, &bytes)?;
+        if !self.is_absent() {
+            let bytes = self.world.content().map_err(|e| e.to_string())?;
+            // A close is a flush: what was closed well is all there. Otherwise the page cache is, as after the end of a
+            // process: all but what only the image's memory knew, and no flush had covered.
+            let allowed = self.model.allowed(When::Crash(u64::MAX));
+            self.model.judge(&allowed, &bytes)?;
+        }
         if self.plan.fault.is_none() && !self.errors.is_empty() {
             return Err(self.errors.join("; "));
         }

@@ -27,7 +27,7 @@ impl Bounds {
     pub const FAST: Bounds = Bounds {
         exhaustive: 4,
         each: 14,
-        all: 64,
+        all: 48,
     };
     /// For runs that are many: one for each operation that may fail.
     pub const FEW: Bounds = Bounds {

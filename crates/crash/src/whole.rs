@@ -142,6 +142,13 @@ const OPERATIONS: &[(&str, Operation)] = &[
     }),
     ("repair", damage_and_repair),
     ("convert", convert_again),
+    ("create", |ground, _| {
+        ground.model.absent(ground.begun);
+        image::qcow2::create(ground.file(), &ground.world.spec.create)?;
+        ground.model.present(ground.world.clock.tick());
+        let content = ground.world.content()?;
+        Ok(Effect::Content(judge::stamps(&content).into()))
+    }),
 ];
 
 /// The image's LUKS header, and where it is.
