@@ -12,13 +12,31 @@ mod vhost_common;
 use io::EngineKind;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
+use std::sync::Once;
 
 /// Programs long enough to do something.
 fn programs() -> impl Strategy<Value = Vec<u8>> {
     proptest::collection::vec(any::<u8>(), 0..600)
 }
 
+/// Has a panic of a server's thread end the process: its clients would wait for ever, one after the other while
+/// the program is made smaller. Test threads are named for their tests.
+fn watch_the_server() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let tell = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            tell(info);
+            let thread = std::thread::current();
+            if !thread.name().is_some_and(|name| name.starts_with("any_")) {
+                std::process::abort();
+            }
+        }));
+    });
+}
+
 fn run(cases: u32, abuse: impl Fn(&[u8])) {
+    watch_the_server();
     let config = ProptestConfig {
         failure_persistence: None,
         ..ProptestConfig::with_cases(cases)
