@@ -115,7 +115,6 @@ fn operations_on_whole_images_fail_at_each_step() {
     }
     fail_each("bitmaps/4k", FaultOp::Change, ENOSPC, true, 31);
     fail_each("snapshots/512", FaultOp::Change, ENOSPC, true, 43);
-    fail_each("amend/4k", FaultOp::Change, EIO, true, 23);
     fail_each(
         "growth/512,size=2M,refcount_bits=64/",
         FaultOp::Change,
