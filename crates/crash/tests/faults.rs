@@ -113,13 +113,4 @@ fn operations_on_whole_images_fail_at_each_step() {
         fail_each(filter, FaultOp::Change, EIO, true, 251);
         fail_each(filter, FaultOp::Sync, EIO, false, 67);
     }
-    fail_each("bitmaps/4k", FaultOp::Change, ENOSPC, true, 31);
-    fail_each("snapshots/512", FaultOp::Change, ENOSPC, true, 43);
-    fail_each(
-        "growth/512,size=2M,refcount_bits=64/",
-        FaultOp::Change,
-        EIO,
-        true,
-        61,
-    );
 }
