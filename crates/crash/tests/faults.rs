@@ -110,7 +110,7 @@ fn what_happens_to_a_data_file_fails() {
 #[test]
 fn operations_on_whole_images_fail_at_each_step() {
     for filter in ["convert/4k/", "repair/4k,size=512k/"] {
-        fail_each(filter, FaultOp::Change, EIO, true, 251);
-        fail_each(filter, FaultOp::Sync, EIO, false, 67);
+        fail_each(filter, FaultOp::Change, EIO, true, 61);
+        fail_each(filter, FaultOp::Sync, EIO, false, 17);
     }
 }
