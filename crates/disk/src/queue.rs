@@ -283,6 +283,15 @@ impl DiskQueue {
         Ok(())
     }
 
+    /// A request at `at`, any number, will be submitted in a moment, or not: a hint to have the processor fetch what it will
+    /// be mapped with.
+    #[inline]
+    pub fn expect(&self, at: GuestOffset) {
+        if let Some(active) = self.disk.layers.first() {
+            active.image.expect(at);
+        }
+    }
+
     /// Asks what the range holds: at most `extents_max` runs from `at` on. Ends with a `Done`
     /// of `tag`; then [`Self::take_status`] has the answer. `Err` when the table is full.
     pub fn block_status(

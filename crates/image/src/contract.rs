@@ -376,6 +376,12 @@ pub trait Image: Send + Sync + Debug {
     /// What the guest range is made of, from `at` on. Lock-free on a hit.
     fn map(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>>;
 
+    /// A request at `at` will come in a moment, or not: a hint to have the processor fetch what [`map`](Self::map) will
+    /// look at. Takes no lock and must cost next to nothing.
+    fn expect(&self, at: GuestOffset) {
+        let _ = at;
+    }
+
     /// How to write `len` bytes at `at`: an answer for the first part of them.
     fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>>;
 

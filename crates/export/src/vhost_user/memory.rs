@@ -274,19 +274,6 @@ pub unsafe fn read(from: *const u8, out: &mut [u8]) {
     unsafe { ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()) }
 }
 
-/// Asks the processor to fetch the cache line at `at`, which may be any address.
-#[inline]
-pub fn prefetch(at: *const u8) {
-    // SAFETY: a hint, which no address makes a fault.
-    #[cfg(target_arch = "x86_64")]
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(at.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
-}
-
 /// Copies `bytes` to guest memory at `to`.
 ///
 /// # Safety

@@ -219,7 +219,11 @@ impl Queue {
         let mut any = false;
         let mut seen_ns = 0;
         while let Some(&slot) = self.free.last() {
-            self.lookahead.advance(&self.ring);
+            self.lookahead.advance(&self.ring, |at| {
+                if let Some(disk) = &self.disk {
+                    disk.expect(GuestOffset(at));
+                }
+            });
             let head = match self
                 .resume
                 .pop()

@@ -63,6 +63,8 @@ pub mod request {
 
 /// Bytes of the header of a request (§5.2.6): type, reserved, sector.
 pub const HEADER_BYTES: usize = 16;
+/// Where in it the sector is.
+pub const HEADER_SECTOR: usize = 8;
 /// Bytes of a segment of discard and write zeroes: sector, count, flags.
 pub const SEGMENT_BYTES: usize = 16;
 /// In a segment's flags: give the space back.

@@ -313,6 +313,14 @@ impl Image for Qcow2 {
         self.map_extent(at, len)
     }
 
+    fn expect(&self, at: GuestOffset) {
+        // What the driver says may be anything.
+        if at.0 < self.geometry.size {
+            let place = self.place(at.0 >> self.geometry.cluster_bits);
+            self.tables.expect(place.slice, place.index);
+        }
+    }
+
     fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>> {
         self.check_writable()?;
         if !self.bitmaps_ready()? {

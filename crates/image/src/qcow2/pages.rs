@@ -1,8 +1,7 @@
 //! Pages: frames that hold packed slices, in blocks of one size for each page.
 //!
 //! ```text
-//!   word 0 of the frame      words of a block
-//!   then                     blocks, back to back; the first word of each names its slice
+//!   blocks, back to back; the first word of each names its slice
 //! ```
 //!
 //! A packed slice goes into a page with the smallest blocks that it fits, so nothing needs to be moved to make
@@ -52,7 +51,7 @@ impl Pages {
     pub(super) fn new(words: usize) -> Self {
         let classes = BLOCKS.iter().map(|blocks| Class {
             blocks: *blocks,
-            words: (words - 1) / *blocks as usize,
+            words: words / *blocks as usize,
             open: Vec::new(),
         });
         Self {
@@ -121,9 +120,8 @@ impl Cache {
         if let Some(f) = tables.frames.get(frame as usize) {
             f.make(geometry.slice_words());
             f.close();
-            if let Some(word) = f.words().first() {
-                word.store(c.words as u64, Ordering::Relaxed);
-            }
+            // A frame has some thousand words at most.
+            f.divide(c.words as u32);
         }
         if let Some(meta) = self.meta.get_mut(frame as usize) {
             // There are 14 classes.

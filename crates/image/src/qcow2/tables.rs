@@ -23,6 +23,10 @@ use super::packed::Block;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 
+/// Words of a cache line.
+const LINE_WORDS: usize = 8;
+/// Lines of a block that are fetched ahead.
+const LINES_EXPECTED: usize = 5;
 /// Slots per lazily made part of the slot table.
 const CHUNK_BITS: u32 = 10;
 /// Low bits of a tag that hold what the frame holds, plus one; zero for nothing to be read.
@@ -128,6 +132,8 @@ pub(super) struct Frame {
     tag: AtomicU64,
     /// Looked at since the clock's hand came by.
     pub(super) used: AtomicBool,
+    /// Words of a block, when it is a page.
+    block_words: AtomicU32,
     words: OnceLock<Box<[AtomicU64]>>,
 }
 
@@ -159,21 +165,24 @@ impl Frame {
         self.tag.store(tag | (slice + 1), Ordering::Release);
     }
 
+    /// Divides it into blocks of so many words. It is closed.
+    pub(super) fn divide(&self, block_words: u32) {
+        self.block_words.store(block_words, Ordering::Relaxed);
+    }
+
     /// Opens it to readers of the slices that are packed in it. The words were stored before.
     pub(super) fn open_page(&self) {
         let tag = self.tag.load(Ordering::Relaxed);
         self.tag.store(tag | TAG_PAGE, Ordering::Release);
     }
 
-    /// The words of block `block` of a page: its first word says how many a block has.
+    /// The words of block `block` of a page.
     #[inline]
     fn block(&self, block: u32) -> &[AtomicU64] {
-        let words = self.words();
-        let len = words.first().map_or(0, |w| w.load(Ordering::Relaxed));
-        // While it changes it may be anything; what is outside is no words.
-        let len = usize::try_from(len).unwrap_or(0).min(words.len());
-        let first = 1 + block as usize * len;
-        words.get(first..first + len).unwrap_or_default()
+        // While it changes it may be that of another page; what is outside is no words.
+        let len = self.block_words.load(Ordering::Relaxed) as usize;
+        let first = block as usize * len;
+        self.words().get(first..first + len).unwrap_or_default()
     }
 
     /// Notes a use for the clock. A plain load keeps the line shared between threads.
@@ -296,6 +305,32 @@ impl Tables {
             }
         }
         None
+    }
+
+    /// Has the processor fetch what [`read`](Self::read) of entry `at` of `slice` will look at.
+    #[inline]
+    pub(super) fn expect(&self, slice: u64, at: usize) {
+        let (frame, block) = match self.slot(slice) {
+            Slot::Absent | Slot::Empty => return,
+            Slot::Frame(frame) => (frame, None),
+            Slot::Packed { page, block } => (page, Some(block)),
+        };
+        let Some(frame) = self.frames.get(frame as usize) else {
+            return;
+        };
+        let Some(block) = block else {
+            let words = frame.words();
+            // Extended entries are of two words.
+            let words_each = words.len() / self.slice_entries.max(1);
+            return words
+                .get(at * words_each)
+                .map_or((), |w| block::prefetch(w));
+        };
+        // The fields of a scattered slice follow its start bits, and are a few lines at most.
+        let lines = frame.block(block).chunks(LINE_WORDS).take(LINES_EXPECTED);
+        for line in lines.filter_map(<[_]>::first) {
+            block::prefetch(line);
+        }
     }
 
     /// The entries of a slice, for whoever holds the lock. `None` when it is not in memory.
@@ -435,8 +470,8 @@ mod tests {
             panic!("a single run is small");
         };
         page.close();
-        page.words()[0].store(100, Ordering::Relaxed);
-        for (to, from) in page.words()[1..].iter().zip(words) {
+        page.divide(100);
+        for (to, from) in page.words().iter().zip(words) {
             to.store(*from, Ordering::Relaxed);
         }
         page.open_page();
