@@ -112,7 +112,9 @@ fn shrink(member: &Member, file: &dyn Storage, name: &str, options: &ResizeOptio
     let mut editor = Editor::open(file, name)?;
     resize::shrink(&mut editor, options.size)?;
     if has_data_file(editor.header()) {
-        data_file(member)?.set_len(options.size)?;
+        let data = data_file(member)?;
+        data.set_len(options.size)?;
+        data.sync()?;
     }
     cut_tail(&mut editor, file).context(|| name)
 }
@@ -156,7 +158,12 @@ fn grow(
     if let Some(first) = members.first_mut() {
         first.image = Arc::new(image);
         if has_data_file(&header) {
-            data_file(first)?.set_len(new)?;
+            let data = data_file(first)?;
+            // What it has behind its end, from a shrink that a crash cut off, must not come back.
+            if data.len()? > old {
+                data.set_len(old)?;
+            }
+            data.set_len(new)?;
         }
     }
     let mut driver = Driver::new(members, false)?;

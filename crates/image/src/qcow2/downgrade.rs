@@ -193,15 +193,8 @@ impl<'e, 'a> Work<'e, 'a> {
     fn run(&mut self) -> Result<()> {
         let tables = self.tables()?;
         // Nothing is written before it is sure that nothing prevents it.
-        if self.zstd {
-            for at in &tables {
-                let bytes = self.editor.read(*at, self.layout.cluster() as usize)?;
-                if words_of(&bytes).iter().any(|raw| raw & COMPRESSED != 0) {
-                    return Err(Error::unsupported(
-                        "cannot become compat=0.10: it has clusters compressed with zstd",
-                    ));
-                }
-            }
+        for at in &tables {
+            self.judge(*at, &tables)?;
         }
         let mut bytes_held = 0;
         for at in tables {
@@ -213,6 +206,43 @@ impl<'e, 'a> Work<'e, 'a> {
             }
         }
         self.apply()
+    }
+
+    /// Refuses the L2 table at `at` when it holds what version 2 lacks, or leads zero clusters to metadata: those
+    /// clusters would be filled with zeros.
+    fn judge(&self, at: u64, tables: &[u64]) -> Result<()> {
+        let bytes = self.editor.read(at, self.layout.cluster() as usize)?;
+        for (nth, raw) in words_of(&bytes).iter().enumerate() {
+            if raw & COMPRESSED != 0 {
+                if self.zstd {
+                    return Err(Error::unsupported(
+                        "cannot become compat=0.10: it has clusters compressed with zstd",
+                    ));
+                }
+                continue;
+            }
+            let host = raw & OFFSET_MASK;
+            if raw & ZERO == 0 || host == 0 {
+                continue;
+            }
+            let holds_metadata = || {
+                self.editor.is_fixed(host)
+                    || tables.binary_search(&host).is_ok()
+                    || self.l1s.iter().any(|l1| {
+                        let end = l1.offset + u64::from(l1.entries) * 8;
+                        (l1.offset..end).contains(&host)
+                    })
+            };
+            let what = match self.layout.within(host) {
+                0 if holds_metadata() => "leads to metadata",
+                0 => continue,
+                _ => "is no cluster",
+            };
+            return Err(Error::corrupt(format!(
+                "L2 table at {at:#x}: entry {nth} is {raw:#x}, which {what}: run diskplane check"
+            )));
+        }
+        Ok(())
     }
 
     /// Works out what the L2 table at `at` becomes.

@@ -178,6 +178,13 @@ impl<'a> Editor<'a> {
         Ok(end << self.layout.cluster_bits)
     }
 
+    /// Whether the header, the active L1 table, the refcount structures or the snapshot table begin or go on in the
+    /// cluster at `offset` (any byte of it).
+    #[must_use]
+    pub fn is_fixed(&self, offset: u64) -> bool {
+        self.space.is_fixed(offset >> self.layout.cluster_bits)
+    }
+
     /// What the refcount of the cluster at `offset` (any byte of it) will be after a commit.
     ///
     /// # Errors
