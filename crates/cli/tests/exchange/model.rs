@@ -126,6 +126,16 @@ impl Bitmap {
 
     /// The disk gets another size. What is new may be noted: zeros were written over a longer base.
     pub fn resize(&mut self, old: u64, new: u64) {
+        // The bit that the new end is in stays, also where only what is behind the end was changed.
+        let last = new / self.granularity * self.granularity;
+        if self
+            .must
+            .iter()
+            .chain(&self.may)
+            .any(|(_, end)| *end > last && last < new)
+        {
+            self.may.push((last, new));
+        }
         let cut = |ranges: &mut Vec<(u64, u64)>| {
             ranges.retain(|(start, _)| *start < new);
             ranges
