@@ -1,7 +1,9 @@
 //! L1, L2 and refcount tables, and compressed clusters.
 
 use super::{judge, plain};
+use image::qcow2::downgrade;
 use testkit::forge::{COMPRESSED, COPIED, Forge, Shape, field};
+use testkit::memory::Memory;
 
 /// The first L1 entry leads to `at`.
 fn l1_to(image: Forge, at: u64) -> Forge {
@@ -543,4 +545,26 @@ fn bomb() -> Vec<u8> {
     }
     let byte = |bits: &[u8]| bits.iter().rev().fold(0, |byte, bit| byte << 1 | bit);
     bits.chunks(8).map(byte).collect()
+}
+
+#[test]
+fn a_downgrade_zeroes_no_metadata() {
+    const ZERO: u64 = 1;
+    let cases: [(&str, fn(&mut Forge) -> u64); 5] = [
+        ("the L1 table", |image| image.l1()),
+        ("the L2 table", |image| image.l2(0)),
+        ("a refcount block", |image| image.refcount_block()),
+        ("the refcount table", |image| image.refcount_table()),
+        ("half a cluster", |image| image.l1() + 512),
+    ];
+    for (name, at) in cases {
+        let mut image = plain();
+        let host = at(&mut image);
+        let image = image.map(5, host | ZERO | COPIED);
+        let storage = Memory::new(&image.bytes, 1 << 20, 10_000);
+        let error = downgrade(&storage, "memory").expect_err(name).to_string();
+        assert!(error.contains("entry 5 is"), "{name}: {error}");
+        assert!(error.contains("diskplane check"), "{name}: {error}");
+        assert_eq!(storage.done().changes, 0, "{name}: written");
+    }
 }
