@@ -286,6 +286,28 @@ fn resize_refuses_what_would_lose_data() {
     }
 }
 
+/// A shrink that was cut off leaves the file longer than the disk.
+#[test]
+fn a_disk_that_grows_does_not_show_what_its_data_file_held_behind_its_end() {
+    let dir = TempDir::new();
+    let dir = dir.path("").as_path().to_owned();
+    for (nth, options) in ["", ",data_file_raw=on"].into_iter().enumerate() {
+        let (image, data) = (format!("{nth}.qcow2"), format!("{nth}.data"));
+        let options = format!("data_file={data}{options}");
+        good(&dir, &["create", "-o", &options, &image, "1M"]);
+        let mut held = vec![0; 1 << 20];
+        held.resize(3 << 20, 0x5a);
+        fs::write(dir.join(&data), &held).unwrap();
+        good(&dir, &["resize", &image, "2M"]);
+        let zeros = vec![0; 2 << 20];
+        assert!(fs::read(dir.join(&data)).unwrap() == zeros, "{options}");
+        fs::write(dir.join("raw"), &zeros).unwrap();
+        // To QEMU the data file's name is relative to where it runs.
+        qemu_img(&dir, &["check", "-q", &image]);
+        qemu_img(&dir, &["compare", "-F", "raw", &image, "raw"]);
+    }
+}
+
 #[test]
 fn create_preallocates_as_qemu_does() {
     use std::os::unix::fs::MetadataExt;
