@@ -147,7 +147,7 @@ fn base_size(file: &Path, name: &str, format: Format) -> Result<u64> {
         allow_locked: true,
         ..ChainOptions::default()
     };
-    let chain = Chain::open(spec, &options).context("backing file")?;
+    let chain = io::wait_for_lock(|| Chain::open(spec, &options)).context("backing file")?;
     Ok(chain.layers.first().map_or(0, |layer| layer.image.size()))
 }
 

@@ -358,3 +358,36 @@ fn holes_of_encrypted_data_files_are_no_zeros() {
     server.stop();
     assert!(fs::read(dir.join("served.raw")).unwrap() == noise);
 }
+
+/// Zeros in the file are noise to an encrypted disk, so version 2 has no clusters that read as zeros over a base.
+#[test]
+fn zeros_of_encrypted_disks_outlive_a_downgrade() {
+    let temp = TempDir::new();
+    let dir = temp.root();
+    keys(dir);
+    let options = "encrypt.format=luks,encrypt.iter-time=1";
+    let prealloc = format!("{options},preallocation=metadata");
+    let create = ["create", "--key-file", "one", "-o"];
+    good(dir, &[&create[..], &[&prealloc, "a.qcow2", "4M"]].concat());
+    let downgrade = ["amend", "--key-file", "one", "-o", "compat=0.10"];
+    good(dir, &[&downgrade[..], &["a.qcow2"]].concat());
+    assert!(qemu_reads(dir, "one", "a.qcow2").iter().all(|b| *b == 0));
+
+    fs::write(dir.join("base"), vec![7; 1 << 20]).unwrap();
+    let overlay = ["-b", "base", "-F", "raw", "b.qcow2"];
+    let plain = format!("{options},extended_l2=off");
+    good(dir, &[&create[..], &[&plain], &overlay[..]].concat());
+    let secret = ["--object", "secret,id=k,file=one", "--image-opts"];
+    let mut qemu_io = Command::new("qemu-io");
+    qemu_io
+        .args(secret)
+        .args([&opts("b.qcow2"), "-c", "write -q -z 0 64k"]);
+    assert!(qemu_io.current_dir(dir).status().unwrap().success());
+    let before = fs::read(dir.join("b.qcow2")).unwrap();
+    bad(
+        dir,
+        &[&downgrade[..], &["b.qcow2"]].concat(),
+        "zeros over a backing file",
+    );
+    assert!(fs::read(dir.join("b.qcow2")).unwrap() == before);
+}

@@ -54,7 +54,7 @@ impl Qcow2 {
             if !self.has_dirty(&st) {
                 return Ok(());
             }
-            self.begin_flush(&mut st, &mut run);
+            self.begin_flush(&mut st, &mut run)?;
             drop(st);
             let written = Self::carry_out(storage, &run);
             self.finish_flush(&mut self.lock(), written.is_ok());
@@ -100,7 +100,7 @@ impl Qcow2 {
                 }
                 Err(Halt::Need(Need::Commit)) => {
                     let mut run = FlushRun::default();
-                    self.begin_flush(st, &mut run);
+                    self.begin_flush(st, &mut run)?;
                     let written = Self::carry_out(storage, &run);
                     self.finish_flush(st, written.is_ok());
                     written?;

@@ -711,3 +711,17 @@ fn a_preallocated_zero_cluster_is_used_again() {
     want[512..512 + CLUSTER as usize].fill(2);
     assert!(driver.read(0, 2 * CLUSTER).unwrap() == want);
 }
+
+#[test]
+fn a_flush_that_was_cut_off_is_the_last_one() {
+    let mut driver = fresh(64 * CLUSTER);
+    driver.write(0, &vec![0x11; CLUSTER as usize]).unwrap();
+    let mut run = FlushRun::default();
+    driver.image.flush_begin(&mut run).unwrap();
+    // Whoever carried it out is gone, and the L1 table with it. Nothing may be called written now.
+    driver.write(CLUSTER, &vec![0x22; 512]).unwrap();
+    let again = driver.image.flush_begin(&mut FlushRun::default());
+    assert!(again.unwrap_err().to_string().contains("cut off"));
+    let closed = driver.image.close(&[&driver.file]);
+    assert!(closed.unwrap_err().to_string().contains("cut off"));
+}

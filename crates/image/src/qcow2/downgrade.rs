@@ -1,7 +1,8 @@
 //! From version 3 to 2 (`amend -o compat=0.10`).
 //!
 //! Version 2 knows no zero clusters. Of those without a cluster under them, and without a backing file, nothing
-//! is left; the others become data:
+//! is left; the others become data. Of an encrypted disk, for which zeros in the file are noise, nothing is left of any,
+//! and with a backing file that is refused:
 //!
 //! ```text
 //!   1  new clusters by an edit: zeros, counted, referred to by nothing          a crash leaves leaks
@@ -22,6 +23,7 @@ use super::header::{Header, L1_BYTES_MAX, V2_LEN};
 use super::open::words_of;
 use super::read_u64;
 use block::{Context, Error, Result, Storage};
+use std::ops::Range;
 
 /// Bytes of L2 tables that change in one go.
 const HELD_BYTES: usize = 8 << 20;
@@ -91,8 +93,11 @@ struct Work<'e, 'a> {
     editor: &'e mut Editor<'a>,
     layout: Layout,
     has_backing: bool,
+    encrypted: bool,
     zstd: bool,
     l1s: Vec<L1>,
+    /// The snapshot table's bytes in the file.
+    snapshots: Range<u64>,
     /// L2 tables that change: where, and their new bytes.
     held: Vec<(u64, Vec<u8>)>,
     /// Host clusters to fill with zeros.
@@ -148,9 +153,12 @@ impl<'e, 'a> Work<'e, 'a> {
         Ok(Self {
             layout: editor.layout(),
             has_backing: header.backing.is_some(),
+            encrypted: header.crypt_method != 0,
             zstd: header.incompatible & features::COMPRESSION != 0,
             editor,
             l1s,
+            // The sum was looked at for each entry.
+            snapshots: header.snapshots_offset..header.snapshots_offset.saturating_add(at),
             held: Vec::new(),
             zeros: Vec::new(),
             dropped: Vec::new(),
@@ -222,12 +230,18 @@ impl<'e, 'a> Work<'e, 'a> {
                 continue;
             }
             let host = raw & OFFSET_MASK;
+            if raw & ZERO != 0 && self.encrypted && self.has_backing {
+                return Err(Error::unsupported(
+                    "cannot become compat=0.10: it is encrypted and has clusters that are zeros over a backing file",
+                ));
+            }
             if raw & ZERO == 0 || host == 0 {
                 continue;
             }
             let holds_metadata = || {
                 self.editor.is_fixed(host)
                     || tables.binary_search(&host).is_ok()
+                    || self.snapshots.contains(&host)
                     || self.l1s.iter().any(|l1| {
                         let end = l1.offset + u64::from(l1.entries) * 8;
                         (l1.offset..end).contains(&host)
@@ -260,7 +274,7 @@ impl<'e, 'a> Work<'e, 'a> {
                 None => *references.insert(self.references(at)?),
             };
             let host = *raw & OFFSET_MASK;
-            if host != 0 && self.editor.refcount(host)? == users as u64 {
+            if host != 0 && !self.encrypted && self.editor.refcount(host)? == users as u64 {
                 // Only this entry's, through however many L1 tables.
                 self.zeros.push(host);
                 *raw = entry(host, users);

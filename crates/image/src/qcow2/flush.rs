@@ -49,7 +49,7 @@ use super::entry::{FRESH, FRESH_ZEROED, OFFSET_MASK, OVERLAP, SECTOR};
 use super::lazy::DirtyBit;
 use super::state::{Covered, State};
 use crate::{FileId, FlushRun, MetaWrite};
-use block::HostOffset;
+use block::{Error, ErrorKind, HostOffset, Result};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A table's entry as it goes to disk: without our marks.
@@ -176,9 +176,13 @@ impl Qcow2 {
         }
     }
 
-    pub(super) fn begin_flush(&self, st: &mut State, run: &mut FlushRun) {
+    pub(super) fn begin_flush(&self, st: &mut State, run: &mut FlushRun) -> Result<()> {
         run.clear();
-        debug_assert!(!st.covered.running, "two flushes at once");
+        if st.covered.running {
+            // The thread that carried it out is gone, and what it wrote nobody knows: the file stays as a crash leaves it.
+            let text = format!("{}: a flush was cut off", self.name);
+            return Err(Error::new(ErrorKind::Io, text));
+        }
         if !st.lazy.closing {
             self.count_ahead(st);
         }
@@ -277,6 +281,7 @@ impl Qcow2 {
             run.seal();
         }
         st.scratch = changed;
+        Ok(())
     }
 
     /// Pushes changed sectors of the refcount table; all of it when it moved.

@@ -419,8 +419,7 @@ impl Image for Qcow2 {
     }
 
     fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
-        self.begin_flush(&mut self.lock(), run);
-        Ok(())
+        self.begin_flush(&mut self.lock(), run)
     }
 
     fn flush_end(&self, run: &mut FlushRun, ok: bool) {

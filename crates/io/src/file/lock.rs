@@ -114,7 +114,7 @@ pub(super) fn change(fd: BorrowedFd<'_>, path: &Path, old: Lock, new: Lock) -> R
     )
     .map_err(|e| match e.raw_os_error() {
         // Someone holds a byte exclusively: not QEMU, but in use all the same.
-        Some(libc::EAGAIN | libc::EACCES) => undo(in_use(path, "its", None)),
+        Some(libc::EAGAIN | libc::EACCES) => undo(in_use(path, new, "its", None)),
         _ => undo(Error::os(format!("{}: cannot lock", path.display()), e)),
     })?;
     test(fd, path, new).map_err(undo)?;
@@ -148,14 +148,14 @@ fn test(fd: BorrowedFd<'_>, path: &Path, lock: Lock) -> Result<()> {
                 && sys::ofd_lock_test(fd, base + bit as u64, 1, LockKind::Exclusive)
                     .context(|| format!("{}: cannot test locks", path.display()))?
             {
-                return Err(in_use(path, name, Some(base)));
+                return Err(in_use(path, lock, name, Some(base)));
             }
         }
     }
     Ok(())
 }
 
-fn in_use(path: &Path, name: &str, base: Option<u64>) -> Error {
+fn in_use(path: &Path, wanted: Lock, name: &str, base: Option<u64>) -> Error {
     let why = match base {
         Some(PERMISSION_BASE) => format!("another process uses it ({name})"),
         Some(_) => format!("another process does not share it ({name})"),
@@ -164,8 +164,12 @@ fn in_use(path: &Path, name: &str, base: Option<u64>) -> Error {
     Error::new(
         ErrorKind::Locked,
         format!(
-            "{}: the image is locked: {why}; stop that process, or read with --force-share",
-            path.display()
+            "{}: the image is locked: {why}; stop that process{}",
+            path.display(),
+            match wanted {
+                Lock::Write => "",
+                _ => ", or read with --force-share",
+            }
         ),
     )
 }

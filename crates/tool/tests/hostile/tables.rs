@@ -550,7 +550,8 @@ fn bomb() -> Vec<u8> {
 #[test]
 fn a_downgrade_zeroes_no_metadata() {
     const ZERO: u64 = 1;
-    let cases: [(&str, fn(&mut Forge) -> u64); 5] = [
+    type Place = fn(&mut Forge) -> u64;
+    let cases: [(&str, Place); 5] = [
         ("the L1 table", |image| image.l1()),
         ("the L2 table", |image| image.l2(0)),
         ("a refcount block", |image| image.refcount_block()),
