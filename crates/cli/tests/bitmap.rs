@@ -1,21 +1,17 @@
 //! Persistent bitmaps across diskplane and QEMU: what one tracks the other continues.
 
+#[allow(dead_code)]
+mod common;
+
+use common::{binary, json};
 use serde_json::Value;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command};
 use std::thread;
 use std::time::{Duration, Instant};
 use testkit::command::run;
 use testkit::{Serve, TempDir, qemu};
-
-fn binary() -> PathBuf {
-    testkit::diskplane(env!("CARGO_BIN_EXE_diskplane"))
-}
-
-fn json(text: &str) -> Value {
-    serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
-}
 
 /// `diskplane bitmap` that ends well; its JSON.
 #[track_caller]

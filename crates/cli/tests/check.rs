@@ -1,5 +1,9 @@
 //! `check` beside `qemu-img check`: exit status, figures, words.
 
+#[allow(dead_code)]
+mod common;
+
+use common::run;
 use serde_json::Value;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -9,18 +13,11 @@ use testkit::forge::{Forge, Shape};
 use testkit::{TempDir, qemu};
 
 fn diskplane(dir: &Path, args: &[&str]) -> Output {
-    Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")))
-        .arg("check")
-        .args(args)
-        .current_dir(dir)
-        .output()
-        .unwrap()
+    common::diskplane(dir, &[&["check"], args].concat())
 }
 
 fn qemu_img(dir: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new("qemu-img");
-    command.arg("check").args(args);
-    command.current_dir(dir).output().unwrap()
+    run("qemu-img", dir, &[&["check"], args].concat())
 }
 
 /// Exit status, stdout, stderr.

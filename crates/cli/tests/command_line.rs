@@ -1,42 +1,19 @@
 //! What the commands print, and what they say when something is wrong. Scripts and people rely on both.
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, Output},
-};
+#[allow(dead_code)]
+mod common;
+
+use common::{diskplane, failure, good, json};
+use std::{fs, path::Path, process::Command};
 use testkit::{TempDir, qemu};
-
-fn diskplane(dir: &Path, args: &[&str]) -> Output {
-    Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")))
-        .args(args)
-        .current_dir(dir)
-        .env_remove("NOTIFY_SOCKET")
-        .output()
-        .unwrap()
-}
-
-/// Runs a command that must succeed; what it printed.
-#[track_caller]
-fn good(dir: &Path, args: &[&str]) -> String {
-    let output = diskplane(dir, args);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {stderr}");
-    String::from_utf8(output.stdout).unwrap()
-}
 
 /// Runs a command that must fail with `code`; what it said.
 #[track_caller]
 fn bad(dir: &Path, args: &[&str], code: i32) -> String {
     let output = diskplane(dir, args);
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
+    let stderr = failure(args, &output, code);
     assert!(output.stdout.is_empty(), "{args:?} printed something");
     stderr
-}
-
-fn json(text: &str) -> serde_json::Value {
-    serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
 }
 
 #[test]

@@ -1,27 +1,11 @@
 //! `diskplane convert`, and external data files on the command line.
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, Output},
-};
+#[allow(dead_code)]
+mod common;
+
+use common::{diskplane, good};
+use std::{fs, path::Path};
 use testkit::{TempDir, qemu};
-
-fn diskplane(dir: &Path, args: &[&str]) -> Output {
-    Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")))
-        .args(args)
-        .current_dir(dir)
-        .output()
-        .unwrap()
-}
-
-#[track_caller]
-fn good(dir: &Path, args: &[&str]) -> String {
-    let output = diskplane(dir, args);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {stderr}");
-    String::from_utf8(output.stdout).unwrap()
-}
 
 #[track_caller]
 fn bad(dir: &Path, args: &[&str], says: &str) {

@@ -1,40 +1,17 @@
 //! Images whose writer was killed while refcounts were postponed: whoever writes next brings them in order,
 //! whoever reads leaves them alone. The writer is `qemu-io`, which ends itself.
 
+#[allow(dead_code)]
+mod common;
+
+use common::{binary, diskplane, good, qemu_img};
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 use testkit::{Serve, TempDir, qemu};
 
 /// Bytes of the disk.
 const SIZE: u64 = 8 << 20;
-
-fn diskplane(dir: &Path, args: &[&str]) -> Output {
-    Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")))
-        .args(args)
-        .current_dir(dir)
-        .output()
-        .unwrap()
-}
-
-#[track_caller]
-fn good(dir: &Path, args: &[&str]) -> String {
-    let output = diskplane(dir, args);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {stderr}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-#[track_caller]
-fn qemu_img(dir: &Path, args: &[&str]) {
-    let output = Command::new("qemu-img")
-        .args(args)
-        .current_dir(dir)
-        .output()
-        .unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {stderr}");
-}
 
 /// The incompatible feature bits 0 to 7.
 fn features(path: &Path) -> u8 {
@@ -95,7 +72,7 @@ fn readers_leave_a_dirty_image_as_it_is() {
     good(dir, &["snapshot", "-l", "dirty.qcow2"]);
     good(dir, &["bitmap", "dirty.qcow2"]);
     let socket = dir.join("sock");
-    let serve = Serve::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")), &image);
+    let serve = Serve::new(binary(), &image);
     let server = serve.nbd_unix(&socket).read_only().start();
     let uri = qemu::nbd_unix_uri(&socket);
     qemu::compare("raw", &uri, "raw", dir.join("as.raw"));
@@ -114,7 +91,7 @@ fn readers_leave_a_dirty_image_as_it_is() {
     ];
     good(dir, &[&overlay[..1], &overlay[2..]].concat());
     let top = dir.join("top.qcow2");
-    let serve = Serve::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")), &top);
+    let serve = Serve::new(binary(), &top);
     let server = serve.nbd_unix(&socket).start();
     qemu::io("raw", &uri, &["write -P 9 0 64k", "read -P 2 3M 100k"]);
     server.stop();
@@ -173,10 +150,7 @@ fn a_server_brings_a_dirty_image_in_order_and_leaves_it_clean() {
     let dir = dir.root();
     make(dir, "cluster_size=4096");
     let image = dir.join("dirty.qcow2");
-    let (socket, program) = (
-        dir.join("sock"),
-        testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")),
-    );
+    let (socket, program) = (dir.join("sock"), binary());
     let uri = qemu::nbd_unix_uri(&socket);
     let serve = Serve::new(&program, &image).nbd_unix(&socket);
     let server = serve.start();
@@ -265,10 +239,7 @@ fn a_server_that_meets_corruption_marks_the_image() {
         let sound = bytes[l2 + 8..l2 + 16].to_vec();
         bytes[l2 + 8..l2 + 16].copy_from_slice(&(l1 | 1 << 63).to_be_bytes());
         fs::write(&image, &bytes).unwrap();
-        let (socket, program) = (
-            dir.join("sock"),
-            testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")),
-        );
+        let (socket, program) = (dir.join("sock"), binary());
         let uri = qemu::nbd_unix_uri(&socket);
         let server = Serve::new(&program, &image).nbd_unix(&socket).start();
         qemu::io("raw", &uri, &["write -P 2 1M 64k", "flush"]);

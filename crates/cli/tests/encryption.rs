@@ -1,33 +1,15 @@
 //! Encrypted images and their keys on the command line, beside QEMU's tools.
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, Output},
-};
+#[allow(dead_code)]
+mod common;
+
+use common::{binary, diskplane, failure, good};
+use std::{fs, path::Path, process::Command};
 use testkit::TempDir;
-
-fn diskplane(dir: &Path, args: &[&str]) -> Output {
-    Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")))
-        .args(args)
-        .current_dir(dir)
-        .output()
-        .unwrap()
-}
-
-#[track_caller]
-fn good(dir: &Path, args: &[&str]) -> String {
-    let output = diskplane(dir, args);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {stderr}");
-    String::from_utf8(output.stdout).unwrap()
-}
 
 #[track_caller]
 fn bad(dir: &Path, args: &[&str], why: &str) {
-    let output = diskplane(dir, args);
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");
+    let stderr = failure(args, &diskplane(dir, args), 1);
     assert!(stderr.contains(why), "{stderr}");
     assert!(!stderr.contains("sesame"), "{stderr}");
 }
@@ -347,10 +329,7 @@ fn holes_of_encrypted_data_files_are_no_zeros() {
     assert!(map[0].get("offset").is_none(), "{map}");
     // A client skips what it is told to be zeros.
     let socket = temp.path("sock");
-    let server = testkit::Serve::new(
-        testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")),
-        temp.path("disk.qcow2"),
-    );
+    let server = testkit::Serve::new(binary(), temp.path("disk.qcow2"));
     let server = server.arg("--key-file").arg(temp.path("one"));
     let server = server.nbd_unix(&socket).start();
     let uri = testkit::qemu::nbd_unix_uri(&socket);

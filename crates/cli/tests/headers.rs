@@ -2,9 +2,12 @@
 //! ones, header extensions, compatible feature bits, the table of features' names. The headers are taken apart
 //! and put together here, from the specification, and not by the code under test.
 
+#[allow(dead_code)]
+mod common;
+
+use common::{binary, good, refused as bad, run};
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
 use testkit::{Serve, TempDir, qemu};
 
 const FEATURE_NAMES: u32 = 0x6803_f857;
@@ -15,36 +18,8 @@ const UNKNOWN: u32 = 0xabcd_1234;
 const COMPATIBLE: u64 = 1 << 63 | 1 << 5 | 1 << 1;
 const SIZE: u64 = 4 << 20;
 
-fn diskplane(dir: &Path, args: &[&str]) -> Output {
-    Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")))
-        .args(args)
-        .current_dir(dir)
-        .output()
-        .unwrap()
-}
-
-#[track_caller]
-fn good(dir: &Path, args: &[&str]) {
-    let output = diskplane(dir, args);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {stderr}");
-}
-
-#[track_caller]
-fn bad(dir: &Path, args: &[&str]) -> String {
-    let output = diskplane(dir, args);
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");
-    assert_eq!(stderr.lines().count(), 1, "{stderr}");
-    stderr
-}
-
 fn qemu_img(dir: &Path, args: &[&str]) -> (bool, String) {
-    let output = Command::new("qemu-img")
-        .args(args)
-        .current_dir(dir)
-        .output()
-        .unwrap();
+    let output = run("qemu-img", dir, args);
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     (output.status.success(), text.into_owned())
 }
@@ -196,7 +171,7 @@ fn make(dir: &Path, options: &str, backed: bool, len: usize, extensions: &[usize
 /// Lets a server write.
 fn serve(dir: &Path) {
     let socket = dir.join("sock");
-    let program = testkit::diskplane(env!("CARGO_BIN_EXE_diskplane"));
+    let program = binary();
     let server = Serve::new(program, dir.join("a.qcow2"))
         .nbd_unix(&socket)
         .start();

@@ -1,33 +1,10 @@
 //! `diskplane snapshot`, beside `qemu-img snapshot` on the same image.
 
-use serde_json::Value;
-use std::path::Path;
-use std::process::{Command, Output};
+#[allow(dead_code)]
+mod common;
+
+use common::{diskplane, good, json, qemu_img};
 use testkit::{TempDir, qemu};
-
-fn run(program: &str, dir: &Path, args: &[&str]) -> Output {
-    Command::new(program)
-        .args(args)
-        .current_dir(dir)
-        .output()
-        .unwrap()
-}
-
-fn diskplane(dir: &Path, args: &[&str]) -> Output {
-    let program = testkit::diskplane(env!("CARGO_BIN_EXE_diskplane"));
-    run(&program.display().to_string(), dir, args)
-}
-
-#[track_caller]
-fn text(output: Output) -> String {
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{stderr}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn json(text: &str) -> Value {
-    serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
-}
 
 #[test]
 fn snapshots_are_those_of_qemu_img() {
@@ -35,8 +12,8 @@ fn snapshots_are_those_of_qemu_img() {
     let image = dir.path("i");
     qemu::create("qcow2", &image, "8M");
     let dir = dir.root();
-    let ours = |args: &[&str]| text(diskplane(dir, &[&["snapshot"], args].concat()));
-    let theirs = |args: &[&str]| text(run("qemu-img", dir, args));
+    let ours = |args: &[&str]| good(dir, &[&["snapshot"], args].concat());
+    let theirs = |args: &[&str]| qemu_img(dir, args);
 
     assert_eq!(ours(&["i"]), "");
     assert_eq!(ours(&["-l", "--json", "i"]), "[]\n");
@@ -65,20 +42,20 @@ fn snapshots_are_those_of_qemu_img() {
             assert_eq!(&listed[nth][field], value, "{nth}: {field}");
         }
     }
-    let shown = json(&text(diskplane(dir, &["info", "--json", "i"])));
+    let shown = json(&good(dir, &["info", "--json", "i"]));
     assert_eq!(shown["snapshots"], listed);
     let table = ours(&["-U", "i"]);
     let columns: Vec<&str> = table.lines().nth(3).unwrap().split_whitespace().collect();
     assert_eq!(columns[..4], ["3", "third", "0", "B"]);
-    assert!(text(diskplane(dir, &["info", "i"])).ends_with(&format!("snapshots\n{table}")));
+    assert!(good(dir, &["info", "i"]).ends_with(&format!("snapshots\n{table}")));
 
     // A snapshot is read as it was, and never written to.
-    let map = |args: &[&str]| text(diskplane(dir, &[&["map", "--json"], args].concat()));
+    let map = |args: &[&str]| good(dir, &[&["map", "--json"], args].concat());
     qemu::io("qcow2", &image, &["write -P 3 2M 64k"]);
     let then = map(&["--snapshot", "first", "i"]);
     assert!(map(&["i"]) != then && then == map(&["--snapshot", "1", "i"]));
     let info = ["info", "--json", "--snapshot", "3", "i"];
-    let info = json(&text(diskplane(dir, &info)));
+    let info = json(&good(dir, &info));
     assert_eq!(info["read-only-because"], "it is a snapshot");
     let gone = diskplane(dir, &["map", "--snapshot", "gone", "i"]);
     let said = String::from_utf8(gone.stderr).unwrap();
