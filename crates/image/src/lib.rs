@@ -7,6 +7,7 @@
 
 mod contract;
 mod encryption;
+mod metadata;
 mod null;
 mod probe;
 pub mod qcow2;

@@ -356,7 +356,7 @@ impl Qcow2 {
         st.space.scan_budget = st.space.scan_budget.saturating_sub(1);
         // What looks free but is not, in order.
         let mut taken: Vec<(u64, u64)> = match g.data_file {
-            false => st.tickets.hosts().collect(),
+            false => st.tickets.pending().map(|p| (p.host, p.clusters)).collect(),
             true => Vec::new(),
         };
         taken.extend(st.space.quarantine.range(..end).map(|(f, c)| (*f, *c)));

@@ -4,8 +4,10 @@ use super::Qcow2;
 use super::cache::Owner;
 use super::shared::copy_of_key;
 use super::state::{Ask, Halt, State};
+use crate::metadata::carry_out;
+pub(super) use crate::metadata::read_short;
 use crate::{FlushRun, Need};
-use block::{Context, Error, Result, Storage, align_up};
+use block::{Error, Result, Storage, align_up};
 
 /// Flushes that a close may need: one for what is dirty, one for the refcounts that the
 /// first set free, and as many for the former places of the refcount table.
@@ -56,7 +58,7 @@ impl Qcow2 {
             }
             self.begin_flush(&mut st, &mut run)?;
             drop(st);
-            let written = Self::carry_out(storage, &run);
+            let written = carry_out(storage, &run);
             self.finish_flush(&mut self.lock(), written.is_ok());
             written?;
         }
@@ -64,19 +66,6 @@ impl Qcow2 {
             block::ErrorKind::Io,
             format!("{}: metadata stays dirty", self.name),
         ))
-    }
-
-    fn carry_out(storage: &dyn Storage, run: &FlushRun) -> Result<()> {
-        for stage in &run.stages {
-            for write in run.writes.get(stage.first..stage.end).unwrap_or_default() {
-                let bytes = run.bytes.get(write.start..write.start + write.len);
-                storage
-                    .write_at(write.offset.0, bytes.unwrap_or_default())
-                    .context(|| format!("write metadata at {}", write.offset))?;
-            }
-            storage.sync()?;
-        }
-        Ok(())
     }
 
     /// Asks until there is an answer, doing what it needs.
@@ -101,7 +90,7 @@ impl Qcow2 {
                 Err(Halt::Need(Need::Commit)) => {
                     let mut run = FlushRun::default();
                     self.begin_flush(st, &mut run)?;
-                    let written = Self::carry_out(storage, &run);
+                    let written = carry_out(storage, &run);
                     self.finish_flush(st, written.is_ok());
                     written?;
                 }
@@ -151,15 +140,4 @@ impl Qcow2 {
             st.cache.cancel_load(&self.tables, owner, load.offset.0);
         }
     }
-}
-
-/// Reads `len` bytes at `offset`; what lies behind the end of the file is zeros.
-pub(super) fn read_short(storage: &dyn Storage, offset: u64, len: usize) -> Result<Vec<u8>> {
-    let mut bytes = vec![0; len];
-    let there = storage.len()?.saturating_sub(offset);
-    let there = usize::try_from(there).unwrap_or(len).min(len);
-    if let Some(part) = bytes.get_mut(..there).filter(|p| !p.is_empty()) {
-        storage.read_at(offset, part)?;
-    }
-    Ok(bytes)
 }

@@ -7,15 +7,12 @@
 //! ```
 
 use super::header::{HOST_OFFSET_END, Header};
+use crate::metadata::Layout;
+pub(super) use crate::metadata::{COPIED, FRESH, FRESH_ZEROED, OFFSET_MASK, ZERO};
+use std::ops::Deref;
 
-/// The entry's cluster has refcount 1: it may be written in place.
-pub(super) const COPIED: u64 = 1 << 63;
 /// The entry is of a compressed cluster.
 pub(super) const COMPRESSED: u64 = 1 << 62;
-/// The cluster reads as zeros (version 3).
-pub(super) const ZERO: u64 = 1;
-/// Bits of the host offset.
-pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// Reserved bits of an entry that is not compressed.
 pub(super) const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Reserved bits of an L1 entry.
@@ -23,22 +20,11 @@ pub(super) const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 /// In memory only: the entry points at a cluster that holds metadata, or in an external data file at
 /// another place than its own. All of the low reserved bits, which no sound entry has.
 pub(super) const OVERLAP: u64 = 0x1fe;
-/// In memory only, in L1 and refcount table entries: the block behind it was never written, so
-/// what is not in the cache is zeros.
-pub(super) const FRESH: u64 = 1;
-/// In memory only, with [`FRESH`]: its host cluster reads as zeros already.
-pub(super) const FRESH_ZEROED: u64 = 2;
 
 /// Bytes of the writes that make metadata durable: what a disk writes without tearing.
 pub(super) const SECTOR: u64 = 512;
 /// Where the largest file ends: what a signed 64-bit offset can address.
 pub(super) const HOST_END_MAX: u64 = i64::MAX as u64 & !(SECTOR - 1);
-/// Slices of L2 tables are so large, or a cluster, or what keeps the slot table below [`SLOTS_MAX`].
-const SLICE_BYTES: u64 = 4096;
-/// Bytes of L2 tables that are read at once.
-const SPAN_BYTES: u64 = 64 << 10;
-/// Most slices of all L2 tables together: 64 MiB of slots.
-const SLOTS_MAX: u64 = 1 << 24;
 /// log2 of the subclusters of a cluster.
 const SUBCLUSTERS_BITS: u32 = 5;
 
@@ -99,16 +85,12 @@ impl Bad {
 /// The image's constants, as shifts.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Geometry {
-    /// log2 of the cluster size.
-    pub(super) cluster_bits: u32,
-    /// log2 of the bytes of a slice.
-    pub(super) slice_bits: u32,
+    /// Clusters, tables, and how the tables are cached.
+    pub(super) layout: Layout,
     /// log2 of a refcount's width in bits.
     pub(super) refcount_order: u32,
     /// 2 or 3.
     pub(super) version: u32,
-    /// Bytes of the virtual disk.
-    pub(super) size: u64,
     /// Whether unallocated clusters read from elsewhere.
     pub(super) has_backing: bool,
     /// log2 of the unit in which clusters are allocated to the guest: a subcluster with extended
@@ -120,20 +102,23 @@ pub(super) struct Geometry {
     pub(super) data_raw: bool,
 }
 
+/// A geometry is a layout, and what else qcow2 has.
+impl Deref for Geometry {
+    type Target = Layout;
+
+    #[inline]
+    fn deref(&self) -> &Layout {
+        &self.layout
+    }
+}
+
 impl Geometry {
     pub(super) fn of(header: &Header) -> Self {
-        let tables = header.l1_entries_needed();
-        let mut slice = SLICE_BYTES.min(header.cluster_size());
-        while slice < header.cluster_size() && tables * (header.cluster_size() / slice) > SLOTS_MAX
-        {
-            slice *= 2;
-        }
+        let bits = header.cluster_bits;
         Self {
-            cluster_bits: header.cluster_bits,
-            slice_bits: slice.trailing_zeros(),
+            layout: Layout::new(header.size, bits, bits, header.extended_l2()),
             refcount_order: header.refcount_order,
             version: header.version,
-            size: header.size,
             has_backing: header.backing.is_some(),
             unit_bits: match header.extended_l2() {
                 true => header.cluster_bits - SUBCLUSTERS_BITS,
@@ -144,79 +129,10 @@ impl Geometry {
         }
     }
 
-    #[inline]
-    pub(super) fn cluster(&self) -> u64 {
-        1 << self.cluster_bits
-    }
-
-    #[inline]
-    pub(super) fn slice(&self) -> u64 {
-        1 << self.slice_bits
-    }
-
-    /// Whether L2 entries have 128 bits, with subclusters.
-    #[inline]
-    pub(super) fn extended(&self) -> bool {
-        self.unit_bits != self.cluster_bits
-    }
-
     /// log2 of the units of a cluster.
     #[inline]
     pub(super) fn cluster_unit_bits(&self) -> u32 {
         self.cluster_bits - self.unit_bits
-    }
-
-    /// log2 of the 64-bit words of an L2 entry.
-    #[inline]
-    pub(super) fn entry_word_bits(&self) -> u32 {
-        u32::from(self.extended())
-    }
-
-    /// 64-bit words of a slice.
-    #[inline]
-    pub(super) fn slice_words(&self) -> usize {
-        1 << (self.slice_bits - 3)
-    }
-
-    /// log2 of the L2 entries of a slice.
-    #[inline]
-    pub(super) fn slice_entry_bits(&self) -> u32 {
-        self.slice_bits - 3 - self.entry_word_bits()
-    }
-
-    /// L2 entries of a slice.
-    #[inline]
-    pub(super) fn slice_entries(&self) -> usize {
-        1 << self.slice_entry_bits()
-    }
-
-    /// log2 of the slices of a table or block.
-    #[inline]
-    pub(super) fn slices_per_cluster_bits(&self) -> u32 {
-        self.cluster_bits - self.slice_bits
-    }
-
-    /// L2 slices that one read brings in while there is room: a whole table, or 64 KiB of it. A power of two,
-    /// at most 64.
-    #[inline]
-    pub(super) fn span_slices(&self) -> u64 {
-        (SPAN_BYTES >> self.slice_bits).clamp(1, 1 << self.slices_per_cluster_bits())
-    }
-
-    /// log2 of the guest clusters behind one L1 entry.
-    #[inline]
-    pub(super) fn l2_bits(&self) -> u32 {
-        self.cluster_bits - 3 - self.entry_word_bits()
-    }
-
-    /// Guest clusters of the disk.
-    pub(super) fn guest_clusters(&self) -> u64 {
-        self.size.div_ceil(self.cluster())
-    }
-
-    /// Slices of all L2 tables that the disk can have.
-    pub(super) fn l2_slices(&self) -> u64 {
-        self.guest_clusters().div_ceil(self.slice_entries() as u64)
     }
 
     /// log2 of the refcounts in a slice.
@@ -229,16 +145,6 @@ impl Geometry {
     #[inline]
     pub(super) fn block_refcount_bits(&self) -> u32 {
         self.cluster_bits + 3 - self.refcount_order
-    }
-
-    /// Bytes of the unit in which a slice's changes are tracked and written: at most 64 per slice.
-    #[inline]
-    pub(super) fn granule_bits(&self) -> u32 {
-        // Whole blocks of most file systems: a direct write of less than a block would make ext4 take the
-        // file for itself, and wait for all other writes.
-        self.slice_bits
-            .min(12)
-            .max(self.slice_bits.saturating_sub(6))
     }
 
     /// Decodes an L2 entry.
@@ -361,11 +267,9 @@ mod tests {
 
     fn geometry(cluster_bits: u32, version: u32) -> Geometry {
         Geometry {
-            cluster_bits,
-            slice_bits: cluster_bits.min(12),
+            layout: Layout::new(1 << 30, cluster_bits, cluster_bits, false),
             refcount_order: 4,
             version,
-            size: 1 << 30,
             has_backing: false,
             unit_bits: cluster_bits,
             data_file: false,

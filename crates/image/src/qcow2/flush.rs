@@ -48,8 +48,10 @@ use super::cache::{Changed, Owner};
 use super::entry::{FRESH, FRESH_ZEROED, OFFSET_MASK, OVERLAP, SECTOR};
 use super::lazy::DirtyBit;
 use super::state::{Covered, State};
-use crate::{FileId, FlushRun, MetaWrite};
-use block::{Error, ErrorKind, HostOffset, Result};
+use crate::FlushRun;
+pub(super) use crate::metadata::extend;
+use crate::metadata::open_stage;
+use block::{Error, ErrorKind, Result};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A table's entry as it goes to disk: without our marks.
@@ -76,33 +78,9 @@ fn push(run: &mut FlushRun, host: u64, words: impl Iterator<Item = u64>) {
     extend(run, host, start);
 }
 
-/// Describes the bytes from `start` on as a write to `host`.
-pub(super) fn extend(run: &mut FlushRun, host: u64, start: usize) {
-    let len = run.bytes.len() - start;
-    let stage = run.stages.last().map_or(0, |s| s.end);
-    if let Some(last) = run.writes.get_mut(stage..).and_then(|w| w.last_mut())
-        && last.offset.0 + last.len as u64 == host
-        && last.start + last.len == start
-    {
-        last.len += len;
-        return;
-    }
-    run.writes.push(MetaWrite {
-        file: FileId::IMAGE,
-        offset: HostOffset(host),
-        start,
-        len,
-    });
-}
-
-/// Whether writes were pushed since the last stage was sealed.
-fn open_stage(run: &FlushRun) -> bool {
-    run.writes.len() > run.stages.last().map_or(0, |s| s.end)
-}
-
 impl Qcow2 {
     fn is_fresh(&self, st: &State, owner: Owner) -> bool {
-        let bits = self.geometry.slices_per_cluster_bits();
+        let bits = self.geometry.slices_per_table_bits();
         match owner {
             Owner::L2(slice) => {
                 let entry = self.tables.l1.get((slice >> bits) as usize);
@@ -164,7 +142,7 @@ impl Qcow2 {
             }
             return;
         }
-        for n in 0..1u64 << g.slices_per_cluster_bits() {
+        for n in 0..1u64 << g.slices_per_table_bits() {
             let host = base + (n << g.slice_bits);
             match st.cache.find(&self.tables, owner(n)) {
                 Some(frame) => {
@@ -214,7 +192,7 @@ impl Qcow2 {
         self.push_dirty_bit(st, run, refcounts);
         st.cache.take_changed(refcounts, |c| changed.push(c));
         changed.sort_unstable_by_key(|c| c.host);
-        let bits = self.geometry.slices_per_cluster_bits();
+        let bits = self.geometry.slices_per_table_bits();
 
         for &block in st.refs.fresh.get(..st.covered.blocks).unwrap_or_default() {
             let raw = st.refs.entries.get(block as usize).copied().unwrap_or(0);

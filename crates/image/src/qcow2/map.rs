@@ -279,7 +279,7 @@ impl Qcow2 {
         let g = &self.geometry;
         let raw = self.place(slice << g.slice_entry_bits()).raw;
         let table = g.decode_l1(raw).map_err(|bad| self.bad_l1(place.l1, bad))?;
-        let within = slice & ((1 << g.slices_per_cluster_bits()) - 1);
+        let within = slice & ((1 << g.slices_per_table_bits()) - 1);
         Ok((table + (within << g.slice_bits), raw))
     }
 

@@ -6,9 +6,8 @@
 //!                                frames                                        frames
 //! ```
 //!
-//! * `tables`: what is read without a lock: L1, slots, frames, checked by sequence tags.
-//! * `packed`, `pages`: L2 slices in a compact form, many to a frame.
-//! * `state`: what the lock guards, made of `cache`, `refcount`, `alloc`, `ahead` and `tickets`.
+//! * `crate::metadata`: the cache of slices, and the tables that are read without a lock.
+//! * `state`: what the lock guards: the cache, allocations in flight, `refcount`, `alloc` and `ahead`.
 //! * `map`, `write`, `zero`: the questions; `shared`: tables that snapshots share.
 //! * `flush`: the order on disk, and why it is safe; `lazy`: refcounts that are postponed.
 //! * `edit`: changes of a closed image's metadata, all at once; `snapshot`: internal snapshots.
@@ -23,7 +22,6 @@ mod ahead;
 mod alloc;
 mod amend;
 pub mod bitmap;
-mod cache;
 pub mod check;
 mod close;
 mod compress;
@@ -51,8 +49,7 @@ mod lazy;
 mod lazy_tests;
 mod map;
 mod open;
-mod packed;
-mod pages;
+mod pending;
 mod refcount;
 pub mod resize;
 mod rewidth;
@@ -64,14 +61,12 @@ mod shared_tests;
 pub mod snapshot;
 mod state;
 mod subcluster;
-mod tables;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod threads;
-mod tickets;
 mod write;
 mod zero;
 
@@ -86,6 +81,7 @@ pub use header::{
 };
 pub use open::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX, OpenOptions};
 
+use crate::metadata::{cache, tables};
 use crate::{
     DataFile, Description, Encryption, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan,
     Reserve, Step, Ticket, ZeroMode, ZeroPlan,

@@ -8,12 +8,13 @@ use super::entry::{Geometry, OFFSET_MASK};
 use super::features;
 use super::header::{Header, REFCOUNT_TABLE_BYTES_MAX};
 use super::lazy::Lazy;
+use super::pending::Births;
 use super::refcount::RefTable;
 use super::snapshot;
 use super::state::{Covered, Places, Sectors, State};
 use super::tables::{FRAMES_MAX, Tables};
-use super::tickets::Tickets;
 use super::{Qcow2, bitmap, damaged};
+use crate::metadata::Tickets;
 use block::{Context, Error, ErrorKind, Result, Storage};
 use crypto::{Passphrase, SectorCipher};
 use std::collections::HashSet;
@@ -230,6 +231,7 @@ impl Qcow2 {
                 space: Space::new(end, space_bytes(&geometry), holed),
                 ahead: Ahead::default(),
                 tickets: Tickets::new(),
+                births: Births::default(),
                 places,
                 copies: super::shared::Copies::default(),
                 l1_changed: Sectors::new(l1_sectors),

@@ -79,7 +79,7 @@ impl Qcow2 {
             return Err(Halt::Wait(owner.key()));
         }
         let g = &self.geometry;
-        let per_block = g.slices_per_cluster_bits();
+        let per_block = g.slices_per_table_bits();
         let entry = st.refs.entry(slice >> per_block);
         if entry == 0 {
             return Err(Halt::Fail(Error::corrupt(format!(
@@ -227,7 +227,7 @@ impl Qcow2 {
         let block = self.block_of(cluster);
         let slice = self.ref_slice_of(cluster);
         let base = cluster << self.geometry.cluster_bits;
-        let within = slice & ((1 << self.geometry.slices_per_cluster_bits()) - 1);
+        let within = slice & ((1 << self.geometry.slices_per_table_bits()) - 1);
         let host = base + (within << self.geometry.slice_bits);
         let frame = st
             .cache

@@ -164,8 +164,8 @@ impl Qcow2 {
         copy.bytes = Some(bytes);
         let (index, from, to, frame) = (copy.l1, copy.from, copy.to, copy.frame);
         let to = to << g.cluster_bits;
-        let slices = 1u64 << g.slices_per_cluster_bits();
-        let first = (l1 << g.slices_per_cluster_bits())..;
+        let slices = 1u64 << g.slices_per_table_bits();
+        let first = (l1 << g.slices_per_table_bits())..;
         for (slice, n) in first.zip(0..slices) {
             let host = to + (n << g.slice_bits);
             st.cache.rehome(&self.tables, slice, host, stale);
@@ -204,7 +204,7 @@ impl Qcow2 {
     /// from there. Returns where the slice belongs.
     pub(super) fn home_of(&self, slice: u64, host: u64, words: &mut [u64]) -> u64 {
         let g = &self.geometry;
-        let bits = g.slices_per_cluster_bits();
+        let bits = g.slices_per_table_bits();
         // At most 4 Mi.
         let entry = self.tables.l1.get((slice >> bits) as usize);
         let table = entry.map_or(0, |e| e.load(Ordering::Acquire)) & OFFSET_MASK;

@@ -4,35 +4,15 @@ use super::ahead::Ahead;
 use super::alloc::Space;
 use super::cache::{Cache, Changed};
 use super::lazy::Lazy;
+use super::pending::{Births, Pending};
 use super::refcount::RefTable;
 use super::shared::Copies;
-use super::tickets::Tickets;
-use crate::{Key, Need, Step};
-use block::{Error, Result};
+use crate::metadata::Tickets;
+pub(super) use crate::metadata::{Ask, Halt, Sectors};
+use crate::{Need, Step};
+use block::Result;
 use std::collections::HashSet;
 use std::ops::Range;
-
-/// Why a question has no answer now.
-#[derive(Debug)]
-pub(super) enum Halt {
-    /// This must be done first, by whoever asked.
-    Need(Need),
-    /// Somebody else is at it.
-    Wait(Key),
-    /// Every frame is pinned by writes in flight: any of them ends that.
-    Busy,
-    /// It never will have.
-    Fail(Error),
-}
-
-impl From<Error> for Halt {
-    fn from(error: Error) -> Self {
-        Halt::Fail(error)
-    }
-}
-
-/// An answer, or why there is none.
-pub(super) type Ask<T> = std::result::Result<T, Halt>;
 
 /// Host clusters `first .. first + count` whose refcounts go down by one when the change that
 /// stopped referring to them is durable. Their refcount slices are pinned until then.
@@ -40,64 +20,6 @@ pub(super) type Ask<T> = std::result::Result<T, Halt>;
 pub(super) struct Deref {
     pub(super) first: u64,
     pub(super) count: u64,
-}
-
-/// Which sectors of an in-memory table changed since they were last written.
-#[derive(Debug)]
-pub(super) struct Sectors {
-    dirty: Vec<u64>,
-    flight: Vec<u64>,
-    any: bool,
-}
-
-impl Sectors {
-    /// For a table of `count` sectors.
-    pub(super) fn new(count: usize) -> Self {
-        Self {
-            dirty: vec![0; count.div_ceil(64)],
-            flight: vec![0; count.div_ceil(64)],
-            any: false,
-        }
-    }
-
-    /// Notes a change of the table's 64-bit entry `index`.
-    pub(super) fn mark_entry(&mut self, index: usize) {
-        let sector = index / 64;
-        if let Some(word) = self.dirty.get_mut(sector / 64) {
-            *word |= 1 << (sector % 64);
-            self.any = true;
-        }
-    }
-
-    pub(super) fn any(&self) -> bool {
-        self.any
-    }
-
-    /// Moves what is dirty into flight, telling `each` sector's number in order.
-    pub(super) fn take(&mut self, mut each: impl FnMut(usize)) {
-        if !std::mem::take(&mut self.any) {
-            return;
-        }
-        for (at, (dirty, flight)) in self.dirty.iter_mut().zip(&mut self.flight).enumerate() {
-            *flight |= std::mem::take(dirty);
-            let mut left = *flight;
-            while left != 0 {
-                each(at * 64 + left.trailing_zeros() as usize);
-                left &= left - 1;
-            }
-        }
-    }
-
-    /// What was in flight is durable, or dirty again.
-    pub(super) fn end(&mut self, ok: bool) {
-        for (dirty, flight) in self.dirty.iter_mut().zip(&mut self.flight) {
-            let flight = std::mem::take(flight);
-            if !ok && flight != 0 {
-                *dirty |= flight;
-                self.any = true;
-            }
-        }
-    }
 }
 
 /// How much of the growing lists the flush under way covers: the first so many of each.
@@ -140,7 +62,8 @@ pub(super) struct State {
     pub(super) refs: RefTable,
     pub(super) space: Space,
     pub(super) ahead: Ahead,
-    pub(super) tickets: Tickets,
+    pub(super) tickets: Tickets<Pending>,
+    pub(super) births: Births,
     pub(super) places: Places,
     pub(super) l1_changed: Sectors,
     /// L1 indices of tables that no flush has written yet.

@@ -1,5 +1,6 @@
 //! What the tests of this module share: a file in memory that can crash, and the plainest driver.
 
+use super::close::read_short;
 use super::{CreateOptions, OpenOptions, Qcow2, create};
 use crate::{
     Allocation, ExtentKind, Fill, FlushRun, Freed, Image, Need, Plan, Step, Ticket, ZeroMode,
@@ -12,7 +13,7 @@ use std::sync::{Arc, Mutex};
 
 /// One change of a [`MemFile`] that a crash may undo until the next barrier.
 #[derive(Clone, Debug)]
-pub(super) enum Change {
+pub(crate) enum Change {
     Write(u64, Vec<u8>),
     Len(u64),
     Sync,
@@ -30,38 +31,38 @@ const LEN_MAX: u64 = 256 << 20;
 
 /// A file in memory.
 #[derive(Clone, Debug, Default)]
-pub(super) struct MemFile(Arc<Mutex<Inner>>);
+pub(crate) struct MemFile(Arc<Mutex<Inner>>);
 
 impl MemFile {
-    pub(super) fn of(bytes: Vec<u8>) -> Self {
+    pub(crate) fn of(bytes: Vec<u8>) -> Self {
         let file = Self::default();
         file.0.lock().unwrap().bytes = bytes;
         file
     }
 
-    pub(super) fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         self.0.lock().unwrap().bytes.clone()
     }
 
-    pub(super) fn patch(&self, at: usize, bytes: &[u8]) {
+    pub(crate) fn patch(&self, at: usize, bytes: &[u8]) {
         self.0.lock().unwrap().bytes[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
-    pub(super) fn word(&self, at: u64) -> u64 {
+    pub(crate) fn word(&self, at: u64) -> u64 {
         super::open::word_of(&self.0.lock().unwrap().bytes[at as usize..at as usize + 8])
     }
 
     /// Notes all changes from here on.
-    pub(super) fn record(&self) {
+    pub(crate) fn record(&self) {
         self.0.lock().unwrap().journal = Some(Vec::new());
     }
 
-    pub(super) fn journal(&self) -> Vec<Change> {
+    pub(crate) fn journal(&self) -> Vec<Change> {
         self.0.lock().unwrap().journal.clone().unwrap_or_default()
     }
 
     /// Lets so many writes succeed, then none.
-    pub(super) fn fail_after(&self, writes: Option<u32>) {
+    pub(crate) fn fail_after(&self, writes: Option<u32>) {
         self.0.lock().unwrap().writes_left = writes;
     }
 
@@ -89,7 +90,7 @@ impl MemFile {
 }
 
 /// Carries `change` out on `bytes`.
-pub(super) fn apply(bytes: &mut Vec<u8>, change: &Change) {
+pub(crate) fn apply(bytes: &mut Vec<u8>, change: &Change) {
     match change {
         Change::Write(at, data) => {
             let end = *at as usize + data.len();
@@ -159,10 +160,10 @@ impl Storage for MemFile {
 }
 
 /// A small generator with a seed: the same runs again on every machine.
-pub(super) struct Rng(pub(super) u64);
+pub(crate) struct Rng(pub(crate) u64);
 
 impl Rng {
-    pub(super) fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         // splitmix64
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -171,35 +172,41 @@ impl Rng {
         z ^ z >> 31
     }
 
-    pub(super) fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.next() % end.max(1)
     }
 }
 
 /// An image on a [`MemFile`], driven call by call.
 #[derive(Debug)]
-pub(super) struct Driver {
-    pub(super) file: MemFile,
-    pub(super) image: Qcow2,
-    pub(super) backing: Vec<u8>,
+pub(crate) struct Driver<I = Qcow2> {
+    pub(crate) file: MemFile,
+    pub(crate) image: I,
+    pub(crate) backing: Vec<u8>,
     /// Whether freed space is punched, so that it reads as zeros.
-    pub(super) punch: bool,
+    pub(crate) punch: bool,
     /// Whether new space at the end of the file is known to read as zeros.
-    pub(super) zeroed: bool,
+    pub(crate) zeroed: bool,
     /// Barriers of flushes so far.
-    pub(super) barriers: usize,
+    pub(crate) barriers: usize,
     run: FlushRun,
 }
 
 impl Driver {
-    pub(super) fn create(options: &CreateOptions, open: &OpenOptions) -> Self {
+    pub(crate) fn create(options: &CreateOptions, open: &OpenOptions) -> Self {
         let file = MemFile::default();
         create(&file, options).unwrap();
         Self::open(file, open)
     }
 
-    pub(super) fn open(file: MemFile, open: &OpenOptions) -> Self {
+    pub(crate) fn open(file: MemFile, open: &OpenOptions) -> Self {
         let image = Qcow2::open(&file, open).unwrap();
+        Self::of(file, image)
+    }
+}
+
+impl<I: Image> Driver<I> {
+    pub(crate) fn of(file: MemFile, image: I) -> Self {
         Self {
             file,
             image,
@@ -211,10 +218,10 @@ impl Driver {
         }
     }
 
-    pub(super) fn need(&mut self, need: Need) -> Result<()> {
+    pub(crate) fn need(&mut self, need: Need) -> Result<()> {
         match need {
             Need::Load(load) => {
-                let bytes = super::close::read_short(&self.file, load.offset.0, load.len as usize);
+                let bytes = read_short(&self.file, load.offset.0, load.len as usize);
                 match bytes {
                     Ok(bytes) => self.image.loaded(&load, &bytes),
                     Err(error) => {
@@ -244,7 +251,7 @@ impl Driver {
     }
 
     /// Asks until the image answers.
-    pub(super) fn ask<T>(&mut self, ask: impl Fn(&Qcow2) -> Result<Step<T>>) -> Result<T> {
+    pub(crate) fn ask<T>(&mut self, ask: impl Fn(&I) -> Result<Step<T>>) -> Result<T> {
         for _ in 0..10_000 {
             match ask(&self.image)? {
                 Step::Done(answer) => return Ok(answer),
@@ -255,7 +262,7 @@ impl Driver {
         panic!("asks without an end");
     }
 
-    pub(super) fn read(&mut self, at: u64, len: u64) -> Result<Vec<u8>> {
+    pub(crate) fn read(&mut self, at: u64, len: u64) -> Result<Vec<u8>> {
         let mut out = Vec::new();
         while (out.len() as u64) < len {
             let pos = at + out.len() as u64;
@@ -265,9 +272,9 @@ impl Driver {
             let n = extent.len as usize;
             match extent.kind {
                 ExtentKind::Data { offset, .. } => {
-                    out.extend(super::close::read_short(&self.file, offset.0, n)?);
+                    out.extend(read_short(&self.file, offset.0, n)?);
                 }
-                ExtentKind::Untouched => panic!("qcow2 has no such extents"),
+                ExtentKind::Untouched => panic!("formats have no such extents"),
                 ExtentKind::Zero { .. } => out.resize(out.len() + n, 0),
                 ExtentKind::Unallocated => {
                     let from = (pos as usize).min(self.backing.len());
@@ -276,7 +283,7 @@ impl Driver {
                     out.resize(out.len() + n - (end - from), 0);
                 }
                 ExtentKind::Compressed(c) => {
-                    let input = super::close::read_short(&self.file, c.offset.0, c.len as usize)?;
+                    let input = read_short(&self.file, c.offset.0, c.len as usize)?;
                     let mut unpacked = vec![0; c.unpacked_len as usize];
                     self.image.decompress(&input, &mut unpacked)?;
                     out.extend(&unpacked[c.skip as usize..c.skip as usize + n]);
@@ -287,7 +294,7 @@ impl Driver {
     }
 
     /// Plans the first part of a write, and writes its data and fill; not committed.
-    pub(super) fn start_write(&mut self, at: u64, data: &[u8]) -> Result<(u64, Option<Ticket>)> {
+    pub(crate) fn start_write(&mut self, at: u64, data: &[u8]) -> Result<(u64, Option<Ticket>)> {
         let plan = self.ask(|i| i.plan_write(GuestOffset(at), data.len() as u64))?;
         match plan {
             Plan::InPlace { offset, len, .. } => {
@@ -302,7 +309,7 @@ impl Driver {
                 }
                 Ok((a.write_len, Some(a.ticket)))
             }
-            Plan::Drop { .. } => unreachable!("qcow2 keeps what is written"),
+            Plan::Drop { .. } => unreachable!("formats keep what is written"),
         }
     }
 
@@ -330,7 +337,7 @@ impl Driver {
         self.file.write_at(a.host.0 + (at - start), data)
     }
 
-    pub(super) fn write(&mut self, at: u64, data: &[u8]) -> Result<()> {
+    pub(crate) fn write(&mut self, at: u64, data: &[u8]) -> Result<()> {
         let mut done = 0;
         while done < data.len() {
             let (len, ticket) = self.start_write(at + done as u64, &data[done..])?;
@@ -342,7 +349,7 @@ impl Driver {
         Ok(())
     }
 
-    pub(super) fn zero(&mut self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
+    pub(crate) fn zero(&mut self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
         let mut done = 0;
         while done < len {
             let pos = at + done;
@@ -363,7 +370,7 @@ impl Driver {
         Ok(())
     }
 
-    pub(super) fn flush(&mut self) -> Result<()> {
+    pub(crate) fn flush(&mut self) -> Result<()> {
         let mut run = std::mem::take(&mut self.run);
         self.image.flush_begin(&mut run)?;
         assert!(!run.stages.is_empty());
@@ -397,7 +404,7 @@ impl Driver {
         Ok(())
     }
 
-    pub(super) fn close(mut self) -> Vec<u8> {
+    pub(crate) fn close(mut self) -> Vec<u8> {
         self.flush().unwrap();
         self.image.close(&[&self.file]).unwrap();
         assert!(!self.image.is_dirty());
@@ -407,7 +414,7 @@ impl Driver {
 
 /// Every file that a crash may leave: the writes up to some point, of those since the last barrier some subset,
 /// one of them torn.
-pub(super) fn crashes(before: &[u8], journal: &[Change], mut each: impl FnMut(&[u8])) {
+pub(crate) fn crashes(before: &[u8], journal: &[Change], mut each: impl FnMut(&[u8])) {
     let mut rng = Rng(5);
     let mut durable = before.to_vec();
     let mut since: Vec<&Change> = Vec::new();
@@ -439,15 +446,20 @@ pub(super) fn crashes(before: &[u8], journal: &[Change], mut each: impl FnMut(&[
 
 /// What `qemu-img check` says of an image.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Checked {
+pub(crate) enum Checked {
     Clean,
     Leaks,
     Errors(String),
 }
 
-pub(super) fn check(path: &Path) -> Checked {
+pub(crate) fn check(path: &Path) -> Checked {
+    check_as("qcow2", path)
+}
+
+/// What `qemu-img check` says of an image of some format.
+pub(crate) fn check_as(format: &str, path: &Path) -> Checked {
     let out = Command::new("qemu-img")
-        .args(["check", "-f", "qcow2"])
+        .args(["check", "-f", format])
         .arg(path)
         .output()
         .expect("qemu-img runs");
@@ -463,7 +475,7 @@ pub(super) fn check(path: &Path) -> Checked {
 }
 
 /// Runs a tool that must succeed.
-pub(super) fn run(program: &str, args: &[&str]) -> String {
+pub(crate) fn run(program: &str, args: &[&str]) -> String {
     let out = Command::new(program).args(args).output().expect(program);
     let text = format!(
         "{}{}",

@@ -4,9 +4,10 @@ use super::Qcow2;
 use super::alloc::Piece;
 use super::entry::{COPIED, Entry, FRESH, FRESH_ZEROED};
 use super::map::Place;
+use super::pending::Pending;
 use super::state::{Ask, Deref, FRESH_TABLES_MAX, Halt, State};
 use super::subcluster::Bitmap;
-use super::tickets::{Pending, Tickets};
+use crate::metadata::key_of;
 use crate::{Allocation, Fill, Need, Plan, Ticket};
 use block::{GuestOffset, HostOffset};
 use std::sync::atomic::Ordering;
@@ -258,7 +259,7 @@ impl Qcow2 {
         let whole = at.0 == start && write_len == bytes;
         Ok(Plan::Allocate(Allocation {
             ticket,
-            key: Tickets::key(ticket),
+            key: key_of(ticket),
             file: g.guest_file(),
             host: HostOffset((pending.host << g.cluster_bits) + skip),
             start: GuestOffset(start),

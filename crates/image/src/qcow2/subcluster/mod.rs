@@ -209,11 +209,9 @@ mod tests {
 
     fn geometry() -> Geometry {
         Geometry {
-            cluster_bits: 16,
-            slice_bits: 12,
+            layout: crate::metadata::Layout::new(1 << 30, 16, 16, true),
             refcount_order: 4,
             version: 3,
-            size: 1 << 30,
             has_backing: false,
             unit_bits: 11,
             data_file: false,

@@ -15,8 +15,8 @@ use super::super::Qcow2;
 use super::super::alloc::Piece;
 use super::super::entry::COPIED;
 use super::super::map::Place;
+use super::super::pending::{Birth, Pending};
 use super::super::state::{Ask, Deref, State};
-use super::super::tickets::{Birth, Pending};
 use super::super::write::ALLOC_BYTES_MAX;
 use super::{Bitmap, Cluster, Kind, SUBCLUSTERS};
 use crate::{Fill, Plan};
@@ -80,11 +80,11 @@ impl Qcow2 {
                     return self.plan_clusters(st, at, len, frame, whole, Fill::Nothing, None);
                 }
                 let part = self.part(st, at, len, bits);
-                let (host, zeroed) = match st.tickets.birth(cluster) {
+                let (host, zeroed) = match st.births.birth(cluster) {
                     Some(birth) => (birth.host, birth.zeroed),
                     None => {
                         let given = self.give_clusters(st, cluster, 1)?;
-                        st.tickets.add_birth(Birth {
+                        st.births.add_birth(Birth {
                             cluster,
                             host: given.first,
                             ref_frame: given.frame,
@@ -96,7 +96,7 @@ impl Qcow2 {
                     }
                 };
                 let plan = self.plan_part(st, at, len, frame, host, part, zeroed);
-                match (&plan, st.tickets.birth(cluster)) {
+                match (&plan, st.births.birth(cluster)) {
                     (Ok(_), Some(birth)) => birth.users += 1,
                     (Err(_), _) => self.drop_user(st, cluster, 0),
                     (Ok(_), None) => debug_assert!(false, "the birth was just there"),
@@ -270,7 +270,7 @@ impl Qcow2 {
             // At most 32 each.
             let first = g.subcluster(pending.start << g.unit_bits);
             let bits = bits.allocate(first, pending.count as u32);
-            match st.tickets.take_birth(cluster) {
+            match st.births.take_birth(cluster) {
                 Some(birth) => {
                     debug_assert!(host.is_none() && birth.host == pending.host);
                     if let Some(frame) = birth.ref_frame {
@@ -301,7 +301,7 @@ impl Qcow2 {
 
     /// `count` allocations in a new cluster ended without a commit: without any left it is free again.
     fn drop_user(&self, st: &mut State, cluster: u64, count: u32) {
-        let Some(birth) = st.tickets.birth(cluster) else {
+        let Some(birth) = st.births.birth(cluster) else {
             return;
         };
         birth.users = birth.users.saturating_sub(count);
@@ -310,7 +310,7 @@ impl Qcow2 {
         if birth.users > 0 {
             return;
         }
-        if let Some(birth) = st.tickets.take_birth(cluster)
+        if let Some(birth) = st.births.take_birth(cluster)
             && let Some(frame) = birth.ref_frame
         {
             let piece = Piece {

@@ -18,7 +18,7 @@
 //! Everything is an atomic, so the race is only a wrong answer that is thrown away. Writers
 //! hold the image's lock. The same tag guards changes of entries that take more than one word.
 
-use super::entry::Geometry;
+use super::layout::Layout;
 use super::packed::Block;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
@@ -43,13 +43,13 @@ const SLOT_PACKED: u32 = 1 << 31;
 /// Low bits of such a slot: the block's number in its page.
 const SLOT_BLOCK_BITS: u32 = 6;
 /// Blocks of a page at most.
-pub(super) const PAGE_BLOCKS_MAX: usize = 1 << SLOT_BLOCK_BITS;
+pub(crate) const PAGE_BLOCKS_MAX: usize = 1 << SLOT_BLOCK_BITS;
 /// Frames at most, so that every block of every page has a slot value that is none of the others.
-pub(super) const FRAMES_MAX: u64 = (1 << (31 - SLOT_BLOCK_BITS)) - 1;
+pub(crate) const FRAMES_MAX: u64 = (1 << (31 - SLOT_BLOCK_BITS)) - 1;
 
 /// Where a slice is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Slot {
+pub(crate) enum Slot {
     /// Not in memory.
     Absent,
     /// All of its entries are unallocated.
@@ -86,7 +86,7 @@ impl Slot {
 
 /// The entries of a slice, in whichever form it is.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Entries<'a> {
+pub(crate) enum Entries<'a> {
     /// All unallocated; so many.
     Empty(usize),
     /// As on disk.
@@ -99,7 +99,7 @@ impl Entries<'_> {
     /// Entry `at`, and for how many it goes on: as unallocated, as plain zeros, or as clusters in
     /// order on the host. At least 1, and counted up to `most`. Zero behind the slice's end.
     #[inline]
-    pub(super) fn run(&self, at: usize, most: usize) -> (u64, usize) {
+    pub(crate) fn run(&self, at: usize, most: usize) -> (u64, usize) {
         match self {
             Entries::Words(words) => words
                 .get(at)
@@ -112,7 +112,7 @@ impl Entries<'_> {
 
     /// The two words of extended entry `at`.
     #[inline]
-    pub(super) fn pair(&self, at: usize) -> (u64, u64) {
+    pub(crate) fn pair(&self, at: usize) -> (u64, u64) {
         match self {
             Entries::Words(words) => match words.get(2 * at..2 * at + 2) {
                 Some([raw, bitmap]) => {
@@ -128,10 +128,10 @@ impl Entries<'_> {
 
 /// A buffer for one slice of an L2 table or refcount block.
 #[derive(Debug, Default)]
-pub(super) struct Frame {
+pub(crate) struct Frame {
     tag: AtomicU64,
     /// Looked at since the clock's hand came by.
-    pub(super) used: AtomicBool,
+    pub(crate) used: AtomicBool,
     /// Words of a block, when it is a page.
     block_words: AtomicU32,
     words: OnceLock<Box<[AtomicU64]>>,
@@ -140,18 +140,18 @@ pub(super) struct Frame {
 impl Frame {
     /// Its words; empty when it was never used.
     #[inline]
-    pub(super) fn words(&self) -> &[AtomicU64] {
+    pub(crate) fn words(&self) -> &[AtomicU64] {
         self.words.get().map_or(&[], |w| w)
     }
 
     /// Makes its memory.
-    pub(super) fn make(&self, words: usize) {
+    pub(crate) fn make(&self, words: usize) {
         self.words
             .get_or_init(|| (0..words).map(|_| AtomicU64::new(0)).collect());
     }
 
     /// Marks it as in change: readers throw away what they read from here on.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         let tag = self.tag.load(Ordering::Relaxed);
         let next = ((tag >> TAG_SLICE_BITS) + 1) << TAG_SLICE_BITS;
         self.tag.store(next, Ordering::Relaxed);
@@ -166,12 +166,12 @@ impl Frame {
     }
 
     /// Divides it into blocks of so many words. It is closed.
-    pub(super) fn divide(&self, block_words: u32) {
+    pub(crate) fn divide(&self, block_words: u32) {
         self.block_words.store(block_words, Ordering::Relaxed);
     }
 
     /// Opens it to readers of the slices that are packed in it. The words were stored before.
-    pub(super) fn open_page(&self) {
+    pub(crate) fn open_page(&self) {
         let tag = self.tag.load(Ordering::Relaxed);
         self.tag.store(tag | TAG_PAGE, Ordering::Release);
     }
@@ -187,7 +187,7 @@ impl Frame {
 
     /// Notes a use for the clock. A plain load keeps the line shared between threads.
     #[inline]
-    pub(super) fn touch(&self) {
+    pub(crate) fn touch(&self) {
         if !self.used.load(Ordering::Relaxed) {
             self.used.store(true, Ordering::Relaxed);
         }
@@ -196,7 +196,7 @@ impl Frame {
 
 impl Frame {
     /// Changes words so that no reader believes to have seen some of them before and some after.
-    pub(super) fn change(&self, change: impl FnOnce(&[AtomicU64])) {
+    pub(crate) fn change(&self, change: impl FnOnce(&[AtomicU64])) {
         let slice = self.tag.load(Ordering::Relaxed) & ((1 << TAG_SLICE_BITS) - 1);
         self.close();
         change(self.words());
@@ -206,17 +206,17 @@ impl Frame {
 }
 
 #[derive(Debug)]
-pub(super) struct Tables {
+pub(crate) struct Tables {
     /// Entries of the L1 table, padded to whole sectors; with the marks of fresh tables.
-    pub(super) l1: Box<[AtomicU64]>,
+    pub(crate) l1: Box<[AtomicU64]>,
     slots: Box<[OnceLock<Box<[AtomicU32]>>]>,
-    pub(super) frames: Box<[Frame]>,
+    pub(crate) frames: Box<[Frame]>,
     slice_entries: usize,
     cluster_bits: u32,
 }
 
 impl Tables {
-    pub(super) fn new(geometry: &Geometry, l1: Box<[AtomicU64]>, frames: usize) -> Self {
+    pub(crate) fn new(geometry: &Layout, l1: Box<[AtomicU64]>, frames: usize) -> Self {
         let slots = geometry.l2_slices().max(1);
         let chunks = slots.div_ceil(1 << CHUNK_BITS) as usize;
         Self {
@@ -238,12 +238,12 @@ impl Tables {
 
     /// Where L2 slice `slice` is.
     #[inline]
-    pub(super) fn slot(&self, slice: u64) -> Slot {
+    pub(crate) fn slot(&self, slice: u64) -> Slot {
         Slot::of(self.raw_slot(slice))
     }
 
     /// Says where `slice` is. What it was in is to be closed before it changes.
-    pub(super) fn set_slot(&self, slice: u64, slot: Slot) {
+    pub(crate) fn set_slot(&self, slice: u64, slot: Slot) {
         let Some(chunk) = self.slots.get((slice >> CHUNK_BITS) as usize) else {
             return;
         };
@@ -254,7 +254,7 @@ impl Tables {
     }
 
     /// Shows `frame`, whose words are in place, to readers of `slice`.
-    pub(super) fn publish(&self, slice: u64, frame: u32) {
+    pub(crate) fn publish(&self, slice: u64, frame: u32) {
         if let Some(f) = self.frames.get(frame as usize) {
             f.open(slice);
             f.used.store(true, Ordering::Relaxed);
@@ -264,12 +264,12 @@ impl Tables {
 
     /// Words of `frame`; empty for a number that is none.
     #[inline]
-    pub(super) fn words(&self, frame: u32) -> &[AtomicU64] {
+    pub(crate) fn words(&self, frame: u32) -> &[AtomicU64] {
         self.frames.get(frame as usize).map_or(&[], Frame::words)
     }
 
     /// Words of a block of the page in frame `page`.
-    pub(super) fn block(&self, page: u32, block: u32) -> &[AtomicU64] {
+    pub(crate) fn block(&self, page: u32, block: u32) -> &[AtomicU64] {
         self.frames
             .get(page as usize)
             .map_or(&[], |f| f.block(block))
@@ -278,7 +278,7 @@ impl Tables {
     /// Lets `look` read the entries of L2 slice `slice`. `None` when it is not in memory (or changed its
     /// place too often): ask with the lock held. `look` may run more than once.
     #[inline]
-    pub(super) fn read<R>(&self, slice: u64, mut look: impl FnMut(Entries<'_>) -> R) -> Option<R> {
+    pub(crate) fn read<R>(&self, slice: u64, mut look: impl FnMut(Entries<'_>) -> R) -> Option<R> {
         for _ in 0..4 {
             let raw = self.raw_slot(slice);
             let (frame, block) = match Slot::of(raw) {
@@ -309,7 +309,7 @@ impl Tables {
 
     /// Has the processor fetch what [`read`](Self::read) of entry `at` of `slice` will look at.
     #[inline]
-    pub(super) fn expect(&self, slice: u64, at: usize) {
+    pub(crate) fn expect(&self, slice: u64, at: usize) {
         let (frame, block) = match self.slot(slice) {
             Slot::Absent | Slot::Empty => return,
             Slot::Frame(frame) => (frame, None),
@@ -334,7 +334,7 @@ impl Tables {
     }
 
     /// The entries of a slice, for whoever holds the lock. `None` when it is not in memory.
-    pub(super) fn entries(&self, slice: u64) -> Option<Entries<'_>> {
+    pub(crate) fn entries(&self, slice: u64) -> Option<Entries<'_>> {
         Some(match self.slot(slice) {
             Slot::Absent => return None,
             Slot::Empty => Entries::Empty(self.slice_entries),
@@ -358,18 +358,8 @@ mod tests {
     use super::super::packed::{Packer, Shape};
     use super::*;
 
-    fn geometry() -> Geometry {
-        Geometry {
-            cluster_bits: 12,
-            slice_bits: 12,
-            refcount_order: 4,
-            version: 3,
-            size: 1 << 30,
-            has_backing: false,
-            unit_bits: 12,
-            data_file: false,
-            data_raw: false,
-        }
+    fn geometry() -> Layout {
+        Layout::new(1 << 30, 12, 12, false)
     }
 
     fn tables() -> Tables {
@@ -462,7 +452,7 @@ mod tests {
 
     /// What the cache does when block 0 of the page in `frame` becomes `slice`, all of whose entries lead to
     /// clusters from `cluster` on.
-    fn repack(tables: &Tables, geometry: &Geometry, frame: u32, slice: u64, cluster: u64) {
+    fn repack(tables: &Tables, geometry: &Layout, frame: u32, slice: u64, cluster: u64) {
         let page = &tables.frames[frame as usize];
         let mut packer = Packer::default();
         let shape = packer.pack(slice, geometry, 100, |at| (cluster + at as u64) << 12);

@@ -9,7 +9,7 @@
 //! vacant frame again; the clock evicts a page as a whole.
 
 use super::cache::{Cache, Holds, Meta};
-use super::entry::Geometry;
+use super::layout::Layout;
 use super::packed::slice_of;
 use super::tables::{PAGE_BLOCKS_MAX, Slot, Tables};
 use std::sync::atomic::Ordering;
@@ -20,7 +20,7 @@ const _: () = assert!(BLOCKS[BLOCKS.len() - 1] as usize == PAGE_BLOCKS_MAX);
 
 /// A frame that is a page.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Page {
+pub(crate) struct Page {
     /// Index into `Pages::classes`.
     class: u8,
     /// Place in the class's list of pages with room; `NOT_OPEN` when it is full.
@@ -42,13 +42,13 @@ struct Class {
 
 /// Pages with room, by the size of their blocks: the largest first.
 #[derive(Debug)]
-pub(super) struct Pages {
+pub(crate) struct Pages {
     classes: Vec<Class>,
 }
 
 impl Pages {
     /// For frames of `words` words.
-    pub(super) fn new(words: usize) -> Self {
+    pub(crate) fn new(words: usize) -> Self {
         let classes = BLOCKS.iter().map(|blocks| Class {
             blocks: *blocks,
             words: words / *blocks as usize,
@@ -60,7 +60,7 @@ impl Pages {
     }
 
     /// Words of the largest block there is.
-    pub(super) fn block_words_max(&self) -> usize {
+    pub(crate) fn block_words_max(&self) -> usize {
         self.classes.first().map_or(0, |c| c.words)
     }
 
@@ -82,10 +82,10 @@ impl Cache {
 
     /// Stores packed slice `slice` in a page. Without one that has blocks of its size, `spare` becomes one, if
     /// there is one; else a larger block is taken. `false` when there is no place.
-    pub(super) fn place(
+    pub(crate) fn place(
         &mut self,
         tables: &Tables,
-        geometry: &Geometry,
+        geometry: &Layout,
         slice: u64,
         words: &[u64],
         spare: &mut Option<u32>,
@@ -111,7 +111,7 @@ impl Cache {
         self.store(tables, page, slice, words)
     }
 
-    fn make_page(&mut self, tables: &Tables, geometry: &Geometry, frame: u32, class: usize) {
+    fn make_page(&mut self, tables: &Tables, geometry: &Layout, frame: u32, class: usize) {
         let Some(c) = self.pages.classes.get_mut(class) else {
             return;
         };
@@ -178,7 +178,7 @@ impl Cache {
     }
 
     /// Gives a block back. Its words stay until another slice gets them, for readers who are at it.
-    pub(super) fn free_block(&mut self, frame: u32, block: u32) {
+    pub(crate) fn free_block(&mut self, frame: u32, block: u32) {
         let Some(page) = self.page(frame) else { return };
         debug_assert!(page.used >> block & 1 != 0, "a free block is given back");
         page.used &= !(1 << block);
@@ -198,7 +198,7 @@ impl Cache {
     }
 
     /// Lets all slices of a page go. The frame is the caller's then.
-    pub(super) fn drop_page(&mut self, tables: &Tables, frame: u32, page: Page) {
+    pub(crate) fn drop_page(&mut self, tables: &Tables, frame: u32, page: Page) {
         self.unlist(frame);
         let mut used = page.used;
         while used != 0 {

@@ -17,20 +17,20 @@
 //! while there is room a miss brings in the whole L2 table, or 64 KiB of it, in one read. Refcounts
 //! are only looked at to be changed, and always have frames.
 
-use super::entry::Geometry;
+use super::layout::Layout;
 use super::packed::{Packer, Shape};
 use super::pages::{Page, Pages};
-use super::state::{Ask, Halt};
 use super::tables::{Slot, Tables};
+use super::{Ask, Halt};
 use crate::{Key, Need};
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
 /// What a frame holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Owner {
+pub(crate) enum Owner {
     /// A slice of an L2 table: number of the slice in the disk. As a key of loads the first slice of a
-    /// span, see [`Geometry::span_slices`].
+    /// span, see [`Layout::span_slices`].
     L2(u64),
     /// A slice of a refcount block: number of the slice, counted from host offset 0.
     Ref(u64),
@@ -39,19 +39,19 @@ pub(super) enum Owner {
 const KEY_KIND: u32 = 60;
 const KEY_L2: u64 = 1;
 const KEY_REF: u64 = 2;
-pub(super) const KEY_TICKET: u64 = 3 << KEY_KIND;
-pub(super) const KEY_RESERVE: u64 = 4 << KEY_KIND;
-pub(super) const KEY_COPY: u64 = 5 << KEY_KIND;
+pub(crate) const KEY_TICKET: u64 = 3 << KEY_KIND;
+pub(crate) const KEY_RESERVE: u64 = 4 << KEY_KIND;
+pub(crate) const KEY_COPY: u64 = 5 << KEY_KIND;
 
 impl Owner {
-    pub(super) fn key(self) -> Key {
+    pub(crate) fn key(self) -> Key {
         Key(match self {
             Owner::L2(slice) => KEY_L2 << KEY_KIND | slice,
             Owner::Ref(slice) => KEY_REF << KEY_KIND | slice,
         })
     }
 
-    pub(super) fn of_key(key: Key) -> Option<Self> {
+    pub(crate) fn of_key(key: Key) -> Option<Self> {
         let slice = key.0 & ((1 << KEY_KIND) - 1);
         match key.0 >> KEY_KIND {
             KEY_L2 => Some(Owner::L2(slice)),
@@ -63,7 +63,7 @@ impl Owner {
 
 /// What a frame is for.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) enum Holds {
+pub(crate) enum Holds {
     /// Nothing: it is in `free`.
     #[default]
     Nothing,
@@ -74,8 +74,8 @@ pub(super) enum Holds {
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Meta {
-    pub(super) holds: Holds,
+pub(crate) struct Meta {
+    pub(crate) holds: Holds,
     /// Host offset of the slice.
     host: u64,
     loading: bool,
@@ -96,30 +96,30 @@ impl Meta {
 
 /// A load of L2 slices under way.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct SpanLoad {
+pub(crate) struct SpanLoad {
     /// First slice that is read, and how many.
-    pub(super) first: u64,
-    pub(super) count: u32,
+    pub(crate) first: u64,
+    pub(crate) count: u32,
     /// The one that was asked for.
-    pub(super) wanted: u64,
+    pub(crate) wanted: u64,
     /// Host offset of the first.
-    pub(super) host: u64,
+    pub(crate) host: u64,
     /// Which of them were absent when the load began, bit by bit. Only these are taken from what was
     /// read: the others may have been changed and written since.
-    pub(super) absent: u64,
+    pub(crate) absent: u64,
     /// A frame set aside, so that the one that was asked for has a place.
-    pub(super) frame: u32,
+    pub(crate) frame: u32,
 }
 
 /// The part of the cache that the lock guards.
 #[derive(Debug)]
-pub(super) struct Cache {
+pub(crate) struct Cache {
     /// Of the frames that were ever used: the first so many.
-    pub(super) meta: Vec<Meta>,
+    pub(crate) meta: Vec<Meta>,
     /// Frames that there may be.
     capacity: usize,
     /// Frames given back, to be used before any is evicted.
-    pub(super) free: Vec<u32>,
+    pub(crate) free: Vec<u32>,
     hand: usize,
     /// Refcount slices that are present or loading.
     index: HashMap<Owner, u32>,
@@ -129,12 +129,12 @@ pub(super) struct Cache {
     changed: Vec<u32>,
     pinned: usize,
     loading: usize,
-    pub(super) misses: u64,
+    pub(crate) misses: u64,
     /// Steps of the clock's hand.
-    pub(super) steps: u64,
+    pub(crate) steps: u64,
     /// L2 slices that are present.
-    pub(super) present: u64,
-    pub(super) pages: Pages,
+    pub(crate) present: u64,
+    pub(crate) pages: Pages,
     packer: Packer,
     /// A slice's words, on their way from one form to another.
     words: Vec<u64>,
@@ -142,15 +142,15 @@ pub(super) struct Cache {
 
 /// What a flush takes from one frame.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Changed {
-    pub(super) frame: u32,
-    pub(super) owner: Owner,
-    pub(super) host: u64,
-    pub(super) granules: u64,
+pub(crate) struct Changed {
+    pub(crate) frame: u32,
+    pub(crate) owner: Owner,
+    pub(crate) host: u64,
+    pub(crate) granules: u64,
 }
 
 impl Cache {
-    pub(super) fn new(frames: usize, geometry: &Geometry) -> Self {
+    pub(crate) fn new(frames: usize, geometry: &Layout) -> Self {
         Self {
             meta: Vec::with_capacity(frames),
             capacity: frames,
@@ -175,7 +175,7 @@ impl Cache {
     }
 
     /// The frame of a slice that is present in a frame of its own.
-    pub(super) fn find(&self, tables: &Tables, owner: Owner) -> Option<u32> {
+    pub(crate) fn find(&self, tables: &Tables, owner: Owner) -> Option<u32> {
         match owner {
             Owner::L2(slice) => match tables.slot(slice) {
                 Slot::Frame(frame) => Some(frame),
@@ -189,7 +189,7 @@ impl Cache {
     }
 
     /// Whether `owner`'s slice is being loaded; for L2 its span.
-    pub(super) fn is_loading(&self, owner: Owner) -> bool {
+    pub(crate) fn is_loading(&self, owner: Owner) -> bool {
         match owner {
             Owner::L2(span) => self.spans.contains_key(&span),
             Owner::Ref(_) => {
@@ -202,18 +202,18 @@ impl Cache {
     }
 
     /// Whether so much is dirty or pinned that a flush must come first.
-    pub(super) fn crowded(&self) -> bool {
+    pub(crate) fn crowded(&self) -> bool {
         let frames = self.capacity;
         self.changed.len() > frames - frames / 16 || self.pinned > frames / 2
     }
 
     /// Whether so much is dirty that a flush should begin, so that nobody has to wait for it.
-    pub(super) fn filling(&self) -> bool {
+    pub(crate) fn filling(&self) -> bool {
         self.changed.len() > self.capacity / 2
     }
 
     /// Whether pins alone crowd it.
-    pub(super) fn pins_crowd(&self) -> bool {
+    pub(crate) fn pins_crowd(&self) -> bool {
         self.pinned > self.capacity / 2
     }
 
@@ -222,22 +222,22 @@ impl Cache {
     }
 
     /// How many frames could be taken now.
-    pub(super) fn available(&self) -> usize {
+    pub(crate) fn available(&self) -> usize {
         self.vacant() + self.meta.iter().filter(|m| Self::evictable(m)).count() - self.free.len()
     }
 
     /// How many frames could be taken without anything leaving.
-    pub(super) fn vacant(&self) -> usize {
+    pub(crate) fn vacant(&self) -> usize {
         self.capacity - self.meta.len() + self.free.len()
     }
 
     /// Frames that were ever used.
-    pub(super) fn frames_used(&self) -> usize {
+    pub(crate) fn frames_used(&self) -> usize {
         self.meta.len()
     }
 
     /// Says where L2 slice `slice` is.
-    pub(super) fn move_slot(&mut self, tables: &Tables, slice: u64, to: Slot) {
+    pub(crate) fn move_slot(&mut self, tables: &Tables, slice: u64, to: Slot) {
         self.present += u64::from(to != Slot::Absent);
         self.present -= u64::from(tables.slot(slice) != Slot::Absent);
         tables.set_slot(slice, to);
@@ -256,7 +256,7 @@ impl Cache {
     }
 
     /// A frame for `owner`, closed to readers. Its words are stale.
-    fn take(&mut self, tables: &Tables, geometry: &Geometry, owner: Owner, host: u64) -> Ask<u32> {
+    fn take(&mut self, tables: &Tables, geometry: &Layout, owner: Owner, host: u64) -> Ask<u32> {
         let frame = match self.take_vacant() {
             Some(frame) => frame,
             None => self.evict(tables, geometry)?,
@@ -269,7 +269,7 @@ impl Cache {
     fn dedicate(
         &mut self,
         tables: &Tables,
-        geometry: &Geometry,
+        geometry: &Layout,
         frame: u32,
         owner: Owner,
         host: u64,
@@ -288,14 +288,14 @@ impl Cache {
     }
 
     /// Makes a frame vacant.
-    pub(super) fn give_back(&mut self, frame: u32) {
+    pub(crate) fn give_back(&mut self, frame: u32) {
         if let Some(meta) = self.meta(frame) {
             *meta = Meta::default();
         }
         self.free.push(frame);
     }
 
-    fn evict(&mut self, tables: &Tables, geometry: &Geometry) -> Ask<u32> {
+    fn evict(&mut self, tables: &Tables, geometry: &Layout) -> Ask<u32> {
         // Two rounds: the first may only clear the marks of use, or pack what was not used.
         for _ in 0..2 * self.meta.len() {
             let at = self.hand;
@@ -333,7 +333,7 @@ impl Cache {
     }
 
     /// Packs the clean slice in `frame`, or lets it go. `false` when the frame became a page for it.
-    fn compact(&mut self, tables: &Tables, geometry: &Geometry, slice: u64, frame: u32) -> bool {
+    fn compact(&mut self, tables: &Tables, geometry: &Layout, slice: u64, frame: u32) -> bool {
         let words = tables.words(frame);
         let word = |at: usize| words.get(at).map_or(0, |w| w.load(Ordering::Relaxed));
         let mut packer = std::mem::take(&mut self.packer);
@@ -353,7 +353,7 @@ impl Cache {
     fn pack<'a>(
         &self,
         packer: &'a mut Packer,
-        geometry: &Geometry,
+        geometry: &Layout,
         slice: u64,
         word: impl Fn(usize) -> u64,
     ) -> Shape<'a> {
@@ -361,10 +361,10 @@ impl Cache {
     }
 
     /// A frame of zeros for a slice of refcounts of a block that was never written.
-    pub(super) fn add_zeros(
+    pub(crate) fn add_zeros(
         &mut self,
         tables: &Tables,
-        geometry: &Geometry,
+        geometry: &Layout,
         slice: u64,
         host: u64,
     ) -> Ask<u32> {
@@ -378,10 +378,10 @@ impl Cache {
     }
 
     /// A frame of its own for an L2 slice that is present in another form.
-    pub(super) fn unpack(
+    pub(crate) fn unpack(
         &mut self,
         tables: &Tables,
-        geometry: &Geometry,
+        geometry: &Layout,
         slice: u64,
         host: u64,
     ) -> Ask<u32> {
@@ -419,10 +419,10 @@ impl Cache {
     }
 
     /// Starts the load of an absent slice of refcounts at `host`.
-    pub(super) fn start_load(
+    pub(crate) fn start_load(
         &mut self,
         tables: &Tables,
-        geometry: &Geometry,
+        geometry: &Layout,
         slice: u64,
         host: u64,
     ) -> Ask<()> {
@@ -435,10 +435,10 @@ impl Cache {
 
     /// Starts the load of `count` L2 slices from `first` on at `host`, within the span that begins with
     /// slice `span`; `wanted` is one of them.
-    pub(super) fn start_span(
+    pub(crate) fn start_span(
         &mut self,
         tables: &Tables,
-        geometry: &Geometry,
+        geometry: &Layout,
         span: u64,
         wanted: u64,
         (first, count): (u64, u32),
@@ -472,7 +472,7 @@ impl Cache {
 
     /// Ends a load of refcounts that `start_load` began. With `words`, the slice is present from here on.
     /// `false` when there is no such load.
-    pub(super) fn end_load(
+    pub(crate) fn end_load(
         &mut self,
         tables: &Tables,
         slice: u64,
@@ -503,7 +503,7 @@ impl Cache {
 
     /// Ends a load that `start_span` began at `host`. What was read is to be handed to `take_in` then, slice
     /// by slice, and at last to `end_span`. `None` when there is no such load.
-    pub(super) fn span_loaded(&mut self, span: u64, host: u64) -> Option<SpanLoad> {
+    pub(crate) fn span_loaded(&mut self, span: u64, host: u64) -> Option<SpanLoad> {
         let load = *self.spans.get(&span)?;
         if load.host != host {
             return None;
@@ -517,14 +517,14 @@ impl Cache {
     }
 
     /// Takes back the frame that was set aside for a load, where it was not needed.
-    pub(super) fn end_span(&mut self, spare: Option<u32>) {
+    pub(crate) fn end_span(&mut self, spare: Option<u32>) {
         if let Some(frame) = spare {
             self.give_back(frame);
         }
     }
 
     /// Ends a load that failed.
-    pub(super) fn cancel_load(&mut self, tables: &Tables, owner: Owner, host: u64) {
+    pub(crate) fn cancel_load(&mut self, tables: &Tables, owner: Owner, host: u64) {
         match owner {
             Owner::L2(span) => {
                 if let Some(load) = self.span_loaded(span, host) {
@@ -537,10 +537,10 @@ impl Cache {
 
     /// Makes an absent L2 slice present: packed, or in a frame where it would not get small. Uses `spare`
     /// where there is no room in a page, or a vacant frame; without either the slice stays absent.
-    pub(super) fn take_in(
+    pub(crate) fn take_in(
         &mut self,
         tables: &Tables,
-        geometry: &Geometry,
+        geometry: &Layout,
         slice: u64,
         host: u64,
         words: &[u64],
@@ -570,7 +570,7 @@ impl Cache {
     }
 
     /// Notes that the clean L2 slice `slice` lies at `host` now. With `forget` it is to be read again instead.
-    pub(super) fn rehome(&mut self, tables: &Tables, slice: u64, host: u64, forget: bool) {
+    pub(crate) fn rehome(&mut self, tables: &Tables, slice: u64, host: u64, forget: bool) {
         match tables.slot(slice) {
             Slot::Frame(frame) => {
                 let Some(meta) = self.meta(frame) else { return };
@@ -589,7 +589,7 @@ impl Cache {
         }
     }
 
-    pub(super) fn pin(&mut self, frame: u32) {
+    pub(crate) fn pin(&mut self, frame: u32) {
         if let Some(meta) = self.meta(frame) {
             meta.pins += 1;
             if meta.pins == 1 {
@@ -598,7 +598,7 @@ impl Cache {
         }
     }
 
-    pub(super) fn unpin(&mut self, frame: u32) {
+    pub(crate) fn unpin(&mut self, frame: u32) {
         if let Some(meta) = self.meta(frame) {
             debug_assert!(meta.pins > 0);
             meta.pins = meta.pins.saturating_sub(1);
@@ -609,10 +609,10 @@ impl Cache {
     }
 
     /// Changes word `at` of a present slice.
-    pub(super) fn set(
+    pub(crate) fn set(
         &mut self,
         tables: &Tables,
-        geometry: &Geometry,
+        geometry: &Layout,
         frame: u32,
         at: usize,
         value: u64,
@@ -625,10 +625,10 @@ impl Cache {
     }
 
     /// Changes words `at` and `at + 1` of a present slice at once, as readers see it.
-    pub(super) fn set_pair(
+    pub(crate) fn set_pair(
         &mut self,
         tables: &Tables,
-        geometry: &Geometry,
+        geometry: &Layout,
         frame: u32,
         at: usize,
         values: [u64; 2],
@@ -645,7 +645,7 @@ impl Cache {
     }
 
     /// Notes that word `at` of a present slice changed.
-    fn mark(&mut self, geometry: &Geometry, frame: u32, at: usize) {
+    fn mark(&mut self, geometry: &Layout, frame: u32, at: usize) {
         let granule = (at as u64 * 8) >> geometry.granule_bits();
         if let Some(meta) = self.meta.get_mut(frame as usize) {
             meta.dirty |= 1 << (granule & 63);
@@ -656,7 +656,7 @@ impl Cache {
         }
     }
 
-    pub(super) fn is_dirty(&self) -> bool {
+    pub(crate) fn is_dirty(&self) -> bool {
         !self.changed.is_empty()
     }
 
@@ -670,17 +670,17 @@ impl Cache {
     }
 
     /// Whether anything but refcounts changed.
-    pub(super) fn tables_dirty(&self) -> bool {
+    pub(crate) fn tables_dirty(&self) -> bool {
         self.changed_refcounts() < self.changed.len()
     }
 
     /// Whether refcounts that were not written take much of the cache.
-    pub(super) fn refcounts_crowd(&self) -> bool {
+    pub(crate) fn refcounts_crowd(&self) -> bool {
         self.changed_refcounts() > self.capacity / 4
     }
 
     /// Moves all dirty granules (those of refcounts where wanted) into flight and tells `each` of them, in no order.
-    pub(super) fn take_changed(&mut self, refcounts: bool, mut each: impl FnMut(Changed)) {
+    pub(crate) fn take_changed(&mut self, refcounts: bool, mut each: impl FnMut(Changed)) {
         for &frame in &self.changed {
             let Some(meta) = self.meta.get_mut(frame as usize) else {
                 continue;
@@ -702,7 +702,7 @@ impl Cache {
     }
 
     /// Ends the flush: what was in flight is durable, or dirty again.
-    pub(super) fn end_flush(&mut self, ok: bool) {
+    pub(crate) fn end_flush(&mut self, ok: bool) {
         let meta = &mut self.meta;
         self.changed.retain(|frame| {
             let Some(meta) = meta.get_mut(*frame as usize) else {

@@ -28,7 +28,7 @@
 //! Readers may look at a block while it is overwritten (see `tables`): whatever they see must
 //! neither panic nor loop; the answer is thrown away.
 
-use super::entry::{COPIED, Geometry, OFFSET_MASK, ZERO};
+use super::layout::{COPIED, Layout, OFFSET_MASK, ZERO};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Entries of slices that can be packed: whole words of start bits, and counts that fit the directory.
@@ -52,7 +52,7 @@ const TAG_ZERO: u8 = 5;
 
 /// What a slice is in its compact form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Shape<'a> {
+pub(crate) enum Shape<'a> {
     /// All entries are unallocated.
     Empty,
     /// These words.
@@ -71,7 +71,7 @@ fn with_flags(flags: u64) -> u64 {
 
 /// Packs slices. Keeps its memory.
 #[derive(Debug, Default)]
-pub(super) struct Packer {
+pub(crate) struct Packer {
     /// First entry, value and tag of each run.
     runs: Vec<(u16, u64, u8)>,
     out: Vec<u64>,
@@ -80,10 +80,10 @@ pub(super) struct Packer {
 impl Packer {
     /// Packs slice `slice`, of `words` words that `word` gives, into at most `most` words. With
     /// `extended` entries there are two planes, one behind the other: entries and bitmaps.
-    pub(super) fn pack(
+    pub(crate) fn pack(
         &mut self,
         slice: u64,
-        geometry: &Geometry,
+        geometry: &Layout,
         most: usize,
         word: impl Fn(usize) -> u64,
     ) -> Shape<'_> {
@@ -255,17 +255,17 @@ fn raw_rotate(cluster_bits: u32) -> u32 {
 }
 
 /// Which slice a block is of.
-pub(super) fn slice_of(header: u64) -> u64 {
+pub(crate) fn slice_of(header: u64) -> u64 {
     header >> SLICE_SHIFT
 }
 
 /// A block to look entries up in.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Block<'a> {
-    pub(super) words: &'a [AtomicU64],
+pub(crate) struct Block<'a> {
+    pub(crate) words: &'a [AtomicU64],
     /// Entries of the slice.
-    pub(super) count: usize,
-    pub(super) cluster_bits: u32,
+    pub(crate) count: usize,
+    pub(crate) cluster_bits: u32,
 }
 
 impl Block<'_> {
@@ -276,7 +276,7 @@ impl Block<'_> {
 
     /// Entry `at`, and how many entries its run goes on for: at least 1, and counted up to `most`.
     #[inline]
-    pub(super) fn run(&self, at: usize, most: usize) -> (u64, usize) {
+    pub(crate) fn run(&self, at: usize, most: usize) -> (u64, usize) {
         let (header, base) = (self.word(0), self.word(1));
         let (mut run, mut head, mut len) = (0, 2, self.count.saturating_sub(at));
         if header & SINGLE == 0 {
@@ -304,7 +304,7 @@ impl Block<'_> {
 
     /// The two words of extended entry `at`.
     #[inline]
-    pub(super) fn pair(&self, at: usize) -> (u64, u64) {
+    pub(crate) fn pair(&self, at: usize) -> (u64, u64) {
         let len = (self.word(0) >> LEN_SHIFT & 0xffff) as usize;
         let second = Block {
             words: self.words.get(len..).unwrap_or_default(),
@@ -365,24 +365,15 @@ impl Block<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Rng;
     use super::*;
+    use crate::qcow2::testing::Rng;
 
     const BITS: u32 = 16;
 
-    fn geometry(entries: usize, extended: bool) -> Geometry {
-        let slice_bits = entries.trailing_zeros() + 3 + u32::from(extended);
-        Geometry {
-            cluster_bits: BITS,
-            unit_bits: if extended { BITS - 5 } else { BITS },
-            data_file: false,
-            data_raw: false,
-            slice_bits,
-            refcount_order: 4,
-            version: 3,
-            size: 1 << 40,
-            has_backing: false,
-        }
+    fn geometry(entries: usize, extended: bool) -> Layout {
+        let mut layout = Layout::new(1 << 40, BITS, BITS, extended);
+        layout.slice_bits = entries.trailing_zeros() + 3 + u32::from(extended);
+        layout
     }
 
     /// Packs, checks every entry and every run's length against the entries, and tells the words.
