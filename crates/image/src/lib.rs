@@ -11,6 +11,7 @@ mod metadata;
 mod null;
 mod probe;
 pub mod qcow2;
+pub mod qed;
 mod raw;
 
 pub use contract::{

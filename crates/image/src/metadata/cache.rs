@@ -23,8 +23,18 @@ use super::pages::{Page, Pages};
 use super::tables::{Slot, Tables};
 use super::{Ask, Halt};
 use crate::{Key, Need};
+use block::size;
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
+
+/// Most memory of the metadata cache when the user says nothing: as plain tables 512 GiB with 64 KiB clusters;
+/// packed, 1 TiB in perfect disorder and many times that in some order. It is taken as it is needed.
+pub const CACHE_BYTES_DEFAULT: u64 = 64 << 20;
+/// Largest metadata cache.
+pub const CACHE_BYTES_MAX: u64 = 4 << 30;
+/// Frames that a cache has at least: a plan pins up to five, on top of the half that
+/// may be pinned already. Tests use so few that slices come and go all the time.
+pub(crate) const FRAMES_MIN: u64 = if cfg!(test) { 16 } else { 64 };
 
 /// What a frame holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -514,6 +524,59 @@ impl Cache {
             meta.loading = false;
         }
         Some(load)
+    }
+
+    /// Ends a load of the span `whence` (its first slice, and where it is in the file). Each slice that was absent when it
+    /// began is taken in: `take` puts its words into the given vector (from so many bytes at that place of what was read),
+    /// and tells where it is in the file. `false` when there is no such load.
+    pub(crate) fn end_load_span(
+        &mut self,
+        tables: &Tables,
+        geometry: &Layout,
+        whence: (u64, u64),
+        words: &mut Vec<u64>,
+        mut take: impl FnMut(&mut Vec<u64>, u64, u64, usize, usize) -> u64,
+    ) -> bool {
+        let (span, host) = whence;
+        let Some(load) = self.span_loaded(span, host) else {
+            return false;
+        };
+        let slice_len = geometry.slice() as usize;
+        let mut spare = Some(load.frame);
+        // The one that was asked for first: the frame set aside is for that.
+        let wanted = load.wanted - load.first;
+        let others = (0..u64::from(load.count)).filter(|n| *n != wanted);
+        for n in std::iter::once(wanted).chain(others) {
+            if load.absent >> n & 1 == 0 {
+                continue;
+            }
+            let at = n as usize * slice_len;
+            let slice = load.first + n;
+            let host = take(words, slice, load.host + at as u64, at, slice_len);
+            self.take_in(tables, geometry, slice, host, words, &mut spare);
+        }
+        self.end_span(spare);
+        true
+    }
+
+    /// How large the cache may get and what of the disk it covers then at least, how large it is, what
+    /// it covers now, and how often it lacked something.
+    pub(crate) fn fact(&self, tables: &Tables, geometry: &Layout) -> String {
+        let most = tables.frames.len() as u64 * geometry.slice();
+        let covers = |slices: u64| {
+            let bytes =
+                slices.saturating_mul((geometry.slice_entries() as u64) << geometry.cluster_bits);
+            size::human(bytes.min(geometry.size))
+        };
+        format!(
+            "{} at most, covers {} of {} at least; {} for {} now, {} misses",
+            size::human(most),
+            covers(tables.frames.len() as u64),
+            size::human(geometry.size),
+            size::human(self.frames_used() as u64 * geometry.slice()),
+            covers(self.present),
+            self.misses
+        )
     }
 
     /// Takes back the frame that was set aside for a load, where it was not needed.

@@ -12,6 +12,7 @@
 
 mod blocking;
 pub(crate) mod cache;
+mod growing;
 mod layout;
 pub(crate) mod packed;
 pub(crate) mod pages;
@@ -19,6 +20,9 @@ pub(crate) mod tables;
 mod tickets;
 
 pub(crate) use blocking::{carry_out, extend, open_stage, read_short};
+pub(crate) use cache::FRAMES_MIN;
+pub use cache::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX};
+pub(crate) use growing::{Growing, STEPS_MAX};
 pub(crate) use layout::{COPIED, FRESH, FRESH_ZEROED, Layout, OFFSET_MASK, ZERO};
 pub(crate) use tickets::{Span, Tickets, key_of};
 

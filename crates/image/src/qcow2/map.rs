@@ -5,12 +5,10 @@ use super::cache::Owner;
 use super::entry::{Bad, Entry, FRESH, OFFSET_MASK};
 use super::state::{Ask, Halt, State};
 use super::tables::{Entries, Slot};
+use crate::metadata::{Growing, STEPS_MAX};
 use crate::{Compressed, Extent, ExtentKind, FileId, Need, Plan, Step};
 use block::{Error, GuestOffset, HostOffset, Result};
 use std::sync::atomic::Ordering;
-
-/// L1 entries and slices that one answer looks at: a bound on the time of one call.
-pub(super) const STEPS_MAX: u32 = 4096;
 
 /// Where guest cluster `cluster` is looked up.
 #[derive(Clone, Copy, Debug)]
@@ -25,34 +23,18 @@ pub(super) struct Place {
     pub(super) index: usize,
 }
 
-/// A run that grows entry by entry.
-#[derive(Clone, Copy)]
-pub(super) struct Growing {
-    at: u64,
-    pub(super) want: u64,
-    pub(super) len: u64,
-    kind: ExtentKind,
-    /// Where the guest's clusters are.
-    file: FileId,
-}
-
-impl Growing {
-    /// The guest byte that comes next.
-    pub(super) fn next(&self) -> u64 {
-        self.at + self.len
-    }
-
-    /// Appends what `entry` says of up to `room` bytes, `skip` bytes into its cluster. `false` when
-    /// the run ends before it.
+impl Qcow2 {
+    /// Where the bytes are that are `skip` bytes into the cluster of `entry`.
     #[inline]
-    pub(super) fn feed(&mut self, entry: Entry, skip: u64, room: u64, cluster: u64) -> bool {
-        let kind = match entry {
+    pub(super) fn extent_kind(&self, entry: Entry, skip: u64) -> ExtentKind {
+        let file = self.geometry.guest_file();
+        match entry {
             Entry::Unallocated => ExtentKind::Unallocated,
             Entry::Zero { host, .. } => ExtentKind::Zero {
-                host: host.map(|host| (self.file, HostOffset(host + skip))),
+                host: host.map(|host| (file, HostOffset(host + skip))),
             },
             Entry::Data { host, .. } => ExtentKind::Data {
-                file: self.file,
+                file,
                 offset: HostOffset(host + skip),
             },
             Entry::Compressed { offset, len } => ExtentKind::Compressed(Compressed {
@@ -60,34 +42,12 @@ impl Growing {
                 offset: HostOffset(offset),
                 // At most two clusters of 2 MiB; skips are below one.
                 len: len as u32,
-                unpacked_len: cluster as u32,
+                unpacked_len: self.geometry.cluster() as u32,
                 skip: skip as u32,
             }),
-        };
-        if self.len > 0 {
-            let continues = match (self.kind, kind) {
-                (ExtentKind::Data { offset: a, .. }, ExtentKind::Data { offset: b, .. }) => {
-                    a.0 + self.len == b.0
-                }
-                (
-                    ExtentKind::Zero { host: Some((_, a)) },
-                    ExtentKind::Zero { host: Some((_, b)) },
-                ) => a.0 + self.len == b.0,
-                (ExtentKind::Compressed(_), _) => false,
-                (a, b) => a == b,
-            };
-            if !continues {
-                return false;
-            }
-        } else {
-            self.kind = kind;
         }
-        self.len += room;
-        true
     }
-}
 
-impl Qcow2 {
     /// Where guest cluster `cluster` is looked up.
     #[inline]
     pub(super) fn place(&self, cluster: u64) -> Place {
@@ -157,7 +117,7 @@ impl Qcow2 {
         let mut at = (run.next() >> g.cluster_bits) as usize & (g.slice_entries() - 1);
         while at < g.slice_entries() {
             let skip = run.next() & (g.cluster() - 1);
-            let left = run.want - run.len;
+            let left = run.left();
             // Clusters that the rest touches, one at least.
             let most = ((skip + left - 1) >> g.cluster_bits) + 1;
             let (raw, count) = entries.run(at, most.min(g.slice_entries() as u64) as usize);
@@ -167,13 +127,13 @@ impl Qcow2 {
             let room = (((count as u64) << g.cluster_bits) - skip).min(left);
             let entry = match g.decode(raw) {
                 Ok(entry) => entry,
-                Err(bad) if run.len == 0 => return Err(bad),
+                Err(bad) if run.len() == 0 => return Err(bad),
                 Err(_) => return Ok(false),
             };
-            if !run.feed(entry, skip, room, g.cluster()) {
+            if !run.feed(self.extent_kind(entry, skip), room) {
                 return Ok(false);
             }
-            if run.len == run.want {
+            if run.left() == 0 {
                 return Ok(false);
             }
             at += count;
@@ -184,23 +144,17 @@ impl Qcow2 {
     pub(super) fn map_extent(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
         self.check_range(at, len)?;
         let g = &self.geometry;
-        let mut run = Growing {
-            at: at.0,
-            want: len,
-            len: 0,
-            kind: ExtentKind::Unallocated,
-            file: g.guest_file(),
-        };
+        let mut run = Growing::new(at.0, len);
         for _ in 0..STEPS_MAX {
             let place = self.place(run.next() >> g.cluster_bits);
             let more = match g.decode_l1(place.raw) {
-                Err(_) if run.len > 0 => false,
+                Err(_) if run.len() > 0 => false,
                 Err(bad) => return Err(self.bad_l1(place.l1, bad)),
                 Ok(0) => {
                     let covers = 1 << (g.l2_bits() + g.cluster_bits);
                     let room = covers - (run.next() & (covers - 1));
-                    let room = room.min(run.want - run.len);
-                    run.feed(Entry::Unallocated, 0, room, g.cluster())
+                    let room = room.min(run.left());
+                    run.feed(ExtentKind::Unallocated, room)
                 }
                 Ok(_) => {
                     let start = run;
@@ -213,7 +167,7 @@ impl Qcow2 {
                         None => {
                             // A reader that gave up may have left half a slice in the run.
                             run = start;
-                            if run.len > 0 {
+                            if run.len() > 0 {
                                 break;
                             }
                             let mut st = self.lock();
@@ -233,14 +187,11 @@ impl Qcow2 {
                     }
                 }
             };
-            if !more || run.len == run.want {
+            if !more || run.left() == 0 {
                 break;
             }
         }
-        Ok(Step::Done(Extent {
-            len: run.len,
-            kind: run.kind,
-        }))
+        Ok(Step::Done(run.extent()))
     }
 
     /// The entries of an L2 slice whose table exists.

@@ -159,56 +159,40 @@ impl Qcow2 {
         }
         let unknown = || Error::invalid(format!("{}: a load nobody asked for", self.name));
         let g = &self.geometry;
-        // At most a cluster, 2 MiB.
-        let slice_len = g.slice() as usize;
-        let mut words = std::mem::take(&mut st.words);
         let decode = |words: &mut Vec<u64>, bytes: Option<&[u8]>| {
             words.clear();
             words.extend(bytes.unwrap_or_default().chunks(8).map(open::word_of));
         };
         let known = match Owner::of_key(load.key).ok_or_else(unknown)? {
             Owner::Ref(slice) => {
-                decode(&mut words, Some(bytes));
+                decode(&mut st.words, Some(bytes));
                 st.cache
-                    .end_load(&self.tables, slice, load.offset.0, Some(&words))
+                    .end_load(&self.tables, slice, load.offset.0, Some(&st.words))
             }
-            Owner::L2(span) => match st.cache.span_loaded(span, load.offset.0) {
-                None => false,
-                Some(load) => {
-                    let mut spare = Some(load.frame);
-                    // The one that was asked for first: the frame set aside is for that.
-                    let wanted = load.wanted - load.first;
-                    let others = (0..u64::from(load.count)).filter(|n| *n != wanted);
-                    for n in std::iter::once(wanted).chain(others) {
-                        if load.absent >> n & 1 == 0 {
-                            continue;
+            Owner::L2(span) => {
+                let places = &st.places;
+                let take = |words: &mut Vec<u64>, slice: u64, host: u64, at: usize, len: usize| {
+                    decode(words, bytes.get(at..at + len));
+                    // Of extended entries, the first word of two.
+                    let entries = words.iter_mut().step_by(1 << g.entry_word_bits());
+                    if g.data_file {
+                        let first = slice << g.slice_entry_bits();
+                        for (raw, cluster) in entries.zip(first..) {
+                            *raw = g.judge_outside(*raw, cluster);
                         }
-                        let at = n as usize * slice_len;
-                        decode(&mut words, bytes.get(at..at + slice_len));
-                        let (slice, host) = (load.first + n, load.host + at as u64);
-                        // Of extended entries, the first word of two.
-                        let entries = words.iter_mut().step_by(1 << g.entry_word_bits());
-                        if g.data_file {
-                            let first = slice << g.slice_entry_bits();
-                            for (raw, cluster) in entries.zip(first..) {
-                                *raw = g.judge_outside(*raw, cluster);
-                            }
-                        } else if self.read_only.is_none() {
-                            for raw in entries {
-                                *raw = self.judge(&st.places, *raw);
-                            }
+                    } else if self.read_only.is_none() {
+                        for raw in entries {
+                            *raw = self.judge(places, *raw);
                         }
-                        // A copy of the table may have taken its place meanwhile.
-                        let host = self.home_of(slice, host, &mut words);
-                        st.cache
-                            .take_in(&self.tables, g, slice, host, &words, &mut spare);
                     }
-                    st.cache.end_span(spare);
-                    true
-                }
-            },
+                    // A copy of the table may have taken its place meanwhile.
+                    self.home_of(slice, host, words)
+                };
+                let whence = (span, load.offset.0);
+                st.cache
+                    .end_load_span(&self.tables, g, whence, &mut st.words, take)
+            }
         };
-        st.words = words;
         known.then_some(()).ok_or_else(unknown)
     }
 
@@ -225,28 +209,6 @@ impl Qcow2 {
             true => raw | OVERLAP,
             false => raw,
         }
-    }
-}
-
-impl Qcow2 {
-    /// How large the metadata cache may get and what of the disk it covers then at least, how large it is, what
-    /// it covers now, and how often it lacked something.
-    fn cache_fact(&self, st: &State) -> String {
-        let g = &self.geometry;
-        let most = self.tables.frames.len() as u64 * g.slice();
-        let covers = |slices: u64| {
-            let bytes = slices.saturating_mul((g.slice_entries() as u64) << g.cluster_bits);
-            size::human(bytes.min(g.size))
-        };
-        format!(
-            "{} at most, covers {} of {} at least; {} for {} now, {} misses",
-            size::human(most),
-            covers(self.tables.frames.len() as u64),
-            size::human(g.size),
-            size::human(st.cache.frames_used() as u64 * g.slice()),
-            covers(st.cache.present),
-            st.cache.misses
-        )
     }
 }
 
@@ -288,7 +250,8 @@ impl Image for Qcow2 {
             let (name, suite) = (encryption.name(), encryption.suite());
             facts.push(("encryption", format!("{name}, {suite}")));
         }
-        facts.push(("metadata cache", self.cache_fact(&st)));
+        let cache = st.cache.fact(&self.tables, &self.geometry);
+        facts.push(("metadata cache", cache));
         Description {
             format: "qcow2",
             size: h.size,

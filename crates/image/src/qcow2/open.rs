@@ -14,21 +14,13 @@ use super::snapshot;
 use super::state::{Covered, Places, Sectors, State};
 use super::tables::{FRAMES_MAX, Tables};
 use super::{Qcow2, bitmap, damaged};
-use crate::metadata::Tickets;
+pub use crate::metadata::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX};
+use crate::metadata::{FRAMES_MIN, Tickets};
 use block::{Context, Error, ErrorKind, Result, Storage};
 use crypto::{Passphrase, SectorCipher};
 use std::collections::HashSet;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
-
-/// Most memory of the metadata cache when the user says nothing: as plain tables 512 GiB with 64 KiB clusters;
-/// packed, 1 TiB in perfect disorder and many times that in some order. It is taken as it is needed.
-pub const CACHE_BYTES_DEFAULT: u64 = 64 << 20;
-/// Largest metadata cache.
-pub const CACHE_BYTES_MAX: u64 = 4 << 30;
-/// Frames that a cache has at least: a plan pins up to five, on top of the half that
-/// may be pinned already. Tests use so few that slices come and go all the time.
-const FRAMES_MIN: u64 = if cfg!(test) { 16 } else { 64 };
 
 /// Clusters with tables of snapshots that are kept from being overwritten if refcounts are wrong.
 const SNAPSHOT_CLUSTERS_MAX: usize = 65536;

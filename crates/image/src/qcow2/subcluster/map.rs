@@ -2,10 +2,10 @@
 
 use super::super::Qcow2;
 use super::super::entry::{Bad, COPIED, Entry};
-use super::super::map::{Growing, STEPS_MAX};
 use super::super::tables::Entries;
 use super::{Cluster, Kind};
 use crate::Plan;
+use crate::metadata::{Growing, STEPS_MAX};
 use block::{GuestOffset, HostOffset};
 
 impl Qcow2 {
@@ -22,7 +22,7 @@ impl Qcow2 {
             let (raw, bitmap) = entries.pair(at);
             let cluster = match g.decode_extended(raw, bitmap) {
                 Ok(cluster) => cluster,
-                Err(bad) if run.len == 0 => return Err(bad),
+                Err(bad) if run.len() == 0 => return Err(bad),
                 Err(_) => return Ok(false),
             };
             let end = (run.next() | (g.cluster() - 1)) + 1;
@@ -42,8 +42,8 @@ impl Qcow2 {
                         }
                     }
                 };
-                let room = room.min(run.want - run.len);
-                if !run.feed(entry, skip, room, g.cluster()) || run.len == run.want {
+                let room = room.min(run.left());
+                if !run.feed(self.extent_kind(entry, skip), room) || run.left() == 0 {
                     return Ok(false);
                 }
             }

@@ -1,0 +1,400 @@
+//! Reading the map: where a guest range's bytes are; and loading what is lacking of it.
+
+use super::Qed;
+use super::header::words_of;
+use super::state::{Places, State};
+use crate::metadata::cache::Owner;
+use crate::metadata::tables::{Entries, Slot};
+use crate::metadata::{Ask, FRESH, FRESH_ZEROED, Growing, Halt, STEPS_MAX, ZERO};
+use crate::{Extent, ExtentKind, FileId, Load, Need, Plan, Step};
+use block::{Error, GuestOffset, HostOffset, Result};
+use std::sync::atomic::Ordering;
+
+/// In memory only, in L2 entries: the cluster holds a table. No sound entry has this bit.
+pub(super) const OVERLAP: u64 = 1 << 63;
+/// In memory only, in L1 entries: low bits are set in the file. (Bits 0 and 1 are our marks.)
+pub(super) const L1_UNSOUND: u64 = 4;
+
+/// What an L2 entry says (specification: "Data cluster offsets").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Entry {
+    Unallocated,
+    Zero,
+    /// A cluster of data at this offset of the file.
+    Data(u64),
+}
+
+/// Why an entry is not sound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Bad {
+    Misaligned,
+    Outside,
+    Overlap,
+}
+
+impl Bad {
+    fn text(self) -> &'static str {
+        match self {
+            Bad::Misaligned => "points between clusters",
+            Bad::Outside => "points into the header or behind the end of the file",
+            Bad::Overlap => "points at a cluster that holds a table",
+        }
+    }
+}
+
+/// Where a guest cluster is looked up.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    /// Index into the L1 table.
+    pub(super) l1: usize,
+    /// The raw L1 entry.
+    pub(super) raw: u64,
+    /// The L2 slice, counted over the whole disk.
+    pub(super) slice: u64,
+    /// The entry within the slice.
+    pub(super) index: usize,
+}
+
+impl Qed {
+    /// Where guest cluster `cluster` is looked up.
+    #[inline]
+    pub(super) fn place(&self, cluster: u64) -> Place {
+        let g = &self.layout;
+        // Less than 2^27 entries.
+        let l1 = (cluster >> g.l2_bits()) as usize;
+        Place {
+            l1,
+            raw: self
+                .tables
+                .l1
+                .get(l1)
+                .map_or(0, |e| e.load(Ordering::Acquire)),
+            slice: cluster >> g.slice_entry_bits(),
+            index: cluster as usize & (g.slice_entries() - 1),
+        }
+    }
+
+    fn head_end(&self) -> u64 {
+        u64::from(self.header.header_size) << self.layout.cluster_bits
+    }
+
+    /// The offset of the L2 table in an L1 entry, 0 for none.
+    #[inline]
+    pub(super) fn decode_l1(&self, raw: u64) -> Result<u64, Bad> {
+        let offset = raw & !(FRESH | FRESH_ZEROED);
+        if offset == 0 {
+            return Ok(0);
+        }
+        if offset & (self.layout.cluster() - 1) != 0 {
+            return Err(Bad::Misaligned);
+        }
+        let end = offset.checked_add(1 << self.layout.table_bits);
+        let file_end = self.end.load(Ordering::Acquire);
+        if offset < self.head_end() || end.is_none_or(|end| end > file_end) {
+            return Err(Bad::Outside);
+        }
+        Ok(offset)
+    }
+
+    /// What L2 entry `raw` says.
+    #[inline]
+    pub(super) fn decode(&self, raw: u64) -> Result<Entry, Bad> {
+        match raw {
+            0 => return Ok(Entry::Unallocated),
+            ZERO => return Ok(Entry::Zero),
+            _ => {}
+        }
+        if raw & (self.layout.cluster() - 1) != 0 {
+            return Err(Bad::Misaligned);
+        }
+        let end = self.end.load(Ordering::Acquire);
+        if raw < self.head_end() || raw >= end {
+            return Err(match raw & OVERLAP != 0 && raw & !OVERLAP < end {
+                true => Bad::Overlap,
+                false => Bad::Outside,
+            });
+        }
+        Ok(Entry::Data(raw))
+    }
+
+    /// Entry `at`, and for how many it goes on: at least 1, counted up to `most`. 0 behind the slice's end.
+    #[inline]
+    fn run_at(&self, entries: &Entries<'_>, at: usize, most: usize) -> (Result<Entry, Bad>, usize) {
+        let (raw, count) = entries.run(at, most);
+        let entry = self.decode(raw);
+        let count = match entry {
+            // Clusters that follow one another may go on behind the end of the file.
+            Ok(Entry::Data(host)) => {
+                let left = (self.end.load(Ordering::Acquire) - host) >> self.layout.cluster_bits;
+                count.min(usize::try_from(left).unwrap_or(count))
+            }
+            _ => count,
+        };
+        (entry, count)
+    }
+
+    #[cold]
+    pub(super) fn bad_l1(&self, index: usize, bad: Bad) -> Error {
+        let at = self.header.l1_table_offset + index as u64 * 8;
+        Error::corrupt(format!(
+            "{}: L1 entry {index} at {at:#x} {}",
+            self.name,
+            bad.text()
+        ))
+    }
+
+    #[cold]
+    pub(super) fn bad_l2(&self, cluster: u64, bad: Bad) -> Error {
+        let g = &self.layout;
+        let table = self.place(cluster).raw & !(FRESH | FRESH_ZEROED);
+        let at = table.wrapping_add((cluster & ((1 << g.l2_bits()) - 1)) * 8);
+        Error::corrupt(format!(
+            "{}: L2 entry at {at:#x} (guest offset {:#x}) {}",
+            self.name,
+            cluster << g.cluster_bits,
+            bad.text()
+        ))
+    }
+
+    pub(super) fn check_range(&self, at: GuestOffset, len: u64) -> Result<()> {
+        let end = at.0.checked_add(len);
+        if len == 0 || end.is_none_or(|end| end > self.layout.size) {
+            return Err(Error::invalid(format!(
+                "{}: {len} bytes at {at} are not within the disk",
+                self.name
+            )));
+        }
+        Ok(())
+    }
+
+    /// The extents of a slice, from `run.next()` on. `true` when the run may go on behind the slice.
+    #[inline]
+    fn feed_slice(&self, run: &mut Growing, entries: Entries<'_>) -> Result<bool, Bad> {
+        let g = &self.layout;
+        let mut at = (run.next() >> g.cluster_bits) as usize & (g.slice_entries() - 1);
+        while at < g.slice_entries() {
+            let skip = run.next() & (g.cluster() - 1);
+            let left = run.left();
+            // Clusters that the rest touches, one at least.
+            let most = ((skip + left - 1) >> g.cluster_bits) + 1;
+            let most = most.min(g.slice_entries() as u64) as usize;
+            let (entry, count) = self.run_at(&entries, at, most);
+            if count == 0 {
+                return Ok(false);
+            }
+            let room = (((count as u64) << g.cluster_bits) - skip).min(left);
+            let kind = match entry {
+                Ok(Entry::Unallocated) => ExtentKind::Unallocated,
+                Ok(Entry::Zero) => ExtentKind::Zero { host: None },
+                Ok(Entry::Data(host)) => ExtentKind::Data {
+                    file: FileId::IMAGE,
+                    offset: HostOffset(host + skip),
+                },
+                Err(bad) if run.len() == 0 => return Err(bad),
+                Err(_) => return Ok(false),
+            };
+            if !run.feed(kind, room) || run.left() == 0 {
+                return Ok(false);
+            }
+            at += count;
+        }
+        Ok(true)
+    }
+
+    pub(super) fn map_extent(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
+        self.check_range(at, len)?;
+        let g = &self.layout;
+        let mut run = Growing::new(at.0, len);
+        for _ in 0..STEPS_MAX {
+            let place = self.place(run.next() >> g.cluster_bits);
+            let more = match self.decode_l1(place.raw) {
+                Err(_) if run.len() > 0 => false,
+                Err(bad) => return Err(self.bad_l1(place.l1, bad)),
+                Ok(0) => {
+                    let covers = 1 << (g.l2_bits() + g.cluster_bits);
+                    let room = covers - (run.next() & (covers - 1));
+                    run.feed(ExtentKind::Unallocated, room.min(run.left()))
+                }
+                Ok(_) => {
+                    let start = run;
+                    let seen = self.tables.read(place.slice, |entries| {
+                        run = start;
+                        self.feed_slice(&mut run, entries)
+                    });
+                    let seen = match seen {
+                        Some(seen) => seen,
+                        None => {
+                            // A reader that gave up may have left half a slice in the run.
+                            run = start;
+                            if run.len() > 0 {
+                                break;
+                            }
+                            let mut st = self.lock();
+                            let seen = self
+                                .l2_entries(&mut st, &place)
+                                .map(|entries| self.feed_slice(&mut run, entries));
+                            match st.step(seen)? {
+                                Step::Done(seen) => seen,
+                                Step::Need(need) => return Ok(Step::Need(need)),
+                                Step::Wait(key) => return Ok(Step::Wait(key)),
+                            }
+                        }
+                    };
+                    match seen {
+                        Ok(more) => more,
+                        Err(bad) => return Err(self.bad_l2(run.next() >> g.cluster_bits, bad)),
+                    }
+                }
+            };
+            if !more || run.left() == 0 {
+                break;
+            }
+        }
+        Ok(Step::Done(run.extent()))
+    }
+
+    /// The entries of an L2 slice whose table exists.
+    fn l2_entries(&self, st: &mut State, place: &Place) -> Ask<Entries<'_>> {
+        if let Some(entries) = self.tables.entries(place.slice) {
+            return Ok(entries);
+        }
+        let g = &self.layout;
+        let span = place.slice & !(g.span_slices() - 1);
+        let owner = Owner::L2(span);
+        if st.cache.is_loading(owner) {
+            return Err(Halt::Wait(owner.key()));
+        }
+        // All of the span while nothing has to leave for it.
+        let (first, count) = match st.cache.vacant() as u64 > g.span_slices() {
+            // At most 64.
+            true => (span, g.span_slices() as u32),
+            false => (place.slice, 1),
+        };
+        let (host, raw) = self.l2_host(first, place)?;
+        if raw & FRESH != 0 {
+            // What is not in the cache was never written.
+            st.cache.move_slot(&self.tables, place.slice, Slot::Empty);
+            return self.tables.entries(place.slice).ok_or(Halt::Busy);
+        }
+        st.cache
+            .start_span(&self.tables, g, span, place.slice, (first, count), host)?;
+        Err(Halt::Need(Need::Load(Load {
+            key: owner.key(),
+            file: FileId::IMAGE,
+            offset: HostOffset(host),
+            // 64 KiB, or one slice.
+            len: count << g.slice_bits,
+        })))
+    }
+
+    /// Where a slice of the table of `place` is in the file, and its table's L1 entry. Under the
+    /// lock: a flush may have ended since `place` was made.
+    fn l2_host(&self, slice: u64, place: &Place) -> Ask<(u64, u64)> {
+        let g = &self.layout;
+        let raw = self.place(slice << g.slice_entry_bits()).raw;
+        let table = self
+            .decode_l1(raw)
+            .map_err(|bad| self.bad_l1(place.l1, bad))?;
+        let within = slice & ((1 << g.slices_per_table_bits()) - 1);
+        Ok((table + (within << g.slice_bits), raw))
+    }
+
+    /// The frame of an L2 slice whose table exists, to change it there.
+    pub(super) fn l2_frame(&self, st: &mut State, place: &Place) -> Ask<u32> {
+        if let Some(frame) = st.cache.find(&self.tables, Owner::L2(place.slice)) {
+            return Ok(frame);
+        }
+        self.l2_entries(st, place)?;
+        if let Some(frame) = st.cache.find(&self.tables, Owner::L2(place.slice)) {
+            return Ok(frame);
+        }
+        let (host, _) = self.l2_host(place.slice, place)?;
+        st.cache
+            .unpack(&self.tables, &self.layout, place.slice, host)
+    }
+
+    /// Takes the bytes of loaded slices in.
+    pub(super) fn end_loading(&self, st: &mut State, load: &Load, bytes: &[u8]) -> Result<()> {
+        let unknown = || Error::invalid(format!("{}: a load nobody asked for", self.name));
+        let Some(Owner::L2(span)) = Owner::of_key(load.key) else {
+            return Err(unknown());
+        };
+        let (cache, places) = (&mut st.cache, &st.places);
+        let guard = self.read_only.is_none();
+        let known = cache.end_load_span(
+            &self.tables,
+            &self.layout,
+            (span, load.offset.0),
+            &mut st.words,
+            |words, _, host, at, len| {
+                words.clear();
+                words.extend(words_of(bytes.get(at..at + len).unwrap_or_default()));
+                if guard {
+                    words
+                        .iter_mut()
+                        .for_each(|raw| *raw = self.judge(places, *raw));
+                }
+                host
+            },
+        );
+        known.then_some(()).ok_or_else(unknown)
+    }
+
+    /// Marks an L2 entry that points at a table: a write through it would destroy the image.
+    fn judge(&self, places: &Places, raw: u64) -> u64 {
+        match self.decode(raw) {
+            Ok(Entry::Data(host)) if places.holds(host >> self.layout.cluster_bits) => {
+                raw | OVERLAP
+            }
+            _ => raw,
+        }
+    }
+
+    /// Gives up a load that nobody will carry out.
+    pub(super) fn drop_load(&self, st: &mut State, load: &Load) {
+        if let Some(owner) = Owner::of_key(load.key) {
+            st.cache.cancel_load(&self.tables, owner, load.offset.0);
+        }
+    }
+
+    /// The plan for a write into clusters that are there already. `None` when the first is not, or not in
+    /// memory.
+    #[inline]
+    pub(super) fn plan_in_place(&self, at: GuestOffset, len: u64) -> Option<Plan> {
+        let g = &self.layout;
+        let mut run = Growing::new(at.0, len);
+        for _ in 0..STEPS_MAX {
+            let place = self.place(run.next() >> g.cluster_bits);
+            if !matches!(self.decode_l1(place.raw), Ok(1..)) {
+                break;
+            }
+            let start = run;
+            let seen = self.tables.read(place.slice, |entries| {
+                run = start;
+                self.feed_data(&mut run, entries)
+            });
+            match seen {
+                Some(true) => {}
+                Some(false) => break,
+                None => {
+                    run = start;
+                    break;
+                }
+            }
+        }
+        match run.extent() {
+            Extent {
+                len: len @ 1..,
+                kind: ExtentKind::Data { file, offset },
+            } => Some(Plan::InPlace { file, offset, len }),
+            _ => None,
+        }
+    }
+
+    /// As [`feed_slice`](Self::feed_slice), of clusters of data only.
+    #[inline]
+    fn feed_data(&self, run: &mut Growing, entries: Entries<'_>) -> bool {
+        let more = self.feed_slice(run, entries);
+        matches!(more, Ok(true)) && matches!(run.extent().kind, ExtentKind::Data { .. })
+    }
+}

@@ -1,0 +1,219 @@
+//! Free host clusters. The format has no place to note them, so there are only those that were reserved behind
+//! the end of the file since the image was opened, and not used.
+//!
+//! What a crash leaves of them is leaked: a clean close cuts it off.
+
+use super::Qed;
+use super::state::State;
+use crate::metadata::{Ask, Halt, cache::KEY_RESERVE};
+use crate::{FileId, Key, Need, Reserve};
+use block::{Error, ErrorKind, HostOffset, limits};
+use std::sync::atomic::Ordering;
+
+/// Runs looked at for one that is long enough.
+const LOOK: usize = 16;
+const GROW_START: u64 = 1 << 20;
+const GROW_MAX: u64 = 256 << 20;
+const GROW_MIN: u64 = 64 << 10;
+
+/// Free host clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    pub(super) first: u64,
+    pub(super) count: u64,
+    /// They read as zeros.
+    pub(super) zeroed: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Space {
+    /// Sorted by place. Never more than one, and one for each allocation that was given up.
+    runs: Vec<Run>,
+    /// First cluster behind the end of the file.
+    pub(super) end: u64,
+    /// First cluster of which nobody knows that the file has it durably.
+    pub(super) durable: u64,
+    reserving: Option<Reserve>,
+    /// Clusters in `runs`.
+    free: u64,
+    /// Fewer free clusters than this, and more are reserved before they are lacking. 0 after a failure,
+    /// until somebody needs them.
+    low: u64,
+    grow: u64,
+    grow_max: u64,
+    /// New space does not read as zeros: there is no place for tables in it.
+    unfit: bool,
+}
+
+impl Space {
+    /// For a file of `end` clusters that holds a disk of `size` bytes.
+    pub(super) fn new(end: u64, size: u64) -> Self {
+        let grow_max = (size / 16).clamp(GROW_MIN, GROW_MAX);
+        Self {
+            runs: Vec::with_capacity(64),
+            end,
+            durable: end,
+            reserving: None,
+            free: 0,
+            low: 0,
+            grow: GROW_START.min(grow_max),
+            grow_max,
+            unfit: false,
+        }
+    }
+
+    /// Adds free clusters.
+    pub(super) fn add(&mut self, run: Run) {
+        self.free += run.count;
+        let at = self.runs.partition_point(|r| r.first < run.first);
+        let touches = |a: &Run, b: &Run| a.first + a.count == b.first && a.zeroed == b.zeroed;
+        let mut run = run;
+        if let Some(after) = self.runs.get(at).copied()
+            && touches(&run, &after)
+        {
+            run.count += after.count;
+            self.runs.remove(at);
+        }
+        match at.checked_sub(1).and_then(|i| self.runs.get_mut(i)) {
+            Some(before) if touches(before, &run) => before.count += run.count,
+            _ => self.runs.insert(at, run),
+        }
+    }
+
+    /// Takes the first `count` clusters of run `index`.
+    fn cut(&mut self, index: usize, count: u64) -> Option<Run> {
+        let run = self.runs.get_mut(index)?;
+        let taken = Run { count, ..*run };
+        run.first += count;
+        run.count -= count;
+        if run.count == 0 {
+            self.runs.remove(index);
+        }
+        self.free -= count;
+        Some(taken)
+    }
+
+    /// Up to `want` clusters, of the first run that has so many, or of the first.
+    fn take(&mut self, want: u64) -> Option<Run> {
+        let enough = self.runs.iter().take(LOOK).position(|r| r.count >= want);
+        let index = enough.unwrap_or(0);
+        let count = self.runs.get(index)?.count.min(want);
+        self.cut(index, count)
+    }
+
+    /// Just `count` clusters that read as zeros.
+    fn take_zeros(&mut self, count: u64) -> Option<Run> {
+        let fits = |r: &Run| r.zeroed && r.count >= count;
+        // The last run is the largest as a rule.
+        let index = self.runs.iter().rposition(fits)?;
+        self.cut(index, count)
+    }
+
+    /// Takes what is free at the end of the file away, and tells where the file ends then, in clusters.
+    pub(super) fn cut_tail(&mut self) -> u64 {
+        while let Some(last) = self.runs.pop_if(|r| r.first + r.count == self.end) {
+            self.end = last.first;
+            self.free -= last.count;
+        }
+        self.durable = self.durable.min(self.end);
+        self.low = 0;
+        self.end
+    }
+
+    fn is_low(&self) -> bool {
+        self.free < self.low && self.reserving.is_none()
+    }
+}
+
+impl Qed {
+    /// Takes up to `want` free clusters that follow one another, at least one.
+    pub(super) fn alloc(&self, st: &mut State, want: u64) -> Ask<Run> {
+        let Some(run) = st.space.take(want) else {
+            return Err(self.reserve(st, want));
+        };
+        if st.space.is_low() {
+            self.ahead.store(true, Ordering::Relaxed);
+        }
+        Ok(run)
+    }
+
+    /// Takes the place of a table, which reads as zeros.
+    pub(super) fn alloc_table(&self, st: &mut State) -> Ask<Run> {
+        let count = u64::from(self.header.table_size);
+        match st.space.take_zeros(count) {
+            Some(run) => Ok(run),
+            None if st.space.unfit => Err(Halt::Fail(Error::unsupported(format!(
+                "{}: has no place for a table: new space of its file does not read as zeros",
+                self.name
+            )))),
+            None => Err(self.reserve(st, count)),
+        }
+    }
+
+    /// Has space behind the end reserved.
+    fn reserve(&self, st: &mut State, clusters: u64) -> Halt {
+        match &st.space.reserving {
+            Some(reserve) => Halt::Wait(reserve.key),
+            None => match self.start_reserve(st, clusters) {
+                Ok(reserve) => Halt::Need(Need::Reserve(reserve)),
+                Err(halt) => halt,
+            },
+        }
+    }
+
+    /// The reservation that should be made ahead of need, if any.
+    pub(super) fn reserve_ahead(&self, st: &mut State) -> Option<Reserve> {
+        match st.space.is_low() {
+            // At the end of what a file can be there is nothing to foresee.
+            true => self.start_reserve(st, 1).ok(),
+            false => None,
+        }
+    }
+
+    fn start_reserve(&self, st: &mut State, clusters: u64) -> Ask<Reserve> {
+        let bits = self.layout.cluster_bits;
+        let count = (st.space.grow >> bits).max(clusters);
+        if count > (limits::DISK_BYTES_MAX >> bits).saturating_sub(st.space.end) {
+            return Err(Halt::Fail(Error::new(
+                ErrorKind::NoSpace,
+                format!("{}: the file would pass 2^63 bytes", self.name),
+            )));
+        }
+        let reserve = Reserve {
+            key: Key(KEY_RESERVE),
+            file: FileId::IMAGE,
+            offset: HostOffset(st.space.end << bits),
+            len: count << bits,
+        };
+        st.space.reserving = Some(reserve);
+        Ok(reserve)
+    }
+
+    /// Ends the reservation under way. `None`: it failed.
+    pub(super) fn end_reserve(&self, st: &mut State, reserve: &Reserve, zeroed: Option<bool>) {
+        if st.space.reserving.as_ref() != Some(reserve) {
+            return;
+        }
+        st.space.reserving = None;
+        let Some(zeroed) = zeroed else {
+            st.space.low = 0;
+            st.space.grow = (st.space.grow / 2).max(GROW_MIN.min(st.space.grow_max));
+            return;
+        };
+        let count = reserve.len >> self.layout.cluster_bits;
+        let first = st.space.end;
+        st.space.end += count;
+        // Readers take what lies before it for sound: no entry refers there yet but those that never were sound.
+        self.end
+            .store(st.space.end << self.layout.cluster_bits, Ordering::Release);
+        // Enough for the time that a reservation takes; not so much that small images grow for nothing.
+        st.space.low = count / 4;
+        st.space.grow = (st.space.grow * 2).min(st.space.grow_max);
+        st.space.unfit |= !zeroed;
+        st.space.add(Run {
+            first,
+            count,
+            zeroed,
+        });
+    }
+}

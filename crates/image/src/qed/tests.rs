@@ -1,0 +1,517 @@
+//! Of the whole format, against a model and against the installed QEMU.
+
+use super::{CreateOptions, F_NEED_CHECK, Header, OpenOptions, Qed, create};
+use crate::qcow2::testing::{Checked, Driver, MemFile, Rng, check_as, crashes, run};
+use crate::{ExtentKind, FlushRun, Image, Need, Step, ZeroMode};
+use block::{ErrorKind, GuestOffset, Storage};
+use std::fs;
+use std::path::Path;
+
+const KINDS: [(u64, u64); 5] = [(4096, 2), (4096, 16), (8192, 4), (65536, 4), (1 << 20, 1)];
+
+fn options(size: u64, (cluster_size, table_size): (u64, u64)) -> CreateOptions {
+    CreateOptions {
+        size,
+        cluster_size,
+        table_size,
+        backing: None,
+    }
+}
+
+fn created(options: &CreateOptions) -> MemFile {
+    let file = MemFile::default();
+    create(&file, options).unwrap();
+    file
+}
+
+fn open(file: &MemFile) -> Driver<Qed> {
+    let image = Qed::open(file, &OpenOptions::default()).unwrap();
+    Driver::of(file.clone(), image)
+}
+
+fn over(size: u64, kind: (u64, u64), backing: &[u8]) -> (CreateOptions, Driver<Qed>) {
+    let mut options = options(size, kind);
+    if !backing.is_empty() {
+        options.backing = Some(("base.raw".into(), true));
+    }
+    let mut driver = open(&created(&options));
+    driver.backing = backing.to_vec();
+    (options, driver)
+}
+
+fn bytes(rng: &mut Rng, len: u64) -> Vec<u8> {
+    let value = rng.below(255) as u8 + 1;
+    (0..len).map(|i| value ^ (i >> 9) as u8).collect()
+}
+
+/// A random change of disk and model.
+fn change(driver: &mut Driver<Qed>, model: &mut [u8], rng: &mut Rng, len_max: u64) {
+    let sectors = model.len() as u64 / 512;
+    let first = rng.below(sectors);
+    let count = (1 + rng.below(len_max / 512)).min(sectors - first);
+    let (at, len) = (first * 512, count * 512);
+    let part = &mut model[at as usize..(at + len) as usize];
+    match rng.below(8) {
+        0 => {
+            driver
+                .zero(at, len, ZeroMode::Zero { unmap: true })
+                .unwrap();
+            part.fill(0);
+        }
+        1 => {
+            driver.zero(at, len, ZeroMode::Discard).unwrap();
+            // It may be zeros now, or what it was.
+            let now = driver.read(at, len).unwrap();
+            for (new, old) in now.chunks(512).zip(part.chunks(512)) {
+                assert!(new == old || new.iter().all(|b| *b == 0));
+            }
+            part.copy_from_slice(&now);
+        }
+        2 => driver.flush().unwrap(),
+        _ => {
+            let data = bytes(rng, len);
+            driver.write(at, &data).unwrap();
+            part.copy_from_slice(&data);
+        }
+    }
+}
+
+/// What QEMU makes of the image in `bytes`.
+fn judged(dir: &Path, bytes: &[u8]) -> Checked {
+    let path = dir.join("judged.qed");
+    fs::write(&path, bytes).unwrap();
+    check_as("qed", &path)
+}
+
+#[test]
+fn behaves_as_the_model_and_qemu_reads_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    for (seed, kind) in (0u64..).zip(KINDS) {
+        for with_backing in [false, true] {
+            let mut rng = Rng(seed);
+            let size = (kind.0 * 40).min(3 << 20) + 512;
+            let backing = match with_backing {
+                true => bytes(&mut rng, size - 1024),
+                false => Vec::new(),
+            };
+            let mut model = backing.clone();
+            model.resize(size as usize, 0);
+            let (_, mut driver) = over(size, kind, &backing);
+            for turn in 0..60 {
+                change(&mut driver, &mut model, &mut rng, 3 * kind.0.min(65536));
+                if turn % 20 == 19 {
+                    assert!(driver.read(0, size).unwrap() == model, "{kind:?}");
+                    let file = driver.file.clone();
+                    driver.close();
+                    driver = open(&file);
+                    driver.backing.clone_from(&backing);
+                }
+            }
+            assert!(driver.read(0, size).unwrap() == model, "{kind:?}");
+            let file = driver.close();
+            // QEMU does not open images with tables of one cluster.
+            if kind.1 == 1 {
+                continue;
+            }
+            assert_eq!(judged(dir.path(), &file), Checked::Clean, "{kind:?}");
+            fs::write(dir.path().join("base.raw"), &backing).unwrap();
+            let (from, to) = (dir.path().join("judged.qed"), dir.path().join("out.raw"));
+            let paths = [from.to_str().unwrap(), to.to_str().unwrap()];
+            run(
+                "qemu-img",
+                &["convert", "-f", "qed", "-O", "raw", paths[0], paths[1]],
+            );
+            assert!(fs::read(&to).unwrap() == model, "{kind:?}");
+        }
+    }
+}
+
+/// In an image without a backing file a flush is one barrier, but for the first, and without the need-check bit.
+#[test]
+fn flushes_of_a_growing_image_are_one_barrier() {
+    let (_, mut driver) = over(64 << 20, (65536, 4), &[]);
+    driver.write(0, &[1; 4096]).unwrap();
+    driver.flush().unwrap();
+    assert_eq!(
+        driver.barriers, 2,
+        "the file's end, then what points before it"
+    );
+    let first = driver.barriers;
+    for i in 1..10u64 {
+        driver.write(i * 65536, &[i as u8; 4096]).unwrap();
+        driver.flush().unwrap();
+    }
+    assert_eq!(driver.barriers - first, 9);
+    // Copies of a backing file's bytes are to be durable before the entries.
+    let (_, mut driver) = over(64 << 20, (65536, 4), &[7; 1 << 20]);
+    for i in 0..5u64 {
+        driver.write(i * 65536, &[i as u8; 4096]).unwrap();
+        driver.flush().unwrap();
+    }
+    assert_eq!(driver.barriers, 10);
+    // What is not an allocation needs none.
+    driver.write(512, &[9; 512]).unwrap();
+    driver.flush().unwrap();
+    assert_eq!(driver.barriers, 11);
+    let header = Header::read(&driver.file).unwrap();
+    assert_eq!(header.features & F_NEED_CHECK, 0);
+}
+
+/// Whatever a crash leaves reads as the last flush or later, and has leaks at worst.
+#[test]
+fn a_crash_leaves_leaks_at_worst() {
+    let dir = tempfile::tempdir().unwrap();
+    for (kind, backed) in [((4096, 2), false), ((4096, 2), true)] {
+        let size = kind.0 * 1200;
+        let mut rng = Rng(kind.0 + u64::from(backed));
+        let backing = match backed {
+            true => bytes(&mut rng, size / 2),
+            false => Vec::new(),
+        };
+        let mut model = backing.clone();
+        model.resize(size as usize, 0);
+        let (_, mut driver) = over(size, kind, &backing);
+        let before = driver.file.bytes();
+        driver.file.record();
+        let mut flushed: Vec<(usize, Vec<u8>)> = vec![(0, model.clone())];
+        for turn in 0..9 {
+            // Everywhere, so that there are new tables too.
+            let at = rng.below(size / 512) * 512;
+            let len = (512 * (1 + rng.below(20))).min(size - at);
+            let data = bytes(&mut rng, len);
+            driver.write(at, &data).unwrap();
+            model[at as usize..at as usize + data.len()].copy_from_slice(&data);
+            if turn % 3 == 2 {
+                driver.flush().unwrap();
+                flushed.push((driver.file.journal().len(), model.clone()));
+            }
+        }
+        let journal = driver.file.journal();
+        fs::write(dir.path().join("base.raw"), &backing).unwrap();
+        let mut end = 0;
+        // One state for each change.
+        crashes(&before, &journal, |state| {
+            end += 1;
+            let covered = flushed.iter().rev().find(|(at, _)| *at <= end).unwrap();
+            let mut after = open(&MemFile::of(state.to_vec()));
+            after.backing.clone_from(&backing);
+            let now = after.read(0, size).unwrap();
+            for (sector, (new, old)) in now.chunks(512).zip(covered.1.chunks(512)).enumerate() {
+                // What was written since the flush is old, or what a later one has.
+                let sound = new == old || changed_later(&flushed, end, sector, new);
+                assert!(sound, "sector {sector} after change {end}");
+            }
+            if end % 9 == 0 {
+                let said = judged(dir.path(), state);
+                assert!(matches!(said, Checked::Clean | Checked::Leaks), "{said:?}");
+            }
+        });
+        assert!(end > 15, "{end}");
+    }
+}
+
+/// Whether a flush after the change `end` has `new` in `sector`.
+fn changed_later(flushed: &[(usize, Vec<u8>)], end: usize, sector: usize, new: &[u8]) -> bool {
+    let mut later = flushed.iter().filter(|(at, _)| *at > end);
+    later.any(|(_, model)| model[sector * 512..sector * 512 + 512] == *new)
+}
+
+#[test]
+fn a_closed_image_has_no_leaks_and_a_killed_one_no_errors() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, mut driver) = over(8 << 20, (65536, 2), &[]);
+    driver.write(1 << 20, &[5; 100_000]).unwrap();
+    // Given up: its clusters are free again.
+    let (_, ticket) = driver.start_write(4 << 20, &[6; 512]).unwrap();
+    driver.image.abort(ticket.unwrap());
+    driver.flush().unwrap();
+    assert_eq!(judged(dir.path(), &driver.file.bytes()), Checked::Leaks);
+    let file = driver.file.clone();
+    driver.write(4 << 20, &[7; 512]).unwrap();
+    driver.close();
+    assert_eq!(judged(dir.path(), &file.bytes()), Checked::Clean);
+    let mut again = open(&file);
+    let mut want = vec![7; 512];
+    // The bytes of the write that was given up are not the guest's.
+    want.resize(65536, 0);
+    assert!(again.read(4 << 20, 65536).unwrap() == want);
+}
+
+#[test]
+fn an_image_that_needs_a_check_is_for_reading_only() {
+    let file = created(&options(1 << 20, (4096, 2)));
+    file.patch(16, &F_NEED_CHECK.to_le_bytes());
+    let before = file.bytes();
+    let mut driver = open(&file);
+    assert!(driver.read(0, 4096).unwrap().iter().all(|b| *b == 0));
+    let error = driver.write(0, &[1; 512]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ReadOnly);
+    assert!(error.to_string().contains("need-check"), "{error}");
+    driver.image.close(&[&file]).unwrap();
+    assert!(super::grow(&file, 2 << 20).is_err());
+    assert!(file.bytes() == before);
+    super::clear_need_check(&file).unwrap();
+    open(&file).write(0, &[1; 512]).unwrap();
+}
+
+#[test]
+fn unknown_features_are_refused_ignored_or_cleared() {
+    let file = created(&options(1 << 20, (4096, 2)));
+    file.patch(24, &[0xff; 16]);
+    let read_only = OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
+    };
+    let before = file.bytes();
+    Qed::open(&file, &read_only).unwrap();
+    assert!(file.bytes() == before, "a reader changes nothing");
+    Qed::open(&file, &OpenOptions::default()).unwrap();
+    let header = Header::read(&file).unwrap();
+    assert_eq!(
+        (header.compat_features, header.autoclear_features),
+        (u64::MAX, 0)
+    );
+    file.patch(16, &8u64.to_le_bytes());
+    let error = Qed::open(&file, &read_only).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("0x8"), "{error}");
+}
+
+/// Headers that cannot be: each is refused with the field's name, and nothing is allocated for it.
+#[test]
+fn wrong_headers_are_refused_by_field() {
+    let max = u64::MAX.to_le_bytes();
+    for (at, bytes, field) in [
+        (0, &b"QEE\0"[..], "magic"),
+        (4, &2048u32.to_le_bytes()[..], "cluster_size"),
+        (4, &12288u32.to_le_bytes()[..], "cluster_size"),
+        (4, &(128u32 << 20).to_le_bytes()[..], "cluster_size"),
+        (4, &[0; 4], "cluster_size"),
+        (8, &[0; 4], "table_size"),
+        (8, &3u32.to_le_bytes()[..], "table_size"),
+        (8, &32u32.to_le_bytes()[..], "table_size"),
+        (12, &[0; 4], "header_size"),
+        (12, &[0xff; 4], "header_size"),
+        (40, &[0; 8], "l1_table_offset"),
+        (40, &4097u64.to_le_bytes()[..], "l1_table_offset"),
+        (40, &8192u64.to_le_bytes()[..], "l1_table_offset"),
+        (40, &max, "l1_table_offset"),
+        (40, &(u64::MAX - 4095).to_le_bytes()[..], "l1_table_offset"),
+        (48, &513u64.to_le_bytes()[..], "image_size"),
+        (48, &max, "image_size"),
+        (48, &(1u64 << 62).to_le_bytes()[..], "image_size"),
+        (56, &[0xff; 4], "backing_filename_offset"),
+        (60, &4096u32.to_le_bytes()[..], "backing_filename_size"),
+        (60, &[0xff; 4], "backing_filename_size"),
+    ] {
+        let mut options = options(1 << 20, (4096, 2));
+        options.backing = Some(("base".into(), false));
+        let file = created(&options);
+        file.patch(at, bytes);
+        let error = Qed::open(&file, &OpenOptions::default())
+            .unwrap_err()
+            .to_string();
+        let named = error.contains(field) || field == "magic" && error.contains("not a QED image");
+        assert!(named, "{field} {bytes:x?}: {error}");
+    }
+    for len in [0, 4, 63, 64, 4096, 8191, 12287] {
+        let file = created(&options(1 << 20, (4096, 2)));
+        file.set_len(len).unwrap();
+        assert!(Qed::open(&file, &OpenOptions::default()).is_err(), "{len}");
+    }
+}
+
+/// Entries that no sound image has: reads fail, writes fail, and neither panics, hangs, nor harms a table.
+#[test]
+fn wrong_entries_are_errors() {
+    let file = {
+        let mut driver = open(&created(&options(16 << 20, (4096, 2))));
+        driver.write(0, &[1; 8192]).unwrap();
+        let file = driver.file.clone();
+        driver.close();
+        file
+    };
+    let (sound, len) = (file.bytes(), file.len().unwrap());
+    let l1 = 4096usize;
+    let l2 = u64::from_le_bytes(sound[l1..l1 + 8].try_into().unwrap());
+    for entry in [
+        2,
+        512,
+        l2,
+        4096,
+        len,
+        len + 4096,
+        u64::MAX,
+        u64::MAX - 4095,
+        1 << 63,
+        1 << 56,
+    ] {
+        let file = MemFile::of(sound.clone());
+        file.patch(l2 as usize, &entry.to_le_bytes());
+        let mut driver = open(&file);
+        let error = driver.write(0, &[2; 512]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{entry:#x}: {error}");
+        assert!(driver.read(0, 512).is_err());
+        assert!(
+            driver
+                .zero(0, 4096, ZeroMode::Zero { unmap: true })
+                .is_err()
+        );
+        assert!(driver.zero(0, 4096, ZeroMode::Discard).is_err());
+        // Its neighbour works, and writing that leaves the wrong entry as it was.
+        assert_eq!(driver.read(4096, 512).unwrap(), [1; 512]);
+        driver.write(8192, &[3; 512]).unwrap();
+        driver.close();
+        let after = &file.bytes()[l2 as usize..l2 as usize + 8];
+        assert_eq!(after, entry.to_le_bytes(), "{entry:#x}");
+    }
+    for entry in [
+        1,
+        2,
+        3,
+        512,
+        4096,
+        8192,
+        len,
+        len - 4096,
+        u64::MAX,
+        u64::MAX - 4095,
+    ] {
+        for index in [0, 1] {
+            let file = MemFile::of(sound.clone());
+            file.patch(l1 + 8 * index, &entry.to_le_bytes());
+            let mut driver = open(&file);
+            let error = driver.write(0, &[2; 512]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ReadOnly, "{entry:#x}: {error}");
+            assert!(error.to_string().contains("damaged"), "{error}");
+            // Reading it must end, whatever it gives.
+            let _ = driver.read((index as u64) << 22, 4096);
+        }
+    }
+    // Two tables in one place.
+    let file = MemFile::of(sound);
+    file.patch(l1 + 8, &l2.to_le_bytes());
+    let error = open(&file).write(0, &[2; 512]).unwrap_err();
+    assert!(error.to_string().contains("overlaps"), "{error}");
+    assert_eq!(open(&file).read(4 << 20, 512).unwrap(), [1; 512]);
+}
+
+/// A disk near 2^63 bytes: its tables would have terabytes, and what is in memory of them stays bounded.
+#[test]
+fn the_largest_disk_opens() {
+    let (cluster, table) = (1 << 20, 8);
+    let file = created(&options(
+        super::disk_bytes_max(cluster, table),
+        (cluster, table),
+    ));
+    let mut driver = open(&file);
+    assert_eq!(driver.image.size(), 1 << 60);
+    let last = driver.image.size() - 512;
+    assert_eq!(driver.read(last, 512).unwrap(), [0; 512]);
+    driver.write(last, &[4; 512]).unwrap();
+    driver.flush().unwrap();
+    assert_eq!(driver.read(last, 512).unwrap(), [4; 512]);
+    for (cluster, table, most) in [
+        (4096, 1, 1 << 30),
+        (65536, 4, 1 << 46),
+        (64 << 20, 16, block::limits::DISK_BYTES_MAX),
+    ] {
+        assert_eq!(super::disk_bytes_max(cluster, table), most);
+    }
+}
+
+#[test]
+fn zeros_over_a_backing_file_take_no_space() {
+    let (_, mut driver) = over(1 << 20, (4096, 2), &[7; 1 << 20]);
+    driver
+        .zero(4096, 3 * 4096, ZeroMode::Zero { unmap: false })
+        .unwrap();
+    let step = driver.ask(|i| i.map(GuestOffset(4096), 1 << 19)).unwrap();
+    assert_eq!(
+        (step.len, step.kind),
+        (3 * 4096, ExtentKind::Zero { host: None })
+    );
+    driver.flush().unwrap();
+    let len = driver.file.len().unwrap();
+    driver
+        .zero(65536, 100 * 4096, ZeroMode::Zero { unmap: true })
+        .unwrap();
+    driver.zero(600 * 512, 512, ZeroMode::Discard).unwrap();
+    assert_eq!(driver.file.len().unwrap(), len);
+    // A write into such a cluster is over zeros, not over the backing file's bytes.
+    driver.write(4096 + 512, &[9; 512]).unwrap();
+    let read = driver.read(4096, 4096).unwrap();
+    assert!(read[..512].iter().chain(&read[1024..]).all(|b| *b == 0));
+    assert_eq!(&read[512..1024], [9; 512]);
+}
+
+/// A flush that fails keeps everything to be written again, in the same order.
+#[test]
+fn a_failed_flush_is_done_again() {
+    let (_, mut driver) = over(8 << 20, (4096, 2), &[]);
+    driver.write(0, &[1; 4096]).unwrap();
+    driver.file.fail_after(Some(0));
+    assert!(driver.flush().is_err());
+    assert!(driver.image.is_dirty());
+    driver.file.fail_after(None);
+    let before = driver.barriers;
+    driver.flush().unwrap();
+    assert_eq!(driver.barriers - before, 2, "still data first");
+    let mut run = FlushRun::default();
+    driver.image.flush_begin(&mut run).unwrap();
+    assert_eq!((run.stages.len(), run.writes.len()), (1, 0));
+    // Nobody may begin another meanwhile.
+    assert!(driver.image.flush_begin(&mut FlushRun::default()).is_err());
+}
+
+/// Space that is not zeros takes data, but no tables.
+#[test]
+fn tables_need_space_that_reads_as_zeros() {
+    let (_, mut driver) = over(8 << 20, (4096, 2), &[]);
+    driver.zeroed = false;
+    let error = driver.write(0, &[1; 512]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+}
+
+#[test]
+fn a_disk_grows_to_what_its_tables_can_hold() {
+    let file = created(&options(1 << 20, (4096, 2)));
+    super::grow(&file, 4 << 20).unwrap();
+    assert_eq!(open(&file).image.size(), 4 << 20);
+    let most = super::disk_bytes_max(4096, 2);
+    assert!(super::grow(&file, most + 512).is_err());
+    let error = super::grow(&file, 1 << 20).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    super::grow(&file, most).unwrap();
+    let mut driver = open(&file);
+    driver.write(most - 512, &[1; 512]).unwrap();
+    assert_eq!(driver.read(most - 512, 512).unwrap(), [1; 512]);
+}
+
+#[test]
+fn hits_and_waits_are_what_the_contract_says() {
+    let (_, mut driver) = over(8 << 20, (4096, 2), &[]);
+    let (_, ticket) = driver.start_write(0, &[1; 512]).unwrap();
+    // The cluster is busy; its neighbour is not.
+    let step = driver.image.plan_write(GuestOffset(512), 512).unwrap();
+    assert!(matches!(step, Step::Wait(_)), "{step:?}");
+    let step = driver
+        .image
+        .plan_zero(GuestOffset(0), 4096, ZeroMode::Discard);
+    assert!(matches!(step, Ok(Step::Wait(_))));
+    driver.write(4096, &[2; 512]).unwrap();
+    driver.image.commit(ticket.unwrap());
+    assert_eq!(driver.read(0, 512).unwrap(), [1; 512]);
+    let file = driver.file.clone();
+    driver.close();
+    // A load is given to one caller.
+    let driver = open(&file);
+    let Step::Need(Need::Load(load)) = driver.image.map(GuestOffset(0), 512).unwrap() else {
+        panic!("nothing is in memory yet");
+    };
+    let step = driver.image.map(GuestOffset(4096), 512).unwrap();
+    assert_eq!(step, Step::Wait(load.key));
+    driver.image.load_failed(&load);
+    let step = driver.image.map(GuestOffset(4096), 512).unwrap();
+    assert!(matches!(step, Step::Need(Need::Load(_))));
+}
