@@ -122,9 +122,9 @@ fn nothing_is_allocated_and_a_batch_is_one_call() {
                 let (allocations, calls) = measure(path, format, kind, op, 50);
                 let what = format!("{op:?} of {} with {kind}", path.display());
                 assert_eq!(allocations, 0, "{what} allocates");
-                // io_uring is handed a batch of 32 in parts of 8, so that the device can begin.
+                // io_uring is handed a batch of 32 in 7 parts, so that the device can begin.
                 let parts = if kind == EngineKind::IoUring {
-                    4.0
+                    7.0
                 } else {
                     1.0
                 };

@@ -41,10 +41,22 @@ const TAG_MASK: u64 = 3 << 62;
 /// Most that the kernel transfers in one call (`MAX_RW_COUNT`).
 const TRANSFER_MAX: u64 = 0x7fff_f000;
 
-/// Steps that one call submits while more are behind them. The kernel holds the requests of a call
-/// back until it has seen all of them, so the device of a long batch would idle meanwhile: in parts of 8
-/// it starts on the first while the rest is prepared, and a call more costs less than an operation's tenth.
+/// Most steps that one call submits while more are behind them. The kernel holds the requests of a call
+/// back until it has seen all of them, so the device would idle while a long batch is prepared. A part is
+/// therefore only as long as what the device has to do already (see [`part`]).
 const SUBMIT_MAX: u32 = 8;
+
+/// So few steps are never parted: a call costs more than the device would gain.
+const SUBMIT_MIN: u32 = 3;
+
+/// How many of `left` steps the next call submits when the kernel has `running`: a device without work gets
+/// its first at once, and while it is at that the next part is prepared, which may be as long again.
+fn part(left: u32, running: usize) -> u32 {
+    if left <= SUBMIT_MIN {
+        return left;
+    }
+    left.min(running.clamp(1, SUBMIT_MAX as usize) as u32)
+}
 
 #[derive(Clone, Copy, Debug)]
 struct Watch {
@@ -463,6 +475,7 @@ impl Backend for Uring {
         ready: &mut Vec<u64>,
     ) -> Result<()> {
         self.enable()?;
+        let before = queue.running;
         self.fill(queue);
         let (len, asks) = {
             let ring = self.ring.submission();
@@ -473,18 +486,20 @@ impl Backend for Uring {
         // What has ended already is taken before anything is waited for.
         let sleep = sleep.filter(|_| len > 0 || self.ring.completion().is_empty());
         if len > 0 || sleep.is_some() || asks {
-            let mut left = len;
-            while left > SUBMIT_MAX {
-                count(&mut queue.counters, true);
-                self.enter(SUBMIT_MAX, false, None)?;
-                // A call may take less (memory is short): nothing sleeps on what it left.
-                let rest = self.ring.submission().len() as u32;
-                if rest == left {
+            let (mut left, mut stuck) = (len, false);
+            while !stuck {
+                let now = part(left, before + (len - left) as usize);
+                if now == left {
                     break;
                 }
+                count(&mut queue.counters, true);
+                self.enter(now, false, None)?;
+                // A call may take less (memory is short): nothing sleeps on what it left.
+                let rest = self.ring.submission().len() as u32;
+                stuck = rest == left;
                 left = rest;
             }
-            let sleep = sleep.filter(|_| left <= SUBMIT_MAX);
+            let sleep = sleep.filter(|_| !stuck);
             count(&mut queue.counters, len > 0);
             self.enter(left, true, sleep)?;
             // A sleeper is woken by the first completion and brings home that one alone. The others
