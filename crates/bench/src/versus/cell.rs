@@ -200,6 +200,9 @@ pub enum Metric {
     MemoryMib,
     /// Server CPU while clients rest, percent of a core.
     IdlePercent,
+    /// Requests that the block device below had at a time, on average: [`Metric::Iops`] times the time that it took for
+    /// each (Little's law). Less than the load's depth by those that were on their way.
+    InDevice,
     /// CPU that neither the server nor the load used, percent of a core: other processes, and the hypervisor's other guests.
     OthersPercent,
 }
@@ -216,13 +219,14 @@ impl Metric {
             Self::BarriersPerFlush => "barriers/flush",
             Self::MemoryMib => "memory MiB",
             Self::IdlePercent => "idle CPU %",
+            Self::InDevice => "in device",
             Self::OthersPercent => "others' CPU %",
         }
     }
 
     /// Whether more is better.
     pub fn more_is_better(self) -> bool {
-        matches!(self, Self::Iops | Self::Pairs)
+        matches!(self, Self::Iops | Self::Pairs | Self::InDevice)
     }
 }
 

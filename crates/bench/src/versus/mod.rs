@@ -23,6 +23,7 @@
 //! - `cell`: the [`Outcome`] with every figure, interval and verdict.
 
 pub mod cell;
+mod device;
 mod fio;
 mod host;
 mod idle;

@@ -5,6 +5,7 @@
 
 use super::{
     cell::{Cell, Image, Load, Metric, Server, Side},
+    device::Device,
     fio,
     image::Images,
     judge::Metrics,
@@ -49,11 +50,19 @@ pub(super) fn take(
     }
     let range = side.image.range(images.sizes());
     let ramp = times.ramp + Duration::from_secs_f64(load.warm);
+    let device = Device::below(images.work());
+    let before = device.work();
+    let in_device = |metrics: &mut Metrics| {
+        if let (Some(us), Some(iops)) = (device.work().us_since(before), metrics.get(&Metric::Iops))
+        {
+            metrics.insert(Metric::InDevice, iops * us / 1e6);
+        }
+    };
     if side.server == Server::Fio {
         let [file] = &files[..] else {
             return Err(Error::invalid("fio takes one file"));
         };
-        let (metrics, detail) = fio::run(
+        let (mut metrics, detail) = fio::run(
             &load,
             file,
             programs.direct,
@@ -62,6 +71,7 @@ pub(super) fn take(
             times.duration,
             images.work(),
         )?;
+        in_device(&mut metrics);
         return Ok(Sample {
             metrics,
             seen: None,
@@ -91,6 +101,7 @@ pub(super) fn take(
         Err(error) => return Err(running.failed(&error)),
     };
     metrics.insert(Metric::OthersPercent, watch.others_percent());
+    in_device(&mut metrics);
     let detail = json!({ "command": running.command, "reports": reports });
     let has_statistics = running.has_statistics;
     let words = running.stop()?;

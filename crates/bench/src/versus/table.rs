@@ -7,7 +7,9 @@ use super::cell::{
     at_least, at_most, shown, side,
 };
 use crate::load::{Flushes, Pattern};
-use Metric::{BarriersPerFlush, CpuUs, IdlePercent, Iops, MemoryMib, P50Us, P99Us, Pairs};
+use Metric::{
+    BarriersPerFlush, CpuUs, IdlePercent, InDevice, Iops, MemoryMib, P50Us, P99Us, Pairs,
+};
 use Server::{Diskplane, DiskplaneNbd, Fio, QemuNbd, Qsd, Spdk};
 
 /// Bytes of a cluster.
@@ -218,19 +220,19 @@ pub const CELLS: &[Cell] = &[
     Cell {
         name: "nbd-seq-read",
         line: "NBD (Unix socket)",
-        meaning: "256 KiB sequential reads over one connection, 8 in flight.",
+        meaning: "256 KiB sequential reads over one connection, 8 in flight; fio on the same file says what the device has to give.",
         load: SEQREAD,
-        sides: NBD_1,
-        bars: NBD_BARS,
+        sides: NBD_SEQ,
+        bars: NBD_SEQ_BARS,
         cores: 2,
     },
     Cell {
         name: "nbd-seq-write",
         line: "NBD (Unix socket)",
-        meaning: "256 KiB sequential writes over one connection, 8 in flight.",
+        meaning: "256 KiB sequential writes over one connection, 8 in flight; fio on the same file says what the device has to give.",
         load: SEQWRITE,
-        sides: NBD_1,
-        bars: NBD_BARS,
+        sides: NBD_SEQ,
+        bars: NBD_SEQ_BARS,
         cores: 2,
     },
     Cell {
@@ -248,17 +250,19 @@ pub const CELLS: &[Cell] = &[
     Cell {
         name: "grow-seq-256k",
         line: "qcow2 growing, sequential write",
-        meaning: "256 KiB sequential writes into a new qcow2 image, also beside diskplane's own raw file.",
+        meaning: "256 KiB sequential writes into a new qcow2 image, also beside diskplane's own raw file and fio's 256 KiB sequential writes to it.",
         load: GROW_SEQ_256K,
         sides: &[
             side("diskplane", Diskplane, Image::Growing),
             side("qsd", Qsd, Image::Growing),
             side("raw", Diskplane, Image::Raw),
+            side("fio", Fio, Image::Raw),
         ],
         bars: &[
             at_least(Iops, "qsd", 1.2),
             at_most(CpuUs, "qsd", 0.7),
             at_least(Iops, "raw", 0.95),
+            shown(Iops, "fio"),
         ],
         cores: 2,
     },
@@ -456,18 +460,24 @@ const RAW_BARS: &[Bar] = &[
     at_least(Iops, "qsd", 1.2),
     at_least(Iops, "fio", 0.95),
     at_most(CpuUs, "qsd", 0.65),
+    shown(InDevice, "fio"),
 ];
 const SEQ_BARS: &[Bar] = &[
     at_least(Iops, "fio", 0.97),
     at_most(CpuUs, "qsd", 0.8),
     shown(Iops, "qsd"),
+    shown(InDevice, "fio"),
 ];
 const LATENCY_BARS: &[Bar] = &[at_most(P50Us, "qsd", 0.9), shown(P99Us, "qsd")];
 const FULL: &[Side] = &[
     side("diskplane", Diskplane, Image::Qcow2),
     side("raw", Diskplane, Image::Raw),
 ];
-const FULL_BARS: &[Bar] = &[at_least(Iops, "raw", 0.97), at_most(CpuUs, "raw", 1.1)];
+const FULL_BARS: &[Bar] = &[
+    at_least(Iops, "raw", 0.97),
+    at_most(CpuUs, "raw", 1.1),
+    shown(InDevice, "raw"),
+];
 const FLUSH: &[Side] = &[
     side("diskplane", Diskplane, Image::Growing),
     side("qsd", Qsd, Image::Growing),
@@ -476,6 +486,11 @@ const NBD_1: &[Side] = &[
     side("diskplane", DiskplaneNbd, Image::Raw),
     side("qemu-nbd", QemuNbd, Image::Raw),
 ];
+const NBD_SEQ: &[Side] = &[
+    side("diskplane", DiskplaneNbd, Image::Raw),
+    side("qemu-nbd", QemuNbd, Image::Raw),
+    side("fio", Fio, Image::Raw),
+];
 const NBD_4: &[Side] = &[
     side("diskplane", DiskplaneNbd, Image::Raw).queues(4),
     side("qemu-nbd", QemuNbd, Image::Raw).queues(4),
@@ -483,6 +498,11 @@ const NBD_4: &[Side] = &[
 const NBD_BARS: &[Bar] = &[
     at_least(Iops, "qemu-nbd", 1.3),
     at_most(CpuUs, "qemu-nbd", 0.75),
+];
+const NBD_SEQ_BARS: &[Bar] = &[
+    at_least(Iops, "qemu-nbd", 1.3),
+    at_most(CpuUs, "qemu-nbd", 0.75),
+    shown(Iops, "fio"),
 ];
 const SCALE_BARS: &[Bar] = &[at_least(Iops, "one", 1.6)];
 const MEMORY_BARS: &[Bar] = &[alone(MemoryMib, Limit::Below(8.0))];
