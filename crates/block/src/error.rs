@@ -27,6 +27,8 @@ pub enum ErrorKind {
     ReadOnly,
     /// The host failed to read or write.
     Io,
+    /// Somebody asked for the work to be stopped.
+    Interrupted,
 }
 
 impl ErrorKind {
@@ -110,10 +112,15 @@ impl Error {
         self.0.kind
     }
 
-    /// The same error, with `prefix` (a file's name, an operation) before its message.
+    /// The same error, with `prefix` (a file's name, an operation) before its message, unless that begins with it:
+    /// a file is named once, however many layers name it.
     #[must_use]
     pub fn within(mut self, prefix: impl fmt::Display) -> Self {
-        self.0.message = format!("{prefix}: {}", self.0.message);
+        let prefix = prefix.to_string();
+        let rest = self.0.message.strip_prefix(&prefix);
+        if !rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(": ")) {
+            self.0.message = format!("{prefix}: {}", self.0.message);
+        }
         self
     }
 
@@ -222,5 +229,16 @@ mod tests {
             text.starts_with("disk.qcow2: write 512 bytes at 0x1000: No space"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_file_is_named_once() {
+        let error = Error::invalid("disk: allocating")
+            .within("disk")
+            .within("disk");
+        assert_eq!(error.to_string(), "disk: allocating");
+        // Another whose name begins so.
+        let error = Error::invalid("disk.raw: allocating").within("disk");
+        assert_eq!(error.to_string(), "disk: disk.raw: allocating");
     }
 }

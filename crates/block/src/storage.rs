@@ -2,6 +2,7 @@
 
 use crate::Result;
 use std::fmt;
+use std::os::fd::BorrowedFd;
 
 /// What a part of a file holds, as far as the host knows without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,4 +80,9 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// end. Storage that cannot tell says `Data` up to its end. `None` at and
     /// behind the end.
     fn range_at(&self, offset: u64) -> Result<Option<Range>>;
+
+    /// The file descriptor, where there is one: for what the kernel does between two files (`copy_file_range`).
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }

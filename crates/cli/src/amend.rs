@@ -4,15 +4,14 @@
 //! `refcount-bits`, `virtual-size`; `data-file-raw` where there is an external data file.
 
 use crate::keys::Change;
+use crate::open::{self, Access};
 use crate::resize::{NewSize, Wish};
 use crate::{args, check, options, print, resize};
 use anyhow::{Result, bail};
 use block::{Storage, size};
 use image::Format;
 use image::qcow2::{AmendOptions, Header, amend, downgrade, features};
-use io::{File, Lock, OpenOptions};
 use serde::Serialize;
-use std::sync::Arc;
 use tool::prealloc::Preallocation;
 
 #[derive(Debug, Serialize)]
@@ -46,10 +45,8 @@ pub fn run(args: &args::Amend) -> Result<()> {
     }
     let changes = options::parse_amend(&args.options)?;
     let keys = Change::parse(&changes.encrypt)?;
-    let file = open(args)?;
+    let (file, format) = open::image(&args.file, args.format, Access::Write)?;
     let shown = args.file.display();
-    let probed = || image::probe(&*file).map(|found| found.unwrap_or(Format::Raw));
-    let format = args.format.map_or_else(probed, Ok)?;
     if format != Format::Qcow2 {
         bail!("{shown}: a {format} image has no options to amend; qcow2 images have");
     }
@@ -89,20 +86,11 @@ pub fn run(args: &args::Amend) -> Result<()> {
             &wish,
         )?;
     }
-    let file = open(args)?;
+    let file = open::file(&args.file, Access::Write)?;
     if changes.image.version == Some(2) {
         downgrade(&*file, &name)?;
     }
     report(args, &Header::read(&*file)?)
-}
-
-fn open(args: &args::Amend) -> Result<Arc<File>> {
-    let options = OpenOptions {
-        lock: Lock::Write,
-        ..OpenOptions::default()
-    };
-    // A server that was killed just now may hold its lock for a moment.
-    Ok(io::wait_for_lock(|| File::open(&args.file, &options))?)
 }
 
 fn report(args: &args::Amend, header: &Header) -> Result<()> {

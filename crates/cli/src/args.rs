@@ -9,7 +9,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use export::nbd::NbdAddress;
 use image::Format;
 use io::{Aio, Cache};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tool::prealloc::Preallocation;
 
 /// Opens virtual disk images, looks after them and serves them to virtual machines.
@@ -93,6 +93,12 @@ pub struct Create {
 
 /// `convert`.
 #[derive(Args, Debug)]
+#[command(
+    after_help = "DST gets its name when it is complete: an error, a full disk, SIGINT or SIGTERM leave nothing under \
+                  it (but devices, and what -n writes into). Several SRC make one disk, one behind the other. \
+                  Memory: below 256 MiB, whatever the images are. -c and -n exclude each other: compressed \
+                  clusters are written to new images only."
+)]
 pub struct Convert {
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -104,6 +110,10 @@ pub struct Convert {
     /// Compress (qcow2): every cluster that gets smaller; -o compression_type says how
     #[arg(short = 'c', long, conflicts_with = "no_create")]
     pub compress: bool,
+    /// Have the host copy from file to file (reflink, where the file system can) what lies in SRC's file as it is;
+    /// that is not searched for zeros
+    #[arg(short = 'C', long, conflicts_with_all = ["compress", "sparse", "resume"])]
+    pub copy_range: bool,
     /// Format of SRC [default: known by its magic, else raw]
     #[arg(short = 'f', long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
@@ -127,6 +137,38 @@ pub struct Convert {
     /// Write into DST, which exists and is large enough; what is behind SRC's size stays
     #[arg(short = 'n', long)]
     pub no_create: bool,
+    /// DST, with -n, reads as zeros everywhere: zeros need not be written
+    #[arg(long, requires = "no_create", conflicts_with = "backing")]
+    pub target_is_zero: bool,
+    /// Make a hole where at least so many bytes are zeros; 0: look for none, and give all of DST space. Images with
+    /// clusters have holes of whole clusters
+    #[arg(short = 'S', long, value_name = "SIZE", default_value = "4K", value_parser = sparse)]
+    pub sparse: u64,
+    /// Copy SRC's internal snapshot of that id, or else name; snapshot.id=ID and snapshot.name=NAME say which
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    pub snapshot: Option<String>,
+    /// Copy SRC's persistent bitmaps too (qcow2)
+    #[arg(long)]
+    pub bitmaps: bool,
+    /// Leave out bitmaps that are inconsistent, instead of failing
+    #[arg(long, requires = "bitmaps")]
+    pub skip_broken_bitmaps: bool,
+    /// Take what cannot be read of SRC for zeros, and say where that was
+    #[arg(long)]
+    pub salvage: bool,
+    /// Keep what is done in DST.part where it is cut off, and go on there the next time. What is there is read and
+    /// compared with SRC, and written only where it differs: never a byte of an older SRC
+    #[arg(long, conflicts_with_all = ["compress", "no_create"])]
+    pub resume: bool,
+    /// Write at most so many bytes of data in a second
+    #[arg(short = 'r', long, value_name = "SIZE", value_parser = rate)]
+    pub rate: Option<u64>,
+    /// How the host caches DST: none, writeback, writethrough, directsync or unsafe
+    #[arg(short = 't', long, value_name = "MODE", default_value = "writeback", value_parser = str::parse::<Cache>)]
+    pub cache: Cache,
+    /// How the host caches SRC
+    #[arg(short = 'T', long, value_name = "MODE", default_value = "writeback", value_parser = str::parse::<Cache>)]
+    pub source_cache: Cache,
     /// Threads that compress; without -c, pieces of 512 KiB that are read ahead [default: a thread per core]
     #[arg(short = 'm', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub workers: Option<u16>,
@@ -148,10 +190,19 @@ pub struct Convert {
     /// SRC's external data file, whatever name SRC has for it
     #[arg(long, value_name = "PATH")]
     pub data_file: Option<PathBuf>,
-    /// Image to copy, or null:SIZE
-    pub source: String,
-    /// Image to make; it must not exist yet, unless -n is given
-    pub target: PathBuf,
+    /// Images to copy, or null:SIZE; and last the image to make, which must not exist yet, unless -n is given
+    #[arg(required = true, num_args = 1.., value_names = ["SRC", "DST"])]
+    pub files: Vec<String>,
+}
+
+impl Convert {
+    /// The images to copy, at least one, and the one to make.
+    pub fn files(&self) -> anyhow::Result<(&[String], &Path)> {
+        match self.files.split_last() {
+            Some((target, sources)) if !sources.is_empty() => Ok((sources, Path::new(target))),
+            _ => anyhow::bail!("say what to copy, and where: diskplane convert SRC… DST"),
+        }
+    }
 }
 
 /// What `info` and `map` have in common.
@@ -404,6 +455,23 @@ pub struct Serve {
 
 pub(crate) fn bytes(text: &str) -> Result<u64> {
     size::parse(text)
+}
+
+/// What `-S` takes: whole sectors, as in qemu-img.
+fn sparse(text: &str) -> Result<u64> {
+    let bytes = size::parse(text)?;
+    match bytes.is_multiple_of(512) {
+        true => Ok(bytes),
+        false => Err(block::Error::invalid("it must be a multiple of 512")),
+    }
+}
+
+/// A number of bytes in a second.
+fn rate(text: &str) -> Result<u64> {
+    match size::parse(text)? {
+        0 => Err(block::Error::invalid("nothing at all would be done")),
+        bytes => Ok(bytes),
+    }
 }
 
 pub(crate) fn format(text: &str) -> Result<Format> {

@@ -11,14 +11,15 @@
 //! | `count` | bytes of the disk that are dirty, as in QMP; absent where the bitmap cannot be used |
 
 use crate::args::{bytes, format};
+use crate::open::{self, Access};
 use crate::print;
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use block::{Storage, size};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command};
 use comfy_table::{Table, presets};
 use image::Format;
 use image::qcow2::bitmap::Entry;
-use io::{File, Lock, OpenOptions};
+use io::File;
 use serde::Serialize;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -214,17 +215,13 @@ pub fn run(args: &Bitmap) -> Result<()> {
         ),
         (None, false) => bail!("say which bitmap: diskplane bitmap ACTION… FILE BITMAP"),
     };
-    let lock = match (args.force_share, name) {
-        (true, _) => Lock::None,
-        (false, None) => Lock::Read { share_write: false },
-        (false, Some(_)) => Lock::Write,
+    let access = match name {
+        Some(_) => Access::Write,
+        None => Access::reading(args.force_share),
     };
-    let file = open(&args.file, args.format, name.is_none(), lock)?;
+    let file = open(&args.file, args.format, access)?;
     if let Some(name) = name {
-        let read = |path: &Path| {
-            let lock = Lock::Read { share_write: false };
-            open(path, args.source_format, true, lock)
-        };
+        let read = |path: &Path| open(path, args.source_format, Access::Read);
         let source = args.source_file.as_deref().map(read).transpose()?;
         let source = source.as_deref().map(|file| file as &dyn Storage);
         crate::check::mend(&*file)?;
@@ -240,21 +237,12 @@ pub fn run(args: &Bitmap) -> Result<()> {
     }
 }
 
-fn open(path: &Path, format: Option<Format>, read_only: bool, lock: Lock) -> Result<Arc<File>> {
-    let options = OpenOptions {
-        read_only,
-        lock,
-        ..OpenOptions::default()
-    };
-    // A server that was killed just now may hold its lock for a moment.
-    let file = io::wait_for_lock(|| File::open(path, &options))?;
-    let found = format.map_or_else(|| image::probe(&*file), |format| Ok(Some(format)));
-    match found.with_context(|| path.display().to_string())? {
-        Some(Format::Qcow2) => Ok(file),
-        format => bail!(
-            "{}: a {} image has no bitmaps: only qcow2 has",
-            path.display(),
-            format.unwrap_or(Format::Raw)
+fn open(path: &Path, format: Option<Format>, access: Access) -> Result<Arc<File>> {
+    match open::image(path, format, access)? {
+        (file, Format::Qcow2) => Ok(file),
+        (_, format) => bail!(
+            "{}: a {format} image has no bitmaps: only qcow2 has",
+            path.display()
         ),
     }
 }

@@ -16,11 +16,11 @@
 //! | `findings-left-out` | ours: how many more there are |
 
 use crate::args::{self, Repair};
+use crate::open::{self, Access};
 use crate::print;
 use anyhow::{Result, bail};
 use block::{Storage, plain};
 use image::Format;
-use io::{File, Lock, OpenOptions};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::process::ExitCode;
@@ -68,21 +68,12 @@ fn is_zero(number: &u64) -> bool {
 
 /// Checks an image, repairs it if asked to, and reports.
 pub fn run(args: &args::Check) -> Result<ExitCode> {
-    let read_only = args.repair.is_none();
-    let lock = match (args.force_share, read_only) {
-        (true, _) => Lock::None,
-        (false, true) => Lock::Read { share_write: false },
-        (false, false) => Lock::Write,
+    let access = match args.repair {
+        Some(_) => Access::Write,
+        None => Access::reading(args.force_share),
     };
-    let options = OpenOptions {
-        read_only,
-        lock,
-        ..OpenOptions::default()
-    };
-    let file = File::open(&args.file, &options)?;
+    let (file, format) = open::image(&args.file, args.format, access)?;
     let shown = args.file.display();
-    let probed = || image::probe(&*file).map(|found| found.unwrap_or(Format::Raw));
-    let format = args.format.map_or_else(probed, Ok)?;
     if format != Format::Qcow2 {
         eprintln!("diskplane: {shown}: a {format} image has no metadata to check");
         return Ok(ExitCode::from(NO_CHECKS));
@@ -142,7 +133,6 @@ fn json(args: &args::Check, report: &Report) -> Result<String> {
     })
 }
 
-/// What is wrong, line by line, on stderr.
 /// Brings an image that was not closed cleanly in order before a command writes to it, and says so.
 pub fn mend(storage: &dyn Storage) -> block::Result<()> {
     if let Some(report) = tool::check::mend_dirty(storage)? {
@@ -156,6 +146,7 @@ pub fn mend(storage: &dyn Storage) -> block::Result<()> {
     Ok(())
 }
 
+/// What is wrong, line by line, on stderr.
 fn tell(report: &Report) {
     for finding in report.findings.iter().take(SHOWN_MAX) {
         eprintln!("{}", plain(&finding.to_string()));

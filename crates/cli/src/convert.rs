@@ -7,20 +7,39 @@
 //! | `filename`, `format` | of the target |
 //! | `virtual-size` | bytes of the disk |
 //! | `written`, `zero`, `same` | bytes written as data, bytes that are zeros, bytes that BASE has |
+//! | `offloaded`, `resumed` | of `written`: bytes that the host copied (`-C`), that were there already (`--resume`) |
 //! | `compressed-clusters`, `compressed-bytes` | how many clusters were compressed, and what they take in the file |
+//! | `unreadable-bytes`, `unreadable` | with `--salvage`: how many, and array of objects with `offset`, `length`, `error` of the first 100 places |
+//! | `bitmaps`, `bitmaps-left-out` | with `--bitmaps`: arrays of names, copied and inconsistent |
 //! | `file-size`, `actual-size` | bytes of the target's file, and bytes that it takes on the host |
 
-use crate::{args, create, encrypt, options};
+use crate::args::Convert as Arguments;
+use crate::partial::Partial;
+use crate::{create, encrypt, open, options, signals};
 use anyhow::{Context, Result, bail};
-use block::size;
+use block::{plain, size};
 use crypto::Passphrase;
 use disk::chain::{Chain, ChainOptions, Layer};
 use image::{Format, qcow2};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use io::{File, FileKind, OpenOptions};
 use serde::Serialize;
-use std::{fs, io::IsTerminal as _, os::unix::fs::MetadataExt, path::Path, sync::Arc, thread};
+use std::io::IsTerminal as _;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::{fs, sync::Arc, thread};
+use tool::bitmap::{self, Broken};
 use tool::convert::{ConvertOptions, Report, Target, WORKERS_MAX, convert};
+use tool::prealloc::Preallocation;
+use tool::source::Source;
+use tool::work::Work;
+
+/// Bytes of each image's metadata cache: below 256 MiB with all that goes round.
+const CACHE_BYTES: u64 = 16 << 20;
+/// Bytes that are copied between two states from which `--resume` can go on.
+const CHECKPOINT_BYTES: u64 = 64 << 20;
+/// Places of unreadable bytes that people get to see; with `--json` there are more.
+const SHOWN_MAX: usize = 20;
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -31,78 +50,139 @@ struct Json<'a> {
     written: u64,
     zero: u64,
     same: u64,
+    offloaded: u64,
+    resumed: u64,
     compressed_clusters: u64,
     compressed_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unreadable_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unreadable: Option<Vec<Hole<'a>>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bitmaps: Option<&'a [String]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bitmaps_left_out: Option<&'a [String]>,
     file_size: u64,
     actual_size: u64,
 }
 
+#[derive(Debug, Serialize)]
+struct Hole<'a> {
+    offset: u64,
+    length: u64,
+    error: &'a str,
+}
+
+/// What is copied, and how.
+struct Copying<'a> {
+    args: &'a Arguments,
+    target: &'a Path,
+    sources: Vec<Chain>,
+    bytes: u64,
+    base: Option<Chain>,
+    workers: usize,
+}
+
+/// What was copied.
+struct Copied {
+    format: Format,
+    report: Report,
+    bitmaps: Vec<String>,
+    bitmaps_left_out: Vec<String>,
+}
+
 /// Copies a disk.
-pub fn run(args: &args::Convert) -> Result<()> {
-    let source = Chain::open(
-        &args.source,
-        &ChainOptions {
+pub fn run(args: &Arguments) -> Result<()> {
+    let stop = signals::stop_on_signals()?;
+    let (names, target) = args.files()?;
+    if names.len() > 1 {
+        let single = [
+            (args.backing.is_some(), "-B: an overlay"),
+            (args.snapshot.is_some(), "-l: a snapshot"),
+            (args.bitmaps, "--bitmaps: bitmaps"),
+            (args.data_file.is_some(), "--data-file: a data file"),
+        ];
+        if let Some((_, what)) = single.iter().find(|(said, _)| *said) {
+            bail!("{what} of several images makes no sense: give one SRC");
+        }
+    }
+    let passphrases = args.keys.read()?;
+    let open_source = |spec: &String| {
+        let options = ChainOptions {
             format: args.format,
             read_only: true,
+            cache: args.source_cache,
             force_share: args.force_share,
             allow_backing: args.allow_backing.clone(),
             data_file: args.data_file.clone(),
-            passphrases: args.keys.read()?,
+            snapshot: args.snapshot.clone(),
+            cache_bytes: Some(CACHE_BYTES),
+            passphrases: passphrases.clone(),
             ..ChainOptions::default()
-        },
-    )?;
-    let bytes = source.layers.first().map_or(0, |l| l.image.size());
+        };
+        open::chain(spec, &options)
+    };
+    let sources = names.iter().map(open_source);
+    let sources = sources.collect::<block::Result<Vec<Chain>>>()?;
+    let bytes = source_of(args, &sources)?.size();
     let below = target_passphrases(args)?;
-    let base = base(args, &below)?;
-    let workers = match args.workers {
-        Some(workers) => usize::from(workers),
-        None => thread::available_parallelism().map_or(1, |n| n.get().min(WORKERS_MAX)),
+    let copying = Copying {
+        args,
+        target,
+        bytes,
+        base: base(args, target, &below)?,
+        workers: match args.workers {
+            Some(workers) => usize::from(workers),
+            None => thread::available_parallelism().map_or(1, |n| n.get().min(WORKERS_MAX)),
+        },
+        sources,
     };
-    let options = ConvertOptions {
-        base: base.as_ref(),
-        workers,
-    };
-    let bar = bar(bytes, args.progress);
+    let bar = progress_bar(bytes, args.progress);
     let mut progress = |done| bar.set_position(done);
-    let (format, report) = match args.no_create {
-        true => into_existing(args, below, &source, &options, &mut progress)?,
-        false => {
-            let format = create::format_of(args.target_format, &args.target, "-O")?;
-            let report = into_new(args, format, bytes, below, &source, &options, &mut progress)?;
-            (format, report)
-        }
+    let mut work = Work::new(stop, &mut progress);
+    work.rate = args.rate;
+    let copied = match args.no_create {
+        true => copying.write_existing(below, &mut work),
+        false => copying.write_new(below, &mut work),
     };
     bar.finish_and_clear();
-    print(args, format, &report)
+    print(args, &copied?)
+}
+
+/// The disk that `chains` make.
+fn source_of<'a>(args: &Arguments, chains: &'a [Chain]) -> Result<Source<'a>> {
+    let chains: Vec<&Chain> = chains.iter().collect();
+    Ok(Source::join(&chains)?.salvaging(args.salvage))
 }
 
 /// What `--target-key-secret` names.
-fn target_passphrases(args: &args::Convert) -> Result<Vec<Arc<Passphrase>>> {
+fn target_passphrases(args: &Arguments) -> Result<Vec<Arc<Passphrase>>> {
     let find = |id: &String| Ok(Arc::new(args.keys.objects.find(id)?));
     args.target_key_secret.iter().map(find).collect()
 }
 
 /// The image that the target is to be an overlay of.
-fn base(args: &args::Convert, passphrases: &[Arc<Passphrase>]) -> Result<Option<Chain>> {
+fn base(args: &Arguments, target: &Path, passphrases: &[Arc<Passphrase>]) -> Result<Option<Chain>> {
     let Some(name) = &args.backing else {
         return Ok(None);
     };
     // A relative name starts at the directory of the image that stores it.
-    let path = args.target.parent().unwrap_or(Path::new("")).join(name);
-    let Some(spec) = path.to_str() else {
-        bail!("-B {}: the name is not UTF-8", path.display());
-    };
+    let path = target.parent().unwrap_or(Path::new("")).join(name);
+    let spec = open::spec(&path).context("-B")?;
     let options = ChainOptions {
         format: args.backing_format,
         read_only: true,
+        cache: args.source_cache,
         allow_backing: args.allow_backing.clone(),
+        cache_bytes: Some(CACHE_BYTES),
         passphrases: passphrases.to_vec(),
         ..ChainOptions::default()
     };
-    Ok(Some(Chain::open(spec, &options).context("-B")?))
+    Ok(Some(open::chain(spec, &options).context("-B")?))
 }
 
-fn bar(bytes: u64, anywhere: bool) -> ProgressBar {
+/// A bar for a disk of `bytes` bytes, on a terminal or `anywhere`.
+pub(crate) fn progress_bar(bytes: u64, anywhere: bool) -> ProgressBar {
     let target = match anywhere || std::io::stderr().is_terminal() {
         true => ProgressDrawTarget::stderr(),
         false => ProgressDrawTarget::hidden(),
@@ -116,214 +196,414 @@ fn bar(bytes: u64, anywhere: bool) -> ProgressBar {
     bar
 }
 
-fn into_existing(
-    args: &args::Convert,
-    passphrases: Vec<Arc<Passphrase>>,
-    source: &Chain,
-    options: &ConvertOptions<'_>,
-    progress: &mut dyn FnMut(u64),
-) -> Result<(Format, Report)> {
-    // Opened for writing, raw has to be said.
-    let target = open(args, args.target_format, passphrases)?;
-    let report = copy(source, &target, false, options, progress)?;
-    let format = target.layers.first().map_or(Format::Raw, |l| l.format);
-    Ok((format, report))
-}
-
-/// Opens the target for writing.
-fn open(
-    args: &args::Convert,
-    format: Option<Format>,
-    passphrases: Vec<Arc<Passphrase>>,
-) -> Result<Chain> {
-    let Some(spec) = args.target.to_str() else {
-        bail!("{}: the name is not UTF-8", args.target.display());
-    };
-    let options = ChainOptions {
-        format,
-        allow_backing: args.allow_backing.clone(),
-        repair: Some(crate::check::mend),
-        passphrases,
-        ..ChainOptions::default()
-    };
-    Ok(io::wait_for_lock(|| Chain::open(spec, &options))?)
-}
-
-fn copy(
-    source: &Chain,
-    target: &Chain,
-    blank: bool,
-    options: &ConvertOptions<'_>,
-    progress: &mut dyn FnMut(u64),
-) -> Result<Report> {
-    let mut driver = target.driver()?;
-    let cluster_size = (target.layers.first()).map_or(1, |l| l.image.describe().cluster_size);
-    let image = Target::Image {
-        driver: &mut driver,
-        blank,
-        cluster_size,
-    };
-    let report = convert(source, image, options, progress)?;
-    driver.close()?;
-    Ok(report)
-}
-
-fn into_new(
-    args: &args::Convert,
+/// The image that is written, before its data.
+struct Made<'a> {
+    path: &'a Path,
     format: Format,
-    bytes: u64,
-    below: Vec<Arc<Passphrase>>,
-    source: &Chain,
-    convert_options: &ConvertOptions<'_>,
-    progress: &mut dyn FnMut(u64),
-) -> Result<Report> {
-    let mut options = options::parse(format, &args.options)?;
-    if options.backing_file.is_some() || options.backing_format.is_some() {
-        bail!("-o backing_file, backing_fmt: say -B and -F");
+    passphrases: Vec<Arc<Passphrase>>,
+    /// It reads as zeros, or as its backing file.
+    blank: bool,
+    resume: bool,
+}
+
+impl Copying<'_> {
+    fn options(&self) -> ConvertOptions<'_> {
+        ConvertOptions {
+            base: self.base.as_ref(),
+            workers: self.workers,
+            sparse: self.args.sparse,
+            offload: self.args.copy_range,
+            checkpoint: self.args.resume.then_some(CHECKPOINT_BYTES),
+        }
     }
-    options.qcow2.size = bytes;
-    if let (Some(name), Some(backing)) = (&args.backing, args.backing_format) {
+
+    fn write_existing(
+        &self,
+        passphrases: Vec<Arc<Passphrase>>,
+        work: &mut Work<'_>,
+    ) -> Result<Copied> {
+        // Opened for writing, raw has to be said.
+        let chain = self.open(self.target, self.args.target_format, passphrases)?;
+        let format = chain
+            .layers
+            .first()
+            .map_or(Format::Raw, |layer| layer.format);
+        if self.args.target_is_zero && chain.layers.len() > 1 {
+            bail!("--target-is-zero: DST has a backing file, which it reads as");
+        }
+        if let Some(base) = &self.base {
+            let below = |chain: &Chain, nth: usize| {
+                let file = chain.layers.get(nth).and_then(|layer| layer.files.first());
+                file.map(|file| file.identity()).transpose()
+            };
+            if below(&chain, 1)? != below(base, 0)? {
+                bail!("-B: with -n it must be the backing file that DST has");
+            }
+        }
+        let entries = self.bitmaps(format)?;
+        let report = self.copy(&chain, self.args.target_is_zero, false, work)?;
+        drop(chain);
+        self.copy_bitmaps(self.target, &entries)?;
+        Ok(self.copied(format, report, entries))
+    }
+
+    fn copied(&self, format: Format, report: Report, entries: Bitmaps) -> Copied {
+        let (entries, bitmaps_left_out) = entries;
+        Copied {
+            format,
+            report,
+            bitmaps: entries.iter().map(qcow2::bitmap::Entry::name).collect(),
+            bitmaps_left_out,
+        }
+    }
+
+    /// Opens the target for writing.
+    fn open(
+        &self,
+        path: &Path,
+        format: Option<Format>,
+        passphrases: Vec<Arc<Passphrase>>,
+    ) -> Result<Chain> {
+        let options = ChainOptions {
+            format,
+            cache: self.args.cache,
+            allow_backing: self.args.allow_backing.clone(),
+            cache_bytes: Some(CACHE_BYTES),
+            repair: Some(crate::check::mend),
+            passphrases,
+            ..ChainOptions::default()
+        };
+        Ok(open::chain(open::spec(path)?, &options)?)
+    }
+
+    fn copy(
+        &self,
+        target: &Chain,
+        blank: bool,
+        resume: bool,
+        work: &mut Work<'_>,
+    ) -> Result<Report> {
+        let mut driver = target.driver()?;
+        let cluster_size =
+            (target.layers.first()).map_or(1, |layer| layer.image.describe().cluster_size);
+        let image = Target::Image {
+            driver: &mut driver,
+            blank,
+            cluster_size,
+            resume,
+        };
+        let source = source_of(self.args, &self.sources)?;
+        let report = convert(source, image, &self.options(), work);
+        match report {
+            Err(error) if self.args.resume => {
+                // What is done is what the next run goes on with; what matters is why this one ended.
+                let _ = driver.close();
+                Err(error.into())
+            }
+            Err(error) => Err(error.into()),
+            Ok(report) => driver.close().map(|()| report).map_err(Into::into),
+        }
+    }
+
+    /// The bitmaps that are to be copied; nothing is done where that cannot be.
+    fn bitmaps(&self, format: Format) -> Result<Bitmaps> {
+        let active = self.sources.first().and_then(|chain| chain.layers.first());
+        let file = match active {
+            _ if !self.args.bitmaps => return Ok((Vec::new(), Vec::new())),
+            Some(layer) if layer.format == Format::Qcow2 => layer.files.first(),
+            _ => None,
+        };
+        let Some(file) = file else {
+            bail!("--bitmaps: SRC has no bitmaps: only qcow2 images have");
+        };
         if format != Format::Qcow2 {
-            bail!("-B: {format} images have no backing file");
+            bail!("--bitmaps: {format} images have no bitmaps; qcow2 images of version 3 have");
         }
-        options.qcow2.backing = Some((name.clone(), backing.name().to_owned()));
+        let broken = match self.args.skip_broken_bitmaps {
+            true => Broken::Skip,
+            false => Broken::Refuse,
+        };
+        let found = bitmap::to_copy(&**file, broken)?;
+        for name in &found.1 {
+            eprintln!(
+                "diskplane: note: bitmap '{}' is inconsistent, and left out",
+                plain(name)
+            );
+        }
+        Ok(found)
     }
-    options.qcow2.extended_l2 = options.extended_l2.unwrap_or(false);
-    match format {
-        Format::Qcow2 => options.qcow2.validate()?,
-        _ if args.compress => bail!("-c: {format} images have no compressed clusters"),
-        _ => {}
+
+    fn copy_bitmaps(&self, target: &Path, (entries, _): &Bitmaps) -> Result<()> {
+        let active = self.sources.first().and_then(|chain| chain.layers.first());
+        let Some(file) = active.and_then(|layer| layer.files.first()) else {
+            return Ok(());
+        };
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let target = open::file(target, open::Access::Write)?;
+        Ok(bitmap::copy(&**file, entries, &*target)?)
     }
-    if args.compress && options.preallocation != tool::prealloc::Preallocation::Off {
-        bail!("-c and -o preallocation exclude each other");
+
+    fn write_new(&self, below: Vec<Arc<Passphrase>>, work: &mut Work<'_>) -> Result<Copied> {
+        let args = self.args;
+        let format = create::format_of(args.target_format, self.target, "-O")?;
+        let mut options = self.creation(format)?;
+        let entries = self.bitmaps(format)?;
+        if !entries.0.is_empty() && options.qcow2.version < 3 {
+            bail!("--bitmaps: images of version 2 (compat=0.10) have none");
+        }
+        // A device is taken as it is, and stays where it is.
+        let device = match fs::metadata(self.target) {
+            Ok(metadata) if metadata.is_file() => bail!(create::exists(self.target)),
+            found => found.is_ok(),
+        };
+        let mut passphrases = below;
+        if format == Format::Qcow2
+            && let Some(passphrase) = self.target_passphrase(&options.encrypt)?
+        {
+            options.qcow2.encryption = Some(options.encrypt.volume(&passphrase)?);
+            options.qcow2.validate()?;
+            passphrases.insert(0, passphrase);
+        }
+        if device {
+            let mut made = Made {
+                path: self.target,
+                format,
+                passphrases,
+                blank: format != Format::Raw,
+                resume: false,
+            };
+            let report = self.fill(&mut made, true, &options, work)?;
+            self.copy_bitmaps(self.target, &entries)?;
+            return Ok(self.copied(format, report, entries));
+        }
+        let mut partial = match args.resume {
+            true => Partial::lasting(self.target),
+            false => Partial::new(self.target),
+        };
+        if let Some(data) = self.data_file(&options) {
+            partial.add(data);
+        }
+        let path = partial.path().to_owned();
+        let mut made = Made {
+            path: &path,
+            format,
+            passphrases,
+            blank: true,
+            resume: args.resume && self.goes_on(&path, format, &options)?,
+        };
+        let report = self
+            .fill(&mut made, false, &options, work)
+            // Nobody is to see the name before all is there.
+            .and_then(|report| self.copy_bitmaps(&path, &entries).map(|()| report))
+            .map_err(|error| partial.name(error))?;
+        partial.finish()?;
+        Ok(self.copied(format, report, entries))
     }
-    if args.compress && options.encrypt.is_wanted() {
-        bail!("-c and -o encrypt.…: compressed clusters would not be encrypted");
+
+    /// Makes the target, unless it goes on with one, and copies.
+    fn fill(
+        &self,
+        made: &mut Made<'_>,
+        device: bool,
+        options: &options::Options,
+        work: &mut Work<'_>,
+    ) -> Result<Report> {
+        if self.args.compress {
+            return self.compressed(made.path, device, &options.qcow2, work);
+        }
+        if !made.resume {
+            create::write_all(made.path, made.format, options)?;
+        }
+        let passphrases = std::mem::take(&mut made.passphrases);
+        let target = self.open(made.path, Some(made.format), passphrases)?;
+        self.copy(&target, made.blank && !made.resume, made.resume, work)
     }
-    // A device is taken as it is, and stays where it is.
-    let device = match fs::metadata(&args.target) {
-        Ok(metadata) if metadata.is_file() => bail!(create::exists(&args.target)),
-        found => found.is_ok(),
-    };
-    // Only what is made here is taken away after a failure.
-    let directory = args.target.parent().unwrap_or(Path::new(""));
-    let data = (options.qcow2.data_file.as_ref()).map(|name| directory.join(name));
-    let files = [Some(args.target.clone()), data];
-    let new: Vec<_> = (files.into_iter().flatten())
-        .filter(|file| fs::symlink_metadata(file).is_err())
-        .collect();
-    let mut passphrases = below;
-    if format == Format::Qcow2
-        && let Some(passphrase) = target_passphrase(args, source, &options.encrypt)?
-    {
-        options.qcow2.encryption = Some(options.encrypt.volume(&passphrase)?);
-        options.qcow2.validate()?;
-        passphrases.insert(0, passphrase);
+
+    /// What the new image is to be.
+    fn creation(&self, format: Format) -> Result<options::Options> {
+        let args = self.args;
+        let mut options = options::parse(format, &args.options)?;
+        if options.backing_file.is_some() || options.backing_format.is_some() {
+            bail!("-o backing_file, backing_fmt: say -B and -F");
+        }
+        options.qcow2.size = self.bytes;
+        if let (Some(name), Some(backing)) = (&args.backing, args.backing_format) {
+            if format != Format::Qcow2 {
+                bail!("-B: {format} images have no backing file");
+            }
+            options.qcow2.backing = Some((name.clone(), backing.name().to_owned()));
+        }
+        options.qcow2.extended_l2 = options.extended_l2.unwrap_or(false);
+        match format {
+            Format::Qcow2 => options.qcow2.validate()?,
+            _ if args.compress => bail!("-c: {format} images have no compressed clusters"),
+            _ => {}
+        }
+        if args.compress && options.preallocation != Preallocation::Off {
+            bail!("-c and -o preallocation exclude each other");
+        }
+        if args.compress && options.encrypt.is_wanted() {
+            bail!("-c and -o encrypt.…: compressed clusters would not be encrypted");
+        }
+        if args.resume && options.qcow2.data_file.is_some() {
+            bail!(
+                "--resume and -o data_file exclude each other: the data file has no other name to wait under"
+            );
+        }
+        Ok(options)
     }
-    let written = match args.compress {
-        true => compressed(
-            args,
-            device,
-            &options.qcow2,
-            source,
-            convert_options,
-            progress,
-        ),
-        false => create::write_all(&args.target, format, &options).and_then(|()| {
-            let blank = !device || format != Format::Raw;
-            let target = open(args, Some(format), passphrases)?;
-            copy(source, &target, blank, convert_options, progress)
-        }),
-    };
-    if written.is_err() {
-        // Half a copy is of no use; what matters is why it failed.
-        for file in new {
-            let _ = fs::remove_file(file);
+
+    fn data_file(&self, options: &options::Options) -> Option<PathBuf> {
+        let directory = self.target.parent().unwrap_or(Path::new(""));
+        let name = options.qcow2.data_file.as_ref();
+        name.map(|name| directory.join(name))
+    }
+
+    /// Whether `path` is there to go on with. What a run that was killed left before it was an image is removed.
+    fn goes_on(&self, path: &Path, format: Format, options: &options::Options) -> Result<bool> {
+        if fs::symlink_metadata(path).is_err() {
+            return Ok(false);
+        }
+        let (file, found) = open::image(path, None, open::Access::Write)?;
+        let same = match (format, found) {
+            (Format::Qcow2, Format::Qcow2) => {
+                let header = qcow2::Header::read(&*file)?;
+                header.size == block::align_up(options.qcow2.size, 512)
+                    && header.cluster_size() == options.qcow2.cluster_size
+                    && header.version == options.qcow2.version
+                    && header.backing
+                        == options.qcow2.backing.as_ref().map(|(name, _)| name.clone())
+                    && (header.crypt_method != 0) == options.encrypt.is_wanted()
+            }
+            // Its header is written last.
+            (Format::Qcow2, _) => {
+                fs::remove_file(path)?;
+                return Ok(false);
+            }
+            (_, Format::Raw) => file.len()? == block::align_up(options.qcow2.size, 512),
+            _ => false,
+        };
+        match same {
+            true => Ok(true),
+            false => bail!(
+                "{}: is no part of this copy (another size, format or options): remove it",
+                path.display()
+            ),
         }
     }
-    written
+
+    /// The passphrase that a new image is to be encrypted with, if it is to be.
+    fn target_passphrase(&self, options: &encrypt::Options) -> Result<Option<Arc<Passphrase>>> {
+        let is_encrypted = |layer: &Layer| layer.image.encryption().is_some();
+        let mut layers = self.sources.iter().flat_map(|source| &source.layers);
+        if options.is_wanted() && !options.names_secret() && layers.any(is_encrypted) {
+            bail!(
+                "-o encrypt.format=luks: SRC has a passphrase of its own: name the new one, \
+                 --object secret,id=ID,file=FILE -o encrypt.key-secret=ID"
+            );
+        }
+        options.passphrase(&self.args.keys)
+    }
+
+    fn compressed(
+        &self,
+        path: &Path,
+        device: bool,
+        options: &qcow2::CreateOptions,
+        work: &mut Work<'_>,
+    ) -> Result<Report> {
+        let open = OpenOptions {
+            cache: self.args.cache,
+            ..OpenOptions::default()
+        };
+        let file = match device {
+            true => io::wait_for_lock(|| File::open(path, &open))?,
+            false => File::create_new(path, &open)?,
+        };
+        if device && file.kind() != FileKind::BlockDevice {
+            bail!("{}: neither a file nor a block device", path.display());
+        }
+        let target = Target::Compressed {
+            writer: Box::new(qcow2::ImageWriter::new(&*file, options)?),
+            compression: options.compression,
+        };
+        let source = source_of(self.args, &self.sources)?;
+        Ok(convert(source, target, &self.options(), work)?)
+    }
 }
 
-/// The passphrase that a new image is to be encrypted with, if it is to be.
-fn target_passphrase(
-    args: &args::Convert,
-    source: &Chain,
-    options: &encrypt::Options,
-) -> Result<Option<Arc<Passphrase>>> {
-    let is_encrypted = |layer: &Layer| layer.image.encryption().is_some();
-    if options.is_wanted() && !options.names_secret() && source.layers.iter().any(is_encrypted) {
-        bail!(
-            "-o encrypt.format=luks: SRC has a passphrase of its own: name the new one, \
-             --object secret,id=ID,file=FILE -o encrypt.key-secret=ID"
-        );
-    }
-    options.passphrase(&args.keys)
-}
+/// Bitmaps to copy, and names of those that are left out.
+type Bitmaps = (Vec<qcow2::bitmap::Entry>, Vec<String>);
 
-fn compressed(
-    args: &args::Convert,
-    device: bool,
-    options: &qcow2::CreateOptions,
-    source: &Chain,
-    convert_options: &ConvertOptions<'_>,
-    progress: &mut dyn FnMut(u64),
-) -> Result<Report> {
-    let open = OpenOptions::default();
-    let file = match device {
-        true => File::open(&args.target, &open)?,
-        false => File::create_new(&args.target, &open)?,
-    };
-    if device && file.kind() != FileKind::BlockDevice {
-        bail!(
-            "{}: neither a file nor a block device",
-            args.target.display()
-        );
-    }
-    let target = Target::Compressed {
-        writer: Box::new(qcow2::ImageWriter::new(&*file, options)?),
-        compression: options.compression,
-    };
-    let report = convert(source, target, convert_options, progress)?;
-    if !device {
-        create::sync_directory(&args.target)?;
-    }
-    Ok(report)
-}
-
-fn print(args: &args::Convert, format: Format, report: &Report) -> Result<()> {
-    let metadata = fs::metadata(&args.target)?;
+fn print(args: &Arguments, copied: &Copied) -> Result<()> {
+    let Copied { format, report, .. } = copied;
+    let (names, target) = args.files()?;
+    let metadata = fs::metadata(target)?;
     let (file_size, actual_size) = (metadata.len(), metadata.blocks().saturating_mul(512));
     if args.json {
+        let places = report.unreadable.iter().map(|found| Hole {
+            offset: found.at,
+            length: found.len,
+            error: &found.error,
+        });
         let json = Json {
-            filename: args.target.display().to_string(),
+            filename: target.display().to_string(),
             format: format.name(),
             virtual_size: report.size,
             written: report.written,
             zero: report.zero,
             same: report.same,
+            offloaded: report.offloaded,
+            resumed: report.resumed,
             compressed_clusters: report.compressed_clusters,
             compressed_bytes: report.compressed_bytes,
+            unreadable_bytes: args.salvage.then_some(report.unreadable_bytes),
+            unreadable: args.salvage.then(|| places.collect()),
+            bitmaps: args.bitmaps.then_some(&copied.bitmaps),
+            bitmaps_left_out: args.bitmaps.then_some(&copied.bitmaps_left_out),
             file_size,
             actual_size,
         };
         return crate::print(&crate::json(&json)?);
     }
+    for found in report.unreadable.iter().take(SHOWN_MAX) {
+        eprintln!(
+            "diskplane: note: {} bytes at {:#x} are zeros now: {}",
+            found.len,
+            found.at,
+            plain(&found.error)
+        );
+    }
     let mut line = format!(
         "converted {} to {}: {format}, {}; {} of data",
-        args.source,
-        args.target.display(),
+        names.join(" and "),
+        target.display(),
         size::human(report.size),
         size::human(report.written)
     );
-    if let Some(base) = args.backing.as_ref().filter(|_| report.same > 0) {
-        line.push_str(&format!(", {} as in {base}", size::human(report.same)));
-    }
+    let mut add = |bytes: u64, what: &str| {
+        if bytes > 0 {
+            line.push_str(&format!(", {} {what}", size::human(bytes)));
+        }
+    };
+    let base = args.backing.as_deref().unwrap_or_default();
+    add(report.same, &format!("as in {base}"));
+    add(report.offloaded, "copied by the host");
+    add(report.resumed, "there already");
+    add(report.unreadable_bytes, "unreadable");
     if report.compressed_clusters > 0 {
         let packed = size::human(report.compressed_bytes);
         line.push_str(&format!(
             ", {} clusters compressed to {packed}",
             report.compressed_clusters
         ));
+    }
+    match copied.bitmaps.len() {
+        0 => {}
+        1 => line.push_str(", 1 bitmap"),
+        count => line.push_str(&format!(", {count} bitmaps")),
     }
     crate::print(&(line + "\n"))
 }

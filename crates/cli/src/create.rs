@@ -1,6 +1,6 @@
 //! `diskplane create`.
 
-use crate::{args, options, options::Options};
+use crate::{args, open, options, options::Options};
 use anyhow::{Context, Result, bail};
 use block::{ErrorKind, Storage, limits, size};
 use disk::chain::{self, Chain, ChainOptions};
@@ -137,9 +137,7 @@ fn backing_of(args: &args::Create, options: &Options) -> Result<Option<(String, 
 fn base_size(file: &Path, name: &str, format: Format) -> Result<u64> {
     // A relative name starts at the directory of the image that stores it.
     let path = file.parent().unwrap_or(Path::new("")).join(name);
-    let Some(spec) = path.to_str() else {
-        bail!("-b {}: the name is not UTF-8", path.display());
-    };
+    let spec = open::spec(&path).context("-b")?;
     let options = ChainOptions {
         format: Some(format),
         read_only: true,
@@ -147,7 +145,7 @@ fn base_size(file: &Path, name: &str, format: Format) -> Result<u64> {
         allow_locked: true,
         ..ChainOptions::default()
     };
-    let chain = io::wait_for_lock(|| Chain::open(spec, &options)).context("backing file")?;
+    let chain = open::chain(spec, &options).context("backing file")?;
     Ok(chain.layers.first().map_or(0, |layer| layer.image.size()))
 }
 

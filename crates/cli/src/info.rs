@@ -20,7 +20,7 @@
 //! | `bitmaps` | array of objects with `name`, `granularity` (bytes) and `flags` (`in-use`, `auto`); absent where there are none |
 //! | `engine` | object with `name` and `reason`: what `--aio auto` picks for the file; the active image only |
 
-use crate::{args, bitmap, encrypt::Shown, print, snapshot};
+use crate::{args, bitmap, encrypt::Shown, open, print, snapshot};
 use anyhow::Result;
 use block::{plain, size};
 use comfy_table::{Table, presets};
@@ -78,7 +78,7 @@ struct Engine {
 /// Shows what an image is.
 pub fn run(args: &args::Info) -> Result<()> {
     let reading = &args.reading;
-    let chain = Chain::open(
+    let chain = open::chain(
         &reading.file,
         &ChainOptions {
             format: reading.format,

@@ -18,7 +18,9 @@ mod encrypt;
 mod info;
 mod keys;
 mod map;
+mod open;
 mod options;
+mod partial;
 mod resize;
 mod secret;
 mod serve;
@@ -72,11 +74,21 @@ fn main() -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
+            if was_stopped(&error) {
+                eprintln!("diskplane: stopped by a signal");
+                signals::die_if_stopped();
+            }
             // It may have names in it that somebody else made, of files too.
             eprintln!("diskplane: {}", block::plain(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }
+}
+
+/// Whether a command failed since a signal stopped its work.
+fn was_stopped(error: &anyhow::Error) -> bool {
+    let ours = error.downcast_ref::<block::Error>();
+    ours.is_some_and(|error| error.kind() == block::ErrorKind::Interrupted)
 }
 
 /// The code of a command that either did its work or failed.

@@ -13,7 +13,7 @@
 //! | `offset` | where they are in that image's file, or its external data file; absent where there are none, and
 //! where they are encrypted |
 
-use crate::args;
+use crate::{args, open};
 use anyhow::Result;
 use block::{RangeKind, Storage, size};
 use disk::{
@@ -54,7 +54,7 @@ impl Entry {
 /// Shows what an image's ranges are made of.
 pub fn run(args: &args::Map) -> Result<()> {
     let reading = &args.reading;
-    let chain = Chain::open(
+    let chain = open::chain(
         &reading.file,
         &ChainOptions {
             format: reading.format,

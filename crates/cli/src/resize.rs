@@ -4,10 +4,10 @@
 //! bytes; `preallocation`, the mode that the new part got.
 
 use crate::secret::Keys;
-use crate::{args, print};
-use anyhow::{Result, anyhow, bail};
+use crate::{args, open, print};
+use anyhow::{Result, anyhow};
 use block::{limits, size};
-use disk::chain::{Chain, ChainOptions};
+use disk::chain::ChainOptions;
 use image::Format;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -98,9 +98,7 @@ pub fn resize(
     keys: &Keys,
     wish: &Wish,
 ) -> Result<Resized> {
-    let Some(spec) = path.to_str() else {
-        bail!("{}: the name is not UTF-8", path.display());
-    };
+    let spec = open::spec(path)?;
     let options = ChainOptions {
         format,
         allow_backing: allow_backing.to_vec(),
@@ -108,7 +106,7 @@ pub fn resize(
         repair: Some(crate::check::mend),
         ..ChainOptions::default()
     };
-    let chain = Chain::open(spec, &options)?;
+    let chain = open::chain(spec, &options)?;
     let active = chain.layers.first();
     let format = active.map_or(Format::Null, |layer| layer.format);
     let old = active.map_or(0, |layer| layer.image.size());

@@ -9,7 +9,10 @@ use std::{
     mem::{MaybeUninit, size_of},
     os::fd::FromRawFd,
     ptr,
+    sync::atomic::{AtomicI32, Ordering},
+    thread,
 };
+use tool::work::Stop;
 
 /// What a signal asks of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,16 +28,20 @@ pub enum Signal {
 pub struct Signals(File);
 
 impl Signals {
-    /// Blocks the signals for this thread and those that it starts from now on, so that they wait
-    /// to be read here. To be called before any thread is started.
+    /// Blocks the signals of a server, SIGTERM, SIGINT and SIGUSR1, for this thread and those that it starts from now
+    /// on, so that they wait to be read here. To be called before any thread is started.
     pub fn block() -> Result<Self> {
+        Self::block_these(&[libc::SIGTERM, libc::SIGINT, libc::SIGUSR1])
+    }
+
+    fn block_these(signals: &[i32]) -> Result<Self> {
         let mut set = MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: `sigemptyset` initialises the set that it is given, and the others only read
         // or change an initialised one.
         let set = unsafe {
             libc::sigemptyset(set.as_mut_ptr());
-            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1] {
-                libc::sigaddset(set.as_mut_ptr(), signal);
+            for signal in signals {
+                libc::sigaddset(set.as_mut_ptr(), *signal);
             }
             set.assume_init()
         };
@@ -54,13 +61,79 @@ impl Signals {
 
     /// Sleeps until a signal comes.
     pub fn wait(&mut self) -> Result<Signal> {
+        Ok(match self.wait_number()? {
+            libc::SIGUSR1 => Signal::Statistics,
+            _ => Signal::Stop,
+        })
+    }
+
+    fn wait_number(&mut self) -> Result<i32> {
         // The signal's number is the first field of `signalfd_siginfo`.
         let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
         self.0.read_exact(&mut info).context("read signals")?;
         let number = info.first_chunk().map(|n| u32::from_ne_bytes(*n));
-        Ok(match number.and_then(|n| i32::try_from(n).ok()) {
-            Some(libc::SIGUSR1) => Signal::Statistics,
-            _ => Signal::Stop,
+        let number = number.and_then(|n| i32::try_from(n).ok());
+        number.context("a signal without a number")
+    }
+}
+
+/// The signal that ended the work of [`stop_on_signals`]; 0: none.
+static CAUGHT: AtomicI32 = AtomicI32::new(0);
+
+/// From now on SIGINT, SIGTERM and SIGHUP, where this process does not ignore them, ask for the end of the work: it
+/// clears up behind itself then. The second of them ends the process at once. To be called before any
+/// thread is started.
+pub fn stop_on_signals() -> Result<Stop> {
+    let signals: Vec<i32> = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP]
+        .into_iter()
+        .filter(|signal| !is_ignored(*signal))
+        .collect();
+    let mut signals = Signals::block_these(&signals)?;
+    let stop = Stop::default();
+    let asked = stop.clone();
+    thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            while let Ok(number) = signals.wait_number() {
+                if CAUGHT.swap(number, Ordering::Relaxed) != 0 {
+                    die_of(number);
+                }
+                asked.request();
+            }
         })
+        .context("start a thread")?;
+    Ok(stop)
+}
+
+/// Ends the process as the signal that stopped its work would have, where one did: a shell that runs a script
+/// wants to see that, and shows 128 and the signal's number.
+pub fn die_if_stopped() {
+    match CAUGHT.load(Ordering::Relaxed) {
+        0 => {}
+        number => die_of(number),
+    }
+}
+
+/// Whether the process was started with the signal ignored, as `nohup` and `&` in a script do it.
+fn is_ignored(signal: i32) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: a null pointer asks for the present action, which is written where the second one points. All
+    // zeros are a valid `sigaction`.
+    unsafe {
+        libc::sigaction(signal, ptr::null(), action.as_mut_ptr());
+        action.assume_init().sa_sigaction == libc::SIG_IGN
+    }
+}
+
+/// Ends the process by `signal`, whose action was never changed.
+fn die_of(signal: i32) {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: `sigemptyset` initialises the set, the others read or change an initialised one; a null pointer for
+    // the old mask is allowed.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        libc::sigaddset(set.as_mut_ptr(), signal);
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, set.as_ptr(), ptr::null_mut());
+        libc::raise(signal);
     }
 }

@@ -12,13 +12,13 @@
 //! | `icount` | instructions that the VM had executed; absent where they were not counted |
 //! | `disk-size` | ours: bytes of the disk then; absent where the image does not say |
 
+use crate::open::{self, Access};
 use crate::{args, print};
 use anyhow::{Context as _, Result, bail};
 use block::{Storage, plain, size};
 use comfy_table::{Table, presets};
 use image::Format;
 use image::qcow2::snapshot::{self, NewSnapshot, Snapshot};
-use io::{File, Lock, OpenOptions};
 use serde::Serialize;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -60,21 +60,12 @@ const NSEC: u64 = 1_000_000_000;
 /// Lists, makes, applies or deletes snapshots.
 pub fn run(args: &args::Snapshot) -> Result<()> {
     let changes = args.create.is_some() || args.apply.is_some() || args.delete.is_some();
-    let lock = match (args.force_share, changes) {
-        (true, _) => Lock::None,
-        (false, false) => Lock::Read { share_write: false },
-        (false, true) => Lock::Write,
+    let access = match changes {
+        true => Access::Write,
+        false => Access::reading(args.force_share),
     };
-    let options = OpenOptions {
-        read_only: !changes,
-        lock,
-        ..OpenOptions::default()
-    };
-    // A server that was killed just now may hold its lock for a moment.
-    let file = io::wait_for_lock(|| File::open(&args.file, &options))?;
+    let (file, format) = open::image(&args.file, args.format, access)?;
     let shown = args.file.display();
-    let probed = || image::probe(&*file).map(|found| found.unwrap_or(Format::Raw));
-    let format = args.format.map_or_else(probed, Ok)?;
     if format != Format::Qcow2 {
         bail!("{shown}: a {format} image has no internal snapshots; qcow2 images can have them");
     }

@@ -19,6 +19,8 @@ use tool::check::{CheckOptions, Repair};
 use tool::convert::{ConvertOptions, Target, convert};
 use tool::prealloc::Preallocation;
 use tool::resize::{ResizeOptions, resize};
+use tool::source::Source;
+use tool::work::{Stop, Work};
 
 /// A closed image and its history.
 pub struct Ground<'a> {
@@ -222,9 +224,11 @@ fn convert_again(ground: &mut Ground, _: &[&str]) -> Result<Effect> {
     };
     let options = ConvertOptions {
         base: (!below.layers.is_empty()).then_some(&below),
-        workers: 1,
+        ..ConvertOptions::default()
     };
-    convert(&source, target, &options, &mut |_| {})?;
+    let mut progress = |_| {};
+    let mut work = Work::new(Stop::default(), &mut progress);
+    convert(Source::new(&source)?, target, &options, &mut work)?;
     ground.model.present(ground.world.clock.tick());
     Ok(Effect::Nothing)
 }

@@ -119,6 +119,75 @@ impl Driver {
         Ok(())
     }
 
+    /// Whether the active image's data are encrypted: its files do not have the guest's bytes as they are.
+    pub fn is_encrypted(&self) -> bool {
+        let first = self.members.first();
+        first.is_some_and(|member| member.image.encryption().is_some())
+    }
+
+    /// Writes `len` bytes at `at` that `each` puts into the file: it is told, piece by piece, which file, where in
+    /// it, how many bytes before belong elsewhere, and how many belong there.
+    ///
+    /// # Errors
+    ///
+    /// As [`Driver::write`], and what `each` fails with; `Unsupported` for an encrypted image.
+    pub fn write_with(
+        &mut self,
+        at: u64,
+        len: u64,
+        mut each: impl FnMut(&dyn Storage, HostOffset, u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        self.check_write(at, len)?;
+        if self.is_encrypted() {
+            return Err(Error::unsupported(
+                "an encrypted image's file does not have the guest's bytes as they are",
+            ));
+        }
+        let mut done = 0;
+        while done < len {
+            let (here, left) = (GuestOffset(at + done), len - done);
+            let plan = self.answer(0, |image| image.plan_write(here, left))?;
+            let part = match plan {
+                Plan::Drop { len } => len,
+                Plan::InPlace { file, offset, len } => {
+                    each(&*self.file(0, file)?, offset, done, len)?;
+                    len
+                }
+                Plan::Allocate(new) => {
+                    let written = self.fill_around(here, &new).and_then(|host| {
+                        each(&*self.file(0, new.file)?, host, done, new.write_len)
+                    });
+                    let image = &self.member(0)?.image;
+                    match written {
+                        Ok(()) => image.commit(new.ticket),
+                        Err(error) => {
+                            image.abort(new.ticket);
+                            return Err(error);
+                        }
+                    }
+                    new.write_len
+                }
+            };
+            done += whole(part, left)?;
+        }
+        Ok(())
+    }
+
+    /// Writes what belongs around `new.write_len` bytes at `at` into an allocation. Returns where these go.
+    fn fill_around(&mut self, at: GuestOffset, new: &Allocation) -> Result<HostOffset> {
+        let to = at.plus(new.write_len);
+        let end = new.start.plus(new.len);
+        if at < new.start || to > end {
+            return Err(Error::corrupt(format!(
+                "{new:?} does not cover {} bytes at {at}",
+                new.write_len
+            )));
+        }
+        self.fill(new, new.start, at)?;
+        self.fill(new, to, end)?;
+        Ok(new.host.plus(at.since(new.start)))
+    }
+
     /// Makes a range read as zeros, giving its space back with `unmap`.
     pub fn write_zeroes(&mut self, at: u64, len: u64, unmap: bool) -> Result<()> {
         self.zero(at, len, ZeroMode::Zero { unmap })
@@ -177,21 +246,12 @@ impl Driver {
 
     /// Writes all that belongs into an allocation for a write of zeros at `at`. Returns where that is.
     fn fill_with_zeros(&mut self, at: GuestOffset, new: &Allocation) -> Result<HostOffset> {
-        let (from, to) = (new.host.plus(at.since(new.start)), at.plus(new.write_len));
-        let end = new.start.plus(new.len);
-        if at < new.start || to > end {
-            return Err(Error::corrupt(format!(
-                "{new:?} does not cover {} bytes at {at}",
-                new.write_len
-            )));
-        }
-        self.fill(new, new.start, at)?;
+        let from = self.fill_around(at, new)?;
         // What is encrypted is zeroed when it is the guest's.
-        if !new.zeroed && self.member(0)?.image.encryption().is_none() {
+        if !new.zeroed && !self.is_encrypted() {
             let file = self.file(0, new.file)?;
             file.write_zeroes(from.0, new.write_len, false)?;
         }
-        self.fill(new, to, end)?;
         Ok(from)
     }
 

@@ -1,6 +1,6 @@
 //! Persistent bitmaps of an image: what is done to them, in an order, at once.
 
-use block::{Result, Storage};
+use block::{Error, Result, Storage, plain};
 use image::qcow2::bitmap::{self, Bitmaps, Entry};
 
 /// One thing to do to a bitmap.
@@ -83,4 +83,59 @@ pub fn list(storage: &dyn Storage) -> Result<Vec<Listed>> {
         Ok(Listed { entry, dirty_bytes })
     });
     entries.collect()
+}
+
+/// What becomes of bitmaps that are not sound when all are copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Broken {
+    /// Nothing is copied.
+    Refuse,
+    /// They are left out.
+    Skip,
+}
+
+/// The bitmaps of the image in `source` that can be copied, and the names of those that cannot: whoever wrote the
+/// image did not close it, or they have extra data that nobody knows.
+///
+/// # Errors
+///
+/// `Corrupt` for one that cannot, where `broken` refuses it, and for a directory that breaks the specification.
+pub fn to_copy(source: &dyn Storage, broken: Broken) -> Result<(Vec<Entry>, Vec<String>)> {
+    let (mut sound, mut left_out) = (Vec::new(), Vec::new());
+    for entry in bitmap::list(source)? {
+        match (entry.in_use() || entry.incompatible(), broken) {
+            (false, _) => sound.push(entry),
+            (true, Broken::Skip) => left_out.push(entry.name()),
+            (true, Broken::Refuse) => {
+                return Err(Error::corrupt(format!(
+                    "{}: bitmap '{}' is inconsistent (the image was not closed): say --skip-broken-bitmaps to \
+                     leave it out, or remove it with diskplane bitmap --remove",
+                    source.name(),
+                    plain(&entry.name())
+                )));
+            }
+        }
+    }
+    Ok((sound, left_out))
+}
+
+/// Copies bitmaps `entries` of the image in `source` to the image in `target`, which nobody else may use, with their
+/// granularity and state. All of them are there afterwards, or none. Memory: two bitmaps at a time, and those that
+/// are new.
+///
+/// # Errors
+///
+/// `Invalid` for a name that the target has already, and whatever else [`Bitmaps`] refuses.
+pub fn copy(source: &dyn Storage, entries: &[Entry], target: &dyn Storage) -> Result<()> {
+    if entries.is_empty() {
+        return Ok(());
+    }
+    let mut bitmaps = Bitmaps::open(target)?;
+    for entry in entries {
+        let name = entry.raw_name();
+        bitmaps.add(name, Some(entry.granularity()))?;
+        bitmaps.merge(name, &bitmap::load(source, name)?)?;
+        bitmaps.set_enabled(name, entry.auto())?;
+    }
+    bitmaps.commit()
 }

@@ -10,3 +10,5 @@ pub mod check;
 pub mod convert;
 pub mod prealloc;
 pub mod resize;
+pub mod source;
+pub mod work;

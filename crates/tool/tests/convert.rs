@@ -1,6 +1,7 @@
 //! What `convert` writes: QEMU finds it sound and reads the same bytes, its size is that of QEMU's own, and it does
 //! not depend on the number of workers.
 
+use block::Result;
 use disk::{Chain, ChainOptions};
 use image::Format;
 use image::qcow2::{Compression, CreateOptions, ImageWriter};
@@ -9,6 +10,8 @@ use std::path::Path;
 use std::process::Command;
 use testkit::{TempDir, qemu};
 use tool::convert::{ConvertOptions, Report, Target, convert};
+use tool::source::Source;
+use tool::work::{Stop, Work};
 
 const MIB: usize = 1 << 20;
 
@@ -60,6 +63,12 @@ fn chain(path: &Path, read_only: bool, format: Format) -> Chain {
     io::wait_for_lock(|| Chain::open(path.to_str().unwrap(), &options)).unwrap()
 }
 
+fn run(source: &Chain, target: Target<'_>, options: &ConvertOptions<'_>) -> Result<Report> {
+    let mut progress = |_| {};
+    let mut work = Work::new(Stop::default(), &mut progress);
+    convert(Source::new(source)?, target, options, &mut work)
+}
+
 fn pack(
     source: &Path,
     target: &Path,
@@ -81,13 +90,16 @@ fn pack(
     let options = ConvertOptions {
         base: base.as_ref(),
         workers,
+        ..ConvertOptions::default()
     };
     let mut last = 0;
-    let report = convert(&source, target, &options, &mut |done| {
+    let mut progress = |done| {
         assert!(done >= last, "progress goes on");
         last = done;
-    });
-    let report = report.unwrap();
+    };
+    let mut work = Work::new(Stop::default(), &mut progress);
+    let source = Source::new(&source).unwrap();
+    let report = convert(source, target, &options, &mut work).unwrap();
     assert_eq!(last, report.size);
     report
 }
@@ -249,12 +261,14 @@ fn overlays_have_only_what_differs() {
             driver: &mut driver,
             blank: true,
             cluster_size: 65536,
+            resume: false,
         };
         let options = ConvertOptions {
             base: Some(&base),
             workers: 1,
+            ..ConvertOptions::default()
         };
-        let plain = convert(&source, image, &options, &mut |_| {}).unwrap();
+        let plain = run(&source, image, &options).unwrap();
         assert_eq!(plain.written, report.written);
         driver.close().unwrap();
         drop(target);
@@ -302,8 +316,9 @@ fn a_target_that_fails_is_no_image() {
     let options = ConvertOptions {
         base: None,
         workers: 2,
+        ..ConvertOptions::default()
     };
-    let error = convert(&source, image, &options, &mut |_| {}).unwrap_err();
+    let error = run(&source, image, &options).unwrap_err();
     assert!(
         error.to_string().contains("less than the source's"),
         "{error}"
@@ -329,7 +344,7 @@ fn a_target_that_fails_is_no_image() {
         writer: Box::new(ImageWriter::new(&*file, &full).unwrap()),
         compression: Compression::Zlib,
     };
-    let error = convert(&source, image, &options, &mut |_| {}).unwrap_err();
+    let error = run(&source, image, &options).unwrap_err();
     assert!(error.to_string().contains("L2 entry"), "{error}");
     let start = fs::read(&target).unwrap();
     assert!(start.get(..4) != Some(b"QFI\xfb"), "it shows a format");

@@ -96,6 +96,18 @@ impl File {
         &self.path
     }
 
+    /// Device and inode: the same for whoever opened this file, by whatever name.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn identity(&self) -> Result<(u64, u64)> {
+        let stat = rustix::fs::fstat(&self.fd)
+            .map_err(io::Error::from)
+            .context(|| self.path.display().to_string())?;
+        Ok((stat.st_dev, stat.st_ino))
+    }
+
     /// Whether writes are refused.
     pub fn read_only(&self) -> bool {
         self.read_only

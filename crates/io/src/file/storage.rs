@@ -2,6 +2,7 @@
 
 use super::{File, GateHeld};
 use block::{Context, Error, Range, RangeKind, Result, Storage, Zeroed};
+use std::os::fd::{AsFd, BorrowedFd};
 
 impl File {
     fn at(&self, what: &str, offset: u64, len: u64) -> String {
@@ -87,5 +88,9 @@ impl Storage for File {
                 RangeKind::Hole
             },
         }))
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.sim.is_none().then(|| self.as_fd())
     }
 }

@@ -52,8 +52,23 @@ pub fn list(storage: &dyn Storage) -> Result<Vec<Snapshot>> {
     Ok(snapshots)
 }
 
-/// The snapshot whose id is `which`, else the first with that name: what QEMU applies and reads.
+/// The snapshot whose id is `which`, else the first with that name: what QEMU applies and reads. As in QEMU,
+/// `snapshot.id=ID`, `snapshot.name=NAME`, or both with a comma between, say which of the two is meant.
 pub fn find<'s>(snapshots: &'s [Snapshot], which: &str) -> Option<&'s Snapshot> {
+    if which.starts_with("snapshot.") {
+        let (mut id, mut name) = (None, None);
+        for pair in which.split(',') {
+            match pair.split_once('=')? {
+                ("snapshot.id", value) => id = Some(value),
+                ("snapshot.name", value) => name = Some(value),
+                _ => return None,
+            }
+        }
+        let fits = |has: &[u8], said: Option<&str>| said.is_none_or(|said| said.as_bytes() == has);
+        return snapshots
+            .iter()
+            .find(|s| fits(&s.id, id) && fits(&s.name, name));
+    }
     let which = which.as_bytes();
     let by_id = snapshots.iter().find(|s| s.id == which);
     by_id.or_else(|| snapshots.iter().find(|s| s.name == which))

@@ -1,0 +1,369 @@
+//! A disk that is read from its beginning to its end: one chain of images, part of one, or several one behind the
+//! other.
+//!
+//! What is zeros is known from the formats' maps, and from the holes of files whose holes are zeros, without
+//! reading it. Where a run of bytes lies in a file as it is, [`Run::place`] says where: what two disks have in the
+//! same place is the same, and can be copied from file to file.
+
+use block::{Error, RangeKind, Result, Storage};
+use disk::{Chain, blocking::Driver};
+use image::ExtentKind;
+use std::sync::Arc;
+
+/// Bytes of what cannot be read that are given up at once, where a smaller part is not known.
+const SECTOR: u64 = 512;
+/// Places of unreadable bytes that are kept; of more only the number of bytes.
+pub const UNREADABLE_MAX: usize = 100;
+
+/// Bytes that could not be read, and read as zeros instead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unreadable {
+    /// First byte on the disk.
+    pub at: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Why.
+    pub error: String,
+}
+
+/// Where bytes of a disk are, as the guest reads them.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// The file.
+    pub file: Arc<dyn Storage>,
+    /// Device and inode of the file.
+    pub identity: (u64, u64),
+    /// Where in it.
+    pub offset: u64,
+}
+
+/// What a part of a disk is made of.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// Bytes, at least 1.
+    pub len: u64,
+    /// It is known to read as zeros.
+    pub zero: bool,
+    /// Some image has it: data, or zeros that it says are there.
+    pub allocated: bool,
+    /// Bytes are stored for it.
+    pub data: bool,
+    /// Where its bytes are in one piece, where they are as the guest reads them.
+    pub place: Option<Place>,
+}
+
+impl Run {
+    fn nothing(len: u64) -> Self {
+        Self {
+            len,
+            zero: true,
+            allocated: false,
+            data: false,
+            place: None,
+        }
+    }
+}
+
+/// A chain that is part of a disk.
+#[derive(Debug)]
+struct Part<'a> {
+    chain: &'a Chain,
+    driver: Driver,
+    /// Device and inode of each file of each layer, where it has them.
+    identities: Vec<Vec<Option<(u64, u64)>>>,
+    /// Where it begins on the disk.
+    begin: u64,
+    /// The first byte of it that counts.
+    skip: u64,
+    /// Bytes.
+    len: u64,
+}
+
+/// A disk to read.
+#[derive(Debug)]
+pub struct Source<'a> {
+    parts: Vec<Part<'a>>,
+    size: u64,
+    /// What cannot be read counts as zeros.
+    salvage: bool,
+    unreadable: Vec<Unreadable>,
+    unreadable_bytes: u64,
+}
+
+impl<'a> Source<'a> {
+    /// The disk that `chains` make, one behind the other.
+    ///
+    /// # Errors
+    ///
+    /// `Invalid` for more bytes than a disk can have.
+    pub fn join(chains: &[&'a Chain]) -> Result<Self> {
+        let mut source = Self {
+            parts: Vec::new(),
+            size: 0,
+            salvage: false,
+            unreadable: Vec::new(),
+            unreadable_bytes: 0,
+        };
+        for chain in chains {
+            source.push(chain, 0, u64::MAX)?;
+        }
+        Ok(source)
+    }
+
+    /// All of the disk of `chain`.
+    ///
+    /// # Errors
+    ///
+    /// A chain without an image.
+    pub fn new(chain: &'a Chain) -> Result<Self> {
+        Self::join(&[chain])
+    }
+
+    /// At most `len` bytes of the disk of `chain`, from `skip` on.
+    ///
+    /// # Errors
+    ///
+    /// A chain without an image.
+    pub fn window(chain: &'a Chain, skip: u64, len: u64) -> Result<Self> {
+        let mut source = Self::join(&[])?;
+        source.push(chain, skip, len)?;
+        Ok(source)
+    }
+
+    fn push(&mut self, chain: &'a Chain, skip: u64, len: u64) -> Result<()> {
+        let driver = chain.driver()?;
+        let identities = chain.layers.iter().map(|layer| {
+            let files = layer.files.iter();
+            files.map(|file| file.identity().ok()).collect()
+        });
+        let identities = identities.collect();
+        let len = len.min(driver.size().saturating_sub(skip));
+        let begin = self.size;
+        self.size = begin
+            .checked_add(len)
+            .filter(|size| *size <= block::limits::DISK_BYTES_MAX)
+            .ok_or_else(|| {
+                Error::invalid(format!(
+                    "all sources together are larger than a disk can be: {} bytes",
+                    block::limits::DISK_BYTES_MAX
+                ))
+            })?;
+        self.parts.push(Part {
+            chain,
+            driver,
+            identities,
+            begin,
+            skip,
+            len,
+        });
+        Ok(())
+    }
+
+    /// Takes what cannot be read for zeros from now on, and notes where that was.
+    #[must_use]
+    pub fn salvaging(mut self, salvage: bool) -> Self {
+        self.salvage = salvage;
+        self
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// What could not be read so far, at most [`UNREADABLE_MAX`] places, and how many bytes that was in all.
+    pub fn unreadable(self) -> (Vec<Unreadable>, u64) {
+        (self.unreadable, self.unreadable_bytes)
+    }
+
+    /// The part with the byte at `at`, where in its chain that is, and how many bytes of it follow.
+    fn part(&mut self, at: u64) -> Option<(&mut Part<'a>, u64, u64)> {
+        let nth = self
+            .parts
+            .partition_point(|part| part.begin + part.len <= at);
+        let part = self.parts.get_mut(nth)?;
+        let within = at - part.begin;
+        let (here, left) = (part.skip + within, part.len - within);
+        Some((part, here, left))
+    }
+
+    /// What is at `at`, at most `most` bytes. Behind the end there is nothing.
+    ///
+    /// # Errors
+    ///
+    /// What reading the format's tables, or asking the host, fails with.
+    pub fn run(&mut self, at: u64, most: u64) -> Result<Run> {
+        let salvage = self.salvage;
+        let Some((part, here, left)) = self.part(at) else {
+            return Ok(Run::nothing(most));
+        };
+        match part.run(here, most.min(left)) {
+            // Whoever reads it finds out, and notes it.
+            Err(_) if salvage => Ok(Run {
+                len: part.unit_left(here).min(most).min(left),
+                zero: false,
+                allocated: true,
+                data: true,
+                place: None,
+            }),
+            found => found,
+        }
+    }
+
+    /// How many of `most` bytes from `at` on are known to be zeros.
+    ///
+    /// # Errors
+    ///
+    /// As [`Source::run`].
+    pub fn zeros(&mut self, at: u64, most: u64) -> Result<u64> {
+        let mut done = 0;
+        while done < most {
+            let run = self.run(at + done, most - done)?;
+            if !run.zero {
+                break;
+            }
+            done += run.len;
+        }
+        Ok(done)
+    }
+
+    /// Fills `buf`; behind the end with zeros.
+    ///
+    /// # Errors
+    ///
+    /// What reading fails with.
+    pub fn read(&mut self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let (mut at, mut rest) = (at, buf);
+        while !rest.is_empty() {
+            let salvage = self.salvage;
+            let Some((part, here, left)) = self.part(at) else {
+                rest.fill(0);
+                break;
+            };
+            let len = usize::try_from(left).unwrap_or(usize::MAX).min(rest.len());
+            let (now, later) = rest.split_at_mut(len);
+            if let Err(error) = part.driver.read(here, now) {
+                if !salvage {
+                    return Err(error);
+                }
+                let mut lost = Vec::new();
+                part.salvage(here, now, &mut lost);
+                let begin = at - here;
+                for found in lost {
+                    self.note(Unreadable {
+                        at: found.at.wrapping_add(begin),
+                        ..found
+                    });
+                }
+            }
+            at += len as u64;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, found: Unreadable) {
+        self.unreadable_bytes += found.len;
+        if let Some(last) = self.unreadable.last_mut()
+            && last.at + last.len == found.at
+        {
+            last.len += found.len;
+        } else if self.unreadable.len() < UNREADABLE_MAX {
+            self.unreadable.push(found);
+        }
+    }
+}
+
+impl Part<'_> {
+    fn run(&mut self, at: u64, most: u64) -> Result<Run> {
+        let found = self.driver.extent_at(at, most)?;
+        let mut run = Run {
+            len: found.len,
+            zero: false,
+            allocated: true,
+            data: true,
+            place: None,
+        };
+        let (file, offset) = match found.kind {
+            ExtentKind::Zero { .. } => {
+                (run.zero, run.data) = (true, false);
+                return Ok(run);
+            }
+            ExtentKind::Unallocated => return Ok(Run::nothing(found.len)),
+            ExtentKind::Data { file, offset } => (file, offset),
+            _ => return Ok(run),
+        };
+        let Some(layer) = self.chain.layers.get(found.depth) else {
+            return Ok(run);
+        };
+        let Some(storage) = layer.files.get(usize::from(file.0)) else {
+            return Ok(run);
+        };
+        if layer.image.encryption().is_none() {
+            let files = self.identities.get(found.depth);
+            let identity = files.and_then(|files| files.get(usize::from(file.0)));
+            run.place = identity.copied().flatten().map(|identity| Place {
+                file: Arc::clone(storage) as Arc<dyn Storage>,
+                identity,
+                offset: offset.0,
+            });
+        }
+        if layer.holes_are_zeros(file) {
+            match storage.range_at(offset.0)? {
+                None => run.zero = true,
+                Some(range) => {
+                    run.len = run.len.min(range.len.max(1));
+                    run.zero = range.kind == RangeKind::Hole;
+                }
+            }
+            run.data = !run.zero;
+        }
+        Ok(run)
+    }
+
+    /// Bytes from `at` on to the end of its cluster: how much is lost where a table cannot be read.
+    fn unit_left(&self, at: u64) -> u64 {
+        let first = self.chain.layers.first();
+        let cluster = first.map_or(1, |layer| layer.image.describe().cluster_size);
+        let unit = cluster.max(SECTOR);
+        unit - at % unit
+    }
+
+    /// Reads what can be read of `buf`, by sectors, and puts zeros in place of the rest.
+    fn salvage(&mut self, at: u64, buf: &mut [u8], lost: &mut Vec<Unreadable>) {
+        let (mut at, mut rest) = (at, buf);
+        while !rest.is_empty() {
+            let asked = rest.len() as u64;
+            let (len, step) = match self.driver.extent_at(at, asked) {
+                Ok(extent) => (extent.len, SECTOR),
+                // No table: nothing of the cluster.
+                Err(_) => (self.unit_left(at).min(asked), u64::MAX),
+            };
+            // At most the buffer's.
+            let (now, later) = rest.split_at_mut(len as usize);
+            if self.driver.read(at, now).is_err() {
+                let step = usize::try_from(step).unwrap_or(usize::MAX).min(now.len());
+                let mut here = at;
+                for piece in now.chunks_mut(step) {
+                    if let Err(error) = self.driver.read(here, piece) {
+                        piece.fill(0);
+                        lost.push(Unreadable {
+                            at: here,
+                            len: piece.len() as u64,
+                            error: error.to_string(),
+                        });
+                    }
+                    here += piece.len() as u64;
+                }
+            }
+            at += len;
+            rest = later;
+        }
+    }
+}
+
+/// Whether all of `bytes` are zero. Written so that the compiler makes vector instructions of it.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    let (words, rest) = bytes.as_chunks::<64>();
+    words.iter().all(|w| w.iter().fold(0, |a, b| a | b) == 0) && rest.iter().all(|b| *b == 0)
+}
