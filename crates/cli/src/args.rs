@@ -68,7 +68,7 @@ pub enum BenchCommand {
 /// `create`.
 #[derive(Args, Debug)]
 pub struct Create {
-    /// Format of the new image: raw or qcow2 [default: by FILE's extension, .qcow2, .raw or .img]
+    /// Format of the new image: raw, qcow2 or vhd [default: by FILE's extension, .qcow2, .vhd, .raw or .img]
     #[arg(short, long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
     /// Options of the format, as key=value,…: `-o help` lists them
@@ -117,7 +117,7 @@ pub struct Convert {
     /// Format of SRC [default: known by its magic, else raw]
     #[arg(short = 'f', long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
-    /// Format of DST: raw or qcow2 [default: by DST's extension, .qcow2, .raw or .img]
+    /// Format of DST: raw, qcow2 or vhd [default: by DST's extension, .qcow2, .vhd, .raw or .img]
     #[arg(short = 'O', long, value_name = "FMT", value_parser = format)]
     pub target_format: Option<Format>,
     /// Options of DST's format, as key=value,…: `diskplane create -f FMT -o help FILE` lists them

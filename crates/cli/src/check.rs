@@ -74,6 +74,9 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
     };
     let (file, format) = open::image(&args.file, args.format, access)?;
     let shown = args.file.display();
+    if format == Format::Vhd {
+        bail!("{shown}: checking vhd images is not supported yet");
+    }
     if format != Format::Qcow2 {
         eprintln!("diskplane: {shown}: a {format} image has no metadata to check");
         return Ok(ExitCode::from(NO_CHECKS));

@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail};
 use block::{plain, size};
 use crypto::Passphrase;
 use disk::chain::{Chain, ChainOptions, Layer};
-use image::{Format, qcow2};
+use image::{Format, qcow2, vhd};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use io::{File, FileKind, OpenOptions};
 use serde::Serialize;
@@ -428,18 +428,14 @@ impl Copying<'_> {
         if options.backing_file.is_some() || options.backing_format.is_some() {
             bail!("-o backing_file, backing_fmt: say -B and -F");
         }
-        options.qcow2.size = self.bytes;
         if let (Some(name), Some(backing)) = (&args.backing, args.backing_format) {
-            if format != Format::Qcow2 {
-                bail!("-B: {format} images have no backing file");
-            }
-            options.qcow2.backing = Some((name.clone(), backing.name().to_owned()));
+            create::refuse_backing("-B", format)?;
+            options.qcow2.backing = Some((name.clone(), backing.qemu_name().to_owned()));
         }
         options.qcow2.extended_l2 = options.extended_l2.unwrap_or(false);
-        match format {
-            Format::Qcow2 => options.qcow2.validate()?,
-            _ if args.compress => bail!("-c: {format} images have no compressed clusters"),
-            _ => {}
+        options.settle(format, self.bytes)?;
+        if args.compress && format != Format::Qcow2 {
+            bail!("-c: {format} images have no compressed clusters");
         }
         if args.compress && options.preallocation != Preallocation::Off {
             bail!("-c and -o preallocation exclude each other");
@@ -466,7 +462,10 @@ impl Copying<'_> {
         if fs::symlink_metadata(path).is_err() {
             return Ok(false);
         }
-        let (file, found) = open::image(path, None, open::Access::Write)?;
+        // A fixed VHD image does not show what it is.
+        let fixed = format == Format::Vhd && options.vhd.disk_type == vhd::DiskType::Fixed;
+        let said = fixed.then_some(format);
+        let (file, found) = open::image(path, said, open::Access::Write)?;
         let same = match (format, found) {
             (Format::Qcow2, Format::Qcow2) => {
                 let header = qcow2::Header::read(&*file)?;
@@ -477,8 +476,16 @@ impl Copying<'_> {
                         == options.qcow2.backing.as_ref().map(|(name, _)| name.clone())
                     && (header.crypt_method != 0) == options.encrypt.is_wanted()
             }
+            (Format::Vhd, Format::Vhd) => {
+                let Ok(layout) = vhd::Layout::read(&*file) else {
+                    fs::remove_file(path)?;
+                    return Ok(false);
+                };
+                layout.disk_bytes == options.vhd.disk_bytes()?
+                    && layout.footer.disk_type == options.vhd.disk_type
+            }
             // Its header is written last.
-            (Format::Qcow2, _) => {
+            (Format::Qcow2 | Format::Vhd, _) => {
                 fs::remove_file(path)?;
                 return Ok(false);
             }

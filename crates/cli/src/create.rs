@@ -4,7 +4,7 @@ use crate::{args, open, options, options::Options};
 use anyhow::{Context, Result, bail};
 use block::{ErrorKind, Storage, limits, size};
 use disk::chain::{self, Chain, ChainOptions};
-use image::{Format, qcow2};
+use image::{Format, qcow2, vhd};
 use io::{File, FileKind, OpenOptions};
 use std::{fs, path::Path};
 use tool::prealloc::{Preallocation, fill_host};
@@ -19,9 +19,7 @@ pub fn run(args: &args::Create) -> Result<()> {
     let backing = backing_of(args, &options)?;
     let base_bytes = match &backing {
         Some((name, backing_format)) => {
-            if format != Format::Qcow2 {
-                bail!("-b: {format} images have no backing file");
-            }
+            refuse_backing("-b", format)?;
             Some(base_size(&args.file, name, *backing_format)?)
         }
         None => None,
@@ -39,24 +37,33 @@ pub fn run(args: &args::Create) -> Result<()> {
     options.qcow2.size = bytes;
     options.qcow2.backing = backing
         .as_ref()
-        .map(|(name, format)| (name.clone(), format.name().to_owned()));
+        .map(|(name, format)| (name.clone(), format.qemu_name().to_owned()));
     let mut chosen = false;
     if format == Format::Qcow2 {
         chosen = options.choose();
-        // Before the file is touched.
-        options.qcow2.validate()?;
+    }
+    // Before the file is touched.
+    let disk_bytes = options.settle(format, bytes)?;
+    if format == Format::Qcow2 {
         if let Some(passphrase) = options.encrypt.passphrase(&args.keys)? {
             options.qcow2.encryption = Some(options.encrypt.volume(&passphrase)?);
         }
         options.qcow2.validate()?;
     }
     write_all(&args.file, format, &options)?;
-    let bytes = block::align_up(bytes, 512);
     let mut line = format!(
         "created {}: {format}, {}",
         args.file.display(),
-        size::human(bytes)
+        size::human(disk_bytes)
     );
+    if format == Format::Vhd {
+        line.push_str(&format!(", {}", options.vhd.disk_type));
+        if disk_bytes != bytes {
+            line.push_str(&format!(
+                " ({disk_bytes} bytes, as cylinders, heads and sectors make them; exactly {bytes}: -o force_size=on)"
+            ));
+        }
+    }
     if format == Format::Qcow2 {
         let cluster = size::human(options.qcow2.cluster_size);
         line.push_str(&format!(", clusters of {cluster}"));
@@ -70,8 +77,8 @@ pub fn run(args: &args::Create) -> Result<()> {
             line.push_str(&format!(", encrypted with {cipher} {mode}"));
         }
     }
-    if let Some((name, format)) = &backing {
-        line.push_str(&format!(", on {name} ({format})"));
+    if let Some((name, below)) = &backing {
+        line.push_str(&format!(", on {name} ({below})"));
     }
     if let Some(name) = &options.qcow2.data_file {
         let raw = if options.qcow2.data_file_raw {
@@ -90,6 +97,7 @@ pub fn run(args: &args::Create) -> Result<()> {
     crate::print(&format!("{line}\n"))?;
     warn_of_policy(
         &args.file,
+        format,
         backing.is_some() || options.qcow2.data_file.is_some(),
     );
     Ok(())
@@ -103,6 +111,7 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
     let extension = file.extension().and_then(|e| e.to_str());
     Ok(match extension {
         Some("qcow2") => Format::Qcow2,
+        Some("vhd" | "vpc") => Format::Vhd,
         Some("raw" | "img") => Format::Raw,
         _ => bail!(
             "{}: its name does not say which format it is to have: say {flag} {}",
@@ -110,6 +119,17 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
             Format::NAMES
         ),
     })
+}
+
+/// Refuses a backing file (said by `flag`) for a format that is not made with one.
+pub(crate) fn refuse_backing(flag: &str, format: Format) -> Result<()> {
+    match format {
+        Format::Qcow2 => Ok(()),
+        Format::Vhd => {
+            bail!("{flag}: differencing vhd images are not made yet: use qcow2 for an overlay")
+        }
+        Format::Raw | Format::Null => bail!("{flag}: {format} images have no backing file"),
+    }
 }
 
 fn backing_of(args: &args::Create, options: &Options) -> Result<Option<(String, Format)>> {
@@ -194,6 +214,7 @@ fn write(path: &Path, format: Format, options: &Options) -> Result<()> {
     };
     match format {
         Format::Qcow2 => write_qcow2(&file, options),
+        Format::Vhd => write_vhd(&file, options),
         _ if file.len()? < options.qcow2.size => bail!(
             "{}: the device has {}, less than {}",
             path.display(),
@@ -209,6 +230,7 @@ fn write(path: &Path, format: Format, options: &Options) -> Result<()> {
 fn write_new(path: &Path, file: &File, format: Format, options: &Options) -> Result<()> {
     let written = match format {
         Format::Qcow2 => write_qcow2(file, options),
+        Format::Vhd => write_vhd(file, options),
         _ => write_raw(file, options),
     };
     if written.is_err() {
@@ -236,6 +258,20 @@ fn write_qcow2(file: &File, options: &Options) -> Result<()> {
     Ok(file.sync()?)
 }
 
+fn write_vhd(file: &File, options: &Options) -> Result<()> {
+    let options_of_format = vhd::CreateOptions {
+        size: options.qcow2.size,
+        ..options.vhd.clone()
+    };
+    let bytes = options_of_format.disk_bytes()?;
+    // Before the footer behind it, without which there is no image.
+    if options_of_format.disk_type == vhd::DiskType::Fixed {
+        file.set_len(bytes)?;
+        reserve(options, file, 0..bytes)?;
+    }
+    Ok(vhd::create(file, &options_of_format)?)
+}
+
 /// Has the host set space aside, if that was asked for.
 fn reserve(options: &Options, file: &File, range: std::ops::Range<u64>) -> Result<()> {
     match options.preallocation {
@@ -253,12 +289,12 @@ fn write_raw(file: &File, options: &Options) -> Result<()> {
 }
 
 /// Says so when the new image's backing or data file will not be opened without being allowed.
-fn warn_of_policy(path: &Path, names_files: bool) {
+fn warn_of_policy(path: &Path, format: Format, names_files: bool) {
     let Some(spec) = path.to_str().filter(|_| names_files) else {
         return;
     };
     let options = ChainOptions {
-        format: Some(Format::Qcow2),
+        format: Some(format),
         read_only: true,
         allow_locked: true,
         ..ChainOptions::default()

@@ -7,6 +7,7 @@ use block::size;
 use image::{
     Format,
     qcow2::{self, Compression, CreateOptions},
+    vhd::{self, DiskType},
 };
 use tool::prealloc::Preallocation;
 
@@ -41,6 +42,21 @@ const QCOW2: [(&str, &str); 11] = [
     ),
     ("refcount_bits", "1 to 64, a power of two [16]"),
 ];
+const VHD: [(&str, &str); 4] = [
+    (
+        "block_size",
+        "4K to 2M, a power of two: bytes that are allocated at once [2M]",
+    ),
+    (
+        "force_size",
+        "on or off: exactly SIZE, rather than the next that cylinders, heads and sectors make [off]",
+    ),
+    (
+        "preallocation",
+        "off, or with subformat=fixed falloc or full [off]",
+    ),
+    ("subformat", "dynamic or fixed [dynamic]"),
+];
 const RAW: [(&str, &str); 1] = [("preallocation", "off, falloc or full [off]")];
 
 /// Options of qemu-img that no code here implements yet: refused by name.
@@ -51,6 +67,8 @@ const LATER: [&str; 1] = ["extent_size_hint"];
 pub struct Options {
     /// For qcow2; the size and the backing file are filled in later.
     pub qcow2: CreateOptions,
+    /// For vhd; the size is filled in later.
+    pub vhd: vhd::CreateOptions,
     /// `backing_file`.
     pub backing_file: Option<String>,
     /// `backing_fmt`.
@@ -64,6 +82,31 @@ pub struct Options {
 }
 
 impl Options {
+    /// Whether an image of `format` and `bytes` can be made so. Returns the bytes that its disk will have.
+    ///
+    /// # Errors
+    ///
+    /// Why not.
+    pub fn settle(&mut self, format: Format, bytes: u64) -> Result<u64> {
+        self.qcow2.size = bytes;
+        self.vhd.size = bytes;
+        match format {
+            Format::Qcow2 => self.qcow2.validate()?,
+            Format::Vhd => {
+                self.vhd.validate()?;
+                if self.preallocation != Preallocation::Off && self.vhd.disk_type != DiskType::Fixed
+                {
+                    bail!(
+                        "-o preallocation: of vhd images only fixed ones have it: -o subformat=fixed"
+                    );
+                }
+                return Ok(self.vhd.disk_bytes()?);
+            }
+            Format::Raw | Format::Null => {}
+        }
+        Ok(block::align_up(bytes, 512))
+    }
+
     /// Decides what was left open of a qcow2 image whose backing file is known. Returns whether it
     /// chose subclusters: with them a small write to an overlay needs no copy of a cluster of the base.
     pub fn choose(&mut self) -> bool {
@@ -180,7 +223,8 @@ fn version(value: &str) -> Option<u32> {
 fn table(format: Format) -> impl Iterator<Item = &'static (&'static str, &'static str)> {
     let (own, encryption): (&[_], &[_]) = match format {
         Format::Qcow2 => (&QCOW2, &encrypt::OPTIONS),
-        _ => (&RAW, &[]),
+        Format::Vhd => (&VHD, &[]),
+        Format::Raw | Format::Null => (&RAW, &[]),
     };
     own.iter().chain(encryption)
 }
@@ -256,6 +300,10 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
     match key {
         "backing_file" => options.backing_file = Some(value.to_owned()),
         "backing_fmt" => options.backing_format = Some(value.parse()?),
+        "block_size" => {
+            let bytes = size::parse(value).ok().and_then(|b| u32::try_from(b).ok());
+            options.vhd.block_bytes = bytes.ok_or_else(wrong)?;
+        }
         "cluster_size" => options.qcow2.cluster_size = size::parse(value).map_err(|_| wrong())?,
         "compat" => {
             options.qcow2.version = version(value).ok_or_else(wrong)?;
@@ -270,15 +318,23 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
         "data_file" => options.qcow2.data_file = Some(value.to_owned()),
         "data_file_raw" => options.qcow2.data_file_raw = switch(value).ok_or_else(wrong)?,
         "extended_l2" => options.extended_l2 = Some(switch(value).ok_or_else(wrong)?),
+        "force_size" => options.vhd.force_size = switch(value).ok_or_else(wrong)?,
         "lazy_refcounts" => {
             options.qcow2.lazy_refcounts = switch(value).ok_or_else(wrong)?;
         }
         "preallocation" => {
             options.preallocation = value.parse().map_err(|_| wrong())?;
-            if format == Format::Raw && options.preallocation == Preallocation::Metadata {
+            if format != Format::Qcow2 && options.preallocation == Preallocation::Metadata {
                 return Err(wrong());
             }
             options.qcow2.preallocated = options.preallocation != Preallocation::Off;
+        }
+        "subformat" => {
+            options.vhd.disk_type = match value {
+                "dynamic" => DiskType::Dynamic,
+                "fixed" => DiskType::Fixed,
+                _ => return Err(wrong()),
+            };
         }
         _ => options.qcow2.refcount_bits = value.parse().map_err(|_| wrong())?,
     }

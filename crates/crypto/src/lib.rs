@@ -26,7 +26,7 @@ pub use secret::{MasterKey, PASSPHRASE_BYTES_MAX, Passphrase};
 pub use suite::{Algorithm, Ivgen, Mode, Suite};
 
 /// Fills `bytes` from the kernel's random numbers.
-pub(crate) fn random(bytes: &mut [u8]) -> block::Result<()> {
+pub fn random(bytes: &mut [u8]) -> block::Result<()> {
     getrandom::fill(bytes).map_err(|error| {
         block::Error::new(
             block::ErrorKind::Io,

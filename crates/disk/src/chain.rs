@@ -17,7 +17,7 @@
 use crate::blocking::{Driver, Member};
 use block::{Context, Error, ErrorKind, Result, Storage, limits};
 use crypto::Passphrase;
-use image::{FileId, Format, Image, Null, Raw, qcow2};
+use image::{FileId, Format, Image, Null, Raw, qcow2, vhd};
 use io::{Cache, File, Lock};
 use std::{
     fs,
@@ -81,11 +81,11 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Whether holes of its file `id` are zeros to the guest: in a raw image and in an external data file, in which
-    /// holes are punched without a change of the tables. Other formats know themselves what is allocated;
+    /// Whether holes of its file `id` are zeros to the guest: in a raw image, an external data file, and a VHD image, in
+    /// which holes are punched without a change of the tables. Other formats know themselves what is allocated;
     /// and a hole is not zeros where the data are encrypted.
     pub fn holes_are_zeros(&self, id: FileId) -> bool {
-        let tells = self.format == Format::Raw || id == FileId::DATA;
+        let tells = matches!(self.format, Format::Raw | Format::Vhd) || id == FileId::DATA;
         tells && self.image.encryption().is_none()
     }
 }
@@ -102,7 +102,7 @@ pub struct Chain {
 impl Chain {
     /// Opens `spec` (a path, or `null:SIZE`) and all its backing images.
     ///
-    /// Without a format in `options`, qcow2 is known by its magic, and a file that shows none counts as
+    /// Without a format in `options`, qcow2 and VHD are known by their magic, and a file that shows none counts as
     /// raw only when it is opened read-only: a guest that could write such a file could make
     /// it show any format next time.
     ///
@@ -265,8 +265,14 @@ fn open_active(path: &Path, keys: &mut Keys<'_>) -> Result<Layer> {
             }
         },
     };
-    if let (Format::Qcow2, false, Some(repair)) = (format, options.read_only, options.repair) {
-        repair(&*file)?;
+    match (format, options.read_only, options.repair) {
+        (Format::Qcow2, false, Some(repair)) => repair(&*file)?,
+        (Format::Vhd, false, _) => {
+            if let Some(done) = vhd::mend(&*file)? {
+                tracing::warn!(image = file.name(), "was not closed cleanly: {done}");
+            }
+        }
+        _ => {}
     }
     let image = open_image(&file, format, options.read_only, &options.snapshot, keys)?;
     if let (false, Some(why)) = (options.read_only, image.describe().read_only_because) {
@@ -368,6 +374,13 @@ fn open_image(
                 ..qcow2::OpenOptions::default()
             };
             Arc::new(qcow2::Qcow2::open(storage, &options)?)
+        }
+        Format::Vhd => {
+            let options = vhd::OpenOptions {
+                read_only,
+                cache_bytes: keys.options.cache_bytes,
+            };
+            Arc::new(vhd::Vhd::open(storage, &options)?)
         }
         Format::Null => {
             return Err(Error::invalid("null is no format of a file: say null:SIZE"));

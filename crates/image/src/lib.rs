@@ -13,6 +13,8 @@ mod probe;
 pub mod qcow2;
 pub mod qed;
 mod raw;
+pub mod vhd;
+mod words;
 
 pub use contract::{
     Allocation, Compressed, DataFile, Description, Extent, ExtentKind, FileId, Fill, FlushRun,

@@ -4,6 +4,7 @@
 //! a guest writes what it likes at the start of a raw disk, another format's header included,
 //! so raw has to be said by the user or by the image that names the file.
 
+use crate::vhd;
 use block::{Error, ErrorKind, Result, Storage};
 use serde::Serialize;
 use std::{fmt, str::FromStr};
@@ -18,11 +19,13 @@ pub enum Format {
     Null,
     /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+    /// Virtual PC's, Hyper-V's and XenServer's format; QEMU calls it `vpc`.
+    Vhd,
 }
 
 impl Format {
     /// Formats that a file can have, as messages list them.
-    pub const NAMES: &'static str = "raw or qcow2";
+    pub const NAMES: &'static str = "raw, qcow2 or vhd";
 
     /// The name, as after `-f`.
     pub fn name(self) -> &'static str {
@@ -30,6 +33,23 @@ impl Format {
             Format::Raw => "raw",
             Format::Null => "null",
             Format::Qcow2 => "qcow2",
+            Format::Vhd => "vhd",
+        }
+    }
+
+    /// The name that QEMU has for it: what images record of their backing files.
+    pub fn qemu_name(self) -> &'static str {
+        match self {
+            Format::Vhd => "vpc",
+            _ => self.name(),
+        }
+    }
+
+    /// Whether its images can lie over another, which has the rest.
+    pub fn has_backing(self) -> bool {
+        match self {
+            Format::Raw | Format::Null => false,
+            Format::Qcow2 | Format::Vhd => true,
         }
     }
 }
@@ -47,6 +67,7 @@ impl FromStr for Format {
         match text {
             "raw" => Ok(Format::Raw),
             "qcow2" => Ok(Format::Qcow2),
+            "vhd" | "vpc" => Ok(Format::Vhd),
             _ => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
@@ -66,19 +87,35 @@ const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// The format whose magic `start`, the first bytes of a file, shows.
 pub fn probe_bytes(start: &[u8]) -> Option<Format> {
+    if start.starts_with(&vhd::COOKIE) {
+        return Some(Format::Vhd);
+    }
     let version = start.get(4..8)?;
     // Version 1 has the same magic, but is another format (qcow).
     (start.starts_with(&QCOW2_MAGIC) && version != [0, 0, 0, 1]).then_some(Format::Qcow2)
 }
 
 /// The format whose magic `file` shows; `None` where it shows none.
+///
+/// # Errors
+///
+/// [`ErrorKind::Invalid`] for what may be a fixed VHD image, which shows itself only in its last sector, or a raw disk
+/// with such bytes at its end; and what reading the file fails with.
 pub fn probe(file: &dyn Storage) -> Result<Option<Format>> {
     let mut start = [0; PROBE_BYTES];
     if file.len()? < PROBE_BYTES as u64 {
         return Ok(None);
     }
     file.read_at(0, &mut start)?;
-    Ok(probe_bytes(&start))
+    let found = probe_bytes(&start);
+    if found.is_none() && vhd::fixed_footer(file)? {
+        return Err(Error::invalid(format!(
+            "{}: its last sector is the footer of a fixed VHD image, but a raw disk may hold such bytes too: say -f \
+             vhd or -f raw",
+            file.name()
+        )));
+    }
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -93,7 +130,8 @@ mod tests {
             (b"QFI\xfb\0\0\0\x01", None),
             (b"QFI\xfb", None),
             (b"\0\0\0\0\0\0\0\0", None),
-            (b"conectix", None),
+            (b"conectix", Some(Format::Vhd)),
+            (b"conectis", None),
             (b"", None),
         ] {
             assert_eq!(probe_bytes(start), format, "{start:?}");
@@ -102,10 +140,11 @@ mod tests {
 
     #[test]
     fn names_are_those_after_f() {
-        for format in [Format::Raw, Format::Qcow2] {
+        for format in [Format::Raw, Format::Qcow2, Format::Vhd] {
+            assert_eq!(format.qemu_name().parse::<Format>().unwrap(), format);
             assert_eq!(format.name().parse::<Format>().unwrap(), format);
         }
         let error = "vmdk".parse::<Format>().unwrap_err().to_string();
-        assert_eq!(error, "format 'vmdk' is not supported: raw or qcow2");
+        assert_eq!(error, "format 'vmdk' is not supported: raw, qcow2 or vhd");
     }
 }

@@ -45,13 +45,19 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
     let name = file.name();
     let old = match format {
         Format::Qcow2 => Header::read(&**file)?.size,
-        _ => file.len()?,
+        Format::Vhd | Format::Null => member.image.size(),
+        Format::Raw => file.len()?,
     };
     permit(old, options).context(|| &name)?;
     match format {
         Format::Raw => raw(&**file, old, options).context(|| &name)?,
         Format::Qcow2 if options.size < old => shrink(member, &**file, &name, options)?,
         Format::Qcow2 => grow(members, file, &name, old, options)?,
+        Format::Vhd => {
+            return Err(Error::unsupported(format!(
+                "{name}: vhd images are not resized yet"
+            )));
+        }
         Format::Null => {
             return Err(Error::invalid(format!(
                 "{name}: null has the size that it is given"

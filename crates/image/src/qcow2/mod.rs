@@ -82,6 +82,7 @@ pub use header::{
 pub use open::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX, OpenOptions};
 
 use crate::metadata::{cache, tables};
+use crate::words::{read_u32, read_u64};
 use crate::{
     DataFile, Description, Encryption, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan,
     Reserve, Step, Ticket, ZeroMode, ZeroPlan,
@@ -407,16 +408,4 @@ impl Image for Qcow2 {
             ))),
         }
     }
-}
-
-/// The big-endian number at byte `at`; `None` when the bytes end before.
-fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
-    let field = bytes.get(at..at.checked_add(4)?)?;
-    Some(u32::from_be_bytes(field.try_into().ok()?))
-}
-
-/// The big-endian number at byte `at`; `None` when the bytes end before.
-fn read_u64(bytes: &[u8], at: usize) -> Option<u64> {
-    let field = bytes.get(at..at.checked_add(8)?)?;
-    Some(u64::from_be_bytes(field.try_into().ok()?))
 }

@@ -1,0 +1,437 @@
+//! Opening, closing, and bringing in order what was not closed.
+//!
+//! **Which footer counts.** The last 512 bytes and, in all but fixed images, the copy in the first 512. Where one is
+//! damaged the other serves, as in XenServer's tools. Where both are sound and speak of different images the file is
+//! refused: a guest can write a footer where its disk begins, or where a crash left its data at the end of the file.
+
+use super::footer::{COOKIE, DiskType, FOOTER_BYTES, Footer};
+use super::header::{HEADER_BYTES, Header};
+use super::state::{Space, State};
+use super::tables::{NONE, Tables};
+use super::{Vhd, header};
+use block::{Context, Error, Result, Storage};
+use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
+
+/// Bytes of memory for bitmaps, unless [`OpenOptions::cache_bytes`] says otherwise.
+const CACHE_BYTES: u64 = 16 << 20;
+
+/// Bitmaps that there is memory for in any case.
+const FRAMES_MIN: u64 = 16;
+
+/// Bytes of the table that are read at a time.
+const CHUNK: usize = 64 << 10;
+
+/// How to open an image.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// For reading only.
+    pub read_only: bool,
+    /// Most bytes for bitmaps of blocks that are there in part; 16 MiB when absent.
+    pub cache_bytes: Option<u64>,
+}
+
+/// What the structures of a file say, before anything is believed of its blocks.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// The footer that counts.
+    pub footer: Footer,
+    /// What is wrong with the one at the end of the file, if it does not count.
+    pub end_damaged: Option<String>,
+    /// What is wrong with the copy in the first sector, if there should be one and it does not count.
+    pub copy_damaged: Option<String>,
+    /// The header, of all but fixed images.
+    pub header: Option<Header>,
+    /// Bytes of the disk.
+    pub disk_bytes: u64,
+    /// Bytes of the file.
+    pub file_bytes: u64,
+}
+
+impl Layout {
+    /// Reads footer and header.
+    ///
+    /// # Errors
+    ///
+    /// [`block::ErrorKind::Corrupt`] where neither footer is sound or the header is not,
+    /// [`block::ErrorKind::Unsupported`] for what no code here knows.
+    pub fn read(file: &dyn Storage) -> Result<Self> {
+        Self::read_unnamed(file).map_err(|error| error.within(file.name()))
+    }
+
+    fn read_unnamed(file: &dyn Storage) -> Result<Self> {
+        let file_bytes = file.len()?;
+        let end_at = file_bytes.checked_sub(FOOTER_BYTES as u64).ok_or_else(|| {
+            Error::corrupt(format!("of {file_bytes} bytes: too short for a VHD image"))
+        })?;
+        let end = read_footer(file, end_at)?.context(|| format!("at byte {end_at:#x}"));
+        let copy = read_footer(file, 0)?.context(|| "at byte 0");
+        let fixed = |footer: &Footer| footer.disk_type == DiskType::Fixed;
+        let (footer, end_damaged, copy_damaged) = match (end, copy) {
+            (Ok(end), Ok(copy)) if end_at > 0 => {
+                let same = end.unique_id == copy.unique_id && end.disk_type == copy.disk_type;
+                if !same {
+                    return Err(Error::corrupt(format!(
+                        "has two footers of different images: at byte {end_at:#x} a {} one with unique id {}, at byte \
+                         0 a {} one with {}: no telling which is the image's and which was written by a guest",
+                        end.disk_type, end.unique_id, copy.disk_type, copy.unique_id
+                    )));
+                }
+                // The copy is what QEMU believes, and what is written first.
+                (copy, None, None)
+            }
+            (Ok(end), Ok(_)) => (end, None, None),
+            (Ok(end), Err(_)) if fixed(&end) => (end, None, None),
+            (Ok(end), Err(damaged)) => (end, None, Some(damaged.to_string())),
+            (Err(damaged), Ok(copy)) if !fixed(&copy) => (copy, Some(damaged.to_string()), None),
+            (Err(error), _) => return Err(error),
+        };
+        let disk_bytes = footer.disk_bytes()?;
+        let header = match footer.disk_type {
+            DiskType::Fixed => {
+                if disk_bytes > end_at {
+                    return Err(Error::corrupt(format!(
+                        "the disk has {disk_bytes} bytes, but the file has {end_at} before its footer: it is cut off"
+                    )));
+                }
+                None
+            }
+            DiskType::Dynamic | DiskType::Differencing => {
+                let header = read_header(file, footer.header_offset, file_bytes)?;
+                header.check_table(disk_bytes)?;
+                let tables = [
+                    ("the footer's copy", 0, FOOTER_BYTES as u64),
+                    ("the header", footer.header_offset, HEADER_BYTES as u64),
+                    ("the block table", header.table_offset, header.table_bytes()),
+                ];
+                for (n, (what, at, len)) in tables.iter().enumerate() {
+                    if at.checked_add(*len).is_none_or(|end| end > file_bytes) {
+                        return Err(Error::corrupt(format!(
+                            "{what} has {len} bytes from byte {at:#x} on, but the file ends at byte {file_bytes:#x}"
+                        )));
+                    }
+                    let others = tables.iter().skip(n + 1);
+                    let mut hit =
+                        others.filter(|(_, at2, len2)| at < &(at2 + len2) && at2 < &(at + len));
+                    if let Some((other, at2, _)) = hit.next() {
+                        return Err(Error::corrupt(format!(
+                            "{what} at byte {at:#x} and {other} at byte {at2:#x} overlap"
+                        )));
+                    }
+                }
+                Some(header)
+            }
+        };
+        Ok(Self {
+            footer,
+            end_damaged,
+            copy_damaged,
+            header,
+            disk_bytes,
+            file_bytes,
+        })
+    }
+
+    /// Where the tables end: the last of them, up to which no block may lie.
+    pub fn tables_end(&self) -> u64 {
+        let Some(header) = &self.header else { return 0 };
+        let header_end = self.footer.header_offset + HEADER_BYTES as u64;
+        (header.table_offset + header.table_bytes()).max(header_end)
+    }
+
+    /// Hands all entries of the table out in order.
+    ///
+    /// # Errors
+    ///
+    /// What reading the file fails with.
+    pub fn entries(&self, file: &dyn Storage, mut each: impl FnMut(u64, u32)) -> Result<()> {
+        let Some(header) = &self.header else {
+            return Ok(());
+        };
+        let mut buffer = vec![0; CHUNK];
+        let bytes = u64::from(header.table_entries) * 4;
+        let mut done = 0;
+        while done < bytes {
+            let len = (bytes - done).min(CHUNK as u64) as usize;
+            let part = buffer.get_mut(..len).unwrap_or_default();
+            file.read_at(header.table_offset + done, part)?;
+            for (index, entry) in (done / 4..).zip(part.as_chunks::<4>().0) {
+                each(index, u32::from_be_bytes(*entry));
+            }
+            done += len as u64;
+        }
+        Ok(())
+    }
+
+    /// Bytes that a block takes in the file, and of them its bitmap's.
+    pub fn block_span(&self) -> (u64, u64) {
+        self.header.as_ref().map_or((0, 0), |header| {
+            let bitmap = header.bitmap_bytes();
+            (bitmap + u64::from(header.block_bytes), bitmap)
+        })
+    }
+
+    /// Where what is in use ends: blocks, tables, and what XenServer's tools and others keep before the first block.
+    pub fn used_end(&self, last_block_end: u64) -> u64 {
+        let mut end = self.tables_end().max(last_block_end);
+        let Some(header) = &self.header else {
+            return end;
+        };
+        let own = header.locators.iter().filter(|l| l.code != [0; 4]);
+        let own = own.filter_map(|l| l.offset.checked_add(l.space_bytes()));
+        for there in own.filter(|end| *end <= self.file_bytes) {
+            end = end.max(there.next_multiple_of(512));
+        }
+        end
+    }
+}
+
+/// The footer at `at`; the inner error says why it does not count.
+fn read_footer(file: &dyn Storage, at: u64) -> Result<Result<Footer>> {
+    let mut bytes = [0; FOOTER_BYTES];
+    file.read_at(at, &mut bytes)?;
+    match Footer::parse(&bytes) {
+        // What is no damage is no reason to look for another.
+        Err(error) if error.kind() == block::ErrorKind::Unsupported => Err(error),
+        parsed => Ok(parsed),
+    }
+}
+
+fn read_header(file: &dyn Storage, at: u64, file_bytes: u64) -> Result<Header> {
+    let end = at.checked_add(HEADER_BYTES as u64);
+    if end.is_none_or(|end| end > file_bytes) || !at.is_multiple_of(512) {
+        return Err(Error::corrupt(format!(
+            "footer: offset of the header at byte 16 is {at:#x}: it must be a multiple of 512 within the file, which \
+             ends at byte {file_bytes:#x}"
+        )));
+    }
+    let mut bytes = [0; HEADER_BYTES];
+    file.read_at(at, &mut bytes)?;
+    Header::parse(&bytes).context(|| format!("at byte {at:#x}"))
+}
+
+/// Whether the last 512 bytes of a file are the footer of a fixed image that is as long as the file.
+///
+/// # Errors
+///
+/// What reading the file fails with.
+pub fn fixed_footer(file: &dyn Storage) -> Result<bool> {
+    let Some(at) = file.len()?.checked_sub(FOOTER_BYTES as u64) else {
+        return Ok(false);
+    };
+    let mut bytes = [0; FOOTER_BYTES];
+    file.read_at(at, &mut bytes)?;
+    let footer = Footer::parse(&bytes).ok();
+    let footer = footer.filter(|f| f.disk_type == DiskType::Fixed && bytes.starts_with(&COOKIE));
+    Ok(footer.is_some_and(|f| f.disk_bytes().is_ok_and(|bytes| bytes <= at)))
+}
+
+impl Vhd {
+    /// Opens the image in `file`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Layout::read`]; and [`block::ErrorKind::Corrupt`] where a block lies behind the end of the file, or, for
+    /// writing, on another or on a table.
+    pub fn open(file: &dyn Storage, options: &OpenOptions) -> Result<Self> {
+        let layout = Layout::read(file)?;
+        Self::of(file, layout, options).map_err(|error| error.within(file.name()))
+    }
+
+    fn of(file: &dyn Storage, layout: Layout, options: &OpenOptions) -> Result<Self> {
+        if layout.footer.disk_type == DiskType::Differencing {
+            return Err(Error::unsupported(
+                "differencing vhd images are not supported yet",
+            ));
+        }
+        let blocks = Blocks::read(file, &layout)?;
+        if !options.read_only {
+            blocks.check_writable(&layout)?;
+        }
+        let (block_bytes, bitmap_bytes) = match &layout.header {
+            Some(header) => (u64::from(header.block_bytes), header.bitmap_bytes()),
+            None => (1, 512),
+        };
+        let count = blocks.entries.len() as u64;
+        let cache = options.cache_bytes.unwrap_or(CACHE_BYTES);
+        let frames = (cache / bitmap_bytes).max(FRAMES_MIN).min(count) as usize;
+        let used_end = layout.used_end(blocks.end);
+        let space = Space {
+            next: used_end,
+            end: used_end,
+            zeros_from: layout.file_bytes,
+            reserving: false,
+            most: u64::MAX,
+            blocks: blocks.present,
+        };
+        let lacks = lacks(&layout);
+        Ok(Self {
+            name: file.name(),
+            disk_type: layout.footer.disk_type,
+            size: layout.disk_bytes,
+            block_bytes,
+            block_bits: block_bytes.trailing_zeros(),
+            bitmap_bytes,
+            bitmap_words: (block_bytes / 512).div_ceil(64) as usize,
+            table_offset: layout.header.as_ref().map_or(0, |h| h.table_offset),
+            blocks_from: layout.tables_end(),
+            read_only: options.read_only || lacks.is_some(),
+            lacks,
+            tables: Tables::new(blocks.entries, frames),
+            state: Mutex::new(State::new(frames, count, space)),
+            ahead: AtomicBool::new(false),
+            footer: layout.footer,
+            header: layout.header,
+        })
+    }
+
+    /// Leaves the file as that of a closed image: nothing behind the last block but the footer.
+    pub(super) fn close_blocking(&self, file: &dyn Storage) -> Result<()> {
+        let st = self.lock();
+        if self.read_only || !st.grown {
+            return Ok(());
+        }
+        put_end(file, st.space.next, &self.footer).map_err(|error| error.within(&self.name))
+    }
+}
+
+/// Why the image may not be written.
+fn lacks(layout: &Layout) -> Option<String> {
+    let footer = &layout.footer;
+    (footer.by_tapdisk() && footer.creator_version == 1 && layout.header.is_some()).then(|| {
+        "made by tapdisk 0.1, whose bitmaps have another order of bits: convert it with vhd-update".to_owned()
+    })
+}
+
+/// The blocks of an image.
+struct Blocks {
+    /// Entries of the disk's blocks, and of the rest of their last sector.
+    entries: Vec<u32>,
+    /// Blocks that are there.
+    present: u64,
+    /// Where the last one ends; 0 when there is none.
+    end: u64,
+}
+
+impl Blocks {
+    fn read(file: &dyn Storage, layout: &Layout) -> Result<Self> {
+        let (span, _) = layout.block_span();
+        let block_bytes = layout
+            .header
+            .as_ref()
+            .map_or(1, |h| u64::from(h.block_bytes));
+        let wanted = match &layout.header {
+            // At most `BLOCKS_MAX`, which `check_table` has seen to.
+            Some(header) => {
+                let blocks = layout.disk_bytes.div_ceil(block_bytes);
+                blocks
+                    .next_multiple_of(128)
+                    .min(u64::from(header.table_entries))
+            }
+            None => 0,
+        };
+        debug_assert!(wanted <= header::BLOCKS_MAX);
+        let mut entries = Vec::with_capacity(wanted as usize);
+        let (mut end, mut present, mut last) = (0, 0, None);
+        layout.entries(file, |index, entry| {
+            if index < wanted {
+                entries.push(entry);
+            }
+            if entry != NONE {
+                present += 1;
+                let this = u64::from(entry) * 512 + span;
+                if this > end {
+                    (end, last) = (this, Some((index, entry)));
+                }
+            }
+        })?;
+        if let Some((index, entry)) = last.filter(|_| end > layout.file_bytes) {
+            return Err(Error::corrupt(format!(
+                "block {index}: its entry is {entry}: the block ends at byte {end:#x}, but the file at byte {:#x}: it \
+                 is cut off",
+                layout.file_bytes
+            )));
+        }
+        Ok(Self {
+            entries,
+            present,
+            end,
+        })
+    }
+
+    /// No block lies on another or on a table.
+    fn check_writable(&self, layout: &Layout) -> Result<()> {
+        let (span, _) = layout.block_span();
+        let sectors = span / 512;
+        let mut sorted: Vec<u32> = self
+            .entries
+            .iter()
+            .copied()
+            .filter(|e| *e != NONE)
+            .collect();
+        sorted.sort_unstable();
+        let refused = |what: String| {
+            Err(Error::corrupt(format!(
+                "{what}: it can only be opened for reading, and 'check' says more"
+            )))
+        };
+        if let Some(first) = sorted
+            .first()
+            .filter(|e| u64::from(**e) * 512 < layout.tables_end())
+        {
+            return refused(format!(
+                "a block at sector {first} lies on the image's tables, which end at byte {:#x}",
+                layout.tables_end()
+            ));
+        }
+        let mut pairs = sorted.windows(2);
+        let hit = pairs.find(|pair| matches!(pair, [a, b] if u64::from(b - a) < sectors));
+        match hit {
+            Some([a, b]) => refused(format!(
+                "blocks at sectors {a} and {b} overlap: a block has {sectors} sectors"
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Cuts the file off behind what is in use and puts the footer there, durably. On a device, which is as long as it
+/// is, the footer goes to its end.
+fn put_end(file: &dyn Storage, used_end: u64, footer: &Footer) -> Result<()> {
+    let end = used_end + FOOTER_BYTES as u64;
+    file.set_len(end)?;
+    let at = file.len()?.max(end) - FOOTER_BYTES as u64;
+    file.write_at(at, &footer.to_bytes())?;
+    file.sync()
+}
+
+/// Brings an image in order whose last writer did not close it, before it is written to: the footer goes to the end of
+/// the file, and what was reserved behind the last block goes back. Nothing else is touched; an image that is in order,
+/// or is of no kind that could be out of it, is left alone. Returns what was done, for people.
+///
+/// # Errors
+///
+/// As [`Vhd::open`] for writing; the file is as it was then, or in order but for what was being written.
+pub fn mend(file: &dyn Storage) -> Result<Option<String>> {
+    let layout = Layout::read(file)?;
+    let named = |error: Error| error.within(file.name());
+    if layout.header.is_none() || lacks(&layout).is_some() {
+        return Ok(None);
+    }
+    let mut done = Vec::new();
+    if let Some(damaged) = &layout.copy_damaged {
+        file.write_at(0, &layout.footer.to_bytes())?;
+        file.sync()?;
+        done.push(format!("wrote the footer's copy anew ({damaged})"));
+    }
+    if let Some(damaged) = &layout.end_damaged {
+        let blocks = Blocks::read(file, &layout).map_err(named)?;
+        blocks.check_writable(&layout).map_err(named)?;
+        let used_end = layout.used_end(blocks.end);
+        put_end(file, used_end, &layout.footer).map_err(named)?;
+        done.push(format!(
+            "wrote the footer behind the last block ({damaged})"
+        ));
+    }
+    Ok((!done.is_empty()).then(|| done.join("; ")))
+}
