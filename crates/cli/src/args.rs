@@ -34,6 +34,12 @@ pub enum Command {
     Check(Check),
     /// Copy a disk into a new image, of another format or compressed
     Convert(Convert),
+    /// Copy a part of a disk into a new image
+    Dd(Dd),
+    /// Find out whether two images have the same content
+    Compare(Compare),
+    /// Say how large the file of a new image will be
+    Measure(Measure),
     /// List, make, apply or delete snapshots inside a qcow2 image
     Snapshot(Snapshot),
     /// Show and change an image's persistent bitmaps
@@ -196,6 +202,40 @@ pub struct Convert {
 }
 
 impl Convert {
+    /// A copy of one image to another, with the defaults of the command line.
+    pub fn of(source: &str, target: &str) -> Self {
+        Self {
+            keys: Keys::default(),
+            target_key_secret: Vec::new(),
+            compress: false,
+            copy_range: false,
+            format: None,
+            target_format: None,
+            options: Vec::new(),
+            backing: None,
+            backing_format: None,
+            no_create: false,
+            target_is_zero: false,
+            sparse: tool::convert::SPARSE_BYTES,
+            snapshot: None,
+            bitmaps: false,
+            skip_broken_bitmaps: false,
+            salvage: false,
+            resume: false,
+            rate: None,
+            cache: Cache::Writeback,
+            source_cache: Cache::Writeback,
+            workers: None,
+            out_of_order: false,
+            progress: false,
+            json: false,
+            force_share: false,
+            allow_backing: Vec::new(),
+            data_file: None,
+            files: vec![source.to_owned(), target.to_owned()],
+        }
+    }
+
     /// The images to copy, at least one, and the one to make.
     pub fn files(&self) -> anyhow::Result<(&[String], &Path)> {
         match self.files.split_last() {
@@ -203,6 +243,115 @@ impl Convert {
             _ => anyhow::bail!("say what to copy, and where: diskplane convert SRC… DST"),
         }
     }
+}
+
+/// `dd`.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Operands: if=FILE of=FILE, and bs=SIZE (of a block, 512 where not given), count=N, skip=N. As in \
+                  qemu-img, count ends what is copied N blocks behind the disk's beginning, and skip leaves the \
+                  first N out. Sizes as everywhere: 64K, 1M, …"
+)]
+pub struct Dd {
+    /// Format of the image to copy [default: known by its magic, else raw]
+    #[arg(short = 'f', long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Format of the new image [default: raw]
+    #[arg(short = 'O', long, value_name = "FMT", value_parser = format)]
+    pub target_format: Option<Format>,
+    /// Read the image even while another process writes it
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+    /// Show progress also where stderr is no terminal
+    #[arg(short, long)]
+    pub progress: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Also open backing and data files below DIR, not only below each image's own directory
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub keys: Keys,
+    /// if=FILE of=FILE bs=SIZE count=N skip=N
+    #[arg(required = true, num_args = 1.., value_name = "KEY=VALUE")]
+    pub operands: Vec<String>,
+}
+
+/// `compare`.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Exit codes: 0 the same, 1 different, 2 an image cannot be opened, 3 what is allocated cannot be \
+                  found out, 4 data cannot be read"
+)]
+pub struct Compare {
+    /// Format of the first image [default: known by its magic, else raw]
+    #[arg(short = 'f', long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Format of the second image
+    #[arg(short = 'F', long = "second-format", value_name = "FMT", value_parser = format)]
+    pub second_format: Option<Format>,
+    /// Sizes must be the same too, and what is allocated
+    #[arg(short, long)]
+    pub strict: bool,
+    /// Read the images even while another process writes them
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+    /// How the host caches the images
+    #[arg(short = 'T', long, value_name = "MODE", default_value = "writeback", value_parser = str::parse::<Cache>)]
+    pub source_cache: Cache,
+    /// Show progress also where stderr is no terminal
+    #[arg(short, long)]
+    pub progress: bool,
+    /// Print nothing: the exit status says it
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Also open backing and data files below DIR, not only below each image's own directory
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub keys: Keys,
+    /// First image
+    pub file1: String,
+    /// Second image
+    pub file2: String,
+}
+
+/// `measure`.
+#[derive(Args, Debug)]
+pub struct Measure {
+    /// Format of the new image
+    #[arg(short = 'O', long, value_name = "FMT", default_value = "raw", value_parser = format)]
+    pub target_format: Format,
+    /// Its options, as key=value,…, as of `create`
+    #[arg(short, long = "option", value_name = "K=V,…")]
+    pub options: Vec<String>,
+    /// Measure a new image of a disk of that size
+    #[arg(short, long, value_name = "SIZE", value_parser = bytes, conflicts_with = "file")]
+    pub size: Option<u64>,
+    /// Format of FILE [default: known by its magic, else raw]
+    #[arg(short, long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Measure FILE's internal snapshot of that id, or else name; as convert -l
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    pub snapshot: Option<String>,
+    /// Read FILE even while another process writes it
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Also open backing and data files below DIR, not only below each image's own directory
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+    /// Image that is to be converted
+    #[arg(required_unless_present = "size")]
+    pub file: Option<String>,
 }
 
 /// What `info` and `map` have in common.

@@ -35,7 +35,7 @@ use tool::source::Source;
 use tool::work::Work;
 
 /// Bytes of each image's metadata cache: below 256 MiB with all that goes round.
-const CACHE_BYTES: u64 = 16 << 20;
+pub(crate) const CACHE_BYTES: u64 = 16 << 20;
 /// Bytes that are copied between two states from which `--resume` can go on.
 const CHECKPOINT_BYTES: u64 = 64 << 20;
 /// Places of unreadable bytes that people get to see; with `--json` there are more.
@@ -78,6 +78,7 @@ struct Copying<'a> {
     args: &'a Arguments,
     target: &'a Path,
     sources: Vec<Chain>,
+    window: Option<Window>,
     bytes: u64,
     base: Option<Chain>,
     workers: usize,
@@ -91,8 +92,22 @@ struct Copied {
     bitmaps_left_out: Vec<String>,
 }
 
+/// A part of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Its first byte.
+    pub skip: u64,
+    /// Bytes at most.
+    pub len: u64,
+}
+
 /// Copies a disk.
 pub fn run(args: &Arguments) -> Result<()> {
+    copy(args, None)
+}
+
+/// Copies a disk, or of a single one the part that `window` says.
+pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
     let stop = signals::stop_on_signals()?;
     let (names, target) = args.files()?;
     if names.len() > 1 {
@@ -124,12 +139,12 @@ pub fn run(args: &Arguments) -> Result<()> {
     };
     let sources = names.iter().map(open_source);
     let sources = sources.collect::<block::Result<Vec<Chain>>>()?;
-    let bytes = source_of(args, &sources)?.size();
     let below = target_passphrases(args)?;
-    let copying = Copying {
+    let mut copying = Copying {
         args,
         target,
-        bytes,
+        window,
+        bytes: 0,
         base: base(args, target, &below)?,
         workers: match args.workers {
             Some(workers) => usize::from(workers),
@@ -137,6 +152,8 @@ pub fn run(args: &Arguments) -> Result<()> {
         },
         sources,
     };
+    let bytes = copying.source()?.size();
+    copying.bytes = bytes;
     let bar = progress_bar(bytes, args.progress);
     let mut progress = |done| bar.set_position(done);
     let mut work = Work::new(stop, &mut progress);
@@ -147,12 +164,6 @@ pub fn run(args: &Arguments) -> Result<()> {
     };
     bar.finish_and_clear();
     print(args, &copied?)
-}
-
-/// The disk that `chains` make.
-fn source_of<'a>(args: &Arguments, chains: &'a [Chain]) -> Result<Source<'a>> {
-    let chains: Vec<&Chain> = chains.iter().collect();
-    Ok(Source::join(&chains)?.salvaging(args.salvage))
 }
 
 /// What `--target-key-secret` names.
@@ -207,6 +218,15 @@ struct Made<'a> {
 }
 
 impl Copying<'_> {
+    /// The disk that is copied.
+    fn source(&self) -> Result<Source<'_>> {
+        let source = match (self.window, self.sources.as_slice()) {
+            (Some(window), [chain]) => Source::window(chain, window.skip, window.len),
+            (_, chains) => Source::join(&chains.iter().collect::<Vec<_>>()),
+        };
+        Ok(source?.salvaging(self.args.salvage))
+    }
+
     fn options(&self) -> ConvertOptions<'_> {
         ConvertOptions {
             base: self.base.as_ref(),
@@ -292,7 +312,7 @@ impl Copying<'_> {
             cluster_size,
             resume,
         };
-        let source = source_of(self.args, &self.sources)?;
+        let source = self.source()?;
         let report = convert(source, image, &self.options(), work);
         match report {
             Err(error) if self.args.resume => {
@@ -536,7 +556,7 @@ impl Copying<'_> {
             writer: Box::new(qcow2::ImageWriter::new(&*file, options)?),
             compression: options.compression,
         };
-        let source = source_of(self.args, &self.sources)?;
+        let source = self.source()?;
         Ok(convert(source, target, &self.options(), work)?)
     }
 }

@@ -109,6 +109,18 @@ impl Options {
 
     /// Makes the header of a new image that is to be encrypted. Computes for some seconds.
     pub fn volume(&self, passphrase: &Passphrase) -> Result<Volume> {
+        Ok(Volume::format(&self.volume_options()?, passphrase)?)
+    }
+
+    /// Bytes that the header of such an image takes; 0 where it is not to be encrypted.
+    pub fn len(&self) -> Result<u64> {
+        match self.luks {
+            true => Ok(self.volume_options()?.volume_len()),
+            false => Ok(0),
+        }
+    }
+
+    fn volume_options(&self) -> Result<FormatOptions> {
         let default = Suite::default();
         let essiv_hash = self.ivgen_hash.unwrap_or(Hash::Sha256);
         let suite = Suite {
@@ -121,11 +133,10 @@ impl Options {
             hash: self.hash.unwrap_or(default.hash),
         };
         suite.validate()?;
-        let options = FormatOptions {
+        Ok(FormatOptions {
             suite,
             iter_time_ms: self.iter_time_ms.unwrap_or(ITER_TIME_MS_DEFAULT),
-        };
-        Ok(Volume::format(&options, passphrase)?)
+        })
     }
 }
 

@@ -1,7 +1,7 @@
 //! The `diskplane` command.
 //!
-//! Exit codes: 0 done, 1 failed or wrong usage (stderr says what, where and what to do); `check` has more,
-//! see its help. 2 is its "errors were found", as of `qemu-img check`, and so nothing else's.
+//! Exit codes: 0 done, 1 failed or wrong usage (stderr says what, where and what to do); `check` and `compare` have
+//! more, see their help. 2 is its "errors were found", as of `qemu-img check`, and so nothing else's.
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
@@ -11,13 +11,16 @@ mod bench_load;
 mod bench_versus;
 mod bitmap;
 mod check;
+mod compare;
 mod convert;
 mod create;
+mod dd;
 mod disks;
 mod encrypt;
 mod info;
 mod keys;
 mod map;
+mod measure;
 mod open;
 mod options;
 mod partial;
@@ -61,6 +64,9 @@ fn main() -> ExitCode {
         Command::Map(args) => done(map::run(args)),
         Command::Check(args) => check::run(args),
         Command::Convert(args) => done(convert::run(args)),
+        Command::Dd(args) => done(dd::run(args)),
+        Command::Compare(args) => compare::run(args),
+        Command::Measure(args) => done(measure::run(args)),
         Command::Snapshot(args) => done(snapshot::run(args)),
         Command::Bitmap(args) => done(bitmap::run(args)),
         Command::Amend(args) => done(amend::run(args)),
@@ -78,11 +84,16 @@ fn main() -> ExitCode {
                 eprintln!("diskplane: stopped by a signal");
                 signals::die_if_stopped();
             }
-            // It may have names in it that somebody else made, of files too.
-            eprintln!("diskplane: {}", block::plain(&format!("{error:#}")));
+            complain(&error);
             ExitCode::FAILURE
         }
     }
+}
+
+/// Says why a command failed.
+fn complain(error: &anyhow::Error) {
+    // It may have names in it that somebody else made, of files too.
+    eprintln!("diskplane: {}", block::plain(&format!("{error:#}")));
 }
 
 /// Whether a command failed since a signal stopped its work.

@@ -7,7 +7,9 @@
 
 pub mod bitmap;
 pub mod check;
+pub mod compare;
 pub mod convert;
+pub mod measure;
 pub mod prealloc;
 pub mod resize;
 pub mod source;

@@ -25,6 +25,18 @@ impl Default for FormatOptions {
     }
 }
 
+impl FormatOptions {
+    /// Bytes that header and materials of such a volume take.
+    pub fn volume_len(&self) -> u64 {
+        ALIGN + SLOTS as u64 * self.slot_len()
+    }
+
+    /// Bytes that the material of a slot takes.
+    fn slot_len(&self) -> u64 {
+        align_up(self.suite.key_len() as u64 * u64::from(STRIPES), ALIGN)
+    }
+}
+
 /// A new header with the material of its one active slot, to be written. Nothing in it is
 /// secret: the key is in there encrypted only.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,7 +53,7 @@ impl Volume {
         let suite = options.suite;
         suite.validate()?;
         let key = MasterKey::random(suite.key_len())?;
-        let each = align_up(suite.key_len() as u64 * u64::from(STRIPES), ALIGN);
+        let each = options.slot_len();
         let mut salt = [0; SALT_LEN];
         crate::random(&mut salt)?;
         let mut next = ALIGN;
