@@ -38,6 +38,9 @@ pub fn run(args: &args::Create) -> Result<()> {
     options.qcow2.backing = backing
         .as_ref()
         .map(|(name, format)| (name.clone(), format.qemu_name().to_owned()));
+    if let (Format::Vhd, Some((name, below))) = (format, &backing) {
+        options.set_vhd_parent(vhd_parent(&args.file, name, *below)?)?;
+    }
     let mut chosen = false;
     if format == Format::Qcow2 {
         chosen = options.choose();
@@ -130,6 +133,39 @@ pub(crate) fn refuse_backing(flag: &str, format: Format) -> Result<()> {
         }
         Format::Raw | Format::Null => bail!("{flag}: {format} images have no backing file"),
     }
+}
+
+/// What a differencing VHD image at `file` says of the parent `name`, which is there.
+pub(crate) fn vhd_parent(file: &Path, name: &str, format: Format) -> Result<vhd::NewParent> {
+    let path = file.parent().unwrap_or(Path::new("")).join(name);
+    let path = fs::canonicalize(&path).with_context(|| path.display().to_string())?;
+    let Some(absolute) = path.to_str() else {
+        bail!("{}: the name is not UTF-8", path.display());
+    };
+    let unique_id = match format {
+        Format::Vhd => {
+            let read_only = OpenOptions {
+                read_only: true,
+                lock: io::Lock::None,
+                ..OpenOptions::default()
+            };
+            vhd::Layout::read(&*File::open(&path, &read_only)?)?
+                .footer
+                .unique_id
+        }
+        Format::Raw => vhd::UniqueId::NONE,
+        other => bail!("{name}: a vhd image lies over vhd or raw, not over {other}"),
+    };
+    let changed = fs::metadata(&path)?.modified()?;
+    let changed = changed
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
+    Ok(vhd::NewParent {
+        name: name.to_owned(),
+        absolute: absolute.to_owned(),
+        unique_id,
+        timestamp: u32::try_from(changed.as_secs().saturating_sub(vhd::EPOCH))?,
+    })
 }
 
 fn backing_of(args: &args::Create, options: &Options) -> Result<Option<(String, Format)>> {

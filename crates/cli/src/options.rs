@@ -82,6 +82,20 @@ pub struct Options {
 }
 
 impl Options {
+    /// Makes a vhd image a differencing one.
+    ///
+    /// # Errors
+    ///
+    /// For one that was to be fixed.
+    pub fn set_vhd_parent(&mut self, parent: vhd::NewParent) -> Result<()> {
+        if self.vhd.disk_type == DiskType::Fixed {
+            bail!("-o subformat=fixed: a fixed image has all of its disk, and no backing file");
+        }
+        self.vhd.disk_type = DiskType::Differencing;
+        self.vhd.parent = Some(parent);
+        Ok(())
+    }
+
     /// Whether an image of `format` and `bytes` can be made so. Returns the bytes that its disk will have.
     ///
     /// # Errors

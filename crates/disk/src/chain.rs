@@ -17,7 +17,7 @@
 use crate::blocking::{Driver, Member};
 use block::{Context, Error, ErrorKind, Result, Storage, limits};
 use crypto::Passphrase;
-use image::{FileId, Format, Image, Null, Raw, qcow2, vhd};
+use image::{FileId, Format, Image, Null, Parent, Raw, qcow2, vhd};
 use io::{Cache, File, Lock};
 use std::{
     fs,
@@ -149,11 +149,19 @@ impl Chain {
                 )));
             }
             let named = || format!("{}: backing file", above.path.display());
-            let path = resolve(&above.path, &name, &options.allow_backing).context(named)?;
+            let parent = above.image.parent();
+            let names = parent
+                .as_ref()
+                .map_or(vec![name.clone()], |p| p.names.clone());
+            let (name, path) =
+                resolve_any(&above.path, &names, &options.allow_backing).context(named)?;
             let format = recorded(&above.path, &name, description.backing_format.as_deref())
                 .context(named)?;
             once(&mut seen, &path, &name).context(named)?;
             let mut layer = open_backing(path, format, &mut keys).context(named)?;
+            if let Some(parent) = parent {
+                verify(&parent, &layer).context(named)?;
+            }
             open_data_file(&mut layer, options, true, None, &mut seen)?;
             layers.push(layer);
         }
@@ -437,6 +445,52 @@ fn recorded(above: &Path, name: &str, format: Option<&str>) -> Result<Format> {
             ),
         )),
     }
+}
+
+/// The first of `names` that means a file, and that. What is wrong with the first of them that leads to a file, or
+/// of all, where none may be opened.
+fn resolve_any(above: &Path, names: &[String], allowed: &[PathBuf]) -> Result<(String, PathBuf)> {
+    let mut failed: Option<Error> = None;
+    for name in names {
+        match resolve(above, name, allowed) {
+            Ok(path) => return Ok((name.clone(), path)),
+            Err(error)
+                if failed
+                    .as_ref()
+                    .is_none_or(|f| f.kind() == ErrorKind::NotFound) =>
+            {
+                failed = Some(error);
+            }
+            Err(_) => {}
+        }
+    }
+    Err(failed.unwrap_or_else(|| Error::corrupt("the image has no name of it that can be read")))
+}
+
+/// Whether `layer` is the parent that the image above it means.
+fn verify(parent: &Parent, layer: &Layer) -> Result<()> {
+    let shown = layer.path.display();
+    if let Some(meant) = parent.unique_id
+        && layer.image.unique_id() != Some(meant)
+    {
+        let found = layer.image.unique_id().map(vhd::UniqueId);
+        let found = found.map_or("none".to_owned(), |id| id.to_string());
+        return Err(Error::corrupt(format!(
+            "{shown}: its unique id is {found}, the image lies over one with {}: it is another file",
+            vhd::UniqueId(meant)
+        )));
+    }
+    // Copying a file changes its time, and XenServer's tools mark parents as hidden: no reason to refuse it.
+    let changed = fs::metadata(&layer.path)
+        .ok()
+        .and_then(|m| u64::try_from(m.mtime()).ok());
+    if changed.is_some_and(|changed| changed != parent.changed) {
+        tracing::debug!(
+            parent = %shown,
+            "was changed after the image over it was made, or copied"
+        );
+    }
+    Ok(())
 }
 
 /// The file that `name`, stored in the image at `above`, may mean, or why it may not.

@@ -341,6 +341,17 @@ pub struct DataFile {
     pub raw: bool,
 }
 
+/// What an image knows of its backing file besides a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parent {
+    /// Its names, the best first.
+    pub names: Vec<String>,
+    /// Its [`Image::unique_id`] must be this.
+    pub unique_id: Option<[u8; 16]>,
+    /// When it was changed last, seconds since 1970.
+    pub changed: u64,
+}
+
 /// What an image is, for `info` and for the exports' limits.
 #[derive(Clone, Debug)]
 pub struct Description {
@@ -372,6 +383,16 @@ pub trait Image: Send + Sync + Debug {
 
     /// Bytes of the virtual disk.
     fn size(&self) -> u64;
+
+    /// What names the image to those above it, in formats that have it.
+    fn unique_id(&self) -> Option<[u8; 16]> {
+        None
+    }
+
+    /// Its backing file, in formats that know more of it than [`Description`] says.
+    fn parent(&self) -> Option<Parent> {
+        None
+    }
 
     /// What the guest range is made of, from `at` on. Lock-free on a hit.
     fn map(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>>;

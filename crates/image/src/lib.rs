@@ -18,7 +18,7 @@ mod words;
 
 pub use contract::{
     Allocation, Compressed, DataFile, Description, Extent, ExtentKind, FileId, Fill, FlushRun,
-    Freed, Image, Key, Load, MetaWrite, Need, Plan, Reserve, Stage, Step, Ticket, ZeroMode,
+    Freed, Image, Key, Load, MetaWrite, Need, Parent, Plan, Reserve, Stage, Step, Ticket, ZeroMode,
     ZeroPlan,
 };
 pub use encryption::{Encryption, Method};

@@ -47,6 +47,7 @@ pub mod rich;
 pub mod scattered;
 pub mod server;
 pub mod temp;
+pub mod vhd;
 
 use std::path::PathBuf;
 

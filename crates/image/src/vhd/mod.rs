@@ -10,7 +10,7 @@
 //!                                         └▶ first sector of each block
 //! ```
 //!
-//! * `footer`, `header`, `geometry`: the format. `open`, `create`.
+//! * `footer`, `header`, `geometry`, `locator`, `batmap`: the format. `open`, `create`.
 //! * `tables`: what is read without a lock; `state`: what the lock guards.
 //! * `map`: the questions; `flush`: the order on disk, and why it is safe.
 //!
@@ -18,25 +18,29 @@
 //! them. In dynamic images QEMU looks at no bits, which is the same where a file follows the specification: what has no bit is
 //! zeros on disk.
 
+mod batmap;
 mod create;
 mod flush;
 mod footer;
 mod geometry;
 mod header;
+mod locator;
 mod map;
 mod open;
 mod state;
 mod tables;
 
+pub use batmap::Batmap;
 pub use create::{CreateOptions, create};
 pub use footer::{COOKIE, DiskType, EPOCH, FOOTER_BYTES, Footer, UniqueId};
 pub use geometry::{Geometry, MAX_SECTORS, size_of_new};
 pub use header::{BLOCK_BYTES, BLOCKS_MAX, HEADER_BYTES, Header, LOCATORS, Locator};
+pub use locator::{NAME_BYTES_MAX, NewParent};
 pub use open::{Layout, OpenOptions, fixed_footer, mend};
 
 use crate::contract::{
-    Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan, Reserve, Step, Ticket,
-    ZeroMode, ZeroPlan,
+    Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Parent, Plan, Reserve, Step,
+    Ticket, ZeroMode, ZeroPlan,
 };
 use crate::raw::not_compressed;
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
@@ -66,6 +70,7 @@ pub struct Vhd {
     read_only: bool,
     /// Why it must not be written, when it must not.
     lacks: Option<String>,
+    parent: Option<Parent>,
     tables: Tables,
     state: Mutex<State>,
     /// There may be something to foresee.
@@ -149,8 +154,14 @@ impl Image for Vhd {
             format: "vhd",
             size: self.size,
             cluster_size: self.block_bytes,
-            backing: None,
-            backing_format: None,
+            backing: self
+                .parent
+                .as_ref()
+                .map(|p| p.names.first().cloned().unwrap_or_default()),
+            backing_format: self.parent.as_ref().map(|parent| match parent.unique_id {
+                Some(_) => "vhd".to_owned(),
+                None => "raw".to_owned(),
+            }),
             data_file: None,
             read_only_because: self.lacks.clone(),
             facts: self.facts(),
@@ -159,6 +170,14 @@ impl Image for Vhd {
 
     fn size(&self) -> u64 {
         self.size
+    }
+
+    fn unique_id(&self) -> Option<[u8; 16]> {
+        Some(self.footer.unique_id.0)
+    }
+
+    fn parent(&self) -> Option<Parent> {
+        self.parent.clone()
     }
 
     fn map(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {

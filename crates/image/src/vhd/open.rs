@@ -4,11 +4,13 @@
 //! damaged the other serves, as in XenServer's tools. Where both are sound and speak of different images the file is
 //! refused: a guest can write a footer where its disk begins, or where a crash left its data at the end of the file.
 
-use super::footer::{COOKIE, DiskType, FOOTER_BYTES, Footer};
+use super::batmap::Batmap;
+use super::footer::{COOKIE, DiskType, EPOCH, FOOTER_BYTES, Footer, UniqueId};
 use super::header::{HEADER_BYTES, Header};
 use super::state::{Space, State};
 use super::tables::{NONE, Tables};
-use super::{Vhd, header};
+use super::{Vhd, header, locator};
+use crate::Parent;
 use block::{Context, Error, Result, Storage};
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
@@ -42,6 +44,12 @@ pub struct Layout {
     pub copy_damaged: Option<String>,
     /// The header, of all but fixed images.
     pub header: Option<Header>,
+    /// The batmap, in images of XenServer's tools that have one.
+    pub batmap: Option<Batmap>,
+    /// The parent's names, the best first, of a differencing image.
+    pub parent_names: Vec<String>,
+    /// What is wrong with other names of it.
+    pub parent_faults: Vec<String>,
     /// Bytes of the disk.
     pub disk_bytes: u64,
     /// Bytes of the file.
@@ -122,11 +130,30 @@ impl Layout {
                 Some(header)
             }
         };
+        let mut batmap = None;
+        let (mut parent_names, mut parent_faults) = Default::default();
+        if let Some(header) = &header {
+            batmap = Batmap::read(file, &footer, header, file_bytes)?;
+            if footer.disk_type == DiskType::Differencing {
+                (parent_names, parent_faults) = locator::names(file, header, file_bytes)?;
+                // In the image's own directory, where none of the others leads anywhere.
+                let name = &header.parent_name;
+                if !name.is_empty()
+                    && !name.contains(['/', '\\', ':'])
+                    && !parent_names.contains(name)
+                {
+                    parent_names.push(name.clone());
+                }
+            }
+        }
         Ok(Self {
             footer,
             end_damaged,
             copy_damaged,
             header,
+            batmap,
+            parent_names,
+            parent_faults,
             disk_bytes,
             file_bytes,
         })
@@ -136,7 +163,9 @@ impl Layout {
     pub fn tables_end(&self) -> u64 {
         let Some(header) = &self.header else { return 0 };
         let header_end = self.footer.header_offset + HEADER_BYTES as u64;
-        (header.table_offset + header.table_bytes()).max(header_end)
+        let batmap_end = self.batmap.as_ref().map_or(0, |batmap| batmap.end);
+        let table_end = header.table_offset + header.table_bytes();
+        table_end.max(header_end).max(batmap_end)
     }
 
     /// Hands all entries of the table out in order.
@@ -239,11 +268,6 @@ impl Vhd {
     }
 
     fn of(file: &dyn Storage, layout: Layout, options: &OpenOptions) -> Result<Self> {
-        if layout.footer.disk_type == DiskType::Differencing {
-            return Err(Error::unsupported(
-                "differencing vhd images are not supported yet",
-            ));
-        }
         let blocks = Blocks::read(file, &layout)?;
         if !options.read_only {
             blocks.check_writable(&layout)?;
@@ -265,6 +289,15 @@ impl Vhd {
             blocks: blocks.present,
         };
         let lacks = lacks(&layout);
+        let tables = Tables::new(blocks.entries, frames);
+        if let Some(batmap) = &layout.batmap {
+            for block in 0..tables.blocks() {
+                if tables.entry(block).is_some() && batmap.has(block) {
+                    tables.set_whole(block);
+                }
+            }
+        }
+        let parent = parent(&layout);
         Ok(Self {
             name: file.name(),
             disk_type: layout.footer.disk_type,
@@ -277,7 +310,8 @@ impl Vhd {
             blocks_from: layout.tables_end(),
             read_only: options.read_only || lacks.is_some(),
             lacks,
-            tables: Tables::new(blocks.entries, frames),
+            parent,
+            tables,
             state: Mutex::new(State::new(frames, count, space)),
             ahead: AtomicBool::new(false),
             footer: layout.footer,
@@ -293,6 +327,18 @@ impl Vhd {
         }
         put_end(file, st.space.next, &self.footer).map_err(|error| error.within(&self.name))
     }
+}
+
+/// The parent of a differencing image.
+fn parent(layout: &Layout) -> Option<Parent> {
+    let header = layout.header.as_ref()?;
+    let id = header.parent_id;
+    (layout.footer.disk_type == DiskType::Differencing).then(|| Parent {
+        names: layout.parent_names.clone(),
+        // Over a raw image there is none.
+        unique_id: (id != UniqueId::NONE).then_some(id.0),
+        changed: u64::from(header.parent_timestamp) + EPOCH,
+    })
 }
 
 /// Why the image may not be written.
