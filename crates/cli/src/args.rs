@@ -38,6 +38,10 @@ pub enum Command {
     Dd(Dd),
     /// Find out whether two images have the same content
     Compare(Compare),
+    /// Put what an overlay has into its backing file
+    Commit(Commit),
+    /// Give an image another backing file
+    Rebase(Rebase),
     /// Say how large the file of a new image will be
     Measure(Measure),
     /// List, make, apply or delete snapshots inside a qcow2 image
@@ -320,6 +324,97 @@ pub struct Compare {
     pub file1: String,
     /// Second image
     pub file2: String,
+}
+
+/// `commit`.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "The base grows where it is smaller. Whatever cuts the work off, the overlay reads as before, and the \
+                  work can be done again: it is emptied when all of its data are durable in the base."
+)]
+pub struct Commit {
+    /// Format of the overlay [default: known by its magic]
+    #[arg(short, long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// The image of the chain that gets the data [default: the backing file]. Images between it and the overlay read
+    /// as garbage afterwards; the overlay stays as it is (-d)
+    #[arg(short, long, value_name = "BASE")]
+    pub base: Option<PathBuf>,
+    /// Leave the overlay as it is, instead of emptying it
+    #[arg(short, long)]
+    pub drop: bool,
+    /// Copy at most so many bytes of data in a second
+    #[arg(short, long, value_name = "SIZE", value_parser = rate)]
+    pub rate: Option<u64>,
+    /// How the host caches the images
+    #[arg(short = 't', long, value_name = "MODE", default_value = "writeback", value_parser = str::parse::<Cache>)]
+    pub cache: Cache,
+    /// Show progress also where stderr is no terminal
+    #[arg(short, long)]
+    pub progress: bool,
+    /// Print nothing
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub keys: Keys,
+    /// Also open backing and data files below DIR, not only below each image's own directory
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+    /// Overlay; nobody else may use it, and nobody may use the base
+    pub file: PathBuf,
+}
+
+/// `rebase`.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Where the new backing file differs from the old one, the image gets what it shows now. Whatever cuts \
+                  the work off, the image is one on its old backing file that reads as before: the new name is \
+                  written last, in one sector."
+)]
+pub struct Rebase {
+    /// Format of the image [default: known by its magic]
+    #[arg(short, long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// The new backing file; a relative name starts at the image's directory. '': none
+    #[arg(short, long, value_name = "BASE")]
+    pub backing: String,
+    /// Its format
+    #[arg(short = 'F', long, value_name = "FMT", value_parser = format)]
+    pub backing_format: Option<Format>,
+    /// Only change the name and format in the image: the old and the new backing file are not opened, and it is
+    /// yours to know that both read the same
+    #[arg(short = 'u', long = "unsafe")]
+    pub unsafe_mode: bool,
+    /// Copy at most so many bytes of data in a second
+    #[arg(short, long, value_name = "SIZE", value_parser = rate)]
+    pub rate: Option<u64>,
+    /// How the host caches the image
+    #[arg(short = 't', long, value_name = "MODE", default_value = "writeback", value_parser = str::parse::<Cache>)]
+    pub cache: Cache,
+    /// How the host caches the new backing file
+    #[arg(short = 'T', long, value_name = "MODE", default_value = "writeback", value_parser = str::parse::<Cache>)]
+    pub source_cache: Cache,
+    /// Show progress also where stderr is no terminal
+    #[arg(short, long)]
+    pub progress: bool,
+    /// Print nothing
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub keys: Keys,
+    /// Also open backing and data files below DIR, not only below each image's own directory
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+    /// Image; nobody else may use it
+    pub file: PathBuf,
 }
 
 /// `measure`.

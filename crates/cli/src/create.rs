@@ -325,7 +325,7 @@ fn write_raw(file: &File, options: &Options) -> Result<()> {
 }
 
 /// Says so when the new image's backing or data file will not be opened without being allowed.
-fn warn_of_policy(path: &Path, format: Format, names_files: bool) {
+pub(crate) fn warn_of_policy(path: &Path, format: Format, names_files: bool) {
     let Some(spec) = path.to_str().filter(|_| names_files) else {
         return;
     };

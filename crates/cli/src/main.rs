@@ -11,6 +11,7 @@ mod bench_load;
 mod bench_versus;
 mod bitmap;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -24,6 +25,7 @@ mod measure;
 mod open;
 mod options;
 mod partial;
+mod rebase;
 mod resize;
 mod secret;
 mod serve;
@@ -66,6 +68,8 @@ fn main() -> ExitCode {
         Command::Convert(args) => done(convert::run(args)),
         Command::Dd(args) => done(dd::run(args)),
         Command::Compare(args) => compare::run(args),
+        Command::Commit(args) => done(commit::run(args)),
+        Command::Rebase(args) => done(rebase::run(args)),
         Command::Measure(args) => done(measure::run(args)),
         Command::Snapshot(args) => done(snapshot::run(args)),
         Command::Bitmap(args) => done(bitmap::run(args)),

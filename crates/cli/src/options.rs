@@ -137,9 +137,12 @@ impl Options {
 const AMEND: [(&str, &str); 13] = [
     (
         "backing_file",
-        "only what it is: qemu-img rebase changes it",
+        "only what it is: diskplane rebase changes it",
     ),
-    ("backing_fmt", "only what it is: qemu-img rebase changes it"),
+    (
+        "backing_fmt",
+        "only what it is: diskplane rebase changes it",
+    ),
     (
         "compat",
         "0.10 (version 2, also v2) or 1.1 (version 3, also v3)",

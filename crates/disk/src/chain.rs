@@ -439,7 +439,7 @@ fn recorded(above: &Path, name: &str, format: Option<&str>) -> Result<Format> {
             ErrorKind::Denied,
             format!(
                 "the format of '{0}' is not recorded in the image, and is not guessed: record it with \
-                 qemu-img rebase -u -b '{0}' -F raw|qcow2 '{1}'",
+                 diskplane rebase -u -b '{0}' -F raw|qcow2 '{1}'",
                 name.escape_default(),
                 above.display()
             ),

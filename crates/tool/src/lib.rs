@@ -7,10 +7,12 @@
 
 pub mod bitmap;
 pub mod check;
+pub mod commit;
 pub mod compare;
 pub mod convert;
 pub mod measure;
 pub mod prealloc;
+pub mod rebase;
 pub mod resize;
 pub mod source;
 pub mod work;

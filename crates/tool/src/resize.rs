@@ -125,6 +125,13 @@ fn shrink(member: &Member, file: &dyn Storage, name: &str, options: &ResizeOptio
     cut_tail(&mut editor, file).context(|| name)
 }
 
+/// Cuts off what the file of a closed qcow2 image has behind the last cluster in use.
+pub(crate) fn cut_file(file: &dyn Storage) -> Result<()> {
+    let name = file.name();
+    let mut editor = Editor::open(file, &name)?;
+    cut_tail(&mut editor, file).context(|| name)
+}
+
 /// Cuts off what the file has behind the last cluster in use.
 fn cut_tail(editor: &mut Editor, file: &dyn Storage) -> Result<()> {
     let end = editor.used_end()?;

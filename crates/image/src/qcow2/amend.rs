@@ -76,7 +76,7 @@ impl AmendOptions {
         if !backing(&self.backing, header.backing.as_deref())
             || !backing(&self.backing_format, format.as_deref())
         {
-            return refused("the backing file cannot be amended: use qemu-img rebase");
+            return refused("the backing file cannot be amended: use diskplane rebase");
         }
         let has_data_file = header.incompatible & features::DATA_FILE != 0;
         if self.data_file.is_some() && !has_data_file {

@@ -50,6 +50,7 @@ mod lazy_tests;
 mod map;
 mod open;
 mod pending;
+pub mod rebase;
 mod refcount;
 pub mod resize;
 mod rewidth;

@@ -14,7 +14,7 @@
 mod table;
 #[cfg(test)]
 mod tests;
-mod walk;
+pub(super) mod walk;
 
 pub use table::Snapshot;
 

@@ -7,7 +7,7 @@ use crate::qcow2::open::words_of;
 use block::{Error, Result};
 
 /// Reads the L1 table at `offset`, as [`Editor::read_l1`].
-pub(super) fn read_l1(editor: &Editor, offset: u64, entries: u32) -> Result<Vec<u64>> {
+pub(in crate::qcow2) fn read_l1(editor: &Editor, offset: u64, entries: u32) -> Result<Vec<u64>> {
     let l1 = editor.read_l1(offset, entries)?;
     // No two entries have the same table: a file made for the purpose could keep us busy for days.
     let tables = l1.iter().filter(|raw| **raw != 0).count() as u64;
@@ -22,7 +22,7 @@ pub(super) fn read_l1(editor: &Editor, offset: u64, entries: u32) -> Result<Vec<
 }
 
 /// The L2 table that an L1 entry refers to.
-pub(super) fn table_of(editor: &Editor, index: usize, raw: u64) -> Result<Option<u64>> {
+pub(in crate::qcow2) fn table_of(editor: &Editor, index: usize, raw: u64) -> Result<Option<u64>> {
     let Some(entry) = editor.layout().l1_entry(raw) else {
         return Ok(None);
     };
@@ -36,7 +36,7 @@ pub(super) fn table_of(editor: &Editor, index: usize, raw: u64) -> Result<Option
 }
 
 /// Reads the L2 table at `offset`.
-pub(super) fn read_l2(editor: &Editor, offset: u64) -> Result<Vec<u64>> {
+pub(in crate::qcow2) fn read_l2(editor: &Editor, offset: u64) -> Result<Vec<u64>> {
     // At most 2 MiB.
     let len = editor.layout().cluster() as usize;
     if offset
@@ -81,7 +81,12 @@ fn reference(
 }
 
 /// Changes the refcounts of all that the L2 table `l2`, read from `table`, refers to.
-pub(super) fn count(editor: &mut Editor, table: u64, l2: &[u64], delta: i64) -> Result<()> {
+pub(in crate::qcow2) fn count(
+    editor: &mut Editor,
+    table: u64,
+    l2: &[u64],
+    delta: i64,
+) -> Result<()> {
     let layout = editor.layout();
     // Neighbours together.
     let mut run = (0, 0);
@@ -105,7 +110,7 @@ pub(super) fn count(editor: &mut Editor, table: u64, l2: &[u64], delta: i64) -> 
 }
 
 /// Takes the COPIED flags off; says whether there were any.
-pub(super) fn share(editor: &Editor, l2: &mut [u64]) -> bool {
+pub(in crate::qcow2) fn share(editor: &Editor, l2: &mut [u64]) -> bool {
     let mut changed = false;
     for entry in l2.chunks_mut(editor.layout().entry_words()) {
         if let Some(raw) = entry.first_mut()
@@ -139,7 +144,7 @@ fn flag(editor: &mut Editor, table: u64, l2: &mut [u64]) -> Result<bool> {
 
 /// Makes all COPIED flags of the active tables what the refcounts say. Tables in which that changes
 /// something get a new place, and `l1` is changed accordingly.
-pub(super) fn flag_all(editor: &mut Editor, l1: &mut [u64]) -> Result<()> {
+pub(in crate::qcow2) fn flag_all(editor: &mut Editor, l1: &mut [u64]) -> Result<()> {
     let layout = editor.layout();
     for (index, raw) in l1.iter_mut().enumerate() {
         let Some(table) = table_of(editor, index, *raw)? else {
@@ -158,13 +163,13 @@ pub(super) fn flag_all(editor: &mut Editor, l1: &mut [u64]) -> Result<()> {
 }
 
 /// Writes a table of 64-bit entries to new clusters; returns where. 0 for an empty one.
-pub(super) fn write_table(editor: &mut Editor, table: &[u64]) -> Result<u64> {
+pub(in crate::qcow2) fn write_table(editor: &mut Editor, table: &[u64]) -> Result<u64> {
     let bytes: Vec<u8> = table.iter().flat_map(|word| word.to_be_bytes()).collect();
     write_bytes(editor, bytes)
 }
 
 /// Writes `bytes` to new clusters, the last filled with zeros; returns where. 0 for none.
-pub(super) fn write_bytes(editor: &mut Editor, mut bytes: Vec<u8>) -> Result<u64> {
+pub(in crate::qcow2) fn write_bytes(editor: &mut Editor, mut bytes: Vec<u8>) -> Result<u64> {
     if bytes.is_empty() {
         return Ok(0);
     }
@@ -177,7 +182,7 @@ pub(super) fn write_bytes(editor: &mut Editor, mut bytes: Vec<u8>) -> Result<u64
 }
 
 /// Frees a table of `bytes` bytes at `offset`.
-pub(super) fn free_table(editor: &mut Editor, offset: u64, bytes: u64) -> Result<()> {
+pub(in crate::qcow2) fn free_table(editor: &mut Editor, offset: u64, bytes: u64) -> Result<()> {
     let clusters = bytes.div_ceil(editor.layout().cluster());
     match clusters {
         0 => Ok(()),

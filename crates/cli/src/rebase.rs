@@ -1,0 +1,154 @@
+//! `diskplane rebase`.
+//!
+//! With `--json` an object: `filename`; `backing-filename` and `backing-filename-format`, absent where there is none
+//! any more; `copied` and `zeroed`, bytes of the disk that the image has now since the new backing file differs.
+
+use crate::convert::{CACHE_BYTES, progress_bar};
+use crate::open::{self, Access};
+use crate::{args, check, create, print, signals};
+use anyhow::{Context as _, Result, bail};
+use block::size;
+use disk::chain::{self, Chain, ChainOptions};
+use image::Format;
+use image::qcow2::rebase::set_backing;
+use serde::Serialize;
+use std::path::Path;
+use std::sync::Arc;
+use tool::rebase::{Report, copy_differences};
+use tool::work::Work;
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Json {
+    filename: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename_format: Option<&'static str>,
+    copied: u64,
+    zeroed: u64,
+}
+
+/// Gives an image another backing file.
+pub fn run(args: &args::Rebase) -> Result<()> {
+    let stop = signals::stop_on_signals()?;
+    let backing = match (args.backing.as_str(), args.backing_format) {
+        ("", None) => None,
+        ("", Some(_)) => bail!("-F: without a backing file there is no format of one"),
+        (name, Some(format)) => Some((name, format)),
+        (name, None) => bail!("-b {name}: say its format with -F"),
+    };
+    if let Some((name, _)) = backing
+        && !chain::is_file_name(name)
+    {
+        bail!("-b {name}: it has a protocol, only names of files are opened");
+    }
+    let report = match args.unsafe_mode {
+        true => {
+            let (file, format) = open::image(&args.file, args.format, Access::Write)?;
+            only_qcow2(&args.file, format)?;
+            check::mend(&*file)?;
+            set_backing(&*file, backing.map(|(name, format)| (name, format.name())))?;
+            Report::default()
+        }
+        false => {
+            let base = backing.map(|(name, format)| base(args, name, format));
+            let base = base.transpose()?;
+            let overlay = overlay(args)?;
+            let Some(active) = overlay.layers.first() else {
+                bail!("a chain without an image");
+            };
+            only_qcow2(&args.file, active.format)?;
+            let bar = progress_bar(active.image.size(), args.progress);
+            let mut progress = |done| bar.set_position(done);
+            let mut work = Work::new(stop, &mut progress);
+            work.rate = args.rate;
+            let report = copy_differences(&overlay, base.as_ref(), &mut work);
+            bar.finish_and_clear();
+            let report = report?;
+            // From here on nothing of the image is in memory; its lock is still held.
+            let file = active.files.first().map(Arc::clone);
+            drop(overlay);
+            let file = file.context("an image without a file")?;
+            set_backing(&*file, backing.map(|(name, format)| (name, format.name())))?;
+            report
+        }
+    };
+    if !args.quiet {
+        tell(args, backing, &report)?;
+    }
+    create::warn_of_policy(&args.file, Format::Qcow2, backing.is_some());
+    Ok(())
+}
+
+fn only_qcow2(path: &Path, format: Format) -> Result<()> {
+    match format {
+        Format::Qcow2 => Ok(()),
+        format => bail!(
+            "{}: a {format} image cannot get another backing file; qcow2 images can",
+            path.display()
+        ),
+    }
+}
+
+/// The image that is to be changed, and what it lies on now.
+fn overlay(args: &args::Rebase) -> Result<Chain> {
+    let options = ChainOptions {
+        format: args.format,
+        cache: args.cache,
+        allow_backing: args.allow_backing.clone(),
+        cache_bytes: Some(CACHE_BYTES),
+        passphrases: args.keys.read()?,
+        repair: Some(check::mend),
+        ..ChainOptions::default()
+    };
+    Ok(open::chain(open::spec(&args.file)?, &options)?)
+}
+
+/// The new backing file.
+fn base(args: &args::Rebase, name: &str, format: Format) -> Result<Chain> {
+    // A relative name starts at the directory of the image that stores it.
+    let path = args.file.parent().unwrap_or(Path::new("")).join(name);
+    let options = ChainOptions {
+        format: Some(format),
+        read_only: true,
+        cache: args.source_cache,
+        allow_backing: args.allow_backing.clone(),
+        cache_bytes: Some(CACHE_BYTES),
+        passphrases: args.keys.read()?,
+        ..ChainOptions::default()
+    };
+    let spec = open::spec(&path).context("-b")?;
+    let chain = open::chain(spec, &options).context("-b")?;
+    let overlay = std::fs::canonicalize(&args.file)?;
+    let is_overlay = |path: &Path| std::fs::canonicalize(path).is_ok_and(|path| path == overlay);
+    if chain.layers.iter().any(|layer| is_overlay(&layer.path)) {
+        bail!(
+            "-b {name}: lies on {} itself: the chain would be a loop",
+            args.file.display()
+        );
+    }
+    Ok(chain)
+}
+
+fn tell(args: &args::Rebase, backing: Option<(&str, Format)>, report: &Report) -> Result<()> {
+    if args.json {
+        return print(&crate::json(&Json {
+            filename: args.file.display().to_string(),
+            backing_filename: backing.map(|(name, _)| name.to_owned()),
+            backing_filename_format: backing.map(|(_, format)| format.name()),
+            copied: report.copied,
+            zeroed: report.zeroed,
+        })?);
+    }
+    let onto = match backing {
+        Some((name, format)) => format!("onto {name} ({format})"),
+        None => "onto nothing".to_owned(),
+    };
+    print(&format!(
+        "rebased {} {onto}: {} of data copied, {} of zeros\n",
+        args.file.display(),
+        size::human(report.copied),
+        size::human(report.zeroed)
+    ))
+}

@@ -1,0 +1,121 @@
+//! Putting an image onto another backing file: `qemu-img rebase`'s work, in its safe mode.
+//!
+//! ```text
+//!   1 where the image has nothing, and old and new backing file differ, it gets what the old one has
+//!   2 all of that is durable      3 the header names the new backing file, by one write of one sector
+//! ```
+//!
+//! Until step 3 the image is an overlay of its old backing file that has a copy of some of it: whatever cuts the work
+//! off, it reads as before. What both backing files have in the same place of the same file is not read.
+
+use crate::source::{Source, is_zero};
+use crate::work::Work;
+use block::Result;
+use disk::chain::Chain;
+use image::ExtentKind;
+
+/// Bytes that are compared at once, unless a cluster is larger.
+const PIECE_BYTES: u64 = 1 << 20;
+
+/// What was done. Bytes of the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Bytes that were copied from the old backing file, as data.
+    pub copied: u64,
+    /// Bytes that were made zeros, since the old backing file has zeros there.
+    pub zeroed: u64,
+}
+
+/// Gives `overlay`, open for writing, all that would be lost or come to light on top of `base` (`None`: on top of
+/// nothing). It is closed afterwards, and may be given its new backing file.
+///
+/// # Errors
+///
+/// What reading and writing fail with; `Interrupted`. The overlay reads as before then.
+pub fn copy_differences(
+    overlay: &Chain,
+    base: Option<&Chain>,
+    work: &mut Work<'_>,
+) -> Result<Report> {
+    let mut driver = overlay.driver()?;
+    let cluster = (overlay.layers.first()).map_or(1, |layer| layer.image.describe().cluster_size);
+    let below = Chain {
+        layers: overlay.layers.get(1..).unwrap_or_default().to_vec(),
+        read_only: true,
+    };
+    let nothing = || Source::join(&[]);
+    let mut old = match below.layers.is_empty() {
+        true => nothing()?,
+        false => Source::new(&below)?,
+    };
+    let mut new = base.map_or_else(nothing, Source::new)?;
+    let size = driver.size();
+    let unit = cluster.max(4096);
+    let (mut before, mut after) = (Vec::new(), Vec::new());
+    let mut report = Report {
+        size,
+        ..Report::default()
+    };
+    let mut run = || -> Result<()> {
+        let mut at = 0;
+        while at < size {
+            work.reached(at)?;
+            let own = driver.extent_at(at, size - at)?;
+            if own.depth == 0 && own.kind != ExtentKind::Unallocated {
+                at += own.len;
+                continue;
+            }
+            let here = old.run(at, own.len)?;
+            let there = new.run(at, here.len)?;
+            let mut len = here.len.min(there.len);
+            let same = match (&here.place, &there.place) {
+                _ if here.zero && there.zero => true,
+                (Some(a), Some(b)) => (a.identity, a.offset) == (b.identity, b.offset),
+                _ => false,
+            };
+            if same {
+                at += len;
+                continue;
+            }
+            // Up to the end of a cluster, where the image has nothing: what is written there comes whole.
+            len = len.max(unit - at % unit).min(own.len);
+            len = len.min(PIECE_BYTES.max(unit) - at % unit);
+            // At most 2 MiB.
+            before.resize(len as usize, 0);
+            after.resize(len as usize, 0);
+            old.read(at, &mut before)?;
+            new.read(at, &mut after)?;
+            let mut done = 0;
+            while done < len {
+                let part = (unit - (at + done) % unit).min(len - done);
+                let range = done as usize..(done + part) as usize;
+                let bytes = before.get(range.clone()).unwrap_or_default();
+                if Some(bytes) != after.get(range) {
+                    match is_zero(bytes) {
+                        true => {
+                            driver.write_zeroes(at + done, part, true)?;
+                            report.zeroed += part;
+                        }
+                        false => {
+                            driver.write(at + done, bytes)?;
+                            report.copied += part;
+                        }
+                    }
+                    work.moved(part)?;
+                }
+                done += part;
+            }
+            at += len;
+        }
+        Ok(())
+    };
+    let copied = run();
+    // What was copied harms nothing, and need not be lost.
+    let closed = driver.close();
+    copied?;
+    closed?;
+    (work.progress)(size);
+    Ok(report)
+}
