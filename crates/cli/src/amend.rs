@@ -55,7 +55,7 @@ pub fn run(args: &args::Amend) -> Result<()> {
     }
     let storage: &dyn Storage = &*file;
     let name = storage.name();
-    check::mend(storage)?;
+    check::mend(storage, Format::Qcow2)?;
     let header = Header::read(storage)?;
     header.check_known().map_err(|e| e.within(&name))?;
     changes

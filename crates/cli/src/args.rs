@@ -78,7 +78,7 @@ pub enum BenchCommand {
 /// `create`.
 #[derive(Args, Debug)]
 pub struct Create {
-    /// Format of the new image: raw, qcow2 or vhd [default: by FILE's extension, .qcow2, .vhd, .raw or .img]
+    /// Format of the new image: raw, qcow2, qed or vhd [default: by FILE's extension, .qcow2, .qed, .vhd, .raw or .img]
     #[arg(short, long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
     /// Options of the format, as key=value,…: `-o help` lists them
@@ -127,7 +127,7 @@ pub struct Convert {
     /// Format of SRC [default: known by its magic, else raw]
     #[arg(short = 'f', long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
-    /// Format of DST: raw, qcow2 or vhd [default: by DST's extension, .qcow2, .vhd, .raw or .img]
+    /// Format of DST: raw, qcow2, qed or vhd [default: by DST's extension, .qcow2, .qed, .vhd, .raw or .img]
     #[arg(short = 'O', long, value_name = "FMT", value_parser = format)]
     pub target_format: Option<Format>,
     /// Options of DST's format, as key=value,…: `diskplane create -f FMT -o help FILE` lists them

@@ -5,7 +5,7 @@
 //!
 //! | field | |
 //! |---|---|
-//! | `filename`, `format` | as given; `qcow2` |
+//! | `filename`, `format` | as given; `qcow2`, `qed` |
 //! | `check-errors` | things that could not be checked |
 //! | `image-end-offset` | where the last cluster in use ends |
 //! | `corruptions`, `leaks` | what is wrong; absent where nothing is, as all below |
@@ -24,7 +24,7 @@ use image::Format;
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::process::ExitCode;
-use tool::check::{CheckOptions, Report, check};
+use tool::check::{CheckOptions, Report, check, qed};
 
 /// As `qemu-img check`: the format has no metadata that could be wrong.
 const NO_CHECKS: u8 = 63;
@@ -74,13 +74,6 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
     };
     let (file, format) = open::image(&args.file, args.format, access)?;
     let shown = args.file.display();
-    if format == Format::Vhd {
-        bail!("{shown}: checking vhd images is not supported yet");
-    }
-    if format != Format::Qcow2 {
-        eprintln!("diskplane: {shown}: a {format} image has no metadata to check");
-        return Ok(ExitCode::from(NO_CHECKS));
-    }
     let repair = match args.repair {
         None => tool::check::Repair::No,
         Some(Repair::Leaks) => tool::check::Repair::Leaks,
@@ -91,13 +84,21 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
         budget_bytes: args.memory,
     };
     let storage: &dyn Storage = &*file;
-    let report = check(storage, &options)?;
+    let report = match format {
+        Format::Qcow2 => check(storage, &options)?,
+        Format::Qed => qed::check(storage, &options)?,
+        Format::Vhd => bail!("{shown}: checking vhd images is not supported yet"),
+        Format::Raw | Format::Null => {
+            eprintln!("diskplane: {shown}: a {format} image has no metadata to check");
+            return Ok(ExitCode::from(NO_CHECKS));
+        }
+    };
     if !args.json {
         tell(&report);
     }
     if !args.quiet {
         print(&match args.json {
-            true => json(args, &report)?,
+            true => json(args, format, &report)?,
             false => text(&report)?,
         })?;
     }
@@ -116,10 +117,10 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
     }))
 }
 
-fn json(args: &args::Check, report: &Report) -> Result<String> {
+fn json(args: &args::Check, format: Format, report: &Report) -> Result<String> {
     crate::json(&Json {
         filename: args.file.display().to_string(),
-        format: Format::Qcow2.name(),
+        format: format.name(),
         check_errors: report.check_errors,
         image_end_offset: report.image_end_offset,
         corruptions: report.corruptions,
@@ -137,13 +138,24 @@ fn json(args: &args::Check, report: &Report) -> Result<String> {
 }
 
 /// Brings an image that was not closed cleanly in order before a command writes to it, and says so.
-pub fn mend(storage: &dyn Storage) -> block::Result<()> {
-    if let Some(report) = tool::check::mend_dirty(storage)? {
+pub fn mend(storage: &dyn Storage, format: Format) -> block::Result<()> {
+    let (report, what) = match format {
+        Format::Qcow2 => (
+            tool::check::mend_dirty(storage)?,
+            "was not closed cleanly: its refcounts were counted anew",
+        ),
+        Format::Qed => (
+            qed::mend(storage)?,
+            "was not closed cleanly: its tables were checked",
+        ),
+        Format::Raw | Format::Null | Format::Vhd => return Ok(()),
+    };
+    if let Some(report) = report {
         tracing::warn!(
             image = storage.name(),
-            refcounts = report.corruptions_fixed,
+            repaired = report.corruptions_fixed,
             leaks = report.leaks_fixed,
-            "was not closed cleanly: its refcounts were counted anew"
+            "{what}"
         );
     }
     Ok(())

@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail};
 use block::{plain, size};
 use crypto::Passphrase;
 use disk::chain::{Chain, ChainOptions, Layer};
-use image::{Format, qcow2, vhd};
+use image::{Format, qcow2, qed, vhd};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use io::{File, FileKind, OpenOptions};
 use serde::Serialize;
@@ -454,6 +454,7 @@ impl Copying<'_> {
             if format == Format::Vhd {
                 options.set_vhd_parent(create::vhd_parent(self.target, name, backing)?)?;
             }
+            options.qed.backing = Some((name.clone(), backing == Format::Raw));
         }
         options.qcow2.extended_l2 = options.extended_l2.unwrap_or(false);
         options.settle(format, self.bytes)?;
@@ -499,6 +500,14 @@ impl Copying<'_> {
                         == options.qcow2.backing.as_ref().map(|(name, _)| name.clone())
                     && (header.crypt_method != 0) == options.encrypt.is_wanted()
             }
+            (Format::Qed, Format::Qed) => {
+                let header = qed::Header::read(&*file)?;
+                let wanted = &options.qed;
+                header.image_size == block::align_up(wanted.size, 512)
+                    && u64::from(header.cluster_size) == wanted.cluster_size
+                    && u64::from(header.table_size) == wanted.table_size
+                    && header.backing == wanted.backing.as_ref().map(|(name, _)| name.clone())
+            }
             (Format::Vhd, Format::Vhd) => {
                 let Ok(layout) = vhd::Layout::read(&*file) else {
                     fs::remove_file(path)?;
@@ -508,7 +517,7 @@ impl Copying<'_> {
                     && layout.footer.disk_type == options.vhd.disk_type
             }
             // Its header is written last.
-            (Format::Qcow2 | Format::Vhd, _) => {
+            (Format::Qcow2 | Format::Qed | Format::Vhd, _) => {
                 fs::remove_file(path)?;
                 return Ok(false);
             }

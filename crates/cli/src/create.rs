@@ -4,7 +4,7 @@ use crate::{args, open, options, options::Options};
 use anyhow::{Context, Result, bail};
 use block::{ErrorKind, Storage, limits, size};
 use disk::chain::{self, Chain, ChainOptions};
-use image::{Format, qcow2, vhd};
+use image::{Format, qcow2, qed, vhd};
 use io::{File, FileKind, OpenOptions};
 use std::{fs, path::Path};
 use tool::prealloc::{Preallocation, fill_host};
@@ -41,6 +41,9 @@ pub fn run(args: &args::Create) -> Result<()> {
     if let (Format::Vhd, Some((name, below))) = (format, &backing) {
         options.set_vhd_parent(vhd_parent(&args.file, name, *below)?)?;
     }
+    options.qed.backing = backing
+        .as_ref()
+        .map(|(name, format)| (name.clone(), *format == Format::Raw));
     let mut chosen = false;
     if format == Format::Qcow2 {
         chosen = options.choose();
@@ -80,6 +83,10 @@ pub fn run(args: &args::Create) -> Result<()> {
             line.push_str(&format!(", encrypted with {cipher} {mode}"));
         }
     }
+    if format == Format::Qed {
+        let cluster = size::human(options.qed.cluster_size);
+        line.push_str(&format!(", clusters of {cluster}"));
+    }
     if let Some((name, below)) = &backing {
         line.push_str(&format!(", on {name} ({below})"));
     }
@@ -114,6 +121,7 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
     let extension = file.extension().and_then(|e| e.to_str());
     Ok(match extension {
         Some("qcow2") => Format::Qcow2,
+        Some("qed") => Format::Qed,
         Some("vhd" | "vpc") => Format::Vhd,
         Some("raw" | "img") => Format::Raw,
         _ => bail!(
@@ -127,7 +135,7 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
 /// Refuses a backing file (said by `flag`) for a format that is not made with one.
 pub(crate) fn refuse_backing(flag: &str, format: Format) -> Result<()> {
     match format {
-        Format::Qcow2 => Ok(()),
+        Format::Qcow2 | Format::Qed => Ok(()),
         Format::Vhd => {
             bail!("{flag}: differencing vhd images are not made yet: use qcow2 for an overlay")
         }
@@ -250,6 +258,10 @@ fn write(path: &Path, format: Format, options: &Options) -> Result<()> {
     };
     match format {
         Format::Qcow2 => write_qcow2(&file, options),
+        Format::Qed => bail!(
+            "{}: a qed image grows, which a device cannot",
+            path.display()
+        ),
         Format::Vhd => write_vhd(&file, options),
         _ if file.len()? < options.qcow2.size => bail!(
             "{}: the device has {}, less than {}",
@@ -266,6 +278,7 @@ fn write(path: &Path, format: Format, options: &Options) -> Result<()> {
 fn write_new(path: &Path, file: &File, format: Format, options: &Options) -> Result<()> {
     let written = match format {
         Format::Qcow2 => write_qcow2(file, options),
+        Format::Qed => qed::create(file, &options.qed).map_err(Into::into),
         Format::Vhd => write_vhd(file, options),
         _ => write_raw(file, options),
     };

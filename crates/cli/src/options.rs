@@ -7,6 +7,7 @@ use block::size;
 use image::{
     Format,
     qcow2::{self, Compression, CreateOptions},
+    qed,
     vhd::{self, DiskType},
 };
 use tool::prealloc::Preallocation;
@@ -42,6 +43,19 @@ const QCOW2: [(&str, &str); 11] = [
     ),
     ("refcount_bits", "1 to 64, a power of two [16]"),
 ];
+const QED: [(&str, &str); 4] = [
+    ("backing_file", "name of the backing file (as -b)"),
+    (
+        "backing_fmt",
+        "its format (as -F); only that it is raw is recorded, others are known by their magic",
+    ),
+    ("cluster_size", "4K to 64M, a power of two [64K]"),
+    (
+        "table_size",
+        "1 to 16 clusters of an L1 or L2 table, a power of two; QEMU opens no image with 1, and none whose\n\
+         \x20                        tables could hold 2^64 bytes [4]",
+    ),
+];
 const VHD: [(&str, &str); 4] = [
     (
         "block_size",
@@ -67,6 +81,8 @@ const LATER: [&str; 1] = ["extent_size_hint"];
 pub struct Options {
     /// For qcow2; the size and the backing file are filled in later.
     pub qcow2: CreateOptions,
+    /// For QED, as well.
+    pub qed: qed::CreateOptions,
     /// For vhd; the size is filled in later.
     pub vhd: vhd::CreateOptions,
     /// `backing_file`.
@@ -103,9 +119,11 @@ impl Options {
     /// Why not.
     pub fn settle(&mut self, format: Format, bytes: u64) -> Result<u64> {
         self.qcow2.size = bytes;
+        self.qed.size = bytes;
         self.vhd.size = bytes;
         match format {
             Format::Qcow2 => self.qcow2.validate()?,
+            Format::Qed => self.qed.validate()?,
             Format::Vhd => {
                 self.vhd.validate()?;
                 if self.preallocation != Preallocation::Off && self.vhd.disk_type != DiskType::Fixed
@@ -240,6 +258,7 @@ fn version(value: &str) -> Option<u32> {
 fn table(format: Format) -> impl Iterator<Item = &'static (&'static str, &'static str)> {
     let (own, encryption): (&[_], &[_]) = match format {
         Format::Qcow2 => (&QCOW2, &encrypt::OPTIONS),
+        Format::Qed => (&QED, &[]),
         Format::Vhd => (&VHD, &[]),
         Format::Raw | Format::Null => (&RAW, &[]),
     };
@@ -321,6 +340,10 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
             let bytes = size::parse(value).ok().and_then(|b| u32::try_from(b).ok());
             options.vhd.block_bytes = bytes.ok_or_else(wrong)?;
         }
+        "cluster_size" if format == Format::Qed => {
+            options.qed.cluster_size = size::parse(value).map_err(|_| wrong())?;
+        }
+        "table_size" => options.qed.table_size = size::parse(value).map_err(|_| wrong())?,
         "cluster_size" => options.qcow2.cluster_size = size::parse(value).map_err(|_| wrong())?,
         "compat" => {
             options.qcow2.version = version(value).ok_or_else(wrong)?;

@@ -47,7 +47,7 @@ pub fn run(args: &args::Rebase) -> Result<()> {
         true => {
             let (file, format) = open::image(&args.file, args.format, Access::Write)?;
             only_qcow2(&args.file, format)?;
-            check::mend(&*file)?;
+            check::mend(&*file, Format::Qcow2)?;
             set_backing(&*file, backing.map(|(name, format)| (name, format.name())))?;
             Report::default()
         }

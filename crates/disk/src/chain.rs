@@ -10,14 +10,15 @@
 //! could name a private key, and the guest would read it. So a name is resolved (symbolic links
 //! too), and the result must lie below the directory of the image that names it or below one
 //! that the user allowed. The format must be recorded beside the name: probing
-//! would let a guest turn its raw base into a qcow2 that names what it likes. Names with
+//! would let a guest turn its raw base into a qcow2 that names what it likes. (QED records only whether the file is
+//! raw: one that is not is known by its magic, and is never raw.) Names with
 //! a protocol (`nbd://`, `json:`) are refused. An external data file is treated as a backing file is (it is raw, so
 //! there is no format to record), and no file may be in the chain twice: a guest's data would overwrite metadata.
 
 use crate::blocking::{Driver, Member};
 use block::{Context, Error, ErrorKind, Result, Storage, limits};
 use crypto::Passphrase;
-use image::{FileId, Format, Image, Null, Parent, Raw, qcow2, vhd};
+use image::{FileId, Format, Image, Null, Parent, Raw, qcow2, qed, vhd};
 use io::{Cache, File, Lock};
 use std::{
     fs,
@@ -31,6 +32,9 @@ use std::{
 
 /// The lock of who only reads: others may read too.
 const SHARED: Lock = Lock::Read { share_write: false };
+
+/// Brings an image of that format, which was not closed cleanly, in order.
+pub type Repair = fn(&dyn Storage, Format) -> Result<()>;
 
 /// How to open a chain.
 #[derive(Clone, Debug, Default)]
@@ -62,9 +66,9 @@ pub struct ChainOptions {
     pub passphrases: Vec<Arc<Passphrase>>,
     /// Open encrypted images for which there is no passphrase: their data cannot be read then.
     pub allow_locked: bool,
-    /// Called with the active qcow2 image before that is opened for writing: brings one that was not closed
+    /// Called with the active qcow2 or QED image before that is opened for writing: brings one that was not closed
     /// cleanly in order. Without it such an image is refused.
-    pub repair: Option<fn(&dyn Storage) -> Result<()>>,
+    pub repair: Option<Repair>,
 }
 
 /// One image of a chain.
@@ -102,7 +106,7 @@ pub struct Chain {
 impl Chain {
     /// Opens `spec` (a path, or `null:SIZE`) and all its backing images.
     ///
-    /// Without a format in `options`, qcow2 and VHD are known by their magic, and a file that shows none counts as
+    /// Without a format in `options`, qcow2, QED and VHD are known by their magic, and a file that shows none counts as
     /// raw only when it is opened read-only: a guest that could write such a file could make
     /// it show any format next time.
     ///
@@ -155,8 +159,11 @@ impl Chain {
                 .map_or(vec![name.clone()], |p| p.names.clone());
             let (name, path) =
                 resolve_any(&above.path, &names, &options.allow_backing).context(named)?;
-            let format = recorded(&above.path, &name, description.backing_format.as_deref())
-                .context(named)?;
+            let format = match (above.format, description.backing_format.as_deref()) {
+                // The format can record raw only: that it is another.
+                (Format::Qed, None) => None,
+                (_, said) => Some(recorded(&above.path, &name, said).context(named)?),
+            };
             once(&mut seen, &path, &name).context(named)?;
             let mut layer = open_backing(path, format, &mut keys).context(named)?;
             if let Some(parent) = parent {
@@ -274,7 +281,7 @@ fn open_active(path: &Path, keys: &mut Keys<'_>) -> Result<Layer> {
         },
     };
     match (format, options.read_only, options.repair) {
-        (Format::Qcow2, false, Some(repair)) => repair(&*file)?,
+        (Format::Qcow2 | Format::Qed, false, Some(repair)) => repair(&*file, format)?,
         (Format::Vhd, false, _) => {
             if let Some(done) = vhd::mend(&*file)? {
                 tracing::warn!(image = file.name(), "was not closed cleanly: {done}");
@@ -297,13 +304,26 @@ fn open_active(path: &Path, keys: &mut Keys<'_>) -> Result<Layer> {
     })
 }
 
-fn open_backing(path: PathBuf, format: Format, keys: &mut Keys<'_>) -> Result<Layer> {
+/// Opens a backing image. Without a format, by its magic: it is not raw then.
+fn open_backing(path: PathBuf, format: Option<Format>, keys: &mut Keys<'_>) -> Result<Layer> {
     let options = keys.options;
     let lock = match options.force_share {
         true => Lock::None,
         false => SHARED,
     };
     let file = open_named(&path, options, true, lock)?;
+    let format = match format {
+        Some(format) => format,
+        None => image::probe(&*file)?.ok_or_else(|| {
+            Error::new(
+                ErrorKind::Denied,
+                format!(
+                    "{}: its first bytes show no known format, and the image above does not say that it is raw",
+                    path.display()
+                ),
+            )
+        })?,
+    };
     let image = open_image(&file, format, true, &None, keys)?;
     Ok(Layer {
         image,
@@ -382,6 +402,14 @@ fn open_image(
                 ..qcow2::OpenOptions::default()
             };
             Arc::new(qcow2::Qcow2::open(storage, &options)?)
+        }
+        Format::Qed => {
+            let options = qed::OpenOptions {
+                read_only,
+                cache_bytes: keys.options.cache_bytes,
+                ..qed::OpenOptions::default()
+            };
+            Arc::new(qed::Qed::open(storage, &options)?)
         }
         Format::Vhd => {
             let options = vhd::OpenOptions {

@@ -19,13 +19,15 @@ pub enum Format {
     Null,
     /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+    /// QEMU's enhanced disk format of 2010.
+    Qed,
     /// Virtual PC's, Hyper-V's and XenServer's format; QEMU calls it `vpc`.
     Vhd,
 }
 
 impl Format {
     /// Formats that a file can have, as messages list them.
-    pub const NAMES: &'static str = "raw, qcow2 or vhd";
+    pub const NAMES: &'static str = "raw, qcow2, qed or vhd";
 
     /// The name, as after `-f`.
     pub fn name(self) -> &'static str {
@@ -33,6 +35,7 @@ impl Format {
             Format::Raw => "raw",
             Format::Null => "null",
             Format::Qcow2 => "qcow2",
+            Format::Qed => "qed",
             Format::Vhd => "vhd",
         }
     }
@@ -49,7 +52,7 @@ impl Format {
     pub fn has_backing(self) -> bool {
         match self {
             Format::Raw | Format::Null => false,
-            Format::Qcow2 | Format::Vhd => true,
+            Format::Qcow2 | Format::Qed | Format::Vhd => true,
         }
     }
 }
@@ -67,6 +70,7 @@ impl FromStr for Format {
         match text {
             "raw" => Ok(Format::Raw),
             "qcow2" => Ok(Format::Qcow2),
+            "qed" => Ok(Format::Qed),
             "vhd" | "vpc" => Ok(Format::Vhd),
             _ => Err(Error::new(
                 ErrorKind::Unsupported,
@@ -91,6 +95,9 @@ pub fn probe_bytes(start: &[u8]) -> Option<Format> {
         return Some(Format::Vhd);
     }
     let version = start.get(4..8)?;
+    if start.starts_with(&crate::qed::MAGIC) {
+        return Some(Format::Qed);
+    }
     // Version 1 has the same magic, but is another format (qcow).
     (start.starts_with(&QCOW2_MAGIC) && version != [0, 0, 0, 1]).then_some(Format::Qcow2)
 }
@@ -129,6 +136,8 @@ mod tests {
             (b"QFI\xfb\0\0\0\x02", Some(Format::Qcow2)),
             (b"QFI\xfb\0\0\0\x01", None),
             (b"QFI\xfb", None),
+            (b"QED\0\0\0\x01\0", Some(Format::Qed)),
+            (b"QED \0\0\x01\0", None),
             (b"\0\0\0\0\0\0\0\0", None),
             (b"conectix", Some(Format::Vhd)),
             (b"conectis", None),
@@ -140,11 +149,14 @@ mod tests {
 
     #[test]
     fn names_are_those_after_f() {
-        for format in [Format::Raw, Format::Qcow2, Format::Vhd] {
+        for format in [Format::Raw, Format::Qcow2, Format::Qed, Format::Vhd] {
             assert_eq!(format.qemu_name().parse::<Format>().unwrap(), format);
             assert_eq!(format.name().parse::<Format>().unwrap(), format);
         }
         let error = "vmdk".parse::<Format>().unwrap_err().to_string();
-        assert_eq!(error, "format 'vmdk' is not supported: raw, qcow2 or vhd");
+        assert_eq!(
+            error,
+            "format 'vmdk' is not supported: raw, qcow2, qed or vhd"
+        );
     }
 }

@@ -13,7 +13,7 @@ use crate::prealloc::{Preallocation, fill_host};
 use block::{Context, Error, Result, Storage};
 use disk::blocking::{Driver, Member};
 use image::qcow2::{Header, OpenOptions, Qcow2, edit::Editor, features, resize};
-use image::{ExtentKind, Format};
+use image::{ExtentKind, Format, qed};
 use std::sync::Arc;
 
 /// How to resize.
@@ -45,14 +45,21 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
     let name = file.name();
     let old = match format {
         Format::Qcow2 => Header::read(&**file)?.size,
+        Format::Qed => qed::Header::read(&**file)?.image_size,
         Format::Vhd | Format::Null => member.image.size(),
         Format::Raw => file.len()?,
     };
+    if format == Format::Qed && options.size < old {
+        return Err(Error::unsupported(format!(
+            "{name}: a QED image cannot shrink"
+        )));
+    }
     permit(old, options).context(|| &name)?;
     match format {
         Format::Raw => raw(&**file, old, options).context(|| &name)?,
         Format::Qcow2 if options.size < old => shrink(member, &**file, &name, options)?,
         Format::Qcow2 => grow(members, file, &name, old, options)?,
+        Format::Qed => grow_qed(members, &**file, old, options).context(|| &name)?,
         Format::Vhd => {
             return Err(Error::unsupported(format!(
                 "{name}: vhd images are not resized yet"
@@ -188,6 +195,39 @@ fn grow(
     }
     driver.close()?;
     resize::set_size(&mut Editor::open(&**file, name)?, new)
+}
+
+/// What is behind the old end is zeros already: tables and clusters are filled whole. But a backing file that is longer than
+/// the disk was would show there.
+fn grow_qed(
+    members: &[Member],
+    file: &dyn Storage,
+    old: u64,
+    options: &ResizeOptions,
+) -> Result<()> {
+    if options.preallocation != Preallocation::Off {
+        return Err(Error::unsupported(
+            "a QED image has no preallocation: only off is possible",
+        ));
+    }
+    qed::may_grow(file, options.size)?;
+    if options.size > old && members.len() > 1 {
+        let image = qed::Qed::open(
+            file,
+            &qed::OpenOptions {
+                size: Some(options.size),
+                ..qed::OpenOptions::default()
+            },
+        )?;
+        let mut members = members.to_vec();
+        if let Some(first) = members.first_mut() {
+            first.image = Arc::new(image);
+        }
+        let mut driver = Driver::new(members, false)?;
+        clear(&mut driver, old, options.size)?;
+        driver.close()?;
+    }
+    qed::grow(file, options.size)
 }
 
 /// Makes the range read as zeros, without a write where it does.

@@ -39,7 +39,7 @@ pub use header::{
     HEADER_LEN, Header, MAGIC, TABLE_CLUSTERS, disk_bytes_max,
 };
 pub use open::OpenOptions;
-pub use resize::{clear_need_check, grow};
+pub use resize::{clear_need_check, grow, may_grow};
 
 use crate::metadata::Layout;
 use crate::metadata::tables::Tables;

@@ -26,6 +26,8 @@ pub struct OpenOptions {
     /// Upper bound of the metadata cache in bytes; 64 MiB when not given. Less is used where less covers the
     /// disk, a little more where it is too little to work.
     pub cache_bytes: Option<u64>,
+    /// Open it as a disk of so many bytes, not less than it has, that its tables have room for.
+    pub size: Option<u64>,
 }
 
 impl Qed {
@@ -43,6 +45,11 @@ impl Qed {
     fn open_unnamed(storage: &dyn Storage, options: &OpenOptions, name: &str) -> Result<Self> {
         let mut header = Header::read_unnamed(storage)?;
         let file_len = storage.len()?;
+        let on_disk = header.image_size;
+        if let Some(size) = options.size {
+            header.image_size = size;
+            header.validate(file_len)?;
+        }
         let bits = header.cluster_size.trailing_zeros();
         let table_bits = bits + header.table_size.trailing_zeros();
         let layout = Layout::new(header.image_size, bits, table_bits, false);
@@ -73,7 +80,11 @@ impl Qed {
         if read_only.is_none() && header.autoclear_features != 0 {
             // Before anything else is written: what they say may not be true any more then.
             header.autoclear_features = 0;
-            super::resize::write_header(storage, &header)?;
+            let cleared = Header {
+                image_size: on_disk,
+                ..header.clone()
+            };
+            super::resize::write_header(storage, &cleared)?;
         }
 
         let budget = options.cache_bytes.unwrap_or(CACHE_BYTES_DEFAULT);

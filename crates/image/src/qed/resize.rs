@@ -14,15 +14,23 @@ pub(super) fn write_header(storage: &dyn Storage, header: &Header) -> Result<()>
     storage.sync()
 }
 
-/// Makes the disk of the closed image in `storage` `bytes` long (rounded up to whole sectors), which is not less
-/// than it is. Its tables have room for the largest disk from the beginning.
+/// Whether the disk of the closed image in `storage` can get `bytes`.
 ///
 /// Fails with `Invalid` when that is too large, and `Unsupported` when it is to shrink or was not closed cleanly.
-pub fn grow(storage: &dyn Storage, bytes: u64) -> Result<()> {
-    grow_unnamed(storage, bytes).context(|| storage.name())
+pub fn may_grow(storage: &dyn Storage, bytes: u64) -> Result<()> {
+    grown(storage, bytes).context(|| storage.name()).map(drop)
 }
 
-fn grow_unnamed(storage: &dyn Storage, bytes: u64) -> Result<()> {
+/// Makes the disk of the closed image in `storage` `bytes` long (rounded up to whole sectors), which is not less
+/// than it is. Its tables have room for the largest disk from the beginning. Fails as [`may_grow`], or with what
+/// writing failed with.
+pub fn grow(storage: &dyn Storage, bytes: u64) -> Result<()> {
+    let header = grown(storage, bytes).context(|| storage.name())?;
+    write_header(storage, &header).context(|| storage.name())
+}
+
+/// The header of the larger disk.
+fn grown(storage: &dyn Storage, bytes: u64) -> Result<Header> {
     let mut header = Header::read_unnamed(storage)?;
     if header.needs_check() {
         return Err(Error::unsupported(
@@ -42,7 +50,7 @@ fn grow_unnamed(storage: &dyn Storage, bytes: u64) -> Result<()> {
     }
     header.image_size = align_up(bytes, 512);
     header.autoclear_features = 0;
-    write_header(storage, &header)
+    Ok(header)
 }
 
 /// Clears the need-check bit of the closed image in `storage`, whose check found nothing but leaks.
