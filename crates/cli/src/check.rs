@@ -24,7 +24,7 @@ use image::Format;
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::process::ExitCode;
-use tool::check::{CheckOptions, Report, check, qed};
+use tool::check::{CheckOptions, Report, check, qed, vhd};
 
 /// As `qemu-img check`: the format has no metadata that could be wrong.
 const NO_CHECKS: u8 = 63;
@@ -87,7 +87,7 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
     let report = match format {
         Format::Qcow2 => check(storage, &options)?,
         Format::Qed => qed::check(storage, &options)?,
-        Format::Vhd => bail!("{shown}: checking vhd images is not supported yet"),
+        Format::Vhd => vhd::check(storage, &options)?,
         Format::Raw | Format::Null => {
             eprintln!("diskplane: {shown}: a {format} image has no metadata to check");
             return Ok(ExitCode::from(NO_CHECKS));

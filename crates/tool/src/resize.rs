@@ -13,7 +13,7 @@ use crate::prealloc::{Preallocation, fill_host};
 use block::{Context, Error, Result, Storage};
 use disk::blocking::{Driver, Member};
 use image::qcow2::{Header, OpenOptions, Qcow2, edit::Editor, features, resize};
-use image::{ExtentKind, Format, qed};
+use image::{ExtentKind, Format, qed, vhd};
 use std::sync::Arc;
 
 /// How to resize.
@@ -49,9 +49,9 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
         Format::Vhd | Format::Null => member.image.size(),
         Format::Raw => file.len()?,
     };
-    if format == Format::Qed && options.size < old {
+    if matches!(format, Format::Qed | Format::Vhd) && options.size < old {
         return Err(Error::unsupported(format!(
-            "{name}: a QED image cannot shrink"
+            "{name}: a {format} image cannot shrink: convert it into a smaller one"
         )));
     }
     permit(old, options).context(|| &name)?;
@@ -60,11 +60,7 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
         Format::Qcow2 if options.size < old => shrink(member, &**file, &name, options)?,
         Format::Qcow2 => grow(members, file, &name, old, options)?,
         Format::Qed => grow_qed(members, &**file, old, options).context(|| &name)?,
-        Format::Vhd => {
-            return Err(Error::unsupported(format!(
-                "{name}: vhd images are not resized yet"
-            )));
-        }
+        Format::Vhd => grow_vhd(members, &**file, old, options).context(|| &name)?,
         Format::Null => {
             return Err(Error::invalid(format!(
                 "{name}: null has the size that it is given"
@@ -109,6 +105,26 @@ fn raw(file: &dyn Storage, old: u64, options: &ResizeOptions) -> Result<()> {
         fill_host(options.preallocation, file, old, new - old)?;
     }
     file.sync()
+}
+
+fn grow_vhd(
+    members: &[Member],
+    file: &dyn Storage,
+    old: u64,
+    options: &ResizeOptions,
+) -> Result<()> {
+    if options.preallocation != Preallocation::Off {
+        return Err(Error::unsupported(
+            "vhd images are not preallocated when they grow: leave --preallocation out",
+        ));
+    }
+    let below = members.get(1).map_or(0, |parent| parent.image.size());
+    if below > old && options.size > old {
+        return Err(Error::unsupported(format!(
+            "the parent has {below} bytes, more than the {old} of the disk: they would become visible"
+        )));
+    }
+    vhd::grow(file, options.size)
 }
 
 fn has_data_file(header: &Header) -> bool {

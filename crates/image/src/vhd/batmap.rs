@@ -103,7 +103,7 @@ impl Batmap {
     }
 
     /// Whether all sectors of `block` are the image's.
-    pub(super) fn has(&self, block: u64) -> bool {
+    pub fn has(&self, block: u64) -> bool {
         let map = self.map.as_deref().unwrap_or_default();
         let byte = map.get((block / 8) as usize).copied().unwrap_or(0);
         byte << (block % 8) & 0x80 != 0

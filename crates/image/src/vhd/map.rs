@@ -65,13 +65,17 @@ impl Vhd {
     pub(super) fn bitmap_offset(&self, block: u64) -> Result<u64> {
         let entry = self.tables.entry(block).unwrap_or(0);
         let at = u64::from(entry) * 512;
-        if at < self.blocks_from {
+        let end = at + self.bitmap_bytes + self.block_bytes;
+        if at == 0
+            || self
+                .taken
+                .iter()
+                .any(|taken| at < taken.end && taken.start < end)
+        {
             return Err(Error::corrupt(format!(
-                "{}: block {block}: its entry at byte {:#x} is {entry}: there are the image's tables, which end at \
-                 byte {:#x}",
+                "{}: block {block}: its entry at byte {:#x} is {entry}: there are the image's tables",
                 self.name,
-                self.table_offset + block * 4,
-                self.blocks_from
+                self.table_offset + block * 4
             )));
         }
         Ok(at)

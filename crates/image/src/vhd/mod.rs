@@ -10,7 +10,7 @@
 //!                                         └▶ first sector of each block
 //! ```
 //!
-//! * `footer`, `header`, `geometry`, `locator`, `batmap`: the format. `open`, `create`.
+//! * `footer`, `header`, `geometry`, `locator`, `batmap`: the format. `open`, `create`, `resize`.
 //! * `tables`: what is read without a lock; `state`: what the lock guards.
 //! * `map`: the questions; `flush`: the order on disk, and why it is safe.
 //!
@@ -27,6 +27,7 @@ mod header;
 mod locator;
 mod map;
 mod open;
+mod resize;
 mod state;
 mod tables;
 
@@ -37,6 +38,7 @@ pub use geometry::{Geometry, MAX_SECTORS, size_of_new};
 pub use header::{BLOCK_BYTES, BLOCKS_MAX, HEADER_BYTES, Header, LOCATORS, Locator};
 pub use locator::{NAME_BYTES_MAX, NewParent};
 pub use open::{Layout, OpenOptions, fixed_footer, mend};
+pub use resize::grow;
 
 use crate::contract::{
     Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Parent, Plan, Reserve, Step,
@@ -46,6 +48,7 @@ use crate::raw::not_compressed;
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
 use map::step;
 use state::State;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tables::Tables;
@@ -65,8 +68,8 @@ pub struct Vhd {
     /// 64-bit words of a bitmap.
     bitmap_words: usize,
     table_offset: u64,
-    /// Where the tables end that no block may lie on.
-    blocks_from: u64,
+    /// What the tables take: no block may lie there.
+    taken: [Range<u64>; 2],
     read_only: bool,
     /// Why it must not be written, when it must not.
     lacks: Option<String>,

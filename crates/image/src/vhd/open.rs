@@ -12,6 +12,7 @@ use super::tables::{NONE, Tables};
 use super::{Vhd, header, locator};
 use crate::Parent;
 use block::{Context, Error, Result, Storage};
+use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
@@ -112,16 +113,17 @@ impl Layout {
                     ("the header", footer.header_offset, HEADER_BYTES as u64),
                     ("the block table", header.table_offset, header.table_bytes()),
                 ];
-                for (n, (what, at, len)) in tables.iter().enumerate() {
-                    if at.checked_add(*len).is_none_or(|end| end > file_bytes) {
+                for (what, at, len) in tables {
+                    if at.checked_add(len).is_none_or(|end| end > file_bytes) {
                         return Err(Error::corrupt(format!(
                             "{what} has {len} bytes from byte {at:#x} on, but the file ends at byte {file_bytes:#x}"
                         )));
                     }
-                    let others = tables.iter().skip(n + 1);
-                    let mut hit =
-                        others.filter(|(_, at2, len2)| at < &(at2 + len2) && at2 < &(at + len));
-                    if let Some((other, at2, _)) = hit.next() {
+                }
+                for (n, (what, at, len)) in tables.iter().enumerate() {
+                    let mut others = tables.iter().skip(n + 1);
+                    let hit = others.find(|(_, at2, len2)| *at < at2 + len2 && *at2 < at + len);
+                    if let Some((other, at2, _)) = hit {
                         return Err(Error::corrupt(format!(
                             "{what} at byte {at:#x} and {other} at byte {at2:#x} overlap"
                         )));
@@ -159,13 +161,27 @@ impl Layout {
         })
     }
 
-    /// Where the tables end: the last of them, up to which no block may lie.
-    pub fn tables_end(&self) -> u64 {
-        let Some(header) = &self.header else { return 0 };
-        let header_end = self.footer.header_offset + HEADER_BYTES as u64;
-        let batmap_end = self.batmap.as_ref().map_or(0, |batmap| batmap.end);
+    /// Where no block may lie: from the header on and from the table on, what belongs to them.
+    pub fn tables(&self) -> [Range<u64>; 2] {
+        let Some(header) = &self.header else {
+            return [0..0, 0..0];
+        };
+        let header_at = self.footer.header_offset;
         let table_end = header.table_offset + header.table_bytes();
-        table_end.max(header_end).max(batmap_end)
+        let batmap_end = self.batmap.as_ref().map_or(0, |batmap| batmap.end);
+        [
+            header_at..header_at + HEADER_BYTES as u64,
+            header.table_offset..table_end.max(batmap_end),
+        ]
+    }
+
+    /// Whether `len` bytes at `at` are where no block may lie.
+    pub fn is_taken(&self, at: u64, len: u64) -> bool {
+        at < FOOTER_BYTES as u64
+            || self
+                .tables()
+                .iter()
+                .any(|t| at < t.end && t.start < at + len)
     }
 
     /// Hands all entries of the table out in order.
@@ -202,7 +218,10 @@ impl Layout {
 
     /// Where what is in use ends: blocks, tables, and what XenServer's tools and others keep before the first block.
     pub fn used_end(&self, last_block_end: u64) -> u64 {
-        let mut end = self.tables_end().max(last_block_end);
+        let tables = self.tables();
+        let mut end = tables
+            .iter()
+            .fold(last_block_end, |end, range| end.max(range.end));
         let Some(header) = &self.header else {
             return end;
         };
@@ -307,7 +326,7 @@ impl Vhd {
             bitmap_bytes,
             bitmap_words: (block_bytes / 512).div_ceil(64) as usize,
             table_offset: layout.header.as_ref().map_or(0, |h| h.table_offset),
-            blocks_from: layout.tables_end(),
+            taken: layout.tables(),
             read_only: options.read_only || lacks.is_some(),
             lacks,
             parent,
@@ -350,17 +369,24 @@ fn lacks(layout: &Layout) -> Option<String> {
 }
 
 /// The blocks of an image.
-struct Blocks {
+pub(super) struct Blocks {
     /// Entries of the disk's blocks, and of the rest of their last sector.
-    entries: Vec<u32>,
+    pub(super) entries: Vec<u32>,
     /// Blocks that are there.
-    present: u64,
+    pub(super) present: u64,
     /// Where the last one ends; 0 when there is none.
-    end: u64,
+    pub(super) end: u64,
+    /// The last entry that names one.
+    last: Option<u64>,
 }
 
 impl Blocks {
-    fn read(file: &dyn Storage, layout: &Layout) -> Result<Self> {
+    /// Whether there are blocks from number `first` on.
+    pub(super) fn beyond(&self, first: u64) -> bool {
+        self.last.is_some_and(|last| last >= first)
+    }
+
+    pub(super) fn read(file: &dyn Storage, layout: &Layout) -> Result<Self> {
         let (span, _) = layout.block_span();
         let block_bytes = layout
             .header
@@ -378,20 +404,21 @@ impl Blocks {
         };
         debug_assert!(wanted <= header::BLOCKS_MAX);
         let mut entries = Vec::with_capacity(wanted as usize);
-        let (mut end, mut present, mut last) = (0, 0, None);
+        let (mut end, mut present, mut highest, mut last) = (0, 0, None, None);
         layout.entries(file, |index, entry| {
             if index < wanted {
                 entries.push(entry);
             }
             if entry != NONE {
                 present += 1;
+                last = Some(index);
                 let this = u64::from(entry) * 512 + span;
                 if this > end {
-                    (end, last) = (this, Some((index, entry)));
+                    (end, highest) = (this, Some((index, entry)));
                 }
             }
         })?;
-        if let Some((index, entry)) = last.filter(|_| end > layout.file_bytes) {
+        if let Some((index, entry)) = highest.filter(|_| end > layout.file_bytes) {
             return Err(Error::corrupt(format!(
                 "block {index}: its entry is {entry}: the block ends at byte {end:#x}, but the file at byte {:#x}: it \
                  is cut off",
@@ -402,11 +429,12 @@ impl Blocks {
             entries,
             present,
             end,
+            last,
         })
     }
 
     /// No block lies on another or on a table.
-    fn check_writable(&self, layout: &Layout) -> Result<()> {
+    pub(super) fn check_writable(&self, layout: &Layout) -> Result<()> {
         let (span, _) = layout.block_span();
         let sectors = span / 512;
         let mut sorted: Vec<u32> = self
@@ -421,13 +449,10 @@ impl Blocks {
                 "{what}: it can only be opened for reading, and 'check' says more"
             )))
         };
-        if let Some(first) = sorted
-            .first()
-            .filter(|e| u64::from(**e) * 512 < layout.tables_end())
-        {
+        let on_table = |entry: &&u32| layout.is_taken(u64::from(**entry) * 512, span);
+        if let Some(first) = sorted.iter().find(on_table) {
             return refused(format!(
-                "a block at sector {first} lies on the image's tables, which end at byte {:#x}",
-                layout.tables_end()
+                "a block at sector {first} lies on the image's tables"
             ));
         }
         let mut pairs = sorted.windows(2);
@@ -443,7 +468,7 @@ impl Blocks {
 
 /// Cuts the file off behind what is in use and puts the footer there, durably. On a device, which is as long as it
 /// is, the footer goes to its end.
-fn put_end(file: &dyn Storage, used_end: u64, footer: &Footer) -> Result<()> {
+pub(super) fn put_end(file: &dyn Storage, used_end: u64, footer: &Footer) -> Result<()> {
     let end = used_end + FOOTER_BYTES as u64;
     file.set_len(end)?;
     let at = file.len()?.max(end) - FOOTER_BYTES as u64;

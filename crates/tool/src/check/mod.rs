@@ -47,6 +47,7 @@ mod repair;
 mod source;
 mod tables;
 mod tally;
+pub mod vhd;
 mod walk;
 
 pub use source::{FileSource, Source};
