@@ -71,6 +71,19 @@ const WORKLOADS: &[Workload] = &[
         queues: &[0, 2],
     },
     Workload {
+        name: "qed",
+        script: "storm 40 flush=3 len=48k discard=2 unmap=2 zero=2; kill; storm 20 flush=3; crash; storm 20; close; storm 10",
+        images: &[
+            "qed=2 cluster_size=4k",
+            "qed=1 cluster_size=4k size=5M",
+            "qed cluster_size=64k size=4M",
+            "qed=2 cluster_size=4k backing",
+            "qed=4 cluster_size=16k over cluster_size=4k size=700k compressed over raw",
+            "cluster_size=4k over qed=2 cluster_size=8k size=600k filled",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
         name: "discard",
         script: "write 0 256k; flush; storm 80 discard=6 unmap=6 flush=4 len=64k; discard 0 256k; storm 20",
         images: &[

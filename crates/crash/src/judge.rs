@@ -4,6 +4,7 @@ use crate::model::{Allowed, Model, SECTOR};
 use crate::world::World;
 use block::Storage;
 use image::qcow2::{Header, bitmap, features, snapshot};
+use image::{Format, qed};
 use io::{SimDisk, SimOptions};
 use std::path::Path;
 use std::process::Command;
@@ -48,6 +49,10 @@ impl Judge {
         allowed: &Allowed,
         look: Look,
     ) -> Result<(), String> {
+        let format = world.spec.format();
+        if format == Format::Qed {
+            return self.judge_qed(world, model, allowed, look);
+        }
         if allowed.absent && Header::read(&**world.image()).is_err() {
             return Ok(());
         }
@@ -73,14 +78,14 @@ impl Judge {
         model.judge(allowed, &bytes)?;
         if look != Look::Quick {
             if peer {
-                self.peer(world)?;
+                self.peer(world, format)?;
             }
             snapshots(world, model)?;
             bitmaps(world, model, &bytes)?;
         }
         if look == Look::Close {
             if peer {
-                self.peer_reads(&bytes)?;
+                self.peer_reads(&bytes, format)?;
             }
             go_on(world, model, allowed)?;
         }
@@ -108,8 +113,39 @@ impl Judge {
         }
     }
 
+    /// A QED image is sound without a repair and without the need-check bit.
+    fn judge_qed(
+        &self,
+        world: &World,
+        model: &Model,
+        allowed: &Allowed,
+        look: Look,
+    ) -> Result<(), String> {
+        let header = qed::Header::read(&**world.image()).map_err(|e| e.to_string())?;
+        if header.needs_check() {
+            return Err("the need-check bit is set".to_owned());
+        }
+        check_qed(world)?;
+        let bytes = world.content().map_err(|e| e.to_string())?;
+        model.judge(allowed, &bytes)?;
+        // QEMU opens no image with tables of one cluster.
+        let peer = header.table_size > 1;
+        if look != Look::Quick && peer {
+            self.peer(world, Format::Qed)?;
+        }
+        if look == Look::Close {
+            if peer {
+                self.peer_reads(&bytes, Format::Qed)?;
+            }
+            let after = |what| format!("after going on: {what}");
+            let world = go_on_writing(world, model, allowed)?;
+            check_qed(&world).map_err(after)?;
+        }
+        Ok(())
+    }
+
     /// The image as `qemu-img check` finds it: no errors, but leaks perhaps.
-    fn peer(&self, world: &World) -> Result<(), String> {
+    fn peer(&self, world: &World, format: Format) -> Result<(), String> {
         let path = self.dir.path("image.qcow2");
         let write =
             |path: &Path, bytes: &[u8]| std::fs::write(path, bytes).map_err(|e| e.to_string());
@@ -118,7 +154,7 @@ impl Judge {
             write(&self.dir.path(&name), &disk.bytes())?;
         }
         let output = Command::new("qemu-img")
-            .args(["check", "-f", "qcow2"])
+            .args(["check", "-f", format.name()])
             // A data file's name starts where qemu-img is run.
             .arg("image.qcow2")
             .current_dir(self.dir.root())
@@ -136,13 +172,13 @@ impl Judge {
     }
 
     /// qemu reads the image, written before, as we do.
-    fn peer_reads(&self, bytes: &[u8]) -> Result<(), String> {
+    fn peer_reads(&self, bytes: &[u8], format: Format) -> Result<(), String> {
         let raw = self.dir.path("image.raw");
         run(Command::new("qemu-img")
             .args([
                 "convert",
                 "-f",
-                "qcow2",
+                format.name(),
                 "-O",
                 "raw",
                 "image.qcow2",
@@ -158,7 +194,7 @@ impl Judge {
 }
 
 /// The crashed image can be used: what is written next is there, and the rest stays.
-fn go_on(world: &World, model: &Model, allowed: &Allowed) -> Result<(), String> {
+fn go_on_writing(world: &World, model: &Model, allowed: &Allowed) -> Result<World, String> {
     let after = |what| format!("after going on: {what}");
     let world = world.copy();
     let written = || -> block::Result<Vec<u8>> {
@@ -176,6 +212,13 @@ fn go_on(world: &World, model: &Model, allowed: &Allowed) -> Result<(), String> 
     };
     let bytes = written().map_err(|e| format!("going on after the crash: {e}"))?;
     model.judge(allowed, &bytes).map_err(after)?;
+    Ok(world)
+}
+
+/// The same, and what the crash leaked can be given back.
+fn go_on(world: &World, model: &Model, allowed: &Allowed) -> Result<(), String> {
+    let after = |what| format!("after going on: {what}");
+    let world = go_on_writing(world, model, allowed)?;
     check(&**world.image(), Repair::No).map_err(after)?;
     // What the crash leaked can be given back, and nothing else goes with it.
     let report = check(&**world.image(), Repair::Leaks).map_err(after)?;
@@ -245,6 +288,16 @@ pub fn stamps(bytes: &[u8]) -> Vec<u64> {
 /// What reading its header fails with.
 pub fn is_dirty(storage: &dyn Storage) -> block::Result<bool> {
     Ok(Header::read(storage)?.incompatible & features::DIRTY != 0)
+}
+
+/// Our check of a QED image: no errors, but leaks perhaps.
+fn check_qed(world: &World) -> Result<(), String> {
+    let report = tool::check::qed::check(&**world.image(), &CheckOptions::default());
+    let report = report.map_err(|e| format!("check: {e}"))?;
+    match report.corruptions + report.check_errors {
+        0 => Ok(()),
+        _ => Err(format!("check: {:?}", report.findings)),
+    }
 }
 
 /// Our check: no errors, but leaks perhaps.

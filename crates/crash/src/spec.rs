@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!   size=1M cluster_size=4k refcount_bits=1 compat=0.10 extended_l2 lazy_refcounts zstd backing junk=256k
-//!   data_file data_file_raw luks filled compressed over cluster_size=64k size=700k compressed over raw
+//!   qed qed=2 data_file data_file_raw luks filled compressed over cluster_size=64k size=700k compressed over raw
 //! ```
 //!
-//! With `data_file` the guest's data are in a file of their own, with `luks` they are encrypted. `filled` and
+//! `qed` is a QED image, with tables of so many clusters. With `data_file` the guest's data are in a file of their own, with `luks` they are encrypted. `filled` and
 //! `compressed` images hold something from the beginning, as it is or compressed where that makes it smaller.
 //! `over` begins the words of the image below, which is filled and may be `raw`; `backing` is a raw one that is a little
 //! shorter. `junk` bytes follow the last cluster, as on a device that was used before.
@@ -13,6 +13,7 @@
 use crypto::Passphrase;
 use crypto::luks::{FormatOptions, Volume};
 use image::qcow2::{Compression, CreateOptions};
+use image::{Format, qed};
 use std::sync::Arc;
 
 /// What the backing file is called in the image that is number `above` of the chain, 0 the active one.
@@ -45,6 +46,8 @@ pub struct Spec {
     pub create: CreateOptions,
     /// It is a raw image; of the options only the size counts.
     pub raw: bool,
+    /// It is a QED image with tables of so many clusters; of the options only sizes and the backing file count.
+    pub qed: Option<u64>,
     /// What it holds from the beginning.
     pub content: Content,
     /// The image below.
@@ -89,7 +92,7 @@ impl Spec {
             // `backing` has put one there.
             let lower = below.take().map(Box::new).or(spec.below.take());
             if let Some(lower) = &lower {
-                let format = if lower.raw { "raw" } else { "qcow2" };
+                let format = lower.format().name();
                 spec.create.backing = Some((backing(above), format.to_owned()));
             }
             spec.below = lower;
@@ -106,6 +109,7 @@ impl Spec {
                 ..CreateOptions::default()
             },
             raw: false,
+            qed: None,
             content: Content::Nothing,
             below: None,
             junk: 0,
@@ -137,6 +141,7 @@ impl Spec {
                 }
                 "zstd" => create.compression = Compression::Zstd,
                 "raw" => spec.raw = true,
+                "qed" => spec.qed = Some(if value.is_empty() { 4 } else { number()? }),
                 "filled" => spec.content = Content::Filled,
                 "compressed" => spec.content = Content::Compressed,
                 "backing" => backing = true,
@@ -152,6 +157,26 @@ impl Spec {
             spec.below = Some(Box::new(raw));
         }
         Ok(spec)
+    }
+
+    /// What it is.
+    pub fn format(&self) -> Format {
+        match (self.raw, self.qed) {
+            (true, _) => Format::Raw,
+            (false, Some(_)) => Format::Qed,
+            (false, None) => Format::Qcow2,
+        }
+    }
+
+    /// How a QED image is made.
+    pub fn qed(&self, table_size: u64) -> qed::CreateOptions {
+        let backing = self.create.backing.as_ref();
+        qed::CreateOptions {
+            size: self.create.size,
+            cluster_size: self.create.cluster_size,
+            table_size,
+            backing: backing.map(|(name, format)| (name.clone(), format == "raw")),
+        }
     }
 
     /// The images of the chain, the active one first.

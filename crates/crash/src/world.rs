@@ -8,7 +8,7 @@ use crate::spec::{Content, DATA, Spec, backing, passphrase};
 use block::{Context, Result, Storage};
 use disk::{Chain, Layer};
 use image::qcow2::{self, Compressor, ImageWriter};
-use image::{Format, Raw};
+use image::{Format, Raw, qed};
 use io::{File, SimClock, SimDisk, SimOptions};
 use std::sync::Arc;
 
@@ -80,6 +80,8 @@ impl World {
         let id = depth + 1;
         if spec.raw {
             image.set_len(spec.create.size)?;
+        } else if let Some(table_size) = spec.qed {
+            qed::create(&*image, &spec.qed(table_size))?;
         } else if spec.content != Content::Compressed {
             qcow2::create(&*image, &spec.create)?;
         }
@@ -170,8 +172,10 @@ impl World {
     ///
     /// What opening it fails with.
     pub fn open(&self, read_only: bool, mutant: Option<Mutant>) -> Result<Chain> {
-        if !read_only && !self.spec.raw {
-            tool::check::mend_dirty(&**self.image())?;
+        match self.spec.format() {
+            Format::Qcow2 if !read_only => drop(tool::check::mend_dirty(&**self.image())?),
+            Format::Qed if !read_only => drop(tool::check::qed::mend(&**self.image())?),
+            _ => {}
         }
         let mut layers = Vec::new();
         let mut disks = self.disks.iter();
@@ -184,6 +188,13 @@ impl World {
             let file: &dyn Storage = &*files[0];
             let (image, format): (Arc<dyn image::Image>, _) = if spec.raw {
                 (Arc::new(Raw::open(file)?), Format::Raw)
+            } else if spec.qed.is_some() {
+                let options = qed::OpenOptions {
+                    read_only: read_only || depth > 0,
+                    ..qed::OpenOptions::default()
+                };
+                let image = qed::Qed::open(file, &options).context(|| "open")?;
+                (Arc::new(image), Format::Qed)
             } else {
                 let options = qcow2::OpenOptions {
                     read_only: read_only || depth > 0,

@@ -41,6 +41,7 @@ workloads! {
     refcounts: "refcounts",
     overwrite: "overwrite",
     copy_on_write: "copy-on-write",
+    qed: "qed",
     discard: "discard",
     zeroes: "zeroes",
     lazy: "lazy",

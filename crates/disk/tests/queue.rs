@@ -88,6 +88,35 @@ fn qcow2_of_every_cluster_size() {
 }
 
 #[test]
+fn qed_alone_and_over_others() {
+    let dir = common::dir();
+    let base = dir.path().join("base.raw");
+    let bytes = pattern((1 << 20) + 512 * 7, 5);
+    std::fs::write(&base, &bytes).unwrap();
+    let middle = dir.path().join("middle.qcow2");
+    qemu_create(&middle, "", Some((&base, "raw")), 3 << 20);
+    for (index, (options, below)) in [
+        ("cluster_size=4k,table_size=2", None),
+        ("cluster_size=64k,table_size=4", Some((&middle, "qcow2"))),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let top = dir.path().join(format!("{index}.qed"));
+        let mut args = vec!["create", "-q", "-f", "qed", "-o", options];
+        let mut model = Vec::new();
+        if let Some((below, format)) = below {
+            args.extend(["-b", arg(below), "-F", format]);
+            model.clone_from(&bytes);
+        }
+        args.extend([arg(&top), "5M"]);
+        run("qemu-img", &args);
+        model.resize(5 << 20, 0);
+        torture(&top, Format::Qed, model, 71 + index as u64, 150 << 10);
+    }
+}
+
+#[test]
 fn overlays_longer_and_shorter_than_their_base() {
     let dir = common::dir();
     for (index, (base_len, top_len, options)) in [

@@ -102,8 +102,17 @@ fn nothing_is_allocated_and_a_batch_is_one_call() {
     let subclusters = dir.path().join("subclusters.qcow2");
     let options = "cluster_size=64k,extended_l2=on";
     qemu_create(&subclusters, options, None, 8 << 20);
-    for path in [&qcow2, &subclusters] {
-        let disk = open(path, Format::Qcow2, DiskOptions::default());
+    let qed = dir.path().join("disk.qed");
+    common::run(
+        "qemu-img",
+        &["create", "-q", "-f", "qed", common::arg(&qed), "8M"],
+    );
+    for (path, format) in [
+        (&qcow2, Format::Qcow2),
+        (&subclusters, Format::Qcow2),
+        (&qed, Format::Qed),
+    ] {
+        let disk = open(path, format, DiskOptions::default());
         let mut rig = Rig::new(&disk, EngineKind::Threads, 4);
         let write = Op::Write { fua: false };
         for at in (0..8 << 20).step_by(1 << 20) {
@@ -116,6 +125,7 @@ fn nothing_is_allocated_and_a_batch_is_one_call() {
         (&raw, Format::Raw),
         (&qcow2, Format::Qcow2),
         (&subclusters, Format::Qcow2),
+        (&qed, Format::Qed),
     ] {
         for kind in [EngineKind::Threads, EngineKind::Native, EngineKind::IoUring] {
             for op in [Op::Read, Op::Write { fua: false }, Op::Flush] {
