@@ -94,6 +94,9 @@ pub fn run(args: &args::Amend) -> Result<()> {
 }
 
 fn report(args: &args::Amend, header: &Header) -> Result<()> {
+    if args.quiet {
+        return Ok(());
+    }
     let raw = header.autoclear & features::DATA_FILE_RAW != 0;
     let json = Json {
         filename: args.file.display().to_string(),

@@ -78,6 +78,9 @@ pub enum BenchCommand {
 /// `create`.
 #[derive(Args, Debug)]
 pub struct Create {
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub quiet: bool,
     /// Format of the new image: raw, qcow2, qed or vhd [default: by FILE's extension, .qcow2, .qed, .vhd, .raw or .img]
     #[arg(short, long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
@@ -139,7 +142,13 @@ pub struct Convert {
     )]
     pub options: Vec<String>,
     /// Make DST an overlay of BASE: what reads the same there is left out
-    #[arg(short = 'B', long, value_name = "BASE", requires = "backing_format")]
+    #[arg(
+        short = 'B',
+        short_alias = 'b',
+        long,
+        value_name = "BASE",
+        requires = "backing_format"
+    )]
     pub backing: Option<String>,
     /// Format of BASE
     #[arg(short = 'F', long, value_name = "FMT", value_parser = format, requires = "backing")]
@@ -188,6 +197,9 @@ pub struct Convert {
     /// Show progress also where stderr is no terminal
     #[arg(short, long)]
     pub progress: bool,
+    /// Print nothing but errors
+    #[arg(short, long, conflicts_with = "json")]
+    pub quiet: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -232,6 +244,7 @@ impl Convert {
             workers: None,
             out_of_order: false,
             progress: false,
+            quiet: false,
             json: false,
             force_share: false,
             allow_backing: Vec::new(),
@@ -269,6 +282,9 @@ pub struct Dd {
     /// Show progress also where stderr is no terminal
     #[arg(short, long)]
     pub progress: bool,
+    /// Print nothing but errors
+    #[arg(short, long, conflicts_with = "json")]
+    pub quiet: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -459,7 +475,7 @@ pub struct Reading {
     #[arg(long)]
     pub json: bool,
     /// Read the image even while another process writes it
-    #[arg(long)]
+    #[arg(short = 'U', long)]
     pub force_share: bool,
     /// Also open backing and data files below DIR, not only below each image's own directory
     #[arg(long, value_name = "DIR")]
@@ -491,6 +507,12 @@ pub struct Info {
 /// `map`.
 #[derive(Args, Debug)]
 pub struct Map {
+    /// Begin at this byte of the disk
+    #[arg(short, long, value_name = "OFFSET", value_parser = bytes, default_value = "0", hide_default_value = true)]
+    pub start_offset: u64,
+    /// Show at most so many bytes of the disk
+    #[arg(short, long, value_name = "SIZE", value_parser = bytes)]
+    pub max_length: Option<u64>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub reading: Reading,
@@ -553,6 +575,9 @@ pub struct Snapshot {
     /// Delete a snapshot. A name counts before an id
     #[arg(short, long, value_name = "NAME")]
     pub delete: Option<String>,
+    /// Print nothing but errors
+    #[arg(short, long, conflicts_with = "json")]
+    pub quiet: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -572,6 +597,9 @@ pub struct Amend {
     /// What to change, as key=value,…: `-o help` lists it
     #[arg(short, long = "option", value_name = "K=V,…")]
     pub options: Vec<String>,
+    /// Print nothing but errors
+    #[arg(short, long, conflicts_with = "json")]
+    pub quiet: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -604,6 +632,9 @@ pub struct Resize {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub keys: Keys,
+    /// Print nothing but errors
+    #[arg(short, long, conflicts_with = "json")]
+    pub quiet: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

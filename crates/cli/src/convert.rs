@@ -644,5 +644,8 @@ fn print(args: &Arguments, copied: &Copied) -> Result<()> {
         1 => line.push_str(", 1 bitmap"),
         count => line.push_str(&format!(", {count} bitmaps")),
     }
-    crate::print(&(line + "\n"))
+    match args.quiet {
+        true => Ok(()),
+        false => crate::print(&(line + "\n")),
+    }
 }

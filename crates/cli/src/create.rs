@@ -104,7 +104,9 @@ pub fn run(args: &args::Create) -> Result<()> {
              (without them: -o extended_l2=off)",
         );
     }
-    crate::print(&format!("{line}\n"))?;
+    if !args.quiet {
+        crate::print(&format!("{line}\n"))?;
+    }
     warn_of_policy(
         &args.file,
         format,

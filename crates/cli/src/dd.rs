@@ -69,6 +69,7 @@ pub fn run(args: &args::Dd) -> Result<()> {
         allow_backing: args.allow_backing.clone(),
         keys: args.keys.clone(),
         json: args.json,
+        quiet: args.quiet,
         progress: args.progress,
         ..args::Convert::of(input, output)
     };

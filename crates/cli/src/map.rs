@@ -23,6 +23,7 @@ use disk::{
 use image::ExtentKind;
 use serde::Serialize;
 use std::io::{self, BufWriter, Write};
+use std::ops::Range;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 struct Entry {
@@ -68,11 +69,13 @@ pub fn run(args: &args::Map) -> Result<()> {
             ..ChainOptions::default()
         },
     )?;
+    let end = args.max_length.unwrap_or(u64::MAX);
+    let range = args.start_offset..args.start_offset.saturating_add(end);
     // A map may have millions of lines: none of them is kept.
     let mut out = BufWriter::new(io::stdout().lock());
     let written = match reading.json {
-        true => json(&chain, &mut out),
-        false => table(&chain, &mut out),
+        true => json(&chain, range, &mut out),
+        false => table(&chain, range, &mut out),
     };
     match written.and_then(|()| Ok(out.flush()?)) {
         // Who reads has seen enough (`diskplane map … | head`).
@@ -91,9 +94,9 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
-fn json(chain: &Chain, out: &mut impl Write) -> Result<()> {
+fn json(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
     let mut lead = "[";
-    walk(chain, |entry| {
+    walk(chain, range, |entry| {
         write!(out, "{lead}{}", serde_json::to_string(&entry)?)?;
         lead = ",\n";
         Ok(())
@@ -101,13 +104,13 @@ fn json(chain: &Chain, out: &mut impl Write) -> Result<()> {
     Ok(writeln!(out, "{}", if lead == "[" { "[]" } else { "]" })?)
 }
 
-fn table(chain: &Chain, out: &mut impl Write) -> Result<()> {
+fn table(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
     let mut line = |start: &str, length: &str, what: &str, offset: &str, file: &str| {
         let line = format!("{start:>18}  {length:>9}  {what:<10}  {offset:>18}  {file}");
         Ok(writeln!(out, "{}", line.trim_end())?)
     };
     line("start", "length", "what", "file offset", "file")?;
-    walk(chain, |entry| {
+    walk(chain, range, |entry| {
         let offset = entry.offset.filter(|_| entry.data);
         let file = chain.layers.get(entry.depth).filter(|_| entry.present);
         line(
@@ -131,10 +134,10 @@ fn what(entry: &Entry) -> &'static str {
     }
 }
 
-/// Hands the whole disk's runs to `out`, in order, each as long as it goes.
-fn walk(chain: &Chain, mut out: impl FnMut(Entry) -> Result<()>) -> Result<()> {
+/// Hands the runs of the disk that are in `range` to `out`, in order, each as long as it goes.
+fn walk(chain: &Chain, range: Range<u64>, mut out: impl FnMut(Entry) -> Result<()>) -> Result<()> {
     let mut driver = chain.driver()?;
-    let (end, mut at) = (driver.size(), 0);
+    let (end, mut at) = (driver.size().min(range.end), range.start);
     let mut run: Option<Entry> = None;
     while at < end {
         let next = one(chain, &mut driver, at, end - at)?;

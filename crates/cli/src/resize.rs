@@ -134,6 +134,9 @@ pub fn run(args: &args::Resize) -> Result<()> {
         &args.keys,
         &wish,
     )?;
+    if args.quiet {
+        return Ok(());
+    }
     if args.json {
         let json = Json {
             filename: args.file.display().to_string(),

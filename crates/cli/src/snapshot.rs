@@ -79,6 +79,9 @@ pub fn run(args: &args::Snapshot) -> Result<()> {
         (.., Some(which)) => ("deleted", snapshot::delete(storage, which)?),
         _ => return print(&listed(&snapshot::list(storage)?, args.json)?),
     };
+    if args.quiet {
+        return Ok(());
+    }
     let entry = Entry::from(&snapshot);
     print(&match args.json {
         true => crate::json(&entry)?,

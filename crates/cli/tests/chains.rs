@@ -385,3 +385,48 @@ fn a_full_disk_leaves_a_chain_that_reads_as_before() {
     good(dir, &["commit", "top"]);
     assert!(content(dir, "base") == before);
 }
+
+#[test]
+fn a_part_of_a_map_is_as_qemu_imgs() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    let create = ["-f", "qcow2", "-b", "base", "-F", "raw"];
+    make(dir, &[RAW_BASE, ("top", &create, &WRITES)]);
+    for (start, len) in [
+        ("0", "64k"),
+        ("120k", "900k"),
+        ("100", "1000"),
+        ("1500k", "1G"),
+    ] {
+        let part = ["--start-offset", start, "--max-length", len, "top"];
+        let ours = json(&good(dir, &[&["map", "--json"][..], &part].concat()));
+        let theirs = json(&qemu_img(
+            dir,
+            &[&["map", "--output=json"][..], &part].concat(),
+        ));
+        assert_eq!(ours, theirs, "{start} {len}");
+    }
+    assert_eq!(
+        good(dir, &["map", "--json", "-U", "--start-offset", "1T", "top"]),
+        "[]\n"
+    );
+}
+
+#[test]
+fn nothing_is_said_where_that_is_asked_for() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    for args in [
+        &["create", "-q", "a.qcow2", "1M"][..],
+        &["resize", "-q", "a.qcow2", "+1M"],
+        &["amend", "-q", "-o", "lazy_refcounts=on", "a.qcow2"],
+        &["snapshot", "-q", "-c", "s", "a.qcow2"],
+        &["convert", "-q", "a.qcow2", "b.qcow2"],
+        &["dd", "-q", "if=a.qcow2", "of=c.raw"],
+        &["rebase", "-q", "-u", "-b", "c.raw", "-F", "raw", "b.qcow2"],
+        &["commit", "-q", "b.qcow2"],
+        &["compare", "-q", "a.qcow2", "b.qcow2"],
+    ] {
+        assert_eq!(good(dir, args), "", "{args:?}");
+    }
+}

@@ -104,7 +104,7 @@ fn amend_refuses_what_qemu_refuses() {
         ("compat=0.10,lazy_refcounts=on", "", "needs compat=1.1"),
         ("refcount_bits=32", "compat=0.10", "need compat=1.1"),
         ("refcount_bits=3", "", "a power of two"),
-        ("backing_file=other", "", "use qemu-img rebase"),
+        ("backing_file=other", "", "use diskplane rebase"),
         ("data_file=x", "", "have an external data file"),
         ("data_file_raw=on", "", "when an image is created"),
         ("size=1M", "", "resize --shrink"),
