@@ -96,6 +96,7 @@ fn version(program: &str) -> Option<String> {
         .split_whitespace()
         .find_map(|word| {
             let word = word.strip_prefix("fio-").unwrap_or(word);
+            let word = word.strip_prefix('v').unwrap_or(word);
             word.starts_with(|c: char| c.is_ascii_digit())
                 .then_some(word)
         })

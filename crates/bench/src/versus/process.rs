@@ -203,11 +203,24 @@ impl Process {
         }
     }
 
+    /// SIGKILL; an error when it had ended before.
+    pub(super) fn kill(mut self) -> Result<String> {
+        self.still_runs()?;
+        let words = self.stderr();
+        drop(self);
+        Ok(words)
+    }
+
+    fn still_runs(&mut self) -> Result<()> {
+        match self.try_wait()? {
+            Some(status) => Err(self.failed(&format!("ended by itself ({status})"))),
+            None => Ok(()),
+        }
+    }
+
     /// SIGTERM, and then a good end in time.
     pub(super) fn stop(mut self) -> Result<String> {
-        if let Some(status) = self.try_wait()? {
-            return Err(self.failed(&format!("ended by itself ({status})")));
-        }
+        self.still_runs()?;
         let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
         let status = self.wait(STOP_LIMIT)?;
         if !status.success() {

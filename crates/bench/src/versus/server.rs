@@ -54,6 +54,8 @@ pub(super) struct Running {
     pub command: Vec<String>,
     /// The statistics that a stopped diskplane prints.
     pub has_statistics: bool,
+    /// It is killed at the end: SPDK's target waits for seconds for a session that its client has left.
+    killed: bool,
 }
 
 /// What both sides of a comparison must have in common, as seen from outside.
@@ -74,9 +76,13 @@ impl Running {
         self.process.pid()
     }
 
-    /// Ends the server cleanly; what it said on standard error.
+    /// Ends the server, cleanly where it can; what it said on standard error.
     pub(super) fn stop(self) -> Result<String> {
-        self.process.stop()
+        if self.killed {
+            self.process.kill()
+        } else {
+            self.process.stop()
+        }
     }
 
     /// An error of the load, with the server's words where it has some.
@@ -176,6 +182,7 @@ pub(super) fn start(
         targets: targets.collect(),
         command: words(&command),
         has_statistics: matches!(side.server, Server::Diskplane | Server::DiskplaneNbd),
+        killed: side.server == Server::Spdk,
         process,
     })
 }
