@@ -20,24 +20,52 @@ use super::{
     spec::{DESC_BYTES, DESC_F_INDIRECT, HEADER_BYTES, HEADER_SECTOR, SECTOR_BYTES},
 };
 use block::prefetch;
+use std::ptr;
 
 /// How many requests, the next one among them, are fetched ahead. The descriptor must have arrived when the table is
-/// fetched for it, the table when the header is, and that when its sector is asked for.
+/// fetched for it, the table when the header is, and that when its sector is asked for. Each stage covers
+/// what the one behind it does.
 const DESCRIPTOR_AHEAD: u16 = 8;
 const TABLE_AHEAD: u16 = 5;
 const HEADER_AHEAD: u16 = 3;
 const SECTOR_AHEAD: u16 = 2;
 
+/// What a stage found for the next one: null where there is nothing more to fetch.
+#[derive(Clone, Copy, Debug)]
+struct Found {
+    /// Of the request's indirect table, its first descriptor, else its header.
+    at: *mut u8,
+    indirect: bool,
+}
+
+const NOTHING: Found = Found {
+    at: ptr::null_mut(),
+    indirect: false,
+};
+
 /// What was fetched so far: entries of the available ring.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Lookahead {
     descriptor: u16,
     table: u16,
     header: u16,
     sector: u16,
+    /// By entry, modulo the length. Addresses of the memory of the ring that [`Lookahead::advance`] is given.
+    found: [Found; TABLE_AHEAD.next_power_of_two() as usize],
 }
 
 impl Lookahead {
+    /// For a ring, which must be the same one in all calls.
+    pub fn new() -> Self {
+        Self {
+            descriptor: 0,
+            table: 0,
+            header: 0,
+            sector: 0,
+            found: [NOTHING; _],
+        }
+    }
+
     /// Fetches for the requests behind the next one. To be called before each [`Ring::pop`]. Tells `expect` where on
     /// the disk the next ones will probably be: a byte offset, which may be any number.
     #[inline]
@@ -49,64 +77,76 @@ impl Lookahead {
 
     fn fetch(&mut self, ring: &Ring, expect: impl Fn(u64)) {
         let (next, known) = (ring.next_avail(), ring.known());
-        let each = |done: &mut u16, ahead: u16, fetch: &dyn Fn(u16)| {
+        // The entries that a stage has to do now.
+        let stage = |done: &mut u16, ahead: u16| {
             let end = next.wrapping_add(ahead.min(known));
             // Behind after a pause, and in front of the end after the ring was moved.
             if end.wrapping_sub(*done) > ahead {
                 *done = next;
             }
-            while *done != end {
-                fetch(*done);
-                *done = done.wrapping_add(1);
-            }
+            let from = std::mem::replace(done, end);
+            (0..end.wrapping_sub(from)).map(move |n| from.wrapping_add(n))
         };
-        each(&mut self.descriptor, DESCRIPTOR_AHEAD, &|entry| {
+        for entry in stage(&mut self.descriptor, DESCRIPTOR_AHEAD) {
             prefetch(ring.descriptor_at(ring.head(entry)));
-        });
-        each(&mut self.table, TABLE_AHEAD, &|entry| {
-            if let Some(buffer) = Self::first_buffer(ring, entry, 1) {
-                prefetch(buffer);
-            }
-        });
-        each(&mut self.header, HEADER_AHEAD, &|entry| {
+        }
+        for entry in stage(&mut self.table, TABLE_AHEAD) {
+            let found = Self::first(ring, entry);
+            prefetch(found.at);
+            self.found[Self::place(entry)] = found;
+        }
+        for entry in stage(&mut self.header, HEADER_AHEAD) {
+            let found = &mut self.found[Self::place(entry)];
             // A header in a descriptor of the ring was fetched like a table.
-            if Self::indirect(ring, entry).is_some()
-                && let Some(header) = Self::header(ring, entry)
-            {
-                prefetch(header);
+            if found.indirect {
+                *found = Self::behind(ring, found.at);
+                prefetch(found.at);
             }
-        });
-        each(&mut self.sector, SECTOR_AHEAD, &|entry| {
-            if let Some(header) = Self::header(ring, entry) {
+        }
+        for entry in stage(&mut self.sector, SECTOR_AHEAD) {
+            let found = self.found[Self::place(entry)];
+            if !found.at.is_null() && !found.indirect {
                 let mut sector = [0; 8];
-                // SAFETY: `header` is followed by so many bytes of guest memory.
-                unsafe { memory::read(header.wrapping_add(HEADER_SECTOR), &mut sector) };
+                // SAFETY: the header is as long in the memory of the ring, which keeps it mapped.
+                unsafe { memory::read(found.at.wrapping_add(HEADER_SECTOR), &mut sector) };
                 expect(u64::from_le_bytes(sector).saturating_mul(SECTOR_BYTES));
             }
-        });
+        }
     }
 
-    /// Where the header of an entry's request lies, if it is in one piece.
-    fn header(ring: &Ring, entry: u16) -> Option<*mut u8> {
-        if Self::indirect(ring, entry).is_none() {
-            return Self::first_buffer(ring, entry, HEADER_BYTES as u64);
+    fn place(entry: u16) -> usize {
+        usize::from(entry) % TABLE_AHEAD.next_power_of_two() as usize
+    }
+
+    /// Where the indirect table or the header of an entry's request lies, if its beginning is in one piece.
+    fn first(ring: &Ring, entry: u16) -> Found {
+        let Some(descriptor) = ring.descriptor(ring.head(entry)) else {
+            return NOTHING;
+        };
+        let indirect = descriptor.flags & DESC_F_INDIRECT != 0;
+        let len = if indirect {
+            DESC_BYTES
+        } else {
+            HEADER_BYTES as u64
+        };
+        match ring.memory().range(descriptor.addr, len) {
+            Some(at) => Found { at, indirect },
+            None => NOTHING,
         }
-        let table = Self::first_buffer(ring, entry, DESC_BYTES)?;
+    }
+
+    /// Where the header lies to which the first descriptor of the indirect table at `table` points.
+    fn behind(ring: &Ring, table: *mut u8) -> Found {
         let mut bytes = [0; DESC_BYTES as usize];
-        // SAFETY: `first_buffer` vouched for these bytes of guest memory.
+        // SAFETY: `first` found so many bytes in the memory of the ring, which keeps them mapped.
         unsafe { memory::read(table, &mut bytes) };
         let addr = Descriptor::parse(&bytes).addr;
-        ring.memory().range(addr, HEADER_BYTES as u64)
-    }
-
-    fn indirect(ring: &Ring, entry: u16) -> Option<Descriptor> {
-        ring.descriptor(ring.head(entry))
-            .filter(|d| d.flags & DESC_F_INDIRECT != 0)
-    }
-
-    /// Where the table, or the buffer, of an entry's first descriptor lies: at least `len` bytes.
-    fn first_buffer(ring: &Ring, entry: u16, len: u64) -> Option<*mut u8> {
-        let descriptor = ring.descriptor(ring.head(entry))?;
-        ring.memory().range(descriptor.addr, len)
+        match ring.memory().range(addr, HEADER_BYTES as u64) {
+            Some(at) => Found {
+                at,
+                indirect: false,
+            },
+            None => NOTHING,
+        }
     }
 }

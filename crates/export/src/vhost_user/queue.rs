@@ -157,7 +157,7 @@ impl Queue {
         Ok(Self {
             index: setup.index,
             ring,
-            lookahead: Lookahead::default(),
+            lookahead: Lookahead::new(),
             disk: Some(disk),
             limits: setup.limits,
             slots: (0..setup.size).map(|_| Slot::new()).collect(),
