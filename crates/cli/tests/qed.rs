@@ -3,24 +3,19 @@
 #[allow(dead_code)]
 mod common;
 
+use block::Storage;
 use common::{diskplane, failure, good, json, qemu_img, refused, run};
+use io::{File, OpenOptions};
 use std::fs;
 use testkit::TempDir;
 
-/// Every cluster and table size that both know: an image of ours that QEMU writes to, and the other way round.
+/// Cluster and table sizes that both know: an image of ours that QEMU writes to, and the other way round.
 #[test]
 fn images_are_exchanged_with_qemu() {
     let dir = TempDir::new();
     let root = dir.root();
     let image = |k: &str| format!("{k}.qed");
-    for (cluster, table) in [
-        ("4k", 2),
-        ("4k", 16),
-        ("16k", 8),
-        ("64k", 4),
-        ("1M", 4),
-        ("2M", 2),
-    ] {
+    for (cluster, table) in [("4k", 2), ("4k", 16), ("64k", 4), ("1M", 4)] {
         let options = format!("cluster_size={cluster},table_size={table}");
         let bytes: Vec<u8> = (0..3u32 << 19).map(|i| (i >> 12) as u8 % 7).collect();
         fs::write(dir.path("in.raw"), bytes).unwrap();
@@ -118,6 +113,38 @@ fn overlays_read_their_bases() {
     fs::write(dir.path("base.qcow2"), vec![7; 1 << 20]).unwrap();
     let line = refused(root, &["convert", "-O", "raw", "x.qed", "x.raw"]);
     assert!(line.contains("no known format"), "{line}");
+}
+
+/// A discard keeps the cluster and punches a hole in it: what is a hole of the file is zeros.
+#[test]
+fn holes_are_known_to_be_zeros() {
+    let dir = TempDir::new();
+    let root = dir.root();
+    fs::write(dir.path("in.raw"), vec![7; 4 << 20]).unwrap();
+    good(root, &["convert", "-f", "raw", "in.raw", "a.qed"]);
+    let map = || json(&good(root, &["map", "--json", "a.qed"]));
+    let entry = map()[0].clone();
+    assert_eq!(
+        (&entry["length"], &entry["zero"]),
+        (&(4 << 20).into(), &false.into())
+    );
+    let offset = entry["offset"].as_u64().unwrap();
+    let file = File::open(&dir.path("a.qed"), &OpenOptions::default()).unwrap();
+    file.write_zeroes(offset + (1 << 20), 1 << 20, true)
+        .unwrap();
+    drop(file);
+    let zeros: Vec<bool> = map()
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|entry| entry["zero"].as_bool().unwrap())
+        .collect();
+    assert_eq!(zeros, [false, true, false]);
+    good(root, &["convert", "-O", "raw", "a.qed", "out.raw"]);
+    qemu_img(
+        root,
+        &["compare", "-f", "qed", "-F", "raw", "a.qed", "out.raw"],
+    );
 }
 
 #[test]

@@ -85,11 +85,12 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Whether holes of its file `id` are zeros to the guest: in a raw image, an external data file, and a VHD image, in
+    /// Whether holes of its file `id` are zeros to the guest: in a raw image, an external data file, and a QED or VHD image, in
     /// which holes are punched without a change of the tables. Other formats know themselves what is allocated;
     /// and a hole is not zeros where the data are encrypted.
     pub fn holes_are_zeros(&self, id: FileId) -> bool {
-        let tells = matches!(self.format, Format::Raw | Format::Vhd) || id == FileId::DATA;
+        let tells =
+            matches!(self.format, Format::Raw | Format::Qed | Format::Vhd) || id == FileId::DATA;
         tells && self.image.encryption().is_none()
     }
 }

@@ -1,7 +1,7 @@
-//! Of the whole format, against a model and against the installed QEMU.
+//! Of the whole format, against a model and against the installed QEMU. What a crash leaves: crate `crash`.
 
 use super::{CreateOptions, F_NEED_CHECK, Header, OpenOptions, Qed, create};
-use crate::qcow2::testing::{Checked, Driver, MemFile, Rng, check_as, crashes, run};
+use crate::qcow2::testing::{Checked, Driver, MemFile, Rng, check_as, run};
 use crate::{ExtentKind, FlushRun, Image, Need, Step, ZeroMode};
 use block::{ErrorKind, GuestOffset, Storage};
 use std::fs;
@@ -97,7 +97,7 @@ fn behaves_as_the_model_and_qemu_reads_the_same() {
             let mut model = backing.clone();
             model.resize(size as usize, 0);
             let (_, mut driver) = over(size, kind, &backing);
-            for turn in 0..60 {
+            for turn in 0..40 {
                 change(&mut driver, &mut model, &mut rng, 3 * kind.0.min(65536));
                 if turn % 20 == 19 {
                     assert!(driver.read(0, size).unwrap() == model, "{kind:?}");
@@ -155,65 +155,6 @@ fn flushes_of_a_growing_image_are_one_barrier() {
     assert_eq!(driver.barriers, 11);
     let header = Header::read(&driver.file).unwrap();
     assert_eq!(header.features & F_NEED_CHECK, 0);
-}
-
-/// Whatever a crash leaves reads as the last flush or later, and has leaks at worst.
-#[test]
-fn a_crash_leaves_leaks_at_worst() {
-    let dir = tempfile::tempdir().unwrap();
-    for (kind, backed) in [((4096, 2), false), ((4096, 2), true)] {
-        let size = kind.0 * 1200;
-        let mut rng = Rng(kind.0 + u64::from(backed));
-        let backing = match backed {
-            true => bytes(&mut rng, size / 2),
-            false => Vec::new(),
-        };
-        let mut model = backing.clone();
-        model.resize(size as usize, 0);
-        let (_, mut driver) = over(size, kind, &backing);
-        let before = driver.file.bytes();
-        driver.file.record();
-        let mut flushed: Vec<(usize, Vec<u8>)> = vec![(0, model.clone())];
-        for turn in 0..9 {
-            // Everywhere, so that there are new tables too.
-            let at = rng.below(size / 512) * 512;
-            let len = (512 * (1 + rng.below(20))).min(size - at);
-            let data = bytes(&mut rng, len);
-            driver.write(at, &data).unwrap();
-            model[at as usize..at as usize + data.len()].copy_from_slice(&data);
-            if turn % 3 == 2 {
-                driver.flush().unwrap();
-                flushed.push((driver.file.journal().len(), model.clone()));
-            }
-        }
-        let journal = driver.file.journal();
-        fs::write(dir.path().join("base.raw"), &backing).unwrap();
-        let mut end = 0;
-        // One state for each change.
-        crashes(&before, &journal, |state| {
-            end += 1;
-            let covered = flushed.iter().rev().find(|(at, _)| *at <= end).unwrap();
-            let mut after = open(&MemFile::of(state.to_vec()));
-            after.backing.clone_from(&backing);
-            let now = after.read(0, size).unwrap();
-            for (sector, (new, old)) in now.chunks(512).zip(covered.1.chunks(512)).enumerate() {
-                // What was written since the flush is old, or what a later one has.
-                let sound = new == old || changed_later(&flushed, end, sector, new);
-                assert!(sound, "sector {sector} after change {end}");
-            }
-            if end % 9 == 0 {
-                let said = judged(dir.path(), state);
-                assert!(matches!(said, Checked::Clean | Checked::Leaks), "{said:?}");
-            }
-        });
-        assert!(end > 15, "{end}");
-    }
-}
-
-/// Whether a flush after the change `end` has `new` in `sector`.
-fn changed_later(flushed: &[(usize, Vec<u8>)], end: usize, sector: usize, new: &[u8]) -> bool {
-    let mut later = flushed.iter().filter(|(at, _)| *at > end);
-    later.any(|(_, model)| model[sector * 512..sector * 512 + 512] == *new)
 }
 
 #[test]
@@ -396,16 +337,16 @@ fn wrong_entries_are_errors() {
     assert_eq!(open(&file).read(4 << 20, 512).unwrap(), [1; 512]);
 }
 
-/// A disk near 2^63 bytes: its tables would have terabytes, and what is in memory of them stays bounded.
+/// A disk of 2^58 bytes: its tables would have terabytes, and what is in memory of them stays bounded.
 #[test]
 fn the_largest_disk_opens() {
-    let (cluster, table) = (1 << 20, 8);
+    let (cluster, table) = (1 << 20, 4);
     let file = created(&options(
         super::disk_bytes_max(cluster, table),
         (cluster, table),
     ));
     let mut driver = open(&file);
-    assert_eq!(driver.image.size(), 1 << 60);
+    assert_eq!(driver.image.size(), 1 << 58);
     let last = driver.image.size() - 512;
     assert_eq!(driver.read(last, 512).unwrap(), [0; 512]);
     driver.write(last, &[4; 512]).unwrap();
