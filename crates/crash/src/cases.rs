@@ -84,6 +84,21 @@ const WORKLOADS: &[Workload] = &[
         queues: &[0, 2],
     },
     Workload {
+        name: "vhd",
+        script: "storm 40 flush=3 len=48k discard=2 unmap=2 zero=2; kill; storm 20 flush=3; crash; storm 20; close; storm 10",
+        images: &[
+            "vhd cluster_size=4k size=512k",
+            "vhd cluster_size=64k",
+            "vhd cluster_size=2M size=6M",
+            "vhd=fixed size=512k",
+            "vhd cluster_size=4k size=512k junk=64k",
+            "vhd cluster_size=8k size=512k backing",
+            "vhd cluster_size=64k over vhd cluster_size=4k over raw",
+            "cluster_size=4k over vhd cluster_size=8k size=600k filled",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
         name: "discard",
         script: "write 0 256k; flush; storm 80 discard=6 unmap=6 flush=4 len=64k; discard 0 256k; storm 20",
         images: &[

@@ -50,6 +50,9 @@ impl Judge {
         look: Look,
     ) -> Result<(), String> {
         let format = world.spec.format();
+        if format == Format::Vhd {
+            return self.judge_vhd(world, model, allowed, look);
+        }
         if format == Format::Qed {
             return self.judge_qed(world, model, allowed, look);
         }
@@ -144,6 +147,35 @@ impl Judge {
         Ok(())
     }
 
+    /// A VHD image is sound as it is; QEMU reads it, but knows of no parents.
+    fn judge_vhd(
+        &self,
+        world: &World,
+        model: &Model,
+        allowed: &Allowed,
+        look: Look,
+    ) -> Result<(), String> {
+        check_vhd(world, Repair::No)?;
+        let bytes = world.content().map_err(|e| e.to_string())?;
+        model.judge(allowed, &bytes)?;
+        if look != Look::Quick && world.spec.below.is_none() {
+            let path = self.dir.path("image.qcow2");
+            std::fs::write(&path, world.image().bytes()).map_err(|e| e.to_string())?;
+            self.peer_reads(&bytes, Format::Vhd)?;
+        }
+        if look == Look::Close {
+            let after = |what| format!("after going on: {what}");
+            let mended = world.copy();
+            check_vhd(&mended, Repair::Leaks).map_err(after)?;
+            let world = go_on_writing(world, model, allowed)?;
+            match check_vhd(&world, Repair::No).map_err(after)? {
+                0 => {}
+                leaks => return Err(format!("after going on: {leaks} leaks")),
+            }
+        }
+        Ok(())
+    }
+
     /// The image as `qemu-img check` finds it: no errors, but leaks perhaps.
     fn peer(&self, world: &World, format: Format) -> Result<(), String> {
         let path = self.dir.path("image.qcow2");
@@ -178,7 +210,7 @@ impl Judge {
             .args([
                 "convert",
                 "-f",
-                format.name(),
+                format.qemu_name(),
                 "-O",
                 "raw",
                 "image.qcow2",
@@ -288,6 +320,20 @@ pub fn stamps(bytes: &[u8]) -> Vec<u64> {
 /// What reading its header fails with.
 pub fn is_dirty(storage: &dyn Storage) -> block::Result<bool> {
     Ok(Header::read(storage)?.incompatible & features::DIRTY != 0)
+}
+
+/// Our check of a VHD image: no errors, but leaks perhaps. How many.
+fn check_vhd(world: &World, repair: Repair) -> Result<u64, String> {
+    let options = CheckOptions {
+        repair,
+        ..CheckOptions::default()
+    };
+    let report = tool::check::vhd::check(&**world.image(), &options);
+    let report = report.map_err(|e| format!("check: {e}"))?;
+    match report.corruptions + report.check_errors {
+        0 => Ok(report.leaks),
+        _ => Err(format!("check: {:?}", report.findings)),
+    }
 }
 
 /// Our check of a QED image: no errors, but leaks perhaps.

@@ -2,10 +2,11 @@
 //!
 //! ```text
 //!   size=1M cluster_size=4k refcount_bits=1 compat=0.10 extended_l2 lazy_refcounts zstd backing junk=256k
-//!   qed qed=2 data_file data_file_raw luks filled compressed over cluster_size=64k size=700k compressed over raw
+//!   qed qed=2 vhd vhd=fixed data_file data_file_raw luks filled compressed over cluster_size=64k size=700k compressed over raw
 //! ```
 //!
-//! `qed` is a QED image, with tables of so many clusters. With `data_file` the guest's data are in a file of their own, with `luks` they are encrypted. `filled` and
+//! `qed` is a QED image, with tables of so many clusters; `vhd` a VHD image with blocks of the cluster size, over
+//! another a differencing one. With `data_file` the guest's data are in a file of their own, with `luks` they are encrypted. `filled` and
 //! `compressed` images hold something from the beginning, as it is or compressed where that makes it smaller.
 //! `over` begins the words of the image below, which is filled and may be `raw`; `backing` is a raw one that is a little
 //! shorter. `junk` bytes follow the last cluster, as on a device that was used before.
@@ -13,7 +14,7 @@
 use crypto::Passphrase;
 use crypto::luks::{FormatOptions, Volume};
 use image::qcow2::{Compression, CreateOptions};
-use image::{Format, qed};
+use image::{Format, qed, vhd};
 use std::sync::Arc;
 
 /// What the backing file is called in the image that is number `above` of the chain, 0 the active one.
@@ -48,6 +49,8 @@ pub struct Spec {
     pub raw: bool,
     /// It is a QED image with tables of so many clusters; of the options only sizes and the backing file count.
     pub qed: Option<u64>,
+    /// It is a VHD image of that type; of the options only sizes count.
+    pub vhd: Option<vhd::DiskType>,
     /// What it holds from the beginning.
     pub content: Content,
     /// The image below.
@@ -92,7 +95,7 @@ impl Spec {
             // `backing` has put one there.
             let lower = below.take().map(Box::new).or(spec.below.take());
             if let Some(lower) = &lower {
-                let format = lower.format().name();
+                let format = lower.format().qemu_name();
                 spec.create.backing = Some((backing(above), format.to_owned()));
             }
             spec.below = lower;
@@ -110,6 +113,7 @@ impl Spec {
             },
             raw: false,
             qed: None,
+            vhd: None,
             content: Content::Nothing,
             below: None,
             junk: 0,
@@ -142,6 +146,12 @@ impl Spec {
                 "zstd" => create.compression = Compression::Zstd,
                 "raw" => spec.raw = true,
                 "qed" => spec.qed = Some(if value.is_empty() { 4 } else { number()? }),
+                "vhd" => {
+                    spec.vhd = Some(match value {
+                        "fixed" => vhd::DiskType::Fixed,
+                        _ => vhd::DiskType::Dynamic,
+                    });
+                }
                 "filled" => spec.content = Content::Filled,
                 "compressed" => spec.content = Content::Compressed,
                 "backing" => backing = true,
@@ -161,10 +171,36 @@ impl Spec {
 
     /// What it is.
     pub fn format(&self) -> Format {
-        match (self.raw, self.qed) {
-            (true, _) => Format::Raw,
-            (false, Some(_)) => Format::Qed,
-            (false, None) => Format::Qcow2,
+        match (self.raw, self.qed, self.vhd) {
+            (true, ..) => Format::Raw,
+            (false, Some(_), _) => Format::Qed,
+            (false, None, Some(_)) => Format::Vhd,
+            (false, None, None) => Format::Qcow2,
+        }
+    }
+
+    /// How a VHD image is made, over what has that unique id.
+    pub fn vhd(&self, disk_type: vhd::DiskType, below: vhd::UniqueId) -> vhd::CreateOptions {
+        let parent = self
+            .create
+            .backing
+            .as_ref()
+            .map(|(name, _)| vhd::NewParent {
+                name: name.clone(),
+                absolute: format!("/{name}"),
+                unique_id: below,
+                timestamp: 0,
+            });
+        vhd::CreateOptions {
+            size: self.create.size,
+            disk_type: match parent {
+                Some(_) => vhd::DiskType::Differencing,
+                None => disk_type,
+            },
+            force_size: true,
+            // Blocks are smaller than 4 GiB.
+            block_bytes: self.create.cluster_size as u32,
+            parent,
         }
     }
 

@@ -8,7 +8,7 @@ use crate::spec::{Content, DATA, Spec, backing, passphrase};
 use block::{Context, Result, Storage};
 use disk::{Chain, Layer};
 use image::qcow2::{self, Compressor, ImageWriter};
-use image::{Format, Raw, qed};
+use image::{Format, Raw, qed, vhd};
 use io::{File, SimClock, SimDisk, SimOptions};
 use std::sync::Arc;
 
@@ -70,6 +70,8 @@ impl World {
                 ..options(DATA.to_owned(), 77)
             }));
         }
+        let below_vhd = below.as_ref().filter(|world| world.spec.vhd.is_some());
+        let below_vhd = below_vhd.map(|world| Arc::clone(world.image()));
         disks.extend(below.iter().flat_map(|world| world.disks.iter().cloned()));
         let mut world = Self {
             spec: spec.clone(),
@@ -82,6 +84,11 @@ impl World {
             image.set_len(spec.create.size)?;
         } else if let Some(table_size) = spec.qed {
             qed::create(&*image, &spec.qed(table_size))?;
+        } else if let Some(disk_type) = spec.vhd {
+            let parent = below_vhd.as_ref().map(|disk| vhd::Layout::read(&**disk));
+            let parent = parent.transpose()?.map(|layout| layout.footer.unique_id);
+            let parent = parent.unwrap_or(vhd::UniqueId::NONE);
+            vhd::create(&*image, &spec.vhd(disk_type, parent))?;
         } else if spec.content != Content::Compressed {
             qcow2::create(&*image, &spec.create)?;
         }
@@ -175,6 +182,7 @@ impl World {
         match self.spec.format() {
             Format::Qcow2 if !read_only => drop(tool::check::mend_dirty(&**self.image())?),
             Format::Qed if !read_only => drop(tool::check::qed::mend(&**self.image())?),
+            Format::Vhd if !read_only => drop(vhd::mend(&**self.image())?),
             _ => {}
         }
         let mut layers = Vec::new();
@@ -195,6 +203,14 @@ impl World {
                 };
                 let image = qed::Qed::open(file, &options).context(|| "open")?;
                 (Arc::new(image), Format::Qed)
+            } else if spec.vhd.is_some() {
+                let options = vhd::OpenOptions {
+                    read_only: read_only || depth > 0,
+                    // As few bitmaps as there may be.
+                    cache_bytes: Some(0),
+                };
+                let image = vhd::Vhd::open(file, &options).context(|| "open")?;
+                (Arc::new(image), Format::Vhd)
             } else {
                 let options = qcow2::OpenOptions {
                     read_only: read_only || depth > 0,

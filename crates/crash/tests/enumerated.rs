@@ -42,6 +42,7 @@ workloads! {
     overwrite: "overwrite",
     copy_on_write: "copy-on-write",
     qed: "qed",
+    vhd: "vhd",
     discard: "discard",
     zeroes: "zeroes",
     lazy: "lazy",

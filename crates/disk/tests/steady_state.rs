@@ -107,10 +107,16 @@ fn nothing_is_allocated_and_a_batch_is_one_call() {
         "qemu-img",
         &["create", "-q", "-f", "qed", common::arg(&qed), "8M"],
     );
+    let vhd = dir.path().join("disk.vhd");
+    common::run(
+        "qemu-img",
+        &["create", "-q", "-f", "vpc", common::arg(&vhd), "8M"],
+    );
     for (path, format) in [
         (&qcow2, Format::Qcow2),
         (&subclusters, Format::Qcow2),
         (&qed, Format::Qed),
+        (&vhd, Format::Vhd),
     ] {
         let disk = open(path, format, DiskOptions::default());
         let mut rig = Rig::new(&disk, EngineKind::Threads, 4);
@@ -126,6 +132,7 @@ fn nothing_is_allocated_and_a_batch_is_one_call() {
         (&qcow2, Format::Qcow2),
         (&subclusters, Format::Qcow2),
         (&qed, Format::Qed),
+        (&vhd, Format::Vhd),
     ] {
         for kind in [EngineKind::Threads, EngineKind::Native, EngineKind::IoUring] {
             for op in [Op::Read, Op::Write { fua: false }, Op::Flush] {

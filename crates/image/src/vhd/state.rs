@@ -178,7 +178,10 @@ impl Vhd {
                 loading,
                 ..Use::default()
             };
-            frame.fill(block as u32, &[], self.bitmap_words);
+            match loading {
+                true => frame.close(),
+                false => frame.fill(block as u32, &[], self.bitmap_words),
+            }
             self.tables.set_slot(block, index as u32);
             return Ok(index as u32);
         }

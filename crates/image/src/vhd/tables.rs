@@ -47,10 +47,16 @@ impl Frame {
         run_in(self.words(), first, end)
     }
 
+    /// Nobody may read it until it is filled. One thread at a time.
+    pub(super) fn close(&self) {
+        let version = self.version.load(Ordering::Relaxed);
+        self.version.store(version | 1, Ordering::Relaxed);
+        fence(Ordering::Release);
+    }
+
     /// Makes it the bitmap of `block`, whose bytes are `bytes`. One thread at a time.
     pub(super) fn fill(&self, block: u32, bytes: &[u8], words: usize) {
-        self.version.fetch_add(1, Ordering::Relaxed);
-        fence(Ordering::Release);
+        self.close();
         let all = self
             .words
             .get_or_init(|| (0..words).map(|_| AtomicU64::new(0)).collect());
@@ -212,6 +218,26 @@ impl Tables {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bitmap_is_read_only_when_it_is_there() {
+        let tables = Tables::new(vec![7, 9], 1);
+        let frame = &tables.frames[0];
+        frame.fill(0, &[0xff; 8], 1);
+        tables.set_slot(0, 0);
+        let present = |block| tables.run(block, 0, 64).map(|run| run.present);
+        assert_eq!(present(0), Some(true));
+        // It is to be that of block 1, which is being loaded.
+        tables.set_slot(0, NONE);
+        frame.close();
+        tables.set_slot(1, 0);
+        assert_eq!((present(0), present(1)), (None, None));
+        frame.fill(1, &[0; 8], 1);
+        assert_eq!(present(1), Some(false));
+        // Whoever still holds the old slot sees that it is another's.
+        tables.set_slot(0, 0);
+        assert_eq!(present(0), None);
+    }
 
     #[test]
     fn bits_are_set_and_found_in_runs() {
