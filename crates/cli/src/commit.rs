@@ -54,7 +54,7 @@ pub fn run(args: &args::Commit) -> Result<()> {
         None => 1,
     };
     if let (true, Some(overlay)) = (empties, chain.layers.first())
-        && overlay.format != Format::Qcow2
+        && !matches!(overlay.format, Format::Qcow2 | Format::Qed)
     {
         bail!(
             "{shown}: a {} image cannot be emptied: say -d to leave it as it is",

@@ -10,11 +10,10 @@ use anyhow::{Context as _, Result, bail};
 use block::size;
 use disk::chain::{self, Chain, ChainOptions};
 use image::Format;
-use image::qcow2::rebase::set_backing;
 use serde::Serialize;
 use std::path::Path;
 use std::sync::Arc;
-use tool::rebase::{Report, copy_differences};
+use tool::rebase::{Report, can_rebase, copy_differences, set_backing};
 use tool::work::Work;
 
 #[derive(Debug, Serialize)]
@@ -43,13 +42,13 @@ pub fn run(args: &args::Rebase) -> Result<()> {
     {
         bail!("-b {name}: it has a protocol, only names of files are opened");
     }
-    let report = match args.unsafe_mode {
+    let (format, report) = match args.unsafe_mode {
         true => {
             let (file, format) = open::image(&args.file, args.format, Access::Write)?;
-            only_qcow2(&args.file, format)?;
-            check::mend(&*file, Format::Qcow2)?;
-            set_backing(&*file, backing.map(|(name, format)| (name, format.name())))?;
-            Report::default()
+            refuse_others(&args.file, format)?;
+            check::mend(&*file, format)?;
+            set_backing(&*file, format, backing)?;
+            (format, Report::default())
         }
         false => {
             let base = backing.map(|(name, format)| base(args, name, format));
@@ -58,7 +57,8 @@ pub fn run(args: &args::Rebase) -> Result<()> {
             let Some(active) = overlay.layers.first() else {
                 bail!("a chain without an image");
             };
-            only_qcow2(&args.file, active.format)?;
+            let format = active.format;
+            refuse_others(&args.file, format)?;
             let bar = progress_bar(active.image.size(), args.progress);
             let mut progress = |done| bar.set_position(done);
             let mut work = Work::new(stop, &mut progress);
@@ -70,22 +70,22 @@ pub fn run(args: &args::Rebase) -> Result<()> {
             let file = active.files.first().map(Arc::clone);
             drop(overlay);
             let file = file.context("an image without a file")?;
-            set_backing(&*file, backing.map(|(name, format)| (name, format.name())))?;
-            report
+            set_backing(&*file, format, backing)?;
+            (format, report)
         }
     };
     if !args.quiet {
         tell(args, backing, &report)?;
     }
-    create::warn_of_policy(&args.file, Format::Qcow2, backing.is_some());
+    create::warn_of_policy(&args.file, format, backing.is_some());
     Ok(())
 }
 
-fn only_qcow2(path: &Path, format: Format) -> Result<()> {
-    match format {
-        Format::Qcow2 => Ok(()),
-        format => bail!(
-            "{}: a {format} image cannot get another backing file; qcow2 images can",
+fn refuse_others(path: &Path, format: Format) -> Result<()> {
+    match can_rebase(format) {
+        true => Ok(()),
+        false => bail!(
+            "{}: a {format} image cannot get another backing file; qcow2 and qed images can",
             path.display()
         ),
     }

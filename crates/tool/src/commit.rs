@@ -14,8 +14,7 @@ use crate::work::Work;
 use block::{Error, Result};
 use disk::blocking::{Driver, Member};
 use disk::chain::{Chain, Layer};
-use image::qcow2::rebase;
-use image::{ExtentKind, FileId, Format};
+use image::{ExtentKind, FileId, Format, qcow2, qed};
 
 /// Bytes that are copied at once.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -136,14 +135,16 @@ impl Copying {
 pub fn empty(overlay: &Layer) -> Result<()> {
     let file = overlay.files.first();
     let file = file.ok_or_else(|| Error::invalid("an image without a file"))?;
-    if overlay.format != Format::Qcow2 {
-        return Err(Error::unsupported(format!(
-            "{}: a {} image cannot be emptied",
-            overlay.path.display(),
-            overlay.format
-        )));
+    match overlay.format {
+        Format::Qcow2 => qcow2::rebase::empty(&**file)?,
+        Format::Qed => return qed::rebase::empty(&**file),
+        format => {
+            return Err(Error::unsupported(format!(
+                "{}: a {format} image cannot be emptied",
+                overlay.path.display()
+            )));
+        }
     }
-    rebase::empty(&**file)?;
     if let Some(data) = overlay.files.get(usize::from(FileId::DATA.0)) {
         // The host may keep the space: nothing refers to it any more.
         let storage: &dyn block::Storage = &**data;

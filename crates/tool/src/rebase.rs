@@ -10,9 +10,9 @@
 
 use crate::source::{Source, is_zero};
 use crate::work::Work;
-use block::Result;
+use block::{Error, Result, Storage};
 use disk::chain::Chain;
-use image::ExtentKind;
+use image::{ExtentKind, Format, qcow2, qed};
 
 /// Bytes that are compared at once, unless a cluster is larger.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -26,6 +26,38 @@ pub struct Report {
     pub copied: u64,
     /// Bytes that were made zeros, since the old backing file has zeros there.
     pub zeroed: u64,
+}
+
+/// Whether images of `format` can get another backing file.
+pub fn can_rebase(format: Format) -> bool {
+    matches!(format, Format::Qcow2 | Format::Qed)
+}
+
+/// Makes `backing`, a name and its format, the backing file of the closed image of `format` in `file`, which nobody
+/// else may use; `None`: it gets none.
+///
+/// # Errors
+///
+/// `Invalid` for a name that cannot be; `Unsupported` for other formats; what the host fails with.
+pub fn set_backing(
+    file: &dyn Storage,
+    format: Format,
+    backing: Option<(&str, Format)>,
+) -> Result<()> {
+    match format {
+        Format::Qcow2 => {
+            qcow2::rebase::set_backing(file, backing.map(|(name, format)| (name, format.name())))
+        }
+        // All that an image says of its backing file's format is that it is raw.
+        Format::Qed => {
+            let backing = backing.map(|(name, format)| (name, format == Format::Raw));
+            qed::rebase::set_backing(file, backing)
+        }
+        format => Err(Error::unsupported(format!(
+            "{}: a {format} image cannot get another backing file",
+            file.name()
+        ))),
+    }
 }
 
 /// Gives `overlay`, open for writing, all that would be lost or come to light on top of `base` (`None`: on top of

@@ -25,6 +25,7 @@ mod flush;
 mod header;
 mod map;
 mod open;
+pub mod rebase;
 mod resize;
 mod space;
 mod state;
