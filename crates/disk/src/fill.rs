@@ -10,6 +10,8 @@
 //! An allocation stays open while the requests of its turn are taken, and while its gaps are being read:
 //! requests for the same clusters join it meanwhile, so that neighbours that
 //! arrive together are one write, and nothing is read that they overwrite together.
+//! In a long turn of requests that have nothing to do with each other, this would only keep the device waiting: where nobody
+//! joined the last allocations (`PATIENCE`), each few are carried out (`EARLY`) while the rest of the turn is taken.
 //!
 //! The gaps are read through the chain by inner requests, two at most (`Cover::reads`): small writes
 //! between them are read over, since that costs a device less than a request more. Where such a read fails
@@ -42,6 +44,13 @@ const READ_THROUGH_MAX: u64 = 32 << 10;
 /// A guest's bytes that are copied into the buffer that surrounds them, rather than written from where they
 /// are: a piece less costs more than so many bytes.
 const COPY_MAX: u64 = 8 << 10;
+
+/// Allocations of one turn that are carried out before its end, when nobody joins any.
+const EARLY: usize = 8;
+
+/// After a request has joined an allocation, or has come too late to, so many are left open to the end of
+/// their turn: more than the interleaved sequential writers of a guest begin in one.
+const PATIENCE: u32 = 64;
 
 /// What is left out at the ends of a write is a multiple of this, so that `O_DIRECT` takes the rest.
 const TRIM: u64 = 4096;
@@ -197,7 +206,23 @@ impl DiskQueue {
         });
         self.slots[index as usize].pending += 1;
         self.stats.join();
+        self.patience = PATIENCE;
         len
+    }
+
+    /// A request waits for `key`: had an allocation of this queue been open, it would have joined.
+    pub(crate) fn came_late(&mut self, key: Key) {
+        if self.fills.iter().any(|fill| fill.key == key) {
+            self.patience = PATIENCE;
+        }
+    }
+
+    /// In the middle of a turn: carries out allocations that nobody will join, by the look of it.
+    pub(crate) fn start_early(&mut self, engine: &mut dyn Engine) {
+        if self.fills_new.len() >= EARLY && self.patience == 0 {
+            self.advance_fills(engine);
+            engine.push();
+        }
     }
 
     /// Begins an allocation for the request's bytes from its `pos` on; it is carried out in the next `advance`.
@@ -220,6 +245,7 @@ impl DiskQueue {
             return self.part_ended(index, Some(GuestError::Io));
         };
         self.fills_in_use += 1;
+        self.patience = self.patience.saturating_sub(1);
         self.fill_bytes += a.len;
         let fill = &mut self.fills[fill_index as usize];
         fill.phase = Phase::Open;

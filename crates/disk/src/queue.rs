@@ -75,6 +75,8 @@ pub struct DiskQueue {
     pub(crate) fill_bytes: u64,
     /// Fills begun since the last advance.
     pub(crate) fills_new: Vec<u32>,
+    /// Allocations to come that are left open to the end of their turn.
+    pub(crate) patience: u32,
     /// Fills that requests may join, oldest first.
     pub(crate) fills_open: Vec<u32>,
     /// Fills whose gaps have been read and that must be written.
@@ -160,6 +162,7 @@ impl DiskQueue {
             fills_in_use: 0,
             fill_bytes: 0,
             fills_new: Vec::with_capacity(FILLS_MAX),
+            patience: 0,
             fills_open: Vec::with_capacity(FILLS_MAX),
             fills_read: VecDeque::with_capacity(FILLS_MAX),
             buffers: Buffers::new(match encrypted.contains(&true) {
@@ -280,6 +283,7 @@ impl DiskQueue {
             slot.stamps.mapped = now_ns();
             self.batch.push(id);
         }
+        self.start_early(engine);
         Ok(())
     }
 

@@ -58,7 +58,10 @@ impl DiskQueue {
             Ok(Step::Done(Plan::Drop { len })) => len.min(left),
             Ok(Step::Need(need)) => return self.meet(engine, index, ACTIVE, need),
             Ok(Step::Wait(key)) => match self.join_fill(index, left, true) {
-                0 => return self.wait(index, ACTIVE, key),
+                0 => {
+                    self.came_late(key);
+                    return self.wait(index, ACTIVE, key);
+                }
                 joined => joined,
             },
             Err(error) => return Next::Fail(self.refuse(ACTIVE, &error)),

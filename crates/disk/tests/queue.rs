@@ -368,3 +368,56 @@ fn neighbours_that_arrive_together_copy_what_they_leave_only() {
         "qemu reads other bytes"
     );
 }
+
+/// Writes sectors in one turn; how often the engine was handed something before the turn's end, and how
+/// many joined an allocation.
+fn before_the_end(
+    rig: &mut Rig,
+    disk: &disk::Disk,
+    sectors: impl Iterator<Item = u64>,
+) -> (u64, u64) {
+    let (joins, calls) = (disk.statistics().joins, rig.engine.counters().submit_calls);
+    for sector in sectors {
+        let data = vec![sector as u8; 512];
+        rig.submit(Op::Write { fua: false }, sector * 512, data, 512, &[]);
+    }
+    let early = rig.engine.counters().submit_calls - calls;
+    assert!(rig.drain().iter().all(|ended| ended.result.is_ok()));
+    (early, disk.statistics().joins - joins)
+}
+
+#[test]
+fn a_long_turn_starts_before_its_end_unless_its_writes_belong_together() {
+    /// Sectors of a cluster.
+    const CLUSTER: u64 = 8;
+    let dir = common::dir();
+    for kind in [EngineKind::Threads, EngineKind::IoUring] {
+        let path = dir.path().join(format!("{kind}.qcow2"));
+        qemu_create(&path, "cluster_size=4k", None, 512 << 20);
+        let disk = open(&path, Format::Qcow2, DiskOptions::default());
+        let mut rig = Rig::new(&disk, kind, 64);
+        let mut write =
+            |sectors: &mut dyn Iterator<Item = u64>| before_the_end(&mut rig, &disk, sectors);
+        // The table, and space enough that nobody waits for more.
+        for first in (4096..4352).step_by(64) {
+            write(&mut (first..first + 64).map(|cluster| cluster * CLUSTER));
+        }
+        let mut scattered = (1..33).map(|cluster| cluster * CLUSTER);
+        assert_eq!(write(&mut scattered), (4, 0), "{kind}: by eights");
+        // Writers in turn, each in a cluster of its own: they come too late, but once.
+        let mut writers =
+            |first: u64| write(&mut (0..64).map(|n| (first + n % 16) * CLUSTER + n / 16));
+        let (early, joined) = writers(100);
+        assert!(early > 0 && joined < 48, "{kind}: {early} {joined}");
+        assert_eq!(writers(200), (0, 48), "{kind}: one write for each cluster");
+        // And it takes some that nobody joins.
+        let scattered = |first: u64| (first..first + 60).map(|cluster| cluster * CLUSTER);
+        assert_eq!(write(&mut scattered(300)).0, 0, "{kind}");
+        let (early, _) = write(&mut scattered(400));
+        assert!(early >= 6, "{kind}: by eights again: {early}");
+        rig.detach();
+        disk.close().unwrap();
+        drop(disk);
+        run("qemu-img", &["check", "-q", "-f", "qcow2", arg(&path)]);
+    }
+}

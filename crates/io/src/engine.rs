@@ -276,6 +276,10 @@ pub trait Engine {
     /// Stops watching. Keys that are already in an `Events` may still be there.
     fn unwatch(&mut self, fd: BorrowedFd<'_>, key: u64) -> Result<()>;
 
+    /// In the middle of a long batch: submits what was staged so far, so that the device starts on it, where the engine
+    /// does that without losing much. Nothing is collected. The next turn reports what may be wrong.
+    fn push(&mut self);
+
     /// Submits what was staged and collects what happened, sleeping at most `wait` while there is nothing.
     fn turn(&mut self, wait: Wait, events: &mut Events) -> Result<()>;
 

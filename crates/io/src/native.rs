@@ -339,6 +339,10 @@ impl Backend for Native {
         self.poller.remove(fd, key)
     }
 
+    fn push(&mut self, queue: &mut Queue, _pool: &mut Pool) -> Result<()> {
+        self.submit(queue)
+    }
+
     fn drive(
         &mut self,
         queue: &mut Queue,

@@ -38,6 +38,9 @@ pub(crate) trait Backend {
     /// See [`Engine::unwatch`].
     fn unwatch(&mut self, fd: BorrowedFd<'_>, key: u64) -> Result<()>;
 
+    /// Submits the jobs in `queue.ready` and does nothing else. See [`Engine::push`].
+    fn push(&mut self, queue: &mut Queue, pool: &mut Pool) -> Result<()>;
+
     /// Submits the jobs in `queue.ready`, sleeps if told to until something ends or a watched
     /// descriptor is ready, and completes what ended.
     fn drive(
@@ -140,6 +143,14 @@ impl<B: Backend> Engine for Runner<B> {
 
     fn unwatch(&mut self, fd: BorrowedFd<'_>, key: u64) -> Result<()> {
         self.backend.unwatch(fd, key)
+    }
+
+    fn push(&mut self) {
+        self.queue.begin();
+        if !self.queue.ready.is_empty() {
+            // What is wrong stays wrong, and what was not taken stays ready: the next turn says it.
+            let _ = self.backend.push(&mut self.queue, &mut self.pool);
+        }
     }
 
     fn turn(&mut self, wait: Wait, events: &mut Events) -> Result<()> {

@@ -51,6 +51,11 @@ impl Backend for Threads {
         self.poller.remove(fd, key)
     }
 
+    fn push(&mut self, queue: &mut Queue, pool: &mut Pool) -> Result<()> {
+        pool.submit(queue, Jobs::Ready);
+        Ok(())
+    }
+
     fn drive(
         &mut self,
         queue: &mut Queue,

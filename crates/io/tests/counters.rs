@@ -19,6 +19,33 @@ fn difference(now: Counters, before: Counters) -> Counters {
 }
 
 #[test]
+fn a_push_submits_what_is_staged_and_collects_nothing() {
+    for setup in SETUPS {
+        let dir = scratch();
+        let file = setup.file(dir.path(), 1);
+        let mut rig = Rig::new(setup.kind);
+        let slot = rig.engine.attach(&file).unwrap();
+        rig.write(slot, 0, &pattern(1, 1 << 20));
+        rig.finish_ok();
+        let before = rig.engine.counters();
+        rig.engine.push();
+        for (pushes, begin) in [(1, 0), (2, 8)] {
+            for i in begin..begin + 8 {
+                rig.read(slot, i * 8192, 4096);
+            }
+            rig.engine.push();
+            let made = difference(rig.engine.counters(), before);
+            let done = (made.staged, made.issued, made.submit_calls);
+            assert_eq!(done, (pushes * 8, pushes * 8, pushes), "{setup:?}");
+        }
+        assert_eq!(rig.engine.in_flight(), 16, "{setup:?}");
+        rig.finish_ok();
+        let made = difference(rig.engine.counters(), before);
+        assert_eq!(made.submit_calls, 2, "{setup:?}: nothing was left over");
+    }
+}
+
+#[test]
 fn a_batch_is_submitted_with_few_calls() {
     for setup in SETUPS {
         let dir = scratch();

@@ -155,6 +155,11 @@ impl Backend for Sim {
         self.poller.remove(fd, key)
     }
 
+    fn push(&mut self, queue: &mut Queue, _pool: &mut Pool) -> Result<()> {
+        self.submit(queue);
+        Ok(())
+    }
+
     fn drive(
         &mut self,
         queue: &mut Queue,
