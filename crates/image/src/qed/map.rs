@@ -340,11 +340,21 @@ impl Qed {
         known.then_some(()).ok_or_else(unknown)
     }
 
-    /// Marks an L2 entry that points at a table: a write through it would destroy the image.
+    /// Marks an L2 entry that points at a table: a write through it would destroy the image. One that points
+    /// nowhere ends all changes.
     fn judge(&self, places: &Places, raw: u64) -> u64 {
         match self.decode(raw) {
             Ok(Entry::Data(host)) if places.holds(host >> self.layout.cluster_bits) => {
                 raw | OVERLAP
+            }
+            Err(Bad::Outside) => {
+                if !self.damaged.swap(true, Ordering::AcqRel) {
+                    tracing::error!(
+                        image = self.name,
+                        "the image is damaged: no more changes to it"
+                    );
+                }
+                raw
             }
             _ => raw,
         }

@@ -70,6 +70,9 @@ pub struct Qed {
     state: Mutex<State>,
     /// There may be something to foresee.
     ahead: AtomicBool,
+    /// An entry was found that refers behind the end of the file: it would come to refer to whatever the file gets
+    /// there, so the image is not changed any more.
+    damaged: AtomicBool,
 }
 
 impl Qed {
@@ -91,9 +94,19 @@ impl Qed {
     #[inline]
     fn check_writable(&self) -> Result<()> {
         match &self.read_only {
+            None if self.damaged.load(Ordering::Acquire) => Err(self.why_damaged()),
             None => Ok(()),
             Some(why) => Err(self.why_read_only(why)),
         }
+    }
+
+    #[cold]
+    fn why_damaged(&self) -> Error {
+        Error::corrupt(format!(
+            "{}: has entries that refer to no cluster of the file, and is not written to any more: run diskplane \
+             check --repair all",
+            self.name
+        ))
     }
 
     #[cold]

@@ -127,6 +127,7 @@ impl Qed {
                 covers: frames as u64 >= slices,
             }),
             ahead: AtomicBool::new(false),
+            damaged: AtomicBool::new(false),
             layout,
             header,
         })

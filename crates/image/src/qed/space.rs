@@ -195,7 +195,9 @@ impl Qed {
             return;
         }
         st.space.reserving = None;
-        let Some(zeroed) = zeroed else {
+        // Nobody may allocate any more, and the file's end is to stay where it is.
+        let damaged = self.damaged.load(Ordering::Acquire);
+        let Some(zeroed) = zeroed.filter(|_| !damaged) else {
             st.space.low = 0;
             st.space.grow = (st.space.grow / 2).max(GROW_MIN.min(st.space.grow_max));
             return;
