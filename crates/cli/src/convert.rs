@@ -467,6 +467,9 @@ impl Copying<'_> {
         if args.compress && options.encrypt.is_wanted() {
             bail!("-c and -o encrypt.…: compressed clusters would not be encrypted");
         }
+        if args.resume && !matches!(format, Format::Raw | Format::Qcow2) {
+            bail!("--resume: a {format} image cannot be gone on with; raw and qcow2 images can");
+        }
         if args.resume && options.qcow2.data_file.is_some() {
             bail!(
                 "--resume and -o data_file exclude each other: the data file has no other name to wait under"

@@ -491,6 +491,11 @@ fn a_copy_goes_on_where_it_was_cut_off() {
         qemu::compare("raw", dir.join("a.raw"), format, dir.join(target));
         fs::remove_file(dir.join(target)).unwrap();
     }
+    let line = refused(dir, &["convert", "--resume", "a.raw", "b.vhd"]);
+    assert!(
+        line.contains("a vhd image cannot be gone on with"),
+        "{line}"
+    );
     // Another copy's part.
     fs::write(dir.join("b.raw.part"), [1; 512]).unwrap();
     let line = refused(dir, &["convert", "--resume", "a.raw", "b.raw"]);
