@@ -137,10 +137,7 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
 /// Refuses a backing file (said by `flag`) for a format that is not made with one.
 pub(crate) fn refuse_backing(flag: &str, format: Format) -> Result<()> {
     match format {
-        Format::Qcow2 | Format::Qed => Ok(()),
-        Format::Vhd => {
-            bail!("{flag}: differencing vhd images are not made yet: use qcow2 for an overlay")
-        }
+        Format::Qcow2 | Format::Qed | Format::Vhd => Ok(()),
         Format::Raw | Format::Null => bail!("{flag}: {format} images have no backing file"),
     }
 }
