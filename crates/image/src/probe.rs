@@ -47,14 +47,6 @@ impl Format {
             _ => self.name(),
         }
     }
-
-    /// Whether its images can lie over another, which has the rest.
-    pub fn has_backing(self) -> bool {
-        match self {
-            Format::Raw | Format::Null => false,
-            Format::Qcow2 | Format::Qed | Format::Vhd => true,
-        }
-    }
 }
 
 impl fmt::Display for Format {
