@@ -94,6 +94,8 @@ pub enum Image {
     Qcow2,
     /// An empty qcow2 image, new for each sample.
     Growing,
+    /// A raw file, preallocated and never written, new for each sample.
+    Unwritten,
     /// An empty overlay with 64 KiB clusters and without subclusters over a raw base full of data, new for each sample.
     Overlay,
     /// The same with subclusters.

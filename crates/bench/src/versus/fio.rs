@@ -5,7 +5,7 @@ use super::{
     process::Process,
 };
 use crate::load::Pattern;
-use block::{Error, ErrorKind, Result};
+use block::{Context, Error, ErrorKind, Result};
 use serde_json::Value;
 use std::{collections::BTreeMap, path::Path, process::Command, time::Duration};
 
@@ -32,30 +32,38 @@ pub(super) fn run(
     };
     let mut command = Command::new("fio");
     command
-        .args([
-            "--name=versus",
-            "--ioengine=io_uring",
-            "--thread",
-            "--time_based",
-        ])
-        .args([
-            "--allow_file_create=0",
-            "--fallocate=none",
-            "--norandommap",
-            "--randrepeat=0",
-        ])
+        .args(["--name=versus", "--ioengine=io_uring", "--thread"])
+        .args(["--allow_file_create=0", "--fallocate=none"])
+        .args(["--randrepeat=0"])
         .args(["--output-format=json", "--rwmixread=50"])
         .arg(format!(
             "--filename={}",
             file.to_string_lossy().replace(':', "\\:")
         ))
         .arg(format!("--direct={}", u8::from(direct)))
-        .arg(format!("--rw={rw}"))
+        .arg(match load.stride {
+            Some(stride) => format!("--rw={rw}:{}", stride.saturating_sub(load.block)),
+            None => format!("--rw={rw}"),
+        })
         .arg(format!("--bs={}", load.block))
         .arg(format!("--iodepth={}", load.depth))
         .arg(format!("--offset={}", range.0))
         .arg(format!("--ramp_time={}ms", ramp.as_millis()))
         .arg(format!("--runtime={}ms", duration.as_millis()));
+    match load.stride {
+        // Once from end to end, and no longer: a second write finds what the first has made.
+        Some(stride) if load.grows > 0 => {
+            let places = file
+                .metadata()
+                .context(|| file.display().to_string())?
+                .len()
+                / stride;
+            command.arg(format!("--io_size={}", places * load.block));
+        }
+        _ => {
+            command.args(["--norandommap", "--time_based"]);
+        }
+    }
     if let Some(bytes) = range.1 {
         command.arg(format!("--size={bytes}"));
     }

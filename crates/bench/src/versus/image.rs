@@ -82,7 +82,10 @@ impl Image {
 
     /// Whether each sample gets a new one.
     pub fn fresh(self) -> bool {
-        matches!(self, Self::Growing | Self::Overlay | Self::Subclusters)
+        matches!(
+            self,
+            Self::Growing | Self::Unwritten | Self::Overlay | Self::Subclusters
+        )
     }
 
     /// Disks that it is.
@@ -125,7 +128,9 @@ impl Image {
             Self::Many(n) => u64::from(n) * SMALL,
             Self::Scattered | Self::ScatteredFile => scattered::DATA,
             // Reservations ahead and metadata on top of what is written.
-            Self::Growing | Self::Overlay | Self::Subclusters => sizes.growth + (256 << 20),
+            Self::Growing | Self::Unwritten | Self::Overlay | Self::Subclusters => {
+                sizes.growth + (256 << 20)
+            }
         }
     }
 
@@ -188,6 +193,7 @@ impl Images {
             Image::Qcow2 => one(&format!("full-{}.qcow2", self.sizes.full)),
             Image::Base => one(&format!("base-{}.raw", self.sizes.base)),
             Image::Growing => one("growing.qcow2"),
+            Image::Unwritten => one("unwritten.raw"),
             Image::Overlay => one("overlay.qcow2"),
             Image::Subclusters => one("subclusters.qcow2"),
             Image::Scattered | Image::ScatteredFile => one("scattered.qcow2"),
@@ -287,6 +293,7 @@ impl Images {
             let path = &paths[0];
             match image {
                 Image::Growing => self.create(path, &["-f", "qcow2"], Some(GROWING))?,
+                Image::Unwritten => drop(preallocated(path, self.sizes.growth)?),
                 Image::Overlay => self.create_overlay(path, false)?,
                 _ => self.create_overlay(path, true)?,
             }
@@ -355,7 +362,11 @@ impl Images {
             Image::Scattered | Image::ScatteredFile => {
                 SCATTERED.create(&self.paths(Image::Scattered)[0])
             }
-            Image::Null | Image::Growing | Image::Overlay | Image::Subclusters => Ok(()),
+            Image::Null
+            | Image::Growing
+            | Image::Unwritten
+            | Image::Overlay
+            | Image::Subclusters => Ok(()),
         }
     }
 
@@ -363,16 +374,7 @@ impl Images {
     fn make_raw(&self, path: &Path, bytes: u64) -> Result<()> {
         let part = self.part(path);
         let named = || part.display().to_string();
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&part)
-            .context(named)?;
-        fallocate(&file, FallocateFlags::empty(), 0, bytes)
-            .map_err(std::io::Error::from)
-            .context(named)?;
-        drop(file);
+        drop(preallocated(&part, bytes)?);
         let target = Target::File {
             path: part.clone(),
             engine: "io_uring".into(),
@@ -417,6 +419,21 @@ impl Images {
             self.work.path().join(name).with_extension("part")
         })
     }
+}
+
+/// A new file of `bytes` that the file system has allocated.
+fn preallocated(path: &Path, bytes: u64) -> Result<File> {
+    let named = || path.display().to_string();
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)
+        .context(named)?;
+    fallocate(&file, FallocateFlags::empty(), 0, bytes)
+        .map_err(std::io::Error::from)
+        .context(named)?;
+    Ok(file)
 }
 
 /// Writes the whole of a target once, in order.

@@ -72,6 +72,9 @@ pub(super) fn take(
             images.work(),
         )?;
         in_device(&mut metrics);
+        if side.image.fresh() {
+            images.remove(side.image);
+        }
         return Ok(Sample {
             metrics,
             seen: None,

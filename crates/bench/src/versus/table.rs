@@ -32,6 +32,12 @@ const GROW: Load = Load {
     grows: CLUSTER,
     ..RANDWRITE
 };
+/// What that is to the host's file: clusters are taken one behind the other.
+const OPENS: Load = Load {
+    pattern: Pattern::Write,
+    stride: Some(CLUSTER),
+    ..GROW
+};
 const GROW_SEQ_4K: Load = Load {
     pattern: Pattern::Write,
     grows: 4 << 10,
@@ -324,17 +330,19 @@ pub const CELLS: &[Cell] = &[
     Cell {
         name: "grow-random",
         line: "qcow2 growing, no backing file, random 4 KiB writes",
-        meaning: "4 KiB random writes into a new image of 64 GiB virtual size: nearly each opens a new cluster. Beside them, random writes to the full image.",
+        meaning: "4 KiB random writes into a new image of 64 GiB virtual size: nearly each opens a new cluster. Beside them, random writes to the full image, and fio's (4 KiB at the start of each 64 KiB) to a file that is preallocated but unwritten: what the file system has to give where each write opens an extent.",
         load: GROW,
         sides: &[
             side("diskplane", Diskplane, Image::Growing),
             side("qsd", Qsd, Image::Growing),
             side("full", Diskplane, Image::Qcow2),
+            side("device", Fio, Image::Unwritten).load(OPENS),
         ],
         bars: &[
             at_least(Iops, "qsd", 5.0),
             at_most(CpuUs, "qsd", 0.3),
             at_least(Iops, "full", 0.9),
+            shown(Iops, "device"),
         ],
         cores: 2,
     },
