@@ -165,26 +165,26 @@ pub fn convert(
         // It has room for all of them.
         let _ = empty_to.send(Piece::default());
     }
+    let stop = work.stop.clone();
     let mut report = thread::scope(|scope| {
         let (done_to, done) = channel();
         if compressors.is_empty() {
             let reading = scope.spawn(move || reader.run(&empty, &done_to));
             let written = target.write_all(unit, options.checkpoint, &done, &empty_to, work);
             drop((done, empty_to));
-            return finish(reading.join(), written);
+            return finish(reading.join(), written, &stop);
         }
         let (full_to, full) = sync_channel(pieces);
         let full = Arc::new(Mutex::new(full));
         for compressor in compressors {
             let (full, done_to) = (Arc::clone(&full), done_to.clone());
-            let stop = work.stop.clone();
-            scope.spawn(move || compress(compressor, unit, &full, &done_to, &stop));
+            scope.spawn(move || compress(compressor, unit, &full, &done_to));
         }
         drop((full, done_to));
         let reading = scope.spawn(move || reader.run(&empty, &full_to));
         let written = target.write_all(unit, None, &done, &empty_to, work);
         drop((done, empty_to));
-        finish(reading.join(), written)
+        finish(reading.join(), written, &stop)
     })?;
     target.close()?;
     report.zero = size - report.same - report.written;
@@ -200,10 +200,23 @@ fn pieces(workers: usize, unit: u64, packs: bool) -> usize {
     (2 * workers + 2).min(fit).max(2)
 }
 
-/// The report of both sides; of two errors the reader's, which came first.
-fn finish(read: thread::Result<Result<Report>>, written: Result<Report>) -> Result<Report> {
+/// The report of both sides; of two errors the reader's, which came first. `written` also says where the last piece
+/// ended: one side may take an end of the other for the end of all, and a target that lacks its end must not be closed.
+fn finish(
+    read: thread::Result<Result<Report>>,
+    written: Result<(Report, u64)>,
+    stop: &Stop,
+) -> Result<Report> {
     let read = read.unwrap_or_else(|_| Err(Error::invalid("the thread that reads has died")))?;
-    let written = written?;
+    let (written, end) = written?;
+    if end < read.size {
+        stop.check()?;
+        return Err(Error::invalid(format!(
+            "the copy ended at byte {end} of {}, without an error: nothing is made of it; this is a defect of \
+             diskplane, please report it",
+            read.size
+        )));
+    }
     Ok(Report {
         size: read.size,
         read: read.read,
@@ -231,13 +244,13 @@ impl Pieces for SyncSender<Piece> {
     }
 }
 
-/// Compresses pieces until there are no more.
+/// Compresses pieces until there are no more, or nobody takes them. The wish to stop is for those who can say so: the
+/// reader and the writer.
 fn compress(
     mut compressor: Compressor,
     unit: u64,
     full: &Mutex<Receiver<Piece>>,
     done: &Sender<Piece>,
-    stop: &Stop,
 ) {
     let mut packed = Vec::new();
     loop {
@@ -250,7 +263,7 @@ fn compress(
                 piece.packed.extend_from_slice(&packed);
             }
         }
-        if done.send(piece).is_err() || stop.check().is_err() {
+        if done.send(piece).is_err() {
             return;
         }
     }
@@ -259,6 +272,31 @@ fn compress(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use block::ErrorKind;
+
+    /// What a thread that ended too early looked like: neither side had an error.
+    #[test]
+    fn a_copy_that_lacks_its_end_is_no_copy() {
+        let read = || {
+            Ok(Ok(Report {
+                size: 1 << 20,
+                ..Report::default()
+            }))
+        };
+        let written = |end| Ok((Report::default(), end));
+        let stop = Stop::default();
+        assert!(finish(read(), written(1 << 20), &stop).is_ok());
+        let error = finish(read(), written(1 << 19), &stop).unwrap_err();
+        assert!(
+            error.to_string().contains("at byte 524288 of 1048576"),
+            "{error}"
+        );
+        stop.request();
+        let error = finish(read(), written(1 << 19), &stop).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Interrupted);
+        // All of it was there before.
+        assert!(finish(read(), written(1 << 20), &stop).is_ok());
+    }
 
     #[test]
     fn pieces_fit_the_memory() {

@@ -68,7 +68,7 @@ impl Target<'_> {
         }
     }
 
-    /// Writes pieces in their order until there are no more.
+    /// Writes pieces in their order until there are no more. Returns where the last one ended, too.
     pub(super) fn write_all(
         &mut self,
         unit: u64,
@@ -76,8 +76,9 @@ impl Target<'_> {
         done: &Receiver<Piece>,
         empty: &SyncSender<Piece>,
         work: &mut Work<'_>,
-    ) -> Result<Report> {
+    ) -> Result<(Report, u64)> {
         let mut report = Report::default();
+        let mut end = 0;
         // As many as there are pieces.
         let mut waiting = BTreeMap::new();
         let mut next = 0;
@@ -87,7 +88,8 @@ impl Target<'_> {
             while let Some(piece) = waiting.remove(&next) {
                 let before = report.written;
                 self.write(&piece, unit, &mut report)?;
-                work.reached(piece.at + piece.len)?;
+                end = piece.at + piece.len;
+                work.reached(end)?;
                 work.moved(report.written - before)?;
                 if checkpoint.is_some_and(|bytes| report.written - durable >= bytes) {
                     self.flush()?;
@@ -98,7 +100,7 @@ impl Target<'_> {
                 let _ = empty.send(piece);
             }
         }
-        Ok(report)
+        Ok((report, end))
     }
 
     fn write(&mut self, piece: &Piece, unit: u64, report: &mut Report) -> Result<()> {
