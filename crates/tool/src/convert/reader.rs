@@ -75,6 +75,8 @@ impl Reader<'_> {
             return Ok(false);
         }
         piece.len = zeros;
+        // The buffer has been around: without bytes they are zeros.
+        piece.bytes.clear();
         if same {
             piece.units.push(Unit::Same);
         }
