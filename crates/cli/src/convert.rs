@@ -434,7 +434,7 @@ impl Copying<'_> {
             return self.compressed(made.path, device, &options.qcow2, work);
         }
         if !made.resume {
-            create::write_all(made.path, made.format, options)?;
+            create::write_all(made.path, made.format, options, &work.stop)?;
         }
         let passphrases = std::mem::take(&mut made.passphrases);
         let target = self.open(made.path, Some(made.format), passphrases)?;

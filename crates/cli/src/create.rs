@@ -8,6 +8,7 @@ use image::{Format, qcow2, qed, vhd};
 use io::{File, FileKind, OpenOptions};
 use std::{fs, path::Path};
 use tool::prealloc::{Preallocation, fill_host};
+use tool::work::Stop;
 
 /// Creates an image.
 pub fn run(args: &args::Create) -> Result<()> {
@@ -56,7 +57,8 @@ pub fn run(args: &args::Create) -> Result<()> {
         }
         options.qcow2.validate()?;
     }
-    write_all(&args.file, format, &options)?;
+    // A signal ends the process.
+    write_all(&args.file, format, &options, &Stop::default())?;
     let mut line = format!(
         "created {}: {format}, {}",
         args.file.display(),
@@ -212,10 +214,10 @@ fn base_size(file: &Path, name: &str, format: Format) -> Result<u64> {
     Ok(chain.layers.first().map_or(0, |layer| layer.image.size()))
 }
 
-/// Makes the external data file, if there is to be one, and the image.
-pub(crate) fn write_all(path: &Path, format: Format, options: &Options) -> Result<()> {
+/// Makes the external data file, if there is to be one, and the image; neither, where `stop` asks for the end.
+pub(crate) fn write_all(path: &Path, format: Format, options: &Options, stop: &Stop) -> Result<()> {
     let Some(name) = &options.qcow2.data_file else {
-        return write(path, format, options);
+        return write(path, format, options, stop);
     };
     if !chain::is_file_name(name) {
         bail!("-o data_file={name}: it has a protocol, only names of files are opened");
@@ -227,8 +229,8 @@ pub(crate) fn write_all(path: &Path, format: Format, options: &Options) -> Resul
     let data = path.parent().unwrap_or(Path::new("")).join(name);
     let is_new = !data.exists();
     // A failure takes a new file away again.
-    write(&data, Format::Raw, options).context("data file")?;
-    let written = write(path, format, options);
+    write(&data, Format::Raw, options, stop).context("data file")?;
+    let written = write(path, format, options, stop);
     if written.is_err() && is_new {
         let _ = fs::remove_file(&data);
     }
@@ -242,10 +244,10 @@ pub(crate) fn exists(path: &Path) -> String {
     )
 }
 
-fn write(path: &Path, format: Format, options: &Options) -> Result<()> {
+fn write(path: &Path, format: Format, options: &Options, stop: &Stop) -> Result<()> {
     let open = OpenOptions::default();
     let created = match File::create_new(path, &open) {
-        Ok(file) => return write_new(path, &file, format, options),
+        Ok(file) => return write_new(path, &file, format, options, stop),
         Err(error) if path.exists() => error,
         Err(error) => return Err(error.into()),
     };
@@ -256,12 +258,17 @@ fn write(path: &Path, format: Format, options: &Options) -> Result<()> {
         Err(_) => return Err(created.into()),
     };
     match format {
-        Format::Qcow2 => write_qcow2(&file, options),
+        Format::Qcow2 => write_qcow2(&file, options, stop),
         Format::Qed => bail!(
             "{}: a qed image grows, which a device cannot",
             path.display()
         ),
-        Format::Vhd => write_vhd(&file, options),
+        Format::Vhd if options.vhd.disk_type == vhd::DiskType::Fixed => bail!(
+            "{}: a fixed vhd image on a device would show what the device held, and has its footer where a \
+             device rarely ends: say subformat=dynamic, or write a raw disk",
+            path.display()
+        ),
+        Format::Vhd => write_vhd(&file, options, stop),
         _ if file.len()? < options.qcow2.size => bail!(
             "{}: the device has {}, less than {}",
             path.display(),
@@ -274,12 +281,18 @@ fn write(path: &Path, format: Format, options: &Options) -> Result<()> {
 }
 
 /// Fills a file that did not exist before; takes it away again when that fails.
-fn write_new(path: &Path, file: &File, format: Format, options: &Options) -> Result<()> {
+fn write_new(
+    path: &Path,
+    file: &File,
+    format: Format,
+    options: &Options,
+    stop: &Stop,
+) -> Result<()> {
     let written = match format {
-        Format::Qcow2 => write_qcow2(file, options),
+        Format::Qcow2 => write_qcow2(file, options, stop),
         Format::Qed => qed::create(file, &options.qed).map_err(Into::into),
-        Format::Vhd => write_vhd(file, options),
-        _ => write_raw(file, options),
+        Format::Vhd => write_vhd(file, options, stop),
+        _ => write_raw(file, options, stop),
     };
     if written.is_err() {
         // What matters is why it failed.
@@ -300,13 +313,13 @@ pub(crate) fn sync_directory(path: &Path) -> Result<()> {
         .with_context(|| format!("{}: sync", directory.display()))
 }
 
-fn write_qcow2(file: &File, options: &Options) -> Result<()> {
+fn write_qcow2(file: &File, options: &Options, stop: &Stop) -> Result<()> {
     qcow2::create(file, &options.qcow2)?;
-    reserve(options, file, options.qcow2.data_range())?;
+    reserve(options, file, options.qcow2.data_range(), stop)?;
     Ok(file.sync()?)
 }
 
-fn write_vhd(file: &File, options: &Options) -> Result<()> {
+fn write_vhd(file: &File, options: &Options, stop: &Stop) -> Result<()> {
     let options_of_format = vhd::CreateOptions {
         size: options.qcow2.size,
         ..options.vhd.clone()
@@ -315,24 +328,30 @@ fn write_vhd(file: &File, options: &Options) -> Result<()> {
     // Before the footer behind it, without which there is no image.
     if options_of_format.disk_type == vhd::DiskType::Fixed {
         file.set_len(bytes)?;
-        reserve(options, file, 0..bytes)?;
+        reserve(options, file, 0..bytes, stop)?;
     }
     Ok(vhd::create(file, &options_of_format)?)
 }
 
 /// Has the host set space aside, if that was asked for.
-fn reserve(options: &Options, file: &File, range: std::ops::Range<u64>) -> Result<()> {
+fn reserve(options: &Options, file: &File, range: std::ops::Range<u64>, stop: &Stop) -> Result<()> {
     match options.preallocation {
         // A new file is sparse.
         Preallocation::Off | Preallocation::Metadata => Ok(()),
-        mode => Ok(fill_host(mode, file, range.start, range.end - range.start)?),
+        mode => Ok(fill_host(
+            mode,
+            file,
+            range.start,
+            range.end - range.start,
+            stop,
+        )?),
     }
 }
 
-fn write_raw(file: &File, options: &Options) -> Result<()> {
+fn write_raw(file: &File, options: &Options, stop: &Stop) -> Result<()> {
     let bytes = block::align_up(options.qcow2.size, 512);
     file.set_len(bytes)?;
-    reserve(options, file, 0..bytes)?;
+    reserve(options, file, 0..bytes, stop)?;
     Ok(file.sync()?)
 }
 

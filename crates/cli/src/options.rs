@@ -69,7 +69,10 @@ const VHD: [(&str, &str); 4] = [
         "preallocation",
         "off, or with subformat=fixed falloc or full [off]",
     ),
-    ("subformat", "dynamic or fixed [dynamic]"),
+    (
+        "subformat",
+        "dynamic, or fixed, not on a block device [dynamic]",
+    ),
 ];
 const RAW: [(&str, &str); 1] = [("preallocation", "off, falloc or full [off]")];
 

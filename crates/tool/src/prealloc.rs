@@ -1,10 +1,15 @@
 //! Space for a disk before it is written to.
 
+use crate::work::Stop;
 use block::{Error, Result, Storage};
 use std::str::FromStr;
 
-/// Bytes of zeros written at a time.
+/// Bytes of zeros written between two looks at the wish to stop.
 const PIECE_BYTES: u64 = 1 << 20;
+/// Bytes that are reserved between two looks: a file system may have to write them.
+const ALLOCATE_BYTES: u64 = 1 << 30;
+/// Bytes that become a hole between two looks.
+const METADATA_BYTES: u64 = 64 << 30;
 
 /// What a new disk, or a new part of one, gets at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -52,28 +57,83 @@ impl FromStr for Preallocation {
     }
 }
 
-/// Does to `len` bytes of `file` from `at` on, which read as zeros, what `mode` wants of the host.
+/// Does to `len` bytes of `file` from `at` on, which read as zeros, what `mode` wants of the host, until `stop` asks for
+/// the end.
 ///
 /// # Errors
 ///
-/// What the host fails with.
-pub fn fill_host(mode: Preallocation, file: &dyn Storage, at: u64, len: u64) -> Result<()> {
-    match mode {
-        _ if len == 0 => Ok(()),
-        Preallocation::Off => Ok(()),
-        // A growing image reserves space ahead for itself: this was not asked for.
-        Preallocation::Metadata => file.write_zeroes(at, len, true),
-        Preallocation::Falloc => file.allocate(at, len).map(drop),
-        Preallocation::Full => {
-            // At most 1 MiB.
-            let zeros = vec![0; PIECE_BYTES.min(len) as usize];
-            let mut done = 0;
-            while done < len {
-                let part = (len - done).min(PIECE_BYTES) as usize;
-                file.write_at(at + done, zeros.get(..part).unwrap_or(&zeros))?;
-                done += part as u64;
+/// What the host fails with, and [`block::ErrorKind::Interrupted`]: some of the space may be taken then.
+pub fn fill_host(
+    mode: Preallocation,
+    file: &dyn Storage,
+    at: u64,
+    len: u64,
+    stop: &Stop,
+) -> Result<()> {
+    let most = match mode {
+        Preallocation::Off => return Ok(()),
+        Preallocation::Metadata => METADATA_BYTES,
+        Preallocation::Falloc => ALLOCATE_BYTES,
+        Preallocation::Full => PIECE_BYTES,
+    };
+    let zeros = match mode {
+        // At most 1 MiB.
+        Preallocation::Full => vec![0; most.min(len) as usize],
+        _ => Vec::new(),
+    };
+    let mut done = 0;
+    while done < len {
+        stop.check()?;
+        let (at, part) = (at + done, (len - done).min(most));
+        match mode {
+            Preallocation::Off => {}
+            // A growing image reserves space ahead for itself: this was not asked for.
+            Preallocation::Metadata => file.write_zeroes(at, part, true)?,
+            Preallocation::Falloc => file.allocate(at, part).map(drop)?,
+            Preallocation::Full => {
+                file.write_at(at, zeros.get(..part as usize).unwrap_or(&zeros))?;
             }
-            Ok(())
         }
+        done += part;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use block::ErrorKind;
+    use io::{SimDisk, SimOptions};
+
+    #[test]
+    fn space_is_taken_until_the_end_is_asked_for() {
+        let len = 3 * PIECE_BYTES + 512;
+        for mode in [
+            Preallocation::Metadata,
+            Preallocation::Falloc,
+            Preallocation::Full,
+        ] {
+            let file = SimDisk::new(SimOptions::default());
+            // Zeros make no file longer.
+            let begin = if mode == Preallocation::Metadata {
+                len
+            } else {
+                0
+            };
+            file.set_len(512 + begin).unwrap();
+            let before = file.log_len();
+            let stop = Stop::default();
+            fill_host(mode, &*file, 512, len, &stop).unwrap();
+            assert!(file.log_len() > before, "{mode:?}");
+            assert_eq!(file.len().unwrap(), 512 + len, "{mode:?}");
+            let before = file.log_len();
+            stop.request();
+            let error = fill_host(mode, &*file, 512, len, &stop).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Interrupted, "{mode:?}");
+            assert_eq!(file.log_len(), before, "{mode:?}");
+        }
+        let file = SimDisk::new(SimOptions::default());
+        fill_host(Preallocation::Off, &*file, 0, len, &Stop::default()).unwrap();
+        assert_eq!(file.log_len(), 0);
     }
 }

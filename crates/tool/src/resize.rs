@@ -10,6 +10,7 @@
 //! ```
 
 use crate::prealloc::{Preallocation, fill_host};
+use crate::work::Stop;
 use block::{Context, Error, Result, Storage};
 use disk::blocking::{Driver, Member};
 use image::qcow2::{Header, OpenOptions, Qcow2, edit::Editor, features, resize};
@@ -102,7 +103,9 @@ fn raw(file: &dyn Storage, old: u64, options: &ResizeOptions) -> Result<()> {
     }
     file.set_len(new)?;
     if new > old {
-        fill_host(options.preallocation, file, old, new - old)?;
+        // A signal ends the process.
+        let stop = Stop::default();
+        fill_host(options.preallocation, file, old, new - old, &stop)?;
     }
     file.sync()
 }
@@ -206,7 +209,7 @@ fn grow(
     clear(&mut driver, old, new)?;
     if preallocation != Preallocation::Off {
         driver.preallocate(old, new - old, |file, host, len| {
-            fill_host(preallocation, file, host.0, len)
+            fill_host(preallocation, file, host.0, len, &Stop::default())
         })?;
     }
     driver.close()?;
