@@ -125,7 +125,7 @@ pub struct Convert {
     pub compress: bool,
     /// Have the host copy from file to file (reflink, where the file system can) what lies in SRC's file as it is;
     /// that is not searched for zeros
-    #[arg(short = 'C', long, conflicts_with_all = ["compress", "sparse", "resume"])]
+    #[arg(short = 'C', long, conflicts_with_all = ["compress", "sparse", "resume", "salvage"])]
     pub copy_range: bool,
     /// Format of SRC [default: known by its magic, else raw]
     #[arg(short = 'f', long, value_name = "FMT", value_parser = format)]
@@ -176,7 +176,8 @@ pub struct Convert {
     #[arg(long)]
     pub salvage: bool,
     /// Keep what is done in DST.part where it is cut off, and go on there the next time. What is there is read and
-    /// compared with SRC, and written only where it differs: never a byte of an older SRC
+    /// compared with SRC, and written only where it differs: never a byte of an older SRC. Not kept where the host
+    /// failed to make it durable
     #[arg(long, conflicts_with_all = ["compress", "no_create"])]
     pub resume: bool,
     /// Write at most so many bytes of data in a second

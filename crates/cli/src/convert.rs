@@ -17,10 +17,10 @@ use crate::args::Convert as Arguments;
 use crate::partial::Partial;
 use crate::{create, encrypt, open, options, signals};
 use anyhow::{Context, Result, bail};
-use block::{plain, size};
+use block::{Storage, plain, size};
 use crypto::Passphrase;
 use disk::chain::{Chain, ChainOptions, Layer};
-use image::{Format, qcow2, qed, vhd};
+use image::{Format, qcow2};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use io::{File, FileKind, OpenOptions};
 use serde::Serialize;
@@ -215,6 +215,8 @@ struct Made<'a> {
     /// It reads as zeros, or as its backing file.
     blank: bool,
     resume: bool,
+    /// The host could not write all of it: what it reads as may not be on the disk.
+    doubtful: bool,
 }
 
 impl Copying<'_> {
@@ -258,6 +260,16 @@ impl Copying<'_> {
             };
             if below(&chain, 1)? != below(base, 0)? {
                 bail!("-B: with -n it must be the backing file that DST has");
+            }
+            // The same bytes are another disk in another format.
+            let kind = |chain: &Chain, nth: usize| chain.layers.get(nth).map(|l| l.format);
+            match (kind(&chain, 1), kind(base, 0)) {
+                (recorded, said) if recorded == said => {}
+                (Some(recorded), Some(said)) => bail!(
+                    "-F {said}: DST has its backing file as {recorded}: say -F {recorded}, or change that \
+                     first (diskplane rebase -u)"
+                ),
+                _ => bail!("-B: with -n it must be the backing file that DST has"),
             }
         }
         let entries = self.bitmaps(format)?;
@@ -393,6 +405,7 @@ impl Copying<'_> {
                 passphrases,
                 blank: format != Format::Raw,
                 resume: false,
+                doubtful: false,
             };
             let report = self.fill(&mut made, true, &options, work)?;
             self.copy_bitmaps(self.target, &entries)?;
@@ -412,12 +425,21 @@ impl Copying<'_> {
             passphrases,
             blank: true,
             resume: args.resume && self.goes_on(&path, format, &options)?,
+            doubtful: false,
         };
         let report = self
             .fill(&mut made, false, &options, work)
             // Nobody is to see the name before all is there.
             .and_then(|report| self.copy_bitmaps(&path, &entries).map(|()| report))
-            .map_err(|error| partial.name(error))?;
+            .map_err(|error| partial.name(error));
+        if args.resume && made.doubtful {
+            eprintln!(
+                "diskplane: note: {} is removed: the host failed to write it, and may show what is not on the disk",
+                path.display()
+            );
+            partial.forget();
+        }
+        let report = report?;
         partial.finish()?;
         Ok(self.copied(format, report, entries))
     }
@@ -438,7 +460,10 @@ impl Copying<'_> {
         }
         let passphrases = std::mem::take(&mut made.passphrases);
         let target = self.open(made.path, Some(made.format), passphrases)?;
-        self.copy(&target, made.blank && !made.resume, made.resume, work)
+        let report = self.copy(&target, made.blank && !made.resume, made.resume, work);
+        let mut files = target.layers.first().into_iter().flat_map(|l| &l.files);
+        made.doubtful = files.any(|file| file.sync_failure().is_some());
+        report
     }
 
     /// What the new image is to be.
@@ -484,56 +509,48 @@ impl Copying<'_> {
         name.map(|name| directory.join(name))
     }
 
-    /// Whether `path` is there to go on with. What a run that was killed left before it was an image is removed.
+    /// Whether `path` is there to go on with. What a run that was killed left before there was a disk is removed, and
+    /// so are bitmaps, which come last.
     fn goes_on(&self, path: &Path, format: Format, options: &options::Options) -> Result<bool> {
         if fs::symlink_metadata(path).is_err() {
             return Ok(false);
         }
-        // A fixed VHD image does not show what it is.
-        let fixed = format == Format::Vhd && options.vhd.disk_type == vhd::DiskType::Fixed;
-        let said = fixed.then_some(format);
+        // What a raw disk holds may look like anything.
+        let said = (format == Format::Raw).then_some(format);
         let (file, found) = open::image(path, said, open::Access::Write)?;
-        let same = match (format, found) {
-            (Format::Qcow2, Format::Qcow2) => {
-                let header = qcow2::Header::read(&*file)?;
-                header.size == block::align_up(options.qcow2.size, 512)
-                    && header.cluster_size() == options.qcow2.cluster_size
-                    && header.version == options.qcow2.version
-                    && header.backing
-                        == options.qcow2.backing.as_ref().map(|(name, _)| name.clone())
-                    && (header.crypt_method != 0) == options.encrypt.is_wanted()
-            }
-            (Format::Qed, Format::Qed) => {
-                let header = qed::Header::read(&*file)?;
-                let wanted = &options.qed;
-                header.image_size == block::align_up(wanted.size, 512)
-                    && u64::from(header.cluster_size) == wanted.cluster_size
-                    && u64::from(header.table_size) == wanted.table_size
-                    && header.backing == wanted.backing.as_ref().map(|(name, _)| name.clone())
-            }
-            (Format::Vhd, Format::Vhd) => {
-                let Ok(layout) = vhd::Layout::read(&*file) else {
-                    fs::remove_file(path)?;
-                    return Ok(false);
-                };
-                layout.disk_bytes == options.vhd.disk_bytes()?
-                    && layout.footer.disk_type == options.vhd.disk_type
-            }
-            // Its header is written last.
-            (Format::Qcow2 | Format::Qed | Format::Vhd, _) => {
+        // A run before may have failed to write what the host still has in memory.
+        if let Err(error) = file.read_anew() {
+            fs::remove_file(path)?;
+            return Err(error).context("the host failed to write it, so it is removed: copy again");
+        }
+        let differ = match (format, found) {
+            (Format::Qcow2, Format::Qcow2) => differences(&qcow2::Header::read(&*file)?, options),
+            // Its header is written last, and a raw disk gets its size first.
+            (Format::Qcow2, Format::Raw) if !has_begun(&*file)? => {
                 fs::remove_file(path)?;
                 return Ok(false);
             }
-            (_, Format::Raw) => file.len()? == block::align_up(options.qcow2.size, 512),
-            _ => false,
+            (Format::Raw, _) => match (file.len()?, block::align_up(options.qcow2.size, 512)) {
+                (there, wanted) if there == wanted => Vec::new(),
+                (0, _) => {
+                    fs::remove_file(path)?;
+                    return Ok(false);
+                }
+                _ => vec!["size"],
+            },
+            _ => vec!["format"],
         };
-        match same {
-            true => Ok(true),
-            false => bail!(
-                "{}: is no part of this copy (another size, format or options): remove it",
-                path.display()
-            ),
+        if !differ.is_empty() {
+            bail!(
+                "{}: is no part of this copy, it has another {}: remove it, or say what it was begun with",
+                path.display(),
+                differ.join(", ")
+            );
         }
+        if format == Format::Qcow2 {
+            bitmap::remove_all(&*file)?;
+        }
+        Ok(true)
     }
 
     /// The passphrase that a new image is to be encrypted with, if it is to be.
@@ -574,6 +591,48 @@ impl Copying<'_> {
         let source = self.source()?;
         Ok(convert(source, target, &self.options(), work)?)
     }
+}
+
+/// Whether the file shows a header, of whatever it is.
+fn has_begun(file: &dyn Storage) -> Result<bool> {
+    let mut start = [0; 512];
+    let len = file.len()?.min(start.len() as u64) as usize;
+    if let Some(there) = start.get_mut(..len).filter(|there| !there.is_empty()) {
+        file.read_at(0, there)?;
+    }
+    Ok(start.iter().any(|byte| *byte != 0))
+}
+
+/// In what an image with `header` is not as `options` have it.
+fn differences(header: &qcow2::Header, options: &options::Options) -> Vec<&'static str> {
+    let wanted = &options.qcow2;
+    let (name, format) = wanted.backing.clone().unzip();
+    let packs = u8::from(wanted.compression == qcow2::Compression::Zstd);
+    let lazy = header.compatible & qcow2::features::LAZY_REFCOUNTS != 0;
+    [
+        ("size", header.size == block::align_up(wanted.size, 512)),
+        ("cluster_size", header.cluster_size() == wanted.cluster_size),
+        ("compat", header.version == wanted.version),
+        (
+            "refcount_bits",
+            1 << header.refcount_order == wanted.refcount_bits,
+        ),
+        ("lazy_refcounts", lazy == wanted.lazy_refcounts),
+        ("extended_l2", header.extended_l2() == wanted.extended_l2),
+        ("compression_type", header.compression_type == packs),
+        ("backing file (-B)", header.backing == name),
+        (
+            "format of the backing file (-F)",
+            header.backing_format() == format,
+        ),
+        (
+            "encrypt.format",
+            (header.crypt_method != 0) == options.encrypt.is_wanted(),
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(what, same)| (!same).then_some(what))
+    .collect()
 }
 
 /// Bitmaps to copy, and names of those that are left out.

@@ -74,6 +74,11 @@ impl Partial {
         }
     }
 
+    /// Has it removed in any case where it is not finished.
+    pub fn forget(&mut self) {
+        self.keep = false;
+    }
+
     /// What `error` says, with the name that was asked for in place of one that is gone with the file.
     pub fn name(&self, error: Error) -> Error {
         let interrupted = |error: &block::Error| error.kind() == ErrorKind::Interrupted;

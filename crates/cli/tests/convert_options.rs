@@ -261,7 +261,7 @@ fn the_host_copies_what_lies_in_the_file_as_it_is() {
         };
         qemu::compare(from, dir.join(source), format, dir.join(target));
     }
-    for with in [&["-c"][..], &["-S", "4k"]] {
+    for with in [&["-c"][..], &["-S", "4k"], &["--salvage"]] {
         let args = [&["convert", "-C"][..], with, &["a", "x.qcow2"]].concat();
         let line = failure(&args, &diskplane(dir, &args), 1);
         assert!(line.contains("cannot be used with"), "{line}");

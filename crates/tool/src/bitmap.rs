@@ -85,6 +85,23 @@ pub fn list(storage: &dyn Storage) -> Result<Vec<Listed>> {
     entries.collect()
 }
 
+/// Removes all bitmaps of the image in `storage`, which nobody else may use. All of them are gone afterwards, or none.
+///
+/// # Errors
+///
+/// As [`list`], and what writing fails with.
+pub fn remove_all(storage: &dyn Storage) -> Result<()> {
+    let entries = bitmap::list(storage)?;
+    if entries.is_empty() {
+        return Ok(());
+    }
+    let mut bitmaps = Bitmaps::open(storage)?;
+    for entry in entries {
+        bitmaps.remove(entry.raw_name())?;
+    }
+    bitmaps.commit()
+}
+
 /// What becomes of bitmaps that are not sound when all are copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Broken {

@@ -214,11 +214,26 @@ impl File {
 
     /// The errno that every `Sync` gets, once a buffered one has failed: the page cache may have
     /// dropped the data, and a later success would promise what is lost.
-    pub(crate) fn sync_failure(&self) -> Option<i32> {
+    pub fn sync_failure(&self) -> Option<i32> {
         match self.sync_failed.load(Ordering::Acquire) {
             0 => None,
             errno => Some(errno),
         }
+    }
+
+    /// Makes durable what was written, by whomever, and has what is read from now on come from the disk, as far as the
+    /// host can: pages that it could not write back look like written ones in its memory.
+    ///
+    /// # Errors
+    ///
+    /// As [`block::Storage::sync`].
+    pub fn read_anew(&self) -> Result<()> {
+        block::Storage::sync(self)?;
+        if self.sim.is_none() {
+            // Advice: not every file system takes it.
+            let _ = rustix::fs::fadvise(&self.fd, 0, None, rustix::fs::Advice::DontNeed);
+        }
+        Ok(())
     }
 
     pub(crate) fn note_sync_failure(&self, errno: i32) {
