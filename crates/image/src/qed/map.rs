@@ -10,7 +10,8 @@ use crate::{Extent, ExtentKind, FileId, Load, Need, Plan, Step};
 use block::{Error, GuestOffset, HostOffset, Result};
 use std::sync::atomic::Ordering;
 
-/// In memory only, in L2 entries: the cluster holds a table. No sound entry has this bit.
+/// In memory only, in L2 entries: the cluster holds a table, or lies behind the end that the file had at open and is not
+/// this entry's. No sound entry has this bit.
 pub(super) const OVERLAP: u64 = 1 << 63;
 /// In memory only, in L1 entries: low bits are set in the file. (Bits 0 and 1 are our marks.)
 pub(super) const L1_UNSOUND: u64 = 4;
@@ -109,7 +110,8 @@ impl Qed {
         }
         let end = self.end.load(Ordering::Acquire);
         if raw < self.head_end() || raw >= end {
-            return Err(match raw & OVERLAP != 0 && raw & !OVERLAP < end {
+            let at = raw & !OVERLAP;
+            return Err(match raw & OVERLAP != 0 && at < self.end_at_open {
                 true => Bad::Overlap,
                 false => Bad::Outside,
             });
@@ -319,20 +321,18 @@ impl Qed {
         let Some(Owner::L2(span)) = Owner::of_key(load.key) else {
             return Err(unknown());
         };
-        let (cache, places) = (&mut st.cache, &st.places);
+        let (cache, places, judged) = (&mut st.cache, &st.places, &mut st.judged);
         let guard = self.read_only.is_none();
         let known = cache.end_load_span(
             &self.tables,
             &self.layout,
             (span, load.offset.0),
             &mut st.words,
-            |words, _, host, at, len| {
+            |words, slice, host, at, len| {
                 words.clear();
                 words.extend(words_of(bytes.get(at..at + len).unwrap_or_default()));
                 if guard {
-                    words
-                        .iter_mut()
-                        .for_each(|raw| *raw = self.judge(places, *raw));
+                    self.judge_slice(words, (slice, host), places, judged);
                 }
                 host
             },
@@ -340,23 +340,50 @@ impl Qed {
         known.then_some(()).ok_or_else(unknown)
     }
 
-    /// Marks an L2 entry that points at a table: a write through it would destroy the image. One that points
-    /// nowhere ends all changes.
-    fn judge(&self, places: &Places, raw: u64) -> u64 {
+    /// Marks what is not sound among the entries of the slice `which` (its number and where it is in the file).
+    fn judge_slice(
+        &self,
+        words: &mut [u64],
+        which: (u64, u64),
+        places: &Places,
+        judged: &mut [u64],
+    ) {
+        let (slice, host) = which;
+        let bit = 1u64 << (slice % 64);
+        let word = judged.get_mut((slice / 64) as usize);
+        // A table behind the old end is one that we made, of zeros.
+        let ours = host >= self.end_at_open || word.as_ref().is_some_and(|w| **w & bit != 0);
+        let mut sound = true;
+        for raw in words {
+            let (judgement, stray) = self.judge(places, *raw, ours);
+            *raw = judgement;
+            sound &= !stray;
+        }
+        if sound {
+            if let Some(word) = word {
+                *word |= bit;
+            }
+        } else if !self.damaged.swap(true, Ordering::AcqRel) {
+            tracing::error!(
+                image = self.name,
+                "the image is damaged: no more changes to it"
+            );
+        }
+    }
+
+    /// An L2 entry as it was read, with a mark where a write through it would destroy the image; and whether it points
+    /// nowhere, which ends all changes. Only in a slice of `ours` may it point behind the end at open: wherever the file
+    /// ends now, nobody else was given a place there.
+    fn judge(&self, places: &Places, raw: u64, ours: bool) -> (u64, bool) {
         match self.decode(raw) {
+            Ok(Entry::Data(host)) if host >= self.end_at_open && !ours => (raw | OVERLAP, true),
             Ok(Entry::Data(host)) if places.holds(host >> self.layout.cluster_bits) => {
-                raw | OVERLAP
+                (raw | OVERLAP, false)
             }
-            Err(Bad::Outside) => {
-                if !self.damaged.swap(true, Ordering::AcqRel) {
-                    tracing::error!(
-                        image = self.name,
-                        "the image is damaged: no more changes to it"
-                    );
-                }
-                raw
-            }
-            _ => raw,
+            // Marked, lest the file grows over it.
+            Err(Bad::Outside) if raw >= self.end_at_open => (raw | OVERLAP, true),
+            Err(Bad::Outside) => (raw, true),
+            _ => (raw, false),
         }
     }
 

@@ -16,6 +16,12 @@
 //! crash leaves has leaked clusters at worst. An image that has the bit is readable, and written to only after a check
 //! (`tool::check`) has cleared it.
 //!
+//! **Entries behind the end of the file.** The file grows over them, and what a guest then writes belongs to two of its
+//! clusters, or is a table. So an L2 slice is judged when it is first read from the file: an entry behind the end at open
+//! is none of ours then, reads as an error, and ends all changes, wherever the file has grown to meanwhile and whoever
+//! was given that place. What remains: a slice that nobody reads is not judged, and once this process has closed the
+//! image, its bad entry is like any other; only a check finds it then, as a cluster in use twice.
+//!
 //! * `header`, `create`, `resize`: the format of a closed image. `open`, `close`.
 //! * `map`, `write`, `zero`: the questions. `space`: free clusters. `state`: what the lock guards. `flush`: the order on disk.
 
@@ -67,11 +73,13 @@ pub struct Qed {
     tables: Tables,
     /// Where the file ends, in bytes: whole clusters. What refers to a place behind it is not sound.
     end: AtomicU64,
+    /// Where it ended when the image was opened: what refers behind it is this process's, or not sound.
+    end_at_open: u64,
     state: Mutex<State>,
     /// There may be something to foresee.
     ahead: AtomicBool,
-    /// An entry was found that refers behind the end of the file: it would come to refer to whatever the file gets
-    /// there, so the image is not changed any more.
+    /// An entry was found that refers behind the end that the file had at open: it comes to refer to whatever the file
+    /// gets there, so the image is not changed any more. Set with the lock held.
     damaged: AtomicBool,
 }
 

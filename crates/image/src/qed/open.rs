@@ -106,6 +106,11 @@ impl Qed {
             .map(AtomicU64::new)
             .collect();
         let end = file_len.div_ceil(layout.cluster());
+        let judged = match read_only {
+            // At most 2 MiB.
+            None => vec![0; slices.div_ceil(64) as usize],
+            Some(_) => Vec::new(),
+        };
         Ok(Self {
             name: name.to_owned(),
             read_only,
@@ -113,6 +118,7 @@ impl Qed {
             tables: Tables::new(&layout, l1, frames),
             // A cluster that the file has a part of is not one (as in QEMU).
             end: AtomicU64::new(file_len & !(layout.cluster() - 1)),
+            end_at_open: file_len & !(layout.cluster() - 1),
             state: Mutex::new(State {
                 cache: Cache::new(frames, &layout),
                 space: Space::new(end, layout.size),
@@ -125,6 +131,7 @@ impl Qed {
                 scratch: Vec::with_capacity(frames),
                 words: Vec::with_capacity(layout.slice_words()),
                 covers: frames as u64 >= slices,
+                judged,
             }),
             ahead: AtomicBool::new(false),
             damaged: AtomicBool::new(false),

@@ -81,6 +81,8 @@ pub(super) struct State {
     pub(super) words: Vec<u64>,
     /// There is a frame for each L2 slice of the disk: dirty ones are in nobody's way.
     pub(super) covers: bool,
+    /// A bit for each L2 slice whose entries were sound when it was first read: it has changed through us only.
+    pub(super) judged: Vec<u64>,
 }
 
 impl State {

@@ -353,6 +353,93 @@ fn wrong_entries_are_errors() {
     assert_eq!(open(&file).read(4 << 20, 512).unwrap(), [1; 512]);
 }
 
+/// Entries behind the end of the file whose slice is read only after the file has grown over them: they read as errors, not
+/// as what the file has there by then, and end all changes.
+#[test]
+fn entries_that_the_file_grew_over_are_errors() {
+    let file = {
+        let mut driver = open(&created(&options(16 << 20, (4096, 2))));
+        // A table has entries for 4 MiB.
+        for table in 0..3u64 {
+            driver.write(table << 22, &[1; 512]).unwrap();
+        }
+        let file = driver.file.clone();
+        driver.close();
+        file
+    };
+    let (sound, len) = (file.bytes(), file.len().unwrap());
+    let l2 = u64::from_le_bytes(sound[4096 + 8..4096 + 16].try_into().unwrap());
+    // What comes to lie there: data, data, a table of two clusters, data, space that is reserved, and nothing.
+    for ahead in [0, 1, 2, 3, 4, 5, 200, 1 << 40] {
+        let entry = len + ahead * 4096;
+        let file = MemFile::of(at_entry(&sound, l2, entry));
+        let mut driver = open(&file);
+        driver.write(4096, &[2; 8192]).unwrap();
+        driver.write(12 << 20, &[3; 512]).unwrap();
+        driver.flush().unwrap();
+        let error = driver.read(4 << 20, 512).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{ahead}: {error}");
+        assert!(error.to_string().contains("behind the end"), "{error}");
+        for at in [4 << 20, (4 << 20) + 4096, 0, 12 << 20, 13 << 20] {
+            let error = driver.write(at, &[4; 512]).unwrap_err();
+            assert!(error.to_string().contains("not written to"), "{error}");
+            let error = driver.zero(at, 512, ZeroMode::Discard).unwrap_err();
+            assert!(error.to_string().contains("not written to"), "{error}");
+        }
+        driver.close();
+        assert_eq!(
+            file.bytes()[l2 as usize..l2 as usize + 8],
+            entry.to_le_bytes()
+        );
+        let mut again = open(&file);
+        assert_eq!(again.read(4096, 8192).unwrap(), [2; 8192], "{ahead}");
+        assert_eq!(again.read(12 << 20, 512).unwrap(), [3; 512], "{ahead}");
+    }
+}
+
+/// What was written since the image was opened lies behind its end at open: it is no such entry when its slice has left the
+/// cache and is read again.
+#[test]
+fn what_was_written_since_open_is_read_again() {
+    let size = 96u64 << 20;
+    let mut driver = open(&created(&options(size, (4096, 2))));
+    // Half of the tables are there before.
+    for table in 0..12u64 {
+        driver.write(table << 22, &[1; 512]).unwrap();
+    }
+    let file = driver.file.clone();
+    driver.close();
+    let small = OpenOptions {
+        cache_bytes: Some(0),
+        ..OpenOptions::default()
+    };
+    let mut driver = Driver::of(file.clone(), Qed::open(&file, &small).unwrap());
+    let mut rng = Rng(1);
+    let mut model = std::collections::BTreeMap::new();
+    // A slice after the other, which has entries for 2 MiB, and all of them again.
+    for turn in 0..96u64 {
+        for _ in 0..100 {
+            let cluster = turn % 48 * 512 + rng.below(512);
+            driver
+                .write(cluster * 4096, &[turn as u8 + 1; 512])
+                .unwrap();
+            model.insert(cluster, turn as u8 + 1);
+        }
+    }
+    driver.flush().unwrap();
+    for (cluster, value) in &model {
+        let read = driver.read(cluster * 4096, 512).unwrap();
+        assert_eq!(read, [*value; 512], "{cluster}");
+    }
+    let facts = driver.image.describe().facts;
+    let misses = facts
+        .iter()
+        .filter_map(|(_, fact)| fact.strip_suffix(" misses")?.rsplit(' ').next());
+    let misses: u64 = misses.map(|text| text.parse::<u64>().unwrap()).sum();
+    assert!(misses > 48, "the cache had everything: {misses}");
+    driver.close();
+}
+
 /// A disk of 2^58 bytes: its tables would have terabytes, and what is in memory of them stays bounded.
 #[test]
 fn the_largest_disk_opens() {

@@ -52,6 +52,8 @@ impl Qed {
     }
 
     pub(super) fn plan_allocating(&self, st: &mut State, at: GuestOffset, len: u64) -> Ask<Plan> {
+        // Since the caller asked, a load may have shown the damage.
+        self.check_writable()?;
         let cluster = at.0 >> self.layout.cluster_bits;
         if let Some(key) = st.tickets.busy(cluster) {
             return Err(Halt::Wait(key));

@@ -38,6 +38,8 @@ impl Qed {
         len: u64,
         mode: ZeroMode,
     ) -> Ask<ZeroPlan> {
+        // Since the caller asked, a load may have shown the damage.
+        self.check_writable()?;
         let g = &self.layout;
         let cluster = at.0 >> g.cluster_bits;
         let place = self.place(cluster);
