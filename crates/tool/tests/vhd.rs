@@ -4,7 +4,7 @@ use block::{ErrorKind, Result, Storage};
 use disk::blocking::{Driver, Member};
 use image::vhd::{CreateOptions, DiskType, OpenOptions, UniqueId, Vhd, create, mend};
 use image::{Format, Image};
-use io::{SimDisk, SimOptions};
+use io::{Keep, SimDisk, SimOptions};
 use std::fs;
 use std::process::Command;
 use std::sync::Arc;
@@ -347,6 +347,59 @@ fn what_a_killed_writer_leaves_is_mended() {
         "the footers differ"
     );
     assert_eq!(checked(&disk, Repair::No).unwrap().findings, []);
+}
+
+/// A fixed image whose file is some bytes longer than disk and footer: the footer's new place may touch the old one,
+/// and what lay between does not become the disk's. A crash leaves the old size or the new.
+#[test]
+fn fixed_images_grow_over_footers_anywhere() {
+    const OLD: u64 = 64 << 10;
+    for slack in [0, 8, 511, 512, 1000, 1024, 5000] {
+        for more in [512, 1024, 4096] {
+            let options = CreateOptions {
+                size: OLD,
+                disk_type: DiskType::Fixed,
+                force_size: true,
+                ..CreateOptions::default()
+            };
+            let made = SimDisk::new(SimOptions::default());
+            create(&*made, &options).unwrap();
+            let mut bytes = made.bytes();
+            bytes[..OLD as usize].fill(7);
+            let footer = bytes.split_off(OLD as usize);
+            bytes.resize(OLD as usize + slack, 0xee);
+            bytes.extend(footer);
+            let (disk, new) = (disk(&bytes), OLD + more);
+            image::vhd::grow(&*disk, new).unwrap_or_else(|e| panic!("{slack} {more}: {e}"));
+            let look = |disk: &Arc<SimDisk>| {
+                let mut driver = open(disk, true).unwrap();
+                let mut all = vec![1; driver.size() as usize];
+                driver.read(0, &mut all).unwrap();
+                let (old, rest) = all.split_at(OLD as usize);
+                assert!(old.iter().all(|b| *b == 7), "{slack} {more}");
+                rest.to_vec()
+            };
+            assert!(look(&disk) == vec![0; more as usize], "{slack} {more}");
+            assert_eq!(checked(&disk, Repair::No).unwrap().findings, []);
+            let len = disk.len().unwrap();
+            assert_eq!(len, (new + 512).max(bytes.len() as u64), "{slack} {more}");
+            let events = disk.log().iter().map(|e| e.ended + 1).max().unwrap();
+            for at in 0..=events {
+                let outage = disk.outage(at);
+                for keep in [
+                    Keep::Nothing,
+                    Keep::All,
+                    Keep::Mask(1),
+                    Keep::Mask(2),
+                    Keep::Torn(at),
+                ] {
+                    let keep = vec![keep; outage.open().len()];
+                    let left = look(&outage.state(&keep)).len() as u64;
+                    assert!(left == 0 || left == more, "{slack} {more} {at}: {left}");
+                }
+            }
+        }
+    }
 }
 
 fn resized(disk: &Arc<SimDisk>, size: u64) -> Result<u64> {

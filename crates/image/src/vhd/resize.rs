@@ -1,15 +1,16 @@
 //! A larger disk in an image that nobody uses.
 //!
 //! ```text
-//!   fixed     footer at the new end · zeros where the old one was
+//!   fixed     zeros between the disk and the old footer · footer at the new end · zeros where the old one was
+//!             where one lies across the other: the new one behind both · and in its place · the file is cut
 //!   others    zeros behind the old end in the last block
 //!             where the table is too small: a larger one behind the last block · header's first sector
 //!             footer's copy · footer at the end
 //! ```
 //!
 //! Each step is durable before the next, and each but those of a fixed image is one sector that changes everything: a crash
-//! leaves the old size or the new. A fixed image has one footer only: while the file grows by its new one, it has
-//! that or the old one.
+//! leaves the old size or the new. A fixed image has one footer only, the file's last 512 bytes: while the
+//! file grows by its new one, it has that or the old one.
 
 use super::footer::{DiskType, FOOTER_BYTES, Footer};
 use super::geometry::{Geometry, MAX_SECTORS};
@@ -49,13 +50,7 @@ fn grow_layout(file: &dyn Storage, layout: &Layout, bytes: u64) -> Result<()> {
     }
     let footer = resized(&layout.footer, bytes);
     if layout.footer.disk_type == DiskType::Fixed {
-        let old_end = layout.file_bytes - FOOTER_BYTES as u64;
-        file.write_at(bytes.max(old_end), &footer.to_bytes())?;
-        file.sync()?;
-        if bytes > old_end {
-            file.write_at(old_end, &[0; FOOTER_BYTES])?;
-        }
-        return file.sync();
+        return grow_fixed(file, layout, bytes, &footer.to_bytes());
     }
     let blocks = Blocks::read(file, layout)?;
     blocks.check_writable(layout)?;
@@ -64,6 +59,37 @@ fn grow_layout(file: &dyn Storage, layout: &Layout, bytes: u64) -> Result<()> {
     file.write_at(0, &footer.to_bytes())?;
     file.sync()?;
     put_end(file, layout.used_end(blocks.end), &footer)
+}
+
+/// Makes the disk of a fixed image `bytes` large. Its footer lies where the file ends, not always where the disk does.
+fn grow_fixed(file: &dyn Storage, layout: &Layout, bytes: u64, footer: &[u8]) -> Result<()> {
+    let len = FOOTER_BYTES as u64;
+    let old_end = layout.file_bytes - len;
+    // Nobody's bytes become the disk's. What only the footer's size counts is the disk's to other programs.
+    let slack = layout.disk_bytes.max(layout.footer.current_size);
+    let slack_end = bytes.min(old_end);
+    if slack < slack_end {
+        file.write_zeroes(slack, slack_end - slack, false)?;
+        file.sync()?;
+    }
+    let place = bytes.max(old_end);
+    let touch = place < old_end + len && !old_end.is_multiple_of(len);
+    if touch {
+        // Half of one and half of the other would be none: meanwhile the file ends with a third, of one sector.
+        file.write_at((place + len).next_multiple_of(len), footer)?;
+        file.sync()?;
+    }
+    file.write_at(place, footer)?;
+    file.sync()?;
+    if place > old_end {
+        let gap = (place - old_end).min(len) as usize;
+        file.write_at(old_end, [0; FOOTER_BYTES].get(..gap).unwrap_or_default())?;
+    }
+    if touch {
+        file.sync()?;
+        file.set_len(place + len)?;
+    }
+    file.sync()
 }
 
 /// The footer of the disk when it has `bytes`. Where no geometry has as many, the footer's size counts from now on.
