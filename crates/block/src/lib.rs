@@ -16,6 +16,7 @@ pub mod size;
 mod storage;
 mod text;
 mod vector;
+mod zeros;
 
 pub use error::{Context, Error, ErrorKind, GuestError, Result};
 pub use offset::{GuestOffset, HostOffset, align_down, align_up};
@@ -24,3 +25,4 @@ pub use prefetch::prefetch;
 pub use storage::{Range, RangeKind, Storage, Zeroed};
 pub use text::{plain, steers};
 pub use vector::{IoVec, clip, total_len};
+pub use zeros::is_zero;

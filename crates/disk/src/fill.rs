@@ -26,7 +26,7 @@ use crate::{
     request::{Owner, Task},
     sub::{Place, Purpose},
 };
-use block::{GuestError, GuestOffset, Op};
+use block::{GuestError, GuestOffset, Op, is_zero};
 use image::{Allocation, Fill, Key, Ticket};
 use io::{Engine, IoOp, memory::AlignedBuf};
 use std::ops::Range;
@@ -176,12 +176,6 @@ impl FillOp {
         let part = self.parts.iter().position(holds)?;
         Some((part, (range.start - self.parts[part].range.start) as usize))
     }
-}
-
-/// Whether all bytes are zeros; looks at no more than it must.
-fn is_zero(bytes: &[u8]) -> bool {
-    let (words, rest) = bytes.as_chunks::<64>();
-    words.iter().all(|w| w.iter().fold(0, |a, b| a | b) == 0) && rest.iter().all(|b| *b == 0)
 }
 
 impl DiskQueue {

@@ -3,9 +3,9 @@
 //! What is zeros in both by their maps, and what both have in the same place of the same file (two overlays of one
 //! base), is the same without being read. Behind the shorter disk's end there are zeros.
 
-use crate::source::{Run, Source, is_zero};
+use crate::source::{Run, Source};
 use crate::work::Work;
-use block::Error;
+use block::{Error, is_zero};
 
 /// Bytes that are read of each disk at once.
 const PIECE_BYTES: u64 = 1 << 20;

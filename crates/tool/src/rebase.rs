@@ -8,9 +8,9 @@
 //! Until step 3 the image is an overlay of its old backing file that has a copy of some of it: whatever cuts the work
 //! off, it reads as before. What both backing files have in the same place of the same file is not read.
 
-use crate::source::{Source, is_zero};
+use crate::source::Source;
 use crate::work::Work;
-use block::{Error, Result, Storage};
+use block::{Error, Result, Storage, is_zero};
 use disk::chain::Chain;
 use image::{ExtentKind, Format, qcow2, qed};
 

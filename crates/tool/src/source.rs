@@ -361,9 +361,3 @@ impl Part<'_> {
         }
     }
 }
-
-/// Whether all of `bytes` are zero. Written so that the compiler makes vector instructions of it.
-pub fn is_zero(bytes: &[u8]) -> bool {
-    let (words, rest) = bytes.as_chunks::<64>();
-    words.iter().all(|w| w.iter().fold(0, |a, b| a | b) == 0) && rest.iter().all(|b| *b == 0)
-}

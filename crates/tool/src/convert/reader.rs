@@ -1,9 +1,9 @@
 //! The thread that reads the source.
 
 use super::{OFFLOAD_BYTES, PIECE_BYTES, Piece, Pieces, Report, Unit};
-use crate::source::{Source, is_zero};
+use crate::source::Source;
 use crate::work::Stop;
-use block::Result;
+use block::{Result, is_zero};
 use std::sync::mpsc::Receiver;
 
 pub(super) struct Reader<'a> {
