@@ -7,6 +7,7 @@
 mod abuse;
 mod headers;
 mod luks;
+mod others;
 mod snapshots_and_bitmaps;
 mod sweeps;
 mod tables;

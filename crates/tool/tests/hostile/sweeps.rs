@@ -32,7 +32,7 @@ fn change() -> impl Strategy<Value = [u8; 6]> {
 }
 
 /// How many images; more with `PROPTEST_CASES`.
-fn cases() -> u32 {
+pub fn cases() -> u32 {
     let text = std::env::var("PROPTEST_CASES").ok();
     text.map_or(100, |text| {
         text.parse().expect("PROPTEST_CASES is a number")
