@@ -5,7 +5,7 @@
 //!
 //! | field | |
 //! |---|---|
-//! | `filename`, `format` | as given; `qcow2`, `qed` |
+//! | `filename`, `format` | as given; `qcow2`, `qed`, `vhd` |
 //! | `check-errors` | things that could not be checked |
 //! | `image-end-offset` | where the last cluster in use ends |
 //! | `corruptions`, `leaks` | what is wrong; absent where nothing is, as all below |

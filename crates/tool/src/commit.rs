@@ -2,11 +2,13 @@
 //!
 //! ```text
 //!   1 the image below is made as large as the overlay      2 what lies above it is copied into it
-//!   3 all of that is durable                               4 the overlay is emptied, in one edit
+//!   3 all of that is durable                               4 the overlay is emptied
 //! ```
 //!
 //! Until step 4 the overlay has all of its data and hides what comes to be below it: whatever cuts the work off, the
-//! overlay reads as before, and the work can be done again.
+//! overlay reads as before, and the work can be done again. In step 4 too: what it loses the image below has by then.
+//! qcow2 loses all in one edit, then a second one and a cut of the file give the space back; QED's L1 table is zeroed in
+//! place, and the file cut.
 
 use crate::prealloc::Preallocation;
 use crate::resize::{self, ResizeOptions};
@@ -131,7 +133,7 @@ impl Copying {
 /// # Errors
 ///
 /// `Unsupported` for a format whose images cannot be emptied; what the host fails with. The overlay reads
-/// as before then.
+/// as before then: whatever it has lost is below it.
 pub fn empty(overlay: &Layer) -> Result<()> {
     let file = overlay.files.first();
     let file = file.ok_or_else(|| Error::invalid("an image without a file"))?;
