@@ -19,8 +19,10 @@
 //! **Entries behind the end of the file.** The file grows over them, and what a guest then writes belongs to two of its
 //! clusters, or is a table. So an L2 slice is judged when it is first read from the file: an entry behind the end at open
 //! is none of ours then, reads as an error, and ends all changes, wherever the file has grown to meanwhile and whoever
-//! was given that place. What remains: a slice that nobody reads is not judged, and once this process has closed the
-//! image, its bad entry is like any other; only a check finds it then, as a cluster in use twice.
+//! was given that place. What remains: the end at open is only known while the image is open. A slice that nobody reads is
+//! not judged, and the file stays grown over its bad entry (as it does, judged or not, where the image is given up without a
+//! close). To the next one who opens the image that entry is like any other: a check finds it where the cluster is in use
+//! twice, and nothing finds it where the cluster leaked. A check beforehand finds all of them.
 //!
 //! * `header`, `create`, `resize`: the format of a closed image. `open`, `close`.
 //! * `map`, `write`, `zero`: the questions. `space`: free clusters. `state`: what the lock guards. `flush`: the order on disk.
