@@ -18,6 +18,7 @@ pub(crate) mod packed;
 pub(crate) mod pages;
 pub(crate) mod tables;
 mod tickets;
+mod walk;
 
 pub(crate) use blocking::{carry_out, extend, open_stage, read_short};
 pub(crate) use cache::FRAMES_MIN;
@@ -25,6 +26,7 @@ pub use cache::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX};
 pub(crate) use growing::{Growing, STEPS_MAX};
 pub(crate) use layout::{COPIED, FRESH, FRESH_ZEROED, Layout, OFFSET_MASK, ZERO};
 pub(crate) use tickets::{Span, Tickets, key_of};
+pub(crate) use walk::{Place, Walk};
 
 use crate::{Key, Need};
 use block::Error;

@@ -25,6 +25,7 @@ use super::Qcow2;
 use super::entry::{Entry, Geometry, OVERLAP, SECTOR};
 use super::state::{Ask, State};
 use super::subcluster::{Cluster, Kind};
+use crate::metadata::Walk;
 use crate::{FileId, ZeroMode, ZeroPlan};
 use block::{GuestOffset, HostOffset};
 

@@ -43,7 +43,7 @@ pub(super) enum Entry {
 
 /// Why an entry is not sound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Bad {
+pub(crate) enum Bad {
     Reserved,
     Misaligned,
     ZeroInV2,

@@ -4,110 +4,33 @@ use super::Qcow2;
 use super::cache::Owner;
 use super::entry::{Bad, Entry, FRESH, OFFSET_MASK};
 use super::state::{Ask, Halt, State};
-use super::tables::{Entries, Slot};
-use crate::metadata::{Growing, STEPS_MAX};
-use crate::{Compressed, Extent, ExtentKind, FileId, Need, Plan, Step};
+use super::tables::{Entries, Slot, Tables};
+use crate::metadata::{Growing, Layout, Place, STEPS_MAX, Walk};
+use crate::{Compressed, ExtentKind, FileId, Need, Plan, Step};
 use block::{Error, GuestOffset, HostOffset, Result};
-use std::sync::atomic::Ordering;
 
-/// Where guest cluster `cluster` is looked up.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
-    /// Index into the L1 table.
-    pub(super) l1: usize,
-    /// The raw L1 entry.
-    pub(super) raw: u64,
-    /// The L2 slice, counted over the whole disk.
-    pub(super) slice: u64,
-    /// The entry within the slice.
-    pub(super) index: usize,
-}
+impl Walk for Qcow2 {
+    type Bad = Bad;
 
-impl Qcow2 {
-    /// Where the bytes are that are `skip` bytes into the cluster of `entry`.
+    fn name(&self) -> &str {
+        &self.name
+    }
+
     #[inline]
-    pub(super) fn extent_kind(&self, entry: Entry, skip: u64) -> ExtentKind {
-        let file = self.geometry.guest_file();
-        match entry {
-            Entry::Unallocated => ExtentKind::Unallocated,
-            Entry::Zero { host, .. } => ExtentKind::Zero {
-                host: host.map(|host| (file, HostOffset(host + skip))),
-            },
-            Entry::Data { host, .. } => ExtentKind::Data {
-                file,
-                offset: HostOffset(host + skip),
-            },
-            Entry::Compressed { offset, len } => ExtentKind::Compressed(Compressed {
-                file: FileId::IMAGE,
-                offset: HostOffset(offset),
-                // At most two clusters of 2 MiB; skips are below one.
-                len: len as u32,
-                unpacked_len: self.geometry.cluster() as u32,
-                skip: skip as u32,
-            }),
-        }
+    fn layout(&self) -> &Layout {
+        &self.geometry
     }
 
-    /// Where guest cluster `cluster` is looked up.
     #[inline]
-    pub(super) fn place(&self, cluster: u64) -> Place {
-        let g = &self.geometry;
-        // At most 4 Mi entries.
-        let l1 = (cluster >> g.l2_bits()) as usize;
-        Place {
-            l1,
-            raw: self
-                .tables
-                .l1
-                .get(l1)
-                .map_or(0, |e| e.load(Ordering::Acquire)),
-            slice: cluster >> g.slice_entry_bits(),
-            index: cluster as usize & (g.slice_entries() - 1),
-        }
+    fn tables(&self) -> &Tables {
+        &self.tables
     }
 
-    /// An error that names an unsound L1 entry.
-    #[cold]
-    pub(super) fn bad_l1(&self, index: usize, bad: Bad) -> Error {
-        Error::corrupt(format!(
-            "{}: L1 entry {index} at {:#x} {}",
-            self.name,
-            self.header.l1_table_offset + index as u64 * 8,
-            bad.text()
-        ))
+    #[inline]
+    fn decode_l1(&self, raw: u64) -> Result<u64, Bad> {
+        self.geometry.decode_l1(raw)
     }
 
-    /// An error that names an unsound L2 entry.
-    #[cold]
-    pub(super) fn bad_l2(&self, cluster: u64, bad: Bad) -> Error {
-        let place = self.place(cluster);
-        let g = &self.geometry;
-        let index = cluster & ((1 << g.l2_bits()) - 1);
-        let at = (place.raw & OFFSET_MASK) + (index << (3 + g.entry_word_bits()));
-        let (what, at) = match bad.in_bitmap() {
-            true => ("subcluster bitmap", at + 8),
-            false => ("L2 entry", at),
-        };
-        Error::corrupt(format!(
-            "{}: {what} at {at:#x} (guest offset {:#x}) {}",
-            self.name,
-            cluster << g.cluster_bits,
-            bad.text()
-        ))
-    }
-
-    pub(super) fn check_range(&self, at: GuestOffset, len: u64) -> Result<()> {
-        let end = at.0.checked_add(len);
-        if len == 0 || end.is_none_or(|end| end > self.geometry.size) {
-            return Err(Error::invalid(format!(
-                "{}: {len} bytes at {at} are not within the disk",
-                self.name
-            )));
-        }
-        Ok(())
-    }
-
-    /// The extents of a slice, from `run.next()` on. `true` when the run may go on behind the slice.
     #[inline]
     fn feed_slice(&self, run: &mut Growing, entries: Entries<'_>) -> Result<bool, Bad> {
         let g = &self.geometry;
@@ -141,57 +64,66 @@ impl Qcow2 {
         Ok(true)
     }
 
-    pub(super) fn map_extent(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
-        self.check_range(at, len)?;
+    fn feed_locked(&self, run: &mut Growing, place: &Place) -> Result<Step<Result<bool, Bad>>> {
+        let mut st = self.lock();
+        let seen = self
+            .l2_entries(&mut st, place)
+            .map(|entries| self.feed_slice(run, entries));
+        st.step(seen)
+    }
+
+    #[cold]
+    fn bad_l1(&self, index: usize, bad: Bad) -> Error {
+        Error::corrupt(format!(
+            "{}: L1 entry {index} at {:#x} {}",
+            self.name,
+            self.header.l1_table_offset + index as u64 * 8,
+            bad.text()
+        ))
+    }
+
+    #[cold]
+    fn bad_l2(&self, cluster: u64, bad: Bad) -> Error {
+        let place = self.place(cluster);
         let g = &self.geometry;
-        let mut run = Growing::new(at.0, len);
-        for _ in 0..STEPS_MAX {
-            let place = self.place(run.next() >> g.cluster_bits);
-            let more = match g.decode_l1(place.raw) {
-                Err(_) if run.len() > 0 => false,
-                Err(bad) => return Err(self.bad_l1(place.l1, bad)),
-                Ok(0) => {
-                    let covers = 1 << (g.l2_bits() + g.cluster_bits);
-                    let room = covers - (run.next() & (covers - 1));
-                    let room = room.min(run.left());
-                    run.feed(ExtentKind::Unallocated, room)
-                }
-                Ok(_) => {
-                    let start = run;
-                    let seen = self.tables.read(place.slice, |entries| {
-                        run = start;
-                        self.feed_slice(&mut run, entries)
-                    });
-                    let seen = match seen {
-                        Some(seen) => seen,
-                        None => {
-                            // A reader that gave up may have left half a slice in the run.
-                            run = start;
-                            if run.len() > 0 {
-                                break;
-                            }
-                            let mut st = self.lock();
-                            let seen = self
-                                .l2_entries(&mut st, &place)
-                                .map(|entries| self.feed_slice(&mut run, entries));
-                            match st.step(seen)? {
-                                Step::Done(seen) => seen,
-                                Step::Need(need) => return Ok(Step::Need(need)),
-                                Step::Wait(key) => return Ok(Step::Wait(key)),
-                            }
-                        }
-                    };
-                    match seen {
-                        Ok(more) => more,
-                        Err(bad) => return Err(self.bad_l2(run.next() >> g.cluster_bits, bad)),
-                    }
-                }
-            };
-            if !more || run.left() == 0 {
-                break;
-            }
+        let index = cluster & ((1 << g.l2_bits()) - 1);
+        let at = (place.raw & OFFSET_MASK) + (index << (3 + g.entry_word_bits()));
+        let (what, at) = match bad.in_bitmap() {
+            true => ("subcluster bitmap", at + 8),
+            false => ("L2 entry", at),
+        };
+        Error::corrupt(format!(
+            "{}: {what} at {at:#x} (guest offset {:#x}) {}",
+            self.name,
+            cluster << g.cluster_bits,
+            bad.text()
+        ))
+    }
+}
+
+impl Qcow2 {
+    /// Where the bytes are that are `skip` bytes into the cluster of `entry`.
+    #[inline]
+    pub(super) fn extent_kind(&self, entry: Entry, skip: u64) -> ExtentKind {
+        let file = self.geometry.guest_file();
+        match entry {
+            Entry::Unallocated => ExtentKind::Unallocated,
+            Entry::Zero { host, .. } => ExtentKind::Zero {
+                host: host.map(|host| (file, HostOffset(host + skip))),
+            },
+            Entry::Data { host, .. } => ExtentKind::Data {
+                file,
+                offset: HostOffset(host + skip),
+            },
+            Entry::Compressed { offset, len } => ExtentKind::Compressed(Compressed {
+                file: FileId::IMAGE,
+                offset: HostOffset(offset),
+                // At most two clusters of 2 MiB; skips are below one.
+                len: len as u32,
+                unpacked_len: self.geometry.cluster() as u32,
+                skip: skip as u32,
+            }),
         }
-        Ok(Step::Done(run.extent()))
     }
 
     /// The entries of an L2 slice whose table exists.

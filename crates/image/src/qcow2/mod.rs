@@ -82,7 +82,7 @@ pub use header::{
 };
 pub use open::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX, OpenOptions};
 
-use crate::metadata::{cache, tables};
+use crate::metadata::{Walk, cache, tables};
 use crate::words::{read_u32, read_u64};
 use crate::{
     DataFile, Description, Encryption, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan,
@@ -275,11 +275,7 @@ impl Image for Qcow2 {
     }
 
     fn expect(&self, at: GuestOffset) {
-        // What the driver says may be anything.
-        if at.0 < self.geometry.size {
-            let place = self.place(at.0 >> self.geometry.cluster_bits);
-            self.tables.expect(place.slice, place.index);
-        }
+        self.expect_at(at);
     }
 
     fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>> {

@@ -3,11 +3,10 @@
 use super::Qcow2;
 use super::alloc::Piece;
 use super::entry::{COPIED, Entry, FRESH, FRESH_ZEROED};
-use super::map::Place;
 use super::pending::Pending;
 use super::state::{Ask, Deref, FRESH_TABLES_MAX, Halt, State};
 use super::subcluster::Bitmap;
-use crate::metadata::key_of;
+use crate::metadata::{Place, Walk, key_of};
 use crate::{Allocation, Fill, Need, Plan, Ticket};
 use block::{GuestOffset, HostOffset};
 use std::sync::atomic::Ordering;

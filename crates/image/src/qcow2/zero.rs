@@ -16,6 +16,7 @@ use super::Qcow2;
 use super::entry::{COPIED, Entry, OFFSET_MASK, SECTOR, ZERO};
 use super::state::{Ask, Deref, Halt, State};
 use super::subcluster::Bitmap;
+use crate::metadata::Walk;
 use crate::{ZeroMode, ZeroPlan};
 use block::{GuestOffset, HostOffset};
 

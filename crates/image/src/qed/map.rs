@@ -4,8 +4,10 @@ use super::Qed;
 use super::header::words_of;
 use super::state::{Places, State};
 use crate::metadata::cache::Owner;
-use crate::metadata::tables::{Entries, Slot};
-use crate::metadata::{Ask, FRESH, FRESH_ZEROED, Growing, Halt, STEPS_MAX, ZERO};
+use crate::metadata::tables::{Entries, Slot, Tables};
+use crate::metadata::{
+    Ask, FRESH, FRESH_ZEROED, Growing, Halt, Layout, Place, STEPS_MAX, Walk, ZERO,
+};
 use crate::{Extent, ExtentKind, FileId, Load, Need, Plan, Step};
 use block::{Error, GuestOffset, HostOffset, Result};
 use std::sync::atomic::Ordering;
@@ -27,7 +29,7 @@ pub(super) enum Entry {
 
 /// Why an entry is not sound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Bad {
+pub(crate) enum Bad {
     Misaligned,
     Outside,
     Overlap,
@@ -43,45 +45,25 @@ impl Bad {
     }
 }
 
-/// Where a guest cluster is looked up.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
-    /// Index into the L1 table.
-    pub(super) l1: usize,
-    /// The raw L1 entry.
-    pub(super) raw: u64,
-    /// The L2 slice, counted over the whole disk.
-    pub(super) slice: u64,
-    /// The entry within the slice.
-    pub(super) index: usize,
-}
+impl Walk for Qed {
+    type Bad = Bad;
 
-impl Qed {
-    /// Where guest cluster `cluster` is looked up.
-    #[inline]
-    pub(super) fn place(&self, cluster: u64) -> Place {
-        let g = &self.layout;
-        // Less than 2^27 entries.
-        let l1 = (cluster >> g.l2_bits()) as usize;
-        Place {
-            l1,
-            raw: self
-                .tables
-                .l1
-                .get(l1)
-                .map_or(0, |e| e.load(Ordering::Acquire)),
-            slice: cluster >> g.slice_entry_bits(),
-            index: cluster as usize & (g.slice_entries() - 1),
-        }
+    fn name(&self) -> &str {
+        &self.name
     }
 
-    fn head_end(&self) -> u64 {
-        u64::from(self.header.header_size) << self.layout.cluster_bits
+    #[inline]
+    fn layout(&self) -> &Layout {
+        &self.layout
     }
 
-    /// The offset of the L2 table in an L1 entry, 0 for none.
     #[inline]
-    pub(super) fn decode_l1(&self, raw: u64) -> Result<u64, Bad> {
+    fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    #[inline]
+    fn decode_l1(&self, raw: u64) -> Result<u64, Bad> {
         let offset = raw & !(FRESH | FRESH_ZEROED);
         if offset == 0 {
             return Ok(0);
@@ -95,6 +77,76 @@ impl Qed {
             return Err(Bad::Outside);
         }
         Ok(offset)
+    }
+
+    #[inline]
+    fn feed_slice(&self, run: &mut Growing, entries: Entries<'_>) -> Result<bool, Bad> {
+        let g = &self.layout;
+        let mut at = (run.next() >> g.cluster_bits) as usize & (g.slice_entries() - 1);
+        while at < g.slice_entries() {
+            let skip = run.next() & (g.cluster() - 1);
+            let left = run.left();
+            // Clusters that the rest touches, one at least.
+            let most = ((skip + left - 1) >> g.cluster_bits) + 1;
+            let most = most.min(g.slice_entries() as u64) as usize;
+            let (entry, count) = self.run_at(&entries, at, most);
+            if count == 0 {
+                return Ok(false);
+            }
+            let room = (((count as u64) << g.cluster_bits) - skip).min(left);
+            let kind = match entry {
+                Ok(Entry::Unallocated) => ExtentKind::Unallocated,
+                Ok(Entry::Zero) => ExtentKind::Zero { host: None },
+                Ok(Entry::Data(host)) => ExtentKind::Data {
+                    file: FileId::IMAGE,
+                    offset: HostOffset(host + skip),
+                },
+                Err(bad) if run.len() == 0 => return Err(bad),
+                Err(_) => return Ok(false),
+            };
+            if !run.feed(kind, room) || run.left() == 0 {
+                return Ok(false);
+            }
+            at += count;
+        }
+        Ok(true)
+    }
+
+    fn feed_locked(&self, run: &mut Growing, place: &Place) -> Result<Step<Result<bool, Bad>>> {
+        let mut st = self.lock();
+        let seen = self
+            .l2_entries(&mut st, place)
+            .map(|entries| self.feed_slice(run, entries));
+        st.step(seen)
+    }
+
+    #[cold]
+    fn bad_l1(&self, index: usize, bad: Bad) -> Error {
+        let at = self.header.l1_table_offset + index as u64 * 8;
+        Error::corrupt(format!(
+            "{}: L1 entry {index} at {at:#x} {}",
+            self.name,
+            bad.text()
+        ))
+    }
+
+    #[cold]
+    fn bad_l2(&self, cluster: u64, bad: Bad) -> Error {
+        let g = &self.layout;
+        let table = self.place(cluster).raw & !(FRESH | FRESH_ZEROED);
+        let at = table.wrapping_add((cluster & ((1 << g.l2_bits()) - 1)) * 8);
+        Error::corrupt(format!(
+            "{}: L2 entry at {at:#x} (guest offset {:#x}) {}",
+            self.name,
+            cluster << g.cluster_bits,
+            bad.text()
+        ))
+    }
+}
+
+impl Qed {
+    fn head_end(&self) -> u64 {
+        u64::from(self.header.header_size) << self.layout.cluster_bits
     }
 
     /// What L2 entry `raw` says.
@@ -133,126 +185,6 @@ impl Qed {
             _ => count,
         };
         (entry, count)
-    }
-
-    #[cold]
-    pub(super) fn bad_l1(&self, index: usize, bad: Bad) -> Error {
-        let at = self.header.l1_table_offset + index as u64 * 8;
-        Error::corrupt(format!(
-            "{}: L1 entry {index} at {at:#x} {}",
-            self.name,
-            bad.text()
-        ))
-    }
-
-    #[cold]
-    pub(super) fn bad_l2(&self, cluster: u64, bad: Bad) -> Error {
-        let g = &self.layout;
-        let table = self.place(cluster).raw & !(FRESH | FRESH_ZEROED);
-        let at = table.wrapping_add((cluster & ((1 << g.l2_bits()) - 1)) * 8);
-        Error::corrupt(format!(
-            "{}: L2 entry at {at:#x} (guest offset {:#x}) {}",
-            self.name,
-            cluster << g.cluster_bits,
-            bad.text()
-        ))
-    }
-
-    pub(super) fn check_range(&self, at: GuestOffset, len: u64) -> Result<()> {
-        let end = at.0.checked_add(len);
-        if len == 0 || end.is_none_or(|end| end > self.layout.size) {
-            return Err(Error::invalid(format!(
-                "{}: {len} bytes at {at} are not within the disk",
-                self.name
-            )));
-        }
-        Ok(())
-    }
-
-    /// The extents of a slice, from `run.next()` on. `true` when the run may go on behind the slice.
-    #[inline]
-    fn feed_slice(&self, run: &mut Growing, entries: Entries<'_>) -> Result<bool, Bad> {
-        let g = &self.layout;
-        let mut at = (run.next() >> g.cluster_bits) as usize & (g.slice_entries() - 1);
-        while at < g.slice_entries() {
-            let skip = run.next() & (g.cluster() - 1);
-            let left = run.left();
-            // Clusters that the rest touches, one at least.
-            let most = ((skip + left - 1) >> g.cluster_bits) + 1;
-            let most = most.min(g.slice_entries() as u64) as usize;
-            let (entry, count) = self.run_at(&entries, at, most);
-            if count == 0 {
-                return Ok(false);
-            }
-            let room = (((count as u64) << g.cluster_bits) - skip).min(left);
-            let kind = match entry {
-                Ok(Entry::Unallocated) => ExtentKind::Unallocated,
-                Ok(Entry::Zero) => ExtentKind::Zero { host: None },
-                Ok(Entry::Data(host)) => ExtentKind::Data {
-                    file: FileId::IMAGE,
-                    offset: HostOffset(host + skip),
-                },
-                Err(bad) if run.len() == 0 => return Err(bad),
-                Err(_) => return Ok(false),
-            };
-            if !run.feed(kind, room) || run.left() == 0 {
-                return Ok(false);
-            }
-            at += count;
-        }
-        Ok(true)
-    }
-
-    pub(super) fn map_extent(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
-        self.check_range(at, len)?;
-        let g = &self.layout;
-        let mut run = Growing::new(at.0, len);
-        for _ in 0..STEPS_MAX {
-            let place = self.place(run.next() >> g.cluster_bits);
-            let more = match self.decode_l1(place.raw) {
-                Err(_) if run.len() > 0 => false,
-                Err(bad) => return Err(self.bad_l1(place.l1, bad)),
-                Ok(0) => {
-                    let covers = 1 << (g.l2_bits() + g.cluster_bits);
-                    let room = covers - (run.next() & (covers - 1));
-                    run.feed(ExtentKind::Unallocated, room.min(run.left()))
-                }
-                Ok(_) => {
-                    let start = run;
-                    let seen = self.tables.read(place.slice, |entries| {
-                        run = start;
-                        self.feed_slice(&mut run, entries)
-                    });
-                    let seen = match seen {
-                        Some(seen) => seen,
-                        None => {
-                            // A reader that gave up may have left half a slice in the run.
-                            run = start;
-                            if run.len() > 0 {
-                                break;
-                            }
-                            let mut st = self.lock();
-                            let seen = self
-                                .l2_entries(&mut st, &place)
-                                .map(|entries| self.feed_slice(&mut run, entries));
-                            match st.step(seen)? {
-                                Step::Done(seen) => seen,
-                                Step::Need(need) => return Ok(Step::Need(need)),
-                                Step::Wait(key) => return Ok(Step::Wait(key)),
-                            }
-                        }
-                    };
-                    match seen {
-                        Ok(more) => more,
-                        Err(bad) => return Err(self.bad_l2(run.next() >> g.cluster_bits, bad)),
-                    }
-                }
-            };
-            if !more || run.left() == 0 {
-                break;
-            }
-        }
-        Ok(Step::Done(run.extent()))
     }
 
     /// The entries of an L2 slice whose table exists.

@@ -50,8 +50,8 @@ pub use header::{
 pub use open::OpenOptions;
 pub use resize::{clear_need_check, grow, may_grow};
 
-use crate::metadata::Layout;
 use crate::metadata::tables::Tables;
+use crate::metadata::{Layout, Walk};
 use crate::raw::not_compressed;
 use crate::{
     Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan, Reserve, Step, Ticket,
@@ -160,11 +160,7 @@ impl Image for Qed {
     }
 
     fn expect(&self, at: GuestOffset) {
-        // What the driver says may be anything.
-        if at.0 < self.layout.size {
-            let place = self.place(at.0 >> self.layout.cluster_bits);
-            self.tables.expect(place.slice, place.index);
-        }
+        self.expect_at(at);
     }
 
     fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>> {

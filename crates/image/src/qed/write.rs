@@ -1,10 +1,10 @@
 //! Planning writes into clusters of their own.
 
 use super::Qed;
-use super::map::{Entry, Place};
+use super::map::Entry;
 use super::space::Run;
 use super::state::{FRESH_TABLES_MAX, Pending, State};
-use crate::metadata::{Ask, FRESH, FRESH_ZEROED, Halt, key_of};
+use crate::metadata::{Ask, FRESH, FRESH_ZEROED, Halt, Place, Walk, key_of};
 use crate::{Allocation, FileId, Fill, Need, Plan, Ticket};
 use block::{GuestOffset, HostOffset};
 use std::sync::atomic::Ordering;

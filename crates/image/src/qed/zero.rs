@@ -11,7 +11,7 @@
 use super::Qed;
 use super::map::Entry;
 use super::state::State;
-use crate::metadata::{Ask, Halt, ZERO};
+use crate::metadata::{Ask, Halt, Walk, ZERO};
 use crate::{FileId, ZeroMode, ZeroPlan};
 use block::{GuestOffset, HostOffset};
 

@@ -5,7 +5,7 @@ use super::super::entry::{Bad, COPIED, Entry};
 use super::super::tables::Entries;
 use super::{Cluster, Kind};
 use crate::Plan;
-use crate::metadata::{Growing, STEPS_MAX};
+use crate::metadata::{Growing, STEPS_MAX, Walk};
 use block::{GuestOffset, HostOffset};
 
 impl Qcow2 {

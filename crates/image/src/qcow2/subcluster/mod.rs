@@ -32,6 +32,7 @@ mod zero;
 use super::Qcow2;
 use super::entry::{Bad, Entry, Geometry, ZERO};
 use super::state::Ask;
+use crate::metadata::Walk;
 use std::sync::atomic::Ordering;
 
 /// Subclusters of a cluster.

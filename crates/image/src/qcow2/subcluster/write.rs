@@ -14,11 +14,11 @@
 use super::super::Qcow2;
 use super::super::alloc::Piece;
 use super::super::entry::COPIED;
-use super::super::map::Place;
 use super::super::pending::{Birth, Pending};
 use super::super::state::{Ask, Deref, State};
 use super::super::write::ALLOC_BYTES_MAX;
 use super::{Bitmap, Cluster, Kind, SUBCLUSTERS};
+use crate::metadata::{Place, Walk};
 use crate::{Fill, Plan};
 use block::{GuestOffset, HostOffset};
 

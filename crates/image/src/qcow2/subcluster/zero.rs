@@ -17,6 +17,7 @@ use super::super::entry::COPIED;
 use super::super::state::{Ask, State};
 use super::super::zero::Change;
 use super::{Bitmap, Cluster, Kind, SUBCLUSTERS};
+use crate::metadata::Walk;
 use crate::{ZeroMode, ZeroPlan};
 use block::GuestOffset;
 
