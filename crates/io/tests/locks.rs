@@ -7,6 +7,7 @@ use common::scratch;
 use io::{File, Lock, OpenOptions};
 use std::{
     io::{BufRead, BufReader, Write},
+    os::fd::AsFd,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
@@ -59,6 +60,20 @@ fn our_own_locks_exclude_each_other() {
         }
         drop(held);
         open(&path, Lock::Write).expect("closing releases the lock");
+    }
+}
+
+/// As the kernel holds a file that was registered with a ring which it takes apart in the background.
+#[test]
+fn closing_releases_the_lock_of_a_description_that_lives_on() {
+    let dir = scratch();
+    let path = image(dir.path());
+    for lock in [Lock::Write, READ] {
+        let file = open(&path, lock).unwrap();
+        let other = file.as_fd().try_clone_to_owned().unwrap();
+        drop(file);
+        open(&path, Lock::Write).expect("closing releases the lock");
+        drop(other);
     }
 }
 

@@ -190,3 +190,14 @@ impl File {
         Ok(())
     }
 }
+
+impl Drop for File {
+    /// Lets go of the lock at once: an `io_uring` in which the file was registered keeps the open file
+    /// description, and with it the locks, for some time after the last descriptor is closed.
+    fn drop(&mut self) {
+        if self.lock() != Lock::None {
+            // A failure leaves it to the kernel.
+            let _ = hold(self.as_fd(), Lock::None, ALL, ALL);
+        }
+    }
+}
