@@ -33,12 +33,12 @@ pub fn run(args: &args::Commit) -> Result<()> {
     let stop = signals::stop_on_signals()?;
     // With an image between, the overlay stays what it is: those would read as garbage without it.
     let empties = !args.drop && args.base.is_none();
-    let passphrases = args.keys.read()?;
+    let passphrases = args.moving.keys.read()?;
     let options = ChainOptions {
         format: args.format,
         read_only: !empties,
-        cache: args.cache,
-        allow_backing: args.allow_backing.clone(),
+        cache: args.moving.cache,
+        allow_backing: args.moving.allow_backing.clone(),
         cache_bytes: Some(CACHE_BYTES),
         passphrases: passphrases.clone(),
         repair: Some(check::mend),
@@ -82,10 +82,10 @@ pub fn run(args: &args::Commit) -> Result<()> {
     let spec = open::spec(&path)?;
     let open_base = || open::chain(spec, &options);
     let size = chain.layers.first().map_or(0, |layer| layer.image.size());
-    let bar = progress_bar(size, args.progress);
+    let bar = progress_bar(size, args.moving.progress);
     let mut progress = |done| bar.set_position(done);
     let mut work = Work::new(stop, &mut progress);
-    work.rate = args.rate;
+    work.rate = args.moving.rate;
     let report = commit::commit(&chain.layers, &open_base, &mut work);
     bar.finish_and_clear();
     let report = report?;
@@ -93,7 +93,7 @@ pub fn run(args: &args::Commit) -> Result<()> {
         commit::empty(overlay)
             .with_context(|| format!("{}: has all of it now, but", path.display()))?;
     }
-    if args.quiet {
+    if args.moving.quiet {
         return Ok(());
     }
     let json = Json {
@@ -105,7 +105,7 @@ pub fn run(args: &args::Commit) -> Result<()> {
         base_grown_from: report.grown_from,
         emptied: empties,
     };
-    if args.json {
+    if args.moving.json {
         return print(&crate::json(&json)?);
     }
     let mut line = format!(

@@ -121,14 +121,14 @@ pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
             bail!("{what} of several images makes no sense: give one SRC");
         }
     }
-    let passphrases = args.keys.read()?;
+    let passphrases = args.moving.keys.read()?;
     let open_source = |spec: &String| {
         let options = ChainOptions {
             format: args.format,
             read_only: true,
             cache: args.source_cache,
             force_share: args.force_share,
-            allow_backing: args.allow_backing.clone(),
+            allow_backing: args.moving.allow_backing.clone(),
             data_file: args.data_file.clone(),
             snapshot: args.snapshot.clone(),
             cache_bytes: Some(CACHE_BYTES),
@@ -154,10 +154,10 @@ pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
     };
     let bytes = copying.source()?.size();
     copying.bytes = bytes;
-    let bar = progress_bar(bytes, args.progress);
+    let bar = progress_bar(bytes, args.moving.progress);
     let mut progress = |done| bar.set_position(done);
     let mut work = Work::new(stop, &mut progress);
-    work.rate = args.rate;
+    work.rate = args.moving.rate;
     let copied = match args.no_create {
         true => copying.write_existing(below, &mut work),
         false => copying.write_new(below, &mut work),
@@ -168,7 +168,7 @@ pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
 
 /// What `--target-key-secret` names.
 fn target_passphrases(args: &Arguments) -> Result<Vec<Arc<Passphrase>>> {
-    let find = |id: &String| Ok(Arc::new(args.keys.objects.find(id)?));
+    let find = |id: &String| Ok(Arc::new(args.moving.keys.objects.find(id)?));
     args.target_key_secret.iter().map(find).collect()
 }
 
@@ -184,7 +184,7 @@ fn base(args: &Arguments, target: &Path, passphrases: &[Arc<Passphrase>]) -> Res
         format: args.backing_format,
         read_only: true,
         cache: args.source_cache,
-        allow_backing: args.allow_backing.clone(),
+        allow_backing: args.moving.allow_backing.clone(),
         cache_bytes: Some(CACHE_BYTES),
         passphrases: passphrases.to_vec(),
         ..ChainOptions::default()
@@ -298,8 +298,8 @@ impl Copying<'_> {
     ) -> Result<Chain> {
         let options = ChainOptions {
             format,
-            cache: self.args.cache,
-            allow_backing: self.args.allow_backing.clone(),
+            cache: self.args.moving.cache,
+            allow_backing: self.args.moving.allow_backing.clone(),
             cache_bytes: Some(CACHE_BYTES),
             repair: Some(crate::check::mend),
             passphrases,
@@ -563,7 +563,7 @@ impl Copying<'_> {
                  --object secret,id=ID,file=FILE -o encrypt.key-secret=ID"
             );
         }
-        options.passphrase(&self.args.keys)
+        options.passphrase(&self.args.moving.keys)
     }
 
     fn compressed(
@@ -574,7 +574,7 @@ impl Copying<'_> {
         work: &mut Work<'_>,
     ) -> Result<Report> {
         let open = OpenOptions {
-            cache: self.args.cache,
+            cache: self.args.moving.cache,
             ..OpenOptions::default()
         };
         let file = match device {
@@ -643,7 +643,7 @@ fn print(args: &Arguments, copied: &Copied) -> Result<()> {
     let (names, target) = args.files()?;
     let metadata = fs::metadata(target)?;
     let (file_size, actual_size) = (metadata.len(), metadata.blocks().saturating_mul(512));
-    if args.json {
+    if args.moving.json {
         let places = report.unreadable.iter().map(|found| Hole {
             offset: found.at,
             length: found.len,
@@ -706,7 +706,7 @@ fn print(args: &Arguments, copied: &Copied) -> Result<()> {
         1 => line.push_str(", 1 bitmap"),
         count => line.push_str(&format!(", {count} bitmaps")),
     }
-    match args.quiet {
+    match args.moving.quiet {
         true => Ok(()),
         false => crate::print(&(line + "\n")),
     }

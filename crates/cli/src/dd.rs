@@ -66,11 +66,14 @@ pub fn run(args: &args::Dd) -> Result<()> {
         format: args.format,
         target_format: Some(args.target_format.unwrap_or(Format::Raw)),
         force_share: args.force_share,
-        allow_backing: args.allow_backing.clone(),
-        keys: args.keys.clone(),
-        json: args.json,
-        quiet: args.quiet,
-        progress: args.progress,
+        moving: args::Moving {
+            allow_backing: args.allow_backing.clone(),
+            keys: args.keys.clone(),
+            json: args.json,
+            quiet: args.quiet,
+            progress: args.progress,
+            ..args::Moving::default()
+        },
         ..args::Convert::of(input, output)
     };
     convert::copy(&copy, Some(operands.window()))

@@ -59,10 +59,10 @@ pub fn run(args: &args::Rebase) -> Result<()> {
             };
             let format = active.format;
             refuse_others(&args.file, format)?;
-            let bar = progress_bar(active.image.size(), args.progress);
+            let bar = progress_bar(active.image.size(), args.moving.progress);
             let mut progress = |done| bar.set_position(done);
             let mut work = Work::new(stop, &mut progress);
-            work.rate = args.rate;
+            work.rate = args.moving.rate;
             let report = copy_differences(&overlay, base.as_ref(), &mut work);
             bar.finish_and_clear();
             let report = report?;
@@ -74,7 +74,7 @@ pub fn run(args: &args::Rebase) -> Result<()> {
             (format, report)
         }
     };
-    if !args.quiet {
+    if !args.moving.quiet {
         tell(args, backing, &report)?;
     }
     create::warn_of_policy(&args.file, format, backing.is_some());
@@ -95,10 +95,10 @@ fn refuse_others(path: &Path, format: Format) -> Result<()> {
 fn overlay(args: &args::Rebase) -> Result<Chain> {
     let options = ChainOptions {
         format: args.format,
-        cache: args.cache,
-        allow_backing: args.allow_backing.clone(),
+        cache: args.moving.cache,
+        allow_backing: args.moving.allow_backing.clone(),
         cache_bytes: Some(CACHE_BYTES),
-        passphrases: args.keys.read()?,
+        passphrases: args.moving.keys.read()?,
         repair: Some(check::mend),
         ..ChainOptions::default()
     };
@@ -113,9 +113,9 @@ fn base(args: &args::Rebase, name: &str, format: Format) -> Result<Chain> {
         format: Some(format),
         read_only: true,
         cache: args.source_cache,
-        allow_backing: args.allow_backing.clone(),
+        allow_backing: args.moving.allow_backing.clone(),
         cache_bytes: Some(CACHE_BYTES),
-        passphrases: args.keys.read()?,
+        passphrases: args.moving.keys.read()?,
         ..ChainOptions::default()
     };
     let spec = open::spec(&path).context("-b")?;
@@ -132,7 +132,7 @@ fn base(args: &args::Rebase, name: &str, format: Format) -> Result<Chain> {
 }
 
 fn tell(args: &args::Rebase, backing: Option<(&str, Format)>, report: &Report) -> Result<()> {
-    if args.json {
+    if args.moving.json {
         return print(&crate::json(&Json {
             filename: args.file.display().to_string(),
             backing_filename: backing.map(|(name, _)| name.to_owned()),

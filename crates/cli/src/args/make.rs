@@ -1,0 +1,68 @@
+//! Commands about images that do not exist yet: `create` and `measure`.
+
+use super::{bytes, format};
+use crate::secret::Keys;
+use clap::Args;
+use image::Format;
+use std::path::PathBuf;
+
+/// `create`.
+#[derive(Args, Debug)]
+pub struct Create {
+    /// Print nothing but errors
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Format of the new image: raw, qcow2, qed or vhd [default: by FILE's extension, .qcow2, .qed, .vhd, .raw or .img]
+    #[arg(short, long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Options of the format, as key=value,…: `-o help` lists them
+    #[arg(short, long = "option", value_name = "K=V,…")]
+    pub options: Vec<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub keys: Keys,
+    /// The new image shows what BASE holds wherever it was not written. It gets subclusters, which
+    /// make small writes cheap, unless -o extended_l2=off says otherwise
+    #[arg(short, long, value_name = "BASE", requires = "backing_format")]
+    pub backing: Option<String>,
+    /// Format of BASE
+    #[arg(short = 'F', long, value_name = "FMT", value_parser = format, requires = "backing")]
+    pub backing_format: Option<Format>,
+    /// File to create; it must not exist yet
+    pub file: PathBuf,
+    /// Size of the disk (20G, 512M, …) [default: the size of BASE]
+    #[arg(value_parser = bytes)]
+    pub size: Option<u64>,
+}
+
+/// `measure`.
+#[derive(Args, Debug)]
+pub struct Measure {
+    /// Format of the new image
+    #[arg(short = 'O', long, value_name = "FMT", default_value = "raw", value_parser = format)]
+    pub target_format: Format,
+    /// Its options, as key=value,…, as of `create`
+    #[arg(short, long = "option", value_name = "K=V,…")]
+    pub options: Vec<String>,
+    /// Measure a new image of a disk of that size
+    #[arg(short, long, value_name = "SIZE", value_parser = bytes, conflicts_with = "file")]
+    pub size: Option<u64>,
+    /// Format of FILE [default: known by its magic, else raw]
+    #[arg(short, long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Measure FILE's internal snapshot of that id, or else name; as convert -l
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    pub snapshot: Option<String>,
+    /// Read FILE even while another process writes it
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Also open backing and data files below DIR, not only below each image's own directory
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+    /// Image that is to be converted
+    #[arg(required_unless_present = "size")]
+    pub file: Option<String>,
+}

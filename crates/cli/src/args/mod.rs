@@ -1,0 +1,126 @@
+//! The command line. Stable: scripts rely on it.
+
+mod change;
+mod copy;
+mod look;
+mod make;
+mod serve;
+
+pub use change::*;
+pub use copy::*;
+pub use look::*;
+pub use make::*;
+pub use serve::*;
+
+use crate::{bench_load::Load, bench_versus::Versus, bitmap::Bitmap};
+use block::{Result, size};
+use clap::{Args, Parser, Subcommand};
+use image::Format;
+
+/// Opens virtual disk images, looks after them and serves them to virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "diskplane", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create an image
+    Create(Create),
+    /// Show what an image is
+    Info(Info),
+    /// Show what an image's ranges are made of
+    Map(Map),
+    /// Find what is wrong with an image, and repair it
+    Check(Check),
+    /// Copy a disk into a new image, of another format or compressed
+    Convert(Convert),
+    /// Copy a part of a disk into a new image
+    Dd(Dd),
+    /// Find out whether two images have the same content
+    Compare(Compare),
+    /// Put what an overlay has into its backing file
+    Commit(Commit),
+    /// Give an image another backing file
+    Rebase(Rebase),
+    /// Say how large the file of a new image will be
+    Measure(Measure),
+    /// List, make, apply or delete snapshots inside a qcow2 image
+    Snapshot(Snapshot),
+    /// Show and change an image's persistent bitmaps
+    Bitmap(Bitmap),
+    /// Change what a qcow2 image was created with
+    Amend(Amend),
+    /// Make a disk larger or smaller
+    Resize(Resize),
+    /// Serve images to virtual machines and NBD clients
+    Serve(Serve),
+    /// Measure disks and servers
+    Bench(Bench),
+}
+
+/// `bench`.
+#[derive(Args, Debug)]
+pub struct Bench {
+    /// What to measure.
+    #[command(subcommand)]
+    pub what: BenchCommand,
+}
+
+/// The commands of `bench`.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Put load on a server or a file, and report what came back
+    Load(Load),
+    /// Compare diskplane with its peers and with bare metal, cell by cell
+    Versus(Versus),
+}
+
+pub(crate) fn bytes(text: &str) -> Result<u64> {
+    size::parse(text)
+}
+
+/// What `-S` takes: whole sectors, as in qemu-img.
+fn sparse(text: &str) -> Result<u64> {
+    let bytes = size::parse(text)?;
+    match bytes.is_multiple_of(512) {
+        true => Ok(bytes),
+        false => Err(block::Error::invalid("it must be a multiple of 512")),
+    }
+}
+
+/// A number of bytes in a second.
+fn rate(text: &str) -> Result<u64> {
+    match size::parse(text)? {
+        0 => Err(block::Error::invalid("nothing at all would be done")),
+        bytes => Ok(bytes),
+    }
+}
+
+pub(crate) fn format(text: &str) -> Result<Format> {
+    text.parse()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn serve_needs_a_socket() {
+        let parse = |args: &[&str]| Cli::try_parse_from([&["diskplane", "serve"], args].concat());
+        assert!(parse(&["disk"]).is_err());
+        assert!(parse(&["disk", "--nbd", "unix:/run/s"]).is_ok());
+        assert!(parse(&["disk", "--vhost-user", "/run/s", "--queues", "0"]).is_err());
+        assert!(parse(&["disk", "--vhost-user", "/run/s", "--aio", "posix"]).is_err());
+    }
+}

@@ -1,0 +1,89 @@
+//! `serve`.
+
+use super::format;
+use crate::{disks::DiskArgument, secret::Keys};
+use clap::{ArgGroup, Args, ValueEnum};
+use export::nbd::NbdAddress;
+use image::Format;
+use io::{Aio, Cache};
+use std::path::PathBuf;
+
+/// What becomes of a guest's discards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Discard {
+    /// Give the space back to the host
+    Unmap,
+    /// Ignore them
+    Ignore,
+}
+
+/// How statistics are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Stats {
+    /// For people
+    #[default]
+    Table,
+    /// One line of JSON per disk: {"disk": FILE, "statistics": {…}}
+    Json,
+}
+
+/// `serve`.
+#[derive(Args, Debug)]
+#[command(group(ArgGroup::new("socket").args(["vhost_user", "nbd", "disk"]).required(true).multiple(true)))]
+pub struct Serve {
+    /// Format of the image: needed for raw, known by its magic otherwise
+    #[arg(short, long, value_name = "FMT", value_parser = format)]
+    pub format: Option<Format>,
+    /// Image to serve, or null:SIZE
+    #[arg(required_unless_present = "disk")]
+    pub file: Option<String>,
+    /// Serve it over vhost-user-blk on this Unix socket
+    #[arg(long, value_name = "SOCK")]
+    pub vhost_user: Option<PathBuf>,
+    /// Serve it over NBD at unix:PATH or HOST:PORT
+    #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = str::parse::<NbdAddress>)]
+    pub nbd: Option<NbdAddress>,
+    /// Serve this disk too, on the same I/O threads; may be given many times. Keys: vhost-user=SOCK,
+    /// nbd=ADDRESS, format=FMT, queues=N, read-only=on|off, data-file=PATH, snapshot=NAME; what it does not say is as for all disks
+    #[arg(long, value_name = "FILE,K=V,…", value_parser = str::parse::<DiskArgument>)]
+    pub disk: Vec<DiskArgument>,
+    /// Queues that a virtual machine may use
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub queues: u16,
+    /// Threads that do the I/O
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub io_threads: u16,
+    /// Never sleep while a client is connected: each of these threads takes a core for the lowest latency
+    #[arg(long)]
+    pub poll: bool,
+    /// How I/O is submitted: auto, threads, native or io_uring
+    #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<Aio>)]
+    pub aio: Aio,
+    /// How the host caches: none, writeback, writethrough, directsync or unsafe
+    #[arg(long, value_name = "MODE", default_value = "writeback", value_parser = str::parse::<Cache>)]
+    pub cache: Cache,
+    /// Refuse writes
+    #[arg(long)]
+    pub read_only: bool,
+    /// Serve FILE's internal snapshot of that id, or else name
+    #[arg(long, value_name = "NAME", requires_all = ["file", "read_only"])]
+    pub snapshot: Option<String>,
+    /// Allow --vhost-user and --nbd at the same time
+    #[arg(long)]
+    pub shared: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub keys: Keys,
+    /// What becomes of discards
+    #[arg(long, value_name = "MODE", default_value = "unmap")]
+    pub discard: Discard,
+    /// Also open backing and data files below DIR, not only below each image's own directory
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+    /// The image's external data file, whatever name the image has for it
+    #[arg(long, value_name = "PATH")]
+    pub data_file: Option<PathBuf>,
+    /// Print statistics to stderr at the end (and, as always, on SIGUSR1): table, or json for one line per disk
+    #[arg(long, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "table")]
+    pub stats: Option<Stats>,
+}
