@@ -122,7 +122,7 @@ fn raw_with_one_queue() {
     let report = Guest::new("discard,verify,fs-ext4")
         .parameter("mb", 32)
         .disk(Disk::vhost_user(&socket))
-        .run();
+        .run_on(&server);
     let output = server.stop();
     assert_ext4_is_sound(&dir, "raw", &image);
     assert_served_as_qemu_reads(&dir, "raw", &image);
@@ -144,7 +144,7 @@ fn qcow2_with_two_queues_on_two_threads() {
     let report = Guest::new("discard,verify,fs-xfs")
         .parameter("mb", 32)
         .disk(Disk::vhost_user(&socket).queues(2))
-        .run();
+        .run_on(&server);
     let output = server.stop();
     qemu::check("qcow2", &image);
     assert_xfs_is_sound(&dir, "qcow2", &image);
@@ -202,7 +202,9 @@ fn an_overlay_of_three_layers() {
     let guest = Guest::new("demo")
         .parameter("mb", 32)
         .parameter("seconds", 2);
-    let report = guest.disk(Disk::vhost_user(&socket).queues(2)).run();
+    let report = guest
+        .disk(Disk::vhost_user(&socket).queues(2))
+        .run_on(&server);
     let output = server.stop();
 
     assert!(
@@ -224,7 +226,9 @@ fn a_read_only_disk_is_read_only_in_the_guest() {
     qemu::create("qcow2", &image, "64M");
     let before = checksum(&image);
     let server = serve(&image).read_only().vhost_user(&socket).start();
-    let report = Guest::new("probe").disk(Disk::vhost_user(&socket)).run();
+    let report = Guest::new("probe")
+        .disk(Disk::vhost_user(&socket))
+        .run_on(&server);
     server.stop();
     assert_eq!(report.number("vda.read_only"), 1);
     assert!(
@@ -310,7 +314,9 @@ fn a_guest_on_raw_survives_kills_of_the_server() {
         server.kill();
         server = serve.start();
     }
-    let report = guest.finish().expect("the guest finds all that it wrote");
+    let report = guest
+        .finish()
+        .unwrap_or_else(|failure| panic!("{failure}\n{}", server.describe()));
     server.stop();
     assert!(report.passed("reconnect.verify_whole"));
     assert_served_as_qemu_reads(&dir, "raw", &image);

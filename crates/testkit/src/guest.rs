@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::TempDir;
 use crate::command::Failure;
 use crate::process::{POLL, Process};
 use crate::report::Report;
+use crate::{Server, TempDir};
 
 /// How long a guest may run if the test says nothing else: several times what it takes under emulation on
 /// a busy machine.
@@ -120,16 +120,16 @@ impl Guest {
         self
     }
 
-    /// Boots the guest and waits for its result, which must be `ok`.
+    /// Boots the guest on the disk that `server` serves, and waits for its result, which must be `ok`.
     #[track_caller]
-    pub fn run(&self) -> Report {
+    pub fn run_on(&self, server: &Server) -> Report {
         match self.try_run() {
             Ok(report) => report,
-            Err(failure) => panic!("{failure}"),
+            Err(failure) => panic!("{failure}\n{}", server.describe()),
         }
     }
 
-    /// As [`Self::run`], with the failure returned.
+    /// Boots the guest and waits for its result, which must be `ok`.
     pub fn try_run(&self) -> Result<Report, Failure> {
         self.boot()?.finish()
     }

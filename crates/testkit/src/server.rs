@@ -16,6 +16,9 @@ const READY_LIMIT: Duration = Duration::from_secs(30);
 /// How long a server may take to finish what is in flight, flush and close.
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long one that is asked how it does may take to answer.
+const DESCRIBE_LIMIT: Duration = Duration::from_secs(5);
+
 /// The command line of a `diskplane serve`, built up option by option.
 #[derive(Debug, Clone)]
 pub struct Serve {
@@ -180,6 +183,40 @@ impl Server {
         self.process.signal(signal);
     }
 
+    /// What there is to know of a server whose client complains: where its threads are, the processor time
+    /// that each took, and all that it has printed, with the statistics that it is asked for.
+    pub fn describe(&self) -> String {
+        self.signal(Signal::USR1);
+        let asked = Instant::now();
+        while !self.stderr_so_far().contains("operation") && asked.elapsed() < DESCRIBE_LIMIT {
+            std::thread::sleep(POLL);
+        }
+        let mut text = format!("the server:\n{}", self.stderr_so_far());
+        let tasks = format!("/proc/{}/task", self.pid());
+        for task in std::fs::read_dir(tasks).into_iter().flatten().flatten() {
+            let read = |name| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+            let stat = read("stat");
+            // Behind the name: the state, and as fields 14 and 15 of the line user and system time.
+            let fields: Vec<_> = stat
+                .rsplit(')')
+                .next()
+                .unwrap_or_default()
+                .split(' ')
+                .collect();
+            let field = |n: usize| fields.get(n).copied().unwrap_or_default();
+            text += &format!(
+                "  {}: {} in {}, system call {}, {} user and {} system ticks\n",
+                read("comm").trim(),
+                field(1),
+                read("wchan"),
+                read("syscall").trim(),
+                field(12),
+                field(13)
+            );
+        }
+        text
+    }
+
     /// SIGTERM, and then exit status 0 in time. Returns all that it has printed.
     #[track_caller]
     pub fn stop(self) -> Output {
@@ -252,6 +289,17 @@ mod tests {
         let server = script("trap 'exit 5' TERM; echo ready; while :; do sleep 0.05; done").start();
         let failure = server.try_stop().unwrap_err();
         assert!(failure.contains("exit status: 5"), "{failure}");
+    }
+
+    #[test]
+    fn a_server_is_described_with_its_threads_and_statistics() {
+        let server = script(
+            "trap 'echo operation reads >&2' USR1; echo ready; while :; do sleep 0.05; done",
+        )
+        .start();
+        let text = server.describe();
+        assert!(text.contains("operation reads\n  sh: "), "{text}");
+        assert!(text.contains("user and"), "{text}");
     }
 
     #[test]
