@@ -314,9 +314,7 @@ fn a_guest_on_raw_survives_kills_of_the_server() {
         server.kill();
         server = serve.start();
     }
-    let report = guest
-        .finish()
-        .unwrap_or_else(|failure| panic!("{failure}\n{}", server.describe()));
+    let report = guest.finish_on(&server);
     server.stop();
     assert!(report.passed("reconnect.verify_whole"));
     assert_served_as_qemu_reads(&dir, "raw", &image);

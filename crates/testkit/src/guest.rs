@@ -15,9 +15,9 @@ use crate::process::{POLL, Process};
 use crate::report::Report;
 use crate::{Server, TempDir};
 
-/// How long a guest may run if the test says nothing else: several times what it takes under emulation on
-/// a busy machine.
-const TIMEOUT: Duration = Duration::from_secs(180);
+/// How long a guest may run if the test says nothing else: ten times what it takes under emulation, since the
+/// machine may be busy with other things.
+const TIMEOUT: Duration = Duration::from_secs(360);
 
 /// How many lines of the console a failure shows.
 const CONSOLE_LINES_MAX: usize = 60;
@@ -123,9 +123,9 @@ impl Guest {
     /// Boots the guest on the disk that `server` serves, and waits for its result, which must be `ok`.
     #[track_caller]
     pub fn run_on(&self, server: &Server) -> Report {
-        match self.try_run() {
-            Ok(report) => report,
-            Err(failure) => panic!("{failure}\n{}", server.describe()),
+        match self.boot() {
+            Ok(guest) => guest.finish_on(server),
+            Err(failure) => panic!("{failure}"),
         }
     }
 
@@ -224,8 +224,21 @@ impl Running {
         Ok(())
     }
 
+    /// Waits for the guest, whose disk `server` serves, to power off; its result must be `ok`.
+    #[track_caller]
+    pub fn finish_on(mut self, server: &Server) -> Report {
+        match self.result() {
+            Ok(report) => report,
+            Err(failure) => panic!("{failure}\n{}", server.describe("its guest failed")),
+        }
+    }
+
     /// Waits for the guest to power off; its result must be `ok`.
     pub fn finish(mut self) -> Result<Report, Failure> {
+        self.result()
+    }
+
+    fn result(&mut self) -> Result<Report, Failure> {
         let left = self.timeout.saturating_sub(self.started.elapsed());
         match self.process.wait(left) {
             Err(_) => {

@@ -1,5 +1,6 @@
 //! A program that runs beside the test: its output is collected, and it never outlives the test.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -13,6 +14,9 @@ use crate::command::{Failure, cannot_start, display, ended};
 
 /// How often a state that cannot be waited for is looked at.
 pub(crate) const POLL: Duration = Duration::from_millis(20);
+
+/// How long the threads of a program that fails are watched.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// What arrives on a stream, collected by a thread of its own so that the program never blocks on it.
 struct Collector {
@@ -174,15 +178,37 @@ impl Process {
         (self.stdout.finish(), self.stderr.finish())
     }
 
-    /// A failure of a program that still runs.
+    /// A failure of a program that still runs: what it has printed, and what each of its threads does.
     pub(crate) fn describe(&self, problem: &str) -> Failure {
+        let threads = self.threads();
         let (stdout, stderr) = (self.stdout_so_far(), self.stderr_so_far());
         Failure::new(format!(
-            "{}: {problem}\n  stdout: {}\n  stderr: {}",
+            "{}: {problem}\n  stdout: {}\n  stderr: {}\n  threads:\n{threads}",
             self.what,
             stdout.trim_end(),
             stderr.trim_end()
         ))
+    }
+
+    /// A line for each thread: its state, where it is, and the processor time that it has taken and takes: one that
+    /// waits for nothing and gets no processor looks otherwise than one that hangs.
+    fn threads(&self) -> String {
+        let before = threads(self.pid());
+        std::thread::sleep(LOOK);
+        let lines = threads(self.pid()).into_iter().map(|(id, now)| {
+            let then = before.iter().find(|(known, _)| *known == id);
+            let more = now.ticks - then.map_or(0, |(_, then)| then.ticks);
+            format!(
+                "    {} {} in {}, call {}: {} ticks, {more} of them in the last {} ms\n",
+                now.name,
+                now.state,
+                now.place,
+                now.call,
+                now.ticks,
+                LOOK.as_millis()
+            )
+        });
+        lines.collect()
     }
 
     /// A failure of a program that has ended.
@@ -195,6 +221,42 @@ impl Process {
             &stderr,
         )
     }
+}
+
+/// What the kernel tells of a thread.
+struct Thread {
+    name: String,
+    state: String,
+    /// The kernel's function in which it sleeps.
+    place: String,
+    /// The system call with its arguments.
+    call: String,
+    /// Processor time, in ticks.
+    ticks: u64,
+}
+
+/// The threads of a process by their numbers; none when it is gone.
+fn threads(process: u32) -> Vec<(OsString, Thread)> {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task"));
+    let tasks = tasks.into_iter().flatten().flatten();
+    let threads = tasks.map(|task| {
+        let read = |name| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let stat = read("stat");
+        // Behind the name, which may have spaces in it: the state; the times are the fields 14 and 15 of the line.
+        let fields: Vec<_> = (stat.rsplit(')').next().unwrap_or_default())
+            .split_whitespace()
+            .collect();
+        let ticks = [11, 12].map(|n| fields.get(n).and_then(|field| field.parse().ok()));
+        let thread = Thread {
+            name: read("comm").trim().to_owned(),
+            state: fields.first().copied().unwrap_or_default().to_owned(),
+            place: read("wchan"),
+            call: read("syscall").trim().to_owned(),
+            ticks: ticks.iter().flatten().sum::<u64>(),
+        };
+        (task.file_name(), thread)
+    });
+    threads.collect()
 }
 
 impl Drop for Process {

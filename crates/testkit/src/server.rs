@@ -183,38 +183,15 @@ impl Server {
         self.process.signal(signal);
     }
 
-    /// What there is to know of a server whose client complains: where its threads are, the processor time
-    /// that each took, and all that it has printed, with the statistics that it is asked for.
-    pub fn describe(&self) -> String {
+    /// What there is to know of a server whose client complains: all that it has printed, with the statistics that it is
+    /// asked for, and what its threads do.
+    pub fn describe(&self, problem: &str) -> Failure {
         self.signal(Signal::USR1);
         let asked = Instant::now();
         while !self.stderr_so_far().contains("operation") && asked.elapsed() < DESCRIBE_LIMIT {
             std::thread::sleep(POLL);
         }
-        let mut text = format!("the server:\n{}", self.stderr_so_far());
-        let tasks = format!("/proc/{}/task", self.pid());
-        for task in std::fs::read_dir(tasks).into_iter().flatten().flatten() {
-            let read = |name| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
-            let stat = read("stat");
-            // Behind the name: the state, and as fields 14 and 15 of the line user and system time.
-            let fields: Vec<_> = stat
-                .rsplit(')')
-                .next()
-                .unwrap_or_default()
-                .split(' ')
-                .collect();
-            let field = |n: usize| fields.get(n).copied().unwrap_or_default();
-            text += &format!(
-                "  {}: {} in {}, system call {}, {} user and {} system ticks\n",
-                read("comm").trim(),
-                field(1),
-                read("wchan"),
-                read("syscall").trim(),
-                field(12),
-                field(13)
-            );
-        }
-        text
+        self.process.describe(problem)
     }
 
     /// SIGTERM, and then exit status 0 in time. Returns all that it has printed.
@@ -297,9 +274,10 @@ mod tests {
             "trap 'echo operation reads >&2' USR1; echo ready; while :; do sleep 0.05; done",
         )
         .start();
-        let text = server.describe();
-        assert!(text.contains("operation reads\n  sh: "), "{text}");
-        assert!(text.contains("user and"), "{text}");
+        let failure = server.describe("the client gave up");
+        for part in ["the client gave up", "operation reads", " ticks, "] {
+            assert!(failure.contains(part), "{part:?} is not in: {failure}");
+        }
     }
 
     #[test]
