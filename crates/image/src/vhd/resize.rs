@@ -1,16 +1,16 @@
 //! A larger disk in an image that nobody uses.
 //!
 //! ```text
-//!   fixed     zeros between the disk and the old footer · footer at the new end · zeros where the old one was
-//!             where one lies across the other: the new one behind both · and in its place · the file is cut
+//!   fixed     zeros between the disk and its footer · the same footer at the new end · zeros where it was · the new one
+//!             where new and old place overlap, the new end is behind both first: footer in its place · the file is cut
 //!   others    zeros behind the old end in the last block
 //!             where the table is too small: a larger one behind the last block · header's first sector
 //!             footer's copy · footer at the end
 //! ```
 //!
-//! Each step is durable before the next, and each but those of a fixed image is one sector that changes everything: a crash
-//! leaves the old size or the new. A fixed image has one footer only, the file's last 512 bytes: while the
-//! file grows by its new one, it has that or the old one.
+//! Each step is durable before the next, and one of them is one sector that changes everything: a crash
+//! leaves the old size or the new. A fixed image has one footer only, the file's last 512 bytes; how long the disk is says
+//! the footer, not where it lies.
 
 use super::footer::{DiskType, FOOTER_BYTES, Footer};
 use super::geometry::{Geometry, MAX_SECTORS};
@@ -73,23 +73,30 @@ fn grow_fixed(file: &dyn Storage, layout: &Layout, bytes: u64, footer: &[u8]) ->
         file.sync()?;
     }
     let place = bytes.max(old_end);
-    let touch = place < old_end + len && !old_end.is_multiple_of(len);
-    if touch {
-        // Half of one and half of the other would be none: meanwhile the file ends with a third, of one sector.
-        file.write_at((place + len).next_multiple_of(len), footer)?;
-        file.sync()?;
+    if place == old_end && place.is_multiple_of(len) {
+        file.write_at(place, footer)?;
+        return file.sync();
     }
-    file.write_at(place, footer)?;
+    // Half of one and half of the other would be none: meanwhile the file ends with a third, of one sector.
+    let across = place < old_end + len;
+    let end = match across {
+        true => (place + len).next_multiple_of(len),
+        false => place,
+    };
+    // The disk has its old size, with more behind it, until nothing of the old footer is left that it would show.
+    file.write_at(end, &layout.footer.to_bytes())?;
     file.sync()?;
-    if place > old_end {
-        let gap = (place - old_end).min(len) as usize;
-        file.write_at(old_end, [0; FOOTER_BYTES].get(..gap).unwrap_or_default())?;
-    }
-    if touch {
+    file.write_at(old_end, &[0; FOOTER_BYTES])?;
+    file.sync()?;
+    file.write_at(end, footer)?;
+    file.sync()?;
+    if across {
+        file.write_at(place, footer)?;
         file.sync()?;
         file.set_len(place + len)?;
+        file.sync()?;
     }
-    file.sync()
+    Ok(())
 }
 
 /// The footer of the disk when it has `bytes`. Where no geometry has as many, the footer's size counts from now on.
