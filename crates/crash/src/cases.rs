@@ -280,6 +280,42 @@ const WORKLOADS: &[Workload] = &[
         queues: &[0],
     },
     Workload {
+        name: "commit",
+        script: "storm 40; commit; crash; storm 20; commit; storm 10; close; storm 5",
+        images: &[
+            "cluster_size=4k size=512k over cluster_size=16k size=512k filled",
+            "cluster_size=64k size=1M over raw size=300k",
+            "cluster_size=16k extended_l2 size=512k over cluster_size=4k size=200k compressed over raw size=400k",
+            "qed=2 cluster_size=4k size=512k over qed=2 cluster_size=8k size=300k filled",
+            "cluster_size=4k size=512k over vhd cluster_size=8k size=512k",
+            "cluster_size=4k size=512k data_file over cluster_size=512 size=256k",
+        ],
+        queues: &[0],
+    },
+    Workload {
+        name: "rebase",
+        script: "storm 20 len=64k; rebase 2; crash; storm 20; rebase; crash; storm 10",
+        images: &[
+            "cluster_size=4k size=512k over cluster_size=16k size=512k filled over raw size=700k",
+            "cluster_size=64k size=1M over cluster_size=4k size=300k compressed over cluster_size=4k size=700k filled",
+            "cluster_size=16k extended_l2 size=512k over cluster_size=4k size=600k filled over raw size=300k",
+            "qed=2 cluster_size=4k size=512k over qed=2 cluster_size=8k size=300k filled over raw size=400k",
+        ],
+        queues: &[0],
+    },
+    Workload {
+        name: "grow",
+        script: "storm 30; resize 1M; crash; storm 20; resize 5M; crash; storm 20 len=128k; close; storm 5",
+        images: &[
+            "qed=2 cluster_size=4k size=512k",
+            "qed=1 cluster_size=4k size=512k over raw size=3M",
+            "vhd cluster_size=8k size=512k",
+            "vhd=fixed size=512k",
+            "vhd cluster_size=4k size=512k junk=64k",
+        ],
+        queues: &[0],
+    },
+    Workload {
         name: "one-cluster",
         script: "storm 100 in=32k len=8k flush=3 fua=3 discard=3 unmap=2 zero=2 read=4; crash; storm 60 in=32k len=4k",
         images: &[

@@ -50,6 +50,9 @@ impl Judge {
         look: Look,
     ) -> Result<(), String> {
         let format = world.spec.format();
+        if look != Look::Quick {
+            check_below(world)?;
+        }
         if format == Format::Vhd {
             return self.judge_vhd(world, model, allowed, look);
         }
@@ -261,6 +264,26 @@ fn go_on(world: &World, model: &Model, allowed: &Allowed) -> Result<(), String> 
         0 => Ok(()),
         leaks => Err(format!("{leaks} clusters are leaked after their repair")),
     }
+}
+
+/// The images below are sound, which most workloads do not touch.
+fn check_below(world: &World) -> Result<(), String> {
+    for (spec, disks) in world.images().skip(1) {
+        let file: &dyn Storage = &*disks[0];
+        let options = CheckOptions::default();
+        let report = match spec.format() {
+            Format::Qcow2 if is_dirty(file).map_err(|e| e.to_string())? => continue,
+            Format::Qcow2 => tool::check::check(file, &options),
+            Format::Qed => tool::check::qed::check(file, &options),
+            Format::Vhd => tool::check::vhd::check(file, &options),
+            _ => continue,
+        };
+        let report = report.map_err(|e| format!("below: {e}"))?;
+        if report.corruptions + report.check_errors > 0 {
+            return Err(format!("below: {:?}", report.findings));
+        }
+    }
+    Ok(())
 }
 
 /// Every snapshot of the image is what the disk was when it was made.

@@ -10,14 +10,15 @@ use crate::spec::{bytes, passphrase, second_passphrase};
 use crate::world::World;
 use block::{Error, Result, Storage};
 use crypto::luks::{self, Erase};
-use image::Format;
 use image::qcow2::bitmap::Bitmaps;
 use image::qcow2::snapshot::{self, NewSnapshot};
 use image::qcow2::{AmendOptions, Header, ImageWriter, amend, crypt, downgrade};
 use std::sync::Arc;
 use tool::check::{CheckOptions, Repair};
+use tool::commit::{commit, empty};
 use tool::convert::{ConvertOptions, Target, convert};
 use tool::prealloc::Preallocation;
+use tool::rebase::copy_differences;
 use tool::resize::{ResizeOptions, resize};
 use tool::source::Source;
 use tool::work::{Stop, Work};
@@ -76,7 +77,7 @@ const OPERATIONS: &[(&str, Operation)] = &[
             preallocation: preallocation?,
         };
         let chain = ground.world.open(false, None)?;
-        resize(&chain.members(), Format::Qcow2, &options)?;
+        resize(&chain.members(), ground.world.spec.format(), &options)?;
         Ok(Effect::Size(size))
     }),
     ("amend", |ground, words| {
@@ -144,6 +145,8 @@ const OPERATIONS: &[(&str, Operation)] = &[
     }),
     ("repair", damage_and_repair),
     ("convert", convert_again),
+    ("commit", commit_and_empty),
+    ("rebase", copy_for_rebase),
     ("create", |ground, _| {
         ground.model.absent(ground.begun);
         image::qcow2::create(ground.file(), &ground.world.spec.create)?;
@@ -231,6 +234,41 @@ fn convert_again(ground: &mut Ground, _: &[&str]) -> Result<Effect> {
     convert(Source::new(&source)?, target, &options, &mut work)?;
     ground.model.present(ground.world.clock.tick());
     Ok(Effect::Nothing)
+}
+
+/// Puts what the image has into the one below, and takes it out of the image.
+fn commit_and_empty(ground: &mut Ground, _: &[&str]) -> Result<Effect> {
+    let above = ground.world.open(true, None)?.layers;
+    let mut progress = |_| {};
+    let mut work = Work::new(Stop::default(), &mut progress);
+    commit(&above[..1], &|| ground.world.open_below(1), &mut work)?;
+    empty(&ground.world.open(false, None)?.layers[0])?;
+    Ok(Effect::Nothing)
+}
+
+/// Prepares the image for the backing file at the depth that is said, or for none: it must read on that as before.
+/// Its name in the header is left alone, since the world has its own of what lies below an image.
+fn copy_for_rebase(ground: &mut Ground, words: &[&str]) -> Result<Effect> {
+    let depth: Option<usize> = words.first().and_then(|depth| depth.parse().ok());
+    let whole = ground.world.open(true, None)?;
+    let mut base = whole.clone();
+    base.layers.drain(..depth.unwrap_or(base.layers.len()));
+    let base = depth.is_some().then_some(&base);
+    let mut progress = |_| {};
+    let mut work = Work::new(Stop::default(), &mut progress);
+    copy_differences(&ground.world.open(false, None)?, base, &mut work)?;
+    let mut over = ground.world.open(true, None)?;
+    over.layers.drain(1..depth.unwrap_or(over.layers.len()));
+    let mut driver = over.driver()?;
+    let mut bytes = vec![0; driver.size() as usize];
+    driver.read(0, &mut bytes)?;
+    let content = ground.world.content()?;
+    match bytes.iter().zip(&content).position(|(now, then)| now != then) {
+        None => Ok(Effect::Nothing),
+        Some(at) => Err(Error::corrupt(format!(
+            "on its new backing file it reads otherwise at {at:#x}"
+        ))),
+    }
 }
 
 /// One edit of the bitmaps.

@@ -172,40 +172,64 @@ impl World {
         names.zip(self.disks.iter().skip(1))
     }
 
-    /// Opens the image with what it lies over. A writer first brings one that was not closed in order, as the
-    /// command does.
+    /// Opens the image with what it lies over. A writer first brings one that was not closed in order, as the commands
+    /// do.
     ///
     /// # Errors
     ///
     /// What opening it fails with.
     pub fn open(&self, read_only: bool, mutant: Option<Mutant>) -> Result<Chain> {
-        match self.spec.format() {
-            Format::Qcow2 if !read_only => drop(tool::check::mend_dirty(&**self.image())?),
-            Format::Qed if !read_only => drop(tool::check::qed::mend(&**self.image())?),
-            Format::Vhd if !read_only => drop(vhd::mend(&**self.image())?),
-            _ => {}
-        }
-        let mut layers = Vec::new();
-        let mut disks = self.disks.iter();
-        for (depth, spec) in self.spec.chain().enumerate() {
+        self.open_chain((!read_only).then_some(0), mutant)
+    }
+
+    /// The images of the chain with their files, the image's own first.
+    pub fn images(&self) -> impl Iterator<Item = (&Spec, &[Arc<SimDisk>])> {
+        let mut disks = self.disks.as_slice();
+        self.spec.chain().map(move |spec| {
             let files = 1 + usize::from(spec.create.data_file.is_some());
-            let own = disks.by_ref().take(files);
+            let (own, below) = disks.split_at(files);
+            disks = below;
+            (spec, own)
+        })
+    }
+
+    /// Opens the image at `depth` for writing with what it lies over, without those above it.
+    ///
+    /// # Errors
+    ///
+    /// What opening it fails with.
+    pub fn open_below(&self, depth: usize) -> Result<Chain> {
+        let mut chain = self.open_chain(Some(depth), None)?;
+        chain.layers.drain(..depth);
+        Ok(chain)
+    }
+
+    fn open_chain(&self, writable: Option<usize>, mutant: Option<Mutant>) -> Result<Chain> {
+        let mut layers = Vec::new();
+        for (depth, (spec, disks)) in self.images().enumerate() {
+            let own = disks.iter();
             let files: Vec<Arc<File>> = own
                 .map(|disk| File::sim(Arc::clone(disk)))
                 .collect::<Result<_>>()?;
             let file: &dyn Storage = &*files[0];
+            match spec.format() {
+                Format::Qcow2 if writable == Some(depth) => drop(tool::check::mend_dirty(file)?),
+                Format::Qed if writable == Some(depth) => drop(tool::check::qed::mend(file)?),
+                Format::Vhd if writable == Some(depth) => drop(vhd::mend(file)?),
+                _ => {}
+            }
             let (image, format): (Arc<dyn image::Image>, _) = if spec.raw {
                 (Arc::new(Raw::open(file)?), Format::Raw)
             } else if spec.qed.is_some() {
                 let options = qed::OpenOptions {
-                    read_only: read_only || depth > 0,
+                    read_only: writable != Some(depth),
                     ..qed::OpenOptions::default()
                 };
                 let image = qed::Qed::open(file, &options).context(|| "open")?;
                 (Arc::new(image), Format::Qed)
             } else if spec.vhd.is_some() {
                 let options = vhd::OpenOptions {
-                    read_only: read_only || depth > 0,
+                    read_only: writable != Some(depth),
                     // As few bitmaps as there may be.
                     cache_bytes: Some(0),
                 };
@@ -213,7 +237,7 @@ impl World {
                 (Arc::new(image), Format::Vhd)
             } else {
                 let options = qcow2::OpenOptions {
-                    read_only: read_only || depth > 0,
+                    read_only: writable != Some(depth),
                     passphrase: (spec.create.encryption.is_some()).then(passphrase),
                     ..qcow2::OpenOptions::default()
                 };
@@ -227,7 +251,10 @@ impl World {
                 format,
             });
         }
-        Ok(Chain { layers, read_only })
+        Ok(Chain {
+            layers,
+            read_only: writable.is_none(),
+        })
     }
 
     /// All that the guest sees, read by the blocking driver.
