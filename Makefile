@@ -26,7 +26,6 @@ lint: ## check the format and run clippy, warnings denied; and that fuzz/Cargo.l
 test: ## all the set-up it needs, lint, and every test
 	@$(MAKE) --no-print-directory setup
 	@$(MAKE) --no-print-directory lint
-	@$(MAKE) --no-print-directory build
 	@scripts/test.sh
 
 soak: ## the long tests: crash enumeration for MINUTES (10), 50 kills, fuzzing, check beside qemu-img (ARGS=crash for one)
