@@ -35,7 +35,7 @@ soak: ## the long tests: crash enumeration for MINUTES (10), 50 kills, fuzzing, 
 demo: ## boot a Linux guest on an overlay that diskplane serves, and check what is left
 	@scripts/demo.sh
 
-bench: ## compare with the peers, cell by cell (half an hour, 13 GiB; ARGS=--quick for less)
+bench: ## compare with the peers, cell by cell (an hour, 16 GiB; ARGS=--quick for less)
 	@scripts/setup.sh bench
 	@$(MAKE) --no-print-directory build
 	$${CARGO_TARGET_DIR:-target}/release/diskplane bench versus --dir $${CARGO_TARGET_DIR:-target}/versus \

@@ -34,7 +34,7 @@ pub struct Versus {
     /// Seconds that each sample measures [default: 2, with --quick 0.5]
     #[arg(long, value_name = "S", value_parser = seconds)]
     pub seconds: Option<Duration>,
-    /// Where images (up to 13 GiB, gone afterwards) and results go
+    /// Where images (up to 14 GiB, gone afterwards) and results go
     #[arg(long, value_name = "DIR", default_value = "versus")]
     pub dir: PathBuf,
     /// Keep the full raw file, the full qcow2 image and the base of overlays for the next run

@@ -90,6 +90,39 @@ fn a_small_run_has_every_sample_and_a_verdict() {
 }
 
 #[test]
+fn commands_are_measured_beside_qemu_img() {
+    let dir = TempDir::new();
+    let args = ["--cell", "measure", "--samples", "1", "--json"];
+    let output = versus(dir.root(), &args).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let samples = records(&output, "sample");
+    let sides: Vec<_> = samples
+        .iter()
+        .map(|s| s["side"].as_str().unwrap())
+        .collect();
+    assert_eq!(sides, ["diskplane", "qemu-img"]);
+    for sample in &samples {
+        let figure = |name: &str| sample["metrics"][name].as_f64().unwrap();
+        assert!((figure("runs") * figure("elapsed-s") - 1.0).abs() < 1e-9);
+        assert!(
+            figure("cpu-s") > 0.0 && figure("peak-mib") > 1.0,
+            "{sample}"
+        );
+        let command = sample["detail"]["command"].as_array().unwrap();
+        assert_eq!(command[1], "measure");
+    }
+    let judgements = records(&output, "cell")[0]["judgements"].clone();
+    let metrics: Vec<_> = judgements
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|j| j["metric"].clone())
+        .collect();
+    assert_eq!(metrics, ["runs", "cpu-s", "elapsed-s", "peak-mib"]);
+    assert_eq!(leftovers(dir.root()), [] as [PathBuf; 0]);
+}
+
+#[test]
 fn without_peers_it_says_so_and_goes_on() {
     let dir = TempDir::new();
     let page = dir.path("page.md");

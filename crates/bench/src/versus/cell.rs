@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 pub struct Cell {
     /// How it is named on the command line.
     pub name: &'static str,
-    /// The line of the table in issue 4 ("Ahead of every peer on the data path") that it stands for.
+    /// The line of the table in issue 4 ("Ahead of every peer on the data path"), or of issue 5 ("Speed"), that it stands for.
     pub line: &'static str,
     /// What it shows, in a sentence or two.
     pub meaning: &'static str,
@@ -45,6 +45,12 @@ pub struct Load {
     pub idle: bool,
 }
 
+/// No load: the sides are commands.
+pub const NONE: Load = Load {
+    idle: true,
+    ..RANDREAD
+};
+
 /// 4 KiB reads at random, 32 in flight.
 pub const RANDREAD: Load = Load {
     pattern: Pattern::RandRead,
@@ -80,6 +86,34 @@ pub enum Server {
     Spdk,
     /// fio on the file itself: bare metal.
     Fio,
+    /// A `diskplane` command on closed images; the side's [`Job`] says which.
+    Tool,
+    /// The same by `qemu-img`, with each set of options that a knowing user may give it.
+    QemuImg,
+}
+
+/// What a command does with closed images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Job {
+    /// `convert` of the side's image; `durable`: what was written is on the disk when it ends (diskplane's default;
+    /// qemu-img's is not to wait for it: `-t unsafe`).
+    Convert {
+        /// Format of the target.
+        to: &'static str,
+        /// It is compressed, by this method.
+        packed: Option<&'static str>,
+        /// See above.
+        durable: bool,
+    },
+    /// `check`.
+    Check,
+    /// `map`, as JSON.
+    Map,
+    /// `measure` for a qcow2 image.
+    Measure,
+    /// `compare` of the raw and the qcow2 image with the same disk.
+    Compare,
 }
 
 /// What is served.
@@ -106,6 +140,14 @@ pub enum Image {
     ScatteredFile,
     /// The raw base of overlays.
     Base,
+    /// A raw disk of which half is data in runs of 1 MiB and more, half of that compressible; the rest are holes.
+    HalfRaw,
+    /// A smaller one of the same kind: compressing takes long.
+    PackRaw,
+    /// The disk of [`Image::HalfRaw`] as qcow2.
+    HalfQcow2,
+    /// qcow2 of 1 TiB with 2^18 scattered clusters; of less in a quick run.
+    Sparse,
     /// This many raw files, each written full, served by one process.
     Several(u8),
     /// This many small raw files, served by one process.
@@ -141,6 +183,8 @@ pub struct Side {
     pub polling: Polling,
     /// Its own load.
     pub load: Option<Load>,
+    /// What it does, where it is a command.
+    pub job: Option<Job>,
 }
 
 /// A side with one queue and defaults.
@@ -153,6 +197,7 @@ pub const fn side(name: &'static str, server: Server, image: Image) -> Side {
         io_threads: 1,
         polling: Polling::Default,
         load: None,
+        job: None,
     }
 }
 
@@ -178,6 +223,12 @@ impl Side {
     /// Under another load than the cell's.
     pub const fn load(mut self, load: Load) -> Self {
         self.load = Some(load);
+        self
+    }
+
+    /// Doing `job`.
+    pub const fn job(mut self, job: Job) -> Self {
+        self.job = Some(job);
         self
     }
 }
@@ -207,6 +258,14 @@ pub enum Metric {
     InDevice,
     /// CPU that neither the server nor the load used, percent of a core: other processes, and the hypervisor's other guests.
     OthersPercent,
+    /// How often a command could run in a second, one after the other: 1 / [`Metric::ElapsedS`].
+    Runs,
+    /// Seconds from a command's start to its end.
+    ElapsedS,
+    /// CPU that a command used, seconds of user and system time.
+    CpuS,
+    /// Most memory that a command had resident at a time (`VmHWM`), MiB.
+    PeakMib,
 }
 
 impl Metric {
@@ -223,12 +282,16 @@ impl Metric {
             Self::IdlePercent => "idle CPU %",
             Self::InDevice => "in device",
             Self::OthersPercent => "others' CPU %",
+            Self::Runs => "runs/s",
+            Self::ElapsedS => "elapsed s",
+            Self::CpuS => "CPU s",
+            Self::PeakMib => "peak MiB",
         }
     }
 
     /// Whether more is better.
     pub fn more_is_better(self) -> bool {
-        matches!(self, Self::Iops | Self::Pairs | Self::InDevice)
+        matches!(self, Self::Iops | Self::Pairs | Self::InDevice | Self::Runs)
     }
 }
 

@@ -2,9 +2,10 @@
 
 use super::{
     cell::{Image, Load, RANDWRITE},
+    half,
     process::{Folder, Process, remove_file},
     scattered::{self, Scattered},
-    table::SCATTER,
+    table::{SCATTER, SPARSE_SCATTER},
 };
 use crate::load::{self, Pattern, Spec, Target};
 use block::{Context, Error, ErrorKind, Result, size};
@@ -18,7 +19,7 @@ use std::{
 };
 
 /// Bytes that must stay free on the host.
-const SPARE: u64 = 2 << 30;
+pub(super) const SPARE: u64 = 2 << 30;
 /// How long filling a file may take before it is called stuck.
 const FILL_LIMIT: Duration = Duration::from_secs(600);
 /// How long the device is waited for before a sample.
@@ -38,6 +39,12 @@ pub struct Sizes {
     pub several: u64,
     /// Bytes by which an image may grow in a sample.
     pub growth: u64,
+    /// Bytes of the disk that is converted, half of which are data.
+    pub half: u64,
+    /// Bytes of the disk that is compressed, half of which are data.
+    pub pack: u64,
+    /// Virtual size of the image whose tables commands read, every 64th cluster of which is allocated.
+    pub sparse: u64,
 }
 
 /// Virtual size of an image that grows.
@@ -59,6 +66,9 @@ impl Sizes {
         base: 8 << 30,
         several: 256 << 20,
         growth: 4 << 30,
+        half: 8 << 30,
+        pack: 1 << 30,
+        sparse: 1 << 40,
     };
     /// Of a quick one.
     pub const QUICK: Self = Self {
@@ -66,6 +76,9 @@ impl Sizes {
         base: 2 << 30,
         several: 64 << 20,
         growth: 1 << 30,
+        half: 1 << 30,
+        pack: 128 << 20,
+        sparse: 64 << 30,
     };
 }
 
@@ -73,9 +86,13 @@ impl Image {
     /// Its format.
     pub fn format(self) -> &'static str {
         match self {
-            Self::Qcow2 | Self::Growing | Self::Overlay | Self::Subclusters | Self::Scattered => {
-                "qcow2"
-            }
+            Self::Qcow2
+            | Self::Growing
+            | Self::Overlay
+            | Self::Subclusters
+            | Self::Scattered
+            | Self::HalfQcow2
+            | Self::Sparse => "qcow2",
             _ => "raw",
         }
     }
@@ -114,6 +131,7 @@ impl Image {
         match self {
             Self::Null => Vec::new(),
             Self::Overlay | Self::Subclusters => vec![Self::Base, self],
+            Self::HalfQcow2 => vec![Self::HalfRaw, self],
             other => vec![other.files()],
         }
     }
@@ -126,7 +144,9 @@ impl Image {
             Self::Base => sizes.base,
             Self::Several(n) => u64::from(n) * sizes.several,
             Self::Many(n) => u64::from(n) * SMALL,
-            Self::Scattered | Self::ScatteredFile => scattered::DATA,
+            Self::Scattered | Self::ScatteredFile | Self::Sparse => scattered::DATA,
+            Self::HalfRaw | Self::HalfQcow2 => sizes.half / 2 + (64 << 20),
+            Self::PackRaw => sizes.pack,
             // Reservations ahead and metadata on top of what is written.
             Self::Growing | Self::Unwritten | Self::Overlay | Self::Subclusters => {
                 sizes.growth + (256 << 20)
@@ -197,6 +217,10 @@ impl Images {
             Image::Overlay => one("overlay.qcow2"),
             Image::Subclusters => one("subclusters.qcow2"),
             Image::Scattered | Image::ScatteredFile => one("scattered.qcow2"),
+            Image::Sparse => one("sparse.qcow2"),
+            Image::HalfRaw => one("half.raw"),
+            Image::PackRaw => one("pack.raw"),
+            Image::HalfQcow2 => one("half.qcow2"),
             Image::Several(_) => (0..image.disks())
                 .map(|n| folder.join(format!("disk-{n}.raw")))
                 .collect(),
@@ -240,7 +264,7 @@ impl Images {
         Ok(())
     }
 
-    fn free(&self) -> Result<u64> {
+    pub(super) fn free(&self) -> Result<u64> {
         let stat = rustix::fs::statvfs(self.work.path())
             .map_err(std::io::Error::from)
             .context(|| self.dir.display().to_string())?;
@@ -361,6 +385,22 @@ impl Images {
             Image::Qcow2 => self.make_qcow2(&self.paths(image)[0]),
             Image::Scattered | Image::ScatteredFile => {
                 SCATTERED.create(&self.paths(Image::Scattered)[0])
+            }
+            Image::Sparse => {
+                let shape = Scattered {
+                    virtual_bytes: self.sizes.sparse,
+                    every: SPARSE_SCATTER,
+                    ..SCATTERED
+                };
+                shape.create(&self.paths(image)[0])
+            }
+            Image::HalfRaw => half::create(&self.paths(image)[0], self.sizes.half),
+            Image::PackRaw => half::create(&self.paths(image)[0], self.sizes.pack),
+            Image::HalfQcow2 => {
+                let source = self.paths(Image::HalfRaw).swap_remove(0);
+                let source = source.to_string_lossy();
+                let args = ["convert", "-q", "-f", "raw", "-O", "qcow2", &source];
+                self.run(&args, &self.paths(image)[0]).map(drop)
             }
             Image::Null
             | Image::Growing

@@ -124,7 +124,7 @@ pub fn primary(cell: &Cell, side: usize) -> Metric {
     // A peer is at its best where it is fastest; CPU is then compared with that engine's.
     match of_side {
         Some(Metric::P50Us | Metric::P99Us) => Metric::P50Us,
-        Some(Metric::Pairs) => Metric::Pairs,
+        Some(metric @ (Metric::Pairs | Metric::Runs)) => metric,
         _ => Metric::Iops,
     }
 }
@@ -195,7 +195,7 @@ pub fn judge(cell: &Cell, series: &[Series], cores: usize) -> Outcome {
 pub fn label(cell: &Cell, series: &Series) -> String {
     let side = &cell.sides[series.side];
     match side.server {
-        Server::Qsd | Server::QemuNbd if series.engine != "auto" => {
+        Server::Qsd | Server::QemuNbd | Server::QemuImg if series.engine != "auto" => {
             format!("{} ({})", side.name, series.engine)
         }
         _ => side.name.to_owned(),

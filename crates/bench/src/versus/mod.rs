@@ -23,8 +23,11 @@
 //! - `cell`: the [`Outcome`] with every figure, interval and verdict.
 
 pub mod cell;
+mod command;
+mod commands;
 mod device;
 mod fio;
+mod half;
 mod host;
 mod idle;
 mod image;
@@ -59,7 +62,7 @@ use std::{
     path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
-use table::CELLS;
+use table::all;
 
 /// An engine of a peer that is this much slower than its best one, in parts, is not measured again: after one round,
 /// which may have been a bad one, and after more.
@@ -117,16 +120,15 @@ pub struct Run {
 ///
 /// A name that no cell has.
 pub fn select(names: &[String]) -> Result<Vec<&'static Cell>> {
-    let known: BTreeSet<&str> = CELLS.iter().map(|cell| cell.name).collect();
+    let known: BTreeSet<&str> = all().map(|cell| cell.name).collect();
     if let Some(name) = names.iter().find(|name| !known.contains(name.as_str())) {
         return Err(Error::invalid(format!(
             "there is no cell '{name}'; there are {}",
             known.into_iter().collect::<Vec<_>>().join(", ")
         )));
     }
-    let chosen = CELLS
-        .iter()
-        .filter(|cell| names.is_empty() || names.iter().any(|name| name == cell.name));
+    let chosen =
+        all().filter(|cell| names.is_empty() || names.iter().any(|name| name == cell.name));
     Ok(chosen.collect())
 }
 
@@ -415,7 +417,7 @@ mod tests {
     #[test]
     fn cells_are_chosen_by_name_in_the_tables_order() {
         let names = |chosen: &[&Cell]| chosen.iter().map(|c| c.name).collect::<Vec<_>>();
-        assert_eq!(select(&[]).unwrap().len(), CELLS.len());
+        assert_eq!(select(&[]).unwrap().len(), all().count());
         let two = ["grow-random".to_owned(), "null".to_owned()];
         assert_eq!(names(&select(&two).unwrap()), ["null", "grow-random"]);
         let error = select(&["nul".to_owned()]).unwrap_err().to_string();
@@ -427,7 +429,7 @@ mod tests {
 
     #[test]
     fn engines_that_are_far_behind_are_set_aside() {
-        let cell = CELLS.iter().find(|c| c.name == "raw-randread").unwrap();
+        let cell = all().find(|c| c.name == "raw-randread").unwrap();
         let series = |side, engine, iops| Series {
             side,
             engine,
@@ -450,7 +452,7 @@ mod tests {
         set_aside(cell, &mut all);
         assert_eq!(aside(&all), [false, false, true, true]);
         // By latency, less is better.
-        let cell = CELLS.iter().find(|c| c.name == "latency-sleeping").unwrap();
+        let cell = table::all().find(|c| c.name == "latency-sleeping").unwrap();
         let series = |engine, us| Series {
             side: 1,
             engine,
@@ -464,7 +466,7 @@ mod tests {
 
     #[test]
     fn sides_that_differ_are_told() {
-        let cell = CELLS.iter().find(|c| c.name == "raw-randread").unwrap();
+        let cell = all().find(|c| c.name == "raw-randread").unwrap();
         let seen = |direct, bytes| {
             Some(server::Seen {
                 files: vec!["full.raw".to_owned()],

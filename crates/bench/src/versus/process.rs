@@ -4,8 +4,10 @@
 use super::pre_exec;
 use block::{Context, Error, ErrorKind, Result};
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     fs::{FallocateFlags, fallocate},
-    process::{Pid, Signal, kill_process},
+    io::Errno,
+    process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
 };
 use std::{
     fs::{self, File},
@@ -23,6 +25,11 @@ const READY_LIMIT: Duration = Duration::from_secs(30);
 /// How long it may take to finish, flush and close.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(2);
+/// How often a command at work is looked at.
+const LOOK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 2_000_000,
+};
 /// Bytes of a server's words that an error repeats.
 const WORDS_MAX: usize = 600;
 
@@ -187,6 +194,29 @@ impl Process {
             thread::sleep(POLL);
         }
         Ok(())
+    }
+
+    /// Waits until it has ended, at most `limit`, and leaves it to be waited for: what the kernel knows of it is
+    /// still there. `look` is called now and then.
+    pub(super) fn linger(&self, limit: Duration, mut look: impl FnMut(u32)) -> Result<()> {
+        let named = || format!("wait for {}", self.name);
+        let lost = |error: Errno| io::Error::from(error);
+        let pid = Pid::from_child(&self.child);
+        let fd = pidfd_open(pid, PidfdFlags::empty());
+        let fd = fd.map_err(lost).context(named)?;
+        let deadline = Instant::now() + limit;
+        loop {
+            let mut ended = [PollFd::new(&fd, PollFlags::IN)];
+            match poll(&mut ended, Some(&LOOK)) {
+                Ok(0) => look(self.pid()),
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(lost(error)).context(named),
+            }
+            if Instant::now() >= deadline {
+                return Err(self.failed("did not end in time"));
+            }
+        }
     }
 
     /// Waits for its end, at most `limit`.

@@ -5,6 +5,7 @@
 
 use super::{
     cell::{Cell, Image, Load, Metric, Server, Side},
+    command,
     device::Device,
     fio,
     image::Images,
@@ -47,6 +48,9 @@ pub(super) fn take(
     let files = images.files(side.image)?;
     if side.image != Image::Null {
         images.settle()?;
+    }
+    if let Some(job) = side.job {
+        return command::take(programs, images, side, job, engine, &files);
     }
     let range = side.image.range(images.sizes());
     let ramp = times.ramp + Duration::from_secs_f64(load.warm);

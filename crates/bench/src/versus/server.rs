@@ -2,6 +2,7 @@
 
 use super::{
     cell::{Image, Polling, Server, Side},
+    command,
     image::{Images, NULL},
     process::Process,
 };
@@ -40,6 +41,7 @@ pub(super) fn variants(side: &Side) -> &'static [&'static str] {
             &ENGINES
         }
         Server::Qsd if side.image != Image::Null => &ENGINES[..1],
+        Server::QemuImg => side.job.map_or(&[], command::variants),
         _ => &["auto"],
     }
 }
@@ -157,13 +159,15 @@ pub(super) fn start(
         Server::Qsd => qsd(programs, images, side, engine, files, &sockets, &ready)?,
         Server::QemuNbd => qemu_nbd(programs, side, engine, files, &sockets, &ready),
         Server::Spdk => spdk(programs, work, &sockets)?,
-        Server::Fio => return Err(Error::invalid("fio is no server")),
+        Server::Fio | Server::Tool | Server::QemuImg => {
+            return Err(Error::invalid("a command is no server"));
+        }
     };
     let name = match side.server {
         Server::Diskplane | Server::DiskplaneNbd => "diskplane",
         Server::Qsd => "qemu-storage-daemon",
         Server::QemuNbd => "qemu-nbd",
-        Server::Spdk | Server::Fio => "spdk",
+        _ => "spdk",
     };
     let mut process = Process::start(name, &mut command, work)?;
     process.wait_ready(|process| match side.server {
@@ -187,7 +191,7 @@ pub(super) fn start(
     })
 }
 
-fn words(command: &Command) -> Vec<String> {
+pub(super) fn words(command: &Command) -> Vec<String> {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words
         .map(|word| word.to_string_lossy().into_owned())

@@ -1,4 +1,4 @@
-//! The cells: the table of issue 4, "Ahead of every peer on the data path".
+//! The cells: the table of issue 4, "Ahead of every peer on the data path"; commands have their own ([`COMMANDS`]).
 //!
 //! In the order in which they run: those that share a large image stand together.
 
@@ -6,6 +6,7 @@ use super::cell::{
     Against, Bar, Cell, Image, Limit, Load, Metric, Polling, RANDREAD, RANDWRITE, Server, Side,
     at_least, at_most, shown, side,
 };
+use super::commands::COMMANDS;
 use crate::load::{Flushes, Pattern};
 use Metric::{
     BarriersPerFlush, CpuUs, IdlePercent, InDevice, Iops, MemoryMib, P50Us, P99Us, Pairs,
@@ -17,6 +18,8 @@ const CLUSTER: u64 = 64 << 10;
 
 /// Guest clusters from one allocated cluster of the scattered image to the next.
 pub const SCATTER: u64 = 16;
+/// The same of the image whose tables commands read: 2^18 of 2^24 clusters.
+pub const SPARSE_SCATTER: u64 = 64;
 
 const SEQREAD: Load = Load {
     pattern: Pattern::Read,
@@ -91,7 +94,12 @@ const IDLE: Load = Load {
     ..RANDREAD
 };
 
-/// Every cell.
+/// Every cell there is.
+pub fn all() -> impl Iterator<Item = &'static Cell> {
+    CELLS.iter().chain(COMMANDS)
+}
+
+/// Every cell with servers.
 pub const CELLS: &[Cell] = &[
     Cell {
         name: "null",
@@ -528,8 +536,8 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    /// The beginnings of the lines of the issue's table, and of the two requirements below it.
-    const LINES: [&str; 17] = [
+    /// The beginnings of the lines of the issue's table, and of the two requirements below it; then those of issue 5.
+    const LINES: [&str; 21] = [
         "`null` (path alone), sleeping driver",
         "`null`, `--poll` on both sides",
         "raw preallocated, random read / write",
@@ -547,18 +555,22 @@ mod tests {
         "2 queues on 2 I/O threads",
         "Idle",
         "Memory",
+        "convert raw→qcow2 and qcow2→raw",
+        "compressed zstd/zlib",
+        "`check` of a 1 TiB-virtual qcow2",
+        "`map`/`measure`/`compare`",
     ];
 
     #[test]
     fn every_line_of_the_issue_has_cells_and_no_cell_is_without_a_line() {
-        let covered: BTreeSet<&str> = CELLS.iter().map(|cell| cell.line).collect();
+        let covered: BTreeSet<&str> = all().map(|cell| cell.line).collect();
         assert_eq!(covered, BTreeSet::from(LINES));
     }
 
     #[test]
     fn cells_are_sound() {
         let mut names = BTreeSet::new();
-        for cell in CELLS {
+        for cell in all() {
             assert!(names.insert(cell.name), "{} twice", cell.name);
             assert!(
                 cell.name
@@ -567,7 +579,10 @@ mod tests {
             );
             let first = &cell.sides[0];
             assert_eq!(first.name, "diskplane", "{}", cell.name);
-            assert!(matches!(first.server, Diskplane | DiskplaneNbd));
+            assert!(matches!(
+                first.server,
+                Diskplane | DiskplaneNbd | Server::Tool
+            ));
             let sides: BTreeSet<_> = cell.sides.iter().map(|side| side.name).collect();
             assert_eq!(sides.len(), cell.sides.len(), "{}", cell.name);
             let mut judged = false;
@@ -585,6 +600,11 @@ mod tests {
                 judged |= bar.limit != Limit::Shown;
             }
             assert!(judged, "{} has no bar", cell.name);
+            // A command has something to do, a server has not.
+            for side in cell.sides {
+                let command = matches!(side.server, Server::Tool | Server::QemuImg);
+                assert_eq!(command, side.job.is_some(), "{}", cell.name);
+            }
             // A write into an image that grows has to end before the host's disk is full.
             for side in cell.sides {
                 let load = side.load.unwrap_or(cell.load);
@@ -600,7 +620,7 @@ mod tests {
     #[test]
     fn bars_are_those_of_the_issue() {
         let bars = |name: &str| -> Vec<String> {
-            let cell = CELLS.iter().find(|cell| cell.name == name).unwrap();
+            let cell = all().find(|cell| cell.name == name).unwrap();
             let judged = cell.bars.iter().filter(|bar| bar.limit != Limit::Shown);
             judged
                 .map(|bar| format!("{:?} {}", bar.metric, bar.limit))
@@ -639,6 +659,19 @@ mod tests {
             ("queues-2-growing", &["Iops ≥ 1.6"]),
             ("idle-100", &["IdlePercent < 0.5"]),
             ("memory-qcow2", &["MemoryMib < 8"]),
+            (
+                "convert-raw-qcow2",
+                &["Runs ≥ 1.5", "CpuS ≤ 1", "PeakMib < 256"],
+            ),
+            (
+                "convert-qcow2-raw-sync",
+                &["Runs ≥ 1.5", "CpuS ≤ 1", "PeakMib < 256"],
+            ),
+            ("convert-zstd", &["Runs ≥ 1.3", "PeakMib < 256"]),
+            ("check", &["Runs ≥ 2", "PeakMib < 256"]),
+            ("map", &["Runs ≥ 1", "PeakMib < 256"]),
+            ("measure", &["Runs ≥ 1", "PeakMib < 256"]),
+            ("compare", &["Runs ≥ 1", "PeakMib < 256"]),
         ] {
             assert_eq!(bars(name), expected, "{name}");
         }
