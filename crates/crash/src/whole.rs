@@ -263,7 +263,11 @@ fn copy_for_rebase(ground: &mut Ground, words: &[&str]) -> Result<Effect> {
     let mut bytes = vec![0; driver.size() as usize];
     driver.read(0, &mut bytes)?;
     let content = ground.world.content()?;
-    match bytes.iter().zip(&content).position(|(now, then)| now != then) {
+    match bytes
+        .iter()
+        .zip(&content)
+        .position(|(now, then)| now != then)
+    {
         None => Ok(Effect::Nothing),
         Some(at) => Err(Error::corrupt(format!(
             "on its new backing file it reads otherwise at {at:#x}"
