@@ -88,6 +88,10 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
         Format::Qcow2 => check(storage, &options)?,
         Format::Qed => qed::check(storage, &options)?,
         Format::Vhd => vhd::check(storage, &options)?,
+        Format::Vhdx => {
+            eprintln!("diskplane: {shown}: vhdx images are not checked yet");
+            return Ok(ExitCode::from(NO_CHECKS));
+        }
         Format::Raw | Format::Null => {
             eprintln!("diskplane: {shown}: a {format} image has no metadata to check");
             return Ok(ExitCode::from(NO_CHECKS));
@@ -148,7 +152,7 @@ pub fn mend(storage: &dyn Storage, format: Format) -> block::Result<()> {
             qed::mend(storage)?,
             "was not closed cleanly: its tables were checked",
         ),
-        Format::Raw | Format::Null | Format::Vhd => return Ok(()),
+        Format::Raw | Format::Null | Format::Vhd | Format::Vhdx => return Ok(()),
     };
     if let Some(report) = report {
         tracing::warn!(

@@ -316,8 +316,7 @@ impl Copying<'_> {
         work: &mut Work<'_>,
     ) -> Result<Report> {
         let mut driver = target.driver()?;
-        let cluster_size =
-            (target.layers.first()).map_or(1, |layer| layer.image.describe().cluster_size);
+        let cluster_size = (target.layers.first()).map_or(1, |layer| layer.unit_bytes());
         let image = Target::Image {
             driver: &mut driver,
             blank,

@@ -4,7 +4,7 @@ use crate::{args, open, options, options::Options};
 use anyhow::{Context, Result, bail};
 use block::{ErrorKind, Storage, limits, size};
 use disk::chain::{self, Chain, ChainOptions};
-use image::{Format, qcow2, qed, vhd};
+use image::{Format, qcow2, qed, vhd, vhdx};
 use io::{File, FileKind, OpenOptions};
 use std::{fs, path::Path};
 use tool::prealloc::{Preallocation, fill_host};
@@ -85,6 +85,14 @@ pub fn run(args: &args::Create) -> Result<()> {
             line.push_str(&format!(", encrypted with {cipher} {mode}"));
         }
     }
+    if format == Format::Vhdx {
+        let kind = match options.vhdx.fixed {
+            true => "fixed",
+            false => "dynamic",
+        };
+        let block = size::human(options.vhdx.block_bytes());
+        line.push_str(&format!(", {kind}, blocks of {block}"));
+    }
     if format == Format::Qed {
         let cluster = size::human(options.qed.cluster_size);
         line.push_str(&format!(", clusters of {cluster}"));
@@ -127,6 +135,7 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
         Some("qcow2") => Format::Qcow2,
         Some("qed") => Format::Qed,
         Some("vhd" | "vpc") => Format::Vhd,
+        Some("vhdx") => Format::Vhdx,
         Some("raw" | "img") => Format::Raw,
         _ => bail!(
             "{}: its name does not say which format it is to have: say {flag} {}",
@@ -140,6 +149,7 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
 pub(crate) fn refuse_backing(flag: &str, format: Format) -> Result<()> {
     match format {
         Format::Qcow2 | Format::Qed | Format::Vhd => Ok(()),
+        Format::Vhdx => bail!("{flag}: differencing vhdx images are not made yet"),
         Format::Raw | Format::Null => bail!("{flag}: {format} images have no backing file"),
     }
 }
@@ -259,8 +269,8 @@ fn write(path: &Path, format: Format, options: &Options, stop: &Stop) -> Result<
     };
     match format {
         Format::Qcow2 => write_qcow2(&file, options, stop),
-        Format::Qed => bail!(
-            "{}: a qed image grows, which a device cannot",
+        Format::Qed | Format::Vhdx => bail!(
+            "{}: a {format} image grows, which a device cannot",
             path.display()
         ),
         Format::Vhd if options.vhd.disk_type == vhd::DiskType::Fixed => bail!(
@@ -292,6 +302,7 @@ fn write_new(
         Format::Qcow2 => write_qcow2(file, options, stop),
         Format::Qed => qed::create(file, &options.qed).map_err(Into::into),
         Format::Vhd => write_vhd(file, options, stop),
+        Format::Vhdx => write_vhdx(file, options, stop),
         _ => write_raw(file, options, stop),
     };
     if written.is_err() {
@@ -331,6 +342,16 @@ fn write_vhd(file: &File, options: &Options, stop: &Stop) -> Result<()> {
         reserve(options, file, 0..bytes, stop)?;
     }
     Ok(vhd::create(file, &options_of_format)?)
+}
+
+fn write_vhdx(file: &File, options: &Options, stop: &Stop) -> Result<()> {
+    // Before the headers, without which there is no image.
+    let range = options.vhdx.data_range()?;
+    if !range.is_empty() {
+        file.set_len(range.end)?;
+        reserve(options, file, range, stop)?;
+    }
+    Ok(vhdx::create(file, &options.vhdx)?)
 }
 
 /// Has the host set space aside, if that was asked for.

@@ -9,6 +9,7 @@ use image::{
     qcow2::{self, Compression, CreateOptions},
     qed,
     vhd::{self, DiskType},
+    vhdx,
 };
 use tool::prealloc::Preallocation;
 
@@ -74,6 +75,25 @@ const VHD: [(&str, &str); 4] = [
         "dynamic, or fixed, not on a block device [dynamic]",
     ),
 ];
+const VHDX: [(&str, &str); 5] = [
+    (
+        "block_size",
+        "1M to 256M, a power of two: bytes that are allocated at once; 0 to choose by the size [0]",
+    ),
+    (
+        "block_state_zero",
+        "on or off: blocks that are not there are marked as zeros; off, they only read so [on]",
+    ),
+    (
+        "log_size",
+        "1M to less than 4G: bytes of the log of changes to the block table [1M]",
+    ),
+    (
+        "preallocation",
+        "off, or with subformat=fixed falloc or full [off]",
+    ),
+    ("subformat", "dynamic or fixed [dynamic]"),
+];
 const RAW: [(&str, &str); 1] = [("preallocation", "off, falloc or full [off]")];
 
 /// Options of qemu-img that no code here implements yet: refused by name.
@@ -88,6 +108,8 @@ pub struct Options {
     pub qed: qed::CreateOptions,
     /// For vhd; the size is filled in later.
     pub vhd: vhd::CreateOptions,
+    /// For vhdx, as well.
+    pub vhdx: vhdx::CreateOptions,
     /// `backing_file`.
     pub backing_file: Option<String>,
     /// `backing_fmt`.
@@ -124,22 +146,33 @@ impl Options {
         self.qcow2.size = bytes;
         self.qed.size = bytes;
         self.vhd.size = bytes;
+        self.vhdx.size = bytes;
         match format {
             Format::Qcow2 => self.qcow2.validate()?,
             Format::Qed => self.qed.validate()?,
             Format::Vhd => {
                 self.vhd.validate()?;
-                if self.preallocation != Preallocation::Off && self.vhd.disk_type != DiskType::Fixed
-                {
-                    bail!(
-                        "-o preallocation: of vhd images only fixed ones have it: -o subformat=fixed"
-                    );
-                }
+                self.only_fixed(format, self.vhd.disk_type == DiskType::Fixed)?;
                 return Ok(self.vhd.disk_bytes()?);
+            }
+            Format::Vhdx => {
+                self.vhdx.validate()?;
+                self.only_fixed(format, self.vhdx.fixed)?;
+                return Ok(self.vhdx.disk_bytes());
             }
             Format::Raw | Format::Null => {}
         }
         Ok(block::align_up(bytes, 512))
+    }
+
+    /// Refuses preallocation of what is not fixed.
+    fn only_fixed(&self, format: Format, fixed: bool) -> Result<()> {
+        if self.preallocation != Preallocation::Off && !fixed {
+            bail!(
+                "-o preallocation: of {format} images only fixed ones have it: -o subformat=fixed"
+            );
+        }
+        Ok(())
     }
 
     /// Decides what was left open of a qcow2 image whose backing file is known. Returns whether it
@@ -263,6 +296,7 @@ fn table(format: Format) -> impl Iterator<Item = &'static (&'static str, &'stati
         Format::Qcow2 => (&QCOW2, &encrypt::OPTIONS),
         Format::Qed => (&QED, &[]),
         Format::Vhd => (&VHD, &[]),
+        Format::Vhdx => (&VHDX, &[]),
         Format::Raw | Format::Null => (&RAW, &[]),
     };
     own.iter().chain(encryption)
@@ -339,6 +373,19 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
     match key {
         "backing_file" => options.backing_file = Some(value.to_owned()),
         "backing_fmt" => options.backing_format = Some(value.parse()?),
+        "block_size" if format == Format::Vhdx => {
+            // As QEMU does: up to whole MiB, and down to the largest.
+            let bytes = size::parse(value)
+                .map_err(|_| wrong())?
+                .min(vhdx::BLOCK_BYTES.end - 1);
+            options.vhdx.block_bytes = (bytes > 0).then(|| block::align_up(bytes, vhdx::LOG_BYTES));
+        }
+        "block_state_zero" => options.vhdx.zero_blocks = switch(value).ok_or_else(wrong)?,
+        "log_size" => {
+            let bytes = size::parse(value).map_err(|_| wrong())?;
+            let bytes = bytes.clamp(1, vhdx::LOG_BYTES_MAX + 1);
+            options.vhdx.log_bytes = block::align_up(bytes, vhdx::LOG_BYTES);
+        }
         "block_size" => {
             let bytes = size::parse(value).ok().and_then(|b| u32::try_from(b).ok());
             options.vhd.block_bytes = bytes.ok_or_else(wrong)?;
@@ -371,6 +418,13 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
                 return Err(wrong());
             }
             options.qcow2.preallocated = options.preallocation != Preallocation::Off;
+        }
+        "subformat" if format == Format::Vhdx => {
+            options.vhdx.fixed = match value {
+                "dynamic" => false,
+                "fixed" => true,
+                _ => return Err(wrong()),
+            };
         }
         "subformat" => {
             options.vhd.disk_type = match value {

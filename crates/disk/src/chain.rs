@@ -18,7 +18,7 @@
 use crate::blocking::{Driver, Member};
 use block::{Context, Error, ErrorKind, Result, Storage, limits};
 use crypto::Passphrase;
-use image::{FileId, Format, Image, Null, Parent, Raw, qcow2, qed, vhd};
+use image::{FileId, Format, Image, Null, Parent, Raw, qcow2, qed, vhd, vhdx};
 use io::{Cache, File, Lock};
 use std::{
     fs,
@@ -29,6 +29,9 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+
+/// Bytes of a VHDX image's blocks that are written together.
+const VHDX_UNIT: u64 = 64 << 10;
 
 /// The lock of who only reads: others may read too.
 const SHARED: Lock = Lock::Read { share_write: false };
@@ -85,13 +88,25 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Whether holes of its file `id` are zeros to the guest: in a raw image, an external data file, and a QED or VHD image, in
+    /// Whether holes of its file `id` are zeros to the guest: in a raw image, an external data file, and a QED, VHD or VHDX image, in
     /// which holes are punched without a change of the tables. Other formats know themselves what is allocated;
     /// and a hole is not zeros where the data are encrypted.
     pub fn holes_are_zeros(&self, id: FileId) -> bool {
-        let tells =
-            matches!(self.format, Format::Raw | Format::Qed | Format::Vhd) || id == FileId::DATA;
+        let tells = matches!(
+            self.format,
+            Format::Raw | Format::Qed | Format::Vhd | Format::Vhdx
+        ) || id == FileId::DATA;
         tells && self.image.encryption().is_none()
+    }
+
+    /// Bytes of the disk that get their space together: to write fewer of them saves none. A cluster; but blocks of a VHDX
+    /// image are mostly holes until they are written.
+    pub fn unit_bytes(&self) -> u64 {
+        let cluster = self.image.describe().cluster_size;
+        match self.format {
+            Format::Vhdx => cluster.min(VHDX_UNIT),
+            _ => cluster,
+        }
     }
 }
 
@@ -107,7 +122,7 @@ pub struct Chain {
 impl Chain {
     /// Opens `spec` (a path, or `null:SIZE`) and all its backing images.
     ///
-    /// Without a format in `options`, qcow2, QED and VHD are known by their magic, and a file that shows none counts as
+    /// Without a format in `options`, qcow2, QED, VHD and VHDX are known by their magic, and a file that shows none counts as
     /// raw only when it is opened read-only: a guest that could write such a file could make
     /// it show any format next time.
     ///
@@ -283,11 +298,8 @@ fn open_active(path: &Path, keys: &mut Keys<'_>) -> Result<Layer> {
     };
     match (format, options.read_only, options.repair) {
         (Format::Qcow2 | Format::Qed, false, Some(repair)) => repair(&*file, format)?,
-        (Format::Vhd, false, _) => {
-            if let Some(done) = vhd::mend(&*file)? {
-                tracing::warn!(image = file.name(), "was not closed cleanly: {done}");
-            }
-        }
+        (Format::Vhd, false, _) => tell_mended(&file, vhd::mend(&*file)?),
+        (Format::Vhdx, false, _) => tell_mended(&file, vhdx::mend(&*file)?),
         _ => {}
     }
     let image = open_image(&file, format, options.read_only, &options.snapshot, keys)?;
@@ -303,6 +315,13 @@ fn open_active(path: &Path, keys: &mut Keys<'_>) -> Result<Layer> {
         path: path.to_owned(),
         format,
     })
+}
+
+/// Says what was done to an image that was not closed.
+fn tell_mended(file: &File, done: Option<String>) {
+    if let Some(done) = done {
+        tracing::warn!(image = file.name(), "was not closed cleanly: {done}");
+    }
 }
 
 /// Opens a backing image. Without a format, by its magic: it is not raw then.
@@ -418,6 +437,10 @@ fn open_image(
                 cache_bytes: keys.options.cache_bytes,
             };
             Arc::new(vhd::Vhd::open(storage, &options)?)
+        }
+        Format::Vhdx => {
+            let options = vhdx::OpenOptions { read_only };
+            Arc::new(vhdx::Vhdx::open(storage, &options)?)
         }
         Format::Null => {
             return Err(Error::invalid("null is no format of a file: say null:SIZE"));

@@ -14,6 +14,7 @@ pub mod qcow2;
 pub mod qed;
 mod raw;
 pub mod vhd;
+pub mod vhdx;
 mod words;
 
 pub use contract::{

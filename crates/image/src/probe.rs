@@ -4,7 +4,7 @@
 //! a guest writes what it likes at the start of a raw disk, another format's header included,
 //! so raw has to be said by the user or by the image that names the file.
 
-use crate::vhd;
+use crate::{vhd, vhdx};
 use block::{Error, ErrorKind, Result, Storage};
 use serde::Serialize;
 use std::{fmt, str::FromStr};
@@ -23,11 +23,13 @@ pub enum Format {
     Qed,
     /// Virtual PC's, Hyper-V's and XenServer's format; QEMU calls it `vpc`.
     Vhd,
+    /// Hyper-V's format since 2012.
+    Vhdx,
 }
 
 impl Format {
     /// Formats that a file can have, as messages list them.
-    pub const NAMES: &'static str = "raw, qcow2, qed or vhd";
+    pub const NAMES: &'static str = "raw, qcow2, qed, vhd or vhdx";
 
     /// The name, as after `-f`.
     pub fn name(self) -> &'static str {
@@ -37,6 +39,7 @@ impl Format {
             Format::Qcow2 => "qcow2",
             Format::Qed => "qed",
             Format::Vhd => "vhd",
+            Format::Vhdx => "vhdx",
         }
     }
 
@@ -64,6 +67,7 @@ impl FromStr for Format {
             "qcow2" => Ok(Format::Qcow2),
             "qed" => Ok(Format::Qed),
             "vhd" | "vpc" => Ok(Format::Vhd),
+            "vhdx" => Ok(Format::Vhdx),
             _ => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
@@ -85,6 +89,9 @@ const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 pub fn probe_bytes(start: &[u8]) -> Option<Format> {
     if start.starts_with(&vhd::COOKIE) {
         return Some(Format::Vhd);
+    }
+    if start.starts_with(&vhdx::SIGNATURE) {
+        return Some(Format::Vhdx);
     }
     let version = start.get(4..8)?;
     if start.starts_with(&crate::qed::MAGIC) {
@@ -129,6 +136,8 @@ mod tests {
             (b"QFI\xfb\0\0\0\x01", None),
             (b"QFI\xfb", None),
             (b"QED\0\0\0\x01\0", Some(Format::Qed)),
+            (b"vhdxfile\0", Some(Format::Vhdx)),
+            (b"vhdxfil\0\0", None),
             (b"QED \0\0\x01\0", None),
             (b"\0\0\0\0\0\0\0\0", None),
             (b"conectix", Some(Format::Vhd)),
@@ -141,14 +150,20 @@ mod tests {
 
     #[test]
     fn names_are_those_after_f() {
-        for format in [Format::Raw, Format::Qcow2, Format::Qed, Format::Vhd] {
+        for format in [
+            Format::Raw,
+            Format::Qcow2,
+            Format::Qed,
+            Format::Vhd,
+            Format::Vhdx,
+        ] {
             assert_eq!(format.qemu_name().parse::<Format>().unwrap(), format);
             assert_eq!(format.name().parse::<Format>().unwrap(), format);
         }
         let error = "vmdk".parse::<Format>().unwrap_err().to_string();
         assert_eq!(
             error,
-            "format 'vmdk' is not supported: raw, qcow2, qed or vhd"
+            format!("format 'vmdk' is not supported: {}", Format::NAMES)
         );
     }
 }

@@ -47,10 +47,10 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
     let old = match format {
         Format::Qcow2 => Header::read(&**file)?.size,
         Format::Qed => qed::Header::read(&**file)?.image_size,
-        Format::Vhd | Format::Null => member.image.size(),
+        Format::Vhd | Format::Vhdx | Format::Null => member.image.size(),
         Format::Raw => file.len()?,
     };
-    if matches!(format, Format::Qed | Format::Vhd) && options.size < old {
+    if matches!(format, Format::Qed | Format::Vhd | Format::Vhdx) && options.size < old {
         return Err(Error::unsupported(format!(
             "{name}: a {format} image cannot shrink: convert it into a smaller one"
         )));
@@ -62,6 +62,11 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
         Format::Qcow2 => grow(members, file, &name, old, options)?,
         Format::Qed => grow_qed(members, &**file, old, options).context(|| &name)?,
         Format::Vhd => grow_vhd(members, &**file, old, options).context(|| &name)?,
+        Format::Vhdx => {
+            return Err(Error::unsupported(format!(
+                "{name}: a vhdx image is not resized yet: convert it into a larger one"
+            )));
+        }
         Format::Null => {
             return Err(Error::invalid(format!(
                 "{name}: null has the size that it is given"

@@ -28,8 +28,8 @@ pub(crate) use layout::{COPIED, FRESH, FRESH_ZEROED, Layout, OFFSET_MASK, ZERO};
 pub(crate) use tickets::{Span, Tickets, key_of};
 pub(crate) use walk::{Place, Walk};
 
-use crate::{Key, Need};
-use block::Error;
+use crate::{Key, Need, Step};
+use block::{Error, Result};
 
 /// Why a question has no answer now.
 #[derive(Debug)]
@@ -52,6 +52,17 @@ impl From<Error> for Halt {
 
 /// An answer, or why there is none.
 pub(crate) type Ask<T> = std::result::Result<T, Halt>;
+
+/// An answer as the contract has it.
+pub(crate) fn step<T>(answer: Ask<T>) -> Result<Step<T>> {
+    match answer {
+        Ok(answer) => Ok(Step::Done(answer)),
+        Err(Halt::Need(need)) => Ok(Step::Need(need)),
+        Err(Halt::Wait(key)) => Ok(Step::Wait(key)),
+        Err(Halt::Fail(error)) => Err(error),
+        Err(Halt::Busy) => Err(Error::corrupt("busy with nothing")),
+    }
+}
 
 /// Which sectors of an in-memory table changed since they were last written.
 #[derive(Debug)]

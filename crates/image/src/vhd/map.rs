@@ -10,7 +10,7 @@ use super::footer::DiskType;
 use super::state::{Pending, State};
 use super::tables::Run;
 use crate::metadata::{Ask, Halt, key_of};
-use crate::{Allocation, Extent, ExtentKind, FileId, Fill, Plan, Step, ZeroMode, ZeroPlan};
+use crate::{Allocation, Extent, ExtentKind, FileId, Fill, Plan, ZeroMode, ZeroPlan};
 use block::{Error, GuestOffset, HostOffset, Result};
 
 /// Blocks that one answer is about, at most.
@@ -326,16 +326,5 @@ impl Vhd {
             (false, true) => ZeroPlan::Write { len },
             (false, false) => ZeroPlan::Skip { len },
         })
-    }
-}
-
-/// An answer as the contract has it.
-pub(super) fn step<T>(answer: Ask<T>) -> Result<Step<T>> {
-    match answer {
-        Ok(answer) => Ok(Step::Done(answer)),
-        Err(Halt::Need(need)) => Ok(Step::Need(need)),
-        Err(Halt::Wait(key)) => Ok(Step::Wait(key)),
-        Err(Halt::Fail(error)) => Err(error),
-        Err(Halt::Busy) => Err(Error::corrupt("busy with nothing")),
     }
 }

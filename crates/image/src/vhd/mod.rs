@@ -44,9 +44,9 @@ use crate::contract::{
     Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Parent, Plan, Reserve, Step,
     Ticket, ZeroMode, ZeroPlan,
 };
+use crate::metadata::step;
 use crate::raw::not_compressed;
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
-use map::step;
 use state::State;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,0 +1,384 @@
+//! Opening, and bringing in order what was not closed.
+
+use super::bat::{self, Bat, Entry};
+use super::flush::end_log;
+use super::guid::Guid;
+use super::header::{HEAD_BYTES, Headers};
+use super::log::{Log, Overlay, View};
+use super::region::{Regions, TABLE_BYTES, TABLES_AT};
+use super::state::{Space, State};
+use super::{MIB, Metadata, Vhdx};
+use block::{Context, Error, Result, Storage};
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
+
+/// How to open an image.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// For reading only.
+    pub read_only: bool,
+}
+
+/// What the structures of a file say, before anything is believed of its blocks.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// Both headers.
+    pub headers: Headers,
+    /// Where the log is; nothing where there is none.
+    pub log: Range<u64>,
+    /// Entries of the log that are not in their places.
+    pub log_entries: usize,
+    /// The region table.
+    pub regions: Regions,
+    /// The metadata.
+    pub metadata: Metadata,
+    /// What made the file, as it says.
+    pub creator: String,
+    /// Bytes of the file.
+    pub file_bytes: u64,
+}
+
+impl Layout {
+    /// Reads them. Of a file that was not closed, as they are when its log is in place.
+    ///
+    /// # Errors
+    ///
+    /// [`block::ErrorKind::Corrupt`] naming what cannot be, and [`block::ErrorKind::Unsupported`] for what no code here
+    /// knows.
+    pub fn read(file: &dyn Storage) -> Result<Self> {
+        let read = Self::read_with_log(file).map(|(layout, _)| layout);
+        read.map_err(|error| error.within(file.name()))
+    }
+
+    fn read_with_log(file: &dyn Storage) -> Result<(Self, Overlay)> {
+        let headers = Headers::read(file)?;
+        let file_bytes = file.len()?;
+        let log = headers.current.log_range(file_bytes)?;
+        let mut found = Log::read(file, &headers.current)?;
+        let log_entries = found.entries();
+        let overlay = found.keep()?;
+        let view = View {
+            file,
+            overlay: &overlay,
+            file_bytes,
+        };
+        let regions = Regions::read(&view, &log)?;
+        let metadata = Metadata::read(&view, &regions.metadata)?;
+        let entries = metadata.entries();
+        let room = (regions.bat.end - regions.bat.start) / 8;
+        if entries > room {
+            return Err(Error::corrupt(format!(
+                "the block table at byte {:#x} has room for {room} entries, the disk needs {entries}",
+                regions.bat.start
+            )));
+        }
+        let mut creator = [0; 512];
+        file.read_at(8, &mut creator)?;
+        let units = creator.as_chunks::<2>().0.iter();
+        let units = units.map(|unit| u16::from_le_bytes(*unit));
+        let units = units.take_while(|unit| *unit != 0);
+        let creator = char::decode_utf16(units).map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER));
+        let layout = Self {
+            creator: creator.collect(),
+            headers,
+            log,
+            log_entries,
+            regions,
+            metadata,
+            file_bytes,
+        };
+        Ok((layout, overlay))
+    }
+
+    /// Where no block may lie.
+    pub fn tables(&self) -> Vec<Range<u64>> {
+        let Regions {
+            bat,
+            metadata,
+            others,
+            ..
+        } = &self.regions;
+        let mut taken = vec![
+            0..HEAD_BYTES,
+            self.log.clone(),
+            bat.clone(),
+            metadata.clone(),
+        ];
+        taken.extend(others.iter().cloned());
+        taken
+    }
+
+    /// Where what is in use ends: blocks, log and regions.
+    pub fn used_end(&self, last_block_end: u64) -> u64 {
+        let tables = self.tables();
+        tables.iter().fold(last_block_end, |end, t| end.max(t.end))
+    }
+}
+
+impl Vhdx {
+    /// Opens the image in `file`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Layout::read`]; and [`block::ErrorKind::Corrupt`] where a block lies behind the end of the file or on a
+    /// table, or, for writing, on another block.
+    pub fn open(file: &dyn Storage, options: &OpenOptions) -> Result<Self> {
+        Self::open_unnamed(file, options).map_err(|error| error.within(file.name()))
+    }
+
+    fn open_unnamed(file: &dyn Storage, options: &OpenOptions) -> Result<Self> {
+        let (layout, overlay) = Layout::read_with_log(file)?;
+        let metadata = &layout.metadata;
+        if metadata.parent.is_some() {
+            return Err(Error::unsupported(
+                "is a differencing VHDX image: not supported yet",
+            ));
+        }
+        let view = View {
+            file,
+            overlay: &overlay,
+            file_bytes: layout.file_bytes,
+        };
+        let bat = Bat::read(
+            &view,
+            layout.regions.bat.start,
+            metadata.entries(),
+            metadata.chunk_bits(),
+        )?;
+        let blocks = Blocks::read(&layout, &bat)?;
+        check_overlay(&layout, &overlay)?;
+        let lacks = lacks(&layout, &bat);
+        let read_only = options.read_only || lacks.is_some();
+        let mut guids = [Guid::NONE; 3];
+        if !options.read_only {
+            if layout.log_entries > 0 {
+                return Err(Error::invalid(
+                    "its log is to be put in place before it is written to",
+                ));
+            }
+            blocks.check_apart(metadata, &bat)?;
+            for guid in &mut guids {
+                *guid = Guid::random()?;
+            }
+        }
+        let space = Space::new(
+            layout.used_end(blocks.end),
+            layout.file_bytes,
+            blocks.payload,
+        );
+        Ok(Self {
+            name: file.name(),
+            size: metadata.disk_bytes,
+            block_bits: metadata.block_bytes.trailing_zeros(),
+            read_only,
+            lacks,
+            announced: AtomicBool::new(false),
+            ahead: AtomicBool::new(false),
+            state: Mutex::new(State::new(
+                layout.headers.clone(),
+                guids,
+                bat.sectors(),
+                space,
+            )),
+            bat,
+            layout,
+        })
+    }
+}
+
+/// Why the image may not be written.
+fn lacks(layout: &Layout, bat: &Bat) -> Option<String> {
+    if layout.log.is_empty() {
+        return Some("it has no log, without which its block table cannot be changed".to_owned());
+    }
+    if bat.unsound_behind(layout.metadata.entries()) {
+        return Some(
+            "its block table has entries behind the last that set reserved bits".to_owned(),
+        );
+    }
+    layout.headers.lacks()
+}
+
+/// The blocks of an image.
+pub(super) struct Blocks {
+    /// Where in the file each is that is there, in MiB, and under that its place in the table.
+    there: Vec<u64>,
+    /// Payload blocks among them.
+    pub(super) payload: u64,
+    /// Where the last one ends; 0 when there is none.
+    pub(super) end: u64,
+}
+
+impl Blocks {
+    /// Judges all entries: each block must be within the file and on no table.
+    pub(super) fn read(layout: &Layout, bat: &Bat) -> Result<Self> {
+        let metadata = &layout.metadata;
+        let (mut there, mut payload, mut end, mut bad) = (Vec::new(), 0, 0, None);
+        let tables = layout.tables();
+        bat.each(metadata.entries(), |index, entry: Entry| {
+            let block = bat.block(index);
+            if bad.is_some() {
+                return;
+            }
+            let what = || match block {
+                Some(block) => format!("block {block}"),
+                None => "a sector bitmap block".to_owned(),
+            };
+            let place = layout.regions.bat.start + index * 8;
+            let len = block.map_or(MIB, |_| metadata.block_bytes);
+            let from = entry.offset();
+            // Of the last block the file may have what the disk has.
+            let needed = block.map_or(len, |block| {
+                len.min(
+                    metadata
+                        .disk_bytes
+                        .saturating_sub(block * metadata.block_bytes),
+                )
+            });
+            let fault = if entry.state().is_none() {
+                Some("sets reserved bits, or leads further than a file is long".to_owned())
+            } else if entry.state() != Some(bat::PRESENT) || block.is_none() {
+                // Without a parent, there is nothing else.
+                Some(format!("has state {}", entry.state().unwrap_or(0)))
+            } else if from + needed > layout.file_bytes {
+                Some(format!(
+                    "has it at byte {from:#x}, but the file ends at byte {:#x}: it is cut off",
+                    layout.file_bytes
+                ))
+            } else if tables.iter().any(|t| from < t.end && t.start < from + len) {
+                Some(format!("has it at byte {from:#x}, on the image's tables"))
+            } else {
+                None
+            };
+            if let Some(fault) = fault {
+                let text = format!("{}: its entry at byte {place:#x} {fault}", what());
+                bad = Some(Error::corrupt(text));
+                return;
+            }
+            end = end.max(from + len);
+            payload += u64::from(block.is_some());
+            // 29 bits and 27.
+            there.push((from / MIB) << 32 | index);
+            if there.len() as u64 * MIB > layout.file_bytes {
+                let text = "the block table has more blocks than fit into the file";
+                bad = Some(Error::corrupt(text));
+            }
+        });
+        match bad {
+            Some(bad) => Err(bad),
+            None => Ok(Self {
+                there,
+                payload,
+                end,
+            }),
+        }
+    }
+
+    /// Refuses blocks that overlap: a write to one would change the other.
+    pub(super) fn check_apart(&self, metadata: &Metadata, bat: &Bat) -> Result<()> {
+        let mut sorted = self.there.clone();
+        sorted.sort_unstable();
+        let len = |index| match bat.block(index) {
+            Some(_) => metadata.block_bytes,
+            None => MIB,
+        };
+        for pair in sorted.windows(2) {
+            let [a, b] = pair else { continue };
+            let (first, second) = (a & u64::from(u32::MAX), b & u64::from(u32::MAX));
+            if (b >> 32) * MIB < (a >> 32) * MIB + len(first) {
+                return Err(Error::corrupt(format!(
+                    "the blocks of entries {first} and {second}, at bytes {:#x} and {:#x}, overlap",
+                    (a >> 32) * MIB,
+                    (b >> 32) * MIB
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Refuses a log that changes what is read from the file itself.
+fn check_overlay(layout: &Layout, overlay: &Overlay) -> Result<()> {
+    let tables_end = TABLES_AT[1] + TABLE_BYTES as u64;
+    let mut known = layout.tables().split_off(2);
+    known.push(TABLES_AT[0]..tables_end);
+    let within = |range: &Range<u64>| {
+        known
+            .iter()
+            .any(|k| k.start <= range.start && range.end <= k.end)
+    };
+    let mut ranges = overlay.ranges();
+    match ranges.find(|range| !within(range)) {
+        None => Ok(()),
+        Some(range) => Err(Error::unsupported(format!(
+            "its log must be replayed, and changes bytes {:#x} to {:#x}, which are no tables: run diskplane check --repair \
+             all",
+            range.start, range.end
+        ))),
+    }
+}
+
+/// Brings an image in order whose last writer did not close it, before it is written to: what its log says is put in
+/// place, and the space behind the last block goes back, which may hold what the writer had begun. An image whose headers
+/// name no log is left alone. Returns what was done, for people.
+///
+/// # Errors
+///
+/// As [`Layout::read`], and what writing fails with: the log counts still then.
+pub fn mend(file: &dyn Storage) -> Result<Option<String>> {
+    mend_unnamed(file).map_err(|error| error.within(file.name()))
+}
+
+fn mend_unnamed(file: &dyn Storage) -> Result<Option<String>> {
+    let mut headers = Headers::read(file)?;
+    if headers.current.log == Guid::NONE {
+        return Ok(None);
+    }
+    let mut log = Log::read(file, &headers.current)?;
+    if let Some(lacks) = headers.lacks() {
+        return Err(Error::unsupported(lacks));
+    }
+    // Before anything else of the file changes (2.2.2).
+    let id = Guid::random()?;
+    headers
+        .update(file, |header| header.file_write = id)
+        .context(|| "headers")?;
+    log.apply(file).context(|| "log")?;
+    let entries = log.entries();
+    end_log(&mut headers, file).context(|| "headers")?;
+    cut(file)?;
+    Ok(Some(match entries {
+        0 => "its log had no entry that counts, and was emptied".to_owned(),
+        entries => format!("{entries} entries of its log were put in place"),
+    }))
+}
+
+/// Cuts off what the file has behind the last block. Nothing, of a fixed image, or one that is not sound. Returns the
+/// bytes.
+fn cut(file: &dyn Storage) -> Result<u64> {
+    let layout = Layout::read(file)?;
+    let overlay = Overlay::default();
+    let view = View {
+        file,
+        overlay: &overlay,
+        file_bytes: layout.file_bytes,
+    };
+    let metadata = &layout.metadata;
+    let bat = Bat::read(
+        &view,
+        layout.regions.bat.start,
+        metadata.entries(),
+        metadata.chunk_bits(),
+    )?;
+    let Ok(blocks) = Blocks::read(&layout, &bat) else {
+        return Ok(0);
+    };
+    let end = layout.used_end(blocks.end);
+    if metadata.fixed || end >= layout.file_bytes {
+        return Ok(0);
+    }
+    file.set_len(end)?;
+    file.sync()?;
+    Ok(layout.file_bytes - file.len()?)
+}
