@@ -6,12 +6,15 @@
 use crate::keys::Change;
 use crate::open::{self, Access};
 use crate::resize::{NewSize, Wish};
+use crate::secret::Keys;
 use crate::{args, check, options, print, resize};
 use anyhow::{Result, bail};
 use block::{Storage, size};
+use disk::chain::ChainOptions;
 use image::Format;
 use image::qcow2::{AmendOptions, Header, amend, downgrade, features};
 use serde::Serialize;
+use std::path::Path;
 use tool::prealloc::Preallocation;
 
 #[derive(Debug, Serialize)]
@@ -44,14 +47,33 @@ pub fn run(args: &args::Amend) -> Result<()> {
         return print(&options::amend_help());
     }
     let changes = options::parse_amend(&args.options)?;
-    let keys = Change::parse(&changes.encrypt)?;
-    let (file, format) = open::image(&args.file, args.format, Access::Write)?;
-    let shown = args.file.display();
-    if format != Format::Qcow2 {
-        bail!("{shown}: a {format} image has no options to amend; qcow2 images have");
-    }
+    let options = ChainOptions {
+        format: args.format,
+        allow_backing: args.allow_backing.clone(),
+        passphrases: args.keys.read()?,
+        ..ChainOptions::default()
+    };
     if args.options.is_empty() {
         bail!("say what to change: -o k=v,… (-o help lists what there is)");
+    }
+    let header = apply(&args.file, &changes, &args.keys, args.force, &options)?;
+    report(args, &header)
+}
+
+/// Changes what `changes` say of the image at `path`, whose backing files are opened as `options` say. Returns its
+/// header then.
+pub fn apply(
+    path: &Path,
+    changes: &Changes,
+    passphrases: &Keys,
+    force: bool,
+    options: &ChainOptions,
+) -> Result<Header> {
+    let keys = Change::parse(&changes.encrypt)?;
+    let (file, format) = open::image(path, options.format, Access::Write)?;
+    let shown = path.display();
+    if format != Format::Qcow2 {
+        bail!("{shown}: a {format} image has no options to amend; qcow2 images have");
     }
     let storage: &dyn Storage = &*file;
     let name = storage.name();
@@ -68,7 +90,7 @@ pub fn run(args: &args::Amend) -> Result<()> {
     // In QEMU's order: what an upgrade allows comes behind it, what a downgrade forbids before it.
     amend(storage, &name, &changes.image)?;
     if let Some(change) = &keys {
-        change.apply(storage, &args.keys, args.force)?;
+        change.apply(storage, passphrases, force)?;
     }
     // It opens the image itself, with its backing files.
     drop(file);
@@ -78,19 +100,13 @@ pub fn run(args: &args::Amend) -> Result<()> {
             shrink: false,
             preallocation: Preallocation::Off,
         };
-        resize::resize(
-            &args.file,
-            Some(format),
-            &args.allow_backing,
-            &args.keys,
-            &wish,
-        )?;
+        resize::resize(path, options, &wish)?;
     }
-    let file = open::file(&args.file, Access::Write)?;
+    let file = open::file(path, Access::Write)?;
     if changes.image.version == Some(2) {
         downgrade(&*file, &name)?;
     }
-    report(args, &Header::read(&*file)?)
+    Ok(Header::read(&*file)?)
 }
 
 fn report(args: &args::Amend, header: &Header) -> Result<()> {

@@ -27,7 +27,7 @@ use std::process::ExitCode;
 use tool::check::{CheckOptions, Report, check, qed, vhd};
 
 /// As `qemu-img check`: the format has no metadata that could be wrong.
-const NO_CHECKS: u8 = 63;
+pub const NO_CHECKS: u8 = 63;
 /// Findings that people get to see; with `--json` there are more.
 const SHOWN_MAX: usize = 50;
 
@@ -83,19 +83,13 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
         repair,
         budget_bytes: args.memory,
     };
-    let storage: &dyn Storage = &*file;
-    let report = match format {
-        Format::Qcow2 => check(storage, &options)?,
-        Format::Qed => qed::check(storage, &options)?,
-        Format::Vhd => vhd::check(storage, &options)?,
-        Format::Vhdx => {
-            eprintln!("diskplane: {shown}: vhdx images are not checked yet");
-            return Ok(ExitCode::from(NO_CHECKS));
-        }
-        Format::Raw | Format::Null => {
-            eprintln!("diskplane: {shown}: a {format} image has no metadata to check");
-            return Ok(ExitCode::from(NO_CHECKS));
-        }
+    let Some(report) = of(&*file, format, &options)? else {
+        let why = match format {
+            Format::Raw | Format::Null => format!("a {format} image has no metadata to check"),
+            _ => format!("{format} images are not checked yet"),
+        };
+        eprintln!("diskplane: {shown}: {why}");
+        return Ok(ExitCode::from(NO_CHECKS));
     };
     if !args.json {
         tell(&report);
@@ -119,6 +113,20 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
         Report { leaks: 1.., .. } => 3,
         _ => 0,
     }))
+}
+
+/// Checks an image of that format; `None` where it has no metadata that could be wrong.
+pub fn of(
+    storage: &dyn Storage,
+    format: Format,
+    options: &CheckOptions,
+) -> block::Result<Option<Report>> {
+    match format {
+        Format::Qcow2 => check(storage, options).map(Some),
+        Format::Qed => qed::check(storage, options).map(Some),
+        Format::Vhd => vhd::check(storage, options).map(Some),
+        Format::Raw | Format::Null | Format::Vhdx => Ok(None),
+    }
 }
 
 fn json(args: &args::Check, format: Format, report: &Report) -> Result<String> {

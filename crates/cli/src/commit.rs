@@ -8,11 +8,11 @@ use crate::convert::{CACHE_BYTES, progress_bar};
 use crate::{args, check, open, print, signals};
 use anyhow::{Context as _, Result, bail};
 use block::size;
-use disk::chain::{ChainOptions, Layer};
+use disk::chain::{Chain, ChainOptions, Layer};
 use image::Format;
 use serde::Serialize;
-use std::path::Path;
-use tool::commit;
+use std::path::{Path, PathBuf};
+use tool::commit::{self, Report};
 use tool::work::Work;
 
 #[derive(Debug, Serialize)]
@@ -33,18 +33,17 @@ pub fn run(args: &args::Commit) -> Result<()> {
     let stop = signals::stop_on_signals()?;
     // With an image between, the overlay stays what it is: those would read as garbage without it.
     let empties = !args.drop && args.base.is_none();
-    let passphrases = args.moving.keys.read()?;
     let options = ChainOptions {
         format: args.format,
         read_only: !empties,
         cache: args.moving.cache,
         allow_backing: args.moving.allow_backing.clone(),
         cache_bytes: Some(CACHE_BYTES),
-        passphrases: passphrases.clone(),
+        passphrases: args.moving.keys.read()?,
         repair: Some(check::mend),
         ..ChainOptions::default()
     };
-    let mut chain = open::chain(open::spec(&args.file)?, &options)?;
+    let chain = open::chain(open::spec(&args.file)?, &options)?;
     let shown = args.file.display();
     if chain.layers.len() < 2 {
         bail!("{shown}: has no backing file to commit into");
@@ -61,38 +60,14 @@ pub fn run(args: &args::Commit) -> Result<()> {
             overlay.format
         );
     }
-    // The base is locked for reading with the chain, and is to be written.
-    let below = chain.layers.split_off(depth);
-    let Some(base) = below.first() else {
-        bail!("{shown}: has no backing file to commit into");
-    };
-    let (path, format) = (base.path.clone(), base.format);
-    let is_encrypted = |layer: &&Layer| layer.image.encryption().is_some();
-    // A passphrase for each encrypted image, from the top; the last holds for all further ones.
-    let used = chain.layers.iter().filter(is_encrypted).count();
-    let last = passphrases.len().saturating_sub(1);
-    let left = passphrases.get(used.min(last)..).unwrap_or_default();
-    drop(below);
-    let options = ChainOptions {
-        format: Some(format),
-        read_only: false,
-        passphrases: left.to_vec(),
-        ..options
-    };
-    let spec = open::spec(&path)?;
-    let open_base = || open::chain(spec, &options);
     let size = chain.layers.first().map_or(0, |layer| layer.image.size());
     let bar = progress_bar(size, args.moving.progress);
     let mut progress = |done| bar.set_position(done);
     let mut work = Work::new(stop, &mut progress);
     work.rate = args.moving.rate;
-    let report = commit::commit(&chain.layers, &open_base, &mut work);
+    let done = into(chain, depth, empties, &options, &mut work);
     bar.finish_and_clear();
-    let report = report?;
-    if let (true, Some(overlay)) = (empties, chain.layers.first()) {
-        commit::empty(overlay)
-            .with_context(|| format!("{}: has all of it now, but", path.display()))?;
-    }
+    let (path, report) = done?;
     if args.moving.quiet {
         return Ok(());
     }
@@ -124,8 +99,45 @@ pub fn run(args: &args::Commit) -> Result<()> {
     print(&(line + "\n"))
 }
 
+/// Puts what the chain has above its image at `depth` into that, and empties the overlay if it `empties`. Both are
+/// opened as `options` say. Returns where the data are now, and what was done.
+pub fn into(
+    mut chain: Chain,
+    depth: usize,
+    empties: bool,
+    options: &ChainOptions,
+    work: &mut Work<'_>,
+) -> Result<(PathBuf, Report)> {
+    // The base is locked for reading with the chain, and is to be written.
+    let below = chain.layers.split_off(depth);
+    let Some(base) = below.first() else {
+        bail!("there is no image {depth} below the first");
+    };
+    let (path, format) = (base.path.clone(), base.format);
+    let is_encrypted = |layer: &&Layer| layer.image.encryption().is_some();
+    // A passphrase for each encrypted image, from the top; the last holds for all further ones.
+    let used = chain.layers.iter().filter(is_encrypted).count();
+    let last = options.passphrases.len().saturating_sub(1);
+    let left = options.passphrases.get(used.min(last)..);
+    drop(below);
+    let options = ChainOptions {
+        format: Some(format),
+        read_only: false,
+        passphrases: left.unwrap_or_default().to_vec(),
+        ..options.clone()
+    };
+    let spec = open::spec(&path)?;
+    let open_base = || open::chain(spec, &options);
+    let report = commit::commit(&chain.layers, &open_base, work)?;
+    if let (true, Some(overlay)) = (empties, chain.layers.first()) {
+        commit::empty(overlay)
+            .with_context(|| format!("{}: has all of it now, but", path.display()))?;
+    }
+    Ok((path, report))
+}
+
 /// Which image of the chain `base` is: a path, or the name that the image above has for it.
-fn depth_of(file: &Path, base: &Path, layers: &[Layer]) -> Result<usize> {
+pub fn depth_of(file: &Path, base: &Path, layers: &[Layer]) -> Result<usize> {
     let wanted = std::fs::canonicalize(base).ok();
     let named = |nth: usize| {
         let above = nth.checked_sub(1).and_then(|above| layers.get(above));

@@ -123,11 +123,17 @@ fn tell(args: &args::Compare, outcome: &Outcome) -> Result<()> {
     if args.quiet {
         return Ok(());
     }
+    print(&text(outcome, args.strict))
+}
+
+/// What people are told of it, as qemu-img says it.
+pub fn text(outcome: &Outcome, strict: bool) -> String {
+    let [first, second] = outcome.sizes;
     let mut text = String::new();
     let common = first.min(second);
     let before = |at: u64| at < common;
     let at = outcome.difference.and_then(Difference::sector);
-    if first != second && !args.strict && !at.is_some_and(before) {
+    if first != second && !strict && !at.is_some_and(before) {
         text.push_str("Warning: Image size mismatch!\n");
     }
     let at = at.unwrap_or_default();
@@ -139,5 +145,5 @@ fn tell(args: &args::Compare, outcome: &Outcome) -> Result<()> {
         }
         Some(Difference::Content { .. }) => format!("Content mismatch at offset {at}!\n"),
     });
-    print(&text)
+    text
 }

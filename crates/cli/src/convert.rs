@@ -474,11 +474,7 @@ impl Copying<'_> {
         }
         if let (Some(name), Some(backing)) = (&args.backing, args.backing_format) {
             create::refuse_backing("-B", format)?;
-            options.qcow2.backing = Some((name.clone(), backing.qemu_name().to_owned()));
-            if format == Format::Vhd {
-                options.set_vhd_parent(create::vhd_parent(self.target, name, backing)?)?;
-            }
-            options.qed.backing = Some((name.clone(), backing == Format::Raw));
+            options.set_backing(format, self.target, name, backing)?;
         }
         options.qcow2.extended_l2 = options.extended_l2.unwrap_or(false);
         options.settle(format, self.bytes)?;

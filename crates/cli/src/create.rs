@@ -5,8 +5,8 @@ use anyhow::{Context, Result, bail};
 use block::{ErrorKind, Storage, limits, size};
 use disk::chain::{self, Chain, ChainOptions};
 use image::{Format, qcow2, qed, vhd, vhdx};
-use io::{File, FileKind, OpenOptions};
-use std::{fs, path::Path};
+use io::{Cache, File, FileKind, OpenOptions};
+use std::{fs, path::Path, sync::Arc};
 use tool::prealloc::{Preallocation, fill_host};
 use tool::work::Stop;
 
@@ -36,15 +36,9 @@ pub fn run(args: &args::Create) -> Result<()> {
         );
     }
     options.qcow2.size = bytes;
-    options.qcow2.backing = backing
-        .as_ref()
-        .map(|(name, format)| (name.clone(), format.qemu_name().to_owned()));
-    if let (Format::Vhd, Some((name, below))) = (format, &backing) {
-        options.set_vhd_parent(vhd_parent(&args.file, name, *below)?)?;
+    if let Some((name, below)) = &backing {
+        options.set_backing(format, &args.file, name, *below)?;
     }
-    options.qed.backing = backing
-        .as_ref()
-        .map(|(name, format)| (name.clone(), *format == Format::Raw));
     let mut chosen = false;
     if format == Format::Qcow2 {
         chosen = options.choose();
@@ -232,7 +226,7 @@ pub(crate) fn write_all(path: &Path, format: Format, options: &Options, stop: &S
     if !chain::is_file_name(name) {
         bail!("-o data_file={name}: it has a protocol, only names of files are opened");
     }
-    if fs::metadata(path).is_ok_and(|m| m.is_file()) {
+    if !options.overwrite && fs::metadata(path).is_ok_and(|m| m.is_file()) {
         bail!(exists(path));
     }
     // As with backing files, a relative name starts at the directory of the image that stores it.
@@ -263,6 +257,7 @@ fn write(path: &Path, format: Format, options: &Options, stop: &Stop) -> Result<
     };
     let file = match File::open(path, &open) {
         Ok(file) if file.kind() == FileKind::BlockDevice => file,
+        Ok(file) if options.overwrite => return write_over(&file, format, options, stop),
         Ok(_) => bail!(exists(path)),
         Err(error) if error.kind() == ErrorKind::Locked => return Err(error.into()),
         Err(_) => return Err(created.into()),
@@ -298,19 +293,48 @@ fn write_new(
     options: &Options,
     stop: &Stop,
 ) -> Result<()> {
-    let written = match format {
-        Format::Qcow2 => write_qcow2(file, options, stop),
-        Format::Qed => qed::create(file, &options.qed).map_err(Into::into),
-        Format::Vhd => write_vhd(file, options, stop),
-        Format::Vhdx => write_vhdx(file, options, stop),
-        _ => write_raw(file, options, stop),
-    };
+    let written = fill(file, format, options, stop);
     if written.is_err() {
         // What matters is why it failed.
         let _ = fs::remove_file(path);
         return written;
     }
     sync_directory(path)
+}
+
+/// Makes an image of a file that is there, and stays where it is, whatever names lead to it.
+fn write_over(file: &File, format: Format, options: &Options, stop: &Stop) -> Result<()> {
+    file.set_len(0)?;
+    fill(file, format, options, stop)
+}
+
+/// The file at `path`, without what it held, or a new one.
+pub(crate) fn emptied(path: &Path, cache: Cache) -> Result<Arc<File>> {
+    let open = OpenOptions {
+        cache,
+        ..OpenOptions::default()
+    };
+    let file = match File::create_new(path, &open) {
+        Ok(file) => return Ok(file),
+        Err(_) if path.exists() => io::wait_for_lock(|| File::open(path, &open))?,
+        Err(error) => return Err(error.into()),
+    };
+    match file.kind() {
+        FileKind::BlockDevice => {}
+        _ => file.set_len(0)?,
+    }
+    Ok(file)
+}
+
+/// Makes an image of an empty file.
+fn fill(file: &File, format: Format, options: &Options, stop: &Stop) -> Result<()> {
+    match format {
+        Format::Qcow2 => write_qcow2(file, options, stop),
+        Format::Qed => qed::create(file, &options.qed).map_err(Into::into),
+        Format::Vhd => write_vhd(file, options, stop),
+        Format::Vhdx => write_vhdx(file, options, stop),
+        _ => write_raw(file, options, stop),
+    }
 }
 
 /// Makes the name of a new file durable.

@@ -25,6 +25,7 @@ mod measure;
 mod open;
 mod options;
 mod partial;
+mod qemu_img;
 mod rebase;
 mod resize;
 mod secret;
@@ -43,6 +44,14 @@ use std::{
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    if arguments
+        .next()
+        .is_some_and(|name| qemu_img::is_name(&name))
+    {
+        log();
+        return qemu_img::run(&arguments.collect::<Vec<_>>());
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -51,15 +60,7 @@ fn main() -> ExitCode {
             return ExitCode::from(u8::from(error.use_stderr()));
         }
     };
-    // DISKPLANE_LOG=debug, or per module as tracing-subscriber describes.
-    let filter = EnvFilter::try_from_env("DISKPLANE_LOG").unwrap_or_else(|_| "warn".into());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        // Colours are for people, not for log files.
-        .with_ansi(std::io::stderr().is_terminal())
-        .without_time()
-        .init();
+    log();
     let outcome = match &cli.command {
         Command::Create(args) => done(create::run(args)),
         Command::Info(args) => done(info::run(args)),
@@ -76,6 +77,7 @@ fn main() -> ExitCode {
         Command::Amend(args) => done(amend::run(args)),
         Command::Resize(args) => done(resize::run(args)),
         Command::Serve(args) => done(serve::run(args)),
+        Command::QemuImg(args) => return qemu_img::run(&args.arguments),
         Command::Bench(args) => match &args.what {
             BenchCommand::Load(args) => done(bench_load::run(args)),
             BenchCommand::Versus(args) => done(bench_versus::run(args)),
@@ -92,6 +94,19 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Has warnings shown, on stderr.
+fn log() {
+    // DISKPLANE_LOG=debug, or per module as tracing-subscriber describes.
+    let filter = EnvFilter::try_from_env("DISKPLANE_LOG").unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        // Colours are for people, not for log files.
+        .with_ansi(std::io::stderr().is_terminal())
+        .without_time()
+        .init();
 }
 
 /// Says why a command failed.

@@ -25,17 +25,26 @@ use serde::Serialize;
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 
+/// A run of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-struct Entry {
-    start: u64,
-    length: u64,
-    depth: usize,
-    present: bool,
-    zero: bool,
-    data: bool,
-    compressed: bool,
+pub struct Entry {
+    /// Its first byte.
+    pub start: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Which image of the chain answers; 0 is the active one.
+    pub depth: usize,
+    /// Whether that image has it.
+    pub present: bool,
+    /// Whether it reads as zeros.
+    pub zero: bool,
+    /// Whether data are stored for it.
+    pub data: bool,
+    /// Whether they are compressed.
+    pub compressed: bool,
+    /// Where they are in the file.
     #[serde(skip_serializing_if = "Option::is_none")]
-    offset: Option<u64>,
+    pub offset: Option<u64>,
 }
 
 impl Entry {
@@ -77,6 +86,11 @@ pub fn run(args: &args::Map) -> Result<()> {
         true => json(&chain, range, &mut out),
         false => table(&chain, range, &mut out),
     };
+    finish(written, out)
+}
+
+/// Prints what is left of a map, if there is somebody who reads it.
+pub fn finish(written: Result<()>, mut out: BufWriter<impl Write>) -> Result<()> {
     match written.and_then(|()| Ok(out.flush()?)) {
         // Who reads has seen enough (`diskplane map … | head`).
         Err(error) if is_broken_pipe(&error) => {
@@ -135,7 +149,11 @@ fn what(entry: &Entry) -> &'static str {
 }
 
 /// Hands the runs of the disk that are in `range` to `out`, in order, each as long as it goes.
-fn walk(chain: &Chain, range: Range<u64>, mut out: impl FnMut(Entry) -> Result<()>) -> Result<()> {
+pub fn walk(
+    chain: &Chain,
+    range: Range<u64>,
+    mut out: impl FnMut(Entry) -> Result<()>,
+) -> Result<()> {
     let mut driver = chain.driver()?;
     let (end, mut at) = (driver.size().min(range.end), range.start);
     let mut run: Option<Entry> = None;

@@ -47,20 +47,17 @@ pub fn run(args: &args::Measure) -> Result<()> {
     }
     let mut progress = |_| {};
     let mut work = Work::new(stop, &mut progress);
-    let measured = match args.target_format {
-        Format::Raw => measure::raw(bytes),
-        Format::Qcow2 => {
-            options.qcow2.size = bytes;
-            options.qcow2.extended_l2 = options.extended_l2.unwrap_or(false);
-            options.qcow2.validate()?;
-            let layout = layout(&options)?;
-            let found = measure::qcow2(&layout, bytes, source.as_mut(), &mut work)?;
-            Measured {
-                bitmaps: bitmaps(chain.as_ref(), &options)?,
-                ..found
-            }
-        }
-        format => bail!("-O {format}: the size of such an image cannot be measured"),
+    let format = args.target_format;
+    let measured = of(
+        format,
+        &mut options,
+        bytes,
+        chain.as_ref(),
+        source.as_mut(),
+        &mut work,
+    )?;
+    let Some(measured) = measured else {
+        bail!("-O {format}: the size of such an image cannot be measured");
     };
     print(&match args.json {
         true => crate::json(&Json {
@@ -78,6 +75,33 @@ pub fn run(args: &args::Measure) -> Result<()> {
             }
             text
         }
+    })
+}
+
+/// Measures a new image of `format`, for a disk of `bytes` bytes: that of `source`, in `chain`, where there is one.
+/// `None` where such images cannot be measured.
+pub fn of(
+    format: Format,
+    options: &mut Options,
+    bytes: u64,
+    chain: Option<&Chain>,
+    source: Option<&mut Source<'_>>,
+    work: &mut Work<'_>,
+) -> Result<Option<Measured>> {
+    Ok(match format {
+        Format::Raw => Some(measure::raw(bytes)),
+        Format::Qcow2 => {
+            options.qcow2.size = bytes;
+            options.qcow2.extended_l2 = options.extended_l2.unwrap_or(false);
+            options.qcow2.validate()?;
+            let layout = layout(options)?;
+            let found = measure::qcow2(&layout, bytes, source, work)?;
+            Some(Measured {
+                bitmaps: bitmaps(chain, options)?,
+                ..found
+            })
+        }
+        _ => None,
     })
 }
 

@@ -11,6 +11,7 @@ use image::{
     vhd::{self, DiskType},
     vhdx,
 };
+use std::path::Path;
 use tool::prealloc::Preallocation;
 
 /// Options of each format, with what they may be.
@@ -120,15 +121,37 @@ pub struct Options {
     pub encrypt: encrypt::Options,
     /// What the new disk gets at once.
     pub preallocation: Preallocation,
+    /// Write over a file that is there already.
+    pub overwrite: bool,
 }
 
 impl Options {
+    /// Lays the image `file`, of `format`, over its backing file `name`, of the format `below`.
+    ///
+    /// # Errors
+    ///
+    /// For a parent that a vhd image cannot lie over.
+    pub fn set_backing(
+        &mut self,
+        format: Format,
+        file: &Path,
+        name: &str,
+        below: Format,
+    ) -> Result<()> {
+        self.qcow2.backing = Some((name.to_owned(), below.qemu_name().to_owned()));
+        self.qed.backing = Some((name.to_owned(), below == Format::Raw));
+        if format == Format::Vhd {
+            self.set_vhd_parent(crate::create::vhd_parent(file, name, below)?)?;
+        }
+        Ok(())
+    }
+
     /// Makes a vhd image a differencing one.
     ///
     /// # Errors
     ///
     /// For one that was to be fixed.
-    pub fn set_vhd_parent(&mut self, parent: vhd::NewParent) -> Result<()> {
+    fn set_vhd_parent(&mut self, parent: vhd::NewParent) -> Result<()> {
         if self.vhd.disk_type == DiskType::Fixed {
             bail!("-o subformat=fixed: a fixed image has all of its disk, and no backing file");
         }

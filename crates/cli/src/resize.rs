@@ -3,14 +3,13 @@
 //! With `--json` an object: `filename` and `format` as given or known; `old-virtual-size` and `virtual-size` in
 //! bytes; `preallocation`, the mode that the new part got.
 
-use crate::secret::Keys;
 use crate::{args, open, print};
 use anyhow::{Result, anyhow};
 use block::{limits, size};
 use disk::chain::ChainOptions;
 use image::Format;
 use serde::Serialize;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::str::FromStr;
 use tool::{prealloc::Preallocation, resize};
 
@@ -90,21 +89,12 @@ pub struct Resized {
     pub new: u64,
 }
 
-/// Resizes the image at `path`, locked against all others meanwhile.
-pub fn resize(
-    path: &Path,
-    format: Option<Format>,
-    allow_backing: &[PathBuf],
-    keys: &Keys,
-    wish: &Wish,
-) -> Result<Resized> {
+/// Resizes the image at `path`, which is opened as `options` say, locked against all others meanwhile.
+pub fn resize(path: &Path, options: &ChainOptions, wish: &Wish) -> Result<Resized> {
     let spec = open::spec(path)?;
     let options = ChainOptions {
-        format,
-        allow_backing: allow_backing.to_vec(),
-        passphrases: keys.read()?,
         repair: Some(crate::check::mend),
-        ..ChainOptions::default()
+        ..options.clone()
     };
     let chain = open::chain(spec, &options)?;
     let active = chain.layers.first();
@@ -127,13 +117,13 @@ pub fn run(args: &args::Resize) -> Result<()> {
         shrink: args.shrink,
         preallocation: args.preallocation,
     };
-    let resized = resize(
-        &args.file,
-        args.format,
-        &args.allow_backing,
-        &args.keys,
-        &wish,
-    )?;
+    let options = ChainOptions {
+        format: args.format,
+        allow_backing: args.allow_backing.clone(),
+        passphrases: args.keys.read()?,
+        ..ChainOptions::default()
+    };
+    let resized = resize(&args.file, &options, &wish)?;
     if args.quiet {
         return Ok(());
     }

@@ -93,7 +93,7 @@ pub fn run(args: &args::Snapshot) -> Result<()> {
     })
 }
 
-fn new(name: &str) -> Result<NewSnapshot> {
+pub fn new(name: &str) -> Result<NewSnapshot> {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .context("the clock is before 1970")?;
@@ -135,7 +135,7 @@ pub fn table(entries: &[Entry]) -> String {
 }
 
 /// `2026-11-21 10:08:30`.
-fn date(sec: u32) -> String {
+pub fn date(sec: u32) -> String {
     let (days, rest) = (i64::from(sec / 86400), sec % 86400);
     // Days since 0000-03-01, in eras of 400 years: leap days come last in such years.
     let day = days + 719_468;
@@ -156,7 +156,7 @@ fn date(sec: u32) -> String {
 }
 
 /// `0001:02:03.004`.
-fn clock(sec: u64, nsec: u64) -> String {
+pub fn clock(sec: u64, nsec: u64) -> String {
     let (hour, minute, second) = (sec / 3600, sec / 60 % 60, sec % 60);
     format!("{hour:04}:{minute:02}:{second:02}.{:03}", nsec / 1_000_000)
 }

@@ -72,6 +72,9 @@ pub struct ChainOptions {
     /// Called with the active qcow2 or QED image before that is opened for writing: brings one that was not closed
     /// cleanly in order. Without it such an image is refused.
     pub repair: Option<Repair>,
+    /// Open a backing file whose format the image above does not record as what its magic says, or else as raw, as QEMU
+    /// does. A guest that could write a raw one chooses the format then.
+    pub probe_backing: bool,
 }
 
 /// One image of a chain.
@@ -178,6 +181,7 @@ impl Chain {
             let format = match (above.format, description.backing_format.as_deref()) {
                 // The format can record raw only: that it is another.
                 (Format::Qed, None) => None,
+                (_, None) if options.probe_backing => None,
                 (_, said) => Some(recorded(&above.path, &name, said).context(named)?),
             };
             once(&mut seen, &path, &name).context(named)?;
@@ -334,6 +338,7 @@ fn open_backing(path: PathBuf, format: Option<Format>, keys: &mut Keys<'_>) -> R
     let file = open_named(&path, options, true, lock)?;
     let format = match format {
         Some(format) => format,
+        None if options.probe_backing => image::probe(&*file)?.unwrap_or(Format::Raw),
         None => image::probe(&*file)?.ok_or_else(|| {
             Error::new(
                 ErrorKind::Denied,

@@ -45,9 +45,10 @@ pub fn set_backing(
     backing: Option<(&str, Format)>,
 ) -> Result<()> {
     match format {
-        Format::Qcow2 => {
-            qcow2::rebase::set_backing(file, backing.map(|(name, format)| (name, format.name())))
-        }
+        Format::Qcow2 => qcow2::rebase::set_backing(
+            file,
+            backing.map(|(name, format)| (name, format.qemu_name())),
+        ),
         // All that an image says of its backing file's format is that it is raw.
         Format::Qed => {
             let backing = backing.map(|(name, format)| (name, format == Format::Raw));

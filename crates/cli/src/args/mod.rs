@@ -61,6 +61,21 @@ pub enum Command {
     Serve(Serve),
     /// Measure disks and servers
     Bench(Bench),
+    /// Do what qemu-img does, with its command line, output and exit codes (also under that name)
+    #[command(name = "qemu-img", disable_help_flag = true)]
+    QemuImg(QemuImg),
+}
+
+/// `qemu-img`.
+#[derive(Args, Debug)]
+pub struct QemuImg {
+    /// As qemu-img 10 takes them: `diskplane qemu-img --help` lists its commands
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "ARGUMENTS"
+    )]
+    pub arguments: Vec<std::ffi::OsString>,
 }
 
 /// `bench`.

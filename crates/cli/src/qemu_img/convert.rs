@@ -1,0 +1,542 @@
+//! `qemu-img convert`, and what `dd` has of it.
+
+use super::create_options::Said;
+use super::line;
+use super::open::{self, How, Name};
+use super::progress::Progress;
+use super::{create, create_options};
+use crate::open::Access;
+use crate::options::Options;
+use crate::secret::Objects;
+use crate::{print, signals};
+use anyhow::{Result, anyhow, bail};
+use clap::Args;
+use disk::chain::Chain;
+use image::{Format, qcow2};
+use io::{Cache, FileKind};
+use std::path::Path;
+use tool::bitmap;
+use tool::convert::{ConvertOptions, SPARSE_BYTES, Target, convert};
+use tool::prealloc::Preallocation;
+use tool::source::Source;
+use tool::work::Work;
+
+/// Bytes that `-S` takes at most.
+const SPARSE_MAX: u64 = 16 << 20;
+/// Coroutines that `-m` takes at most.
+const COROUTINES_MAX: u64 = 16;
+
+/// `convert`.
+#[derive(Args, Debug)]
+pub struct Convert {
+    /// quiet operations
+    #[arg(short, long)]
+    quiet: bool,
+    /// show operation progress
+    #[arg(short, long)]
+    progress: bool,
+    /// specify SRC_FILENAME source image format explicitly
+    #[arg(short = 'f', long, alias = "format", value_name = "SRC_FMT")]
+    source_format: Option<String>,
+    /// indicates that SRC_FILENAME is a complete image specification instead of a file name
+    #[arg(long, alias = "image-opts")]
+    source_image_opts: bool,
+    /// specify source snapshot parameters
+    #[arg(short = 'l', long, value_name = "SNAPSHOT_PARAMS")]
+    source_snapshot: Option<String>,
+    /// source image(s) cache mode (writeback)
+    #[arg(short = 'T', long, value_name = "SRC_CACHE")]
+    source_cache: Option<String>,
+    /// specify TGT_FILENAME image format (default is raw)
+    #[arg(short = 'O', long, value_name = "TGT_FMT")]
+    target_format: Option<String>,
+    /// indicates that TGT_FILENAME is a complete image specification instead of a file name
+    #[arg(long)]
+    target_image_opts: bool,
+    /// TARGET_FMT-specific options
+    #[arg(short = 'o', long, value_name = "TGT_OPTS")]
+    target_options: Vec<String>,
+    /// create compressed output image (qcow2 format only)
+    #[arg(short, long)]
+    compress: bool,
+    /// cache mode when opening output image (unsafe)
+    #[arg(short = 't', long, value_name = "TGT_CACHE")]
+    target_cache: Option<String>,
+    /// create output to be a CoW on top of BACKING_FILENAME
+    #[arg(short = 'B', long, value_name = "BACKING_FILENAME")]
+    backing: Option<String>,
+    /// specify BACKING_FILENAME image format explicitly
+    #[arg(short = 'F', long, value_name = "BACKING_FMT")]
+    backing_format: Option<String>,
+    /// omit target volume creation
+    #[arg(short, long)]
+    no_create: bool,
+    /// the target reads as zeros (with -n)
+    #[arg(long)]
+    target_is_zero: bool,
+    /// zeros that become a hole, at least
+    #[arg(short = 'S', long, value_name = "SPARSE_SIZE")]
+    sparse_size: Option<String>,
+    /// also copy any persistent bitmaps present in source
+    #[arg(long)]
+    bitmaps: bool,
+    /// skip (do not error out) any broken bitmaps
+    #[arg(long)]
+    skip_broken_bitmaps: bool,
+    /// open images in shared mode for concurrent access
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// I/O rate limit
+    #[arg(short, long, value_name = "RATE")]
+    rate: Option<String>,
+    /// specify parallelism (default 8)
+    #[arg(short = 'm', long, value_name = "NUM_COROUTINES")]
+    parallel: Option<String>,
+    /// use copy_range offloading
+    #[arg(short = 'C', long)]
+    copy_range_offloading: bool,
+    /// take what cannot be read for zeros
+    #[arg(long)]
+    salvage: bool,
+    /// accepted: the target is written in order
+    #[arg(short = 'W', long)]
+    oob_writes: bool,
+    #[command(flatten)]
+    objects: Objects,
+    /// SRC_FILENAME [SRC_FILENAME2 [...]] TGT_FILENAME
+    #[arg(value_name = "SRC_FILENAME… TGT_FILENAME")]
+    files: Vec<String>,
+}
+
+/// What is copied where.
+pub struct Copy<'a> {
+    /// The disk.
+    pub source: Source<'a>,
+    /// The image that is written, which is there.
+    pub file: &'a str,
+    /// What it is.
+    pub format: Format,
+    /// How.
+    pub options: ConvertOptions<'a>,
+    /// It reads as zeros, or as its backing file.
+    pub blank: bool,
+    /// How it is opened.
+    pub how: How,
+    /// `--target-image-opts`.
+    pub image_opts: bool,
+    /// Bytes in a second.
+    pub rate: Option<u64>,
+    /// Show how far it is.
+    pub progress: bool,
+}
+
+/// Copies a disk.
+pub fn run(args: &Convert) -> Result<u8> {
+    let numbers = Numbers::parse(args)?;
+    let list = line::joined(&args.target_options)?;
+    refuse(args, &list)?;
+    let format = args.target_format.as_deref().unwrap_or("raw");
+    if line::wants_help(&list) {
+        if format.parse::<Format>().is_err() {
+            bail!("Unknown file format '{format}'");
+        }
+        print(&create_options::help(format, args.files.len() > 1))?;
+        return Ok(0);
+    }
+    let Some((file, sources)) = args.files.split_last().filter(|(_, s)| !s.is_empty()) else {
+        return Err(anyhow!("Must specify image file name"));
+    };
+    let source_cache = open::cache(args.source_cache.as_deref(), "source cache")?;
+    if args.source_snapshot.is_some() && sources.len() > 1 {
+        bail!("No support for concatenating multiple snapshot");
+    }
+    let chains = sources
+        .iter()
+        .map(|source| open_source(args, source, source_cache));
+    let chains = chains.collect::<Result<Vec<Chain>>>()?;
+    let source = Source::join(&chains.iter().collect::<Vec<_>>())?.salvaging(args.salvage);
+    let target = Made {
+        file,
+        format,
+        list: &list,
+        size: source.size(),
+    };
+    let (said, format) = target.settle(args)?;
+    if args.target_is_zero && said.get("backing_file").is_some() {
+        bail!("Cannot use --target-is-zero when the destination image has a backing file");
+    }
+    let backing = backing(args, &said, file)?;
+    if args.compress {
+        refuse_compressed(format, &said)?;
+    }
+    let entries = bitmaps(args, &chains)?;
+    let cache = match args.target_cache.as_deref() {
+        None => Cache::Unsafe,
+        said => open::cache(said, "cache")?,
+    };
+    if !entries.is_empty() && format != Format::Qcow2 {
+        bail!(
+            "Format driver '{}' does not support bitmaps",
+            format.qemu_name()
+        );
+    }
+    let options = match args.no_create {
+        true => None,
+        false => Some(made(args, file, format, &said)?),
+    };
+    let copy = Copy {
+        source,
+        file,
+        format,
+        options: ConvertOptions {
+            base: backing.as_ref(),
+            workers: numbers.workers,
+            sparse: numbers.sparse,
+            offload: args.copy_range_offloading,
+            checkpoint: None,
+        },
+        blank: args.target_is_zero || (!args.no_create && reads_as_zeros(file, format)),
+        how: How {
+            write: true,
+            cache,
+            ..How::default()
+        },
+        image_opts: args.target_image_opts,
+        rate: numbers.rate,
+        progress: args.progress && !args.quiet,
+    };
+    match options.filter(|_| args.compress) {
+        Some(options) => compressed(copy, &options)?,
+        None if args.compress => bail!(
+            "Compressed clusters are written to new images only: leave out -n, or -c (diskplane's qemu-img)"
+        ),
+        None => copy.run(&args.objects)?,
+    }
+    copy_bitmaps(&chains, &entries, file)?;
+    Ok(0)
+}
+
+/// The numbers of the command line.
+struct Numbers {
+    sparse: u64,
+    rate: Option<u64>,
+    workers: usize,
+}
+
+impl Numbers {
+    fn parse(args: &Convert) -> Result<Self> {
+        let sparse = match args.sparse_size.as_deref() {
+            None => SPARSE_BYTES,
+            Some(text) => line::bytes("buffer size for sparse output", text)?,
+        };
+        if sparse % 512 != 0 || sparse > SPARSE_MAX {
+            bail!(
+                "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to {SPARSE_MAX}. \
+                 Select 0 to disable sparse detection (fully allocates output)."
+            );
+        }
+        let rate = args.rate.as_deref();
+        let rate = rate
+            .map(|text| line::bytes("rate limit", text))
+            .transpose()?;
+        let workers = match args.parallel.as_deref() {
+            Some(text) => line::number("number of coroutines", text, 1, COROUTINES_MAX)?,
+            None => std::thread::available_parallelism().map_or(1, |n| n.get() as u64),
+        };
+        Ok(Self {
+            sparse,
+            rate: rate.filter(|rate| *rate > 0),
+            workers: usize::try_from(workers)?.min(COROUTINES_MAX as usize),
+        })
+    }
+}
+
+/// Refuses what makes no sense together.
+fn refuse(args: &Convert, list: &str) -> Result<()> {
+    let wrong = [
+        (
+            args.skip_broken_bitmaps && !args.bitmaps,
+            "Use of --skip-broken-bitmaps requires --bitmaps",
+        ),
+        (
+            args.compress && args.copy_range_offloading,
+            "Cannot enable copy offloading when -c is used",
+        ),
+        (
+            args.sparse_size.is_some() && args.copy_range_offloading,
+            "Cannot enable copy offloading when -S is used",
+        ),
+        (
+            args.copy_range_offloading && args.salvage,
+            "Cannot use copy offloading in salvaging mode",
+        ),
+        (
+            args.target_image_opts && !args.no_create,
+            "--target-image-opts requires use of -n flag",
+        ),
+        (
+            args.no_create && !list.is_empty(),
+            "-o has no effect when skipping image creation",
+        ),
+        (
+            args.target_is_zero && !args.no_create,
+            "--target-is-zero requires use of -n flag",
+        ),
+    ];
+    match wrong.iter().find(|(is, _)| *is) {
+        Some((_, why)) => Err(anyhow!("{why}")),
+        None => Ok(()),
+    }
+}
+
+fn open_source(args: &Convert, file: &str, cache: Cache) -> Result<Chain> {
+    let name = Name {
+        text: file,
+        format: args.source_format.as_deref(),
+        image_opts: args.source_image_opts,
+    };
+    let how = How {
+        force_share: args.force_share,
+        cache,
+        ..How::default()
+    };
+    let chain = open::chain(&name, &how, &args.objects)?;
+    let Some(snapshot) = &args.source_snapshot else {
+        return Ok(chain);
+    };
+    let format = open::active(&chain)?.format;
+    if format != Format::Qcow2 {
+        bail!(
+            "Failed to load snapshot: Block format '{}' used by device '' does not support temporarily loading \
+             internal snapshots",
+            format.qemu_name()
+        );
+    }
+    drop(chain);
+    let how = How {
+        snapshot: Some(snapshot.clone()),
+        ..how
+    };
+    open::chain(&name, &how, &args.objects).map_err(|error| {
+        match error.to_string().contains("there is no snapshot") {
+            true => anyhow!("Failed to load snapshot: Can't find snapshot"),
+            false => error,
+        }
+    })
+}
+
+/// The image that is made.
+struct Made<'a> {
+    file: &'a str,
+    format: &'a str,
+    list: &'a str,
+    size: u64,
+}
+
+impl Made<'_> {
+    /// Decides what it is to be.
+    fn settle(&self, args: &Convert) -> Result<(Said, Format)> {
+        if args.target_image_opts {
+            return Ok((Said::default(), Format::Raw));
+        }
+        let format = match self.format.parse::<Format>() {
+            Ok(format) => format,
+            Err(_) if args.no_create => bail!(
+                "Could not open '{}': Unknown driver '{}'",
+                self.file,
+                self.format
+            ),
+            Err(_) => bail!("Unknown file format '{}'", self.format),
+        };
+        let mut said = Said::parse(self.format, self.list)?;
+        if said.size().is_none() {
+            said.set("size", &self.size.to_string())?;
+        }
+        let old_style = [
+            ("backing_file", &args.backing, "Backing file"),
+            ("backing_fmt", &args.backing_format, "Backing file format"),
+        ];
+        for (name, value, what) in old_style {
+            let Some(value) = value else { continue };
+            if !said.has(name) && !args.no_create {
+                bail!("{what} not supported for file format '{}'", self.format);
+            }
+            if said.has(name) {
+                said.set(name, value)?;
+            }
+        }
+        Ok((said, format))
+    }
+}
+
+/// What the target is to lie on, open.
+fn backing(args: &Convert, said: &Said, file: &str) -> Result<Option<Chain>> {
+    let Some(name) = said.get("backing_file") else {
+        return Ok(None);
+    };
+    if args.files.len() > 2 {
+        bail!(
+            "Having a backing file for the target makes no sense when concatenating multiple input images"
+        );
+    }
+    let Some(format) = said.get("backing_fmt") else {
+        bail!("Use of backing file requires explicit backing format");
+    };
+    let path = create::below(file, name);
+    let base = Name {
+        text: &path,
+        format: Some(format),
+        image_opts: false,
+    };
+    let how = How {
+        force_share: args.force_share,
+        ..How::default()
+    };
+    open::chain(&base, &how, &args.objects).map(Some)
+}
+
+fn refuse_compressed(format: Format, said: &Said) -> Result<()> {
+    if format != Format::Qcow2 {
+        bail!("Compression not supported for this file format");
+    }
+    if said.get("encrypt.format").is_some() || said.get("encryption").is_some() {
+        bail!("Compression and encryption not supported at the same time");
+    }
+    if said.get("preallocation").is_some_and(|mode| mode != "off") {
+        bail!("Compression and preallocation not supported at the same time");
+    }
+    Ok(())
+}
+
+/// The bitmaps that are to be copied.
+fn bitmaps(args: &Convert, chains: &[Chain]) -> Result<Vec<qcow2::bitmap::Entry>> {
+    if !args.bitmaps {
+        return Ok(Vec::new());
+    }
+    let [chain] = chains else {
+        bail!("Copying bitmaps only possible with single source");
+    };
+    let layer = open::active(chain)?;
+    let Some(file) = layer
+        .files
+        .first()
+        .filter(|_| layer.format == Format::Qcow2)
+    else {
+        bail!("Source lacks bitmap support");
+    };
+    let (entries, left_out) = bitmap::to_copy(&**file, bitmap::Broken::Skip)?;
+    for name in left_out.iter().map(|name| block::plain(name)) {
+        match args.skip_broken_bitmaps {
+            true => eprintln!("qemu-img: warning: Skipping inconsistent bitmap '{name}'"),
+            false => bail!(
+                "Cannot copy inconsistent bitmap '{name}'\nTry --skip-broken-bitmaps, or use 'qemu-img bitmap --remove'"
+            ),
+        }
+    }
+    Ok(entries)
+}
+
+fn copy_bitmaps(chains: &[Chain], entries: &[qcow2::bitmap::Entry], file: &str) -> Result<()> {
+    let source = chains.first().and_then(|chain| chain.layers.first());
+    let Some(source) = source
+        .and_then(|layer| layer.files.first())
+        .filter(|_| !entries.is_empty())
+    else {
+        return Ok(());
+    };
+    let target = crate::open::file(Path::new(file), Access::Write)?;
+    bitmap::copy(&**source, entries, &*target)
+        .map_err(|error| anyhow!("Failed to create bitmap {}: {error}", first_name(entries)))
+}
+
+fn first_name(entries: &[qcow2::bitmap::Entry]) -> String {
+    entries
+        .first()
+        .map_or(String::new(), |entry| block::plain(&entry.name()))
+}
+
+/// Makes the target, but for one that is to be compressed. Returns what it is to be.
+fn made(args: &Convert, file: &str, format: Format, said: &Said) -> Result<Options> {
+    let failed = |error: anyhow::Error| {
+        anyhow!(
+            "{file}: error while converting {}: {error}",
+            format.qemu_name()
+        )
+    };
+    let options = create::options_of(format, said, &args.objects, file).map_err(failed)?;
+    if !args.compress {
+        create::write(file, format, &options).map_err(failed)?;
+    }
+    Ok(options)
+}
+
+/// Whether a new image at `file` reads as zeros: a raw disk on a device is what the device holds.
+pub fn reads_as_zeros(file: &str, format: Format) -> bool {
+    let device = crate::open::file(Path::new(file), Access::ReadUnlocked)
+        .is_ok_and(|file| file.kind() == FileKind::BlockDevice);
+    format != Format::Raw || !device
+}
+
+impl Copy<'_> {
+    /// Copies into the image, which is there.
+    pub fn run(self, objects: &Objects) -> Result<()> {
+        let name = Name {
+            text: self.file,
+            format: Some(self.format.qemu_name()).filter(|_| !self.image_opts),
+            image_opts: self.image_opts,
+        };
+        let chain = open::chain(&name, &self.how, objects)?;
+        if open::active(&chain)?.image.size() < self.source.size() {
+            bail!("output file is smaller than input file");
+        }
+        let mut driver = chain.driver()?;
+        let cluster_size = open::active(&chain)?.image.describe().cluster_size;
+        // Zeros that are not written would show what the backing file has.
+        let blank = self.blank && (self.options.base.is_some() || chain.layers.len() < 2);
+        let target = Target::Image {
+            driver: &mut driver,
+            blank,
+            cluster_size,
+            resume: false,
+        };
+        work(self.source, target, &self.options, self.rate, self.progress)?;
+        Ok(driver.close()?)
+    }
+}
+
+/// Copies into a new image with compressed clusters.
+fn compressed(copy: Copy<'_>, options: &Options) -> Result<()> {
+    let file = crate::create::emptied(Path::new(copy.file), copy.how.cache)?;
+    if options.preallocation != Preallocation::Off {
+        bail!("Compression and preallocation not supported at the same time");
+    }
+    let target = Target::Compressed {
+        writer: Box::new(qcow2::ImageWriter::new(&*file, &options.qcow2)?),
+        compression: options.qcow2.compression,
+    };
+    work(copy.source, target, &copy.options, copy.rate, copy.progress)
+}
+
+fn work(
+    source: Source<'_>,
+    target: Target<'_>,
+    options: &ConvertOptions<'_>,
+    rate: Option<u64>,
+    shown: bool,
+) -> Result<()> {
+    let stop = signals::stop_on_signals()?;
+    let mut progress = Progress::new(source.size(), shown);
+    let mut tell = |done| progress.set(done);
+    let mut work = Work::new(stop, &mut tell);
+    work.rate = rate;
+    let report = convert(source, target, options, &mut work)?;
+    progress.end();
+    for found in &report.unreadable {
+        eprintln!(
+            "qemu-img: warning: error while reading offset {}: {}",
+            found.at,
+            block::plain(&found.error)
+        );
+    }
+    Ok(())
+}

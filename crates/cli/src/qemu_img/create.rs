@@ -1,0 +1,317 @@
+//! `qemu-img create`.
+
+use super::create_options::{self, Said};
+use super::line::{self, usage};
+use super::open::{self, How, Name};
+use crate::options::{self, Options};
+use crate::secret::{Keys, Objects};
+use crate::{create, print};
+use anyhow::{Result, anyhow, bail};
+use block::limits;
+use clap::Args;
+use image::Format;
+use std::path::Path;
+use tool::work::Stop;
+
+/// `create`.
+#[derive(Args, Debug)]
+pub struct Create {
+    /// quiet operations
+    #[arg(short, long)]
+    quiet: bool,
+    /// format of the new image, default is raw
+    #[arg(short, long, value_name = "FMT", default_value = "raw")]
+    format: String,
+    /// format-specific options ('-o help' for a list)
+    #[arg(short, long, value_name = "FMT_OPTS")]
+    options: Vec<String>,
+    /// stack new image on top of BACKING_FILENAME
+    #[arg(short, long, value_name = "BACKING_FILENAME")]
+    backing: Option<String>,
+    /// format of BACKING_FILENAME
+    #[arg(short = 'F', long, value_name = "BACKING_FMT")]
+    backing_format: Option<String>,
+    /// do not fail if BACKING_FILENAME can not be read
+    #[arg(short = 'u', long)]
+    backing_unsafe: bool,
+    #[command(flatten)]
+    objects: Objects,
+    /// FILENAME [SIZE]: it is written over where it exists
+    #[arg(value_name = "FILENAME [SIZE]")]
+    operands: Vec<String>,
+}
+
+/// Creates an image.
+pub fn run(args: &Create) -> Result<u8> {
+    let list = line::joined(&args.options)?;
+    let mut operands = args.operands.iter();
+    let file = operands.next();
+    if line::wants_help(&list) {
+        return help(&args.format, file.is_some());
+    }
+    let Some(file) = file else {
+        return Err(usage("Expecting image file name"));
+    };
+    let size = operands.next();
+    let size = size
+        .map(|text| line::bytes("image size", text))
+        .transpose()?;
+    if let Some(more) = operands.next() {
+        return Err(usage(format!("Unexpected argument: {more}")));
+    }
+    let new = New {
+        file,
+        format: &args.format,
+        list: &list,
+        backing: args.backing.as_deref(),
+        backing_format: args.backing_format.as_deref(),
+        size,
+        without_backing: args.backing_unsafe,
+        quiet: args.quiet,
+    };
+    let within = |error: anyhow::Error| anyhow!("{file}: {error}");
+    let (said, format) = new.settle(&args.objects).map_err(within)?;
+    make(file, format, &said, &args.objects).map_err(within)?;
+    Ok(0)
+}
+
+fn help(format: &str, with_file: bool) -> Result<u8> {
+    if format.parse::<Format>().is_err() {
+        bail!("Unknown file format '{format}'");
+    }
+    print(&create_options::help(format, with_file))?;
+    Ok(0)
+}
+
+/// An image that is to be made.
+struct New<'a> {
+    file: &'a str,
+    format: &'a str,
+    list: &'a str,
+    backing: Option<&'a str>,
+    backing_format: Option<&'a str>,
+    size: Option<u64>,
+    without_backing: bool,
+    quiet: bool,
+}
+
+impl New<'_> {
+    /// Decides what the image is to be, and says so.
+    fn settle(&self, objects: &Objects) -> Result<(Said, Format)> {
+        let Ok(format) = self.format.parse::<Format>() else {
+            bail!("Unknown file format '{}'", self.format);
+        };
+        let mut said = Said::parse(self.format, self.list)?;
+        match (said.size(), self.size) {
+            (Some(_), Some(_)) => bail!("The image size must be specified only once"),
+            (None, Some(size)) => said.set("size", &size.to_string())?,
+            _ => {}
+        }
+        if let Some(name) = self.backing {
+            if !said.has("backing_file") {
+                bail!(
+                    "Backing file not supported for file format '{}'",
+                    self.format
+                );
+            }
+            said.set("backing_file", name)?;
+        }
+        if let Some(name) = self.backing_format {
+            if !said.has("backing_fmt") {
+                bail!(
+                    "Backing file format not supported for file format '{}'",
+                    self.format
+                );
+            }
+            said.set("backing_fmt", name)?;
+        }
+        if let Some(backing) = said.get("backing_file").map(str::to_owned) {
+            self.look_below(&mut said, &backing, objects)?;
+        }
+        let Some(size) = said.size() else {
+            bail!("Image creation needs a size parameter");
+        };
+        if !self.quiet {
+            print(&format!(
+                "Formatting '{}', fmt={}{}\n",
+                self.file,
+                self.format,
+                said.line()
+            ))?;
+        }
+        if size > limits::DISK_BYTES_MAX {
+            bail!(
+                "The image size is too large for file format '{}'",
+                self.format
+            );
+        }
+        Ok((said, format))
+    }
+
+    /// Opens what the image is to lie on, unless that was forbidden.
+    fn look_below(&self, said: &mut Said, backing: &str, objects: &Objects) -> Result<()> {
+        if backing == self.file {
+            bail!("Error: Trying to create an image with the same filename as the backing file");
+        }
+        if backing.is_empty() {
+            bail!("Expected backing file name, got empty string");
+        }
+        let format = said.get("backing_fmt").map(str::to_owned);
+        if self.without_backing {
+            return match format {
+                Some(_) => Ok(()),
+                None => bail!("Backing file specified without backing format"),
+            };
+        }
+        let path = below(self.file, backing);
+        let name = Name {
+            text: &path,
+            format: format.as_deref(),
+            image_opts: false,
+        };
+        let how = How {
+            force_share: true,
+            allow_locked: true,
+            ..How::default()
+        };
+        let chain = open::chain(&name, &how, objects).map_err(|error| {
+            anyhow!(
+                "{}\nCould not open backing image.",
+                once(&error.to_string())
+            )
+        })?;
+        let layer = open::active(&chain)?;
+        if format.is_none() {
+            bail!(
+                "Backing file specified without backing format\nDetected format of {}.",
+                layer.format.qemu_name()
+            );
+        }
+        if said.size().is_none() {
+            said.set("size", &layer.image.size().to_string())?;
+        }
+        Ok(())
+    }
+}
+
+/// `Could not open 'x': Could not open 'x': why` as it is said where only the inner one counts.
+pub fn once(text: &str) -> &str {
+    match text.split_once("': Could not open ") {
+        Some((before, _)) => text.get(before.len() + 3..).unwrap_or(text),
+        None => text,
+    }
+}
+
+/// Where the backing file `name` of the image `file` is.
+pub fn below(file: &str, name: &str) -> String {
+    let directory = Path::new(file).parent().unwrap_or(Path::new(""));
+    directory.join(name).display().to_string()
+}
+
+/// Makes the image at `file`, in place of what is there.
+pub fn make(file: &str, format: Format, said: &Said, objects: &Objects) -> Result<()> {
+    write(file, format, &options_of(format, said, objects, file)?)
+}
+
+/// Makes the image that `options` describe.
+pub fn write(file: &str, format: Format, options: &Options) -> Result<()> {
+    create::write_all(Path::new(file), format, options, &Stop::default())
+        .map_err(|error| could_not_create(file, &error))
+}
+
+fn could_not_create(file: &str, error: &anyhow::Error) -> anyhow::Error {
+    let text = format!("{error:#}");
+    let own = text.strip_prefix(&format!("{file}: ")).unwrap_or(&text);
+    match error.downcast_ref::<block::Error>() {
+        Some(error) if own.contains("os error") || error.kind() == block::ErrorKind::Locked => {
+            let why = open::explain(file, error).to_string();
+            let why = why.strip_prefix(&format!("Could not open '{file}': "));
+            match (error.kind(), why) {
+                (_, Some(why)) => anyhow!("Could not create '{file}': {why}"),
+                (block::ErrorKind::Locked, None) => anyhow!("{}", open::explain(file, error)),
+                _ => anyhow!("Could not create '{file}': {}", open::without_number(own)),
+            }
+        }
+        _ => anyhow!("{own}"),
+    }
+}
+
+/// What diskplane's own code makes of the options.
+pub fn options_of(format: Format, said: &Said, objects: &Objects, file: &str) -> Result<Options> {
+    said.check_choices()?;
+    let mut options = options::parse(format, &said.own())?;
+    options.overwrite = true;
+    options.extended_l2.get_or_insert(false);
+    let size = said.size().unwrap_or(0);
+    if let Some(name) = said.get("backing_file") {
+        let below = said
+            .get("backing_fmt")
+            .map(str::parse::<Format>)
+            .transpose()?;
+        options.set_backing(format, Path::new(file), name, below.unwrap_or(Format::Raw))?;
+    }
+    options.qcow2.size = size;
+    if format == Format::Qcow2 {
+        options.choose();
+    }
+    options.settle(format, size).map_err(own_words)?;
+    if format == Format::Qcow2 {
+        let keys = Keys {
+            objects: objects.clone(),
+            ..Keys::default()
+        };
+        if let Some(passphrase) = options.encrypt.passphrase(&keys)? {
+            options.qcow2.encryption = Some(options.encrypt.volume(&passphrase)?);
+            options.qcow2.validate()?;
+        }
+    }
+    Ok(options)
+}
+
+/// What is wrong with the options of a qcow2 image, as QEMU says it.
+fn own_words(error: anyhow::Error) -> anyhow::Error {
+    let text = error.to_string();
+    let known = [
+        (
+            "cluster_size is",
+            "Cluster size must be a power of two between 512 and 2048k",
+        ),
+        (
+            "refcount_bits is",
+            "Refcount width must be a power of two and may not exceed 64 bits",
+        ),
+        (
+            "refcount_bits other",
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or \
+             greater)",
+        ),
+        (
+            "lazy_refcounts=on needs",
+            "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+        ),
+        (
+            "compression_type=zstd needs",
+            "Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or \
+             greater)",
+        ),
+        (
+            "extended_l2=on needs compat",
+            "Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or \
+             greater)",
+        ),
+        (
+            "extended_l2=on needs a cluster",
+            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+        ),
+        ("data_file_raw=on needs", "data-file-raw requires data-file"),
+        (
+            "data_file needs",
+            "External data files are only supported with compatibility level 1.1 and above (use version=v3 or \
+             greater)",
+        ),
+    ];
+    match known.iter().find(|(name, _)| text.starts_with(name)) {
+        Some((_, words)) => anyhow!("{words}"),
+        None => error,
+    }
+}

@@ -1,0 +1,364 @@
+//! `qemu-img info`.
+
+use super::line;
+use super::open::{self, How, Name};
+use super::value;
+use crate::encrypt::Shown;
+use crate::secret::Objects;
+use crate::{bitmap, print};
+use anyhow::{Result, bail};
+use block::{Storage, plain};
+use clap::Args;
+use disk::chain::Layer;
+use image::qcow2::{self, features, snapshot::Snapshot};
+use image::{Format, Method, qed};
+use io::{File, FileKind};
+use serde_json::{Map, Value, json};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// `info`.
+#[derive(Args, Debug)]
+pub struct Info {
+    /// specify FILENAME format explicitly
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// indicates that FILENAME is a complete image specification instead of a file name
+    #[arg(long)]
+    image_opts: bool,
+    /// display information about the backing chain
+    #[arg(short, long)]
+    backing_chain: bool,
+    /// open image in shared mode for concurrent access
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    #[command(flatten)]
+    objects: Objects,
+    /// specify output format name (default human)
+    #[arg(long, value_name = "human|json")]
+    output: Option<String>,
+    /// image file name (or specification with --image-opts)
+    #[arg(value_name = "FILENAME")]
+    files: Vec<String>,
+}
+
+/// Images of a chain that are shown at most.
+const CHAIN_MAX: usize = block::limits::CHAIN_LENGTH_MAX;
+
+/// Shows what an image is.
+pub fn run(args: &Info) -> Result<u8> {
+    let file = line::one(&args.files, "Expecting one image file name")?;
+    let as_json = line::is_json(args.output.as_deref())?;
+    let how = How {
+        force_share: args.force_share,
+        without_backing: true,
+        allow_locked: true,
+        ..How::default()
+    };
+    let (mut name, mut format, mut image_opts) =
+        (file.to_owned(), args.format.clone(), args.image_opts);
+    let mut nodes: Vec<Map<String, Value>> = Vec::new();
+    let mut seen = Vec::new();
+    loop {
+        if seen.contains(&name) {
+            bail!("Backing file '{name}' creates an infinite loop.");
+        }
+        if seen.len() >= CHAIN_MAX {
+            bail!("The chain of backing files is longer than {CHAIN_MAX} images");
+        }
+        let image = Name {
+            text: &name,
+            format: format.as_deref(),
+            image_opts,
+        };
+        let chain = open::chain(&image, &how, &args.objects)?;
+        let shown = node(&name, open::active(&chain)?)?;
+        let below = |key: &str| shown.get(key).and_then(Value::as_str).map(str::to_owned);
+        let next = below("full-backing-filename");
+        format = below("backing-filename-format");
+        nodes.push(shown);
+        match next.filter(|_| args.backing_chain) {
+            Some(next) => seen.push(std::mem::replace(&mut name, next)),
+            None => break,
+        }
+        image_opts = false;
+    }
+    print(&match (as_json, args.backing_chain) {
+        (true, true) => {
+            let nodes = nodes.into_iter().map(Value::Object);
+            value::json(&Value::Array(nodes.collect()))
+        }
+        (true, false) => nodes
+            .into_iter()
+            .next()
+            .map_or(String::new(), |node| value::json(&Value::Object(node))),
+        (false, _) => {
+            let texts = nodes.iter().map(|node| human(node, 0, "/", false));
+            texts.collect::<Vec<_>>().join("\n")
+        }
+    })?;
+    Ok(0)
+}
+
+/// What QEMU tells of an image, as its `BlockGraphInfo`.
+fn node(name: &str, layer: &Layer) -> Result<Map<String, Value>> {
+    let description = layer.image.describe();
+    let mut node = Map::new();
+    let mut put = |key: &str, value: Value| {
+        node.insert(key.to_owned(), value);
+    };
+    put("filename", name.into());
+    put("format", layer.format.qemu_name().into());
+    put("virtual-size", description.size.into());
+    if description.cluster_size > 1 {
+        put("cluster-size", description.cluster_size.into());
+    }
+    if layer.image.encryption().is_some() {
+        put("encrypted", true.into());
+    }
+    if let Some(backing) = &description.backing {
+        put("backing-filename", backing.as_str().into());
+        put("full-backing-filename", full(name, backing).into());
+    }
+    if let Some(format) = &description.backing_format {
+        put("backing-filename-format", format.as_str().into());
+    }
+    let mut children = Vec::new();
+    if let Some(file) = layer.files.first() {
+        put("actual-size", actual_size(&layer.path)?.into());
+        children.push(json!({"name": "file", "info": protocol(&layer.path, file)?}));
+        put("dirty-flag", is_dirty(layer.format, &**file)?.into());
+        if let Some(specific) = specific(layer, &**file)? {
+            let kind = layer.format.qemu_name();
+            put("format-specific", json!({"type": kind, "data": specific}));
+        }
+        if layer.format == Format::Qcow2 {
+            let snapshots = qcow2::snapshot::list(&**file)?;
+            if !snapshots.is_empty() {
+                put("snapshots", snapshots.iter().map(snapshot).collect());
+            }
+        }
+    }
+    put("children", children.into());
+    Ok(node)
+}
+
+/// Where the backing file `name` of the image `above` is.
+pub fn full(above: &str, name: &str) -> String {
+    let above = above.strip_prefix("file:").unwrap_or(above);
+    match disk::chain::is_file_name(name) {
+        true => super::create::below(above, name),
+        false => name.to_owned(),
+    }
+}
+
+fn actual_size(path: &Path) -> Result<u64> {
+    Ok(fs::metadata(path)?.blocks().saturating_mul(512))
+}
+
+/// The file below an image.
+fn protocol(path: &Path, file: &File) -> Result<Value> {
+    let kind = match file.kind() {
+        FileKind::BlockDevice => "host_device",
+        _ => "file",
+    };
+    Ok(json!({
+        "filename": path.display().to_string(),
+        "format": kind,
+        "virtual-size": block::align_up(file.len()?, 512),
+        "actual-size": actual_size(path)?,
+        "dirty-flag": false,
+        "format-specific": {"type": kind, "data": {}},
+        "children": [],
+    }))
+}
+
+/// Whether the image was not closed, as it says itself.
+fn is_dirty(format: Format, file: &dyn Storage) -> Result<bool> {
+    Ok(match format {
+        Format::Qcow2 => qcow2::Header::read(file)?.incompatible & features::DIRTY != 0,
+        Format::Qed => qed::Header::read(file)?.features & qed::F_NEED_CHECK != 0,
+        _ => false,
+    })
+}
+
+/// What only images of this format have.
+fn specific(layer: &Layer, file: &dyn Storage) -> Result<Option<Map<String, Value>>> {
+    if layer.format != Format::Qcow2 {
+        return Ok(None);
+    }
+    let header = qcow2::Header::read(file)?;
+    let mut facts = Map::new();
+    let mut put = |key: &str, value: Value| {
+        facts.insert(key.to_owned(), value);
+    };
+    let zstd = header.compression()? == qcow2::Compression::Zstd;
+    put(
+        "compression-type",
+        if zstd { "zstd" } else { "zlib" }.into(),
+    );
+    put("refcount-bits", header.refcount_bits().into());
+    if header.version < 3 {
+        put("compat", "0.10".into());
+    } else {
+        put("compat", "1.1".into());
+        let lazy = header.compatible & features::LAZY_REFCOUNTS != 0;
+        put("lazy-refcounts", lazy.into());
+        let corrupt = header.incompatible & features::CORRUPT != 0;
+        put("corrupt", corrupt.into());
+        put("extended-l2", header.extended_l2().into());
+        let bitmaps = bitmap::entries(file);
+        if !bitmaps.is_empty() {
+            let bitmaps = bitmaps.iter().map(bitmap::Json::of);
+            put(
+                "bitmaps",
+                serde_json::to_value(bitmaps.collect::<Vec<_>>())?,
+            );
+        }
+        if let Some(data) = header.data_file()? {
+            if let Some(name) = data.name {
+                put("data-file", name.into());
+            }
+            put("data-file-raw", data.raw.into());
+        }
+    }
+    if let Some(encryption) = layer.image.encryption() {
+        let mut shown = serde_json::to_value(Shown::of(encryption))?;
+        if let (Method::Luks(_), Some(object)) = (&encryption.method, shown.as_object_mut()) {
+            object.insert("format".into(), "luks".into());
+        }
+        put("encrypt", shown);
+    }
+    Ok(Some(facts))
+}
+
+/// A snapshot, as QEMU's `SnapshotInfo`.
+fn snapshot(snapshot: &Snapshot) -> Value {
+    let nsec = 1_000_000_000;
+    let mut object = json!({
+        "id": snapshot.shown_id(),
+        "name": snapshot.shown_name(),
+        "vm-state-size": snapshot.vm_state_size(),
+        "date-sec": snapshot.date_sec,
+        "date-nsec": snapshot.date_nsec,
+        "vm-clock-sec": snapshot.vm_clock_nsec / nsec,
+        "vm-clock-nsec": snapshot.vm_clock_nsec % nsec,
+    });
+    if let (Some(icount), Some(object)) = (snapshot.icount(), object.as_object_mut()) {
+        object.insert("icount".into(), icount.into());
+    }
+    object
+}
+
+/// The table of snapshots, with its heading; `indent` before each line.
+pub fn snapshots(snapshots: &[Value], indent: &str) -> String {
+    let mut text = format!(
+        "{indent}Snapshot list:\n{indent}{:<7} {:<16} {:>8} {:>19} {:>15} {:>10}\n",
+        "ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"
+    );
+    for snapshot in snapshots {
+        let number = |key: &str| snapshot.get(key).and_then(Value::as_u64);
+        let string = |key: &str| plain(snapshot.get(key).and_then(Value::as_str).unwrap_or(""));
+        let date = u32::try_from(number("date-sec").unwrap_or(0)).unwrap_or(0);
+        text.push_str(&format!(
+            "{indent}{:<7} {:<16} {:>8} {:>19} {:>15} {:>10}\n",
+            string("id"),
+            string("name"),
+            value::size(number("vm-state-size").unwrap_or(0)),
+            crate::snapshot::date(date),
+            crate::snapshot::clock(
+                number("vm-clock-sec").unwrap_or(0),
+                number("vm-clock-nsec").unwrap_or(0)
+            ),
+            number("icount").map_or("--".to_owned(), |icount| icount.to_string()),
+        ));
+    }
+    text
+}
+
+/// The snapshots of an image as [`snapshots`] takes them.
+pub fn snapshot_values(list: &[Snapshot]) -> Vec<Value> {
+    list.iter().map(snapshot).collect()
+}
+
+/// An image for people; `path` names it among the nodes.
+fn human(node: &Map<String, Value>, depth: usize, path: &str, protocol: bool) -> String {
+    let indent = "    ".repeat(depth);
+    let string = |key: &str| node.get(key).and_then(Value::as_str).map(plain);
+    let number = |key: &str| node.get(key).and_then(Value::as_u64);
+    let is = |key: &str| node.get(key).and_then(Value::as_bool).unwrap_or(false);
+    let label = |plain, of_protocol| if protocol { of_protocol } else { plain };
+    let size = number("virtual-size").unwrap_or(0);
+    let mut rows = vec![
+        format!(
+            "{}: {}",
+            label("image", "filename"),
+            string("filename").unwrap_or_default()
+        ),
+        format!(
+            "{}: {}",
+            label("file format", "protocol type"),
+            string("format").unwrap_or_default()
+        ),
+        format!(
+            "{}: {} ({size} bytes)",
+            label("virtual size", "file length"),
+            value::size(size)
+        ),
+        format!(
+            "disk size: {}",
+            number("actual-size").map_or("unavailable".to_owned(), value::size)
+        ),
+    ];
+    if is("encrypted") {
+        rows.push("encrypted: yes".into());
+    }
+    if let Some(bytes) = number("cluster-size") {
+        rows.push(format!("cluster_size: {bytes}"));
+    }
+    if is("dirty-flag") {
+        rows.push("cleanly shut down: no".into());
+    }
+    if let Some(backing) = string("backing-filename") {
+        let full = string("full-backing-filename").filter(|full| *full != backing);
+        let full = full.map_or(String::new(), |full| format!(" (actual path: {full})"));
+        rows.push(format!("backing file: {backing}{full}"));
+        if let Some(format) = string("backing-filename-format") {
+            rows.push(format!("backing file format: {format}"));
+        }
+    }
+    let mut text: String = rows.iter().map(|row| format!("{indent}{row}\n")).collect();
+    if let Some(list) = node.get("snapshots").and_then(Value::as_array) {
+        text.push_str(&snapshots(list, &indent));
+    }
+    let data = node.get("format-specific").and_then(|s| s.get("data"));
+    if let Some(data) = data
+        .and_then(Value::as_object)
+        .filter(|data| !data.is_empty())
+    {
+        text.push_str(&format!("{indent}Format specific information:\n"));
+        text.push_str(&value::human(data, depth + 1));
+    }
+    let children = node.get("children").and_then(Value::as_array);
+    for child in children.into_iter().flatten() {
+        let name = child
+            .get("name")
+            .and_then(Value::as_str)
+            .unwrap_or_default();
+        text.push_str(&format!("{indent}Child node '{path}{name}':\n"));
+        if let Some(info) = child.get("info").and_then(Value::as_object) {
+            let is_protocol = info
+                .get("children")
+                .and_then(Value::as_array)
+                .is_none_or(Vec::is_empty);
+            text.push_str(&human(
+                info,
+                depth + 1,
+                &format!("{path}{name}/"),
+                is_protocol,
+            ));
+        }
+    }
+    text
+}

@@ -1,0 +1,218 @@
+//! `qemu-img`, for scripts that were written for it: the command line, the output and the exit codes of qemu-img 10,
+//! under that name or as `diskplane qemu-img`.
+//!
+//! The work is done by what diskplane's own commands call. What differs is the trust: an image's backing file is opened
+//! wherever it is, and an existing file is written over, as such scripts expect.
+
+mod amend;
+mod bitmap;
+mod check;
+mod commit;
+mod compare;
+mod convert;
+mod create;
+mod create_options;
+mod dd;
+mod info;
+mod line;
+mod map;
+mod measure;
+mod open;
+mod progress;
+mod rebase;
+mod resize;
+mod snapshot;
+mod value;
+
+use anyhow::{Error, Result};
+use clap::{Args, FromArgMatches};
+use line::{Parsed, Usage, usage};
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::process::ExitCode;
+
+/// The commands: name, what it does.
+const COMMANDS: [(&str, &str); 14] = [
+    ("amend", "Update format-specific options of the image"),
+    (
+        "bitmap",
+        "Perform modifications of the persistent bitmap in the image",
+    ),
+    ("check", "Check basic image integrity"),
+    ("commit", "Commit image to its backing file"),
+    ("compare", "Check if two images have the same contents"),
+    (
+        "convert",
+        "Copy one or more images to another with optional format conversion",
+    ),
+    ("create", "Create and format a new image file"),
+    ("dd", "Copy input to output with optional format conversion"),
+    ("info", "Display information about the image"),
+    ("map", "Dump image metadata"),
+    (
+        "measure",
+        "Calculate the file size required for a new image",
+    ),
+    ("rebase", "Change the backing file of the image"),
+    ("resize", "Resize the image"),
+    ("snapshot", "List or manipulate snapshots within image"),
+];
+
+/// Whether a program of that name is to be `qemu-img`.
+pub fn is_name(program: &OsStr) -> bool {
+    Path::new(program).file_name() == Some(OsStr::new("qemu-img"))
+}
+
+/// What stands before the command.
+#[derive(Args, Debug)]
+struct Standard {
+    /// Show the version
+    #[arg(short = 'V', long)]
+    version: bool,
+    /// Accepted for scripts: nothing is traced
+    #[arg(short = 'T', long, value_name = "TRACE")]
+    trace: Option<String>,
+}
+
+/// Does what the arguments (without the program's name) say.
+pub fn run(arguments: &[OsString]) -> ExitCode {
+    let outcome = match begin(arguments) {
+        Ok((name, rest)) => dispatch(&name, rest).map_err(|error| (Some(name), error)),
+        Err(Ended::Now(code)) => return code,
+        Err(Ended::Wrong(error)) => Err((None, error)),
+    };
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err((name, error)) => {
+            if crate::was_stopped(&error) {
+                crate::signals::die_if_stopped();
+            }
+            complain(&error);
+            if error.is::<Usage>() {
+                let name = name.map_or(String::new(), |name| format!("{name} "));
+                eprintln!("Try 'qemu-img {name}--help' for more info");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Says what is wrong; each line of several stands for itself.
+fn complain(error: &Error) {
+    // It may have names in it that somebody else made, of files too.
+    let text = format!("{error:#}");
+    let lines: Vec<String> = text.lines().map(block::plain).collect();
+    eprintln!("qemu-img: {}", open::without_number(&lines.join("\n")));
+}
+
+/// Why there is no command to do.
+enum Ended {
+    /// All is said.
+    Now(ExitCode),
+    /// The command line is wrong.
+    Wrong(Error),
+}
+
+/// Does what stands before the command. Returns its name and arguments.
+fn begin(arguments: &[OsString]) -> Result<(String, &[OsString]), Ended> {
+    // The first that is no option, nor the value of one.
+    let mut at = 0;
+    while let Some(argument) = arguments.get(at) {
+        let text = argument.to_string_lossy();
+        let takes_value = matches!(text.as_ref(), "-T" | "--trace");
+        match text.starts_with('-') && text != "-" && text != "--" {
+            true => at += if takes_value { 2 } else { 1 },
+            false => break,
+        }
+    }
+    let (before, rest) = arguments.split_at(at.min(arguments.len()));
+    let standard = match line::parse::<Standard>("", before) {
+        Parsed::Go(standard) => standard,
+        Parsed::Help(_) => {
+            let _ = crate::print(&help());
+            return Err(Ended::Now(ExitCode::SUCCESS));
+        }
+        Parsed::Wrong(text) => {
+            eprintln!("{}", text.replacen("qemu-img : ", "qemu-img: ", 1));
+            eprintln!("Try 'qemu-img --help' for more info");
+            return Err(Ended::Now(ExitCode::FAILURE));
+        }
+    };
+    if standard.version {
+        let _ = crate::print(&version());
+        return Err(Ended::Now(ExitCode::SUCCESS));
+    }
+    match rest.split_first() {
+        Some((name, rest)) => Ok((name.to_string_lossy().into_owned(), rest)),
+        None => Err(Ended::Wrong(usage("Not enough arguments"))),
+    }
+}
+
+/// The version of qemu-img whose ways these are, and ours.
+fn version() -> String {
+    format!(
+        "qemu-img version 10.0.2 (diskplane {})\n",
+        env!("CARGO_PKG_VERSION")
+    )
+}
+
+fn help() -> String {
+    let mut text = version();
+    text.push_str(
+        "QEMU disk image utility, as diskplane does it.  Usage:\n\n  qemu-img [standard options] COMMAND [--help | \
+         command options]\n\nStandard options:\n  -h, --help\n     display this help and exit\n  -V, --version\n     \
+         display version info and exit\n  -T,--trace TRACE\n     accepted, nothing is traced\n\nRecognized commands \
+         (run qemu-img COMMAND --help for command-specific help):\n\n",
+    );
+    for (name, what) in COMMANDS {
+        text.push_str(&format!("  {name} - {what}\n"));
+    }
+    text.push_str("\nSupported image formats:\n  ");
+    text.push_str(image::Format::NAMES);
+    text.push('\n');
+    text
+}
+
+/// Runs the command `name`.
+fn dispatch(name: &str, arguments: &[OsString]) -> Result<u8> {
+    match name {
+        "amend" => with("amend", arguments, amend::run),
+        "bitmap" => with("bitmap", arguments, bitmap::run),
+        "check" => with("check", arguments, check::run),
+        "commit" => with("commit", arguments, commit::run),
+        "compare" => with("compare", arguments, compare::run),
+        "convert" => with("convert", arguments, convert::run),
+        "create" => with("create", arguments, create::run),
+        "dd" => with("dd", arguments, dd::run),
+        "info" => with("info", arguments, info::run),
+        "map" => with("map", arguments, map::run),
+        "measure" => with("measure", arguments, measure::run),
+        "rebase" => with("rebase", arguments, rebase::run),
+        "resize" => with("resize", &resize::with_size_last(arguments), resize::run),
+        "snapshot" => with("snapshot", arguments, snapshot::run),
+        _ => {
+            complain(&anyhow::anyhow!("Command not found: {name}"));
+            eprintln!("Try 'qemu-img --help' for more info");
+            Ok(1)
+        }
+    }
+}
+
+/// Parses the arguments of the command `name`, and runs it.
+fn with<T: Args + FromArgMatches>(
+    name: &'static str,
+    arguments: &[OsString],
+    run: impl FnOnce(&T) -> Result<u8>,
+) -> Result<u8> {
+    match line::parse::<T>(name, arguments) {
+        Parsed::Go(parsed) => run(&parsed),
+        Parsed::Help(text) => {
+            crate::print(&text)?;
+            Ok(0)
+        }
+        Parsed::Wrong(text) => {
+            eprintln!("{text}\nTry 'qemu-img {name} --help' for more info");
+            Ok(1)
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! Opening images as qemu-img does, and saying as it does why one cannot be opened.
+//!
+//! qemu-img follows the names within images wherever they lead, and probes what has no format recorded: so does this.
+
+use crate::open;
+use crate::secret::Objects;
+use anyhow::{Error, Result, anyhow};
+use block::ErrorKind;
+use crypto::Passphrase;
+use disk::chain::{Chain, ChainOptions, Layer};
+use image::Format;
+use io::{Cache, File, Lock, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// An image as the command line names it.
+#[derive(Clone, Copy, Debug)]
+pub struct Name<'a> {
+    /// A file's name; with `image_opts`, options.
+    pub text: &'a str,
+    /// What `-f` says.
+    pub format: Option<&'a str>,
+    /// `--image-opts`.
+    pub image_opts: bool,
+}
+
+/// How an image is opened.
+#[derive(Clone, Debug, Default)]
+pub struct How {
+    /// For writing too.
+    pub write: bool,
+    /// `-U`.
+    pub force_share: bool,
+    /// How the host caches it.
+    pub cache: Cache,
+    /// Leave what it lies on closed.
+    pub without_backing: bool,
+    /// It is enough to know what it is: an encrypted one needs no passphrase.
+    pub allow_locked: bool,
+    /// Of its internal snapshots, read that one.
+    pub snapshot: Option<String>,
+}
+
+/// The cache mode that an option says.
+pub fn cache(said: Option<&str>, what: &str) -> Result<Cache> {
+    said.map_or(Ok(Cache::Writeback), |mode| {
+        mode.parse()
+            .map_err(|_| anyhow!("Invalid {what} option: {mode}"))
+    })
+}
+
+/// Opens an image and all that it lies on.
+pub fn chain(name: &Name<'_>, how: &How, objects: &Objects) -> Result<Chain> {
+    chain_and_options(name, how, objects).map(|(chain, _)| chain)
+}
+
+/// How images are opened whose names for others are followed wherever they lead.
+pub fn trusting() -> ChainOptions {
+    ChainOptions {
+        allow_backing: vec![PathBuf::from("/")],
+        cache_bytes: Some(crate::convert::CACHE_BYTES),
+        repair: Some(crate::check::mend),
+        probe_backing: true,
+        ..ChainOptions::default()
+    }
+}
+
+/// As [`chain`]; and how it was opened, for what opens an image of it once more.
+pub fn chain_and_options(
+    name: &Name<'_>,
+    how: &How,
+    objects: &Objects,
+) -> Result<(Chain, ChainOptions)> {
+    let could_not = |why: Error| anyhow!("Could not open '{}': {why}", name.text);
+    if name.image_opts && name.format.is_some() {
+        return Err(anyhow!("--image-opts and --format are mutually exclusive"));
+    }
+    if how.write && how.force_share {
+        return Err(could_not(anyhow!(
+            "force-share=on can only be used with read-only images"
+        )));
+    }
+    let format = match name.format {
+        Some(format) => Some(driver(format).map_err(could_not)?),
+        None => None,
+    };
+    let path = name.text.strip_prefix("file:").unwrap_or(name.text);
+    let format = match format {
+        Some(format) => format,
+        None => {
+            let found = probe(Path::new(path)).map_err(|e| could_not(explain(path, &e)))?;
+            if found == Format::Raw && how.write {
+                warn_of_raw(name.text);
+            }
+            found
+        }
+    };
+    let options = ChainOptions {
+        format: Some(format),
+        read_only: !how.write,
+        cache: how.cache,
+        force_share: how.force_share,
+        snapshot: how.snapshot.clone(),
+        without_backing: how.without_backing,
+        allow_locked: how.allow_locked,
+        passphrases: Vec::<Arc<Passphrase>>::new(),
+        ..trusting()
+    };
+    let _ = objects;
+    let chain = open::chain(path, &options).map_err(|error| could_not(explain(path, &error)))?;
+    Ok((chain, options))
+}
+
+/// The format that the driver `name` of QEMU is.
+pub fn driver(name: &str) -> Result<Format> {
+    name.parse::<Format>()
+        .map_err(|_| anyhow!("Unknown driver '{name}'"))
+}
+
+/// The format whose magic a file shows, or else raw: as QEMU probes.
+pub fn probe(path: &Path) -> block::Result<Format> {
+    let options = OpenOptions {
+        read_only: true,
+        lock: Lock::None,
+        ..OpenOptions::default()
+    };
+    let file = File::open(path, &options)?;
+    match image::probe(&*file) {
+        // What may be a fixed VHD image is raw to QEMU.
+        Err(error) if error.kind() == ErrorKind::Invalid => Ok(Format::Raw),
+        found => Ok(found?.unwrap_or(Format::Raw)),
+    }
+}
+
+fn warn_of_raw(name: &str) {
+    eprintln!(
+        "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         Automatically \
+         detecting the format is dangerous for raw images, write operations on block 0 will be restricted.\n         \
+         Specify the 'raw' format explicitly to remove the restrictions."
+    );
+}
+
+/// The active image of a chain: each has one.
+pub fn active(chain: &Chain) -> Result<&Layer> {
+    chain
+        .layers
+        .first()
+        .ok_or_else(|| anyhow!("a chain without an image"))
+}
+
+/// What QEMU says where a file cannot be opened, as far as it is the same thing.
+pub fn explain(path: &str, error: &block::Error) -> Error {
+    let text = error.to_string();
+    let own = text.strip_prefix(&format!("{path}: ")).unwrap_or(&text);
+    if let Some(below) = own.strip_prefix("backing file: ") {
+        let directory = Path::new(path).parent().unwrap_or(Path::new(""));
+        return anyhow!(
+            "Could not open backing file: {}",
+            reason(below, error, Some(directory))
+        );
+    }
+    if let Some(below) = own.strip_prefix("data file: ") {
+        let directory = Path::new(path).parent().unwrap_or(Path::new(""));
+        return anyhow!(
+            "Could not open '{path}': {}",
+            reason(below, error, Some(directory))
+        );
+    }
+    anyhow!("{}", reason(&text, error, None))
+}
+
+/// The reason in `text`, which begins with the name of the file that it is about.
+fn reason(text: &str, error: &block::Error, directory: Option<&Path>) -> String {
+    // Another image of the chain has the same trouble one step further down.
+    if let Some((above, below)) = text.split_once(": backing file: ") {
+        let directory = Path::new(above).parent().unwrap_or(Path::new(""));
+        let below = reason(below, error, Some(directory));
+        return format!("Could not open backing file: {below}");
+    }
+    let (name, why) = match text
+        .strip_prefix('\'')
+        .and_then(|rest| rest.split_once("': "))
+    {
+        Some(found) => found,
+        None => text.split_once(": ").unwrap_or(("", text)),
+    };
+    let name = match directory {
+        Some(directory) => directory.join(name).display().to_string(),
+        None => name.to_owned(),
+    };
+    match error.kind() {
+        ErrorKind::NotFound if text.contains("there is no snapshot") => without_number(why),
+        ErrorKind::NotFound => format!("Could not open '{name}': No such file or directory"),
+        ErrorKind::Locked => {
+            let mode = match text.contains("reading") {
+                true => "shared \"write\"",
+                false => "\"write\"",
+            };
+            format!("Failed to get {mode} lock\nIs another process using the image [{name}]?")
+        }
+        ErrorKind::Denied if why.contains("os error") => {
+            format!("Could not open '{name}': {}", without_number(why))
+        }
+        _ => in_qemus_words(why),
+    }
+}
+
+/// What is wrong with an image, as QEMU says it where scripts look for that.
+fn in_qemus_words(why: &str) -> String {
+    let known = [
+        ("not a qcow2 image", "Image is not in qcow2 format"),
+        ("not a QED image", "Image not in QED format"),
+    ];
+    match known.iter().find(|(ours, _)| why.ends_with(ours)) {
+        Some((_, words)) => (*words).to_owned(),
+        None => without_number(why),
+    }
+}
+
+/// A message of the operating system without the number that Rust puts behind it.
+pub fn without_number(text: &str) -> String {
+    match text.rfind(" (os error ") {
+        Some(at) if text.ends_with(')') => text.get(..at).unwrap_or(text).to_owned(),
+        _ => text.to_owned(),
+    }
+}
+
+/// Opens the file of an image alone, for what works on its tables.
+pub fn file(
+    name: &Name<'_>,
+    access: crate::open::Access,
+    _objects: &Objects,
+) -> Result<(Arc<File>, Format)> {
+    let could_not = |why: Error| anyhow!("Could not open '{}': {why}", name.text);
+    if name.image_opts && name.format.is_some() {
+        return Err(anyhow!("--image-opts and --format are mutually exclusive"));
+    }
+    let path = name.text.strip_prefix("file:").unwrap_or(name.text);
+    let failed = |error: &block::Error| could_not(explain(path, error));
+    let format = match name.format {
+        Some(format) => driver(format).map_err(could_not)?,
+        None => probe(Path::new(path)).map_err(|e| failed(&e))?,
+    };
+    if name.format.is_none() && format == Format::Raw && access == crate::open::Access::Write {
+        warn_of_raw(name.text);
+    }
+    let file =
+        crate::open::file(Path::new(path), access).map_err(|error| match error.downcast_ref() {
+            Some(known) => failed(known),
+            None => could_not(error),
+        })?;
+    Ok((file, format))
+}

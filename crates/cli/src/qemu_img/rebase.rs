@@ -1,0 +1,173 @@
+//! `qemu-img rebase`.
+
+use super::create;
+use super::line::{self, usage};
+use super::open::{self, How, Name};
+use super::progress::Progress;
+use crate::open::Access;
+use crate::secret::Objects;
+use crate::signals;
+use anyhow::{Context as _, Result, anyhow, bail};
+use clap::Args;
+use disk::chain::Chain;
+use image::Format;
+use std::sync::Arc;
+use tool::rebase::{can_rebase, copy_differences, set_backing};
+use tool::work::Work;
+
+/// `rebase`.
+#[derive(Args, Debug)]
+pub struct Rebase {
+    /// quiet operation
+    #[arg(short, long)]
+    quiet: bool,
+    /// show progress indicator
+    #[arg(short, long)]
+    progress: bool,
+    /// specify FILENAME format explicitly
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// indicates that FILENAME is a complete image specification instead of a file name
+    #[arg(long)]
+    image_opts: bool,
+    /// cache mode for FILENAME (writeback)
+    #[arg(short = 't', long, value_name = "CACHE")]
+    cache: Option<String>,
+    /// rebase onto this file (or no backing file)
+    #[arg(short, long, value_name = "BACKING_FILENAME")]
+    backing: Option<String>,
+    /// specify format for BACKING_FILENAME
+    #[arg(short = 'F', long, value_name = "BACKING_FMT")]
+    backing_format: Option<String>,
+    /// BACKING_FILENAME cache mode (writeback)
+    #[arg(short = 'T', long, value_name = "CACHE")]
+    backing_cache: Option<String>,
+    /// do not fail if BACKING_FILENAME can not be read
+    #[arg(short = 'u', long)]
+    backing_unsafe: bool,
+    /// compress image (refused: only new images get compressed clusters)
+    #[arg(short, long)]
+    compress: bool,
+    /// open image in shared mode for concurrent access
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    #[command(flatten)]
+    objects: Objects,
+    /// image file name (or specification with --image-opts)
+    #[arg(value_name = "FILENAME")]
+    files: Vec<String>,
+}
+
+/// Gives an image another backing file.
+pub fn run(args: &Rebase) -> Result<u8> {
+    let file = line::one(&args.files, "Expecting one image file name")?;
+    if args.backing.is_none() && !args.backing_unsafe {
+        return Err(usage(
+            "Must specify backing file (-b) or use unsafe mode (-u)",
+        ));
+    }
+    let cache = open::cache(args.cache.as_deref(), "cache")?;
+    let source_cache = open::cache(args.backing_cache.as_deref(), "source cache")?;
+    let name = Name {
+        text: file,
+        format: args.format.as_deref(),
+        image_opts: args.image_opts,
+    };
+    let said = args.backing_format.as_deref();
+    if let Some(format) = said
+        && format.parse::<Format>().is_err()
+    {
+        bail!("Invalid format name: '{format}'");
+    }
+    // Without a name there is none.
+    let backing = args.backing.as_deref().filter(|name| !name.is_empty());
+    let change = |file: &dyn block::Storage, format: Format| -> Result<()> {
+        let below = match (backing, said) {
+            (Some(name), Some(format)) => Some((name, format.parse::<Format>()?)),
+            (Some(name), None) => bail!(
+                "Could not change the backing file to '{name}': backing format must be specified"
+            ),
+            (None, _) => None,
+        };
+        set_backing(file, format, below).map_err(|error| {
+            anyhow!(
+                "Could not change the backing file to '{}': {error}",
+                backing.unwrap_or_default()
+            )
+        })
+    };
+    if args.backing_unsafe {
+        let (storage, format) = open::file(&name, Access::Write, &args.objects)?;
+        refuse(args, format)?;
+        crate::check::mend(&*storage, format)?;
+        change(&*storage, format)?;
+        return Ok(0);
+    }
+    let how = How {
+        write: true,
+        cache,
+        ..How::default()
+    };
+    let overlay = open::chain(&name, &how, &args.objects)?;
+    let active = open::active(&overlay)?;
+    let format = active.format;
+    refuse(args, format)?;
+    let base = backing.map(|below| base(args, file, below, source_cache));
+    let base = base.transpose()?;
+    let mut progress = Progress::new(active.image.size(), args.progress && !args.quiet);
+    let mut tell = |done| progress.set(done);
+    let mut work = Work::new(signals::stop_on_signals()?, &mut tell);
+    copy_differences(&overlay, base.as_ref(), &mut work)?;
+    progress.end();
+    // From here on nothing of the image is in memory; its lock is still held.
+    let storage = active.files.first().map(Arc::clone);
+    drop(overlay);
+    change(&*storage.context("an image without a file")?, format)?;
+    Ok(0)
+}
+
+fn refuse(args: &Rebase, format: Format) -> Result<()> {
+    if args.compress {
+        bail!(match format {
+            Format::Qcow2 =>
+                "Compressed clusters are written to new images only: leave out -c (diskplane's qemu-img)",
+            _ => "Compression not supported for this file format",
+        });
+    }
+    match can_rebase(format) {
+        true => Ok(()),
+        false => bail!(
+            "Could not change the backing file to '{}': Operation not supported",
+            args.backing.as_deref().unwrap_or_default()
+        ),
+    }
+}
+
+/// The new backing file.
+fn base(args: &Rebase, file: &str, name: &str, cache: io::Cache) -> Result<Chain> {
+    let path = create::below(file, name);
+    let base = Name {
+        text: &path,
+        format: args.backing_format.as_deref(),
+        image_opts: false,
+    };
+    let how = How {
+        cache,
+        force_share: args.force_share,
+        // The old one may be it, and is open already.
+        ..How::default()
+    };
+    let chain = open::chain(&base, &how, &args.objects).map_err(|error| {
+        anyhow!(
+            "Could not open new backing file '{name}': {}",
+            create::once(&error.to_string())
+        )
+    })?;
+    let overlay = std::fs::canonicalize(file)?;
+    let is_overlay =
+        |path: &std::path::Path| std::fs::canonicalize(path).is_ok_and(|path| path == overlay);
+    if chain.layers.iter().any(|layer| is_overlay(&layer.path)) {
+        bail!("Could not open new backing file '{name}': it lies on '{file}' itself");
+    }
+    Ok(chain)
+}

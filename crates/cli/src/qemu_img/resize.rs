@@ -1,0 +1,135 @@
+//! `qemu-img resize`.
+
+use super::line::{self, usage};
+use super::open::{self, How, Name};
+use crate::print;
+use crate::secret::Objects;
+use anyhow::{Result, anyhow, bail};
+use clap::Args;
+use image::Format;
+use std::ffi::OsString;
+use tool::prealloc::Preallocation;
+use tool::resize::{ResizeOptions, resize};
+
+/// `resize`.
+#[derive(Args, Debug)]
+pub struct Resize {
+    /// quiet operation
+    #[arg(short, long)]
+    quiet: bool,
+    /// specify FILENAME format explicitly
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// indicates that FILENAME is a complete image specification instead of a file name
+    #[arg(long)]
+    image_opts: bool,
+    /// allow operation when new size is smaller than original
+    #[arg(long)]
+    shrink: bool,
+    /// specify preallocation type for the new areas
+    #[arg(long, value_name = "PREALLOC")]
+    preallocation: Option<String>,
+    #[command(flatten)]
+    objects: Objects,
+    /// FILENAME [+-]SIZE[bkKMGTPE]
+    #[arg(value_name = "FILENAME [+-]SIZE")]
+    operands: Vec<String>,
+}
+
+/// A size may begin with a dash, and is the last argument: nothing takes it for an option then.
+pub fn with_size_last(arguments: &[OsString]) -> Vec<OsString> {
+    let mut arguments = arguments.to_vec();
+    if let Some(last) = arguments
+        .last()
+        .map(|last| last.to_string_lossy().into_owned())
+        && last
+            .strip_prefix('-')
+            .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+        && !arguments.iter().any(|argument| argument == "--")
+    {
+        arguments.insert(arguments.len() - 1, "--".into());
+    }
+    arguments
+}
+
+/// Resizes an image.
+pub fn run(args: &Resize) -> Result<u8> {
+    let preallocation = match args.preallocation.as_deref() {
+        None => Preallocation::Off,
+        Some(mode) => mode
+            .parse()
+            .map_err(|_| anyhow!("Invalid preallocation mode '{mode}'"))?,
+    };
+    let [file, size] = args.operands.as_slice() else {
+        return Err(usage("Expecting image file name and size"));
+    };
+    let (sign, digits) = match size.strip_prefix('+') {
+        Some(more) => (1, more),
+        None => match size.strip_prefix('-') {
+            Some(less) => (-1, less),
+            None => (0, size.as_str()),
+        },
+    };
+    let bytes = line::bytes("image size", digits)?;
+    let name = Name {
+        text: file,
+        format: args.format.as_deref(),
+        image_opts: args.image_opts,
+    };
+    let how = How {
+        write: true,
+        ..How::default()
+    };
+    let chain = open::chain(&name, &how, &args.objects)?;
+    let layer = open::active(&chain)?;
+    let (old, format) = (layer.image.size(), layer.format);
+    let new = match sign {
+        1 => old.checked_add(bytes),
+        -1 => old.checked_sub(bytes),
+        _ => Some(bytes),
+    };
+    let Some(new) = new.filter(|new| *new > 0) else {
+        bail!("New image size must be positive");
+    };
+    if new <= old && preallocation != Preallocation::Off {
+        bail!("Preallocation can only be used for growing images");
+    }
+    if new < old && !args.shrink {
+        bail!(
+            "Use the --shrink option to perform a shrink operation.\nqemu-img: warning: Shrinking an image will \
+             delete all data beyond the shrunken image's end. Before performing such an operation, make sure there \
+             is no important data there."
+        );
+    }
+    if format == Format::Raw && preallocation == Preallocation::Metadata {
+        bail!("Unsupported preallocation mode: metadata");
+    }
+    let options = ResizeOptions {
+        size: block::align_up(new, 512),
+        shrink: args.shrink,
+        preallocation,
+    };
+    resize(&chain.members(), format, &options)?;
+    if !args.quiet {
+        print("Image resized.\n")?;
+    }
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_is_no_option() {
+        let given = |text: &str| -> Vec<OsString> { text.split(' ').map(Into::into).collect() };
+        for (text, want) in [
+            ("a -1M", "a -- -1M"),
+            ("-q a +1M", "-q a +1M"),
+            ("a 1M --shrink", "a 1M --shrink"),
+            ("a -- -1M", "a -- -1M"),
+        ] {
+            assert_eq!(with_size_last(&given(text)), given(want), "{text}");
+        }
+    }
+}
