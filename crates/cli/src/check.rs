@@ -5,7 +5,7 @@
 //!
 //! | field | |
 //! |---|---|
-//! | `filename`, `format` | as given; `qcow2`, `qed`, `vhd` |
+//! | `filename`, `format` | as given; `qcow2`, `qed`, `vhd`, `vdi` |
 //! | `check-errors` | things that could not be checked |
 //! | `image-end-offset` | where the last cluster in use ends |
 //! | `corruptions`, `leaks` | what is wrong; absent where nothing is, as all below |
@@ -24,7 +24,7 @@ use image::Format;
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::process::ExitCode;
-use tool::check::{CheckOptions, Report, check, qed, vhd};
+use tool::check::{CheckOptions, Report, check, qed, vdi, vhd};
 
 /// As `qemu-img check`: the format has no metadata that could be wrong.
 pub const NO_CHECKS: u8 = 63;
@@ -125,6 +125,7 @@ pub fn of(
         Format::Qcow2 => check(storage, options).map(Some),
         Format::Qed => qed::check(storage, options).map(Some),
         Format::Vhd => vhd::check(storage, options).map(Some),
+        Format::Vdi => vdi::check(storage, options).map(Some),
         Format::Raw | Format::Null | Format::Vhdx => Ok(None),
     }
 }
@@ -160,7 +161,7 @@ pub fn mend(storage: &dyn Storage, format: Format) -> block::Result<()> {
             qed::mend(storage)?,
             "was not closed cleanly: its tables were checked",
         ),
-        Format::Raw | Format::Null | Format::Vhd | Format::Vhdx => return Ok(()),
+        Format::Raw | Format::Null | Format::Vhd | Format::Vhdx | Format::Vdi => return Ok(()),
     };
     if let Some(report) = report {
         tracing::warn!(

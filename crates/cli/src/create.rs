@@ -4,7 +4,7 @@ use crate::{args, open, options, options::Options};
 use anyhow::{Context, Result, bail};
 use block::{ErrorKind, Storage, limits, size};
 use disk::chain::{self, Chain, ChainOptions};
-use image::{Format, qcow2, qed, vhd, vhdx};
+use image::{Format, qcow2, qed, vdi, vhd, vhdx};
 use io::{Cache, File, FileKind, OpenOptions};
 use std::{fs, path::Path, sync::Arc};
 use tool::prealloc::{Preallocation, fill_host};
@@ -65,6 +65,9 @@ pub fn run(args: &args::Create) -> Result<()> {
                 " ({disk_bytes} bytes, as cylinders, heads and sectors make them; exactly {bytes}: -o force_size=on)"
             ));
         }
+    }
+    if format == Format::Vdi {
+        line.push_str(&format!(", {}", options.vdi.image_type));
     }
     if format == Format::Qcow2 {
         let cluster = size::human(options.qcow2.cluster_size);
@@ -130,6 +133,7 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
         Some("qed") => Format::Qed,
         Some("vhd" | "vpc") => Format::Vhd,
         Some("vhdx") => Format::Vhdx,
+        Some("vdi") => Format::Vdi,
         Some("raw" | "img") => Format::Raw,
         _ => bail!(
             "{}: its name does not say which format it is to have: say {flag} {}",
@@ -144,7 +148,9 @@ pub(crate) fn refuse_backing(flag: &str, format: Format) -> Result<()> {
     match format {
         Format::Qcow2 | Format::Qed | Format::Vhd => Ok(()),
         Format::Vhdx => bail!("{flag}: differencing vhdx images are not made yet"),
-        Format::Raw | Format::Null => bail!("{flag}: {format} images have no backing file"),
+        Format::Raw | Format::Null | Format::Vdi => {
+            bail!("{flag}: {format} images have no backing file")
+        }
     }
 }
 
@@ -274,6 +280,11 @@ fn write(path: &Path, format: Format, options: &Options, stop: &Stop) -> Result<
             path.display()
         ),
         Format::Vhd => write_vhd(&file, options, stop),
+        Format::Vdi if options.vdi.image_type == vdi::ImageType::Static => bail!(
+            "{}: a static vdi image on a device would show what the device held: say static=off, or write a raw disk",
+            path.display()
+        ),
+        Format::Vdi => write_vdi(&file, options, stop),
         _ if file.len()? < options.qcow2.size => bail!(
             "{}: the device has {}, less than {}",
             path.display(),
@@ -333,6 +344,7 @@ fn fill(file: &File, format: Format, options: &Options, stop: &Stop) -> Result<(
         Format::Qed => qed::create(file, &options.qed).map_err(Into::into),
         Format::Vhd => write_vhd(file, options, stop),
         Format::Vhdx => write_vhdx(file, options, stop),
+        Format::Vdi => write_vdi(file, options, stop),
         _ => write_raw(file, options, stop),
     }
 }
@@ -376,6 +388,16 @@ fn write_vhdx(file: &File, options: &Options, stop: &Stop) -> Result<()> {
         reserve(options, file, range, stop)?;
     }
     Ok(vhdx::create(file, &options.vhdx)?)
+}
+
+fn write_vdi(file: &File, options: &Options, stop: &Stop) -> Result<()> {
+    // Before the header, without which there is no image.
+    if options.vdi.image_type == vdi::ImageType::Static {
+        let range = options.vdi.data_range()?;
+        file.set_len(range.end)?;
+        reserve(options, file, range, stop)?;
+    }
+    Ok(vdi::create(file, &options.vdi)?)
 }
 
 /// Has the host set space aside, if that was asked for.

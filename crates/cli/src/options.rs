@@ -8,6 +8,7 @@ use image::{
     Format,
     qcow2::{self, Compression, CreateOptions},
     qed,
+    vdi::{self, ImageType},
     vhd::{self, DiskType},
     vhdx,
 };
@@ -95,6 +96,16 @@ const VHDX: [(&str, &str); 5] = [
     ),
     ("subformat", "dynamic or fixed [dynamic]"),
 ];
+const VDI: [(&str, &str); 2] = [
+    (
+        "preallocation",
+        "off; or metadata (as static=on), falloc or full, which make a static image [off]",
+    ),
+    (
+        "static",
+        "on or off: all blocks are there from the beginning, not on a block device [off]",
+    ),
+];
 const RAW: [(&str, &str); 1] = [("preallocation", "off, falloc or full [off]")];
 
 /// Options of qemu-img that no code here implements yet: refused by name.
@@ -111,10 +122,14 @@ pub struct Options {
     pub vhd: vhd::CreateOptions,
     /// For vhdx, as well.
     pub vhdx: vhdx::CreateOptions,
+    /// For vdi, as well.
+    pub vdi: vdi::CreateOptions,
     /// `backing_file`.
     pub backing_file: Option<String>,
     /// `backing_fmt`.
     pub backing_format: Option<Format>,
+    /// `static`, where it was said.
+    pub static_said: Option<bool>,
     /// `extended_l2`; where it was not said, [`Options::choose`] decides.
     pub extended_l2: Option<bool>,
     /// `encrypt.…`.
@@ -182,6 +197,16 @@ impl Options {
                 self.vhdx.validate()?;
                 self.only_fixed(format, self.vhdx.fixed)?;
                 return Ok(self.vhdx.disk_bytes());
+            }
+            Format::Vdi => {
+                self.vdi.size = bytes;
+                if self.preallocation != Preallocation::Off {
+                    if self.static_said == Some(false) {
+                        bail!("-o preallocation and static=off exclude each other");
+                    }
+                    self.vdi.image_type = ImageType::Static;
+                }
+                self.vdi.validate()?;
             }
             Format::Raw | Format::Null => {}
         }
@@ -320,6 +345,7 @@ fn table(format: Format) -> impl Iterator<Item = &'static (&'static str, &'stati
         Format::Qed => (&QED, &[]),
         Format::Vhd => (&VHD, &[]),
         Format::Vhdx => (&VHDX, &[]),
+        Format::Vdi => (&VDI, &[]),
         Format::Raw | Format::Null => (&RAW, &[]),
     };
     own.iter().chain(encryption)
@@ -437,7 +463,8 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
         }
         "preallocation" => {
             options.preallocation = value.parse().map_err(|_| wrong())?;
-            if format != Format::Qcow2 && options.preallocation == Preallocation::Metadata {
+            let has_metadata = matches!(format, Format::Qcow2 | Format::Vdi);
+            if !has_metadata && options.preallocation == Preallocation::Metadata {
                 return Err(wrong());
             }
             options.qcow2.preallocated = options.preallocation != Preallocation::Off;
@@ -447,6 +474,14 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
                 "dynamic" => false,
                 "fixed" => true,
                 _ => return Err(wrong()),
+            };
+        }
+        "static" => {
+            let all = switch(value).ok_or_else(wrong)?;
+            options.static_said = Some(all);
+            options.vdi.image_type = match all {
+                true => ImageType::Static,
+                false => ImageType::Dynamic,
             };
         }
         "subformat" => {

@@ -99,6 +99,18 @@ const WORKLOADS: &[Workload] = &[
         queues: &[0, 2],
     },
     Workload {
+        name: "vdi",
+        script: "storm 40 flush=3 len=48k discard=2 unmap=2 zero=2; kill; storm 20 flush=3; crash; storm 20; close; \
+                 storm 10; crash; check leaks; storm 10; resize 5M; storm 10",
+        images: &[
+            "vdi cluster_size=4k size=512k",
+            "vdi cluster_size=64k junk=64k",
+            "vdi cluster_size=1M size=4M",
+            "vdi=static cluster_size=8k size=512k",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
         name: "discard",
         script: "write 0 256k; flush; storm 80 discard=6 unmap=6 flush=4 len=64k; discard 0 256k; storm 20",
         images: &[

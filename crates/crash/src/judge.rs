@@ -4,7 +4,7 @@ use crate::model::{Allowed, Model, SECTOR};
 use crate::world::World;
 use block::Storage;
 use image::qcow2::{Header, bitmap, features, snapshot};
-use image::{Format, qed};
+use image::{Format, qed, vdi};
 use io::{SimDisk, SimOptions};
 use std::path::Path;
 use std::process::Command;
@@ -53,8 +53,8 @@ impl Judge {
         if look != Look::Quick {
             check_below(world)?;
         }
-        if format == Format::Vhd {
-            return self.judge_vhd(world, model, allowed, look);
+        if matches!(format, Format::Vhd | Format::Vdi) {
+            return self.judge_growing(world, model, allowed, look);
         }
         if format == Format::Qed {
             return self.judge_qed(world, model, allowed, look);
@@ -150,31 +150,48 @@ impl Judge {
         Ok(())
     }
 
-    /// A VHD image is sound as it is; QEMU reads it, but knows of no parents.
-    fn judge_vhd(
+    /// A VHD or VDI image is sound as it is; QEMU reads it, but knows of no parents of VHD images, and of VDI images only
+    /// those with blocks of 1 MiB.
+    fn judge_growing(
         &self,
         world: &World,
         model: &Model,
         allowed: &Allowed,
         look: Look,
     ) -> Result<(), String> {
-        check_vhd(world, Repair::No)?;
+        check_growing(world, Repair::No)?;
         let bytes = world.content().map_err(|e| e.to_string())?;
         model.judge(allowed, &bytes)?;
-        if look != Look::Quick && world.spec.below.is_none() {
+        let format = world.spec.format();
+        let peer = match format {
+            Format::Vdi => world.spec.create.cluster_size == u64::from(vdi::BLOCK_BYTES),
+            _ => world.spec.below.is_none(),
+        };
+        if look != Look::Quick && peer {
             let path = self.dir.path("image.qcow2");
             std::fs::write(&path, world.image().bytes()).map_err(|e| e.to_string())?;
-            self.peer_reads(&bytes, Format::Vhd)?;
+            self.peer_reads(&bytes, format)?;
         }
         if look == Look::Close {
             let after = |what| format!("after going on: {what}");
             let mended = world.copy();
-            check_vhd(&mended, Repair::Leaks).map_err(after)?;
-            let world = go_on_writing(world, model, allowed)?;
-            match check_vhd(&world, Repair::No).map_err(after)? {
-                0 => {}
-                leaks => return Err(format!("after going on: {leaks} leaks")),
+            check_growing(&mended, Repair::Leaks).map_err(after)?;
+            let read = mended.content().map_err(|e| after(e.to_string()))?;
+            if read != bytes {
+                return Err("mended, it reads otherwise".to_owned());
             }
+            // Holes between the blocks of a VDI image are left to new blocks.
+            let leaks = |world: &World| match (format, check_growing(world, Repair::No)?) {
+                (_, 0) => Ok(()),
+                (_, leaks) => Err(format!("{leaks} leaks")),
+            };
+            leaks(&mended).map_err(after)?;
+            let world = go_on_writing(world, model, allowed)?;
+            let copy = world.copy();
+            if format == Format::Vdi {
+                check_growing(&copy, Repair::Leaks).map_err(after)?;
+            }
+            leaks(&copy).map_err(after)?;
         }
         Ok(())
     }
@@ -276,6 +293,7 @@ fn check_below(world: &World) -> Result<(), String> {
             Format::Qcow2 => tool::check::check(file, &options),
             Format::Qed => tool::check::qed::check(file, &options),
             Format::Vhd => tool::check::vhd::check(file, &options),
+            Format::Vdi => tool::check::vdi::check(file, &options),
             _ => continue,
         };
         let report = report.map_err(|e| format!("below: {e}"))?;
@@ -345,13 +363,16 @@ pub fn is_dirty(storage: &dyn Storage) -> block::Result<bool> {
     Ok(Header::read(storage)?.incompatible & features::DIRTY != 0)
 }
 
-/// Our check of a VHD image: no errors, but leaks perhaps. How many.
-fn check_vhd(world: &World, repair: Repair) -> Result<u64, String> {
+/// Our check of a VHD or VDI image: no errors, but leaks perhaps. How many.
+fn check_growing(world: &World, repair: Repair) -> Result<u64, String> {
     let options = CheckOptions {
         repair,
         ..CheckOptions::default()
     };
-    let report = tool::check::vhd::check(&**world.image(), &options);
+    let report = match world.spec.format() {
+        Format::Vdi => tool::check::vdi::check(&**world.image(), &options),
+        _ => tool::check::vhd::check(&**world.image(), &options),
+    };
     let report = report.map_err(|e| format!("check: {e}"))?;
     match report.corruptions + report.check_errors {
         0 => Ok(report.leaks),

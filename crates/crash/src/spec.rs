@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!   size=1M cluster_size=4k refcount_bits=1 compat=0.10 extended_l2 lazy_refcounts zstd backing junk=256k
-//!   qed qed=2 vhd vhd=fixed data_file data_file_raw luks filled compressed over cluster_size=64k size=700k compressed over raw
+//!   qed qed=2 vhd vhd=fixed vdi vdi=static data_file data_file_raw luks filled compressed over cluster_size=64k size=700k compressed over raw
 //! ```
 //!
 //! `qed` is a QED image, with tables of so many clusters; `vhd` a VHD image with blocks of the cluster size, over
-//! another a differencing one. With `data_file` the guest's data are in a file of their own, with `luks` they are encrypted. `filled` and
+//! another a differencing one; `vdi` a VDI image likewise, over nothing. With `data_file` the guest's data are in a file of their own, with `luks` they are encrypted. `filled` and
 //! `compressed` images hold something from the beginning, as it is or compressed where that makes it smaller.
 //! `over` begins the words of the image below, which is filled and may be `raw`; `backing` is a raw one that is a little
 //! shorter. `junk` bytes follow the last cluster, as on a device that was used before.
@@ -14,7 +14,7 @@
 use crypto::Passphrase;
 use crypto::luks::{FormatOptions, Volume};
 use image::qcow2::{Compression, CreateOptions};
-use image::{Format, qed, vhd};
+use image::{Format, qed, vdi, vhd};
 use std::sync::Arc;
 
 /// What the backing file is called in the image that is number `above` of the chain, 0 the active one.
@@ -51,6 +51,8 @@ pub struct Spec {
     pub qed: Option<u64>,
     /// It is a VHD image of that type; of the options only sizes count.
     pub vhd: Option<vhd::DiskType>,
+    /// It is a VDI image of that type; of the options only sizes count.
+    pub vdi: Option<vdi::ImageType>,
     /// What it holds from the beginning.
     pub content: Content,
     /// The image below.
@@ -114,6 +116,7 @@ impl Spec {
             raw: false,
             qed: None,
             vhd: None,
+            vdi: None,
             content: Content::Nothing,
             below: None,
             junk: 0,
@@ -152,6 +155,12 @@ impl Spec {
                         _ => vhd::DiskType::Dynamic,
                     });
                 }
+                "vdi" => {
+                    spec.vdi = Some(match value {
+                        "static" => vdi::ImageType::Static,
+                        _ => vdi::ImageType::Dynamic,
+                    });
+                }
                 "filled" => spec.content = Content::Filled,
                 "compressed" => spec.content = Content::Compressed,
                 "backing" => backing = true,
@@ -171,11 +180,22 @@ impl Spec {
 
     /// What it is.
     pub fn format(&self) -> Format {
-        match (self.raw, self.qed, self.vhd) {
-            (true, ..) => Format::Raw,
-            (false, Some(_), _) => Format::Qed,
-            (false, None, Some(_)) => Format::Vhd,
-            (false, None, None) => Format::Qcow2,
+        match self {
+            Spec { raw: true, .. } => Format::Raw,
+            Spec { qed: Some(_), .. } => Format::Qed,
+            Spec { vhd: Some(_), .. } => Format::Vhd,
+            Spec { vdi: Some(_), .. } => Format::Vdi,
+            _ => Format::Qcow2,
+        }
+    }
+
+    /// How a VDI image is made.
+    pub fn vdi(&self, image_type: vdi::ImageType) -> vdi::CreateOptions {
+        vdi::CreateOptions {
+            size: self.create.size,
+            image_type,
+            // Blocks are smaller than 4 GiB.
+            block_bytes: self.create.cluster_size as u32,
         }
     }
 

@@ -10,6 +10,7 @@ use crate::spec::{bytes, passphrase, second_passphrase};
 use crate::world::World;
 use block::{Error, Result, Storage};
 use crypto::luks::{self, Erase};
+use image::Format;
 use image::qcow2::bitmap::Bitmaps;
 use image::qcow2::snapshot::{self, NewSnapshot};
 use image::qcow2::{AmendOptions, Header, ImageWriter, amend, crypt, downgrade};
@@ -293,7 +294,10 @@ fn check(ground: &mut Ground, words: &[&str]) -> Result<Effect> {
         repair,
         ..CheckOptions::default()
     };
-    let report = tool::check::check(ground.file(), &options)?;
+    let report = match ground.world.spec.format() {
+        Format::Vdi => tool::check::vdi::check(ground.file(), &options)?,
+        _ => tool::check::check(ground.file(), &options)?,
+    };
     match report.corruptions + report.check_errors {
         0 => Ok(Effect::Nothing),
         _ => Err(Error::corrupt(format!("{:?}", report.findings))),

@@ -8,7 +8,7 @@ use crate::spec::{Content, DATA, Spec, backing, passphrase};
 use block::{Context, Result, Storage};
 use disk::{Chain, Layer};
 use image::qcow2::{self, Compressor, ImageWriter};
-use image::{Format, Raw, qed, vhd};
+use image::{Format, Raw, qed, vdi, vhd};
 use io::{File, SimClock, SimDisk, SimOptions};
 use std::sync::Arc;
 
@@ -89,6 +89,8 @@ impl World {
             let parent = parent.transpose()?.map(|layout| layout.footer.unique_id);
             let parent = parent.unwrap_or(vhd::UniqueId::NONE);
             vhd::create(&*image, &spec.vhd(disk_type, parent))?;
+        } else if let Some(image_type) = spec.vdi {
+            vdi::create(&*image, &spec.vdi(image_type))?;
         } else if spec.content != Content::Compressed {
             qcow2::create(&*image, &spec.create)?;
         }
@@ -216,6 +218,7 @@ impl World {
                 Format::Qcow2 if writable == Some(depth) => drop(tool::check::mend_dirty(file)?),
                 Format::Qed if writable == Some(depth) => drop(tool::check::qed::mend(file)?),
                 Format::Vhd if writable == Some(depth) => drop(vhd::mend(file)?),
+                Format::Vdi if writable == Some(depth) => drop(vdi::mend(file)?),
                 _ => {}
             }
             let (image, format): (Arc<dyn image::Image>, _) = if spec.raw {
@@ -235,6 +238,12 @@ impl World {
                 };
                 let image = vhd::Vhd::open(file, &options).context(|| "open")?;
                 (Arc::new(image), Format::Vhd)
+            } else if spec.vdi.is_some() {
+                let options = vdi::OpenOptions {
+                    read_only: writable != Some(depth),
+                };
+                let image = vdi::Vdi::open(file, &options).context(|| "open")?;
+                (Arc::new(image), Format::Vdi)
             } else {
                 let options = qcow2::OpenOptions {
                     read_only: writable != Some(depth),

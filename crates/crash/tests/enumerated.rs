@@ -43,6 +43,7 @@ workloads! {
     copy_on_write: "copy-on-write",
     qed: "qed",
     vhd: "vhd",
+    vdi: "vdi",
     discard: "discard",
     zeroes: "zeroes",
     lazy: "lazy",

@@ -18,7 +18,7 @@
 use crate::blocking::{Driver, Member};
 use block::{Context, Error, ErrorKind, Result, Storage, limits};
 use crypto::Passphrase;
-use image::{FileId, Format, Image, Null, Parent, Raw, qcow2, qed, vhd, vhdx};
+use image::{FileId, Format, Image, Null, Parent, Raw, qcow2, qed, vdi, vhd, vhdx};
 use io::{Cache, File, Lock};
 use std::{
     fs,
@@ -91,13 +91,13 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Whether holes of its file `id` are zeros to the guest: in a raw image, an external data file, and a QED, VHD or VHDX image, in
+    /// Whether holes of its file `id` are zeros to the guest: in a raw image, an external data file, and a QED, VHD, VHDX or VDI image, in
     /// which holes are punched without a change of the tables. Other formats know themselves what is allocated;
     /// and a hole is not zeros where the data are encrypted.
     pub fn holes_are_zeros(&self, id: FileId) -> bool {
         let tells = matches!(
             self.format,
-            Format::Raw | Format::Qed | Format::Vhd | Format::Vhdx
+            Format::Raw | Format::Qed | Format::Vhd | Format::Vhdx | Format::Vdi
         ) || id == FileId::DATA;
         tells && self.image.encryption().is_none()
     }
@@ -125,7 +125,7 @@ pub struct Chain {
 impl Chain {
     /// Opens `spec` (a path, or `null:SIZE`) and all its backing images.
     ///
-    /// Without a format in `options`, qcow2, QED, VHD and VHDX are known by their magic, and a file that shows none counts as
+    /// Without a format in `options`, qcow2, QED, VHD, VHDX and VDI are known by their magic, and a file that shows none counts as
     /// raw only when it is opened read-only: a guest that could write such a file could make
     /// it show any format next time.
     ///
@@ -304,6 +304,7 @@ fn open_active(path: &Path, keys: &mut Keys<'_>) -> Result<Layer> {
         (Format::Qcow2 | Format::Qed, false, Some(repair)) => repair(&*file, format)?,
         (Format::Vhd, false, _) => tell_mended(&file, vhd::mend(&*file)?),
         (Format::Vhdx, false, _) => tell_mended(&file, vhdx::mend(&*file)?),
+        (Format::Vdi, false, _) => tell_mended(&file, vdi::mend(&*file)?),
         _ => {}
     }
     let image = open_image(&file, format, options.read_only, &options.snapshot, keys)?;
@@ -446,6 +447,10 @@ fn open_image(
         Format::Vhdx => {
             let options = vhdx::OpenOptions { read_only };
             Arc::new(vhdx::Vhdx::open(storage, &options)?)
+        }
+        Format::Vdi => {
+            let options = vdi::OpenOptions { read_only };
+            Arc::new(vdi::Vdi::open(storage, &options)?)
         }
         Format::Null => {
             return Err(Error::invalid("null is no format of a file: say null:SIZE"));

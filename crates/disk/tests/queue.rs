@@ -138,6 +138,14 @@ fn vhd() {
 }
 
 #[test]
+fn vdi() {
+    let dir = common::dir();
+    let path = dir.path().join("disk.vdi");
+    run("qemu-img", &["create", "-q", "-f", "vdi", arg(&path), "5M"]);
+    torture(&path, Format::Vdi, vec![0; 5 << 20], 91, 150 << 10);
+}
+
+#[test]
 fn overlays_longer_and_shorter_than_their_base() {
     let dir = common::dir();
     for (index, (base_len, top_len, options)) in [

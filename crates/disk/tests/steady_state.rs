@@ -112,11 +112,17 @@ fn nothing_is_allocated_and_a_batch_is_one_call() {
         "qemu-img",
         &["create", "-q", "-f", "vpc", common::arg(&vhd), "8M"],
     );
+    let vdi = dir.path().join("disk.vdi");
+    common::run(
+        "qemu-img",
+        &["create", "-q", "-f", "vdi", common::arg(&vdi), "8M"],
+    );
     for (path, format) in [
         (&qcow2, Format::Qcow2),
         (&subclusters, Format::Qcow2),
         (&qed, Format::Qed),
         (&vhd, Format::Vhd),
+        (&vdi, Format::Vdi),
     ] {
         let disk = open(path, format, DiskOptions::default());
         let mut rig = Rig::new(&disk, EngineKind::Threads, 4);
@@ -133,6 +139,7 @@ fn nothing_is_allocated_and_a_batch_is_one_call() {
         (&subclusters, Format::Qcow2),
         (&qed, Format::Qed),
         (&vhd, Format::Vhd),
+        (&vdi, Format::Vdi),
     ] {
         for kind in [EngineKind::Threads, EngineKind::Native, EngineKind::IoUring] {
             for op in [Op::Read, Op::Write { fua: false }, Op::Flush] {

@@ -3,48 +3,14 @@
 mod peer;
 
 use block::ErrorKind;
-use disk::{ChainOptions, blocking::Driver};
 use image::Format;
 use image::vhd::{CreateOptions, DiskType, create, size_of_new};
 use io::{File, OpenOptions};
-use peer::{Model, Op, Random, as_qemu_io, qemu_img, qemu_io, qemu_reads, random_op};
+use peer::{Turns, qemu_img};
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 
 const DISK: &str = "disk.vhd";
-
-fn open(dir: &Path, read_only: bool) -> Driver {
-    let options = ChainOptions {
-        format: Some(Format::Vhd),
-        read_only,
-        // Nothing crashes here: syncs only cost time.
-        cache: io::Cache::Unsafe,
-        // As few bitmaps as there may be.
-        cache_bytes: Some(0),
-        ..ChainOptions::default()
-    };
-    let chain = peer::open_chain(&dir.join(DISK), &options).unwrap_or_else(|e| panic!("{e}"));
-    chain.driver().unwrap()
-}
-
-fn apply(driver: &mut Driver, op: Op, model: &mut Model) {
-    match op {
-        Op::Write { at, len, pattern } => driver.write(at, &vec![pattern; len as usize]),
-        Op::Zero { at, len, unmap } => driver.write_zeroes(at, len, unmap),
-        Op::Discard { at, len } => driver.discard(at, len),
-        Op::Read { at, len } => {
-            let mut buf = vec![0xa5; len as usize];
-            driver.read(at, &mut buf).unwrap();
-            return model
-                .check(at, &buf)
-                .unwrap_or_else(|e| panic!("{op:?}: {e}"));
-        }
-        Op::Flush => driver.flush(),
-    }
-    .unwrap_or_else(|e| panic!("{op:?}: {e}"));
-    model.apply(op);
-}
 
 /// One image, changed by us and by QEMU in turns.
 fn in_turns(options: &CreateOptions, by_qemu: bool, seed: u64) {
@@ -64,43 +30,15 @@ fn in_turns(options: &CreateOptions, by_qemu: bool, seed: u64) {
         let file = File::create_new(&dir.join(DISK), &OpenOptions::default()).unwrap();
         create(&*file, options).unwrap();
     }
-    let size = options.disk_bytes().unwrap();
-    let mut model = Model::new(size);
-    let mut random = Random::new(seed);
-    let block = u64::from(options.block_bytes);
-    for _ in 0..2 {
-        let mut driver = open(dir, false);
-        assert_eq!(driver.size(), size);
-        for _ in 0..30 {
-            apply(
-                &mut driver,
-                random_op(&mut random, size, block, 512),
-                &mut model,
-            );
-        }
-        // Not whole sectors either.
-        let at = random.below(size - 2000);
-        let odd = Op::Write {
-            at,
-            len: 1 + random.below(1999),
-            pattern: 7,
-        };
-        apply(&mut driver, odd, &mut model);
-        let mut all = vec![0; size as usize];
-        driver.read(0, &mut all).unwrap();
-        model.check(0, &all).unwrap();
-        driver.close().unwrap();
-        qemu_reads(dir, "vpc", DISK, &mut model);
-        let mut script = String::new();
-        for _ in 0..20 {
-            let op = random_op(&mut random, size, block, 512);
-            as_qemu_io(op, &mut model, &mut script);
-        }
-        qemu_io(dir, "vpc", DISK, &script);
-    }
-    let mut all = vec![0; size as usize];
-    open(dir, true).read(0, &mut all).unwrap();
-    model.check(0, &all).unwrap();
+    let turns = Turns {
+        dir,
+        image: DISK,
+        format: Format::Vhd,
+        size: options.disk_bytes().unwrap(),
+        unit: u64::from(options.block_bytes),
+        seed,
+    };
+    turns.take();
     let footer = fs::read(dir.join(DISK)).unwrap();
     assert!(footer[footer.len() - 512..].starts_with(b"conectix"));
 }

@@ -13,6 +13,7 @@ mod probe;
 pub mod qcow2;
 pub mod qed;
 mod raw;
+pub mod vdi;
 pub mod vhd;
 pub mod vhdx;
 mod words;

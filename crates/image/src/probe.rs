@@ -4,7 +4,7 @@
 //! a guest writes what it likes at the start of a raw disk, another format's header included,
 //! so raw has to be said by the user or by the image that names the file.
 
-use crate::{vhd, vhdx};
+use crate::{vdi, vhd, vhdx};
 use block::{Error, ErrorKind, Result, Storage};
 use serde::Serialize;
 use std::{fmt, str::FromStr};
@@ -25,11 +25,13 @@ pub enum Format {
     Vhd,
     /// Hyper-V's format since 2012.
     Vhdx,
+    /// VirtualBox's format.
+    Vdi,
 }
 
 impl Format {
     /// Formats that a file can have, as messages list them.
-    pub const NAMES: &'static str = "raw, qcow2, qed, vhd or vhdx";
+    pub const NAMES: &'static str = "raw, qcow2, qed, vhd, vhdx or vdi";
 
     /// The name, as after `-f`.
     pub fn name(self) -> &'static str {
@@ -40,6 +42,7 @@ impl Format {
             Format::Qed => "qed",
             Format::Vhd => "vhd",
             Format::Vhdx => "vhdx",
+            Format::Vdi => "vdi",
         }
     }
 
@@ -68,6 +71,7 @@ impl FromStr for Format {
             "qed" => Ok(Format::Qed),
             "vhd" | "vpc" => Ok(Format::Vhd),
             "vhdx" => Ok(Format::Vhdx),
+            "vdi" => Ok(Format::Vdi),
             _ => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
@@ -81,7 +85,7 @@ impl FromStr for Format {
 }
 
 /// Bytes from the start of a file that [`probe_bytes`] wants to see.
-pub const PROBE_BYTES: usize = 8;
+pub const PROBE_BYTES: usize = vdi::MAGIC_AT + vdi::MAGIC.len();
 
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
@@ -92,6 +96,12 @@ pub fn probe_bytes(start: &[u8]) -> Option<Format> {
     }
     if start.starts_with(&vhdx::SIGNATURE) {
         return Some(Format::Vhdx);
+    }
+    if start
+        .get(vdi::MAGIC_AT..)
+        .is_some_and(|s| s.starts_with(&vdi::MAGIC))
+    {
+        return Some(Format::Vdi);
     }
     let version = start.get(4..8)?;
     if start.starts_with(&crate::qed::MAGIC) {
@@ -109,11 +119,13 @@ pub fn probe_bytes(start: &[u8]) -> Option<Format> {
 /// with such bytes at its end; and what reading the file fails with.
 pub fn probe(file: &dyn Storage) -> Result<Option<Format>> {
     let mut start = [0; PROBE_BYTES];
-    if file.len()? < PROBE_BYTES as u64 {
+    let there = file.len()?.min(PROBE_BYTES as u64) as usize;
+    let start = start.get_mut(..there).unwrap_or_default();
+    if start.len() < 8 {
         return Ok(None);
     }
-    file.read_at(0, &mut start)?;
-    let found = probe_bytes(&start);
+    file.read_at(0, start)?;
+    let found = probe_bytes(start);
     if found.is_none() && vhd::fixed_footer(file)? {
         return Err(Error::invalid(format!(
             "{}: its last sector is the footer of a fixed VHD image, but a raw disk may hold such bytes too: say -f \
@@ -143,9 +155,14 @@ mod tests {
             (b"conectix", Some(Format::Vhd)),
             (b"conectis", None),
             (b"", None),
+            (b"QFI\xfb\0\0\0\x03 and so on, with other bytes where a VDI image has its signature", Some(Format::Qcow2)),
         ] {
             assert_eq!(probe_bytes(start), format, "{start:?}");
         }
+        let mut vdi = [0; PROBE_BYTES];
+        vdi[vdi::MAGIC_AT..].copy_from_slice(&vdi::MAGIC);
+        assert_eq!(probe_bytes(&vdi), Some(Format::Vdi));
+        assert_eq!(probe_bytes(&vdi[..PROBE_BYTES - 1]), None);
     }
 
     #[test]
@@ -156,6 +173,7 @@ mod tests {
             Format::Qed,
             Format::Vhd,
             Format::Vhdx,
+            Format::Vdi,
         ] {
             assert_eq!(format.qemu_name().parse::<Format>().unwrap(), format);
             assert_eq!(format.name().parse::<Format>().unwrap(), format);

@@ -14,7 +14,7 @@ use crate::work::Stop;
 use block::{Context, Error, Result, Storage};
 use disk::blocking::{Driver, Member};
 use image::qcow2::{Header, OpenOptions, Qcow2, edit::Editor, features, resize};
-use image::{ExtentKind, Format, qed, vhd};
+use image::{ExtentKind, Format, qed, vdi, vhd};
 use std::sync::Arc;
 
 /// How to resize.
@@ -47,10 +47,14 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
     let old = match format {
         Format::Qcow2 => Header::read(&**file)?.size,
         Format::Qed => qed::Header::read(&**file)?.image_size,
-        Format::Vhd | Format::Vhdx | Format::Null => member.image.size(),
+        Format::Vhd | Format::Vhdx | Format::Vdi | Format::Null => member.image.size(),
         Format::Raw => file.len()?,
     };
-    if matches!(format, Format::Qed | Format::Vhd | Format::Vhdx) && options.size < old {
+    if matches!(
+        format,
+        Format::Qed | Format::Vhd | Format::Vhdx | Format::Vdi
+    ) && options.size < old
+    {
         return Err(Error::unsupported(format!(
             "{name}: a {format} image cannot shrink: convert it into a smaller one"
         )));
@@ -67,6 +71,7 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
                 "{name}: a vhdx image is not resized yet: convert it into a larger one"
             )));
         }
+        Format::Vdi => grow_vdi(&**file, options).context(|| &name)?,
         Format::Null => {
             return Err(Error::invalid(format!(
                 "{name}: null has the size that it is given"
@@ -133,6 +138,15 @@ fn grow_vhd(
         )));
     }
     vhd::grow(file, options.size)
+}
+
+fn grow_vdi(file: &dyn Storage, options: &ResizeOptions) -> Result<()> {
+    if options.preallocation != Preallocation::Off {
+        return Err(Error::unsupported(
+            "vdi images are not preallocated when they grow: leave --preallocation out",
+        ));
+    }
+    vdi::grow(file, options.size)
 }
 
 fn has_data_file(header: &Header) -> bool {

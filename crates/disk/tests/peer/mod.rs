@@ -2,7 +2,8 @@
 
 #![allow(dead_code)]
 
-use disk::{Chain, ChainOptions};
+use disk::{Chain, ChainOptions, blocking::Driver};
+use image::Format;
 use std::{
     fmt::Write as _,
     fs,
@@ -320,4 +321,95 @@ pub fn qemu_reads(dir: &Path, format: &str, image: &str, model: &mut Model) {
     model
         .check(0, &read)
         .unwrap_or_else(|e| panic!("{image} read by QEMU: {e}"));
+}
+
+/// Carries `op` out on `driver` and on `model`; what is read must be what the model says.
+pub fn apply(driver: &mut Driver, op: Op, model: &mut Model) {
+    match op {
+        Op::Write { at, len, pattern } => driver.write(at, &vec![pattern; len as usize]),
+        Op::Zero { at, len, unmap } => driver.write_zeroes(at, len, unmap),
+        Op::Discard { at, len } => driver.discard(at, len),
+        Op::Read { at, len } => {
+            let mut buf = vec![0xa5; len as usize];
+            driver.read(at, &mut buf).unwrap();
+            return model
+                .check(at, &buf)
+                .unwrap_or_else(|e| panic!("{op:?}: {e}"));
+        }
+        Op::Flush => driver.flush(),
+    }
+    .unwrap_or_else(|e| panic!("{op:?}: {e}"));
+    model.apply(op);
+}
+
+/// A new image of zeros, to be changed by us and by QEMU in turns.
+#[derive(Debug)]
+pub struct Turns<'a> {
+    /// Where it is.
+    pub dir: &'a Path,
+    /// Its file's name there.
+    pub image: &'a str,
+    /// Its format.
+    pub format: Format,
+    /// Bytes of its disk.
+    pub size: u64,
+    /// Bytes that it allocates at once.
+    pub unit: u64,
+    /// Of what is done to it.
+    pub seed: u64,
+}
+
+impl Turns<'_> {
+    fn open(&self, read_only: bool) -> Driver {
+        let options = ChainOptions {
+            format: Some(self.format),
+            read_only,
+            // Nothing crashes here: syncs only cost time.
+            cache: io::Cache::Unsafe,
+            // As little metadata in memory as there may be.
+            cache_bytes: Some(0),
+            ..ChainOptions::default()
+        };
+        let chain =
+            open_chain(&self.dir.join(self.image), &options).unwrap_or_else(|e| panic!("{e}"));
+        chain.driver().unwrap()
+    }
+
+    /// Two turns each; both must read what a model says after each.
+    pub fn take(&self) {
+        let (size, unit) = (self.size, self.unit);
+        let format = self.format.qemu_name();
+        let mut model = Model::new(size);
+        let mut random = Random::new(self.seed);
+        for _ in 0..2 {
+            let mut driver = self.open(false);
+            assert_eq!(driver.size(), size);
+            for _ in 0..30 {
+                let op = random_op(&mut random, size, unit, 512);
+                apply(&mut driver, op, &mut model);
+            }
+            // Not whole sectors either.
+            let at = random.below(size - 2000);
+            let odd = Op::Write {
+                at,
+                len: 1 + random.below(1999),
+                pattern: 7,
+            };
+            apply(&mut driver, odd, &mut model);
+            let mut all = vec![0; size as usize];
+            driver.read(0, &mut all).unwrap();
+            model.check(0, &all).unwrap();
+            driver.close().unwrap();
+            qemu_reads(self.dir, format, self.image, &mut model);
+            let mut script = String::new();
+            for _ in 0..20 {
+                let op = random_op(&mut random, size, unit, 512);
+                as_qemu_io(op, &mut model, &mut script);
+            }
+            qemu_io(self.dir, format, self.image, &script);
+        }
+        let mut all = vec![0; size as usize];
+        self.open(true).read(0, &mut all).unwrap();
+        model.check(0, &all).unwrap();
+    }
 }

@@ -16,6 +16,7 @@ mod growing;
 mod layout;
 pub(crate) mod packed;
 pub(crate) mod pages;
+mod space;
 pub(crate) mod tables;
 mod tickets;
 mod walk;
@@ -25,6 +26,7 @@ pub(crate) use cache::FRAMES_MIN;
 pub use cache::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX};
 pub(crate) use growing::{Growing, STEPS_MAX};
 pub(crate) use layout::{COPIED, FRESH, FRESH_ZEROED, Layout, OFFSET_MASK, ZERO};
+pub(crate) use space::{Space, Strides};
 pub(crate) use tickets::{Span, Tickets, key_of};
 pub(crate) use walk::{Place, Walk};
 
@@ -51,9 +53,9 @@ impl From<Error> for Halt {
 }
 
 /// An answer, or why there is none.
-pub(crate) type Ask<T> = std::result::Result<T, Halt>;
+pub(crate) type Ask<T> = Result<T, Halt>;
 
-/// An answer as the contract has it.
+/// An answer as the contract has it, of formats that pin nothing.
 pub(crate) fn step<T>(answer: Ask<T>) -> Result<Step<T>> {
     match answer {
         Ok(answer) => Ok(Step::Done(answer)),

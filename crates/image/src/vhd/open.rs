@@ -7,10 +7,11 @@
 use super::batmap::Batmap;
 use super::footer::{COOKIE, DiskType, EPOCH, FOOTER_BYTES, Footer, UniqueId};
 use super::header::{HEADER_BYTES, Header};
-use super::state::{Space, State};
+use super::state::State;
 use super::tables::{NONE, Tables};
 use super::{Vhd, header, locator};
 use crate::Parent;
+use crate::metadata::Space;
 use block::{Context, Error, Result, Storage};
 use std::ops::Range;
 use std::sync::Mutex;
@@ -299,14 +300,7 @@ impl Vhd {
         let cache = options.cache_bytes.unwrap_or(CACHE_BYTES);
         let frames = (cache / bitmap_bytes).max(FRAMES_MIN).min(count) as usize;
         let used_end = layout.used_end(blocks.end);
-        let space = Space {
-            next: used_end,
-            end: used_end,
-            zeros_from: layout.file_bytes,
-            reserving: false,
-            most: u64::MAX,
-            blocks: blocks.present,
-        };
+        let space = Space::new(used_end, layout.file_bytes, blocks.present);
         let lacks = lacks(&layout);
         let tables = Tables::new(blocks.entries, frames);
         if let Some(batmap) = &layout.batmap {

@@ -2,16 +2,13 @@
 
 use super::Vhd;
 use super::tables::NONE;
-use crate::metadata::{Ask, Halt, Sectors, Span, Tickets};
+use crate::metadata::{Ask, Halt, Sectors, Space, Span, Strides, Tickets};
 use crate::{FileId, Key, Load, Need, Reserve};
 use block::{HostOffset, Result, Zeroed};
 use std::sync::atomic::Ordering;
 
 /// Bytes of bitmaps of new blocks that may wait for a flush: what a run's memory is bounded by.
 const WAITING_BYTES_MAX: u64 = 4 << 20;
-
-/// Bytes that are reserved at the end of the file at once, at most: an eighth of what the image has.
-const RESERVE_BYTES_MAX: u64 = 64 << 20;
 
 /// What blocks are aligned to, so that `O_DIRECT` takes their data; as XenServer's tools do.
 const ALIGN: u64 = 4096;
@@ -52,23 +49,6 @@ pub(super) struct Use {
     pub(super) dirty: bool,
     /// A flush under way writes it.
     pub(super) flushing: bool,
-}
-
-/// Space behind the last block.
-#[derive(Debug)]
-pub(super) struct Space {
-    /// Where the next block may begin.
-    pub(super) next: u64,
-    /// End of what is reserved.
-    pub(super) end: u64,
-    /// What is reserved reads as zeros from here on.
-    pub(super) zeros_from: u64,
-    /// A reservation is under way.
-    pub(super) reserving: bool,
-    /// Blocks to reserve at once, fewer after a failure.
-    pub(super) most: u64,
-    /// Blocks of the image.
-    pub(super) blocks: u64,
 }
 
 /// What the lock guards.
@@ -268,15 +248,21 @@ impl Vhd {
         st.births.push(block);
         st.mark_table(block);
         self.tables.set_entry(block, entry);
-        if st.space.end - st.space.next < self.stride() * 2 {
+        if st.space.is_short(&self.strides()) {
             self.ahead.store(true, Ordering::Relaxed);
         }
         Ok(zeros)
     }
 
-    /// Bytes from block to block, at most.
-    fn stride(&self) -> u64 {
-        self.block_bytes + self.bitmap_bytes + ALIGN
+    fn strides(&self) -> Strides {
+        let span = self.block_bytes + self.bitmap_bytes;
+        Strides {
+            key: Key(KEY_RESERVE),
+            block: self.block_bytes,
+            span,
+            stride: span + ALIGN,
+            tail: TAIL,
+        }
     }
 
     /// Where a block begins whose bitmap may begin at `next`: so that its data are aligned.
@@ -302,45 +288,19 @@ impl Vhd {
     fn reserve(&self, st: &mut State, at: u64) -> Result<Reserve> {
         self.entry_of(at)?;
         let left = self.tables.blocks().saturating_sub(st.space.blocks).max(1);
-        let many = (RESERVE_BYTES_MAX / self.block_bytes).min(st.space.blocks / 8);
-        let count = many.min(left).min(st.space.most).max(1);
-        let offset = st.space.end.min(at);
-        let end = at + (count - 1) * self.stride() + self.bitmap_bytes + self.block_bytes + TAIL;
-        st.space.reserving = true;
-        Ok(Reserve {
-            key: Key(KEY_RESERVE),
-            file: FileId::IMAGE,
-            offset: HostOffset(offset),
-            len: end - offset,
-        })
+        Ok(st.space.reserve(&self.strides(), at, left))
     }
 
     /// What will be lacking soon.
     pub(super) fn reserve_ahead(&self, st: &mut State) -> Option<Need> {
-        let space = &st.space;
-        let soon = space.end - space.next.min(space.end) < self.stride() * 2;
-        let left = self.tables.blocks() > space.blocks + 1;
-        // An image that is only begun is no reason to take more.
-        if space.reserving || !soon || !left || space.blocks < 8 || space.most == 1 {
-            return None;
-        }
-        let at = space.end.max(self.place_at(space.next));
-        self.reserve(st, at).ok().map(Need::Reserve)
+        let at = st.space.end.max(self.place_at(st.space.next));
+        self.entry_of(at).ok()?;
+        let left = self.tables.blocks().saturating_sub(st.space.blocks);
+        st.space.ahead(&self.strides(), at, left)
     }
 
     /// A reservation ended; `None` when the space could not be had.
     pub(super) fn end_reserve(&self, st: &mut State, reserve: &Reserve, zeroed: Option<Zeroed>) {
-        let space = &mut st.space;
-        space.reserving = false;
-        let Some(zeroed) = zeroed else {
-            space.most = 1;
-            return;
-        };
-        space.most = u64::MAX;
-        let end = (reserve.offset.0 + reserve.len).saturating_sub(TAIL);
-        if zeroed == Zeroed::No {
-            space.zeros_from = space.zeros_from.max(reserve.offset.0 + reserve.len);
-        }
-        space.end = space.end.max(end);
+        st.space.ended(&self.strides(), reserve, zeroed);
     }
 }

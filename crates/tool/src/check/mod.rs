@@ -47,6 +47,7 @@ mod repair;
 mod source;
 mod tables;
 mod tally;
+pub mod vdi;
 pub mod vhd;
 mod walk;
 

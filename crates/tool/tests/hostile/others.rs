@@ -1,11 +1,11 @@
-//! QED and VHD images, cut off or damaged anywhere: opened, mapped, read, written, checked, repaired and edited. The
+//! QED, VHD and VDI images, cut off or damaged anywhere: opened, mapped, read, written, checked, repaired and edited. The
 //! rules are those of qcow2 (`abuse`), and one more: a write harms nothing that it does not write.
 
 use super::{ALLOCATOR, BYTES_MAX, MEASURING};
 use block::{Error, ErrorKind, Result, Storage};
 use disk::blocking::{Driver, Member};
 use image::vhd::DiskType;
-use image::{Format, Image, qed, vhd};
+use image::{Format, Image, qed, vdi, vhd};
 use proptest::prelude::*;
 use std::sync::{Arc, PoisonError};
 use testkit::memory::{Meddling, Memory};
@@ -14,7 +14,7 @@ use tool::check::{self, CheckOptions, Repair, Report};
 use tool::prealloc::Preallocation;
 use tool::resize::{ResizeOptions, resize};
 
-/// Bytes of a QED cluster and of a VHD block.
+/// Bytes of a QED cluster and of a VHD or VDI block.
 const CLUSTER: u64 = 4096;
 /// Bytes of the disk behind a QED table: of one cluster.
 const REACH: u64 = CLUSTER / 8 * CLUSTER;
@@ -27,13 +27,15 @@ const CALLS_MAX: u64 = 400_000;
 enum Kind {
     Qed,
     Vhd(DiskType),
+    Vdi,
 }
 
-const KINDS: [Kind; 4] = [
+const KINDS: [Kind; 5] = [
     Kind::Qed,
     Kind::Vhd(DiskType::Dynamic),
     Kind::Vhd(DiskType::Differencing),
     Kind::Vhd(DiskType::Fixed),
+    Kind::Vdi,
 ];
 
 fn storage(bytes: &[u8]) -> Arc<Memory> {
@@ -45,6 +47,7 @@ impl Kind {
         match self {
             Kind::Qed => Format::Qed,
             Kind::Vhd(_) => Format::Vhd,
+            Kind::Vdi => Format::Vdi,
         }
     }
 
@@ -74,6 +77,14 @@ impl Kind {
                         unique_id: vhd::UniqueId([7; 16]),
                         timestamp: 0,
                     }),
+                },
+            ),
+            Kind::Vdi => vdi::create(
+                &*file,
+                &vdi::CreateOptions {
+                    size: 75 * CLUSTER,
+                    block_bytes: CLUSTER as u32,
+                    ..vdi::CreateOptions::default()
                 },
             ),
         }
@@ -106,6 +117,7 @@ impl Kind {
                     ..vhd::OpenOptions::default()
                 },
             )?),
+            Kind::Vdi => Arc::new(vdi::Vdi::open(&**file, &vdi::OpenOptions { read_only })?),
         };
         if let (false, Some(why)) = (read_only, image.describe().read_only_because) {
             let text = format!("{}: can only be read: {why}", file.name());
@@ -127,6 +139,7 @@ impl Kind {
         match self {
             Kind::Qed => check::qed::check(file, &options),
             Kind::Vhd(_) => check::vhd::check(file, &options),
+            Kind::Vdi => check::vdi::check(file, &options),
         }
     }
 
@@ -140,6 +153,7 @@ impl Kind {
                 |_, file| check::qed::mend(&**file).map(drop),
             ],
             Kind::Vhd(_) => &[grow, |_, file| vhd::mend(&**file).map(drop)],
+            Kind::Vdi => &[grow, |_, file| vdi::mend(&**file).map(drop)],
         }
     }
 }
@@ -297,6 +311,10 @@ fn apply(kind: Kind, bytes: &mut [u8], (place, how, number): Change) {
         (Kind::Vhd(_), 0..12) => place * 8,
         (Kind::Vhd(_), 12..24) => 512 + (place - 12) * 4,
         (Kind::Vhd(_), 24..80) => 1536 + (place - 24) % 12 * 4,
+        // The header's fields, and the map.
+        (Kind::Vdi, 0..8) => 0x40 + place * 4,
+        (Kind::Vdi, 8..24) => 0x150 + (place - 8) * 4,
+        (Kind::Vdi, 24..96) => 0x200 + (place - 24) % 16 * 4,
         (Kind::Vhd(_), 80..96) => (len.saturating_sub(512) & !3) + (place - 80) * 8,
         _ => place * 4,
     };
@@ -314,6 +332,7 @@ fn apply(kind: Kind, bytes: &mut [u8], (place, how, number): Change) {
     };
     let word: &[u8] = match (kind, place) {
         (Kind::Qed, _) => &value.to_le_bytes(),
+        (Kind::Vdi, _) => &(value as u32).to_le_bytes(),
         (Kind::Vhd(_), 12..80) => &(value as u32).to_be_bytes(),
         _ => &value.to_be_bytes(),
     };
@@ -367,7 +386,7 @@ proptest! {
     /// Words of a sound image replaced, and the file cut off.
     #[test]
     fn damaged_images_of_other_formats_do_no_harm(
-        kind in prop_oneof![3 => Just(0usize), 3 => Just(1), 1 => Just(2), 1 => Just(3)],
+        kind in prop_oneof![3 => Just(0usize), 3 => Just(1), 1 => Just(2), 1 => Just(3), 3 => Just(4)],
         changes in proptest::collection::vec(change(), 1..5),
         seal in prop::bool::weighted(0.8),
         cut in prop_oneof![4 => Just(0usize), 1 => 0usize..9000],

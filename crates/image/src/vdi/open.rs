@@ -1,0 +1,304 @@
+//! Opening, closing, and bringing in order what was not closed.
+//!
+//! The map is read and judged once, when the image is opened: afterwards an entry of a block that is there leads to a
+//! block within the file, and, in an image that is written to, to no other's.
+
+use super::header::{HEADER_BYTES, Header};
+use super::state::State;
+use super::{FREE, Vdi, ZERO};
+use crate::metadata::Space;
+use block::{Context, Error, Result, Storage};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32};
+
+/// Bytes of the map that are read or written at a time.
+pub(super) const CHUNK: usize = 64 << 10;
+
+/// The largest block that a hole in the file is used for again: it is filled whole.
+const HOLE_BYTES_MAX: u32 = 2 << 20;
+
+/// How to open an image.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// For reading only.
+    pub read_only: bool,
+}
+
+/// What the header of a file says.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// The header.
+    pub header: Header,
+    /// Bytes of the file.
+    pub file_bytes: u64,
+}
+
+impl Layout {
+    /// Reads the header.
+    ///
+    /// # Errors
+    ///
+    /// As [`Header::parse`], and where the file ends within the map.
+    pub fn read(file: &dyn Storage) -> Result<Self> {
+        Self::read_unnamed(file).map_err(|error| error.within(file.name()))
+    }
+
+    fn read_unnamed(file: &dyn Storage) -> Result<Self> {
+        let file_bytes = file.len()?;
+        if file_bytes < HEADER_BYTES as u64 {
+            return Err(Error::corrupt(format!(
+                "of {file_bytes} bytes: too short for a VDI image"
+            )));
+        }
+        let mut raw = [0; HEADER_BYTES];
+        file.read_at(0, &mut raw)?;
+        let header = Header::parse(&raw)?;
+        let map_end = u64::from(header.map_offset) + u64::from(header.blocks) * 4;
+        if map_end > file_bytes {
+            return Err(Error::corrupt(format!(
+                "the map of {} entries ends at byte {map_end:#x}, but the file at byte {file_bytes:#x}: it is cut off",
+                header.blocks
+            )));
+        }
+        Ok(Self { header, file_bytes })
+    }
+
+    /// Hands all entries of the map out in order.
+    ///
+    /// # Errors
+    ///
+    /// What reading the file fails with.
+    pub fn entries(&self, file: &dyn Storage, mut each: impl FnMut(u32, u32)) -> Result<()> {
+        let mut buffer = vec![0; CHUNK];
+        let bytes = u64::from(self.header.blocks) * 4;
+        let (mut done, mut index) = (0, 0);
+        while done < bytes {
+            let len = (bytes - done).min(CHUNK as u64) as usize;
+            let part = buffer.get_mut(..len).unwrap_or_default();
+            file.read_at(u64::from(self.header.map_offset) + done, part)?;
+            for entry in part.as_chunks::<4>().0 {
+                each(index, u32::from_le_bytes(*entry));
+                index += 1;
+            }
+            done += len as u64;
+        }
+        Ok(())
+    }
+}
+
+/// The map of an image.
+#[derive(Debug)]
+pub(super) struct Blocks {
+    /// Its entries, and what follows them in their last sector.
+    pub(super) entries: Vec<u32>,
+    /// Blocks that are there.
+    pub(super) present: u32,
+    /// One more than the highest number of a block in the file.
+    pub(super) end: u32,
+    /// The last entry that names a block.
+    pub(super) last: Option<u32>,
+}
+
+impl Blocks {
+    /// Reads the map.
+    ///
+    /// # Errors
+    ///
+    /// [`block::ErrorKind::Corrupt`] for a block that is not within the file.
+    pub(super) fn read(file: &dyn Storage, layout: &Layout) -> Result<Self> {
+        let header = &layout.header;
+        // At most `BLOCKS_MAX`.
+        let mut entries = Vec::with_capacity((header.map_bytes() / 4) as usize);
+        let mut highest: Option<(u32, u32)> = None;
+        let (mut present, mut last) = (0, None);
+        layout.entries(file, |index, entry| {
+            entries.push(entry);
+            if is_there(entry) {
+                present += 1;
+                last = Some(index);
+                if highest.is_none_or(|(_, most)| entry > most) {
+                    highest = Some((index, entry));
+                }
+            }
+        })?;
+        let mut rest = [0; 512];
+        let missing = header.map_bytes() / 4 - u64::from(header.blocks);
+        let at = u64::from(header.map_offset) + u64::from(header.blocks) * 4;
+        let there = layout.file_bytes.saturating_sub(at).min(missing * 4) as usize;
+        let rest = rest.get_mut(..(missing * 4) as usize).unwrap_or_default();
+        file.read_at(at, rest.get_mut(..there).unwrap_or_default())?;
+        let rest = rest.as_chunks::<4>().0.iter();
+        entries.extend(rest.map(|entry| u32::from_le_bytes(*entry)));
+        if let Some((index, entry)) = highest {
+            let end = header.block_offset(u64::from(entry) + 1);
+            if end > layout.file_bytes {
+                return Err(Error::corrupt(format!(
+                    "block {index}: its entry is {entry}: the block ends at byte {end:#x}, but the file at byte {:#x}: \
+                     it is cut off",
+                    layout.file_bytes
+                )));
+            }
+        }
+        Ok(Self {
+            entries,
+            present,
+            end: highest.map_or(0, |(_, entry)| entry + 1),
+            last,
+        })
+    }
+
+    /// The entries of the disk's blocks.
+    pub(super) fn of_disk(&self, header: &Header) -> &[u32] {
+        self.entries
+            .get(..header.blocks as usize)
+            .unwrap_or_default()
+    }
+
+    /// The numbers below [`Blocks::end`] that no block has, the highest first.
+    ///
+    /// # Errors
+    ///
+    /// [`block::ErrorKind::Corrupt`] where two blocks have the same number, or one has a number that no other program
+    /// gives: writing would destroy what is there.
+    pub(super) fn holes(&self, header: &Header) -> Result<Vec<u32>> {
+        let mut used = vec![0u64; u64::from(header.blocks).div_ceil(64) as usize];
+        let at = |index: usize| u64::from(header.map_offset) + index as u64 * 4;
+        for (index, entry) in self.of_disk(header).iter().enumerate() {
+            if !is_there(*entry) {
+                continue;
+            }
+            let word = used.get_mut((entry / 64) as usize);
+            let Some(word) = word.filter(|_| *entry < header.blocks) else {
+                return Err(Error::corrupt(format!(
+                    "block {index}: its entry at byte {:#x} is {entry}, and the disk has {} blocks: run diskplane \
+                     check --repair all",
+                    at(index),
+                    header.blocks
+                )));
+            };
+            if *word >> (entry % 64) & 1 == 1 {
+                return Err(Error::corrupt(format!(
+                    "block {index}: its entry at byte {:#x} is {entry}, which another block has too: run diskplane check \
+                     --repair all",
+                    at(index)
+                )));
+            }
+            *word |= 1 << (entry % 64);
+        }
+        let is_free = |index: &u32| {
+            let word = used.get((index / 64) as usize).copied().unwrap_or(0);
+            word >> (index % 64) & 1 == 0
+        };
+        let mut holes = Vec::new();
+        if u64::from(self.present) < u64::from(self.end) {
+            holes.extend((0..self.end).rev().filter(is_free));
+        }
+        Ok(holes)
+    }
+}
+
+/// Whether an entry names a block of the file.
+pub(super) fn is_there(entry: u32) -> bool {
+    entry < ZERO
+}
+
+impl Vdi {
+    /// Opens the image in `file`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Layout::read`]; and [`block::ErrorKind::Corrupt`] where a block lies behind the end of the file, or, for
+    /// writing, two have the same place.
+    pub fn open(file: &dyn Storage, options: &OpenOptions) -> Result<Self> {
+        let layout = Layout::read(file)?;
+        Self::of(file, layout, options).map_err(|error| error.within(file.name()))
+    }
+
+    fn of(file: &dyn Storage, layout: Layout, options: &OpenOptions) -> Result<Self> {
+        let header = layout.header;
+        let blocks = Blocks::read(
+            file,
+            &Layout {
+                header: header.clone(),
+                ..layout
+            },
+        )?;
+        let mut holes = match options.read_only {
+            true => Vec::new(),
+            false => blocks.holes(&header)?,
+        };
+        if header.block_bytes > HOLE_BYTES_MAX {
+            holes.clear();
+        }
+        let used_end = header.block_offset(u64::from(blocks.end));
+        let space = Space::new(used_end, layout.file_bytes, u64::from(blocks.present));
+        let state = State::new(&header, blocks.end, holes, space);
+        Ok(Self {
+            name: file.name(),
+            size: header.disk_bytes,
+            block_bits: header.block_bytes.trailing_zeros(),
+            data_offset: u64::from(header.data_offset),
+            map_offset: u64::from(header.map_offset),
+            read_only: options.read_only,
+            map: blocks.entries.into_iter().map(AtomicU32::new).collect(),
+            state: Mutex::new(state),
+            ahead: AtomicBool::new(false),
+            header,
+        })
+    }
+
+    /// Cuts off what was reserved behind the last block.
+    pub(super) fn close_blocking(&self, file: &dyn Storage) -> Result<()> {
+        let st = self.lock();
+        if self.read_only || !st.grown {
+            return Ok(());
+        }
+        let done = file.set_len(st.space.next).and_then(|()| file.sync());
+        done.map_err(|error| error.within(&self.name))
+    }
+}
+
+/// Brings an image in order whose last writer did not close it, before it is written to: the header counts the blocks
+/// that are there, and what lies behind the last one is cut off. Holes between blocks are left: they are used again.
+/// Returns what was done, for people.
+///
+/// # Errors
+///
+/// As [`Vdi::open`] for writing; the file is as it was then, or in order but for what was being written.
+pub fn mend(file: &dyn Storage) -> Result<Option<String>> {
+    let layout = Layout::read(file)?;
+    let named = || file.name();
+    let blocks = Blocks::read(file, &layout).context(named)?;
+    blocks.holes(&layout.header).context(named)?;
+    settle_end(file, &layout, blocks.end).context(named)
+}
+
+/// Makes the header count `end` blocks, and cuts the file off behind them.
+pub(super) fn settle_end(file: &dyn Storage, layout: &Layout, end: u32) -> Result<Option<String>> {
+    let mut done = Vec::new();
+    let counted = layout.header.allocated;
+    if counted != end {
+        let header = Header {
+            allocated: end,
+            ..layout.header.clone()
+        };
+        file.write_at(0, &header.to_bytes())?;
+        file.sync()?;
+        done.push(format!(
+            "the header counted {counted} blocks, and now {end}"
+        ));
+    }
+    let used_end = layout.header.block_offset(u64::from(end));
+    if layout.file_bytes > used_end {
+        file.set_len(used_end)?;
+        file.sync()?;
+        if file.len()? == used_end {
+            let cut = layout.file_bytes - used_end;
+            done.push(format!("cut off {cut} bytes behind the last block"));
+        }
+    }
+    Ok((!done.is_empty()).then(|| done.join("; ")))
+}
+
+/// A map entry's bytes of a block that is not there.
+pub(super) const FREE_BYTES: [u8; 4] = FREE.to_le_bytes();
