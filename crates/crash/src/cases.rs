@@ -111,6 +111,12 @@ const WORKLOADS: &[Workload] = &[
         queues: &[0, 2],
     },
     Workload {
+        name: "vhdx",
+        script: "storm 30 flush=3 len=48k discard=2 unmap=2 zero=2; kill; storm 10 flush=3; crash; storm 10; close; storm 5",
+        images: &["vhdx cluster_size=1M size=4M"],
+        queues: &[0, 2],
+    },
+    Workload {
         name: "discard",
         script: "write 0 256k; flush; storm 80 discard=6 unmap=6 flush=4 len=64k; discard 0 256k; storm 20",
         images: &[

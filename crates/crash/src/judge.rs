@@ -53,7 +53,7 @@ impl Judge {
         if look != Look::Quick {
             check_below(world)?;
         }
-        if matches!(format, Format::Vhd | Format::Vdi) {
+        if matches!(format, Format::Vhd | Format::Vhdx | Format::Vdi) {
             return self.judge_growing(world, model, allowed, look);
         }
         if format == Format::Qed {
@@ -150,7 +150,7 @@ impl Judge {
         Ok(())
     }
 
-    /// A VHD or VDI image is sound as it is; QEMU reads it, but knows of no parents of VHD images, and of VDI images only
+    /// A VHD, VHDX or VDI image is sound as it is; QEMU reads it, but knows of no parents of VHD images, and of VDI images only
     /// those with blocks of 1 MiB.
     fn judge_growing(
         &self,
@@ -170,6 +170,22 @@ impl Judge {
         if look != Look::Quick && peer {
             let path = self.dir.path("image.qcow2");
             std::fs::write(&path, world.image().bytes()).map_err(|e| e.to_string())?;
+            if format == Format::Vhdx {
+                // It only reads what has no log.
+                run(Command::new("qemu-img")
+                    .args([
+                        "check",
+                        "-q",
+                        "-T",
+                        "unsafe",
+                        "-f",
+                        "vhdx",
+                        "-r",
+                        "all",
+                        "image.qcow2",
+                    ])
+                    .current_dir(self.dir.root()));
+            }
             self.peer_reads(&bytes, format)?;
         }
         if look == Look::Close {
@@ -363,7 +379,7 @@ pub fn is_dirty(storage: &dyn Storage) -> block::Result<bool> {
     Ok(Header::read(storage)?.incompatible & features::DIRTY != 0)
 }
 
-/// Our check of a VHD or VDI image: no errors, but leaks perhaps. How many.
+/// Our check of a VHD, VHDX or VDI image: no errors, but leaks perhaps. How many.
 fn check_growing(world: &World, repair: Repair) -> Result<u64, String> {
     let options = CheckOptions {
         repair,
@@ -371,6 +387,7 @@ fn check_growing(world: &World, repair: Repair) -> Result<u64, String> {
     };
     let report = match world.spec.format() {
         Format::Vdi => tool::check::vdi::check(&**world.image(), &options),
+        Format::Vhdx => tool::check::vhdx::check(&**world.image(), &options),
         _ => tool::check::vhd::check(&**world.image(), &options),
     };
     let report = report.map_err(|e| format!("check: {e}"))?;

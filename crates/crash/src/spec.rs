@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   size=1M cluster_size=4k refcount_bits=1 compat=0.10 extended_l2 lazy_refcounts zstd backing junk=256k
-//!   qed qed=2 vhd vhd=fixed vdi vdi=static data_file data_file_raw luks filled compressed over cluster_size=64k size=700k compressed over raw
+//!   qed qed=2 vhd vhd=fixed vhdx vhdx=fixed vdi vdi=static data_file data_file_raw luks filled compressed over cluster_size=64k size=700k compressed over raw
 //! ```
 //!
 //! `qed` is a QED image, with tables of so many clusters; `vhd` a VHD image with blocks of the cluster size, over
@@ -14,7 +14,7 @@
 use crypto::Passphrase;
 use crypto::luks::{FormatOptions, Volume};
 use image::qcow2::{Compression, CreateOptions};
-use image::{Format, qed, vdi, vhd};
+use image::{Format, qed, vdi, vhd, vhdx};
 use std::sync::Arc;
 
 /// What the backing file is called in the image that is number `above` of the chain, 0 the active one.
@@ -53,6 +53,8 @@ pub struct Spec {
     pub vhd: Option<vhd::DiskType>,
     /// It is a VDI image of that type; of the options only sizes count.
     pub vdi: Option<vdi::ImageType>,
+    /// It is a VHDX image, fixed or not; of the options only sizes count.
+    pub vhdx: Option<bool>,
     /// What it holds from the beginning.
     pub content: Content,
     /// The image below.
@@ -117,6 +119,7 @@ impl Spec {
             qed: None,
             vhd: None,
             vdi: None,
+            vhdx: None,
             content: Content::Nothing,
             below: None,
             junk: 0,
@@ -161,6 +164,7 @@ impl Spec {
                         _ => vdi::ImageType::Dynamic,
                     });
                 }
+                "vhdx" => spec.vhdx = Some(value == "fixed"),
                 "filled" => spec.content = Content::Filled,
                 "compressed" => spec.content = Content::Compressed,
                 "backing" => backing = true,
@@ -184,6 +188,7 @@ impl Spec {
             Spec { raw: true, .. } => Format::Raw,
             Spec { qed: Some(_), .. } => Format::Qed,
             Spec { vhd: Some(_), .. } => Format::Vhd,
+            Spec { vhdx: Some(_), .. } => Format::Vhdx,
             Spec { vdi: Some(_), .. } => Format::Vdi,
             _ => Format::Qcow2,
         }
@@ -221,6 +226,16 @@ impl Spec {
             // Blocks are smaller than 4 GiB.
             block_bytes: self.create.cluster_size as u32,
             parent,
+        }
+    }
+
+    /// How a VHDX image is made.
+    pub fn vhdx(&self, fixed: bool) -> vhdx::CreateOptions {
+        vhdx::CreateOptions {
+            size: self.create.size,
+            fixed,
+            block_bytes: Some(self.create.cluster_size),
+            ..vhdx::CreateOptions::default()
         }
     }
 

@@ -8,7 +8,7 @@ use crate::spec::{Content, DATA, Spec, backing, passphrase};
 use block::{Context, Result, Storage};
 use disk::{Chain, Layer};
 use image::qcow2::{self, Compressor, ImageWriter};
-use image::{Format, Raw, qed, vdi, vhd};
+use image::{Format, Raw, qed, vdi, vhd, vhdx};
 use io::{File, SimClock, SimDisk, SimOptions};
 use std::sync::Arc;
 
@@ -91,6 +91,8 @@ impl World {
             vhd::create(&*image, &spec.vhd(disk_type, parent))?;
         } else if let Some(image_type) = spec.vdi {
             vdi::create(&*image, &spec.vdi(image_type))?;
+        } else if let Some(fixed) = spec.vhdx {
+            vhdx::create(&*image, &spec.vhdx(fixed))?;
         } else if spec.content != Content::Compressed {
             qcow2::create(&*image, &spec.create)?;
         }
@@ -219,6 +221,7 @@ impl World {
                 Format::Qed if writable == Some(depth) => drop(tool::check::qed::mend(file)?),
                 Format::Vhd if writable == Some(depth) => drop(vhd::mend(file)?),
                 Format::Vdi if writable == Some(depth) => drop(vdi::mend(file)?),
+                Format::Vhdx if writable == Some(depth) => drop(vhdx::mend(file)?),
                 _ => {}
             }
             let (image, format): (Arc<dyn image::Image>, _) = if spec.raw {
@@ -244,6 +247,12 @@ impl World {
                 };
                 let image = vdi::Vdi::open(file, &options).context(|| "open")?;
                 (Arc::new(image), Format::Vdi)
+            } else if spec.vhdx.is_some() {
+                let options = vhdx::OpenOptions {
+                    read_only: writable != Some(depth),
+                };
+                let image = vhdx::Vhdx::open(file, &options).context(|| "open")?;
+                (Arc::new(image), Format::Vhdx)
             } else {
                 let options = qcow2::OpenOptions {
                     read_only: writable != Some(depth),

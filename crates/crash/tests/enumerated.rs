@@ -44,6 +44,7 @@ workloads! {
     qed: "qed",
     vhd: "vhd",
     vdi: "vdi",
+    vhdx: "vhdx",
     discard: "discard",
     zeroes: "zeroes",
     lazy: "lazy",

@@ -168,11 +168,12 @@ fn guids_change_with_what_they_stand_for() {
     assert_eq!(second.index, first.index ^ 1);
     assert_eq!(second.current.sequence, first.current.sequence + 1);
     assert_ne!(second.current.data_write, first.current.data_write);
+    assert_ne!(second.current.log, first.current.log);
     driver.flush().unwrap();
     driver.write(512, &[1; 512]).unwrap();
     driver.flush().unwrap();
     let third = headers(dir);
     assert_eq!(third.current.data_write, second.current.data_write);
-    assert_ne!(third.current.log, second.current.log);
+    assert_eq!(third.current.log, second.current.log);
     assert_eq!(layout(dir).log_entries, 1);
 }

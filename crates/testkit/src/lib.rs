@@ -48,6 +48,7 @@ pub mod scattered;
 pub mod server;
 pub mod temp;
 pub mod vhd;
+pub mod vhdx;
 
 use std::path::PathBuf;
 

@@ -14,7 +14,7 @@ use crate::work::Stop;
 use block::{Context, Error, Result, Storage};
 use disk::blocking::{Driver, Member};
 use image::qcow2::{Header, OpenOptions, Qcow2, edit::Editor, features, resize};
-use image::{ExtentKind, Format, qed, vdi, vhd};
+use image::{ExtentKind, Format, qed, vdi, vhd, vhdx};
 use std::sync::Arc;
 
 /// How to resize.
@@ -66,11 +66,7 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
         Format::Qcow2 => grow(members, file, &name, old, options)?,
         Format::Qed => grow_qed(members, &**file, old, options).context(|| &name)?,
         Format::Vhd => grow_vhd(members, &**file, old, options).context(|| &name)?,
-        Format::Vhdx => {
-            return Err(Error::unsupported(format!(
-                "{name}: a vhdx image is not resized yet: convert it into a larger one"
-            )));
-        }
+        Format::Vhdx => grow_vhdx(members, &**file, old, options).context(|| &name)?,
         Format::Vdi => grow_vdi(&**file, options).context(|| &name)?,
         Format::Null => {
             return Err(Error::invalid(format!(
@@ -126,10 +122,26 @@ fn grow_vhd(
     old: u64,
     options: &ResizeOptions,
 ) -> Result<()> {
+    may_grow("vhd", members, old, options)?;
+    vhd::grow(file, options.size)
+}
+
+fn grow_vhdx(
+    members: &[Member],
+    file: &dyn Storage,
+    old: u64,
+    options: &ResizeOptions,
+) -> Result<()> {
+    may_grow("vhdx", members, old, options)?;
+    vhdx::grow(file, options.size)
+}
+
+/// Refuses what an image whose new part is of blocks that are not there cannot be.
+fn may_grow(format: &str, members: &[Member], old: u64, options: &ResizeOptions) -> Result<()> {
     if options.preallocation != Preallocation::Off {
-        return Err(Error::unsupported(
-            "vhd images are not preallocated when they grow: leave --preallocation out",
-        ));
+        return Err(Error::unsupported(format!(
+            "{format} images are not preallocated when they grow: leave --preallocation out"
+        )));
     }
     let below = members.get(1).map_or(0, |parent| parent.image.size());
     if below > old && options.size > old {
@@ -137,7 +149,7 @@ fn grow_vhd(
             "the parent has {below} bytes, more than the {old} of the disk: they would become visible"
         )));
     }
-    vhd::grow(file, options.size)
+    Ok(())
 }
 
 fn grow_vdi(file: &dyn Storage, options: &ResizeOptions) -> Result<()> {

@@ -36,6 +36,9 @@ pub const UNMAPPED_095: u32 = 5;
 /// Payload block, or sector bitmap block: all of it is there.
 pub const PRESENT: u32 = 6;
 
+/// Payload block: what its sector bitmap says is there.
+pub const PARTIAL: u32 = 7;
+
 /// In memory: an entry that sets reserved bits, or leads further than a file is long.
 const UNSOUND: u32 = u32::MAX;
 

@@ -1,23 +1,23 @@
 //! The order of what a flush writes, and what a close leaves.
 //!
 //! ```text
-//!   first write after an open   the other header: new GUIDs for file and data        barrier
-//!
-//!   first change of the table   data · an entry in the log's first half              barrier
-//!                               the other header: the log's GUID, so the entry counts   barrier
-//!   later changes               data · what the last entry says, in its place        barrier
-//!                               an entry in the log's other half                     barrier
+//!   first write after an open   an entry in the log that says nothing                    barrier
+//!                               the other header: new GUIDs for file, data and log       barrier
+//!   changes of the table        data · what the last entry says, in its place            barrier
+//!                               an entry in the log's other half                         barrier
 //!   close                       what the last entry says, in its place · headers: no log · the file is cut
 //! ```
 //!
-//! The specification wants the headers changed before anything else (2.2.2), so no write is planned before that flush.
+//! The specification wants the headers changed before anything else (2.2.2), so no write is planned before that flush. The
+//! header names no log before there is an entry, so that a log that counts is never without one; and it does from the first
+//! write on, so that whoever opens the image after a crash knows of it, and cuts off what was reserved.
+//!
 //! An entry is written when what it refers to is durable, and put into its place when it is: the next flush's first
 //! barrier does for that, so that a flush has two. Each entry is a sequence of itself (its tail is where it is), which
 //! counts from its barrier on; what the one before said is in place by then.
 //!
-//! **A crash** leaves the entry before or the new one, whole: what a flush said is in the log or in its place. The header
-//! names no log before there is an entry, so that a log that counts is never without one. The next writer puts the entry in
-//! place ([`super::mend`]); who reads sees it so ([`super::log`]).
+//! **A crash** leaves the entry before or the new one, whole: what a flush said is in the log or in its place. The next writer
+//! puts the entry in place ([`super::mend`]); who reads sees it so ([`super::log`]).
 
 use super::header::Headers;
 use super::log::{NewEntry, SECTOR};
@@ -38,13 +38,16 @@ impl Vhdx {
         st.header_before = (st.headers.current.clone(), st.headers.index);
         let announced = self.announced.load(Ordering::Acquire);
         if st.wants_announcing && !announced {
-            let [file, data, _] = st.guids;
+            st.running = Running::Announcement;
+            st.logging.clear();
+            self.put_entry(st, run);
+            run.seal();
+            let [file, data, log] = st.guids;
             let (at, bytes) = st.headers.turn(|header| {
-                (header.file_write, header.data_write) = (file, data);
+                (header.file_write, header.data_write, header.log) = (file, data, log);
             });
             run.push(FileId::IMAGE, HostOffset(at), &bytes);
             run.seal();
-            st.running = Running::Announcement;
             return;
         }
         if !st.is_dirty() {
@@ -65,35 +68,37 @@ impl Vhdx {
         for (at, bytes) in &st.logged {
             run.push(FileId::IMAGE, HostOffset(*at), bytes);
         }
-        let half = self.layout.headers.current.log_bytes / 2;
-        let entry = NewEntry {
-            guid: st.guids[2],
-            sequence: st.sequence,
-            at: st.half * half,
-            flushed: align_down(st.space.file_bytes, MIB),
-            last: st.space.next,
-        };
-        let place = self.layout.headers.current.log_offset + u64::from(entry.at);
-        if st.log_active {
-            if st.header_lags {
-                let (at, bytes) = st.headers.turn(|_| {});
-                run.push(FileId::IMAGE, HostOffset(at), &bytes);
-            }
-            run.seal();
-            put_entry(run, place, &entry, &st.logging);
-        } else {
-            put_entry(run, place, &entry, &st.logging);
-            run.seal();
-            let (at, bytes) = st.headers.turn(|header| header.log = entry.guid);
+        if st.header_lags {
+            let (at, bytes) = st.headers.turn(|_| {});
             run.push(FileId::IMAGE, HostOffset(at), &bytes);
         }
         run.seal();
+        self.put_entry(st, run);
+        run.seal();
+    }
+
+    /// Appends the log's next entry, with what is to be logged.
+    fn put_entry(&self, st: &State, run: &mut FlushRun) {
+        let header = &self.layout.headers.current;
+        let flushed = align_down(st.space.file_bytes, MIB);
+        let entry = NewEntry {
+            guid: st.guids[2],
+            sequence: st.sequence,
+            at: st.half * (header.log_bytes / 2),
+            flushed,
+            last: st.space.next.min(flushed),
+        };
+        let start = run.bytes.len();
+        entry.put(&st.logging, &mut run.bytes);
+        extend(run, header.log_offset + u64::from(entry.at), start);
     }
 
     pub(super) fn finish_flush(&self, st: &mut State, ok: bool) {
         let running = std::mem::replace(&mut st.running, Running::Barrier);
         if running == Running::Entry {
             st.end_dirty(ok);
+        }
+        if running != Running::Barrier {
             // Also one that failed may be there.
             st.sequence += 1;
         }
@@ -108,11 +113,11 @@ impl Vhdx {
             Running::Barrier => {}
             Running::Announcement => {
                 st.header_lags = true;
+                st.half ^= 1;
                 self.announced.store(true, Ordering::Release);
             }
             Running::Entry => {
-                st.header_lags = !st.log_active;
-                st.log_active = true;
+                st.header_lags = false;
                 st.half ^= 1;
                 std::mem::swap(&mut st.logged, &mut st.logging);
             }
@@ -130,7 +135,6 @@ impl Vhdx {
         }
         file.sync()?;
         end_log(&mut st.headers, file)?;
-        st.log_active = false;
         st.logged.clear();
         // Space that was reserved and not used.
         if st.space.end > st.space.next {
@@ -164,10 +168,4 @@ impl Vhdx {
 /// Makes both headers say that nothing in the log counts. All of it is in place, durably.
 pub(super) fn end_log(headers: &mut Headers, file: &dyn Storage) -> Result<()> {
     headers.update(file, |header| header.log = Guid::NONE)
-}
-
-fn put_entry(run: &mut FlushRun, place: u64, entry: &NewEntry, sectors: &[(u64, [u8; SECTOR])]) {
-    let start = run.bytes.len();
-    entry.put(sectors, &mut run.bytes);
-    extend(run, place, start);
 }

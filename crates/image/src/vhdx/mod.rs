@@ -29,6 +29,7 @@ mod map;
 mod metadata;
 mod open;
 mod region;
+mod resize;
 mod state;
 
 pub use create::{CreateOptions, LOG_BYTES, LOG_BYTES_MAX, create};
@@ -36,8 +37,9 @@ pub use guid::Guid;
 pub use header::{HEADERS_AT, Header, Headers, SIGNATURE};
 pub use locator::Locator;
 pub use metadata::{BLOCK_BYTES, DISK_BYTES_MAX, Metadata};
-pub use open::{Layout, OpenOptions, mend};
-pub use region::Regions;
+pub use open::{BlockPlace, Layout, OpenOptions, mend};
+pub use region::{Regions, TABLES_AT};
+pub use resize::{grow, repair};
 
 use crate::contract::{
     Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan, Reserve, Step, Ticket,

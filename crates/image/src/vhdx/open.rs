@@ -10,8 +10,8 @@ use super::state::{Space, State};
 use super::{MIB, Metadata, Vhdx};
 use block::{Context, Error, Result, Storage};
 use std::ops::Range;
-use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 /// How to open an image.
 #[derive(Clone, Debug, Default)]
@@ -35,8 +35,9 @@ pub struct Layout {
     pub metadata: Metadata,
     /// What made the file, as it says.
     pub creator: String,
-    /// Bytes of the file.
+    /// Bytes of the file, when its log is in place.
     pub file_bytes: u64,
+    overlay: Arc<Overlay>,
 }
 
 impl Layout {
@@ -47,11 +48,10 @@ impl Layout {
     /// [`block::ErrorKind::Corrupt`] naming what cannot be, and [`block::ErrorKind::Unsupported`] for what no code here
     /// knows.
     pub fn read(file: &dyn Storage) -> Result<Self> {
-        let read = Self::read_with_log(file).map(|(layout, _)| layout);
-        read.map_err(|error| error.within(file.name()))
+        Self::read_unnamed(file).map_err(|error| error.within(file.name()))
     }
 
-    fn read_with_log(file: &dyn Storage) -> Result<(Self, Overlay)> {
+    fn read_unnamed(file: &dyn Storage) -> Result<Self> {
         let headers = Headers::read(file)?;
         let file_bytes = file.len()?;
         let log = headers.current.log_range(file_bytes)?;
@@ -79,16 +79,46 @@ impl Layout {
         let units = units.map(|unit| u16::from_le_bytes(*unit));
         let units = units.take_while(|unit| *unit != 0);
         let creator = char::decode_utf16(units).map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER));
-        let layout = Self {
+        Ok(Self {
             creator: creator.collect(),
             headers,
             log,
             log_entries,
             regions,
             metadata,
-            file_bytes,
+            file_bytes: view.end(),
+            overlay: Arc::new(overlay),
+        })
+    }
+
+    /// The block table of the image in `file`.
+    pub(super) fn bat(&self, file: &dyn Storage) -> Result<Bat> {
+        let view = View {
+            file,
+            overlay: &self.overlay,
+            file_bytes: self.file_bytes,
         };
-        Ok((layout, overlay))
+        let (at, metadata) = (self.regions.bat.start, &self.metadata);
+        Bat::read(&view, at, metadata.entries(), metadata.chunk_bits())
+    }
+
+    /// Hands out what the block table of the image in `file` says, in order, but for blocks that are not there.
+    ///
+    /// # Errors
+    ///
+    /// What reading the file fails with.
+    pub fn blocks(&self, file: &dyn Storage, mut each: impl FnMut(&BlockPlace)) -> Result<()> {
+        let (bat, tables) = (self.bat(file)?, self.tables());
+        bat.each(self.metadata.entries(), |index, entry| {
+            each(&BlockPlace::of(
+                self,
+                &tables,
+                bat.block(index),
+                index,
+                entry,
+            ));
+        });
+        Ok(())
     }
 
     /// Where no block may lie.
@@ -128,26 +158,16 @@ impl Vhdx {
     }
 
     fn open_unnamed(file: &dyn Storage, options: &OpenOptions) -> Result<Self> {
-        let (layout, overlay) = Layout::read_with_log(file)?;
+        let layout = Layout::read_unnamed(file)?;
         let metadata = &layout.metadata;
         if metadata.parent.is_some() {
             return Err(Error::unsupported(
                 "is a differencing VHDX image: not supported yet",
             ));
         }
-        let view = View {
-            file,
-            overlay: &overlay,
-            file_bytes: layout.file_bytes,
-        };
-        let bat = Bat::read(
-            &view,
-            layout.regions.bat.start,
-            metadata.entries(),
-            metadata.chunk_bits(),
-        )?;
+        let bat = layout.bat(file)?;
         let blocks = Blocks::read(&layout, &bat)?;
-        check_overlay(&layout, &overlay)?;
+        check_overlay(&layout, file.len()?)?;
         let lacks = lacks(&layout, &bat);
         let read_only = options.read_only || lacks.is_some();
         let mut guids = [Guid::NONE; 3];
@@ -200,6 +220,86 @@ fn lacks(layout: &Layout, bat: &Bat) -> Option<String> {
     layout.headers.lacks()
 }
 
+/// What an entry of the block table says, where it is not that there is no block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockPlace {
+    /// The payload block's number; `None` for a sector bitmap block.
+    pub block: Option<u64>,
+    /// Where in the file the entry is.
+    pub entry_at: u64,
+    /// Where the block is.
+    pub offset: u64,
+    /// Bytes of the block; 0 where the entry names none.
+    pub len: u64,
+    /// What is wrong with the entry.
+    pub fault: Option<String>,
+    /// The block lies on the image's tables.
+    pub on_tables: bool,
+}
+
+impl BlockPlace {
+    /// What it is, for people.
+    pub fn what(&self) -> String {
+        match self.block {
+            Some(block) => format!("block {block}"),
+            None => "a sector bitmap block".to_owned(),
+        }
+    }
+
+    fn of(
+        layout: &Layout,
+        tables: &[Range<u64>],
+        block: Option<u64>,
+        index: u64,
+        entry: Entry,
+    ) -> Self {
+        let metadata = &layout.metadata;
+        let offset = entry.offset();
+        let (len, needed) = match block {
+            // Of the last block the file may have what the disk has.
+            Some(block) => {
+                let left = metadata
+                    .disk_bytes
+                    .saturating_sub(block * metadata.block_bytes);
+                (metadata.block_bytes, metadata.block_bytes.min(left))
+            }
+            None => (MIB, MIB),
+        };
+        let can_be = match (entry.state(), block) {
+            (Some(bat::PRESENT), Some(_)) => true,
+            // Without a parent, there is nothing else.
+            (Some(bat::PARTIAL), Some(_)) | (Some(bat::PRESENT), None) => metadata.parent.is_some(),
+            _ => false,
+        };
+        let on_tables = tables
+            .iter()
+            .any(|t| offset < t.end && t.start < offset + len);
+        let fault = match (entry.state(), can_be) {
+            (None, _) => {
+                Some("sets reserved bits, or leads further than a file is long".to_owned())
+            }
+            (Some(state), false) => Some(format!(
+                "has state {state}, which it cannot have in such an image"
+            )),
+            (Some(_), true) if offset + needed > layout.file_bytes => Some(format!(
+                "has it at byte {offset:#x}, but the file ends at byte {:#x}: it is cut off",
+                layout.file_bytes
+            )),
+            (Some(_), true) => {
+                on_tables.then(|| format!("has it at byte {offset:#x}, on the image's tables"))
+            }
+        };
+        Self {
+            block,
+            entry_at: layout.regions.bat.start + index * 8,
+            offset,
+            len: if can_be { len } else { 0 },
+            on_tables: can_be && on_tables,
+            fault,
+        }
+    }
+}
+
 /// The blocks of an image.
 pub(super) struct Blocks {
     /// Where in the file each is that is there, in MiB, and under that its place in the table.
@@ -213,66 +313,37 @@ pub(super) struct Blocks {
 impl Blocks {
     /// Judges all entries: each block must be within the file and on no table.
     pub(super) fn read(layout: &Layout, bat: &Bat) -> Result<Self> {
-        let metadata = &layout.metadata;
-        let (mut there, mut payload, mut end, mut bad) = (Vec::new(), 0, 0, None);
+        let mut blocks = Self {
+            there: Vec::new(),
+            payload: 0,
+            end: 0,
+        };
+        let mut bad = None;
         let tables = layout.tables();
-        bat.each(metadata.entries(), |index, entry: Entry| {
-            let block = bat.block(index);
+        bat.each(layout.metadata.entries(), |index, entry| {
             if bad.is_some() {
                 return;
             }
-            let what = || match block {
-                Some(block) => format!("block {block}"),
-                None => "a sector bitmap block".to_owned(),
-            };
-            let place = layout.regions.bat.start + index * 8;
-            let len = block.map_or(MIB, |_| metadata.block_bytes);
-            let from = entry.offset();
-            // Of the last block the file may have what the disk has.
-            let needed = block.map_or(len, |block| {
-                len.min(
-                    metadata
-                        .disk_bytes
-                        .saturating_sub(block * metadata.block_bytes),
-                )
-            });
-            let fault = if entry.state().is_none() {
-                Some("sets reserved bits, or leads further than a file is long".to_owned())
-            } else if entry.state() != Some(bat::PRESENT) || block.is_none() {
-                // Without a parent, there is nothing else.
-                Some(format!("has state {}", entry.state().unwrap_or(0)))
-            } else if from + needed > layout.file_bytes {
-                Some(format!(
-                    "has it at byte {from:#x}, but the file ends at byte {:#x}: it is cut off",
-                    layout.file_bytes
-                ))
-            } else if tables.iter().any(|t| from < t.end && t.start < from + len) {
-                Some(format!("has it at byte {from:#x}, on the image's tables"))
-            } else {
-                None
-            };
-            if let Some(fault) = fault {
-                let text = format!("{}: its entry at byte {place:#x} {fault}", what());
+            let place = BlockPlace::of(layout, &tables, bat.block(index), index, entry);
+            if let Some(fault) = &place.fault {
+                let text = format!(
+                    "{}: its entry at byte {:#x} {fault}",
+                    place.what(),
+                    place.entry_at
+                );
                 bad = Some(Error::corrupt(text));
                 return;
             }
-            end = end.max(from + len);
-            payload += u64::from(block.is_some());
+            blocks.end = blocks.end.max(place.offset + place.len);
+            blocks.payload += u64::from(place.block.is_some());
             // 29 bits and 27.
-            there.push((from / MIB) << 32 | index);
-            if there.len() as u64 * MIB > layout.file_bytes {
+            blocks.there.push((place.offset / MIB) << 32 | index);
+            if blocks.there.len() as u64 * MIB > layout.file_bytes {
                 let text = "the block table has more blocks than fit into the file";
                 bad = Some(Error::corrupt(text));
             }
         });
-        match bad {
-            Some(bad) => Err(bad),
-            None => Ok(Self {
-                there,
-                payload,
-                end,
-            }),
-        }
+        bad.map_or(Ok(blocks), Err)
     }
 
     /// Refuses blocks that overlap: a write to one would change the other.
@@ -299,7 +370,13 @@ impl Blocks {
 }
 
 /// Refuses a log that changes what is read from the file itself.
-fn check_overlay(layout: &Layout, overlay: &Overlay) -> Result<()> {
+fn check_overlay(layout: &Layout, file_bytes: u64) -> Result<()> {
+    if file_bytes < layout.file_bytes {
+        return Err(Error::unsupported(format!(
+            "its log must be replayed, and makes the file longer, {} bytes: run diskplane check --repair all",
+            layout.file_bytes
+        )));
+    }
     let tables_end = TABLES_AT[1] + TABLE_BYTES as u64;
     let mut known = layout.tables().split_off(2);
     known.push(TABLES_AT[0]..tables_end);
@@ -308,7 +385,7 @@ fn check_overlay(layout: &Layout, overlay: &Overlay) -> Result<()> {
             .iter()
             .any(|k| k.start <= range.start && range.end <= k.end)
     };
-    let mut ranges = overlay.ranges();
+    let mut ranges = layout.overlay.ranges();
     match ranges.find(|range| !within(range)) {
         None => Ok(()),
         Some(range) => Err(Error::unsupported(format!(
@@ -347,38 +424,27 @@ fn mend_unnamed(file: &dyn Storage) -> Result<Option<String>> {
     log.apply(file).context(|| "log")?;
     let entries = log.entries();
     end_log(&mut headers, file).context(|| "headers")?;
-    cut(file)?;
+    cut(file, true)?;
     Ok(Some(match entries {
         0 => "its log had no entry that counts, and was emptied".to_owned(),
         entries => format!("{entries} entries of its log were put in place"),
     }))
 }
 
-/// Cuts off what the file has behind the last block. Nothing, of a fixed image, or one that is not sound. Returns the
-/// bytes.
-fn cut(file: &dyn Storage) -> Result<u64> {
+/// What the file has behind the last block: how many bytes; where `really`, they are cut off. None, of a fixed image, or one
+/// that is not sound.
+pub(super) fn cut(file: &dyn Storage, really: bool) -> Result<u64> {
     let layout = Layout::read(file)?;
-    let overlay = Overlay::default();
-    let view = View {
-        file,
-        overlay: &overlay,
-        file_bytes: layout.file_bytes,
-    };
-    let metadata = &layout.metadata;
-    let bat = Bat::read(
-        &view,
-        layout.regions.bat.start,
-        metadata.entries(),
-        metadata.chunk_bits(),
-    )?;
-    let Ok(blocks) = Blocks::read(&layout, &bat) else {
+    let Ok(blocks) = Blocks::read(&layout, &layout.bat(file)?) else {
         return Ok(0);
     };
     let end = layout.used_end(blocks.end);
-    if metadata.fixed || end >= layout.file_bytes {
+    if layout.metadata.fixed || end >= layout.file_bytes {
         return Ok(0);
     }
-    file.set_len(end)?;
-    file.sync()?;
-    Ok(layout.file_bytes - file.len()?)
+    if really {
+        file.set_len(end)?;
+        file.sync()?;
+    }
+    Ok(layout.file_bytes - end)
 }

@@ -184,3 +184,18 @@ pub(super) fn table_bytes(bat: &Range<u64>, metadata: &Range<u64>) -> Vec<u8> {
     crc::seal(&mut bytes);
     bytes
 }
+
+/// Makes the table in `bytes` say that the block table is at `bat`.
+pub(super) fn moved_bat(bytes: &mut [u8], bat: &Range<u64>) {
+    let places = bytes
+        .get_mut(16..)
+        .unwrap_or_default()
+        .as_chunks_mut::<32>()
+        .0;
+    if let Some(place) = places.iter_mut().find(|place| Guid::at(*place, 0) == BAT) {
+        place[16..24].copy_from_slice(&bat.start.to_le_bytes());
+        // Regions are smaller than 4 GiB.
+        place[24..28].copy_from_slice(&((bat.end - bat.start) as u32).to_le_bytes());
+    }
+    crc::seal(bytes);
+}

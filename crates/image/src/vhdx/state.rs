@@ -125,8 +125,6 @@ pub(super) struct State {
     pub(super) running: Running,
     /// New GUIDs of this opening: for the file, for the data, for the log.
     pub(super) guids: [Guid; 3],
-    /// The header names the log's GUID: there is an entry that counts.
-    pub(super) log_active: bool,
     /// Sequence number of the next entry.
     pub(super) sequence: u64,
     /// In which half of the log the next entry goes: the other has the one that counts.
@@ -151,7 +149,6 @@ impl State {
             wants_announcing: false,
             running: Running::Barrier,
             guids,
-            log_active: false,
             sequence: 1,
             half: 0,
             dirty: Marks::new(sectors),

@@ -49,6 +49,7 @@ mod tables;
 mod tally;
 pub mod vdi;
 pub mod vhd;
+pub mod vhdx;
 mod walk;
 
 pub use source::{FileSource, Source};
