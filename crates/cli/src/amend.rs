@@ -1,7 +1,8 @@
 //! `diskplane amend`.
 //!
 //! With `--json` an object: `filename`, `format`, and what the image is then: `compat`, `lazy-refcounts`,
-//! `refcount-bits`, `virtual-size`; `data-file-raw` where there is an external data file.
+//! `refcount-bits`, `virtual-size`; `data-file-raw` where there is an external data file. Of a luks image `active-slots`,
+//! the number of its keys.
 
 use crate::keys::Change;
 use crate::open::{self, Access};
@@ -30,6 +31,14 @@ struct Json {
     data_file_raw: Option<bool>,
 }
 
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct JsonLuks {
+    filename: String,
+    format: &'static str,
+    active_slots: usize,
+}
+
 /// What `-o` wants to be changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
@@ -37,6 +46,8 @@ pub struct Changes {
     pub image: AmendOptions,
     /// Bytes of the disk.
     pub size: Option<u64>,
+    /// Some were said without `encrypt.`, as those of a luks image.
+    pub bare: bool,
     /// `encrypt.*`, in the order given.
     pub encrypt: Vec<(String, String)>,
 }
@@ -56,24 +67,39 @@ pub fn run(args: &args::Amend) -> Result<()> {
     if args.options.is_empty() {
         bail!("say what to change: -o k=v,… (-o help lists what there is)");
     }
-    let header = apply(&args.file, &changes, &args.keys, args.force, &options)?;
-    report(args, &header)
+    match apply(&args.file, &changes, &args.keys, args.force, &options)? {
+        Some(header) => report(args, &header),
+        None => report_luks(args),
+    }
 }
 
 /// Changes what `changes` say of the image at `path`, whose backing files are opened as `options` say. Returns its
-/// header then.
+/// header then; of a luks image nothing.
 pub fn apply(
     path: &Path,
     changes: &Changes,
     passphrases: &Keys,
     force: bool,
     options: &ChainOptions,
-) -> Result<Header> {
+) -> Result<Option<Header>> {
     let keys = Change::parse(&changes.encrypt)?;
     let (file, format) = open::image(path, options.format, Access::Write)?;
     let shown = path.display();
-    if format != Format::Qcow2 {
-        bail!("{shown}: a {format} image has no options to amend; qcow2 images have");
+    match (format, &keys) {
+        (Format::Qcow2, _) if !changes.bare => {}
+        (Format::Qcow2, _) => {
+            bail!("{shown}: the options of a qcow2 image's keys begin with encrypt.")
+        }
+        (Format::Luks, Some(change))
+            if changes.size.is_none() && changes.image == AmendOptions::default() =>
+        {
+            change.apply(&*file, format, passphrases, force)?;
+            return Ok(None);
+        }
+        (Format::Luks, _) => {
+            bail!("{shown}: of a luks image only keys can be amended: state, keyslot, …")
+        }
+        _ => bail!("{shown}: a {format} image has no options to amend; qcow2 and luks images have"),
     }
     let storage: &dyn Storage = &*file;
     let name = storage.name();
@@ -90,7 +116,7 @@ pub fn apply(
     // In QEMU's order: what an upgrade allows comes behind it, what a downgrade forbids before it.
     amend(storage, &name, &changes.image)?;
     if let Some(change) = &keys {
-        change.apply(storage, passphrases, force)?;
+        change.apply(storage, format, passphrases, force)?;
     }
     // It opens the image itself, with its backing files.
     drop(file);
@@ -106,7 +132,27 @@ pub fn apply(
     if changes.image.version == Some(2) {
         downgrade(&*file, &name)?;
     }
-    Ok(Header::read(&*file)?)
+    Ok(Some(Header::read(&*file)?))
+}
+
+fn report_luks(args: &args::Amend) -> Result<()> {
+    if args.quiet {
+        return Ok(());
+    }
+    let (file, _) = open::image(&args.file, Some(Format::Luks), Access::Read)?;
+    let slots = image::luks::header(&*file)?.active_slots();
+    let filename = args.file.display().to_string();
+    print(&match args.json {
+        true => crate::json(&JsonLuks {
+            filename,
+            format: Format::Luks.name(),
+            active_slots: slots,
+        })?,
+        false => format!(
+            "amended {filename}: luks, {slots} of {} key slots are active\n",
+            crypto::luks::SLOTS
+        ),
+    })
 }
 
 fn report(args: &args::Amend, header: &Header) -> Result<()> {

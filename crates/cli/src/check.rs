@@ -5,7 +5,7 @@
 //!
 //! | field | |
 //! |---|---|
-//! | `filename`, `format` | as given; `qcow2`, `qed`, `vhd`, `vhdx`, `vdi` |
+//! | `filename`, `format` | as given; `qcow2`, `qed`, `vhd`, `vhdx`, `vdi`, `parallels` |
 //! | `check-errors` | things that could not be checked |
 //! | `image-end-offset` | where the last cluster in use ends |
 //! | `corruptions`, `leaks` | what is wrong; absent where nothing is, as all below |
@@ -24,7 +24,7 @@ use image::Format;
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::process::ExitCode;
-use tool::check::{CheckOptions, Report, check, qed, vdi, vhd, vhdx};
+use tool::check::{CheckOptions, Report, check, parallels, qed, vdi, vhd, vhdx};
 
 /// As `qemu-img check`: the format has no metadata that could be wrong.
 pub const NO_CHECKS: u8 = 63;
@@ -123,7 +123,8 @@ pub fn of(
         Format::Vhd => vhd::check(storage, options).map(Some),
         Format::Vhdx => vhdx::check(storage, options).map(Some),
         Format::Vdi => vdi::check(storage, options).map(Some),
-        Format::Raw | Format::Null => Ok(None),
+        Format::Parallels => parallels::check(storage, options).map(Some),
+        Format::Raw | Format::Null | Format::Luks => Ok(None),
     }
 }
 
@@ -158,7 +159,8 @@ pub fn mend(storage: &dyn Storage, format: Format) -> block::Result<()> {
             qed::mend(storage)?,
             "was not closed cleanly: its tables were checked",
         ),
-        Format::Raw | Format::Null | Format::Vhd | Format::Vhdx | Format::Vdi => return Ok(()),
+        // What of these is mended is when they are opened.
+        _ => return Ok(()),
     };
     if let Some(report) = report {
         tracing::warn!(

@@ -390,10 +390,10 @@ impl Copying<'_> {
             found => found.is_ok(),
         };
         let mut passphrases = below;
-        if format == Format::Qcow2
+        if matches!(format, Format::Qcow2 | Format::Luks)
             && let Some(passphrase) = self.target_passphrase(&options.encrypt)?
         {
-            options.qcow2.encryption = Some(options.encrypt.volume(&passphrase)?);
+            options.seal_with(format, &passphrase)?;
             options.qcow2.validate()?;
             passphrases.insert(0, passphrase);
         }
@@ -402,7 +402,7 @@ impl Copying<'_> {
                 path: self.target,
                 format,
                 passphrases,
-                blank: format != Format::Raw,
+                blank: !matches!(format, Format::Raw | Format::Luks),
                 resume: false,
                 doubtful: false,
             };
@@ -422,7 +422,8 @@ impl Copying<'_> {
             path: &path,
             format,
             passphrases,
-            blank: true,
+            // Zeros in the file are not zeros of the disk there.
+            blank: format != Format::Luks,
             resume: args.resume && self.goes_on(&path, format, &options)?,
             doubtful: false,
         };

@@ -4,7 +4,7 @@ use crate::{args, open, options, options::Options};
 use anyhow::{Context, Result, bail};
 use block::{ErrorKind, Storage, limits, size};
 use disk::chain::{self, Chain, ChainOptions};
-use image::{Format, qcow2, qed, vdi, vhd, vhdx};
+use image::{Format, luks, qcow2, qed, vdi, vhd, vhdx};
 use io::{Cache, File, FileKind, OpenOptions};
 use std::{fs, path::Path, sync::Arc};
 use tool::prealloc::{Preallocation, fill_host};
@@ -45,12 +45,7 @@ pub fn run(args: &args::Create) -> Result<()> {
     }
     // Before the file is touched.
     let disk_bytes = options.settle(format, bytes)?;
-    if format == Format::Qcow2 {
-        if let Some(passphrase) = options.encrypt.passphrase(&args.keys)? {
-            options.qcow2.encryption = Some(options.encrypt.volume(&passphrase)?);
-        }
-        options.qcow2.validate()?;
-    }
+    options.seal(format, &args.keys)?;
     // A signal ends the process.
     write_all(&args.file, format, &options, &Stop::default())?;
     let mut line = format!(
@@ -76,11 +71,11 @@ pub fn run(args: &args::Create) -> Result<()> {
             let part = size::human(options.qcow2.subcluster_size());
             line.push_str(&format!(" with subclusters of {part}"));
         }
-        if let Some(volume) = &options.qcow2.encryption {
-            let suite = &volume.header.suite;
-            let (cipher, mode) = (suite.algorithm, suite.mode_name());
-            line.push_str(&format!(", encrypted with {cipher} {mode}"));
-        }
+    }
+    if let Some(volume) = options.luks.as_ref().or(options.qcow2.encryption.as_ref()) {
+        let suite = &volume.header.suite;
+        let (cipher, mode) = (suite.algorithm, suite.mode_name());
+        line.push_str(&format!(", encrypted with {cipher} {mode}"));
     }
     if format == Format::Vhdx {
         let kind = match options.vhdx.fixed {
@@ -134,6 +129,7 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
         Some("vhd" | "vpc") => Format::Vhd,
         Some("vhdx") => Format::Vhdx,
         Some("vdi") => Format::Vdi,
+        Some("luks") => Format::Luks,
         Some("raw" | "img") => Format::Raw,
         _ => bail!(
             "{}: its name does not say which format it is to have: say {flag} {}",
@@ -148,7 +144,7 @@ pub(crate) fn refuse_backing(flag: &str, format: Format) -> Result<()> {
     match format {
         Format::Qcow2 | Format::Qed | Format::Vhd => Ok(()),
         Format::Vhdx => bail!("{flag}: differencing vhdx images are not made yet"),
-        Format::Raw | Format::Null | Format::Vdi => {
+        Format::Raw | Format::Null | Format::Vdi | Format::Luks | Format::Parallels => {
             bail!("{flag}: {format} images have no backing file")
         }
     }
@@ -285,6 +281,7 @@ fn write(path: &Path, format: Format, options: &Options, stop: &Stop) -> Result<
             path.display()
         ),
         Format::Vdi => write_vdi(&file, options, stop),
+        Format::Luks => write_luks(&file, options, stop),
         _ if file.len()? < options.qcow2.size => bail!(
             "{}: the device has {}, less than {}",
             path.display(),
@@ -345,6 +342,7 @@ fn fill(file: &File, format: Format, options: &Options, stop: &Stop) -> Result<(
         Format::Vhd => write_vhd(file, options, stop),
         Format::Vhdx => write_vhdx(file, options, stop),
         Format::Vdi => write_vdi(file, options, stop),
+        Format::Luks => write_luks(file, options, stop),
         _ => write_raw(file, options, stop),
     }
 }
@@ -398,6 +396,29 @@ fn write_vdi(file: &File, options: &Options, stop: &Stop) -> Result<()> {
         reserve(options, file, range, stop)?;
     }
     Ok(vdi::create(file, &options.vdi)?)
+}
+
+fn write_luks(file: &File, options: &Options, stop: &Stop) -> Result<()> {
+    let Some(volume) = &options.luks else {
+        bail!("{}: no key was made for it", file.name());
+    };
+    let size = options.qcow2.size;
+    let end = luks::file_bytes(volume.len(), size)?;
+    match file.kind() {
+        FileKind::BlockDevice if file.len()? < end => bail!(
+            "{}: the device has {}, less than disk and header need: {}",
+            file.name(),
+            size::human(file.len()?),
+            size::human(end)
+        ),
+        FileKind::BlockDevice => {}
+        // Before the header, without which there is no image.
+        _ => {
+            file.set_len(end)?;
+            reserve(options, file, volume.len()..end, stop)?;
+        }
+    }
+    Ok(luks::create(file, volume, size)?)
 }
 
 /// Has the host set space aside, if that was asked for.

@@ -77,6 +77,11 @@ impl Options {
         Ok(())
     }
 
+    /// Has the image encrypted, whatever the options say.
+    pub fn want(&mut self) {
+        self.luks = true;
+    }
+
     /// Whether the image is to be encrypted.
     pub fn is_wanted(&self) -> bool {
         self.luks
@@ -195,7 +200,7 @@ impl Shown {
                     luks: None,
                 };
             }
-            Method::Luks(header) => header,
+            Method::Luks(header) | Method::Volume(header) => header,
         };
         let suite = &header.suite;
         let slots = header.slots.iter().map(|slot| Slot {

@@ -6,12 +6,13 @@
 //!   encrypt.state=inactive,encrypt.keyslot=N
 //! ```
 //!
-//! As in QEMU. Adding one needs a passphrase that opens the image; erasing one does not.
+//! As in QEMU; of a luks image the options are called so without `encrypt.` too. Adding one needs a passphrase that opens the image; erasing one does not.
 
 use crate::{encrypt, secret::Keys};
 use anyhow::{Result, anyhow, bail};
 use block::Storage;
 use crypto::luks::{Erase, ITER_TIME_MS_DEFAULT, SLOTS};
+use image::Format;
 use image::qcow2::{Header, crypt};
 
 /// What is to become of a key slot.
@@ -76,11 +77,19 @@ impl Change {
     }
 
     /// Carries it out; durable when this returns.
-    pub fn apply(&self, storage: &dyn Storage, keys: &Keys, force: bool) -> Result<()> {
+    pub fn apply(
+        &self,
+        storage: &dyn Storage,
+        format: Format,
+        keys: &Keys,
+        force: bool,
+    ) -> Result<()> {
         let name = storage.name();
         let named = |error: block::Error| error.within(&name);
-        let header = Header::read(storage)?;
-        let (offset, mut luks) = crypt::luks_header(storage, &header).map_err(named)?;
+        let (offset, mut luks) = match format {
+            Format::Luks => (0, image::luks::header(storage)?),
+            _ => crypt::luks_header(storage, &Header::read(storage)?).map_err(named)?,
+        };
         if let Some(id) = &self.new_secret {
             let new = keys.objects.find(id)?;
             let old = keys.first()?.ok_or_else(|| {

@@ -101,6 +101,14 @@ pub fn of(
                 ..found
             })
         }
+        Format::Luks => {
+            let whole = image::luks::file_bytes(options.encrypt.len()?, bytes)?;
+            Some(Measured {
+                required: whole,
+                fully_allocated: whole,
+                bitmaps: None,
+            })
+        }
         _ => None,
     })
 }

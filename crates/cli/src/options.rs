@@ -2,8 +2,10 @@
 
 use crate::amend::Changes;
 use crate::encrypt;
+use crate::secret::Keys;
 use anyhow::{Result, anyhow, bail};
 use block::size;
+use crypto::{Passphrase, luks::Volume};
 use image::{
     Format,
     qcow2::{self, Compression, CreateOptions},
@@ -106,6 +108,13 @@ const VDI: [(&str, &str); 2] = [
         "on or off: all blocks are there from the beginning, not on a block device [off]",
     ),
 ];
+const LUKS: [(&str, &str); 2] = [
+    (
+        "detached-header",
+        "off: the header is in the same file as the data",
+    ),
+    ("preallocation", "off, falloc or full [off]"),
+];
 const RAW: [(&str, &str); 1] = [("preallocation", "off, falloc or full [off]")];
 
 /// Options of qemu-img that no code here implements yet: refused by name.
@@ -124,6 +133,8 @@ pub struct Options {
     pub vhdx: vhdx::CreateOptions,
     /// For vdi, as well.
     pub vdi: vdi::CreateOptions,
+    /// The header of a luks image.
+    pub luks: Option<Volume>,
     /// `backing_file`.
     pub backing_file: Option<String>,
     /// `backing_fmt`.
@@ -208,6 +219,10 @@ impl Options {
                 }
                 self.vdi.validate()?;
             }
+            Format::Luks => drop(image::luks::file_bytes(self.encrypt.len()?, bytes)?),
+            Format::Parallels => {
+                bail!("parallels images are for reading only: no new ones are made")
+            }
             Format::Raw | Format::Null => {}
         }
         Ok(block::align_up(bytes, 512))
@@ -219,6 +234,34 @@ impl Options {
             bail!(
                 "-o preallocation: of {format} images only fixed ones have it: -o subformat=fixed"
             );
+        }
+        Ok(())
+    }
+
+    /// Makes the header of an image of `format` that is to be encrypted. Computes for some seconds.
+    ///
+    /// # Errors
+    ///
+    /// Without a passphrase.
+    pub fn seal(&mut self, format: Format, keys: &Keys) -> Result<()> {
+        if !matches!(format, Format::Qcow2 | Format::Luks) {
+            return Ok(());
+        }
+        if let Some(passphrase) = self.encrypt.passphrase(keys)? {
+            self.seal_with(format, &passphrase)?;
+        }
+        if format == Format::Qcow2 {
+            self.qcow2.validate()?;
+        }
+        Ok(())
+    }
+
+    /// As [`Options::seal`], with that passphrase.
+    pub fn seal_with(&mut self, format: Format, passphrase: &Passphrase) -> Result<()> {
+        let volume = Some(self.encrypt.volume(passphrase)?);
+        match format {
+            Format::Luks => self.luks = volume,
+            _ => self.qcow2.encryption = volume,
         }
         Ok(())
     }
@@ -287,7 +330,7 @@ const AMEND: [(&str, &str); 13] = [
 
 /// The options of `amend` for people: what `-o help` prints.
 pub fn amend_help() -> String {
-    let mut text = "Options that can be amended in qcow2:\n".to_owned();
+    let mut text = "Options that can be amended in qcow2 (in luks those of encrypt, also without that word):\n".to_owned();
     for (name, meaning) in AMEND {
         text.push_str(&format!("  {name:<18} {meaning}\n"));
     }
@@ -298,8 +341,13 @@ pub fn amend_help() -> String {
 pub fn parse_amend(arguments: &[String]) -> Result<Changes> {
     let mut changes = Changes::default();
     for (key, value) in pairs(arguments)? {
+        // As the options of a luks image are called.
+        let prefixed = format!("encrypt.{key}");
+        let bare = AMEND.iter().any(|(name, _)| *name == prefixed);
+        let key = if bare { prefixed } else { key };
+        changes.bare |= bare;
         let Some((_, meaning)) = AMEND.iter().find(|(name, _)| *name == key) else {
-            if table(Format::Qcow2).any(|(name, _)| *name == key) || LATER.contains(&key.as_str()) {
+            if table(Format::Qcow2).any(|(name, _)| name == key) || LATER.contains(&key.as_str()) {
                 bail!(
                     "-o {key}: an image keeps what it was created with; -o help lists what can be amended"
                 );
@@ -339,16 +387,27 @@ fn version(value: &str) -> Option<u32> {
     }
 }
 
-fn table(format: Format) -> impl Iterator<Item = &'static (&'static str, &'static str)> {
+/// The options of `format`. Those of the encryption of a qcow2 image begin with `encrypt.`, those of a luks image do not.
+fn table(format: Format) -> impl Iterator<Item = (&'static str, &'static str)> {
     let (own, encryption): (&[_], &[_]) = match format {
         Format::Qcow2 => (&QCOW2, &encrypt::OPTIONS),
         Format::Qed => (&QED, &[]),
         Format::Vhd => (&VHD, &[]),
         Format::Vhdx => (&VHDX, &[]),
         Format::Vdi => (&VDI, &[]),
+        Format::Luks => (&LUKS, &encrypt::OPTIONS),
+        Format::Parallels => (&[], &[]),
         Format::Raw | Format::Null => (&RAW, &[]),
     };
-    own.iter().chain(encryption)
+    let bare = format == Format::Luks;
+    let encryption = encryption
+        .iter()
+        .filter_map(move |(name, meaning)| match bare {
+            false => Some((*name, *meaning)),
+            true if *name == "encrypt.format" => None,
+            true => Some((name.strip_prefix("encrypt.")?, *meaning)),
+        });
+    own.iter().copied().chain(encryption)
 }
 
 /// The options of `format` for people: what `-o help` prints.
@@ -363,6 +422,9 @@ pub fn help(format: Format) -> String {
 /// Parses all `-o` arguments for an image of `format`. A comma within a value is written twice, as in QEMU.
 pub fn parse(format: Format, arguments: &[String]) -> Result<Options> {
     let mut options = Options::default();
+    if format == Format::Luks {
+        options.encrypt.want();
+    }
     for (key, value) in pairs(arguments)? {
         set(&mut options, format, &key, &value)?;
     }
@@ -397,14 +459,14 @@ pub fn split(argument: &str) -> Vec<String> {
 }
 
 fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<()> {
-    if !table(format).any(|(name, _)| *name == key) {
+    if !table(format).any(|(name, _)| name == key) {
         if key == "encryption" {
             bail!("-o encryption: QEMU's first encryption is not safe: say encrypt.format=luks");
         }
         if LATER.contains(&key) {
             bail!("-o {key}: not supported yet");
         }
-        let names: Vec<&str> = table(format).map(|(name, _)| *name).collect();
+        let names: Vec<&str> = table(format).map(|(name, _)| name).collect();
         bail!(
             "-o {key}: {format} has no such option; it has {}",
             names.join(", ")
@@ -413,10 +475,14 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
     if key.starts_with("encrypt.") {
         return options.encrypt.set(key, value);
     }
+    let bare = format!("encrypt.{key}");
+    if format == Format::Luks && encrypt::OPTIONS.iter().any(|(name, _)| *name == bare) {
+        return options.encrypt.set(&bare, value);
+    }
     let wrong = || {
         let meaning = table(format)
             .find(|(name, _)| *name == key)
-            .map_or("something else", |(_, meaning)| *meaning);
+            .map_or("something else", |(_, meaning)| meaning);
         anyhow!("-o {key}={value}: it must be {meaning}")
     };
     match key {
@@ -476,6 +542,12 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
                 _ => return Err(wrong()),
             };
         }
+        "detached-header" => match switch(value).ok_or_else(wrong)? {
+            false => {}
+            true => bail!(
+                "-o detached-header=on: the data would be in another file than the header, and no image is opened so"
+            ),
+        },
         "static" => {
             let all = switch(value).ok_or_else(wrong)?;
             options.static_said = Some(all);

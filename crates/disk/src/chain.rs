@@ -18,7 +18,9 @@
 use crate::blocking::{Driver, Member};
 use block::{Context, Error, ErrorKind, Result, Storage, limits};
 use crypto::Passphrase;
-use image::{FileId, Format, Image, Null, Parent, Raw, qcow2, qed, vdi, vhd, vhdx};
+use image::{
+    FileId, Format, Image, Null, Parallels, Parent, Raw, luks, qcow2, qed, vdi, vhd, vhdx,
+};
 use io::{Cache, File, Lock};
 use std::{
     fs,
@@ -125,7 +127,7 @@ pub struct Chain {
 impl Chain {
     /// Opens `spec` (a path, or `null:SIZE`) and all its backing images.
     ///
-    /// Without a format in `options`, qcow2, QED, VHD, VHDX and VDI are known by their magic, and a file that shows none counts as
+    /// Without a format in `options`, qcow2, QED, VHD, VHDX, VDI, LUKS and Parallels' are known by their magic, and a file that shows none counts as
     /// raw only when it is opened read-only: a guest that could write such a file could make
     /// it show any format next time.
     ///
@@ -452,6 +454,14 @@ fn open_image(
             let options = vdi::OpenOptions { read_only };
             Arc::new(vdi::Vdi::open(storage, &options)?)
         }
+        Format::Luks => {
+            let options = luks::OpenOptions {
+                read_only,
+                passphrase: keys.next(),
+            };
+            Arc::new(luks::Luks::open(storage, &options)?)
+        }
+        Format::Parallels => Arc::new(Parallels::open(storage)?),
         Format::Null => {
             return Err(Error::invalid("null is no format of a file: say null:SIZE"));
         }

@@ -9,6 +9,8 @@ use std::sync::Arc;
 pub enum Method {
     /// LUKS. Sectors are numbered by their place in the file.
     Luks(Box<luks::Header>),
+    /// LUKS, of the whole disk. Sectors are numbered by their place on the disk.
+    Volume(Box<luks::Header>),
     /// AES-128 in CBC mode with the passphrase itself as the key (QEMU's first way, for reading only).
     /// Sectors are numbered by their place on the disk.
     Aes,
@@ -28,14 +30,14 @@ impl Encryption {
     pub fn sector(&self, guest: GuestOffset, host: HostOffset) -> u64 {
         match self.method {
             Method::Luks(_) => host.0 / crypto::SECTOR as u64,
-            Method::Aes => guest.0 / crypto::SECTOR as u64,
+            Method::Volume(_) | Method::Aes => guest.0 / crypto::SECTOR as u64,
         }
     }
 
     /// Its name for people.
     pub fn name(&self) -> &'static str {
         match self.method {
-            Method::Luks(_) => "LUKS",
+            Method::Luks(_) | Method::Volume(_) => "LUKS",
             Method::Aes => "AES",
         }
     }
@@ -43,7 +45,7 @@ impl Encryption {
     /// Cipher and mode for people, as in `aes-256 xts-plain64`.
     pub fn suite(&self) -> String {
         match &self.method {
-            Method::Luks(header) => {
+            Method::Luks(header) | Method::Volume(header) => {
                 format!("{} {}", header.suite.algorithm, header.suite.mode_name())
             }
             Method::Aes => format!("{} cbc-plain64", Algorithm::Aes(128)),

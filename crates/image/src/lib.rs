@@ -7,8 +7,10 @@
 
 mod contract;
 mod encryption;
+pub mod luks;
 mod metadata;
 mod null;
+pub mod parallels;
 mod probe;
 pub mod qcow2;
 pub mod qed;
@@ -25,5 +27,6 @@ pub use contract::{
 };
 pub use encryption::{Encryption, Method};
 pub use null::Null;
+pub use parallels::Parallels;
 pub use probe::{Format, PROBE_BYTES, probe, probe_bytes};
 pub use raw::Raw;

@@ -4,7 +4,7 @@
 //! a guest writes what it likes at the start of a raw disk, another format's header included,
 //! so raw has to be said by the user or by the image that names the file.
 
-use crate::{vdi, vhd, vhdx};
+use crate::{luks, parallels, vdi, vhd, vhdx};
 use block::{Error, ErrorKind, Result, Storage};
 use serde::Serialize;
 use std::{fmt, str::FromStr};
@@ -27,11 +27,15 @@ pub enum Format {
     Vhdx,
     /// VirtualBox's format.
     Vdi,
+    /// A disk that is encrypted as a whole.
+    Luks,
+    /// Parallels' expandable images, for reading.
+    Parallels,
 }
 
 impl Format {
     /// Formats that a file can have, as messages list them.
-    pub const NAMES: &'static str = "raw, qcow2, qed, vhd, vhdx or vdi";
+    pub const NAMES: &'static str = "raw, qcow2, qed, vhd, vhdx, vdi, luks or parallels";
 
     /// The name, as after `-f`.
     pub fn name(self) -> &'static str {
@@ -43,6 +47,8 @@ impl Format {
             Format::Vhd => "vhd",
             Format::Vhdx => "vhdx",
             Format::Vdi => "vdi",
+            Format::Luks => "luks",
+            Format::Parallels => "parallels",
         }
     }
 
@@ -72,6 +78,8 @@ impl FromStr for Format {
             "vhd" | "vpc" => Ok(Format::Vhd),
             "vhdx" => Ok(Format::Vhdx),
             "vdi" => Ok(Format::Vdi),
+            "luks" => Ok(Format::Luks),
+            "parallels" => Ok(Format::Parallels),
             _ => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
@@ -102,6 +110,14 @@ pub fn probe_bytes(start: &[u8]) -> Option<Format> {
         .is_some_and(|s| s.starts_with(&vdi::MAGIC))
     {
         return Some(Format::Vdi);
+    }
+    let is_parallels =
+        |magic: &[u8]| start.starts_with(magic) && start.get(16..20) == Some(&[2, 0, 0, 0]);
+    if is_parallels(&parallels::MAGIC_OLD) || is_parallels(&parallels::MAGIC_EXT) {
+        return Some(Format::Parallels);
+    }
+    if start.starts_with(&luks::MAGIC) {
+        return Some(Format::Luks);
     }
     let version = start.get(4..8)?;
     if start.starts_with(&crate::qed::MAGIC) {
@@ -154,6 +170,12 @@ mod tests {
             (b"\0\0\0\0\0\0\0\0", None),
             (b"conectix", Some(Format::Vhd)),
             (b"conectis", None),
+            (b"LUKS\xba\xbe\0\x01", Some(Format::Luks)),
+            // Neither QEMU nor anybody here opens it, and a guest's disk may be one.
+            (b"LUKS\xba\xbe\0\x02", None),
+            (b"WithoutFreeSpace\x02\0\0\0", Some(Format::Parallels)),
+            (b"WithouFreSpacExt\x02\0\0\0", Some(Format::Parallels)),
+            (b"WithouFreSpacExt\x03\0\0\0", None),
             (b"", None),
             (b"QFI\xfb\0\0\0\x03 and so on, with other bytes where a VDI image has its signature", Some(Format::Qcow2)),
         ] {
@@ -174,6 +196,8 @@ mod tests {
             Format::Vhd,
             Format::Vhdx,
             Format::Vdi,
+            Format::Luks,
+            Format::Parallels,
         ] {
             assert_eq!(format.qemu_name().parse::<Format>().unwrap(), format);
             assert_eq!(format.name().parse::<Format>().unwrap(), format);

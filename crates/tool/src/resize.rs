@@ -1,6 +1,6 @@
 //! Another size for a disk that nobody uses: `qemu-img resize`'s work.
 //!
-//! What is new reads as zeros, also where a backing file is longer than the image was, and also in the part of
+//! What is new reads as zeros (but of a luks disk, whose zeros are encrypted, as random bytes), also where a backing file is longer than the image was, and also in the part of
 //! the last cluster that lay behind the old end. Until the very last write, of the new size, nobody sees any of
 //! it: a crash leaves the disk as it was.
 //!
@@ -14,7 +14,7 @@ use crate::work::Stop;
 use block::{Context, Error, Result, Storage};
 use disk::blocking::{Driver, Member};
 use image::qcow2::{Header, OpenOptions, Qcow2, edit::Editor, features, resize};
-use image::{ExtentKind, Format, qed, vdi, vhd, vhdx};
+use image::{ExtentKind, Format, luks, qed, vdi, vhd, vhdx};
 use std::sync::Arc;
 
 /// How to resize.
@@ -47,7 +47,12 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
     let old = match format {
         Format::Qcow2 => Header::read(&**file)?.size,
         Format::Qed => qed::Header::read(&**file)?.image_size,
-        Format::Vhd | Format::Vhdx | Format::Vdi | Format::Null => member.image.size(),
+        Format::Vhd
+        | Format::Vhdx
+        | Format::Vdi
+        | Format::Luks
+        | Format::Parallels
+        | Format::Null => member.image.size(),
         Format::Raw => file.len()?,
     };
     if matches!(
@@ -61,7 +66,16 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
     }
     permit(old, options).context(|| &name)?;
     match format {
-        Format::Raw => raw(&**file, old, options).context(|| &name)?,
+        Format::Raw => raw(&**file, format, 0, old, options).context(|| &name)?,
+        Format::Luks => {
+            let header = luks::header(&**file)?;
+            raw(&**file, format, header.payload_offset, old, options).context(|| &name)?;
+        }
+        Format::Parallels => {
+            return Err(Error::unsupported(format!(
+                "{name}: parallels images are for reading only: convert it into another format"
+            )));
+        }
         Format::Qcow2 if options.size < old => shrink(member, &**file, &name, options)?,
         Format::Qcow2 => grow(members, file, &name, old, options)?,
         Format::Qed => grow_qed(members, &**file, old, options).context(|| &name)?,
@@ -95,7 +109,14 @@ fn permit(old: u64, options: &ResizeOptions) -> Result<()> {
     Ok(())
 }
 
-fn raw(file: &dyn Storage, old: u64, options: &ResizeOptions) -> Result<()> {
+/// The disk is what the file has from byte `base` on.
+fn raw(
+    file: &dyn Storage,
+    format: Format,
+    base: u64,
+    old: u64,
+    options: &ResizeOptions,
+) -> Result<()> {
     let new = options.size;
     if !new.is_multiple_of(512) {
         return Err(Error::invalid(format!(
@@ -103,15 +124,15 @@ fn raw(file: &dyn Storage, old: u64, options: &ResizeOptions) -> Result<()> {
         )));
     }
     if options.preallocation == Preallocation::Metadata {
-        return Err(Error::invalid(
-            "preallocation=metadata: raw has no metadata; it can be off, falloc or full",
-        ));
+        return Err(Error::invalid(format!(
+            "preallocation=metadata: {format} has no metadata; it can be off, falloc or full"
+        )));
     }
-    file.set_len(new)?;
+    file.set_len(base + new)?;
     if new > old {
         // A signal ends the process.
         let stop = Stop::default();
-        fill_host(options.preallocation, file, old, new - old, &stop)?;
+        fill_host(options.preallocation, file, base + old, new - old, &stop)?;
     }
     file.sync()
 }

@@ -6,6 +6,7 @@ use image::vdi::{CreateOptions, FREE, ImageType, OpenOptions, Vdi, ZERO, create,
 use image::{ExtentKind, Format, Image};
 use io::{SimDisk, SimOptions};
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::sync::Arc;
 use testkit::TempDir;
@@ -325,11 +326,7 @@ fn disks_grow() {
             forged().bytes(),
             &[5 << 20, (9 << 20) + 512][..],
         ),
-        (
-            "without",
-            packed.bytes(),
-            &[128 << 20, 129 << 20, 130 << 20],
-        ),
+        ("without", packed.bytes(), &[129 << 20, 130 << 20]),
         ("few blocks", few, &[129 << 20]),
         ("static", still, &[(5 << 20) + 512, 9 << 20]),
     ] {
@@ -356,10 +353,18 @@ fn disks_grow() {
         run(Command::new("qemu-img")
             .args(["check", "-q", "-f", "vdi"])
             .arg(&path));
+        // Mostly a hole.
+        let raw = fs::File::create(dir.path("disk.raw")).unwrap();
+        raw.set_len(model.len() as u64).unwrap();
+        let zeros = vec![0; 64 << 10];
+        for (at, part) in (0..).step_by(zeros.len()).zip(model.chunks(zeros.len())) {
+            if *part != zeros[..part.len()] {
+                raw.write_all_at(part, at).unwrap();
+            }
+        }
+        let compare = ["compare", "-q", "-f", "vdi", "-F", "raw"];
         let raw = dir.path("disk.raw");
-        let to_raw = ["convert", "-f", "vdi", "-O", "raw"];
-        run(Command::new("qemu-img").args(to_raw).arg(&path).arg(&raw));
-        assert!(fs::read(&raw).unwrap() == model, "{what}: QEMU");
+        run(Command::new("qemu-img").args(compare).arg(&path).arg(&raw));
     }
 }
 

@@ -84,9 +84,16 @@ pub fn run(args: &Check) -> Result<u8> {
     for finding in &report.findings {
         eprintln!("{}", plain(&finding.to_string()));
     }
-    // QEMU tells of a file's end only in this format.
-    if format != Format::Qcow2 {
-        report.image_end_offset = 0;
+    // QEMU tells of a file's end only in these formats, and of a VDI image's blocks nothing.
+    match format {
+        Format::Qcow2 | Format::Parallels => {}
+        Format::Vdi => {
+            report.image_end_offset = 0;
+            report.total_clusters = 0;
+            report.allocated_clusters = 0;
+            report.fragmented_clusters = 0;
+        }
+        _ => report.image_end_offset = 0,
     }
     let repaired = report.leaks_fixed + report.corruptions_fixed > 0;
     if repaired && !as_json && !args.quiet {

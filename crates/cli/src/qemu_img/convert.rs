@@ -470,11 +470,12 @@ fn made(args: &Convert, file: &str, format: Format, said: &Said) -> Result<Optio
     Ok(options)
 }
 
-/// Whether a new image at `file` reads as zeros: a raw disk on a device is what the device holds.
+/// Whether a new image at `file` reads as zeros: a raw disk on a device is what the device holds, and zeros of a luks image
+/// are not encrypted ones.
 pub fn reads_as_zeros(file: &str, format: Format) -> bool {
     let device = crate::open::file(Path::new(file), Access::ReadUnlocked)
         .is_ok_and(|file| file.kind() == FileKind::BlockDevice);
-    format != Format::Raw || !device
+    format != Format::Luks && (format != Format::Raw || !device)
 }
 
 impl Copy<'_> {

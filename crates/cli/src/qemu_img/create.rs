@@ -255,16 +255,11 @@ pub fn options_of(format: Format, said: &Said, objects: &Objects, file: &str) ->
         options.choose();
     }
     options.settle(format, size).map_err(own_words)?;
-    if format == Format::Qcow2 {
-        let keys = Keys {
-            objects: objects.clone(),
-            ..Keys::default()
-        };
-        if let Some(passphrase) = options.encrypt.passphrase(&keys)? {
-            options.qcow2.encryption = Some(options.encrypt.volume(&passphrase)?);
-            options.qcow2.validate()?;
-        }
-    }
+    let keys = Keys {
+        objects: objects.clone(),
+        ..Keys::default()
+    };
+    options.seal(format, &keys)?;
     Ok(options)
 }
 

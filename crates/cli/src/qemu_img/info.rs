@@ -185,6 +185,16 @@ fn is_dirty(format: Format, file: &dyn Storage) -> Result<bool> {
 
 /// What only images of this format have.
 fn specific(layer: &Layer, file: &dyn Storage) -> Result<Option<Map<String, Value>>> {
+    if let (Format::Luks, Some(encryption)) = (layer.format, layer.image.encryption()) {
+        let mut shown = serde_json::to_value(Shown::of(encryption))?;
+        let facts = shown.as_object_mut().map(std::mem::take);
+        return Ok(facts.map(|facts| {
+            facts
+                .into_iter()
+                .filter(|(key, _)| key != "format")
+                .collect()
+        }));
+    }
     if layer.format != Format::Qcow2 {
         return Ok(None);
     }

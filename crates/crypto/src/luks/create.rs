@@ -99,10 +99,16 @@ impl Volume {
 
     /// Writes it at `offset` of `storage`, where zeros are; the caller syncs.
     pub fn write(&self, storage: &dyn Storage, offset: u64) -> Result<()> {
-        if let Some(slot) = self.header.slots.first() {
-            storage.write_at(offset + slot.key_offset, &self.material)?;
-        }
+        self.write_material(storage, offset)?;
         storage.write_at(offset, &self.header.encode())
+    }
+
+    /// Writes all of it but the header, as [`Volume::write`].
+    pub fn write_material(&self, storage: &dyn Storage, offset: u64) -> Result<()> {
+        match self.header.slots.first() {
+            Some(slot) => storage.write_at(offset + slot.key_offset, &self.material),
+            None => Ok(()),
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)]
 
+use crypto::Passphrase;
 use disk::{Chain, ChainOptions, blocking::Driver};
 use image::Format;
 use std::{
@@ -10,6 +11,7 @@ use std::{
     io::Write,
     path::Path,
     process::{Command, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
@@ -76,8 +78,10 @@ pub fn qemu_img(dir: &Path, args: &[&str]) -> String {
     patiently(is_locked, || try_tool(dir, "qemu-img", args, "")).unwrap_or_else(|e| panic!("{e}"))
 }
 
+/// What `qemu_args` calls a LUKS volume.
+pub const VOLUME: &str = "luks";
 /// What `qemu_args` calls an encrypted qcow2 image, with any unencrypted backing image.
-pub const LUKS: &str = "luks";
+pub const LUKS: &str = "qcow2 with luks";
 /// An encrypted qcow2 image on an encrypted qcow2 image.
 pub const LUKS_ON_LUKS: &str = "luks on luks";
 /// A qcow2 image on an encrypted qcow2 image.
@@ -92,6 +96,11 @@ pub fn qemu_args(format: &str, image: &str) -> Vec<String> {
     let key = ",encrypt.key-secret=key";
     let below = ",backing.driver=qcow2,backing.file.filename=base,backing.encrypt.key-secret=key";
     let (key, below) = match format {
+        VOLUME => {
+            let opts = format!("driver=luks,file.filename={image},key-secret=key");
+            let args = ["--object", SECRET, "--image-opts", &opts];
+            return args.map(str::to_owned).to_vec();
+        }
         LUKS => (key, ""),
         LUKS_ON_LUKS => (key, below),
         QCOW2_ON_LUKS => ("", below),
@@ -342,6 +351,11 @@ pub fn apply(driver: &mut Driver, op: Op, model: &mut Model) {
     model.apply(op);
 }
 
+/// [`PASSPHRASE`], for us.
+pub fn passphrase() -> Arc<Passphrase> {
+    Arc::new(Passphrase::new(PASSPHRASE.as_bytes().to_vec().into()).unwrap())
+}
+
 /// A new image of zeros, to be changed by us and by QEMU in turns.
 #[derive(Debug)]
 pub struct Turns<'a> {
@@ -368,6 +382,7 @@ impl Turns<'_> {
             cache: io::Cache::Unsafe,
             // As little metadata in memory as there may be.
             cache_bytes: Some(0),
+            passphrases: vec![passphrase()],
             ..ChainOptions::default()
         };
         let chain =
@@ -381,9 +396,13 @@ impl Turns<'_> {
         let format = self.format.qemu_name();
         let mut model = Model::new(size);
         let mut random = Random::new(self.seed);
-        for _ in 0..2 {
+        for turn in 0..2 {
             let mut driver = self.open(false);
             assert_eq!(driver.size(), size);
+            if turn == 0 && driver.is_encrypted() {
+                // What was never written reads as random bytes.
+                driver.write_zeroes(0, size, false).unwrap();
+            }
             for _ in 0..30 {
                 let op = random_op(&mut random, size, unit, 512);
                 apply(&mut driver, op, &mut model);

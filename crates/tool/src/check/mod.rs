@@ -41,6 +41,7 @@
 mod bitmaps;
 mod counts;
 mod image;
+pub mod parallels;
 pub mod qed;
 mod rebuild;
 mod repair;

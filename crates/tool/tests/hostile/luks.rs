@@ -4,6 +4,7 @@ use super::{ALLOCATOR, MEASURING, plain};
 use block::{Result, Storage};
 use crypto::luks::{FormatOptions, HEADER_LEN, Volume};
 use crypto::{Algorithm, Ivgen, Mode, Passphrase, Suite};
+use image::luks;
 use image::qcow2::{OpenOptions, Qcow2};
 use std::sync::{Arc, PoisonError};
 use testkit::forge::{extension, field};
@@ -49,6 +50,22 @@ fn open(volume: &Volume, at: u64, bytes: &[u8], len: u64) -> Result<()> {
     };
     let opened = Qcow2::open(&file, &options).map(drop);
     assert_eq!(file.done().changes, changes, "opening wrote");
+    // The same header, of a volume of its own.
+    let file = Memory::new(&[], 8 << 20, 10_000);
+    volume.write(&file, 0)?;
+    file.set_len(volume.len() + 4096)?;
+    file.write_at(at, bytes)?;
+    let changes = file.done().changes;
+    let options = luks::OpenOptions {
+        read_only: true,
+        passphrase: options.passphrase,
+    };
+    let own = luks::Luks::open(&file, &options).map(drop);
+    assert_eq!(file.done().changes, changes, "opening wrote");
+    assert!(
+        own.is_ok() || len != volume.len() || opened.is_err(),
+        "a volume: {own:?}"
+    );
     opened
 }
 

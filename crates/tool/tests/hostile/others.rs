@@ -1,11 +1,11 @@
-//! QED, VHD and VDI images, cut off or damaged anywhere: opened, mapped, read, written, checked, repaired and edited. The
+//! QED, VHD, VDI and Parallels images, cut off or damaged anywhere: opened, mapped, read, written, checked, repaired and edited. The
 //! rules are those of qcow2 (`abuse`), and one more: a write harms nothing that it does not write.
 
 use super::{ALLOCATOR, BYTES_MAX, MEASURING};
 use block::{Error, ErrorKind, Result, Storage};
 use disk::blocking::{Driver, Member};
 use image::vhd::DiskType;
-use image::{Format, Image, qed, vdi, vhd};
+use image::{Format, Image, Parallels, qed, vdi, vhd};
 use proptest::prelude::*;
 use std::sync::{Arc, PoisonError};
 use testkit::memory::{Meddling, Memory};
@@ -28,14 +28,16 @@ enum Kind {
     Qed,
     Vhd(DiskType),
     Vdi,
+    Parallels,
 }
 
-const KINDS: [Kind; 5] = [
+const KINDS: [Kind; 6] = [
     Kind::Qed,
     Kind::Vhd(DiskType::Dynamic),
     Kind::Vhd(DiskType::Differencing),
     Kind::Vhd(DiskType::Fixed),
     Kind::Vdi,
+    Kind::Parallels,
 ];
 
 fn storage(bytes: &[u8]) -> Arc<Memory> {
@@ -48,6 +50,7 @@ impl Kind {
             Kind::Qed => Format::Qed,
             Kind::Vhd(_) => Format::Vhd,
             Kind::Vdi => Format::Vdi,
+            Kind::Parallels => Format::Parallels,
         }
     }
 
@@ -55,6 +58,7 @@ impl Kind {
     fn sound(self) -> Vec<u8> {
         let file = storage(&[]);
         match self {
+            Kind::Parallels => return parallels(),
             Kind::Qed => qed::create(
                 &*file,
                 &qed::CreateOptions {
@@ -117,6 +121,7 @@ impl Kind {
                     ..vhd::OpenOptions::default()
                 },
             )?),
+            Kind::Parallels => Arc::new(Parallels::open(&**file)?),
             Kind::Vdi => Arc::new(vdi::Vdi::open(&**file, &vdi::OpenOptions { read_only })?),
         };
         if let (false, Some(why)) = (read_only, image.describe().read_only_because) {
@@ -140,6 +145,7 @@ impl Kind {
             Kind::Qed => check::qed::check(file, &options),
             Kind::Vhd(_) => check::vhd::check(file, &options),
             Kind::Vdi => check::vdi::check(file, &options),
+            Kind::Parallels => check::parallels::check(file, &options),
         }
     }
 
@@ -154,8 +160,26 @@ impl Kind {
             ],
             Kind::Vhd(_) => &[grow, |_, file| vhd::mend(&**file).map(drop)],
             Kind::Vdi => &[grow, |_, file| vdi::mend(&**file).map(drop)],
+            Kind::Parallels => &[grow],
         }
     }
+}
+
+/// A Parallels image with clusters of the same size, in no order.
+fn parallels() -> Vec<u8> {
+    let entries: [u32; 20] = std::array::from_fn(|n| match n {
+        0 | 1 | 3 => 4 - n as u32,
+        _ => 0,
+    });
+    let head = [2u32, 16, 40, 8, 20, 160, 0, 0x312e_3276, 8, 0, 0, 0];
+    let mut bytes = b"WithouFreSpacExt".to_vec();
+    bytes.extend(
+        head.iter()
+            .chain(&entries)
+            .flat_map(|word| word.to_le_bytes()),
+    );
+    bytes.resize(5 * CLUSTER as usize, 0x5a);
+    bytes
 }
 
 /// Something that is done to an image which nobody has open.
@@ -314,6 +338,8 @@ fn apply(kind: Kind, bytes: &mut [u8], (place, how, number): Change) {
         // The header's fields, and the map.
         (Kind::Vdi, 0..8) => 0x40 + place * 4,
         (Kind::Vdi, 8..24) => 0x150 + (place - 8) * 4,
+        (Kind::Parallels, 0..16) => place * 4,
+        (Kind::Parallels, 16..96) => 64 + (place - 16) % 20 * 4,
         (Kind::Vdi, 24..96) => 0x200 + (place - 24) % 16 * 4,
         (Kind::Vhd(_), 80..96) => (len.saturating_sub(512) & !3) + (place - 80) * 8,
         _ => place * 4,
@@ -332,7 +358,7 @@ fn apply(kind: Kind, bytes: &mut [u8], (place, how, number): Change) {
     };
     let word: &[u8] = match (kind, place) {
         (Kind::Qed, _) => &value.to_le_bytes(),
-        (Kind::Vdi, _) => &(value as u32).to_le_bytes(),
+        (Kind::Vdi | Kind::Parallels, _) => &(value as u32).to_le_bytes(),
         (Kind::Vhd(_), 12..80) => &(value as u32).to_be_bytes(),
         _ => &value.to_be_bytes(),
     };
@@ -386,7 +412,7 @@ proptest! {
     /// Words of a sound image replaced, and the file cut off.
     #[test]
     fn damaged_images_of_other_formats_do_no_harm(
-        kind in prop_oneof![3 => Just(0usize), 3 => Just(1), 1 => Just(2), 1 => Just(3), 3 => Just(4)],
+        kind in prop_oneof![3 => Just(0usize), 3 => Just(1), 1 => Just(2), 1 => Just(3), 3 => Just(4), 2 => Just(5)],
         changes in proptest::collection::vec(change(), 1..5),
         seal in prop::bool::weighted(0.8),
         cut in prop_oneof![4 => Just(0usize), 1 => 0usize..9000],
