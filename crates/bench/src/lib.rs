@@ -3,6 +3,7 @@
 //! - [`driver`]: a guest's side of vhost-user-blk, also for tests that need one that misbehaves.
 //! - [`load`]: keeps requests in flight at a server or a file and reports what came back, as a guest's
 //!   driver (vhost-user-blk), an NBD client or a plain program would see it.
+//! - [`image`]: requests to an image in this process, without a server.
 //! - [`versus`]: compares servers under such loads, in turn, and holds the ratios against bars.
 //!
 //! A figure is worth what its surroundings are: reports carry everything that was asked for, and comparisons
@@ -11,5 +12,6 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod driver;
+pub mod image;
 pub mod load;
 pub mod versus;

@@ -83,7 +83,7 @@ fn outcome(args: &args::Compare) -> Result<Outcome, Failed> {
             passphrases: keys.clone(),
             ..ChainOptions::default()
         };
-        open::chain(spec, &options).map_err(|error| opening(error.into()))
+        open::named(spec, args.image_opts, &args.keys.objects, options).map_err(opening)
     };
     let first = chain(&args.file1, args.format)?;
     let second = chain(&args.file2, args.second_format)?;

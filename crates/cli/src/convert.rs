@@ -135,10 +135,10 @@ pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
             passphrases: passphrases.clone(),
             ..ChainOptions::default()
         };
-        open::chain(spec, &options)
+        open::named(spec, args.image_opts, &args.moving.keys.objects, options)
     };
     let sources = names.iter().map(open_source);
-    let sources = sources.collect::<block::Result<Vec<Chain>>>()?;
+    let sources = sources.collect::<Result<Vec<Chain>>>()?;
     let below = target_passphrases(args)?;
     let mut copying = Copying {
         args,

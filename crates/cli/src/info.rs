@@ -78,9 +78,11 @@ struct Engine {
 /// Shows what an image is.
 pub fn run(args: &args::Info) -> Result<()> {
     let reading = &args.reading;
-    let chain = open::chain(
+    let chain = open::named(
         &reading.file,
-        &ChainOptions {
+        reading.image_opts,
+        &reading.keys.objects,
+        ChainOptions {
             format: reading.format,
             read_only: true,
             force_share: reading.force_share,

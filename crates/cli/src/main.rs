@@ -7,6 +7,7 @@
 
 mod amend;
 mod args;
+mod bench_image;
 mod bench_load;
 mod bench_versus;
 mod bitmap;
@@ -18,6 +19,7 @@ mod create;
 mod dd;
 mod disks;
 mod encrypt;
+mod image_opts;
 mod info;
 mod keys;
 mod map;
@@ -79,6 +81,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => done(serve::run(args)),
         Command::QemuImg(args) => return qemu_img::run(&args.arguments),
         Command::Bench(args) => match &args.what {
+            BenchCommand::Image(args) => done(bench_image::run(args)),
             BenchCommand::Load(args) => done(bench_load::run(args)),
             BenchCommand::Versus(args) => done(bench_versus::run(args)),
         },

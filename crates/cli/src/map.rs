@@ -64,9 +64,11 @@ impl Entry {
 /// Shows what an image's ranges are made of.
 pub fn run(args: &args::Map) -> Result<()> {
     let reading = &args.reading;
-    let chain = open::chain(
+    let chain = open::named(
         &reading.file,
-        &ChainOptions {
+        reading.image_opts,
+        &reading.keys.objects,
+        ChainOptions {
             format: reading.format,
             read_only: true,
             force_share: reading.force_share,

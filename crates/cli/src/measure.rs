@@ -6,6 +6,7 @@
 
 use crate::convert::CACHE_BYTES;
 use crate::options::{self, Options};
+use crate::secret::Objects;
 use crate::{args, open, print, signals};
 use anyhow::{Result, bail};
 use block::{limits, size};
@@ -125,7 +126,7 @@ fn open(args: &args::Measure, spec: &str) -> Result<Chain> {
         allow_locked: true,
         ..ChainOptions::default()
     };
-    Ok(open::chain(spec, &options)?)
+    open::named(spec, args.image_opts, &Objects::default(), options)
 }
 
 fn layout(options: &Options) -> Result<Layout> {

@@ -3,7 +3,9 @@
 //! Whoever comes right behind a server that was killed waits a moment for its lock: the kernel takes the ring of an
 //! io_uring process that has ended apart in the background.
 
-use anyhow::{Context as _, Result, anyhow};
+use crate::image_opts::{self, ImageOptions};
+use crate::secret::Objects;
+use anyhow::{Context as _, Result, anyhow, bail};
 use disk::chain::{Chain, ChainOptions};
 use image::Format;
 use io::{File, Lock, OpenOptions};
@@ -58,6 +60,42 @@ pub fn image(path: &Path, format: Option<Format>, access: Access) -> Result<(Arc
 /// Opens an image and all below it.
 pub fn chain(spec: &str, options: &ChainOptions) -> block::Result<Chain> {
     io::wait_for_lock(|| Chain::open(spec, options))
+}
+
+/// Opens an image and all below it, by its file's name, by `json:{…}` or, with `image_opts`, by `key=value,…`. What is
+/// named so was named by the user, and is opened wherever it is.
+pub fn named(
+    name: &str,
+    image_opts: bool,
+    objects: &Objects,
+    options: ChainOptions,
+) -> Result<Chain> {
+    if !image_opts && !image_opts::is_json(name) {
+        return Ok(chain(name, &options)?);
+    }
+    let said = ImageOptions::parse(name).with_context(|| format!("'{name}'"))?;
+    let mut passphrases = Vec::new();
+    for id in &said.secrets {
+        passphrases.push(Arc::new(objects.find(id)?));
+    }
+    passphrases.extend(options.passphrases.iter().cloned());
+    let format = match (options.format, said.format) {
+        (Some(flag), Some(said)) if flag != said => {
+            bail!("'{name}': -f {flag} and driver={said} contradict each other")
+        }
+        (flag, said) => flag.or(said),
+    };
+    let options = ChainOptions {
+        format,
+        part: said.part,
+        below: said.below,
+        data_file: said.data_file.or(options.data_file.clone()),
+        passphrases,
+        force_share: options.force_share || said.force_share,
+        cache: said.cache.unwrap_or(options.cache),
+        ..options
+    };
+    Ok(chain(spec(&said.path)?, &options)?)
 }
 
 /// `path` as the text that a chain is opened by.

@@ -41,9 +41,43 @@ const SHARED: Lock = Lock::Read { share_write: false };
 /// Brings an image of that format, which was not closed cleanly, in order.
 pub type Repair = fn(&dyn Storage, Format) -> Result<()>;
 
+/// A part of a file that is a raw disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Its first byte, a multiple of 512.
+    pub offset: u64,
+    /// Bytes, a multiple of 512; absent: up to the file's end.
+    pub size: Option<u64>,
+}
+
+/// What an image of the chain lies on, in place of what it records itself.
+#[derive(Clone, Debug)]
+pub enum Below {
+    /// What it records.
+    Recorded,
+    /// Nothing.
+    Nothing,
+    /// That file, wherever it is: the user named it.
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// Its format; absent: as its magic says, or else raw.
+        format: Option<Format>,
+        /// Of a raw one, the part that is meant.
+        part: Option<Part>,
+    },
+}
+
+/// What a name with a protocol means.
+pub type Names = fn(&str) -> Result<Below>;
+
 /// How to open a chain.
 #[derive(Clone, Debug, Default)]
 pub struct ChainOptions {
+    /// What the images lie on, the active one first; further ones lie on what they record.
+    pub below: Vec<Below>,
+    /// Of a raw active image, the part that is meant.
+    pub part: Option<Part>,
     /// The active image's format; probed when absent, see [`Chain::open`].
     pub format: Option<Format>,
     /// Open the active image for reading only.
@@ -74,6 +108,8 @@ pub struct ChainOptions {
     /// Called with the active qcow2 or QED image before that is opened for writing: brings one that was not closed
     /// cleanly in order. Without it such an image is refused.
     pub repair: Option<Repair>,
+    /// Understands names with a protocol that images have for their backing files. Without it those are refused.
+    pub names: Option<Names>,
     /// Open a backing file whose format the image above does not record as what its magic says, or else as raw, as QEMU
     /// does. A guest that could write a raw one chooses the format then.
     pub probe_backing: bool,
@@ -163,6 +199,23 @@ impl Chain {
         open_data_file(&mut active, options, options.read_only, said, &mut seen)?;
         layers.push(active);
         while let Some(above) = layers.last() {
+            if layers.len() > limits::CHAIN_LENGTH_MAX {
+                return Err(Error::invalid(format!(
+                    "{spec}: its chain of backing files is longer than {} images",
+                    limits::CHAIN_LENGTH_MAX
+                )));
+            }
+            match options.below.get(layers.len() - 1) {
+                None | Some(Below::Recorded) => {}
+                Some(Below::Nothing) => break,
+                Some(Below::Image { .. }) if options.without_backing => break,
+                Some(Below::Image { path, format, part }) => {
+                    let said = (path.as_path(), *format, *part);
+                    let layer = open_said(above, said, options, &mut keys, &mut seen)?;
+                    layers.push(layer);
+                    continue;
+                }
+            }
             let description = above.image.describe();
             let Some(name) = description.backing.filter(|_| !options.without_backing) else {
                 break;
@@ -174,6 +227,16 @@ impl Chain {
                 )));
             }
             let named = || format!("{}: backing file", above.path.display());
+            if let (Some(names), true) = (options.names, has_protocol(&name))
+                && let Below::Image { path, format, part } = names(&name).context(named)?
+            {
+                let recorded = description.backing_format.as_deref();
+                let recorded = recorded.and_then(|format| format.parse().ok());
+                let said = (path.as_path(), format.or(recorded), part);
+                let layer = open_said(above, said, options, &mut keys, &mut seen)?;
+                layers.push(layer);
+                continue;
+            }
             let parent = above.image.parent();
             let names = parent
                 .as_ref()
@@ -187,7 +250,7 @@ impl Chain {
                 (_, said) => Some(recorded(&above.path, &name, said).context(named)?),
             };
             once(&mut seen, &path, &name).context(named)?;
-            let mut layer = open_backing(path, format, &mut keys).context(named)?;
+            let mut layer = open_backing(path, format, None, &mut keys).context(named)?;
             if let Some(parent) = parent {
                 verify(&parent, &layer).context(named)?;
             }
@@ -309,7 +372,14 @@ fn open_active(path: &Path, keys: &mut Keys<'_>) -> Result<Layer> {
         (Format::Vdi, false, _) => tell_mended(&file, vdi::mend(&*file)?),
         _ => {}
     }
-    let image = open_image(&file, format, options.read_only, &options.snapshot, keys)?;
+    let image = open_image(
+        &file,
+        format,
+        options.read_only,
+        &options.snapshot,
+        options.part,
+        keys,
+    )?;
     if let (false, Some(why)) = (options.read_only, image.describe().read_only_because) {
         return Err(Error::unsupported(format!(
             "{}: can only be opened with --read-only: {why}",
@@ -331,8 +401,36 @@ fn tell_mended(file: &File, done: Option<String>) {
     }
 }
 
+/// Opens what the user said that `above` lies on.
+fn open_said(
+    above: &Layer,
+    (path, format, part): (&Path, Option<Format>, Option<Part>),
+    options: &ChainOptions,
+    keys: &mut Keys<'_>,
+    seen: &mut Vec<(u64, u64)>,
+) -> Result<Layer> {
+    let named = || format!("{}: backing file", above.path.display());
+    let shown = path.display();
+    let path = fs::canonicalize(path).context(|| format!("'{shown}'"));
+    let path = path.context(named)?;
+    once(seen, &path, &path.to_string_lossy()).context(named)?;
+    let probe = || -> Result<Format> {
+        let file = open_file(&path, options, true, Lock::None)?;
+        Ok(image::probe(&*file)?.unwrap_or(Format::Raw))
+    };
+    let format = format.map_or_else(probe, Ok).context(named)?;
+    let mut layer = open_backing(path, Some(format), part, keys).context(named)?;
+    open_data_file(&mut layer, options, true, None, seen)?;
+    Ok(layer)
+}
+
 /// Opens a backing image. Without a format, by its magic: it is not raw then.
-fn open_backing(path: PathBuf, format: Option<Format>, keys: &mut Keys<'_>) -> Result<Layer> {
+fn open_backing(
+    path: PathBuf,
+    format: Option<Format>,
+    part: Option<Part>,
+    keys: &mut Keys<'_>,
+) -> Result<Layer> {
     let options = keys.options;
     let lock = match options.force_share {
         true => Lock::None,
@@ -352,7 +450,7 @@ fn open_backing(path: PathBuf, format: Option<Format>, keys: &mut Keys<'_>) -> R
             )
         })?,
     };
-    let image = open_image(&file, format, true, &None, keys)?;
+    let image = open_image(&file, format, true, &None, part, keys)?;
     Ok(Layer {
         image,
         files: vec![file],
@@ -407,9 +505,16 @@ fn open_image(
     format: Format,
     read_only: bool,
     snapshot: &Option<String>,
+    part: Option<Part>,
     keys: &mut Keys<'_>,
 ) -> Result<Arc<dyn Image>> {
     let storage: &dyn Storage = &**file;
+    if let (Some(_), true) = (part, format != Format::Raw) {
+        return Err(Error::invalid(format!(
+            "{}: offset and size are of raw images only, it is to be {format}",
+            storage.name()
+        )));
+    }
     if let (Some(name), true) = (snapshot, format != Format::Qcow2) {
         return Err(Error::new(
             ErrorKind::NotFound,
@@ -420,7 +525,10 @@ fn open_image(
         ));
     }
     let image: Arc<dyn Image> = match format {
-        Format::Raw => Arc::new(Raw::open(storage)?),
+        Format::Raw => Arc::new(match part {
+            Some(part) => Raw::part(storage, part.offset, part.size)?,
+            None => Raw::open(storage)?,
+        }),
         Format::Qcow2 => {
             let options = qcow2::OpenOptions {
                 read_only,

@@ -21,6 +21,8 @@ const SECTOR: u64 = 512;
 #[derive(Debug)]
 pub struct Raw {
     size: u64,
+    /// Where in the file the disk begins.
+    begin: u64,
 }
 
 impl Raw {
@@ -40,6 +42,37 @@ impl Raw {
         }
         Ok(Self {
             size: align_up(bytes, SECTOR),
+            begin: 0,
+        })
+    }
+
+    /// A disk in a part of `file`: from byte `begin` on, of `bytes` bytes, or up to the file's end.
+    ///
+    /// # Errors
+    ///
+    /// `Invalid` for a part that the file has not, or that does not consist of sectors.
+    pub fn part(file: &dyn Storage, begin: u64, bytes: Option<u64>) -> Result<Self> {
+        let len = file.len()?;
+        let wrong = |message: String| Err(Error::invalid(message).within(file.name()));
+        if !begin.is_multiple_of(SECTOR) || bytes.is_some_and(|b| !b.is_multiple_of(SECTOR)) {
+            return wrong(format!(
+                "offset and size of a part of a raw image must be multiples of {SECTOR} bytes"
+            ));
+        }
+        let Some(rest) = align_up(len, SECTOR).checked_sub(begin) else {
+            return wrong(format!(
+                "offset ({begin}) must be below the file's size ({len})"
+            ));
+        };
+        let bytes = bytes.unwrap_or(rest);
+        if bytes > rest {
+            return wrong(format!(
+                "offset ({begin}) and size ({bytes}) together go beyond the file's size ({len})"
+            ));
+        }
+        Ok(Self {
+            begin,
+            ..Self::with_size(bytes)?
         })
     }
 }
@@ -68,7 +101,10 @@ impl Image for Raw {
             backing_format: None,
             data_file: None,
             read_only_because: None,
-            facts: Vec::new(),
+            facts: match self.begin {
+                0 => Vec::new(),
+                begin => vec![("offset", format!("{begin} bytes into the file"))],
+            },
         }
     }
 
@@ -81,7 +117,7 @@ impl Image for Raw {
             len,
             kind: ExtentKind::Data {
                 file: FileId::IMAGE,
-                offset: HostOffset(at.0),
+                offset: HostOffset(self.begin + at.0),
             },
         }))
     }
@@ -89,7 +125,7 @@ impl Image for Raw {
     fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>> {
         Ok(Step::Done(Plan::InPlace {
             file: FileId::IMAGE,
-            offset: HostOffset(at.0),
+            offset: HostOffset(self.begin + at.0),
             len,
         }))
     }
@@ -101,7 +137,7 @@ impl Image for Raw {
     fn plan_zero(&self, at: GuestOffset, len: u64, _: ZeroMode) -> Result<Step<ZeroPlan>> {
         Ok(Step::Done(ZeroPlan::Host {
             file: FileId::IMAGE,
-            offset: HostOffset(at.0),
+            offset: HostOffset(self.begin + at.0),
             len,
         }))
     }

@@ -129,6 +129,9 @@ pub struct Convert {
     /// As in qemu-img, where it allows writing in any order; here DST is always written in order
     #[arg(short = 'W', long, conflicts_with = "compress")]
     pub out_of_order: bool,
+    /// Each SRC is key=value,…, as in qemu-img, rather than a file's name
+    #[arg(long)]
+    pub image_opts: bool,
     /// Read SRC even while another process writes it: what is copied may never have been on it at once
     #[arg(short = 'U', long)]
     pub force_share: bool,
@@ -167,6 +170,7 @@ impl Convert {
             workers: None,
             out_of_order: false,
             moving: Moving::default(),
+            image_opts: false,
             force_share: false,
             data_file: None,
             files: vec![source.to_owned(), target.to_owned()],
@@ -250,6 +254,9 @@ pub struct Compare {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// The images are key=value,…, as in qemu-img, rather than names of files: driver=raw,file.filename=PATH,offset=1M
+    #[arg(long)]
+    pub image_opts: bool,
     /// Also open backing and data files below DIR, not only below each image's own directory
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,

@@ -18,6 +18,9 @@ pub struct Reading {
     /// Read the image even while another process writes it
     #[arg(short = 'U', long)]
     pub force_share: bool,
+    /// FILE is key=value,…, as in qemu-img, rather than a file's name: driver=raw,file.filename=PATH,offset=1M
+    #[arg(long)]
+    pub image_opts: bool,
     /// Also open backing and data files below DIR, not only below each image's own directory
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,

@@ -59,6 +59,9 @@ pub struct Measure {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// FILE is key=value,…, as in qemu-img, rather than a file's name: driver=raw,file.filename=PATH,offset=1M
+    #[arg(long)]
+    pub image_opts: bool,
     /// Also open backing and data files below DIR, not only below each image's own directory
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,

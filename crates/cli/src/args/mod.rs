@@ -12,7 +12,7 @@ pub use look::*;
 pub use make::*;
 pub use serve::*;
 
-use crate::{bench_load::Load, bench_versus::Versus, bitmap::Bitmap};
+use crate::{bench_image, bench_load::Load, bench_versus::Versus, bitmap::Bitmap};
 use block::{Result, size};
 use clap::{Args, Parser, Subcommand};
 use image::Format;
@@ -89,6 +89,8 @@ pub struct Bench {
 /// The commands of `bench`.
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
+    /// Put requests to an image, without a server
+    Image(bench_image::Image),
     /// Put load on a server or a file, and report what came back
     Load(Load),
     /// Compare diskplane with its peers and with bare metal, cell by cell

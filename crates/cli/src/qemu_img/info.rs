@@ -5,7 +5,7 @@ use super::open::{self, How, Name};
 use super::value;
 use crate::encrypt::Shown;
 use crate::secret::Objects;
-use crate::{bitmap, print};
+use crate::{bitmap, image_opts, print};
 use anyhow::{Result, bail};
 use block::{Storage, plain};
 use clap::Args;
@@ -56,7 +56,7 @@ pub fn run(args: &Info) -> Result<u8> {
         allow_locked: true,
         ..How::default()
     };
-    let (mut name, mut format, mut image_opts) =
+    let (mut name, mut format, mut by_options) =
         (file.to_owned(), args.format.clone(), args.image_opts);
     let mut nodes: Vec<Map<String, Value>> = Vec::new();
     let mut seen = Vec::new();
@@ -70,10 +70,16 @@ pub fn run(args: &Info) -> Result<u8> {
         let image = Name {
             text: &name,
             format: format.as_deref(),
-            image_opts,
+            image_opts: by_options,
         };
         let chain = open::chain(&image, &how, &args.objects)?;
-        let shown = node(&name, open::active(&chain)?)?;
+        let active = open::active(&chain)?;
+        // Options are shown as what they name.
+        let shown = match by_options || image_opts::is_json(&name) {
+            true => active.path.display().to_string(),
+            false => name.clone(),
+        };
+        let shown = node(&shown, active)?;
         let below = |key: &str| shown.get(key).and_then(Value::as_str).map(str::to_owned);
         let next = below("full-backing-filename");
         format = below("backing-filename-format");
@@ -82,7 +88,7 @@ pub fn run(args: &Info) -> Result<u8> {
             Some(next) => seen.push(std::mem::replace(&mut name, next)),
             None => break,
         }
-        image_opts = false;
+        by_options = false;
     }
     print(&match (as_json, args.backing_chain) {
         (true, true) => {

@@ -5,6 +5,7 @@
 //! wherever it is, and an existing file is written over, as such scripts expect.
 
 mod amend;
+mod bench;
 mod bitmap;
 mod check;
 mod commit;
@@ -32,8 +33,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 /// The commands: name, what it does.
-const COMMANDS: [(&str, &str); 14] = [
+const COMMANDS: [(&str, &str); 15] = [
     ("amend", "Update format-specific options of the image"),
+    ("bench", "Run simple image benchmark"),
     (
         "bitmap",
         "Perform modifications of the persistent bitmap in the image",
@@ -177,6 +179,7 @@ fn help() -> String {
 fn dispatch(name: &str, arguments: &[OsString]) -> Result<u8> {
     match name {
         "amend" => with("amend", arguments, amend::run),
+        "bench" => with("bench", arguments, bench::run),
         "bitmap" => with("bitmap", arguments, bitmap::run),
         "check" => with("check", arguments, check::run),
         "commit" => with("commit", arguments, commit::run),

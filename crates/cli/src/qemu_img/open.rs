@@ -2,12 +2,13 @@
 //!
 //! qemu-img follows the names within images wherever they lead, and probes what has no format recorded: so does this.
 
-use crate::open;
+use crate::image_opts::{self, ImageOptions};
+use crate::open::{self, Access};
 use crate::secret::Objects;
 use anyhow::{Error, Result, anyhow};
 use block::ErrorKind;
 use crypto::Passphrase;
-use disk::chain::{Chain, ChainOptions, Layer};
+use disk::chain::{Below, Chain, ChainOptions, Layer, Part};
 use image::Format;
 use io::{Cache, File, Lock, OpenOptions};
 use std::path::{Path, PathBuf};
@@ -61,6 +62,7 @@ pub fn trusting() -> ChainOptions {
         cache_bytes: Some(crate::convert::CACHE_BYTES),
         repair: Some(crate::check::mend),
         probe_backing: true,
+        names: Some(below),
         ..ChainOptions::default()
     }
 }
@@ -72,23 +74,18 @@ pub fn chain_and_options(
     objects: &Objects,
 ) -> Result<(Chain, ChainOptions)> {
     let could_not = |why: Error| anyhow!("Could not open '{}': {why}", name.text);
-    if name.image_opts && name.format.is_some() {
-        return Err(anyhow!("--image-opts and --format are mutually exclusive"));
-    }
-    if how.write && how.force_share {
+    let mut named = Named::of(name, objects)?;
+    named.force_share |= how.force_share;
+    if how.write && named.force_share {
         return Err(could_not(anyhow!(
             "force-share=on can only be used with read-only images"
         )));
     }
-    let format = match name.format {
-        Some(format) => Some(driver(format).map_err(could_not)?),
-        None => None,
-    };
-    let path = name.text.strip_prefix("file:").unwrap_or(name.text);
-    let format = match format {
+    let path = open::spec(&named.path)?;
+    let format = match named.format {
         Some(format) => format,
         None => {
-            let found = probe(Path::new(path)).map_err(|e| could_not(explain(path, &e)))?;
+            let found = probe(&named.path).map_err(|e| could_not(explain(path, &e)))?;
             if found == Format::Raw && how.write {
                 warn_of_raw(name.text);
             }
@@ -97,18 +94,95 @@ pub fn chain_and_options(
     };
     let options = ChainOptions {
         format: Some(format),
+        part: named.part,
+        below: named.below,
+        data_file: named.data_file,
+        passphrases: named.passphrases,
         read_only: !how.write,
-        cache: how.cache,
-        force_share: how.force_share,
+        cache: named.cache.unwrap_or(how.cache),
+        force_share: named.force_share,
         snapshot: how.snapshot.clone(),
         without_backing: how.without_backing,
         allow_locked: how.allow_locked,
-        passphrases: Vec::<Arc<Passphrase>>::new(),
         ..trusting()
     };
-    let _ = objects;
     let chain = open::chain(path, &options).map_err(|error| could_not(explain(path, &error)))?;
     Ok((chain, options))
+}
+
+/// An image's file, and what its name says besides.
+struct Named {
+    path: PathBuf,
+    format: Option<Format>,
+    part: Option<Part>,
+    below: Vec<Below>,
+    data_file: Option<PathBuf>,
+    passphrases: Vec<Arc<Passphrase>>,
+    force_share: bool,
+    cache: Option<Cache>,
+}
+
+impl Named {
+    fn of(name: &Name<'_>, objects: &Objects) -> Result<Self> {
+        let could_not = |why: Error| anyhow!("Could not open '{}': {why}", name.text);
+        if name.image_opts && name.format.is_some() {
+            return Err(anyhow!("--image-opts and --format are mutually exclusive"));
+        }
+        let format = name.format.map(driver).transpose().map_err(could_not)?;
+        if !name.image_opts && !image_opts::is_json(name.text) {
+            return Ok(Self {
+                path: PathBuf::from(name.text.strip_prefix("file:").unwrap_or(name.text)),
+                format,
+                part: None,
+                below: Vec::new(),
+                data_file: None,
+                passphrases: Vec::new(),
+                force_share: false,
+                cache: None,
+            });
+        }
+        let said = ImageOptions::parse(name.text).map_err(could_not)?;
+        let secret = |id: &String| {
+            objects
+                .find(id)
+                .map(Arc::new)
+                .map_err(|_| could_not(anyhow!("No secret with id '{id}'")))
+        };
+        let passphrases = said.secrets.iter().map(secret).collect::<Result<_>>()?;
+        Ok(Self {
+            path: said.path,
+            format: format.or(said.format),
+            part: said.part,
+            below: said.below,
+            data_file: said.data_file,
+            passphrases,
+            force_share: said.force_share,
+            cache: said.cache,
+        })
+    }
+}
+
+/// What a backing file's name with a protocol means.
+fn below(name: &str) -> block::Result<Below> {
+    let image = |path: PathBuf, format, part| Below::Image { path, format, part };
+    if let Some(path) = name.strip_prefix("file:") {
+        return Ok(image(path.into(), None, None));
+    }
+    if !image_opts::is_json(name) {
+        let protocol = name.split(':').next().unwrap_or_default();
+        return Err(block::Error::unsupported(format!(
+            "Unknown protocol '{}'",
+            block::plain(protocol)
+        )));
+    }
+    let said =
+        ImageOptions::parse(name).map_err(|error| block::Error::invalid(error.to_string()))?;
+    match said.below.is_empty() && said.secrets.is_empty() && said.data_file.is_none() {
+        true => Ok(image(said.path, said.format, said.part)),
+        false => Err(block::Error::unsupported(
+            "a backing file's name that names secrets, a data file or another backing file",
+        )),
+    }
 }
 
 /// The format that the driver `name` of QEMU is.
@@ -226,28 +300,30 @@ pub fn without_number(text: &str) -> String {
 }
 
 /// Opens the file of an image alone, for what works on its tables.
-pub fn file(
-    name: &Name<'_>,
-    access: crate::open::Access,
-    _objects: &Objects,
-) -> Result<(Arc<File>, Format)> {
+pub fn file(name: &Name<'_>, access: Access, objects: &Objects) -> Result<(Arc<File>, Format)> {
     let could_not = |why: Error| anyhow!("Could not open '{}': {why}", name.text);
-    if name.image_opts && name.format.is_some() {
-        return Err(anyhow!("--image-opts and --format are mutually exclusive"));
-    }
-    let path = name.text.strip_prefix("file:").unwrap_or(name.text);
+    let named = Named::of(name, objects)?;
+    let path = open::spec(&named.path)?;
     let failed = |error: &block::Error| could_not(explain(path, error));
-    let format = match name.format {
-        Some(format) => driver(format).map_err(could_not)?,
-        None => probe(Path::new(path)).map_err(|e| failed(&e))?,
+    if named.part.is_some() {
+        return Err(could_not(anyhow!(
+            "a part of a file has no tables to work on"
+        )));
+    }
+    let access = match (access, named.force_share) {
+        (Access::Read, true) => Access::ReadUnlocked,
+        (access, _) => access,
     };
-    if name.format.is_none() && format == Format::Raw && access == crate::open::Access::Write {
+    let format = match named.format {
+        Some(format) => format,
+        None => probe(&named.path).map_err(|e| failed(&e))?,
+    };
+    if name.format.is_none() && format == Format::Raw && access == Access::Write {
         warn_of_raw(name.text);
     }
-    let file =
-        crate::open::file(Path::new(path), access).map_err(|error| match error.downcast_ref() {
-            Some(known) => failed(known),
-            None => could_not(error),
-        })?;
+    let file = open::file(&named.path, access).map_err(|error| match error.downcast_ref() {
+        Some(known) => failed(known),
+        None => could_not(error),
+    })?;
     Ok((file, format))
 }

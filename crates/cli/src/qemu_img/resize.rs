@@ -80,7 +80,10 @@ pub fn run(args: &Resize) -> Result<u8> {
         write: true,
         ..How::default()
     };
-    let chain = open::chain(&name, &how, &args.objects)?;
+    let (chain, opened) = open::chain_and_options(&name, &how, &args.objects)?;
+    if opened.part.is_some() {
+        bail!("Cannot resize a part of a file: offset and size say where it is");
+    }
     let layer = open::active(&chain)?;
     let (old, format) = (layer.image.size(), layer.format);
     let new = match sign {

@@ -1,0 +1,443 @@
+//! Images that are named by options rather than by a file: `--image-opts driver=qcow2,file.filename=a.qcow2,…`, and
+//! `json:{…}` with the same.
+//!
+//! ```text
+//!   driver=qcow2                   the image's format
+//!   file.driver=file               what its file is on
+//!   file.filename=top.qcow2        its name
+//!   encrypt.key-secret=ID          the passphrase, of an --object
+//!   backing.driver=raw             what it lies on, in place of what it records: again a driver, a file, …
+//!   backing.file.filename=base     …
+//! ```
+//!
+//! A raw image has `offset` and `size`: it is that part of its file. What only tunes QEMU (caches, `lazy-refcounts`
+//! while it is open, names of nodes) is taken and changes nothing; what is not known is refused by its name.
+
+use anyhow::{Result, anyhow, bail};
+use block::limits;
+use disk::chain::{Below, Part};
+use image::Format;
+use io::Cache;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Options that an image may be named by, at most.
+const OPTIONS_MAX: usize = 4096;
+
+/// An image, and how it is opened.
+#[derive(Clone, Debug, Default)]
+pub struct ImageOptions {
+    /// Its file.
+    pub path: PathBuf,
+    /// Its format; absent: to be found out.
+    pub format: Option<Format>,
+    /// Of a raw one, the part of its file.
+    pub part: Option<Part>,
+    /// Secrets that are passphrases, from the top.
+    pub secrets: Vec<String>,
+    /// Its external data file.
+    pub data_file: Option<PathBuf>,
+    /// What it and those below it lie on.
+    pub below: Vec<Below>,
+    /// Whether others may write meanwhile.
+    pub force_share: bool,
+    /// How the host caches it, where that is said.
+    pub cache: Option<Cache>,
+}
+
+/// Whether `text` names an image by JSON.
+pub fn is_json(text: &str) -> bool {
+    text.starts_with("json:")
+}
+
+impl ImageOptions {
+    /// Parses `key=value,…`, or `json:{…}`.
+    ///
+    /// # Errors
+    ///
+    /// In QEMU's words, for an option that nobody knows, and what is lacking.
+    pub fn parse(text: &str) -> Result<Self> {
+        let mut options = BTreeMap::new();
+        match text.strip_prefix("json:") {
+            Some(json) => flatten(&mut options, "", parse_json(json)?)?,
+            None => {
+                for (nth, piece) in crate::options::split(text).into_iter().enumerate() {
+                    let (key, value) = match piece.split_once('=') {
+                        Some((key, value)) => (key.to_owned(), value.to_owned()),
+                        // The first may be the file alone.
+                        None if nth == 0 => ("file".to_owned(), piece),
+                        None => (piece, "on".to_owned()),
+                    };
+                    options.insert(key, value);
+                }
+            }
+        }
+        if options.len() > OPTIONS_MAX {
+            bail!("an image is named by {OPTIONS_MAX} options at most");
+        }
+        let mut image = Self::default();
+        let mut node = Node(options);
+        if let Some(value) = node.take("force-share") {
+            image.force_share = switch("force-share", &value)?;
+        }
+        if node.take_switch("cache.direct")? {
+            image.cache = Some(Cache::None);
+        }
+        if node.take_switch("cache.no-flush")? {
+            image.cache = Some(Cache::Unsafe);
+        }
+        let mut below = Some(node);
+        while let Some(node) = below.take() {
+            if image.below.len() > limits::CHAIN_LENGTH_MAX {
+                bail!(
+                    "the chain is longer than {} images",
+                    limits::CHAIN_LENGTH_MAX
+                );
+            }
+            below = image.take(node)?;
+        }
+        Ok(image)
+    }
+
+    /// Takes what says of the next image of the chain what it is; returns what says so of the one below.
+    fn take(&mut self, mut node: Node) -> Result<Option<Node>> {
+        let first = self.path.as_os_str().is_empty();
+        let driver = node.take("driver");
+        let (path, format) = match driver.as_deref() {
+            // The file itself: its bytes are the disk.
+            Some(protocol @ ("file" | "host_device")) => {
+                let Some(name) = node.take("filename") else {
+                    bail!("The '{protocol}' block driver requires a file name");
+                };
+                node.finish(&format!(
+                    "Block protocol '{protocol}' doesn't support the option"
+                ))?;
+                (name, Some(Format::Raw))
+            }
+            Some(name) => {
+                let format = name.parse::<Format>();
+                let format = format.map_err(|_| anyhow!("Unknown driver '{name}'"))?;
+                (node.file()?, Some(format))
+            }
+            None => (node.file()?, None),
+        };
+        let (offset, size) = (node.number("offset")?, node.number("size")?);
+        let part = (offset.is_some() || size.is_some()).then_some(Part {
+            offset: offset.unwrap_or(0),
+            size,
+        });
+        if part.is_some() && format != Some(Format::Raw) {
+            bail!("offset and size are of raw images only: say driver=raw");
+        }
+        node.take("encrypt.format");
+        for key in ["encrypt.key-secret", "key-secret"] {
+            self.secrets.extend(node.take(key));
+        }
+        let mut data = node.child("data-file");
+        let data_file = match data.0.is_empty() {
+            true => None,
+            false => {
+                let path = data.protocol("data-file")?;
+                Some(PathBuf::from(path))
+            }
+        };
+        if data_file.is_some() && !first {
+            bail!("data-file of a backing file: only the first image of a chain can be given one");
+        }
+        let nothing = matches!(node.take("backing").as_deref(), Some(""));
+        let below = node.child("backing");
+        let shown = format.map_or("?", Format::qemu_name);
+        node.ignore();
+        node.finish(&format!(
+            "Block format '{shown}' does not support the option"
+        ))?;
+        match first {
+            true => {
+                (self.path, self.format, self.part) = (path.into(), format, part);
+                self.data_file = data_file;
+            }
+            false => {
+                let path = path.into();
+                self.below.push(Below::Image { path, format, part });
+            }
+        }
+        match (nothing, below.0.is_empty()) {
+            (true, _) => {
+                self.below.push(Below::Nothing);
+                Ok(None)
+            }
+            (false, true) => Ok(None),
+            (false, false) => Ok(Some(below)),
+        }
+    }
+}
+
+/// What the options say of one image.
+struct Node(BTreeMap<String, String>);
+
+/// Options of any image that change nothing here.
+const IGNORED: [&str; 21] = [
+    "auto-read-only",
+    "cache-clean-interval",
+    "cache-size",
+    "cache.direct",
+    "cache.no-flush",
+    "cache.writeback",
+    "detect-zeroes",
+    "discard",
+    "discard-no-unref",
+    "force-share",
+    "l2-cache-entry-size",
+    "l2-cache-size",
+    "lazy-refcounts",
+    "node-name",
+    "overlap-check",
+    "overlap-check.template",
+    "pass-discard-other",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "read-only",
+    "refcount-cache-size",
+];
+/// Options of a file that change nothing here.
+const IGNORED_OF_FILES: [&str; 12] = [
+    "aio",
+    "aio-max-batch",
+    "auto-read-only",
+    "cache.direct",
+    "cache.no-flush",
+    "detect-zeroes",
+    "discard",
+    "drop-cache",
+    "force-share",
+    "locking",
+    "node-name",
+    "read-only",
+];
+
+impl Node {
+    fn take(&mut self, key: &str) -> Option<String> {
+        self.0.remove(key)
+    }
+
+    fn take_switch(&mut self, key: &str) -> Result<bool> {
+        self.take(key)
+            .map_or(Ok(false), |value| switch(key, &value))
+    }
+
+    fn number(&mut self, key: &str) -> Result<Option<u64>> {
+        let parse = |text: String| {
+            block::size::parse(&text).map_err(|_| {
+                anyhow!(
+                    "Parameter '{key}' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, P or E \
+                     means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
+                )
+            })
+        };
+        self.take(key).map(parse).transpose()
+    }
+
+    /// What begins with `name.`, without that.
+    fn child(&mut self, name: &str) -> Node {
+        let prefix = format!("{name}.");
+        let keys: Vec<String> = self
+            .0
+            .keys()
+            .filter(|key| key.starts_with(&prefix))
+            .cloned()
+            .collect();
+        let child = keys.into_iter().filter_map(|key| {
+            let value = self.0.remove(&key)?;
+            Some((key.strip_prefix(&prefix)?.to_owned(), value))
+        });
+        Node(child.collect())
+    }
+
+    /// The name of the image's file.
+    fn file(&mut self) -> Result<String> {
+        if let Some(name) = self.take("filename") {
+            return Ok(name);
+        }
+        if let Some(node) = self.take("file") {
+            bail!("Cannot find device='{node}' nor node-name='{node}'");
+        }
+        let mut file = self.child("file");
+        if file.0.is_empty() {
+            bail!("A block device must be specified for \"file\"");
+        }
+        file.protocol("file")
+    }
+
+    /// The name of a file that is named by what is said of its protocol; `what` it is to the image.
+    fn protocol(&mut self, what: &str) -> Result<String> {
+        let driver = self.take("driver").unwrap_or_else(|| "file".to_owned());
+        if !matches!(driver.as_str(), "file" | "host_device") {
+            bail!("{what}.driver={driver}: only files and devices are opened");
+        }
+        let Some(name) = self.take("filename") else {
+            bail!("The '{driver}' block driver requires a file name");
+        };
+        for key in IGNORED_OF_FILES {
+            self.take(key);
+        }
+        self.finish(&format!(
+            "Block protocol '{driver}' doesn't support the option"
+        ))?;
+        Ok(name)
+    }
+
+    fn ignore(&mut self) {
+        for key in IGNORED {
+            self.take(key);
+        }
+        self.0.retain(|key, _| !key.starts_with("overlap-check."));
+    }
+
+    /// Refuses what is left.
+    fn finish(&self, why: &str) -> Result<()> {
+        match self.0.keys().next() {
+            Some(key) => Err(anyhow!("{why} '{key}'")),
+            None => Ok(()),
+        }
+    }
+}
+
+fn switch(key: &str, value: &str) -> Result<bool> {
+    match value {
+        "on" | "true" => Ok(true),
+        "off" | "false" => Ok(false),
+        _ => bail!("Parameter '{key}' expects 'on' or 'off'"),
+    }
+}
+
+/// JSON as QEMU takes it: strings may stand between single quotes.
+fn parse_json(text: &str) -> Result<Value> {
+    let mut plain = String::with_capacity(text.len());
+    let mut quote = None;
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        match (c, quote) {
+            ('\\', Some(_)) => match chars.next() {
+                Some('\'') => plain.push('\''),
+                Some(next) => plain.extend([c, next]),
+                None => plain.push(c),
+            },
+            ('"' | '\'', None) => {
+                quote = Some(c);
+                plain.push('"');
+            }
+            (_, Some(open)) if c == open => {
+                quote = None;
+                plain.push('"');
+            }
+            ('"', Some(_)) => plain.push_str("\\\""),
+            _ => plain.push(c),
+        }
+    }
+    // Nesting is bounded by the parser.
+    serde_json::from_str(&plain)
+        .map_err(|error| anyhow!("Could not parse the JSON options: {error}"))
+}
+
+/// Puts `value` under `key`, members of objects with a dot between.
+fn flatten(options: &mut BTreeMap<String, String>, key: &str, value: Value) -> Result<()> {
+    let text = match value {
+        Value::Object(object) => {
+            for (name, value) in object {
+                let key = match key {
+                    "" => name,
+                    key => format!("{key}.{name}"),
+                };
+                flatten(options, &key, value)?;
+            }
+            return Ok(());
+        }
+        Value::Bool(on) => if on { "on" } else { "off" }.to_owned(),
+        Value::Null => String::new(),
+        Value::String(text) => text,
+        Value::Number(number) => number.to_string(),
+        Value::Array(_) => bail!("'{key}' is a list, which no option here is"),
+    };
+    options.insert(key.to_owned(), text);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_what_its_options_say() {
+        let all = "driver=qcow2,file.driver=file,file.filename=a,,b,encrypt.key-secret=s,lazy-refcounts=on,\
+                   backing.driver=raw,backing.file.filename=base,backing.offset=1M,backing.size=512,force-share=on,\
+                   cache.direct=on,node-name=n";
+        let json = "json:{'driver':'qcow2','file':{'driver':'file','filename':'a,b'},'encrypt':{'key-secret':\"s\"},\
+                    'lazy-refcounts':true,'backing':{'driver':'raw','file':{'filename':'base'},'offset':1048576,\
+                    'size':512},'force-share':true,'cache':{'direct':true},'node-name':'n'}";
+        for text in [all, json] {
+            let image = ImageOptions::parse(text).unwrap();
+            assert_eq!(image.path, PathBuf::from("a,b"));
+            assert_eq!(image.format, Some(Format::Qcow2));
+            assert_eq!(image.secrets, ["s"]);
+            assert!(image.force_share && image.cache == Some(Cache::None));
+            let [Below::Image { path, format, part }] = image.below.as_slice() else {
+                panic!("{image:?}");
+            };
+            assert_eq!((path, *format), (&PathBuf::from("base"), Some(Format::Raw)));
+            let (offset, size) = (1 << 20, Some(512));
+            assert_eq!(*part, Some(Part { offset, size }));
+        }
+        let image = ImageOptions::parse("driver=qcow2,backing=,filename=a").unwrap();
+        assert!(matches!(image.below.as_slice(), [Below::Nothing]));
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused_by_its_name() {
+        for (text, why) in [
+            (
+                "driver=raw,file.filename=a,foo=1",
+                "Block format 'raw' does not support the option 'foo'",
+            ),
+            (
+                "driver=raw,file.filename=a,file.foo=1",
+                "Block protocol 'file' doesn't support the option 'foo'",
+            ),
+            ("driver=foo,file.filename=a", "Unknown driver 'foo'"),
+            (
+                "driver=raw",
+                "A block device must be specified for \"file\"",
+            ),
+            (
+                "driver=raw,file.driver=nbd,file.path=a",
+                "file.driver=nbd: only files and devices are opened",
+            ),
+            ("a.raw", "Cannot find device='a.raw' nor node-name='a.raw'"),
+            (
+                "driver=qcow2,file.filename=a,offset=1",
+                "offset and size are of raw images only: say driver=raw",
+            ),
+            (
+                "driver=raw,file.filename=a,force-share=1",
+                "Parameter 'force-share' expects 'on' or 'off'",
+            ),
+            (
+                "json:{'driver':['raw']}",
+                "'driver' is a list, which no option here is",
+            ),
+        ] {
+            assert_eq!(
+                ImageOptions::parse(text).unwrap_err().to_string(),
+                why,
+                "{text}"
+            );
+        }
+        let deep = format!("json:{}1{}", "{'a':".repeat(9999), "}".repeat(9999));
+        assert!(ImageOptions::parse(&deep).is_err());
+        let long = format!(
+            "driver=raw,filename=a{}",
+            ",backing.driver=raw,backing.filename=a".repeat(1)
+        );
+        assert!(ImageOptions::parse(&long).is_ok());
+    }
+}
