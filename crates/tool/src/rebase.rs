@@ -126,7 +126,9 @@ pub fn copy_differences(
                 let range = done as usize..(done + part) as usize;
                 let bytes = before.get(range.clone()).unwrap_or_default();
                 if Some(bytes) != after.get(range) {
-                    match is_zero(bytes) {
+                    // An image on nothing has nothing to hide: it leaves zeros out where it has no cluster, and what
+                    // comes to lie below would show through.
+                    match is_zero(bytes) && !below.layers.is_empty() {
                         true => {
                             driver.write_zeroes(at + done, part, true)?;
                             report.zeroed += part;
