@@ -25,6 +25,9 @@ use std::path::PathBuf;
 /// Options that an image may be named by, at most.
 const OPTIONS_MAX: usize = 4096;
 
+/// Bytes of a null disk whose size is not said.
+const NULL_BYTES: u64 = 1 << 30;
+
 /// An image, and how it is opened.
 #[derive(Clone, Debug, Default)]
 pub struct ImageOptions {
@@ -114,6 +117,14 @@ impl ImageOptions {
                     "Block protocol '{protocol}' doesn't support the option"
                 ))?;
                 (name, Some(Format::Raw))
+            }
+            Some("null-co" | "null-aio") if first => {
+                let size = node.number("size")?.unwrap_or(NULL_BYTES);
+                let zeros = match node.take_switch("read-zeroes")? {
+                    true => "",
+                    false => "?read-zeroes=off",
+                };
+                (format!("null:{size}{zeros}"), Some(Format::Null))
             }
             Some(name) => {
                 let format = name.parse::<Format>();

@@ -51,7 +51,7 @@ fn main() -> ExitCode {
         .next()
         .is_some_and(|name| qemu_img::is_name(&name))
     {
-        log();
+        log("error");
         return qemu_img::run(&arguments.collect::<Vec<_>>());
     }
     let cli = match Cli::try_parse() {
@@ -62,7 +62,11 @@ fn main() -> ExitCode {
             return ExitCode::from(u8::from(error.use_stderr()));
         }
     };
-    log();
+    // What qemu-img does not say, scripts do not expect.
+    log(match &cli.command {
+        Command::QemuImg(_) => "error",
+        _ => "warn",
+    });
     let outcome = match &cli.command {
         Command::Create(args) => done(create::run(args)),
         Command::Info(args) => done(info::run(args)),
@@ -99,10 +103,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// Has warnings shown, on stderr.
-fn log() {
+/// Has shown, on stderr, what is as bad as `default`, or what DISKPLANE_LOG says.
+fn log(default: &str) {
     // DISKPLANE_LOG=debug, or per module as tracing-subscriber describes.
-    let filter = EnvFilter::try_from_env("DISKPLANE_LOG").unwrap_or_else(|_| "warn".into());
+    let filter = EnvFilter::try_from_env("DISKPLANE_LOG").unwrap_or_else(|_| default.into());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

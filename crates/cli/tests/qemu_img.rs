@@ -44,6 +44,7 @@ fn normal(text: &str) -> String {
         "uuid: ",
         "iters: ",
         " ops; ",
+        "Run completed in ",
     ];
     let mut in_file = false;
     let mut lines = Vec::new();
@@ -194,6 +195,11 @@ fn disks_are_changed_and_compared_as_by_qemu_img() {
         "qemu-img compare -q a.qcow2 b.qcow2",
         "qemu-img rebase -b a.raw -F raw b.qcow2",
         "qemu-img rebase -u -b a.qcow2 -F qcow2 b.qcow2",
+        // What an image on nothing reads as zeros stays so on a base with data.
+        "qemu-img create -q -f qcow2 alone.qcow2 10M",
+        "qemu-img create -q -f raw zeros.raw 10M",
+        "qemu-img rebase -b a.raw -F raw alone.qcow2",
+        "qemu-img compare zeros.raw alone.qcow2",
         "qemu-img commit b.qcow2",
         "qemu-img map --output=json b.qcow2",
         "qemu-img resize a.qcow2 +1M",
@@ -204,6 +210,13 @@ fn disks_are_changed_and_compared_as_by_qemu_img() {
         "qemu-img map --output=json c.qcow2",
         "qemu-img dd bs=1M count=2 skip=1 if=a.raw of=part",
         "qemu-img info part",
+        "qemu-img compare part a.raw",
+        "qemu-img compare --image-opts driver=raw,file.filename=a.raw,offset=1M,size=1M driver=raw,file.filename=part",
+        "qemu-img info --image-opts driver=qcow2,file.driver=file,file.filename=b.qcow2",
+        "qemu-img info json:{'driver':'raw','file':{'driver':'file','filename':'part'}}",
+        "qemu-img info --image-opts driver=raw,file.filename=part,foo=1",
+        "qemu-img bench -q -c 100 -f raw part",
+        "qemu-img bench -q -w -c 20 -d 4 -s 64k --flush-interval 4 --pattern 9 -f raw part",
         "qemu-img compare part a.raw",
         "qemu-img amend -o lazy_refcounts=on a.qcow2",
         "qemu-img info a.qcow2",

@@ -98,7 +98,12 @@ pub fn run(args: &Amend) -> Result<u8> {
     let failed = |error: anyhow::Error| {
         let text = format!("{error:#}");
         let own = text.strip_prefix(&format!("{file}: ")).unwrap_or(&text);
-        anyhow!("{own}")
+        match own {
+            _ if own.contains("the backing file cannot be amended") => {
+                anyhow!("Cannot amend the backing file\nYou can use 'qemu-img rebase' instead.")
+            }
+            _ => anyhow!("{own}"),
+        }
     };
     crate::amend::apply(
         Path::new(&path),

@@ -8,11 +8,11 @@ use crate::open::Access;
 use crate::print;
 use crate::secret::Objects;
 use anyhow::{Result, anyhow};
-use block::plain;
+use block::{Storage, plain};
 use clap::Args;
 use image::Format;
 use serde_json::json;
-use tool::check::{CheckOptions, Repair, Report};
+use tool::check::{CheckOptions, Repair, Report, Severity};
 
 /// `check`.
 #[derive(Args, Debug)]
@@ -81,8 +81,8 @@ pub fn run(args: &Check) -> Result<u8> {
         super::complain(&anyhow!("This image format does not support checks"));
         return Ok(NO_CHECKS);
     };
-    for finding in &report.findings {
-        eprintln!("{}", plain(&finding.to_string()));
+    for line in findings(&report, &*storage, format, repair) {
+        eprintln!("{line}");
     }
     // QEMU tells of a file's end only in these formats, and of a VDI image's blocks nothing.
     match format {
@@ -119,6 +119,59 @@ pub fn run(args: &Check) -> Result<u8> {
         Report { leaks: 1.., .. } => 3,
         _ => 0,
     })
+}
+
+/// What was found, as QEMU says it where it is the same thing: refcounts first, then flags.
+fn findings(report: &Report, storage: &dyn Storage, format: Format, repair: Repair) -> Vec<String> {
+    let cluster = match format {
+        Format::Qcow2 => image::qcow2::Header::read(storage).map_or(0, |h| h.cluster_size()),
+        _ => 0,
+    };
+    let (mut refcounts, mut others) = (Vec::new(), Vec::new());
+    for finding in &report.findings {
+        let text = finding.to_string();
+        let repaired = match finding.severity {
+            Severity::Leak => repair != Repair::No,
+            _ => repair == Repair::All,
+        };
+        match in_qemus_words(&text, cluster, repaired) {
+            Some((true, line)) => refcounts.push(line),
+            Some((false, line)) => others.push(line),
+            None => others.push(plain(&text)),
+        }
+    }
+    refcounts.append(&mut others);
+    refcounts
+}
+
+/// A finding about a refcount or a flag in QEMU's words, and whether it is the former.
+fn in_qemus_words(text: &str, cluster: u64, repaired: bool) -> Option<(bool, String)> {
+    let (severity, rest) = text.split_once(": ")?;
+    let word = match (repaired, severity) {
+        (true, _) => "Repairing",
+        (false, "leak") => "Leaked",
+        (false, _) => "ERROR",
+    };
+    let number = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+    if let Some(rest) = rest.strip_prefix("cluster at ") {
+        let (at, rest) = rest.split_once(" has refcount ")?;
+        let (refcount, rest) = rest.split_once(", but ")?;
+        let references = rest.strip_suffix(" references")?;
+        let nth = number(at)?.checked_div(cluster)?;
+        let line = format!("{word} cluster {nth} refcount={refcount} reference={references}");
+        return Some((true, line));
+    }
+    let (place, refcount) = rest.split_once(" has a COPIED flag that denies refcount ")?;
+    let (_, entry) = place.strip_suffix(')')?.rsplit_once('(')?;
+    let entry = number(entry)?;
+    let line = match place.strip_prefix("L1 entry ") {
+        Some(nth) => format!(
+            "{word} OFLAG_COPIED L2 cluster: l1_index={} l1_entry={entry:x} refcount={refcount}",
+            nth.split_once(' ')?.0
+        ),
+        None => format!("{word} OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}"),
+    };
+    Some((false, line))
 }
 
 fn json_of(file: &str, format: Format, report: &Report) -> serde_json::Value {
@@ -182,4 +235,44 @@ fn human(report: &Report) -> String {
         text.push_str(&format!("Image end offset: {}\n", report.image_end_offset));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn findings_are_said_as_qemu_says_them() {
+        for (text, repaired, line) in [
+            (
+                "error: cluster at 0x50000 has refcount 0, but 1 references",
+                false,
+                Some("ERROR cluster 5 refcount=0 reference=1"),
+            ),
+            (
+                "leak: cluster at 0x40000 has refcount 2, but 1 references",
+                false,
+                Some("Leaked cluster 4 refcount=2 reference=1"),
+            ),
+            (
+                "leak: cluster at 0x40000 has refcount 2, but 1 references",
+                true,
+                Some("Repairing cluster 4 refcount=2 reference=1"),
+            ),
+            (
+                "error: L2 table at 0x40000: entry 0 (0x8000000000050000) has a COPIED flag that denies refcount 0",
+                false,
+                Some("ERROR OFLAG_COPIED data cluster: l2_entry=8000000000050000 refcount=0"),
+            ),
+            (
+                "error: L1 entry 3 (0x40000) has a COPIED flag that denies refcount 1",
+                true,
+                Some("Repairing OFLAG_COPIED L2 cluster: l1_index=3 l1_entry=40000 refcount=1"),
+            ),
+            ("error: something else", false, None),
+        ] {
+            let found = in_qemus_words(text, 65536, repaired).map(|(_, line)| line);
+            assert_eq!(found.as_deref(), line, "{text}");
+        }
+    }
 }

@@ -14,7 +14,6 @@ use clap::Args;
 use disk::chain::Chain;
 use image::{Format, qcow2};
 use io::{Cache, FileKind};
-use std::path::Path;
 use tool::bitmap;
 use tool::convert::{ConvertOptions, SPARSE_BYTES, Target, convert};
 use tool::prealloc::Preallocation;
@@ -392,7 +391,13 @@ fn backing(args: &Convert, said: &Said, file: &str) -> Result<Option<Chain>> {
         force_share: args.force_share,
         ..How::default()
     };
-    open::chain(&base, &how, &args.objects).map(Some)
+    open::chain(&base, &how, &args.objects)
+        .map(Some)
+        .map_err(|error| {
+            // It is the target that cannot be opened for want of it.
+            let why = create::once(&error.to_string()).to_owned();
+            anyhow!("Could not open '{file}': Could not open backing file: {why}")
+        })
 }
 
 fn refuse_compressed(format: Format, said: &Said) -> Result<()> {
@@ -444,7 +449,7 @@ fn copy_bitmaps(chains: &[Chain], entries: &[qcow2::bitmap::Entry], file: &str) 
     else {
         return Ok(());
     };
-    let target = crate::open::file(Path::new(file), Access::Write)?;
+    let target = crate::open::file(create::path(file), Access::Write)?;
     bitmap::copy(&**source, entries, &*target)
         .map_err(|error| anyhow!("Failed to create bitmap {}: {error}", first_name(entries)))
 }
@@ -473,7 +478,7 @@ fn made(args: &Convert, file: &str, format: Format, said: &Said) -> Result<Optio
 /// Whether a new image at `file` reads as zeros: a raw disk on a device is what the device holds, and zeros of a luks image
 /// are not encrypted ones.
 pub fn reads_as_zeros(file: &str, format: Format) -> bool {
-    let device = crate::open::file(Path::new(file), Access::ReadUnlocked)
+    let device = crate::open::file(create::path(file), Access::ReadUnlocked)
         .is_ok_and(|file| file.kind() == FileKind::BlockDevice);
     format != Format::Luks && (format != Format::Raw || !device)
 }
@@ -507,7 +512,7 @@ impl Copy<'_> {
 
 /// Copies into a new image with compressed clusters.
 fn compressed(copy: Copy<'_>, options: &Options) -> Result<()> {
-    let file = crate::create::emptied(Path::new(copy.file), copy.how.cache)?;
+    let file = crate::create::emptied(create::path(copy.file), copy.how.cache)?;
     if options.preallocation != Preallocation::Off {
         bail!("Compression and preallocation not supported at the same time");
     }

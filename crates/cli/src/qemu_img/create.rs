@@ -202,9 +202,17 @@ pub fn once(text: &str) -> &str {
     }
 }
 
+/// The path that a name means.
+pub fn path(name: &str) -> &Path {
+    Path::new(name.strip_prefix("file:").unwrap_or(name))
+}
+
 /// Where the backing file `name` of the image `file` is.
 pub fn below(file: &str, name: &str) -> String {
-    let directory = Path::new(file).parent().unwrap_or(Path::new(""));
+    if !disk::chain::is_file_name(name) {
+        return name.to_owned();
+    }
+    let directory = path(file).parent().unwrap_or(Path::new(""));
     directory.join(name).display().to_string()
 }
 
@@ -215,7 +223,7 @@ pub fn make(file: &str, format: Format, said: &Said, objects: &Objects) -> Resul
 
 /// Makes the image that `options` describe.
 pub fn write(file: &str, format: Format, options: &Options) -> Result<()> {
-    create::write_all(Path::new(file), format, options, &Stop::default())
+    create::write_all(path(file), format, options, &Stop::default())
         .map_err(|error| could_not_create(file, &error))
 }
 
@@ -248,13 +256,15 @@ pub fn options_of(format: Format, said: &Said, objects: &Objects, file: &str) ->
             .get("backing_fmt")
             .map(str::parse::<Format>)
             .transpose()?;
-        options.set_backing(format, Path::new(file), name, below.unwrap_or(Format::Raw))?;
+        options.set_backing(format, path(file), name, below.unwrap_or(Format::Raw))?;
     }
     options.qcow2.size = size;
     if format == Format::Qcow2 {
         options.choose();
     }
-    options.settle(format, size).map_err(own_words)?;
+    options
+        .settle(format, size)
+        .map_err(|error| own_words(format, error))?;
     let keys = Keys {
         objects: objects.clone(),
         ..Keys::default()
@@ -263,9 +273,19 @@ pub fn options_of(format: Format, said: &Said, objects: &Objects, file: &str) ->
     Ok(options)
 }
 
-/// What is wrong with the options of a qcow2 image, as QEMU says it.
-fn own_words(error: anyhow::Error) -> anyhow::Error {
+/// What is wrong with the options of an image, as QEMU says it.
+fn own_words(format: Format, error: anyhow::Error) -> anyhow::Error {
     let text = error.to_string();
+    if text.starts_with("a disk of") && text.contains("is too large") {
+        let hint = match format {
+            Format::Qcow2 => " (try using a larger cluster size)",
+            _ => "",
+        };
+        return anyhow!(
+            "The image size is too large for file format '{}'{hint}",
+            format.qemu_name()
+        );
+    }
     let known = [
         (
             "cluster_size is",

@@ -131,7 +131,7 @@ impl Named {
         let format = name.format.map(driver).transpose().map_err(could_not)?;
         if !name.image_opts && !image_opts::is_json(name.text) {
             return Ok(Self {
-                path: PathBuf::from(name.text.strip_prefix("file:").unwrap_or(name.text)),
+                path: super::create::path(name.text).to_owned(),
                 format,
                 part: None,
                 below: Vec::new(),
