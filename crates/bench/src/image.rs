@@ -223,7 +223,8 @@ impl Driver {
             };
             self.started += 1;
             let left = self.run.count - self.started;
-            self.wants_flush = self.run.flush_interval > 0 && left % self.run.flush_interval == 0;
+            self.wants_flush =
+                self.run.flush_interval > 0 && left.is_multiple_of(self.run.flush_interval);
             self.start(op, at, Some(nth));
         }
     }

@@ -445,10 +445,16 @@ mod tests {
         }
         let deep = format!("json:{}1{}", "{'a':".repeat(9999), "}".repeat(9999));
         assert!(ImageOptions::parse(&deep).is_err());
-        let long = format!(
-            "driver=raw,filename=a{}",
-            ",backing.driver=raw,backing.filename=a".repeat(1)
-        );
-        assert!(ImageOptions::parse(&long).is_ok());
+        let chain = |images: usize| {
+            let one = |depth| {
+                let prefix = "backing.".repeat(depth);
+                format!("{prefix}driver=raw,{prefix}filename=a")
+            };
+            let all: Vec<String> = (0..images).map(one).collect();
+            ImageOptions::parse(&all.join(","))
+        };
+        assert_eq!(chain(3).unwrap().below.len(), 2);
+        let error = chain(limits::CHAIN_LENGTH_MAX + 3).unwrap_err().to_string();
+        assert!(error.starts_with("the chain is longer than"), "{error}");
     }
 }
