@@ -38,6 +38,8 @@ use tool::work::Work;
 pub(crate) const CACHE_BYTES: u64 = 16 << 20;
 /// Bytes that are copied between two states from which `--resume` can go on.
 const CHECKPOINT_BYTES: u64 = 64 << 20;
+/// Pieces that are copied at a time at least, without compression.
+const WORKERS: usize = 4;
 /// Places of unreadable bytes that people get to see; with `--json` there are more.
 const SHOWN_MAX: usize = 20;
 
@@ -148,7 +150,7 @@ pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
         base: base(args, target, &below)?,
         workers: match args.workers {
             Some(workers) => usize::from(workers),
-            None => thread::available_parallelism().map_or(1, |n| n.get().min(WORKERS_MAX)),
+            None => workers(args.compress),
         },
         sources,
     };
@@ -164,6 +166,15 @@ pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
     };
     bar.finish_and_clear();
     print(args, &copied?)
+}
+
+/// How many pieces are copied at a time. What is compressed costs cores; else they wait for the disks.
+fn workers(compress: bool) -> usize {
+    let cores = thread::available_parallelism().map_or(1, |n| n.get().min(WORKERS_MAX));
+    match compress {
+        true => cores,
+        false => cores.max(WORKERS),
+    }
 }
 
 /// What `--target-key-secret` names.
@@ -233,6 +244,7 @@ impl Copying<'_> {
         ConvertOptions {
             base: self.base.as_ref(),
             workers: self.workers,
+            out_of_order: self.args.out_of_order,
             sparse: self.args.sparse,
             offload: self.args.copy_range,
             checkpoint: self.args.resume.then_some(CHECKPOINT_BYTES),

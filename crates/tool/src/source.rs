@@ -6,7 +6,10 @@
 //! same place is the same, and can be copied from file to file.
 
 use block::{Error, RangeKind, Result, Storage};
-use disk::{Chain, blocking::Driver};
+use disk::{
+    Chain,
+    blocking::{Driver, Fragment},
+};
 use image::ExtentKind;
 use std::sync::Arc;
 
@@ -260,6 +263,31 @@ impl<'a> Source<'a> {
             rest = later;
         }
         Ok(())
+    }
+
+    /// Appends to `into` where `len` bytes at `at` are read from, all of them within the disk.
+    ///
+    /// # Errors
+    ///
+    /// What reading the formats' tables fails with.
+    pub fn locate(&mut self, at: u64, len: u64, into: &mut Vec<Fragment>) -> Result<()> {
+        let mut done = 0;
+        while done < len {
+            let Some((part, here, left)) = self.part(at + done) else {
+                return Err(Error::invalid(
+                    "a source ends before the bytes that are looked for",
+                ));
+            };
+            let now = left.min(len - done);
+            part.driver.locate(here, now, into)?;
+            done += now;
+        }
+        Ok(())
+    }
+
+    /// Whether what cannot be read counts as zeros.
+    pub fn salvages(&self) -> bool {
+        self.salvage
     }
 
     fn note(&mut self, found: Unreadable) {

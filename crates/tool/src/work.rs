@@ -64,7 +64,7 @@ pub struct Work<'a> {
     /// Bytes of data that it may move in a second; `None`: as many as it can.
     pub rate: Option<u64>,
     /// Told how many of the disk's bytes are done, now and then; never less than before.
-    pub progress: &'a mut dyn FnMut(u64),
+    pub progress: &'a mut (dyn FnMut(u64) + Send),
     began: Option<Instant>,
     moved: u64,
 }
@@ -81,7 +81,7 @@ impl fmt::Debug for Work<'_> {
 
 impl<'a> Work<'a> {
     /// Work that `progress` is told of, with no rate.
-    pub fn new(stop: Stop, progress: &'a mut dyn FnMut(u64)) -> Self {
+    pub fn new(stop: Stop, progress: &'a mut (dyn FnMut(u64) + Send)) -> Self {
         Self {
             stop,
             rate: None,

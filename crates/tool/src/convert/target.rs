@@ -1,15 +1,11 @@
 //! What a disk is copied to.
 
 use super::{Piece, Report, SPARSE_BYTES, Unit};
-use crate::source::Place;
-use crate::work::Work;
 use block::{Context, Error, HostOffset, Result, Storage};
-use disk::blocking::Driver;
+use disk::blocking::{Driver, Placed};
 use image::ExtentKind;
 use image::qcow2::{Compression, ImageWriter};
 use rustix::io::Errno;
-use std::collections::BTreeMap;
-use std::sync::mpsc::{Receiver, SyncSender};
 
 /// Smallest unit of a target without clusters.
 const SECTOR: u64 = 512;
@@ -37,6 +33,14 @@ pub enum Target<'a> {
         /// How.
         compression: Compression,
     },
+}
+
+/// A write that has its place.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub placed: Placed,
+    /// Where in the piece its bytes begin.
+    pub at: u64,
 }
 
 impl Target<'_> {
@@ -68,77 +72,81 @@ impl Target<'_> {
         }
     }
 
-    /// Writes pieces in their order until there are no more. Returns where the last one ended, too.
-    pub(super) fn write_all(
-        &mut self,
-        unit: u64,
-        checkpoint: Option<u64>,
-        done: &Receiver<Piece>,
-        empty: &SyncSender<Piece>,
-        work: &mut Work<'_>,
-    ) -> Result<(Report, u64)> {
-        let mut report = Report::default();
-        let mut end = 0;
-        // As many as there are pieces.
-        let mut waiting = BTreeMap::new();
-        let mut next = 0;
-        let mut durable = 0;
-        while let Ok(piece) = done.recv() {
-            waiting.insert(piece.nth, piece);
-            while let Some(piece) = waiting.remove(&next) {
-                let before = report.written;
-                self.write(&piece, unit, &mut report)?;
-                end = piece.at + piece.len;
-                work.reached(end)?;
-                work.moved(report.written - before)?;
-                if checkpoint.is_some_and(|bytes| report.written - durable >= bytes) {
-                    self.flush()?;
-                    durable = report.written;
-                }
-                next += 1;
-                // The reader has gone where nobody takes it.
-                let _ = empty.send(piece);
-            }
-        }
-        Ok((report, end))
+    /// Whether it takes what belongs into it in its order only.
+    pub(super) fn is_sequential(&self) -> bool {
+        matches!(self, Target::Compressed { .. })
     }
 
-    fn write(&mut self, piece: &Piece, unit: u64, report: &mut Report) -> Result<()> {
-        if let Some(place) = &piece.place {
-            return self.offload(piece, place, report);
+    /// How its clusters are compressed, if they are.
+    pub(super) fn compression(&self) -> Option<Compression> {
+        match self {
+            Target::Image { .. } => None,
+            Target::Compressed { compression, .. } => Some(*compression),
         }
-        match piece.units.as_slice() {
-            [] => return self.zero(piece.at, piece.len),
-            [Unit::Same] if piece.len > unit => {
-                report.same += piece.len;
-                return self.same(piece.at, piece.len, &[]);
+    }
+
+    /// Finds places for what `piece` has from its byte `at` on, and moves that on; what has none, zeros and what is
+    /// packed, is done with. `true`: it went so far only, what is under way must be finished first. With `quiet` nothing
+    /// is under way but `jobs`.
+    pub(super) fn place(
+        &mut self,
+        piece: &Piece,
+        unit: u64,
+        (at, quiet): (&mut u64, bool),
+        jobs: &mut Vec<Job>,
+        report: &mut Report,
+    ) -> Result<bool> {
+        if piece.place.is_some() {
+            return self.place_bytes(piece, piece.len, at, jobs, report);
+        }
+        let quiet = |jobs: &[Job]| quiet && jobs.is_empty();
+        if !piece.in_bytes {
+            if self.needs_quiet() && !quiet(jobs) {
+                return Ok(true);
             }
-            _ => {}
+            *at = piece.len;
+            if piece.units.is_empty() {
+                return self.zero(piece.at, piece.len).map(|()| false);
+            }
+            report.same += piece.len;
+            return self.same(piece.at, piece.len, &[]).map(|()| false);
         }
+        let bytes = piece.bytes(piece.len.next_multiple_of(unit) as usize);
         let mut packed = piece.packed.as_slice();
-        let end = piece.at + piece.len;
-        let mut nth = 0;
-        while let Some(kind) = piece.units.get(nth).copied() {
-            let alike = piece.units.iter().skip(nth).take_while(|u| **u == kind);
+        while *at < piece.len {
+            let mut units = piece.units.iter().skip((*at / unit) as usize);
+            let Some(kind) = units.next().copied() else {
+                return Err(Error::invalid("a piece has fewer units than bytes"));
+            };
             let count = match kind {
                 Unit::Packed(_) => 1,
-                _ => alike.count(),
+                _ => 1 + units.take_while(|u| **u == kind).count() as u64,
             };
-            let first = nth as u64 * unit;
-            let at = piece.at + first;
-            let len = (count as u64 * unit).min(end - at);
+            // A busy target may have taken a part of the first.
+            let end = (*at - *at % unit + count * unit).min(piece.len);
+            let (guest, len) = (piece.at + *at, end - *at);
+            let here = bytes.get(*at as usize..).unwrap_or_default();
             match kind {
+                Unit::Same | Unit::Zero if self.needs_quiet() && !quiet(jobs) => return Ok(true),
                 Unit::Same => {
                     report.same += len;
-                    let bytes = piece.bytes.get(first as usize..).unwrap_or_default();
-                    self.same(at, len, bytes)?;
+                    self.same(guest, len, here)?;
                 }
-                Unit::Zero => self.zero(at, len)?,
-                Unit::Plain => {
-                    report.written += len;
-                    let bytes = piece.bytes.get(first as usize..).unwrap_or_default();
-                    self.plain(at, len, bytes, report)?;
-                }
+                Unit::Zero => self.zero(guest, len)?,
+                Unit::Plain => match self {
+                    Target::Compressed { .. } => {
+                        report.written += len;
+                        self.put_plain(guest, len, here)?;
+                    }
+                    Target::Image { .. } => {
+                        if self.has_already(guest, len, here) {
+                            report.written += len;
+                            report.resumed += len;
+                        } else if self.place_bytes(piece, end, at, jobs, report)? {
+                            return Ok(true);
+                        }
+                    }
+                },
                 Unit::Packed(size) => {
                     report.written += len;
                     report.compressed_clusters += 1;
@@ -146,11 +154,73 @@ impl Target<'_> {
                     let (this, rest) = packed.split_at(size.min(packed.len()));
                     packed = rest;
                     if let Target::Compressed { writer, .. } = self {
-                        writer.put_compressed(at / unit, this)?;
+                        writer.put_compressed(guest / unit, this)?;
                     }
                 }
             }
-            nth += count;
+            *at = end;
+        }
+        Ok(false)
+    }
+
+    /// Finds places for the bytes of `piece` from `at` to `end`; `true` where it waits for what is under way.
+    fn place_bytes(
+        &mut self,
+        piece: &Piece,
+        end: u64,
+        at: &mut u64,
+        jobs: &mut Vec<Job>,
+        report: &mut Report,
+    ) -> Result<bool> {
+        let Target::Image { driver, .. } = self else {
+            return Err(Error::invalid(
+                "a compressed image takes no bytes as they are",
+            ));
+        };
+        while *at < end {
+            let Some(placed) = driver.place(piece.at + *at, end - *at)? else {
+                return Ok(true);
+            };
+            let len = placed.len();
+            jobs.push(Job { placed, at: *at });
+            report.written += len;
+            *at += len;
+        }
+        Ok(false)
+    }
+
+    /// Whether zeros, and what is as in the backing file, change the target while nothing else may.
+    fn needs_quiet(&self) -> bool {
+        match self {
+            Target::Image { driver, blank, .. } => !blank || driver.has_backing(),
+            Target::Compressed { .. } => false,
+        }
+    }
+
+    /// Whether a run before has written these bytes.
+    fn has_already(&mut self, at: u64, len: u64, bytes: &[u8]) -> bool {
+        let Target::Image {
+            driver,
+            resume: true,
+            ..
+        } = self
+        else {
+            return false;
+        };
+        // At most a piece.
+        let mut there = vec![0; len as usize];
+        // What cannot be read is not there.
+        driver.read(at, &mut there).is_ok() && bytes.get(..there.len()) == Some(&there)
+    }
+
+    fn put_plain(&mut self, at: u64, len: u64, bytes: &[u8]) -> Result<()> {
+        let Target::Compressed { writer, .. } = self else {
+            return Ok(());
+        };
+        let cluster = writer.cluster_size();
+        let clusters = bytes.chunks(cluster as usize);
+        for (guest, bytes) in (at / cluster..(at + len).div_ceil(cluster)).zip(clusters) {
+            writer.put_data(guest, bytes)?;
         }
         Ok(())
     }
@@ -214,52 +284,7 @@ impl Target<'_> {
         }
     }
 
-    /// Writes data of whole units; `bytes` begins with them.
-    fn plain(&mut self, at: u64, len: u64, bytes: &[u8], report: &mut Report) -> Result<()> {
-        match self {
-            Target::Image { driver, resume, .. } => {
-                // At most a piece.
-                let bytes = bytes.get(..len as usize).unwrap_or_default();
-                if *resume {
-                    let mut there = vec![0; bytes.len()];
-                    // What cannot be read is not there.
-                    if driver.read(at, &mut there).is_ok() && there == bytes {
-                        report.resumed += len;
-                        return Ok(());
-                    }
-                }
-                driver.write(at, bytes)
-            }
-            Target::Compressed { writer, .. } => {
-                let cluster = writer.cluster_size();
-                let clusters = bytes.chunks(cluster as usize);
-                for (guest, bytes) in (at / cluster..(at + len).div_ceil(cluster)).zip(clusters) {
-                    writer.put_data(guest, bytes)?;
-                }
-                Ok(())
-            }
-        }
-    }
-
-    /// Has the host copy what `piece` has at `place`.
-    fn offload(&mut self, piece: &Piece, place: &Place, report: &mut Report) -> Result<()> {
-        let Target::Image { driver, .. } = self else {
-            return Err(Error::invalid(
-                "a compressed image takes no bytes as they are",
-            ));
-        };
-        let mut offloaded = 0;
-        driver.write_with(piece.at, piece.len, |file, host, done, len| {
-            let from = place.offset + done;
-            offloaded += copy(&*place.file, from, file, host, len)?;
-            Ok(())
-        })?;
-        report.written += piece.len;
-        report.offloaded += offloaded;
-        Ok(())
-    }
-
-    fn flush(&mut self) -> Result<()> {
+    pub(super) fn flush(&mut self) -> Result<()> {
         match self {
             Target::Image { driver, .. } => driver.flush(),
             Target::Compressed { .. } => Ok(()),
@@ -290,7 +315,7 @@ fn clear(driver: &mut Driver, at: u64, len: u64) -> Result<()> {
 
 /// Copies `len` bytes from file to file: by the host where it can, through memory where not. Returns how many the
 /// host copied.
-fn copy(
+pub(super) fn copy(
     source: &dyn Storage,
     from: u64,
     target: &dyn Storage,

@@ -1,5 +1,8 @@
 //! Drives a chain of images with blocking calls, one request at a time.
 //!
+//! Where the bytes of a request go to or come from can be asked for apart from moving them ([`Driver::place`],
+//! [`Driver::locate`]): any thread may do that then, and several at a time.
+//!
 //! Whole-image tools use it, and tests: it is the contract of [`image::Image`] carried out in the
 //! most obvious order, and so the reference for the served disk, which does the same
 //! with many requests in flight.
@@ -10,13 +13,17 @@
 //!   flush: stage 1 writes · sync · stage 2 writes · sync … · free space punched, released
 //! ```
 
-use crate::crypt::SECTOR;
-use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed, align_up};
-use crypto::SectorCipher;
+mod apart;
+mod members;
+
+pub use apart::{Fragment, Placed, read};
+
+use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed};
 use image::{
-    Allocation, Compressed, Encryption, ExtentKind, FileId, Fill, FlushRun, Freed, Image, Load,
-    Need, Plan, Step, ZeroMode, ZeroPlan,
+    Allocation, ExtentKind, Fill, FlushRun, Freed, Image, Load, Need, Plan, Step, ZeroMode,
+    ZeroPlan,
 };
+use members::{Members, read_padded};
 use std::sync::Arc;
 
 /// Bytes that are copied or zeroed at a time.
@@ -52,7 +59,7 @@ pub struct ChainExtent {
 /// Dropping it without [`Driver::close`] is what a crash of the process does to the image.
 #[derive(Debug)]
 pub struct Driver {
-    members: Vec<Member>,
+    members: Members,
     read_only: bool,
     run: FlushRun,
 }
@@ -64,7 +71,7 @@ impl Driver {
             return Err(Error::invalid("a chain without an image"));
         }
         Ok(Self {
-            members,
+            members: Members::new(members),
             read_only,
             run: FlushRun::default(),
         })
@@ -82,8 +89,9 @@ impl Driver {
 
     /// Fills `buf` with the guest's bytes from `at` on.
     pub fn read(&mut self, at: u64, buf: &mut [u8]) -> Result<()> {
-        self.check(at, buf.len() as u64)?;
-        self.read_from(0, at, buf)
+        let mut fragments = Vec::new();
+        self.locate(at, buf.len() as u64, &mut fragments)?;
+        apart::read(&fragments, buf)
     }
 
     /// Writes the guest's bytes `data` at `at`.
@@ -91,30 +99,12 @@ impl Driver {
         self.check_write(at, data.len() as u64)?;
         let mut done = 0;
         while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
-            let here = GuestOffset(at + done as u64);
-            let len = rest.len() as u64;
-            let plan = self.answer(0, |image| image.plan_write(here, len))?;
-            done += match plan {
-                Plan::InPlace { file, offset, len } => {
-                    let part = prefix(rest, len)?;
-                    self.write_data(file, here, offset, part)?;
-                    part.len()
-                }
-                Plan::Drop { len } => prefix(rest, len)?.len(),
-                Plan::Allocate(allocation) => {
-                    let part = prefix(rest, allocation.write_len)?;
-                    let written = self.write_allocated(here, part, &allocation);
-                    let image = &self.member(0)?.image;
-                    match written {
-                        Ok(()) => image.commit(allocation.ticket),
-                        Err(error) => {
-                            image.abort(allocation.ticket);
-                            return Err(error);
-                        }
-                    }
-                    part.len()
-                }
-            };
+            let (here, len) = (at + done as u64, rest.len() as u64);
+            let placed = self.place(here, len)?.ok_or_else(nobody)?;
+            let part = prefix(rest, placed.len())?;
+            placed.write(part)?;
+            placed.finish();
+            done += part.len();
         }
         Ok(())
     }
@@ -123,54 +113,6 @@ impl Driver {
     pub fn is_encrypted(&self) -> bool {
         let first = self.members.first();
         first.is_some_and(|member| member.image.encryption().is_some())
-    }
-
-    /// Writes `len` bytes at `at` that `each` puts into the file: it is told, piece by piece, which file, where in
-    /// it, how many bytes before belong elsewhere, and how many belong there.
-    ///
-    /// # Errors
-    ///
-    /// As [`Driver::write`], and what `each` fails with; `Unsupported` for an encrypted image.
-    pub fn write_with(
-        &mut self,
-        at: u64,
-        len: u64,
-        mut each: impl FnMut(&dyn Storage, HostOffset, u64, u64) -> Result<()>,
-    ) -> Result<()> {
-        self.check_write(at, len)?;
-        if self.is_encrypted() {
-            return Err(Error::unsupported(
-                "an encrypted image's file does not have the guest's bytes as they are",
-            ));
-        }
-        let mut done = 0;
-        while done < len {
-            let (here, left) = (GuestOffset(at + done), len - done);
-            let plan = self.answer(0, |image| image.plan_write(here, left))?;
-            let part = match plan {
-                Plan::Drop { len } => len,
-                Plan::InPlace { file, offset, len } => {
-                    each(&*self.file(0, file)?, offset, done, len)?;
-                    len
-                }
-                Plan::Allocate(new) => {
-                    let written = self.fill_around(here, &new).and_then(|host| {
-                        each(&*self.file(0, new.file)?, host, done, new.write_len)
-                    });
-                    let image = &self.member(0)?.image;
-                    match written {
-                        Ok(()) => image.commit(new.ticket),
-                        Err(error) => {
-                            image.abort(new.ticket);
-                            return Err(error);
-                        }
-                    }
-                    new.write_len
-                }
-            };
-            done += whole(part, left)?;
-        }
-        Ok(())
     }
 
     /// Writes what belongs around `new.write_len` bytes at `at` into an allocation. Returns where these go.
@@ -216,14 +158,16 @@ impl Driver {
             let len = match plan {
                 Plan::Drop { len } => len,
                 Plan::InPlace { file, offset, len } => {
-                    each(&*self.file(0, file)?, offset, len)?;
+                    each(&*self.members.file(0, file)?, offset, len)?;
                     len
                 }
                 Plan::Allocate(new) => {
                     let done = self
                         .fill_with_zeros(GuestOffset(at), &new)
-                        .and_then(|host| each(&*self.file(0, new.file)?, host, new.write_len));
-                    let image = &self.member(0)?.image;
+                        .and_then(|host| {
+                            each(&*self.members.file(0, new.file)?, host, new.write_len)
+                        });
+                    let image = &self.members.member(0)?.image;
                     match done {
                         Ok(()) => image.commit(new.ticket),
                         Err(error) => {
@@ -235,7 +179,7 @@ impl Driver {
                 }
             };
             let len = whole(len, left)?;
-            if self.member(0)?.image.encryption().is_some() {
+            if self.members.member(0)?.image.encryption().is_some() {
                 self.write_zeroes(at, len, false)?;
             }
             at += len;
@@ -249,7 +193,7 @@ impl Driver {
         let from = self.fill_around(at, new)?;
         // What is encrypted is zeroed when it is the guest's.
         if !new.zeroed && !self.is_encrypted() {
-            let file = self.file(0, new.file)?;
+            let file = self.members.file(0, new.file)?;
             file.write_zeroes(from.0, new.write_len, false)?;
         }
         Ok(from)
@@ -260,7 +204,7 @@ impl Driver {
         if self.read_only {
             return Ok(());
         }
-        let image = Arc::clone(&self.member(0)?.image);
+        let image = Arc::clone(&self.members.member(0)?.image);
         let mut run = std::mem::take(&mut self.run);
         let carried_out = image
             .flush_begin(&mut run)
@@ -280,7 +224,7 @@ impl Driver {
             return Ok(());
         }
         self.flush()?;
-        let member = self.member(0)?;
+        let member = self.members.member(0)?;
         let files: Vec<&dyn Storage> = member.files.iter().map(AsRef::as_ref).collect();
         member.image.close(&files)
     }
@@ -290,7 +234,7 @@ impl Driver {
         self.check(at, len)?;
         let (mut len, mut depth) = (len, 0);
         loop {
-            let left = self.member(depth)?.image.size().saturating_sub(at);
+            let left = self.members.member(depth)?.image.size().saturating_sub(at);
             let asked = len.min(left);
             let extent = self.answer(depth, |image| image.map(GuestOffset(at), asked))?;
             len = whole(extent.len, asked)?;
@@ -321,39 +265,28 @@ impl Driver {
         self.check(at, len)
     }
 
-    fn member(&self, depth: usize) -> Result<&Member> {
-        self.members
-            .get(depth)
-            .ok_or_else(|| Error::invalid(format!("the chain has no image {depth}")))
-    }
-
-    fn file(&self, depth: usize, file: FileId) -> Result<Arc<dyn Storage>> {
-        let files = &self.member(depth)?.files;
-        let found = files.get(usize::from(file.0));
-        found.map(Arc::clone).ok_or_else(|| {
-            Error::corrupt(format!("image {depth} of the chain has no file {}", file.0))
-        })
-    }
-
     /// Asks the image at `depth` until it has an answer, doing what it needs in between.
     fn answer<T>(
         &mut self,
         depth: usize,
-        mut ask: impl FnMut(&dyn Image) -> Result<Step<T>>,
+        ask: impl FnMut(&dyn Image) -> Result<Step<T>>,
     ) -> Result<T> {
+        // One request at a time, each need met before the next question: there is nobody to wait for.
+        self.answer_unless_busy(depth, ask)?.ok_or_else(nobody)
+    }
+
+    /// The same; `None` where the answer has to wait for a write that was placed and is under way.
+    fn answer_unless_busy<T>(
+        &mut self,
+        depth: usize,
+        mut ask: impl FnMut(&dyn Image) -> Result<Step<T>>,
+    ) -> Result<Option<T>> {
         for _ in 0..NEEDS_MAX {
-            let image = Arc::clone(&self.member(depth)?.image);
+            let image = Arc::clone(&self.members.member(depth)?.image);
             match ask(image.as_ref())? {
-                Step::Done(answer) => return Ok(answer),
+                Step::Done(answer) => return Ok(Some(answer)),
                 Step::Need(need) => self.satisfy(depth, image.as_ref(), need)?,
-                Step::Wait(key) => {
-                    // One request at a time, each need met before the next question:
-                    // there is nobody to wait for.
-                    return Err(Error::new(
-                        ErrorKind::Io,
-                        format!("image {depth} of the chain waits for {key:?}, which nobody does"),
-                    ));
-                }
+                Step::Wait(_) => return Ok(None),
             }
         }
         Err(Error::corrupt(format!(
@@ -370,7 +303,7 @@ impl Driver {
                 image.loaded(&load, &bytes)
             }
             Need::Reserve(reserve) => {
-                let file = self.file(depth, reserve.file);
+                let file = self.members.file(depth, reserve.file);
                 match file.and_then(|f| f.allocate(reserve.offset.0, reserve.len)) {
                     Ok(zeroed) => {
                         image.reserved(&reserve, zeroed);
@@ -391,122 +324,12 @@ impl Driver {
 
     fn load(&self, depth: usize, load: &Load) -> Result<Vec<u8>> {
         let mut bytes = vec![0; usize_of(u64::from(load.len))?];
-        read_padded(&*self.file(depth, load.file)?, load.offset, &mut bytes)?;
+        read_padded(
+            &*self.members.file(depth, load.file)?,
+            load.offset,
+            &mut bytes,
+        )?;
         Ok(bytes)
-    }
-
-    /// The bytes at `offset` of a file, decrypted where the image's data are encrypted.
-    fn read_data(
-        &self,
-        depth: usize,
-        file: FileId,
-        guest: GuestOffset,
-        offset: HostOffset,
-        buf: &mut [u8],
-    ) -> Result<()> {
-        let storage = self.file(depth, file)?;
-        let Some(encryption) = self.member(depth)?.image.encryption() else {
-            return read_padded(&*storage, offset, buf);
-        };
-        let cipher = cipher_of(encryption)?;
-        let sector = encryption.sector(guest, offset);
-        let skip = usize_of(offset.0 % SECTOR)?;
-        let mut sectors = vec![0; usize_of(align_up((skip + buf.len()) as u64, SECTOR))?];
-        read_padded(&*storage, HostOffset(offset.0 - skip as u64), &mut sectors)?;
-        cipher.decrypt(sector, &mut sectors);
-        let plain = sectors.iter().skip(skip);
-        buf.iter_mut().zip(plain).for_each(|(to, from)| *to = *from);
-        Ok(())
-    }
-
-    /// Writes the active image's bytes at `offset` of a file, encrypted where its data are. Of a sector that is
-    /// not wholly written the rest stays as it is.
-    fn write_data(
-        &self,
-        file: FileId,
-        guest: GuestOffset,
-        offset: HostOffset,
-        data: &[u8],
-    ) -> Result<()> {
-        let storage = self.file(0, file)?;
-        let Some(encryption) = self.member(0)?.image.encryption() else {
-            return storage.write_at(offset.0, data);
-        };
-        let cipher = cipher_of(encryption)?;
-        let skip = usize_of(offset.0 % SECTOR)?;
-        let mut sectors = vec![0; usize_of(align_up((skip + data.len()) as u64, SECTOR))?];
-        let start = HostOffset(offset.0 - skip as u64);
-        let sector = encryption.sector(guest, offset);
-        if sectors.len() != data.len() {
-            read_padded(&*storage, start, &mut sectors)?;
-            cipher.decrypt(sector, &mut sectors);
-        }
-        let plain = sectors.iter_mut().skip(skip);
-        plain.zip(data).for_each(|(to, from)| *to = *from);
-        cipher.encrypt(sector, &mut sectors);
-        storage.write_at(start.0, &sectors)
-    }
-
-    /// The guest's bytes as the image at `depth` and those below it have them.
-    fn read_from(&mut self, depth: usize, at: u64, buf: &mut [u8]) -> Result<()> {
-        let size = self.members.get(depth).map_or(0, |m| m.image.size());
-        // Behind the end of a shorter backing image there are zeros.
-        let inside = usize_of(size.saturating_sub(at))?.min(buf.len());
-        let (mut rest, behind) = buf.split_at_mut(inside);
-        behind.fill(0);
-        let mut at = at;
-        while !rest.is_empty() {
-            let asked = rest.len() as u64;
-            let extent = self.answer(depth, |image| image.map(GuestOffset(at), asked))?;
-            let len = usize_of(whole(extent.len, asked)?)?;
-            let (part, later) = rest.split_at_mut(len);
-            match extent.kind {
-                ExtentKind::Data { file, offset } => {
-                    self.read_data(depth, file, GuestOffset(at), offset, part)?;
-                }
-                ExtentKind::Zero { .. } => part.fill(0),
-                ExtentKind::Untouched => {}
-                ExtentKind::Compressed(packed) => self.unpack(depth, &packed, part)?,
-                ExtentKind::Unallocated => self.read_from(depth + 1, at, part)?,
-            }
-            at += extent.len;
-            rest = later;
-        }
-        Ok(())
-    }
-
-    fn unpack(&self, depth: usize, packed: &Compressed, out: &mut [u8]) -> Result<()> {
-        let file = self.file(depth, packed.file)?;
-        let there = file.len()?.saturating_sub(packed.offset.0);
-        let mut input = vec![0; usize_of(u64::from(packed.len).min(there))?];
-        file.read_at(packed.offset.0, &mut input)?;
-        let mut unpacked = vec![0; usize_of(u64::from(packed.unpacked_len))?];
-        self.member(depth)?
-            .image
-            .decompress(&input, &mut unpacked)?;
-        let skip = usize_of(u64::from(packed.skip))?;
-        let part = unpacked
-            .get(skip..)
-            .and_then(|rest| rest.get(..out.len()))
-            .ok_or_else(|| Error::corrupt("an extent runs out of its compressed cluster"))?;
-        out.copy_from_slice(part);
-        Ok(())
-    }
-
-    /// Writes all that belongs into newly allocated clusters: `data` for guest offset `at`, and
-    /// around it what the allocation asks for.
-    fn write_allocated(&mut self, at: GuestOffset, data: &[u8], new: &Allocation) -> Result<()> {
-        let end = new.start.plus(new.len);
-        let data_end = at.plus(data.len() as u64);
-        if at < new.start || data_end > end {
-            return Err(Error::corrupt(format!(
-                "{new:?} does not cover {} bytes at {at}",
-                data.len()
-            )));
-        }
-        self.fill(new, new.start, at)?;
-        self.write_data(new.file, at, new.host.plus(at.since(new.start)), data)?;
-        self.fill(new, data_end, end)
     }
 
     /// Writes the guest range `from..to` of an allocation, which the guest did not.
@@ -525,9 +348,12 @@ impl Driver {
             part.fill(0);
             if new.fill == Fill::Existing {
                 let inside = usize_of(size.saturating_sub(at.0))?.min(len);
-                self.read_from(0, at.0, prefix_mut(part, inside)?)?;
+                if inside > 0 {
+                    self.read(at.0, prefix_mut(part, inside)?)?;
+                }
             }
-            self.write_data(new.file, at, new.host.plus(at.since(new.start)), part)?;
+            self.members
+                .write_data(new.file, at, new.host.plus(at.since(new.start)), part)?;
             at = at.plus(len as u64);
         }
         Ok(())
@@ -541,7 +367,7 @@ impl Driver {
             let len = match plan {
                 ZeroPlan::Done { len } | ZeroPlan::Skip { len } => len,
                 ZeroPlan::Host { file, offset, len } => {
-                    let file = self.file(0, file)?;
+                    let file = self.members.file(0, file)?;
                     match mode {
                         ZeroMode::Discard => file.discard(offset.0, len)?,
                         ZeroMode::Zero { unmap } => file.write_zeroes(offset.0, len, unmap)?,
@@ -568,14 +394,16 @@ impl Driver {
 
     /// Writes the stages of a flush with a barrier after each.
     fn carry_out(&self, run: &FlushRun) -> Result<()> {
-        let member = self.member(0)?;
+        let member = self.members.member(0)?;
         for stage in &run.stages {
             for write in run.writes.get(stage.first..stage.end).unwrap_or_default() {
                 let bytes = run.bytes.get(write.start..write.start + write.len);
                 let bytes = bytes.ok_or_else(|| {
                     Error::corrupt(format!("{write:?} lies outside the flush's bytes"))
                 })?;
-                self.file(0, write.file)?.write_at(write.offset.0, bytes)?;
+                self.members
+                    .file(0, write.file)?
+                    .write_at(write.offset.0, bytes)?;
             }
             for file in &member.files {
                 file.sync()?;
@@ -589,7 +417,7 @@ impl Driver {
         let mut freed: Vec<Freed> = Vec::new();
         image.take_freed(&mut freed);
         for space in &freed {
-            let file = self.file(0, space.file)?;
+            let file = self.members.file(0, space.file)?;
             // The hole is a courtesy: where it fails the space is still free.
             let zeroed = match file.write_zeroes(space.offset.0, space.len, true) {
                 Ok(()) => Zeroed::Yes,
@@ -601,23 +429,12 @@ impl Driver {
     }
 }
 
-/// The cipher of an image that was opened with its passphrase.
-fn cipher_of(encryption: &Encryption) -> Result<&SectorCipher> {
-    encryption.cipher.as_deref().ok_or_else(|| {
-        let message = "the image is encrypted, and was opened without its passphrase";
-        Error::new(ErrorKind::Denied, message)
-    })
-}
-
-/// Reads from `file`; what lies behind its end are zeros.
-fn read_padded(file: &dyn Storage, offset: HostOffset, buf: &mut [u8]) -> Result<()> {
-    let there = usize_of(file.len()?.saturating_sub(offset.0))?.min(buf.len());
-    let (inside, behind) = buf.split_at_mut(there);
-    behind.fill(0);
-    if inside.is_empty() {
-        return Ok(());
-    }
-    file.read_at(offset.0, inside)
+/// The error where an image waits and nothing is under way.
+fn nobody() -> Error {
+    Error::new(
+        ErrorKind::Io,
+        "an image of the chain waits for what nobody does",
+    )
 }
 
 /// `len`, when a format may answer so to a question about `asked` bytes.

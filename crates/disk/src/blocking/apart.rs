@@ -1,0 +1,256 @@
+//! Requests in two steps: first where their bytes are, from the formats, one after the other; then the bytes, by any
+//! thread, any number at a time.
+
+use super::members::Members;
+use super::{Driver, usize_of, whole};
+use block::{Error, GuestOffset, HostOffset, Result, Storage};
+use image::{Compressed, ExtentKind, FileId, Plan, Ticket};
+use std::sync::Arc;
+
+/// A run of a disk's bytes that can be read.
+#[derive(Clone, Debug)]
+pub struct Fragment {
+    members: Members,
+    depth: usize,
+    at: GuestOffset,
+    len: u64,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Data(FileId, HostOffset),
+    Zero,
+    /// The memory stays as it is.
+    Untouched,
+    Compressed(Compressed),
+}
+
+impl Fragment {
+    /// Bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it has none; none has.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    fn read(&self, buf: &mut [u8]) -> Result<()> {
+        match &self.kind {
+            Kind::Data(file, offset) => {
+                (self.members).read_data(self.depth, *file, self.at, *offset, buf)
+            }
+            Kind::Zero => {
+                buf.fill(0);
+                Ok(())
+            }
+            Kind::Untouched => Ok(()),
+            Kind::Compressed(packed) => self.members.unpack(self.depth, packed, buf),
+        }
+    }
+
+    /// Takes `next` in where it goes on in the same place.
+    fn join(&mut self, next: &Self) -> bool {
+        let goes_on = match (self.kind, next.kind) {
+            (Kind::Data(file, offset), Kind::Data(other, at)) => {
+                self.members.is(&next.members)
+                    && self.depth == next.depth
+                    && self.at.plus(self.len) == next.at
+                    && file == other
+                    && offset.0.checked_add(self.len) == Some(at.0)
+            }
+            (Kind::Zero, Kind::Zero) => true,
+            _ => false,
+        };
+        if goes_on {
+            self.len += next.len;
+        }
+        goes_on
+    }
+}
+
+/// Reads fragments, one behind the other, into `buf`, which has as many bytes as they.
+///
+/// # Errors
+///
+/// What reading, decrypting or unpacking fails with.
+pub fn read(fragments: &[Fragment], buf: &mut [u8]) -> Result<()> {
+    let mut rest = buf;
+    for fragment in fragments {
+        let len = usize_of(fragment.len)?;
+        let (part, later) = rest
+            .split_at_mut_checked(len)
+            .ok_or_else(|| Error::invalid("fragments run out of their buffer"))?;
+        fragment.read(part)?;
+        rest = later;
+    }
+    Ok(())
+}
+
+/// A part of a write that has its place. Dropped before [`Placed::finish`] it is given up: the disk stays as it was,
+/// or, in a place that it had before, has some of the bytes.
+#[derive(Debug)]
+pub struct Placed {
+    members: Members,
+    at: GuestOffset,
+    len: u64,
+    /// `None`: the image forgets what is written.
+    place: Option<(FileId, HostOffset)>,
+    ticket: Option<Ticket>,
+}
+
+impl Placed {
+    /// Bytes, from where was asked; at least 1.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it has none; none has.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Writes `data`, which has [`Placed::len`] bytes, encrypted where the image's data are.
+    ///
+    /// # Errors
+    ///
+    /// What the host fails with.
+    pub fn write(&self, data: &[u8]) -> Result<()> {
+        match self.place {
+            Some((file, host)) => self.members.write_data(file, self.at, host, data),
+            None => Ok(()),
+        }
+    }
+
+    /// Where its bytes belong as they are, for who puts them there otherwise; `None` where nobody need.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` for an encrypted image.
+    pub fn place(&self) -> Result<Option<(Arc<dyn Storage>, HostOffset)>> {
+        if self.members.member(0)?.image.encryption().is_some() {
+            return Err(Error::unsupported(
+                "an encrypted image's file does not have the guest's bytes as they are",
+            ));
+        }
+        let place = self.place.map(|(file, host)| {
+            let file = self.members.file(0, file)?;
+            Ok((file, host))
+        });
+        place.transpose()
+    }
+
+    /// The bytes are there: they are the disk's now.
+    pub fn finish(mut self) {
+        if let (Some(ticket), Some(first)) = (self.ticket.take(), self.members.first()) {
+            first.image.commit(ticket);
+        }
+    }
+}
+
+impl Drop for Placed {
+    fn drop(&mut self) {
+        if let (Some(ticket), Some(first)) = (self.ticket.take(), self.members.first()) {
+            first.image.abort(ticket);
+        }
+    }
+}
+
+impl Driver {
+    /// Appends to `into` where `len` bytes of the disk at `at` are read from.
+    ///
+    /// # Errors
+    ///
+    /// A range outside the disk; what reading tables fails with.
+    pub fn locate(&mut self, at: u64, len: u64, into: &mut Vec<Fragment>) -> Result<()> {
+        self.check(at, len)?;
+        self.locate_from(0, at, len, into)
+    }
+
+    /// As the image at `depth` and those below it have them.
+    fn locate_from(
+        &mut self,
+        depth: usize,
+        at: u64,
+        len: u64,
+        into: &mut Vec<Fragment>,
+    ) -> Result<()> {
+        let size = self.members.get(depth).map_or(0, |m| m.image.size());
+        let inside = size.saturating_sub(at).min(len);
+        let mut done = 0;
+        while done < inside {
+            let (here, asked) = (at + done, inside - done);
+            let extent = self.answer(depth, |image| image.map(GuestOffset(here), asked))?;
+            let len = whole(extent.len, asked)?;
+            let kind = match extent.kind {
+                ExtentKind::Data { file, offset } => Kind::Data(file, offset),
+                ExtentKind::Zero { .. } => Kind::Zero,
+                ExtentKind::Untouched => Kind::Untouched,
+                ExtentKind::Compressed(packed) => Kind::Compressed(packed),
+                ExtentKind::Unallocated => {
+                    self.locate_from(depth + 1, here, len, into)?;
+                    done += len;
+                    continue;
+                }
+            };
+            self.put(depth, here, len, kind, into);
+            done += len;
+        }
+        if inside < len {
+            // Behind the end of a shorter backing image there are zeros.
+            self.put(depth, at + inside, len - inside, Kind::Zero, into);
+        }
+        Ok(())
+    }
+
+    fn put(&self, depth: usize, at: u64, len: u64, kind: Kind, into: &mut Vec<Fragment>) {
+        let next = Fragment {
+            members: self.members.clone(),
+            depth,
+            at: GuestOffset(at),
+            len,
+            kind,
+        };
+        if !into.last_mut().is_some_and(|last| last.join(&next)) {
+            into.push(next);
+        }
+    }
+
+    /// Finds a place for the first of `len` bytes at `at`; how many of them it is for, it says itself. What belongs
+    /// around them is written. `None`: it has to wait for a write that was placed before and is not finished.
+    ///
+    /// Several writes may be placed at a time, if none of them overlap.
+    ///
+    /// # Errors
+    ///
+    /// As [`Driver::write`].
+    pub fn place(&mut self, at: u64, len: u64) -> Result<Option<Placed>> {
+        self.check_write(at, len)?;
+        let here = GuestOffset(at);
+        let plan = self.answer_unless_busy(0, |image| image.plan_write(here, len))?;
+        let Some(plan) = plan else { return Ok(None) };
+        let mut placed = Placed {
+            members: self.members.clone(),
+            at: here,
+            len: 0,
+            place: None,
+            ticket: None,
+        };
+        placed.len = match plan {
+            Plan::Drop { len } => len,
+            Plan::InPlace { file, offset, len } => {
+                placed.place = Some((file, offset));
+                len
+            }
+            Plan::Allocate(new) => {
+                placed.ticket = Some(new.ticket);
+                placed.place = Some((new.file, self.fill_around(here, &new)?));
+                new.write_len
+            }
+        };
+        whole(placed.len, len)?;
+        Ok(Some(placed))
+    }
+}
