@@ -36,7 +36,7 @@ pub fn run(args: &args::Commit) -> Result<()> {
     let options = ChainOptions {
         format: args.format,
         read_only: !empties,
-        cache: args.moving.cache,
+        cache: args.moving.cache.unwrap_or_default(),
         allow_backing: args.moving.allow_backing.clone(),
         cache_bytes: Some(CACHE_BYTES),
         passphrases: args.moving.keys.read()?,

@@ -22,7 +22,7 @@ use crypto::Passphrase;
 use disk::chain::{Chain, ChainOptions, Layer};
 use image::{Format, qcow2};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use io::{File, FileKind, OpenOptions};
+use io::{Cache, File, FileKind, OpenOptions};
 use serde::Serialize;
 use std::io::IsTerminal as _;
 use std::os::unix::fs::MetadataExt;
@@ -38,8 +38,8 @@ use tool::work::Work;
 pub(crate) const CACHE_BYTES: u64 = 16 << 20;
 /// Bytes that are copied between two states from which `--resume` can go on.
 const CHECKPOINT_BYTES: u64 = 64 << 20;
-/// Pieces that are copied at a time at least, without compression.
-const WORKERS: usize = 4;
+/// Pieces that are copied past the page cache at a time, at least.
+const WORKERS: usize = 8;
 /// Places of unreadable bytes that people get to see; with `--json` there are more.
 const SHOWN_MAX: usize = 20;
 
@@ -150,7 +150,7 @@ pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
         base: base(args, target, &below)?,
         workers: match args.workers {
             Some(workers) => usize::from(workers),
-            None => workers(args.compress),
+            None => workers(args),
         },
         sources,
     };
@@ -168,12 +168,13 @@ pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
     print(args, &copied?)
 }
 
-/// How many pieces are copied at a time. What is compressed costs cores; else they wait for the disks.
-fn workers(compress: bool) -> usize {
+/// How many pieces are copied at a time. Those that go to the disk wait for it; those that go to memory, or are
+/// compressed, take a core each, and more of them would wait for one another.
+fn workers(args: &Arguments) -> usize {
     let cores = thread::available_parallelism().map_or(1, |n| n.get().min(WORKERS_MAX));
-    match compress {
-        true => cores,
-        false => cores.max(WORKERS),
+    match !args.compress && args.moving.cache.is_none_or(Cache::direct) {
+        true => cores.max(WORKERS),
+        false => cores,
     }
 }
 
@@ -310,7 +311,9 @@ impl Copying<'_> {
     ) -> Result<Chain> {
         let options = ChainOptions {
             format,
-            cache: self.args.moving.cache,
+            cache: self.cache(),
+            // Unless it was asked for: what matters is that it is on the disk in the end.
+            direct_fallback: self.args.moving.cache.is_none(),
             allow_backing: self.args.moving.allow_backing.clone(),
             cache_bytes: Some(CACHE_BYTES),
             repair: Some(crate::check::mend),
@@ -346,6 +349,11 @@ impl Copying<'_> {
             Err(error) => Err(error.into()),
             Ok(report) => driver.close().map(|()| report).map_err(Into::into),
         }
+    }
+
+    /// How the host caches the target. Past the page cache is faster, and leaves that to others.
+    fn cache(&self) -> Cache {
+        self.args.moving.cache.unwrap_or(Cache::None)
     }
 
     /// The bitmaps that are to be copied; nothing is done where that cannot be.
@@ -582,7 +590,7 @@ impl Copying<'_> {
         work: &mut Work<'_>,
     ) -> Result<Report> {
         let open = OpenOptions {
-            cache: self.args.moving.cache,
+            cache: self.args.moving.cache.unwrap_or_default(),
             ..OpenOptions::default()
         };
         let file = match device {

@@ -95,7 +95,7 @@ fn refuse_others(path: &Path, format: Format) -> Result<()> {
 fn overlay(args: &args::Rebase) -> Result<Chain> {
     let options = ChainOptions {
         format: args.format,
-        cache: args.moving.cache,
+        cache: args.moving.cache.unwrap_or_default(),
         allow_backing: args.moving.allow_backing.clone(),
         cache_bytes: Some(CACHE_BYTES),
         passphrases: args.moving.keys.read()?,

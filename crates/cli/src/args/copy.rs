@@ -8,14 +8,15 @@ use io::Cache;
 use std::path::{Path, PathBuf};
 
 /// What the commands have in common that move a disk's content.
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Default)]
 pub struct Moving {
     /// Copy at most so many bytes of data in a second
     #[arg(short, long, value_name = "SIZE", value_parser = rate)]
     pub rate: Option<u64>,
-    /// How the host caches what is written: none, writeback, writethrough, directsync or unsafe
-    #[arg(short = 't', long, value_name = "MODE", default_value = "writeback", value_parser = str::parse::<Cache>)]
-    pub cache: Cache,
+    /// How the host caches what is written: none, writeback, writethrough, directsync or unsafe [default: writeback;
+    /// convert: none, where the file system can]
+    #[arg(short = 't', long, value_name = "MODE", value_parser = str::parse::<Cache>)]
+    pub cache: Option<Cache>,
     /// Show progress also where stderr is no terminal
     #[arg(short, long)]
     pub progress: bool,
@@ -31,20 +32,6 @@ pub struct Moving {
     /// Also open backing and data files below DIR, not only below each image's own directory
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
-}
-
-impl Default for Moving {
-    fn default() -> Self {
-        Self {
-            rate: None,
-            cache: Cache::Writeback,
-            progress: false,
-            quiet: false,
-            json: false,
-            keys: Keys::default(),
-            allow_backing: Vec::new(),
-        }
-    }
 }
 
 /// `convert`.
@@ -123,10 +110,11 @@ pub struct Convert {
     /// How the host caches SRC
     #[arg(short = 'T', long, value_name = "MODE", default_value = "writeback", value_parser = str::parse::<Cache>)]
     pub source_cache: Cache,
-    /// Threads that compress; without -c, pieces of 512 KiB that are read ahead [default: a thread per core]
+    /// Pieces of 512 KiB that are copied at a time, each by a thread [default: one per core; past the page cache (-t none)
+    /// at least 8]
     #[arg(short = 'm', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub workers: Option<u16>,
-    /// As in qemu-img, where it allows writing in any order; here DST is always written in order
+    /// Let what comes first lie first in DST, whatever the order of the disk (no difference for raw)
     #[arg(short = 'W', long, conflicts_with = "compress")]
     pub out_of_order: bool,
     /// Each SRC is key=value,…, as in qemu-img, rather than a file's name

@@ -24,6 +24,8 @@ use tool::work::Work;
 const SPARSE_MAX: u64 = 16 << 20;
 /// Coroutines that `-m` takes at most.
 const COROUTINES_MAX: u64 = 16;
+/// How many there are where none is said.
+const COROUTINES: u64 = 8;
 
 /// `convert`.
 #[derive(Args, Debug)]
@@ -97,7 +99,7 @@ pub struct Convert {
     /// take what cannot be read for zeros
     #[arg(long)]
     salvage: bool,
-    /// accepted: the target is written in order
+    /// the target need not have the disk's order
     #[arg(short = 'W', long)]
     oob_writes: bool,
     #[command(flatten)]
@@ -189,7 +191,12 @@ pub fn run(args: &Convert) -> Result<u8> {
         format,
         options: ConvertOptions {
             base: backing.as_ref(),
-            workers: numbers.workers,
+            // Coroutines cost nothing where they wait; threads that write to the page cache keep each other waiting.
+            workers: match cache.direct() && !args.compress {
+                true => numbers.workers,
+                false => numbers.workers.min(cores()),
+            },
+            out_of_order: args.oob_writes,
             sparse: numbers.sparse,
             offload: args.copy_range_offloading,
             checkpoint: None,
@@ -213,6 +220,10 @@ pub fn run(args: &Convert) -> Result<u8> {
     }
     copy_bitmaps(&chains, &entries, file)?;
     Ok(0)
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 /// The numbers of the command line.
@@ -240,7 +251,7 @@ impl Numbers {
             .transpose()?;
         let workers = match args.parallel.as_deref() {
             Some(text) => line::number("number of coroutines", text, 1, COROUTINES_MAX)?,
-            None => std::thread::available_parallelism().map_or(1, |n| n.get() as u64),
+            None => COROUTINES,
         };
         Ok(Self {
             sparse,
