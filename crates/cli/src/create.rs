@@ -78,9 +78,10 @@ pub fn run(args: &args::Create) -> Result<()> {
         line.push_str(&format!(", encrypted with {cipher} {mode}"));
     }
     if format == Format::Vhdx {
-        let kind = match options.vhdx.fixed {
-            true => "fixed",
-            false => "dynamic",
+        let kind = match (options.vhdx.fixed, &options.vhdx.parent) {
+            (true, _) => "fixed",
+            (false, Some(_)) => "differencing",
+            (false, None) => "dynamic",
         };
         let block = size::human(options.vhdx.block_bytes());
         line.push_str(&format!(", {kind}, blocks of {block}"));
@@ -142,42 +143,43 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
 /// Refuses a backing file (said by `flag`) for a format that is not made with one.
 pub(crate) fn refuse_backing(flag: &str, format: Format) -> Result<()> {
     match format {
-        Format::Qcow2 | Format::Qed | Format::Vhd => Ok(()),
-        Format::Vhdx => bail!("{flag}: differencing vhdx images are not made yet"),
+        Format::Qcow2 | Format::Qed | Format::Vhd | Format::Vhdx => Ok(()),
         Format::Raw | Format::Null | Format::Vdi | Format::Luks | Format::Parallels => {
             bail!("{flag}: {format} images have no backing file")
         }
     }
 }
 
-/// What a differencing VHD image at `file` says of the parent `name`, which is there.
-pub(crate) fn vhd_parent(file: &Path, name: &str, format: Format) -> Result<vhd::NewParent> {
+/// The file that is called `name` from the directory of `file`, open for reading, and its absolute name.
+pub(crate) fn parent(file: &Path, name: &str) -> Result<(Arc<File>, String)> {
     let path = file.parent().unwrap_or(Path::new("")).join(name);
     let path = fs::canonicalize(&path).with_context(|| path.display().to_string())?;
     let Some(absolute) = path.to_str() else {
         bail!("{}: the name is not UTF-8", path.display());
     };
+    let read_only = OpenOptions {
+        read_only: true,
+        lock: io::Lock::None,
+        ..OpenOptions::default()
+    };
+    Ok((File::open(&path, &read_only)?, absolute.to_owned()))
+}
+
+/// What a differencing VHD image at `file` says of the parent `name`, which is there.
+pub(crate) fn vhd_parent(file: &Path, name: &str, format: Format) -> Result<vhd::NewParent> {
+    let (parent, absolute) = parent(file, name)?;
     let unique_id = match format {
-        Format::Vhd => {
-            let read_only = OpenOptions {
-                read_only: true,
-                lock: io::Lock::None,
-                ..OpenOptions::default()
-            };
-            vhd::Layout::read(&*File::open(&path, &read_only)?)?
-                .footer
-                .unique_id
-        }
+        Format::Vhd => vhd::Layout::read(&*parent)?.footer.unique_id,
         Format::Raw => vhd::UniqueId::NONE,
         other => bail!("{name}: a vhd image lies over vhd or raw, not over {other}"),
     };
-    let changed = fs::metadata(&path)?.modified()?;
+    let changed = fs::metadata(&absolute)?.modified()?;
     let changed = changed
         .duration_since(std::time::UNIX_EPOCH)
         .unwrap_or_default();
     Ok(vhd::NewParent {
         name: name.to_owned(),
-        absolute: absolute.to_owned(),
+        absolute,
         unique_id,
         timestamp: u32::try_from(changed.as_secs().saturating_sub(vhd::EPOCH))?,
     })

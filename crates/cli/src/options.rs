@@ -169,6 +169,9 @@ impl Options {
         if format == Format::Vhd {
             self.set_vhd_parent(crate::create::vhd_parent(file, name, below)?)?;
         }
+        if format == Format::Vhdx {
+            self.set_vhdx_parent(file, name, below)?;
+        }
         Ok(())
     }
 
@@ -183,6 +186,27 @@ impl Options {
         }
         self.vhd.disk_type = DiskType::Differencing;
         self.vhd.parent = Some(parent);
+        Ok(())
+    }
+
+    /// Makes a vhdx image at `file` a differencing one over the parent `name`, with its sectors.
+    ///
+    /// # Errors
+    ///
+    /// For one that was to be fixed, for a parent of another format, and for a name that the format cannot hold.
+    fn set_vhdx_parent(&mut self, file: &Path, name: &str, below: Format) -> Result<()> {
+        if self.vhdx.fixed {
+            bail!("-o subformat=fixed: a fixed image has all of its disk, and no backing file");
+        }
+        if below != Format::Vhdx {
+            bail!("{name}: a vhdx image lies over vhdx, not over {below}");
+        }
+        let (parent, absolute) = crate::create::parent(file, name)?;
+        let parent = vhdx::Layout::read(&*parent)?;
+        let id = parent.headers.current.data_write;
+        self.vhdx.parent = Some(vhdx::Locator::new(id, name, &absolute)?);
+        self.vhdx.logical_sector = parent.metadata.logical_sector;
+        self.vhdx.physical_sector = parent.metadata.physical_sector;
         Ok(())
     }
 

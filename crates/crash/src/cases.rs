@@ -113,7 +113,10 @@ const WORKLOADS: &[Workload] = &[
     Workload {
         name: "vhdx",
         script: "storm 30 flush=3 len=48k discard=2 unmap=2 zero=2; kill; storm 10 flush=3; crash; storm 10; close; storm 5",
-        images: &["vhdx cluster_size=1M size=4M"],
+        images: &[
+            "vhdx cluster_size=1M size=3M",
+            "vhdx cluster_size=1M size=3M over vhdx cluster_size=1M size=2M filled",
+        ],
         queues: &[0, 2],
     },
     Workload {

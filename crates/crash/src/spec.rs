@@ -229,14 +229,26 @@ impl Spec {
         }
     }
 
-    /// How a VHDX image is made.
-    pub fn vhdx(&self, fixed: bool) -> vhdx::CreateOptions {
-        vhdx::CreateOptions {
+    /// How a VHDX image is made, over what has that DataWriteGuid.
+    ///
+    /// # Errors
+    ///
+    /// For a name of the image below that the format cannot hold.
+    pub fn vhdx(
+        &self,
+        fixed: bool,
+        below: Option<vhdx::Guid>,
+    ) -> block::Result<vhdx::CreateOptions> {
+        let parent = self.create.backing.as_ref().zip(below);
+        let parent =
+            parent.map(|((name, _), id)| vhdx::Locator::new(id, name, &format!("/{name}")));
+        Ok(vhdx::CreateOptions {
             size: self.create.size,
             fixed,
             block_bytes: Some(self.create.cluster_size),
+            parent: parent.transpose()?,
             ..vhdx::CreateOptions::default()
-        }
+        })
     }
 
     /// How a QED image is made.

@@ -72,6 +72,8 @@ impl World {
         }
         let below_vhd = below.as_ref().filter(|world| world.spec.vhd.is_some());
         let below_vhd = below_vhd.map(|world| Arc::clone(world.image()));
+        let below_vhdx = below.as_ref().filter(|world| world.spec.vhdx.is_some());
+        let below_vhdx = below_vhdx.map(|world| Arc::clone(world.image()));
         disks.extend(below.iter().flat_map(|world| world.disks.iter().cloned()));
         let mut world = Self {
             spec: spec.clone(),
@@ -92,7 +94,10 @@ impl World {
         } else if let Some(image_type) = spec.vdi {
             vdi::create(&*image, &spec.vdi(image_type))?;
         } else if let Some(fixed) = spec.vhdx {
-            vhdx::create(&*image, &spec.vhdx(fixed))?;
+            let parent = below_vhdx.as_ref().map(|disk| vhdx::Layout::read(&**disk));
+            let parent = parent.transpose()?;
+            let parent = parent.map(|layout| layout.headers.current.data_write);
+            vhdx::create(&*image, &spec.vhdx(fixed, parent)?)?;
         } else if spec.content != Content::Compressed {
             qcow2::create(&*image, &spec.create)?;
         }
@@ -250,6 +255,7 @@ impl World {
             } else if spec.vhdx.is_some() {
                 let options = vhdx::OpenOptions {
                     read_only: writable != Some(depth),
+                    cache_bytes: Some(0),
                 };
                 let image = vhdx::Vhdx::open(file, &options).context(|| "open")?;
                 (Arc::new(image), Format::Vhdx)

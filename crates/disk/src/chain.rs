@@ -555,7 +555,10 @@ fn open_image(
             Arc::new(vhd::Vhd::open(storage, &options)?)
         }
         Format::Vhdx => {
-            let options = vhdx::OpenOptions { read_only };
+            let options = vhdx::OpenOptions {
+                read_only,
+                cache_bytes: keys.options.cache_bytes,
+            };
             Arc::new(vhdx::Vhdx::open(storage, &options)?)
         }
         Format::Vdi => {
@@ -650,21 +653,24 @@ fn resolve_any(above: &Path, names: &[String], allowed: &[PathBuf]) -> Result<(S
 /// Whether `layer` is the parent that the image above it means.
 fn verify(parent: &Parent, layer: &Layer) -> Result<()> {
     let shown = layer.path.display();
-    if let Some(meant) = parent.unique_id
-        && layer.image.unique_id() != Some(meant)
-    {
-        let found = layer.image.unique_id().map(vhd::UniqueId);
-        let found = found.map_or("none".to_owned(), |id| id.to_string());
+    let found = layer.image.unique_id();
+    if !parent.unique_ids.is_empty() && found.is_none_or(|id| !parent.unique_ids.contains(&id)) {
+        let show = |id: [u8; 16]| match layer.format {
+            Format::Vhdx => vhdx::Guid(id).to_string(),
+            _ => vhd::UniqueId(id).to_string(),
+        };
+        let meant: Vec<String> = parent.unique_ids.iter().copied().map(show).collect();
         return Err(Error::corrupt(format!(
-            "{shown}: its unique id is {found}, the image lies over one with {}: it is another file",
-            vhd::UniqueId(meant)
+            "{shown}: its unique id is {}, the image lies over one with {}: it is another file, or was changed since",
+            found.map_or("none".to_owned(), show),
+            meant.join(" or ")
         )));
     }
     // Copying a file changes its time, and XenServer's tools mark parents as hidden: no reason to refuse it.
     let changed = fs::metadata(&layer.path)
         .ok()
         .and_then(|m| u64::try_from(m.mtime()).ok());
-    if changed.is_some_and(|changed| changed != parent.changed) {
+    if changed.is_some() && parent.changed.is_some() && changed != parent.changed {
         tracing::debug!(
             parent = %shown,
             "was changed after the image over it was made, or copied"

@@ -346,10 +346,10 @@ pub struct DataFile {
 pub struct Parent {
     /// Its names, the best first.
     pub names: Vec<String>,
-    /// Its [`Image::unique_id`] must be this.
-    pub unique_id: Option<[u8; 16]>,
-    /// When it was changed last, seconds since 1970.
-    pub changed: u64,
+    /// Its [`Image::unique_id`] must be one of these, where there are any.
+    pub unique_ids: Vec<[u8; 16]>,
+    /// When it was changed last, seconds since 1970, in formats that note it.
+    pub changed: Option<u64>,
 }
 
 /// What an image is, for `info` and for the exports' limits.

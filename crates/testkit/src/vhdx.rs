@@ -327,3 +327,43 @@ const SUMS: [u32; 256] = {
     }
     sums
 };
+
+/// What an image with an empty log has of its disk, sector by sector, read as the specification says. `None` for what it
+/// leaves to a parent.
+pub fn sectors(file: &[u8]) -> Vec<Option<Vec<u8>>> {
+    let number = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap()) as usize;
+    for at in HEADERS {
+        assert_eq!(file[at + 48..at + 64], [0; 16], "a log");
+    }
+    let table = number(REGIONS[0] + 32);
+    let block = number(ITEMS[0]) & 0xffff_ffff;
+    let sector = number(ITEMS[3]) & 0xffff;
+    let ratio = (sector << 23) / block;
+    let mut all = Vec::new();
+    for index in 0..number(ITEMS[1]) / sector {
+        let (number_of, within) = (index * sector / block, index * sector % block);
+        let entry = number(table + (number_of + number_of / ratio) * 8);
+        let at = (entry & !0xf_ffff) + within;
+        let there = match entry & 7 {
+            0 => false,
+            1..=5 => {
+                all.push(Some(vec![0; sector]));
+                continue;
+            }
+            6 => true,
+            _ => {
+                let bits = number(table + (number_of / ratio * (ratio + 1) + ratio) * 8);
+                assert_eq!(bits & 7, 6, "no sector bitmap");
+                let bit = index % (1 << 23);
+                file[(bits & !7) + bit / 8] >> (bit % 8) & 1 == 1
+            }
+        };
+        all.push(there.then(|| {
+            // Of the last block a file may have what the disk has.
+            let mut bytes = file[at.min(file.len())..(at + sector).min(file.len())].to_vec();
+            bytes.resize(sector, 0);
+            bytes
+        }));
+    }
+    all
+}

@@ -45,6 +45,13 @@ pub fn commit(
     open: &dyn Fn() -> Result<Chain>,
     work: &mut Work<'_>,
 ) -> Result<Report> {
+    if let Some(overlay) = above.iter().find(|layer| layer.format == Format::Vhdx) {
+        return Err(Error::unsupported(format!(
+            "{}: knows its backing file by what that holds, and would not be read over it any more if that changed: convert \
+             the chain into a new image",
+            overlay.path.display()
+        )));
+    }
     let size = above.first().map_or(0, |layer| layer.image.size());
     let mut report = Report {
         size,

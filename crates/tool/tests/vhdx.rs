@@ -18,8 +18,15 @@ fn disk(bytes: &[u8]) -> Arc<SimDisk> {
     SimDisk::from_bytes(SimOptions::default(), bytes)
 }
 
+fn options(read_only: bool) -> OpenOptions {
+    OpenOptions {
+        read_only,
+        ..OpenOptions::default()
+    }
+}
+
 fn member(disk: &Arc<SimDisk>, read_only: bool) -> Result<Member> {
-    let image: Arc<dyn Image> = Arc::new(Vhdx::open(&**disk, &OpenOptions { read_only })?);
+    let image: Arc<dyn Image> = Arc::new(Vhdx::open(&**disk, &options(read_only))?);
     let files: Vec<Arc<dyn Storage>> = vec![disk.clone()];
     Ok(Member { image, files })
 }

@@ -10,6 +10,7 @@
 //! An L2 entry is a 64-bit word: 0 for unallocated, [`ZERO`] for zeros, an offset with or without [`COPIED`] for a cluster.
 //! Words that are none of these are kept as they are.
 
+pub(crate) mod bitmaps;
 mod blocking;
 pub(crate) mod cache;
 mod growing;

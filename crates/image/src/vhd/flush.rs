@@ -29,23 +29,20 @@ impl Vhd {
         let bitmap_len = self.bitmap_bytes as usize;
         for block in &st.births {
             let offset = self.bitmap_offset(*block)?;
-            let frame = self.tables.slot(*block);
-            let frame = frame.and_then(|frame| self.tables.frames.get(frame as usize));
+            let frame = self.tables.bitmaps.slot(*block);
             push(run, offset, |out| match frame {
-                Some(frame) => frame.put(bitmap_len, out),
+                Some(frame) => self.tables.bitmaps.put(frame, bitmap_len, out),
                 None => out.resize(out.len() + bitmap_len, 0xff),
             });
         }
         run.seal();
-        for frame in &st.frames_dirty {
-            let used = st.uses.get(*frame as usize).filter(|used| !used.born);
-            let Some(block) = used.and_then(|used| used.block) else {
+        for frame in st.uses.dirty() {
+            let Some((block, false)) = st.uses.holds(*frame) else {
                 continue;
             };
             let offset = self.bitmap_offset(block)?;
-            if let Some(frame) = self.tables.frames.get(*frame as usize) {
-                push(run, offset, |out| frame.put(bitmap_len, out));
-            }
+            let bitmaps = &self.tables.bitmaps;
+            push(run, offset, |out| bitmaps.put(*frame, bitmap_len, out));
         }
         st.table.take(|sector| {
             let first = sector as u64 * 128;
@@ -69,34 +66,17 @@ impl State {
     /// What is dirty is being written.
     fn begin_flush(&mut self) {
         std::mem::swap(&mut self.births, &mut self.births_flushing);
-        std::mem::swap(&mut self.frames_dirty, &mut self.frames_flushing);
-        for frame in &self.frames_flushing {
-            if let Some(used) = self.uses.get_mut(*frame as usize) {
-                (used.dirty, used.flushing) = (false, true);
-            }
-        }
+        self.uses.begin_flush();
     }
 
     /// It was written, or is dirty again.
     pub(super) fn end_flush(&mut self, ok: bool) {
-        let frames = std::mem::take(&mut self.frames_flushing);
-        for frame in &frames {
-            if let Some(used) = self.uses.get_mut(*frame as usize) {
-                used.flushing = false;
-                // Blocks that were born since the run began have other frames.
-                used.born &= !ok;
-            }
-            if !ok {
-                self.mark_frame(*frame);
-            }
-        }
+        self.uses.end_flush(ok);
         self.table.end(ok);
         if !ok {
             self.births.append(&mut self.births_flushing);
         }
-        // Their memory is kept.
-        self.frames_flushing = frames;
-        self.frames_flushing.clear();
+        // Its memory is kept.
         self.births_flushing.clear();
     }
 }

@@ -8,7 +8,7 @@
 use super::Vhd;
 use super::footer::DiskType;
 use super::state::{Pending, State};
-use super::tables::Run;
+use crate::metadata::bitmaps::Run;
 use crate::metadata::{Ask, Halt, key_of};
 use crate::{Allocation, Extent, ExtentKind, FileId, Fill, Plan, ZeroMode, ZeroPlan};
 use block::{Error, GuestOffset, HostOffset, Result};
@@ -116,7 +116,7 @@ impl Vhd {
                 sectors,
             });
         }
-        let frame = self.tables.frames.get(frame as usize);
+        let frame = self.tables.bitmaps.frame(frame);
         Ok(frame.map_or(
             Run {
                 present: false,
@@ -237,9 +237,7 @@ impl Vhd {
         let Some(ticket) = st.tickets.add(pending) else {
             return Err(Halt::Fail(Error::corrupt("no room for an allocation")));
         };
-        if let Some(used) = st.uses.get_mut(frame as usize) {
-            used.pins += 1;
-        }
+        st.uses.pin(frame, true);
         let host = self.bitmap_offset(place.block)? + self.bitmap_bytes + start * 512;
         Ok(Plan::Allocate(Allocation {
             ticket,
@@ -258,11 +256,7 @@ impl Vhd {
     /// zeros: QEMU takes all of a block for data, whatever the bitmap says.
     fn must_be_zeroed(&self, st: &State, block: u64, frame: u32) -> bool {
         let sectors = self.sectors_of(block);
-        let run = self
-            .tables
-            .frames
-            .get(frame as usize)
-            .map(|f| f.run(0, sectors));
+        let run = self.tables.bitmaps.frame(frame).map(|f| f.run(0, sectors));
         let base = block << (self.block_bits - 9);
         self.disk_type == DiskType::Dynamic
             && self.block_bytes <= ALLOCATION_BYTES_MAX
@@ -275,18 +269,16 @@ impl Vhd {
             debug_assert!(false, "a ticket that is not in flight");
             return;
         };
-        if let Some(used) = st.uses.get_mut(pending.frame as usize) {
-            used.pins = used.pins.saturating_sub(1);
-        }
+        st.uses.pin(pending.frame, false);
         if !written {
             return;
         }
         let block = pending.start >> (self.block_bits - 9);
         let first = pending.start - (block << (self.block_bits - 9));
-        if let Some(frame) = self.tables.frames.get(pending.frame as usize) {
+        if let Some(frame) = self.tables.bitmaps.frame(pending.frame) {
             frame.set(first, first + pending.count);
         }
-        st.mark_frame(pending.frame);
+        st.uses.mark(pending.frame);
         self.see_whole(block, pending.frame);
     }
 

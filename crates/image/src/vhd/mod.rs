@@ -65,8 +65,6 @@ pub struct Vhd {
     block_bytes: u64,
     block_bits: u32,
     bitmap_bytes: u64,
-    /// 64-bit words of a bitmap.
-    bitmap_words: usize,
     table_offset: u64,
     /// What the tables take: no block may lie there.
     taken: [Range<u64>; 2],
@@ -161,9 +159,9 @@ impl Image for Vhd {
                 .parent
                 .as_ref()
                 .map(|p| p.names.first().cloned().unwrap_or_default()),
-            backing_format: self.parent.as_ref().map(|parent| match parent.unique_id {
-                Some(_) => "vhd".to_owned(),
-                None => "raw".to_owned(),
+            backing_format: self.parent.as_ref().map(|parent| {
+                let raw = parent.unique_ids.is_empty();
+                if raw { "raw" } else { "vhd" }.to_owned()
             }),
             data_file: None,
             read_only_because: self.lacks.clone(),

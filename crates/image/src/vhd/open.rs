@@ -302,7 +302,7 @@ impl Vhd {
         let used_end = layout.used_end(blocks.end);
         let space = Space::new(used_end, layout.file_bytes, blocks.present);
         let lacks = lacks(&layout);
-        let tables = Tables::new(blocks.entries, frames);
+        let tables = Tables::new(blocks.entries, frames, block_bytes / 512);
         if let Some(batmap) = &layout.batmap {
             for block in 0..tables.blocks() {
                 if tables.entry(block).is_some() && batmap.has(block) {
@@ -318,7 +318,6 @@ impl Vhd {
             block_bytes,
             block_bits: block_bytes.trailing_zeros(),
             bitmap_bytes,
-            bitmap_words: (block_bytes / 512).div_ceil(64) as usize,
             table_offset: layout.header.as_ref().map_or(0, |h| h.table_offset),
             taken: layout.tables(),
             read_only: options.read_only || lacks.is_some(),
@@ -349,8 +348,8 @@ fn parent(layout: &Layout) -> Option<Parent> {
     (layout.footer.disk_type == DiskType::Differencing).then(|| Parent {
         names: layout.parent_names.clone(),
         // Over a raw image there is none.
-        unique_id: (id != UniqueId::NONE).then_some(id.0),
-        changed: u64::from(header.parent_timestamp) + EPOCH,
+        unique_ids: Vec::from_iter((id != UniqueId::NONE).then_some(id.0)),
+        changed: Some(u64::from(header.parent_timestamp) + EPOCH),
     })
 }
 

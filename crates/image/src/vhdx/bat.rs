@@ -143,6 +143,11 @@ impl Bat {
         block + (block >> self.chunk_bits)
     }
 
+    /// Where in the table the entry of a chunk's sector bitmap block is.
+    pub(super) fn bitmap_index(&self, chunk: u64) -> u64 {
+        (chunk << self.chunk_bits) + chunk + (1 << self.chunk_bits)
+    }
+
     /// The payload block whose entry is at `index`; `None` where a sector bitmap block's is.
     pub(super) fn block(&self, index: u64) -> Option<u64> {
         let each = (1 << self.chunk_bits) + 1;

@@ -9,7 +9,7 @@ use super::bat::{self, Entry};
 use super::header::{HEAD_BYTES, HEADERS_AT, Header, SIGNATURE};
 use super::metadata::{BLOCK_BYTES, DISK_BYTES_MAX};
 use super::region::{TABLES_AT, table_bytes};
-use super::{Guid, MIB, Metadata};
+use super::{Guid, Locator, MIB, Metadata};
 use block::{Context, Error, Result, Storage};
 use std::ops::Range;
 
@@ -42,6 +42,8 @@ pub struct CreateOptions {
     pub logical_sector: u32,
     /// Bytes of a physical one.
     pub physical_sector: u32,
+    /// What a differencing image lies over.
+    pub parent: Option<Locator>,
 }
 
 impl Default for CreateOptions {
@@ -54,6 +56,7 @@ impl Default for CreateOptions {
             zero_blocks: true,
             logical_sector: 512,
             physical_sector: 512,
+            parent: None,
         }
     }
 }
@@ -76,6 +79,8 @@ impl CreateOptions {
     pub fn block_bytes(&self) -> u64 {
         const GIB: u64 = 1 << 30;
         self.block_bytes.unwrap_or(match self.size {
+            // As Hyper-V does.
+            _ if self.parent.is_some() => 2 * MIB,
             size if size > 32 << 40 => 64 * MIB,
             size if size > 100 * GIB => 32 * MIB,
             size if size > GIB => 16 * MIB,
@@ -109,6 +114,11 @@ impl CreateOptions {
                 self.log_bytes
             )));
         }
+        if self.fixed && self.parent.is_some() {
+            return Err(Error::invalid(
+                "a fixed image has all of its disk, and no parent",
+            ));
+        }
         for bytes in [self.logical_sector, self.physical_sector] {
             if bytes != 512 && bytes != 4096 {
                 return Err(Error::invalid(format!(
@@ -128,7 +138,7 @@ impl CreateOptions {
             page_83: Guid::random()?,
             logical_sector: self.logical_sector,
             physical_sector: self.physical_sector,
-            parent: None,
+            parent: self.parent.clone(),
             disk_size_at: 0,
         };
         let log = HEAD_BYTES..HEAD_BYTES + self.log_bytes;
@@ -215,6 +225,10 @@ fn put_table(file: &dyn Storage, options: &CreateOptions, places: &Places) -> Re
         (false, true) => bat::ZERO,
         (false, false) => return Ok(()),
     };
+    if metadata.parent.is_some() {
+        // They would hide what the parent has.
+        return Ok(());
+    }
     let each = (1u64 << metadata.chunk_bits()) + 1;
     let entries = metadata.entries();
     let mut next = 0;

@@ -56,11 +56,22 @@ impl Vhdx {
             return;
         }
         st.running = Running::Entry;
+        let State { logging, uses, .. } = st;
+        logging.clear();
+        for frame in uses.dirty() {
+            let Some((page, offset)) = uses
+                .holds(*frame)
+                .and_then(|(page, _)| Some((page, self.page_offset(page)?)))
+            else {
+                continue;
+            };
+            let _ = page;
+            logging.push((offset, self.bitmaps.page(*frame)));
+        }
         st.take_dirty();
         let State {
             logging, flushing, ..
         } = st;
-        logging.clear();
         let table = self.layout.regions.bat.start;
         for sector in flushing.iter().copied().map(u64::from) {
             logging.push((table + sector * SECTOR as u64, self.bat.sector(sector)));

@@ -14,7 +14,8 @@
 //! * `open`, `create`. `bat`: the block table, read without a lock; `state`: what the lock guards.
 //! * `map`: the questions; `flush`: the order on disk, and why it is safe.
 //!
-//! **What a block reads as.** Present: what is there. Zero, undefined and unmapped: zeros. Not present: the parent's
+//! **What a block reads as.** Present: what is there; present in part, in an image over a parent: what the sector bitmap says is
+//! there, and else the parent's. Zero, undefined and unmapped: zeros. Not present: the parent's
 //! bytes, or zeros where there is none.
 
 mod bat;
@@ -28,6 +29,7 @@ mod log;
 mod map;
 mod metadata;
 mod open;
+mod partial;
 mod region;
 mod resize;
 mod state;
@@ -42,9 +44,10 @@ pub use region::{Regions, TABLES_AT};
 pub use resize::{grow, repair};
 
 use crate::contract::{
-    Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan, Reserve, Step, Ticket,
-    ZeroMode, ZeroPlan,
+    Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Parent, Plan, Reserve, Step,
+    Ticket, ZeroMode, ZeroPlan,
 };
+use crate::metadata::bitmaps::Bitmaps;
 use crate::metadata::step;
 use crate::raw::not_compressed;
 use bat::Bat;
@@ -70,7 +73,12 @@ pub struct Vhdx {
     read_only: bool,
     /// Why it must not be written, when it must not.
     lacks: Option<String>,
+    parent: Option<Parent>,
+    /// log2 of the bytes of a logical sector.
+    sector_bits: u32,
     bat: Bat,
+    /// Of a differencing image: which sectors its blocks have that are there in part, by pages of 4 KiB.
+    bitmaps: Bitmaps,
     /// The headers say that the file changes, as they must before it does.
     announced: AtomicBool,
     /// There may be something to foresee.
@@ -151,8 +159,11 @@ impl Image for Vhdx {
             format: "vhdx",
             size: self.size,
             cluster_size: self.layout.metadata.block_bytes,
-            backing: None,
-            backing_format: None,
+            backing: self
+                .parent
+                .as_ref()
+                .map(|p| p.names.first().cloned().unwrap_or_default()),
+            backing_format: self.parent.as_ref().map(|_| "vhdx".to_owned()),
             data_file: None,
             read_only_because: self.lacks.clone(),
             facts: self.facts(),
@@ -165,6 +176,10 @@ impl Image for Vhdx {
 
     fn unique_id(&self) -> Option<[u8; 16]> {
         Some(self.layout.headers.current.data_write.0)
+    }
+
+    fn parent(&self) -> Option<Parent> {
+        self.parent.clone()
     }
 
     fn map(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
@@ -184,12 +199,12 @@ impl Image for Vhdx {
         self.foresee_in(&mut self.lock())
     }
 
-    fn commit(&self, _: Ticket) {
-        debug_assert!(false, "a ticket that is not in flight");
+    fn commit(&self, ticket: Ticket) {
+        self.end_ticket(&mut self.lock(), ticket, true);
     }
 
-    fn abort(&self, _: Ticket) {
-        debug_assert!(false, "a ticket that is not in flight");
+    fn abort(&self, ticket: Ticket) {
+        self.end_ticket(&mut self.lock(), ticket, false);
     }
 
     fn plan_zero(&self, at: GuestOffset, len: u64, mode: ZeroMode) -> Result<Step<ZeroPlan>> {
@@ -197,14 +212,14 @@ impl Image for Vhdx {
         step(self.zero_at(at, len, mode))
     }
 
-    fn loaded(&self, _: &Load, _: &[u8]) -> Result<()> {
-        Err(Error::invalid(format!(
-            "{}: a load nobody asked for",
-            self.name
-        )))
+    fn loaded(&self, load: &Load, bytes: &[u8]) -> Result<()> {
+        self.end_load(&mut self.lock(), load, bytes)
     }
 
-    fn load_failed(&self, _: &Load) {}
+    fn load_failed(&self, load: &Load) {
+        // The page is asked for again when somebody needs it.
+        let _ = self.lock().uses.loaded(&self.bitmaps, load, None);
+    }
 
     fn reserved(&self, reserve: &Reserve, zeroed: Zeroed) {
         self.end_reserve(&mut self.lock(), reserve, Some(zeroed));

@@ -4,20 +4,30 @@ use super::bat::{self, Bat, Entry};
 use super::flush::end_log;
 use super::guid::Guid;
 use super::header::{HEAD_BYTES, Headers};
-use super::log::{Log, Overlay, View};
+use super::log::{Log, Overlay, SECTOR, View};
 use super::region::{Regions, TABLE_BYTES, TABLES_AT};
-use super::state::{Space, State};
+use super::state::{PAGE_SECTORS, Space, State};
 use super::{MIB, Metadata, Vhdx};
+use crate::Parent;
+use crate::metadata::bitmaps::{Bitmaps, Order};
 use block::{Context, Error, Result, Storage};
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
+
+/// Bytes of memory for sector bitmaps, unless [`OpenOptions::cache_bytes`] says otherwise.
+const CACHE_BYTES: u64 = 16 << 20;
+
+/// Pages of sector bitmaps that there is memory for in any case: more than flushes, and writes under way, hold.
+const FRAMES_MIN: u64 = 512;
 
 /// How to open an image.
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
     /// For reading only.
     pub read_only: bool,
+    /// Most bytes of memory for sector bitmaps; 16 MiB when absent.
+    pub cache_bytes: Option<u64>,
 }
 
 /// What the structures of a file say, before anything is believed of its blocks.
@@ -91,6 +101,11 @@ impl Layout {
         })
     }
 
+    /// Puts what the log says into `bytes`, which were read at `offset`.
+    pub(super) fn patch(&self, offset: u64, bytes: &mut [u8]) {
+        self.overlay.patch(offset, bytes);
+    }
+
     /// The block table of the image in `file`.
     pub(super) fn bat(&self, file: &dyn Storage) -> Result<Bat> {
         let view = View {
@@ -110,13 +125,7 @@ impl Layout {
     pub fn blocks(&self, file: &dyn Storage, mut each: impl FnMut(&BlockPlace)) -> Result<()> {
         let (bat, tables) = (self.bat(file)?, self.tables());
         bat.each(self.metadata.entries(), |index, entry| {
-            each(&BlockPlace::of(
-                self,
-                &tables,
-                bat.block(index),
-                index,
-                entry,
-            ));
+            each(&BlockPlace::of(self, &tables, &bat, index, entry));
         });
         Ok(())
     }
@@ -160,14 +169,9 @@ impl Vhdx {
     fn open_unnamed(file: &dyn Storage, options: &OpenOptions) -> Result<Self> {
         let layout = Layout::read_unnamed(file)?;
         let metadata = &layout.metadata;
-        if metadata.parent.is_some() {
-            return Err(Error::unsupported(
-                "is a differencing VHDX image: not supported yet",
-            ));
-        }
         let bat = layout.bat(file)?;
         let blocks = Blocks::read(&layout, &bat)?;
-        check_overlay(&layout, file.len()?)?;
+        check_overlay(&layout, &blocks.bitmaps, file.len()?)?;
         let lacks = lacks(&layout, &bat);
         let read_only = options.read_only || lacks.is_some();
         let mut guids = [Guid::NONE; 3];
@@ -187,20 +191,37 @@ impl Vhdx {
             layout.file_bytes,
             blocks.payload,
         );
+        let parent = match &metadata.parent {
+            Some(locator) => Some(Parent {
+                names: locator.names(),
+                unique_ids: locator.linkages()?.iter().map(|id| id.0).collect(),
+                changed: None,
+            }),
+            None => None,
+        };
+        // At most 2^22: of 64 TiB in sectors of 512 bytes.
+        let pages = match &parent {
+            Some(_) => {
+                let sectors = metadata.disk_bytes / u64::from(metadata.logical_sector);
+                sectors.div_ceil(PAGE_SECTORS)
+            }
+            None => 0,
+        };
+        let cache = options.cache_bytes.unwrap_or(CACHE_BYTES) / SECTOR as u64;
+        let frames = cache.max(FRAMES_MIN).min(pages) as usize;
+        let state = State::new(layout.headers.clone(), guids, bat.sectors(), space, frames);
         Ok(Self {
             name: file.name(),
             size: metadata.disk_bytes,
             block_bits: metadata.block_bytes.trailing_zeros(),
+            sector_bits: metadata.logical_sector.trailing_zeros(),
             read_only,
             lacks,
+            parent,
+            bitmaps: Bitmaps::new(pages, frames, PAGE_SECTORS, Order::LowFirst),
             announced: AtomicBool::new(false),
             ahead: AtomicBool::new(false),
-            state: Mutex::new(State::new(
-                layout.headers.clone(),
-                guids,
-                bat.sectors(),
-                space,
-            )),
+            state: Mutex::new(state),
             bat,
             layout,
         })
@@ -246,14 +267,12 @@ impl BlockPlace {
         }
     }
 
-    fn of(
-        layout: &Layout,
-        tables: &[Range<u64>],
-        block: Option<u64>,
-        index: u64,
-        entry: Entry,
-    ) -> Self {
-        let metadata = &layout.metadata;
+    fn of(layout: &Layout, tables: &[Range<u64>], bat: &Bat, index: u64, entry: Entry) -> Self {
+        let (metadata, block) = (&layout.metadata, bat.block(index));
+        let has_bits = block.is_none_or(|block| {
+            let bitmap = bat.get(bat.bitmap_index(block >> metadata.chunk_bits()));
+            bitmap.state() == Some(bat::PRESENT)
+        });
         let offset = entry.offset();
         let (len, needed) = match block {
             // Of the last block the file may have what the disk has.
@@ -281,6 +300,9 @@ impl BlockPlace {
             (Some(state), false) => Some(format!(
                 "has state {state}, which it cannot have in such an image"
             )),
+            (Some(bat::PARTIAL), true) if !has_bits => {
+                Some("is there in part, but its chunk has no sector bitmap".to_owned())
+            }
             (Some(_), true) if offset + needed > layout.file_bytes => Some(format!(
                 "has it at byte {offset:#x}, but the file ends at byte {:#x}: it is cut off",
                 layout.file_bytes
@@ -308,6 +330,8 @@ pub(super) struct Blocks {
     pub(super) payload: u64,
     /// Where the last one ends; 0 when there is none.
     pub(super) end: u64,
+    /// Sector bitmap blocks, of an image whose log is not in place.
+    bitmaps: Vec<Range<u64>>,
 }
 
 impl Blocks {
@@ -317,6 +341,7 @@ impl Blocks {
             there: Vec::new(),
             payload: 0,
             end: 0,
+            bitmaps: Vec::new(),
         };
         let mut bad = None;
         let tables = layout.tables();
@@ -324,7 +349,7 @@ impl Blocks {
             if bad.is_some() {
                 return;
             }
-            let place = BlockPlace::of(layout, &tables, bat.block(index), index, entry);
+            let place = BlockPlace::of(layout, &tables, bat, index, entry);
             if let Some(fault) = &place.fault {
                 let text = format!(
                     "{}: its entry at byte {:#x} {fault}",
@@ -336,6 +361,9 @@ impl Blocks {
             }
             blocks.end = blocks.end.max(place.offset + place.len);
             blocks.payload += u64::from(place.block.is_some());
+            if place.block.is_none() && layout.log_entries > 0 {
+                blocks.bitmaps.push(place.offset..place.offset + place.len);
+            }
             // 29 bits and 27.
             blocks.there.push((place.offset / MIB) << 32 | index);
             if blocks.there.len() as u64 * MIB > layout.file_bytes {
@@ -370,7 +398,7 @@ impl Blocks {
 }
 
 /// Refuses a log that changes what is read from the file itself.
-fn check_overlay(layout: &Layout, file_bytes: u64) -> Result<()> {
+fn check_overlay(layout: &Layout, bitmaps: &[Range<u64>], file_bytes: u64) -> Result<()> {
     if file_bytes < layout.file_bytes {
         return Err(Error::unsupported(format!(
             "its log must be replayed, and makes the file longer, {} bytes: run diskplane check --repair all",
@@ -380,6 +408,7 @@ fn check_overlay(layout: &Layout, file_bytes: u64) -> Result<()> {
     let tables_end = TABLES_AT[1] + TABLE_BYTES as u64;
     let mut known = layout.tables().split_off(2);
     known.push(TABLES_AT[0]..tables_end);
+    known.extend_from_slice(bitmaps);
     let within = |range: &Range<u64>| {
         known
             .iter()

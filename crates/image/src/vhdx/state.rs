@@ -5,7 +5,8 @@ use super::guid::Guid;
 use super::header::{Header, Headers};
 use super::log::{SECTOR, SECTORS_MAX};
 use super::{FILE_BYTES_MAX, MIB, Vhdx};
-use crate::metadata::{Ask, Halt};
+use crate::metadata::bitmaps::{Busy, Uses};
+use crate::metadata::{Ask, Halt, Span, Tickets};
 use crate::{FileId, Key, Need, Reserve};
 use block::{Error, ErrorKind, HostOffset, Zeroed};
 use std::sync::atomic::Ordering;
@@ -54,6 +55,27 @@ impl Space {
             unclean: false,
             blocks,
         }
+    }
+}
+
+/// Sectors that one answer changes at most: a page of each of a block's 16, and two of the table.
+const ADMITTED: usize = 20;
+
+/// Sectors of the disk that a page of 4 KiB of its bitmap has.
+pub(super) const PAGE_SECTORS: u64 = 4096 * 8;
+
+/// Sectors of the disk that are being written for the first time.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub(super) start: u64,
+    pub(super) count: u64,
+    /// The frame with their bits, pinned.
+    pub(super) frame: u32,
+}
+
+impl Span for Pending {
+    fn units(&self) -> (u64, u64) {
+        (self.start, self.count)
     }
 }
 
@@ -133,6 +155,12 @@ pub(super) struct State {
     pub(super) dirty: Marks,
     /// Those of the flush under way.
     pub(super) flushing: Vec<u32>,
+    /// Frames of the sector bitmaps.
+    pub(super) uses: Uses,
+    /// Writes into sectors that the image does not have yet.
+    pub(super) tickets: Tickets<Pending>,
+    /// How many.
+    pub(super) in_flight: usize,
     /// What the log's entry that counts says: is not yet in its place.
     pub(super) logged: Vec<(u64, [u8; SECTOR])>,
     /// What the entry of the flush under way says.
@@ -140,9 +168,18 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(headers: Headers, guids: [Guid; 3], sectors: u64, space: Space) -> Self {
+    pub(super) fn new(
+        headers: Headers,
+        guids: [Guid; 3],
+        sectors: u64,
+        space: Space,
+        frames: usize,
+    ) -> Self {
         Self {
             space,
+            uses: Uses::new(frames),
+            tickets: Tickets::new(),
+            in_flight: 0,
             header_before: (headers.current.clone(), headers.index),
             headers,
             header_lags: false,
@@ -159,14 +196,31 @@ impl State {
     }
 
     pub(super) fn is_dirty(&self) -> bool {
-        self.dirty.len() > 0
+        self.dirty.len() + self.uses.dirty().len() > 0
+    }
+
+    /// Sectors that the next entry of the log may have: those that changed, and what writes under way may change, a page
+    /// and the sector with the block's entry for each.
+    fn to_log(&self) -> usize {
+        self.dirty.len() + self.uses.dirty().len() + 2 * self.in_flight
+    }
+
+    /// What keeps frames of bitmaps busy.
+    pub(super) fn busy(&self) -> Busy {
+        Busy {
+            dirty: self.is_dirty(),
+            ticket: self.tickets.any_key(),
+        }
     }
 
     /// Halts where the next entry of the log would become too long.
-    fn admit(&self) -> Ask<()> {
-        match self.dirty.len() < SECTORS_MAX {
-            true => Ok(()),
-            false => Err(Halt::Need(Need::Commit)),
+    pub(super) fn admit(&self) -> Ask<()> {
+        if self.to_log() + ADMITTED <= SECTORS_MAX {
+            return Ok(());
+        }
+        match (self.is_dirty(), self.tickets.any_key()) {
+            (false, Some(key)) => Err(Halt::Wait(key)),
+            _ => Err(Halt::Need(Need::Commit)),
         }
     }
 
@@ -175,10 +229,12 @@ impl State {
         let mut flushing = std::mem::take(&mut self.flushing);
         self.dirty.take(&mut flushing);
         self.flushing = flushing;
+        self.uses.begin_flush();
     }
 
     /// The flush ended: what it was to write is dirty again where it failed.
     pub(super) fn end_dirty(&mut self, ok: bool) {
+        self.uses.end_logging(ok);
         let mut flushing = std::mem::take(&mut self.flushing);
         if !ok {
             for sector in &flushing {
@@ -195,10 +251,15 @@ impl Vhdx {
         1 << self.block_bits
     }
 
-    /// Makes `block` a block of the image: where it is in the file, which reads as zeros there.
-    pub(super) fn bear(&self, st: &mut State, block: u64) -> Ask<u64> {
+    /// Makes `block` a block of the image, there in part or whole: where it is in the file, which reads as zeros there.
+    pub(super) fn bear(&self, st: &mut State, block: u64, state: u32) -> Ask<u64> {
         st.admit()?;
-        let at = st.space.next;
+        let chunk = self
+            .bat
+            .bitmap_index(block >> self.layout.metadata.chunk_bits());
+        let lacks_bits = state == bat::PARTIAL && self.bat.get(chunk).state() != Some(bat::PRESENT);
+        let bits = if lacks_bits { MIB } else { 0 };
+        let at = st.space.next + bits;
         let end = at + self.block_bytes();
         if end > st.space.end {
             return Err(match st.space.reserving {
@@ -206,15 +267,22 @@ impl Vhdx {
                 false => Halt::Need(Need::Reserve(self.reserve(st, at)?)),
             });
         }
+        if lacks_bits {
+            self.put_entry_at(st, chunk, Entry::new(bat::PRESENT, at - MIB));
+        }
         st.space.next = end;
         st.space.blocks += 1;
-        let index = self.bat.index(block);
-        st.dirty.mark(index / bat::SECTOR_ENTRIES);
-        self.bat.set(index, Entry::new(bat::PRESENT, at));
-        if st.space.end - end < self.block_bytes() * 2 || st.dirty.len() > SECTORS_MAX / 2 {
+        self.put_entry_at(st, self.bat.index(block), Entry::new(state, at));
+        if st.space.end - end < self.block_bytes() * 2 || st.to_log() > SECTORS_MAX / 2 {
             self.ahead.store(true, Ordering::Relaxed);
         }
         Ok(at)
+    }
+
+    /// Changes an entry of the table, which the next flush logs.
+    pub(super) fn put_entry_at(&self, st: &mut State, index: u64, entry: Entry) {
+        st.dirty.mark(index / bat::SECTOR_ENTRIES);
+        self.bat.set(index, entry);
     }
 
     /// Space for the next blocks, of which the first begins at `at`.
@@ -243,7 +311,7 @@ impl Vhdx {
         }
         st.space.reserving = true;
         let offset = match block_bytes <= WHOLE_BYTES_MAX {
-            true => at,
+            true => st.space.end.min(at),
             false => end - TAIL,
         };
         Ok(Reserve {
@@ -264,7 +332,8 @@ impl Vhdx {
             let at = space.end;
             return self.reserve(st, at).ok().map(Need::Reserve);
         }
-        (st.running == Running::Barrier && st.dirty.len() > SECTORS_MAX / 2).then_some(Need::Commit)
+        (st.running == Running::Barrier && st.is_dirty() && st.to_log() > SECTORS_MAX / 2)
+            .then_some(Need::Commit)
     }
 
     /// A reservation ended; `None` when the space could not be had.
