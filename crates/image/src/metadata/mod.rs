@@ -28,7 +28,7 @@ pub use cache::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX};
 pub(crate) use growing::{Growing, STEPS_MAX};
 pub(crate) use layout::{COPIED, FRESH, FRESH_ZEROED, Layout, OFFSET_MASK, ZERO};
 pub(crate) use space::{Space, Strides};
-pub(crate) use tickets::{Span, Tickets, key_of};
+pub(crate) use tickets::{Span, TICKETS_MAX, Tickets, key_of};
 pub(crate) use walk::{Place, Walk};
 
 use crate::{Key, Need, Step};

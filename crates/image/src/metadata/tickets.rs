@@ -5,7 +5,7 @@ use super::cache::KEY_TICKET;
 use crate::{Key, Ticket};
 
 /// Allocations that may be in flight: as many as a queue is deep.
-const TICKETS_MAX: usize = 1024;
+pub(crate) const TICKETS_MAX: usize = 1024;
 
 /// What an allocation covers.
 pub(crate) trait Span {
@@ -36,7 +36,12 @@ pub(crate) fn key_of(ticket: Ticket) -> Key {
 impl<P: Span> Tickets<P> {
     /// An empty table.
     pub(crate) fn new() -> Self {
-        let count = TICKETS_MAX;
+        Self::with_room(TICKETS_MAX)
+    }
+
+    /// An empty table for so many allocations, at most [`TICKETS_MAX`].
+    pub(crate) fn with_room(count: usize) -> Self {
+        let count = count.clamp(1, TICKETS_MAX);
         Self {
             slots: (0..count)
                 .map(|_| Slot {

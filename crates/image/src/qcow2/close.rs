@@ -58,7 +58,7 @@ impl Qcow2 {
             }
             self.begin_flush(&mut st, &mut run)?;
             drop(st);
-            let written = carry_out(storage, &run);
+            let written = carry_out(&[storage], &run);
             self.finish_flush(&mut self.lock(), written.is_ok());
             written?;
         }
@@ -90,7 +90,7 @@ impl Qcow2 {
                 Err(Halt::Need(Need::Commit)) => {
                     let mut run = FlushRun::default();
                     self.begin_flush(st, &mut run)?;
-                    let written = carry_out(storage, &run);
+                    let written = carry_out(&[storage], &run);
                     self.finish_flush(st, written.is_ok());
                     written?;
                 }

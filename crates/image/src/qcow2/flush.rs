@@ -48,9 +48,9 @@ use super::cache::{Changed, Owner};
 use super::entry::{FRESH, FRESH_ZEROED, OFFSET_MASK, OVERLAP, SECTOR};
 use super::lazy::DirtyBit;
 use super::state::{Covered, State};
-use crate::FlushRun;
 pub(super) use crate::metadata::extend;
 use crate::metadata::open_stage;
+use crate::{FileId, FlushRun};
 use block::{Error, ErrorKind, Result};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -75,7 +75,7 @@ fn push(run: &mut FlushRun, host: u64, words: impl Iterator<Item = u64>) {
     for word in words {
         run.bytes.extend_from_slice(&word.to_be_bytes());
     }
-    extend(run, host, start);
+    extend(run, FileId::IMAGE, host, start);
 }
 
 impl Qcow2 {
@@ -185,7 +185,7 @@ impl Qcow2 {
             for (host, sector) in bitmaps.sectors() {
                 let start = run.bytes.len();
                 run.bytes.extend_from_slice(sector);
-                extend(run, host, start);
+                extend(run, FileId::IMAGE, host, start);
             }
             run.seal();
         }
@@ -229,7 +229,7 @@ impl Qcow2 {
             let start = run.bytes.len();
             let sector = self.header_sector(st, table);
             run.bytes.extend_from_slice(&sector);
-            extend(run, 0, start);
+            extend(run, FileId::IMAGE, 0, start);
             run.seal();
         } else if st.ordered && (open_stage(run) || run.stages.is_empty()) {
             run.seal();
@@ -253,7 +253,7 @@ impl Qcow2 {
             let start = run.bytes.len();
             let sector = self.header_sector(st, st.refs.known);
             run.bytes.extend_from_slice(&sector);
-            extend(run, 0, start);
+            extend(run, FileId::IMAGE, 0, start);
         }
         if open_stage(run) || run.stages.is_empty() {
             run.seal();

@@ -22,7 +22,7 @@
 use super::flush::extend;
 use super::state::State;
 use super::{Qcow2, features};
-use crate::FlushRun;
+use crate::{FileId, FlushRun};
 use block::{Context, Result, Storage};
 
 /// What the header on disk says of the refcounts.
@@ -94,7 +94,7 @@ impl Qcow2 {
             let start = run.bytes.len();
             let sector = self.header_sector(st, st.refs.known);
             run.bytes.extend_from_slice(&sector);
-            extend(run, 0, start);
+            extend(run, FileId::IMAGE, 0, start);
             run.seal();
         }
     }

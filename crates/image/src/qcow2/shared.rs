@@ -15,7 +15,7 @@ use super::cache::KEY_COPY;
 use super::entry::{COPIED, OFFSET_MASK};
 use super::flush::extend;
 use super::state::{Ask, Deref, Halt, State};
-use crate::{FlushRun, Key, Load, Need};
+use crate::{FileId, FlushRun, Key, Load, Need};
 use block::{Error, Result};
 use std::sync::atomic::Ordering;
 
@@ -225,7 +225,12 @@ impl Qcow2 {
             copy.flight = true;
             let start = run.bytes.len();
             run.bytes.extend_from_slice(bytes);
-            extend(run, copy.to << self.geometry.cluster_bits, start);
+            extend(
+                run,
+                FileId::IMAGE,
+                copy.to << self.geometry.cluster_bits,
+                start,
+            );
         }
     }
 

@@ -242,14 +242,3 @@ fn u64_at(bytes: &[u8; HEADER_LEN], at: usize) -> u64 {
     }
     u64::from_le_bytes(word)
 }
-
-/// Little-endian 64-bit words.
-pub(super) fn words_of(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
-    bytes.chunks_exact(8).map(|chunk| {
-        let mut word = [0; 8];
-        word.iter_mut()
-            .zip(chunk)
-            .for_each(|(to, from)| *to = *from);
-        u64::from_le_bytes(word)
-    })
-}

@@ -16,31 +16,17 @@
 //! crash leaves has leaked clusters at worst. An image that has the bit is readable, and written to only after a check
 //! (`tool::check`) has cleared it.
 //!
-//! **Entries behind the end of the file.** The file grows over them, and what a guest then writes belongs to two of its
-//! clusters, or is a table. So an L2 slice is judged when it is first read from the file: an entry behind the end at open
-//! is none of ours then, reads as an error, and ends all changes, wherever the file has grown to meanwhile and whoever
-//! was given that place. What remains: the end at open is only known while the image is open. A slice that nobody reads is
-//! not judged, and the file stays grown over its bad entry (as it does, judged or not, where the image is given up without a
-//! close). To the next one who opens the image that entry is like any other: a check finds it where the cluster is in use
-//! twice, and nothing finds it where the cluster leaked. A check beforehand finds all of them.
-//!
-//! * `header`, `create`, `resize`: the format of a closed image. `open`, `close`.
-//! * `map`, `write`, `zero`: the questions. `space`: free clusters. `state`: what the lock guards. `flush`: the order on disk.
+//! * `header`, `create`, `resize`, `rebase`: the format of a closed image. `open`, `close`. Everything else:
+//!   `crate::appended`, where entries behind the end of the file are judged too.
 
 mod close;
 mod create;
-mod flush;
 mod header;
-mod map;
 mod open;
 pub mod rebase;
 mod resize;
-mod space;
-mod state;
 #[cfg(test)]
 mod tests;
-mod write;
-mod zero;
 
 pub use create::{CreateOptions, create};
 pub use header::{
@@ -50,83 +36,29 @@ pub use header::{
 pub use open::OpenOptions;
 pub use resize::{clear_need_check, grow, may_grow};
 
-use crate::metadata::tables::Tables;
-use crate::metadata::{Layout, Walk};
+use crate::appended::Appended;
+use crate::metadata::Walk;
 use crate::raw::not_compressed;
 use crate::{
     Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan, Reserve, Step, Ticket,
     ZeroMode, ZeroPlan,
 };
-use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
-use state::State;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use block::{Error, GuestOffset, Result, Storage, Zeroed, size};
 
 /// An open QED image.
 #[derive(Debug)]
 pub struct Qed {
     name: String,
     header: Header,
-    layout: Layout,
-    /// `Some` when it must not be written: by wish (empty) or for a reason.
-    read_only: Option<String>,
-    /// The reason, when the image has one.
+    /// Why it must not be written, when it must not.
     lacks: Option<String>,
-    tables: Tables,
-    /// Where the file ends, in bytes: whole clusters. What refers to a place behind it is not sound.
-    end: AtomicU64,
-    /// Where it ended when the image was opened: what refers behind it is this process's, or not sound.
-    end_at_open: u64,
-    state: Mutex<State>,
-    /// There may be something to foresee.
-    ahead: AtomicBool,
-    /// An entry was found that refers behind the end that the file had at open: it comes to refer to whatever the file
-    /// gets there, so the image is not changed any more. Set with the lock held.
-    damaged: AtomicBool,
+    core: Appended,
 }
 
 impl Qed {
     /// Its header as it was when the image was opened.
     pub fn header(&self) -> &Header {
         &self.header
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing in here panics with the state half changed; and refusing all
-        // further requests would help nobody.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn has_backing(&self) -> bool {
-        self.header.backing.is_some()
-    }
-
-    #[inline]
-    fn check_writable(&self) -> Result<()> {
-        match &self.read_only {
-            None if self.damaged.load(Ordering::Acquire) => Err(self.why_damaged()),
-            None => Ok(()),
-            Some(why) => Err(self.why_read_only(why)),
-        }
-    }
-
-    #[cold]
-    fn why_damaged(&self) -> Error {
-        Error::corrupt(format!(
-            "{}: has entries that refer to no cluster of the file, and is not written to any more: run diskplane \
-             check --repair all",
-            self.name
-        ))
-    }
-
-    #[cold]
-    fn why_read_only(&self, why: &str) -> Error {
-        let name = &self.name;
-        let text = match why {
-            "" => format!("{name}: is open for reading only"),
-            why => format!("{name}: is open for reading only: {why}"),
-        };
-        Error::new(ErrorKind::ReadOnly, text)
     }
 }
 
@@ -137,8 +69,7 @@ impl Image for Qed {
         if h.needs_check() {
             facts.push(("need check", true.to_string()));
         }
-        let cache = self.lock().cache.fact(&self.tables, &self.layout);
-        facts.push(("metadata cache", cache));
+        facts.push(("metadata cache", self.core.cache_fact()));
         Description {
             format: "qed",
             size: h.image_size,
@@ -152,71 +83,51 @@ impl Image for Qed {
     }
 
     fn size(&self) -> u64 {
-        self.layout.size
+        self.header.image_size
     }
 
     fn map(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
-        self.map_extent(at, len)
+        self.core.map_extent(at, len)
     }
 
     fn expect(&self, at: GuestOffset) {
-        self.expect_at(at);
+        self.core.expect_at(at);
     }
 
     fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>> {
-        self.check_writable()?;
-        self.check_range(at, len)?;
-        if let Some(plan) = self.plan_in_place(at, len) {
-            return Ok(Step::Done(plan));
-        }
-        let mut st = self.lock();
-        let plan = self.plan_allocating(&mut st, at, len);
-        st.step(plan)
+        self.core.plan_write(at, len)
     }
 
     fn foresee(&self) -> Option<Need> {
-        if !self.ahead.load(Ordering::Relaxed) {
-            return None;
-        }
-        let mut st = self.lock();
-        self.ahead.store(false, Ordering::Relaxed);
-        if let Some(reserve) = self.reserve_ahead(&mut st) {
-            return Some(Need::Reserve(reserve));
-        }
-        st.flush_soon().then_some(Need::Commit)
+        self.core.foresee()
     }
 
     fn commit(&self, ticket: Ticket) {
-        self.end_ticket(&mut self.lock(), ticket, true);
+        self.core.end_allocation(ticket, true);
     }
 
     fn abort(&self, ticket: Ticket) {
-        self.end_ticket(&mut self.lock(), ticket, false);
+        self.core.end_allocation(ticket, false);
     }
 
     fn plan_zero(&self, at: GuestOffset, len: u64, mode: ZeroMode) -> Result<Step<ZeroPlan>> {
-        self.check_writable()?;
-        self.check_range(at, len)?;
-        let mut st = self.lock();
-        let plan = self.plan_zeroes(&mut st, at, len, mode);
-        st.step(plan)
+        self.core.plan_zero(at, len, mode)
     }
 
     fn loaded(&self, load: &Load, bytes: &[u8]) -> Result<()> {
-        self.end_loading(&mut self.lock(), load, bytes)
+        self.core.loaded(load, bytes)
     }
 
     fn load_failed(&self, load: &Load) {
-        self.drop_load(&mut self.lock(), load);
+        self.core.load_failed(load);
     }
 
     fn reserved(&self, reserve: &Reserve, zeroed: Zeroed) {
-        let zeroed = Some(zeroed == Zeroed::Yes);
-        self.end_reserve(&mut self.lock(), reserve, zeroed);
+        self.core.reserved(reserve, Some(zeroed));
     }
 
     fn reserve_failed(&self, reserve: &Reserve) {
-        self.end_reserve(&mut self.lock(), reserve, None);
+        self.core.reserved(reserve, None);
     }
 
     fn decompress(&self, _: &[u8], _: &mut [u8]) -> Result<()> {
@@ -224,16 +135,16 @@ impl Image for Qed {
     }
 
     fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
-        self.begin_flush(&mut self.lock(), run)
+        self.begin_flush(run)
     }
 
     fn flush_end(&self, run: &mut FlushRun, ok: bool) {
-        self.finish_flush(&mut self.lock(), ok);
+        self.core.end_flush(ok);
         run.clear();
     }
 
     fn is_dirty(&self) -> bool {
-        self.lock().is_dirty()
+        self.core.is_dirty()
     }
 
     fn take_freed(&self, _: &mut Vec<Freed>) {}

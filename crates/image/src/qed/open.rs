@@ -1,22 +1,11 @@
 //! Opening: read and judge everything that stays in memory.
 
 use super::Qed;
-use super::header::{Header, words_of};
-use super::map::L1_UNSOUND;
-use super::space::Space;
-use super::state::{Covered, Places, State};
-use crate::metadata::cache::Cache;
-use crate::metadata::tables::{FRAMES_MAX, Tables};
-use crate::metadata::{
-    CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX, FRESH, FRESH_ZEROED, Layout, Sectors, Tickets, read_short,
-};
-use block::{Context, Result, Storage};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64};
-
-/// Frames that a cache has at least. Half of them may be pinned by allocations in flight. A slice has 4 KiB as a rule, 4 MiB
-/// at most: of disks near 2^63 bytes.
-const FRAMES_MIN: u64 = 16;
+use super::header::Header;
+use crate::FileId;
+use crate::appended::{Appended, Form, Places, Setup, words_of};
+use crate::metadata::{Layout, TICKETS_MAX, read_short};
+use block::{Context, Result, Storage, limits};
 
 /// How to open an image.
 #[derive(Clone, Debug, Default)]
@@ -65,7 +54,7 @@ impl Qed {
         });
         let mut places = Places {
             table_size: u64::from(header.table_size),
-            l1: header.l1_table_offset >> bits,
+            l1: Some(header.l1_table_offset >> bits),
             ..Places::default()
         };
         if !options.read_only
@@ -87,55 +76,32 @@ impl Qed {
             super::resize::write_header(storage, &cleared)?;
         }
 
-        let budget = options.cache_bytes.unwrap_or(CACHE_BYTES_DEFAULT);
-        let slices = layout.l2_slices();
-        let frames = slices.min(budget.min(CACHE_BYTES_MAX) >> layout.slice_bits);
-        let frames = frames.clamp(FRAMES_MIN, FRAMES_MAX) as usize;
-        let sectors = l1.len() / 64;
-        // Bits 0 and 1 are our marks: an entry that has them in the file is made unsound by bit 2 too.
-        let marks = FRESH | FRESH_ZEROED;
-        let l1 = l1
-            .into_iter()
-            .map(|raw| {
-                if raw & marks != 0 {
-                    raw | L1_UNSOUND
-                } else {
-                    raw
-                }
-            })
-            .map(AtomicU64::new)
-            .collect();
-        let end = file_len.div_ceil(layout.cluster());
-        let judged = match read_only {
-            // At most 2 MiB.
-            None => vec![0; slices.div_ceil(64) as usize],
-            Some(_) => Vec::new(),
-        };
+        // A cluster that the file has a part of is not one (as in QEMU).
+        let end = file_len & !(layout.cluster() - 1);
+        let core = Appended::new(Setup {
+            name: name.to_owned(),
+            file: FileId::IMAGE,
+            form: Form::Qed,
+            layout,
+            l1,
+            l1_offset: header.l1_table_offset,
+            copies: Vec::new(),
+            table_clusters: u64::from(header.table_size),
+            places,
+            head_end: u64::from(header.header_size) << bits,
+            tables_from: u64::from(header.header_size) << bits,
+            end,
+            free_from: file_len.div_ceil(layout.cluster()),
+            file_bytes_max: limits::DISK_BYTES_MAX,
+            has_backing: header.backing.is_some(),
+            read_only,
+            cache_bytes: options.cache_bytes,
+            tickets: TICKETS_MAX,
+        });
         Ok(Self {
             name: name.to_owned(),
-            read_only,
             lacks,
-            tables: Tables::new(&layout, l1, frames),
-            // A cluster that the file has a part of is not one (as in QEMU).
-            end: AtomicU64::new(file_len & !(layout.cluster() - 1)),
-            end_at_open: file_len & !(layout.cluster() - 1),
-            state: Mutex::new(State {
-                cache: Cache::new(frames, &layout),
-                space: Space::new(end, layout.size),
-                tickets: Tickets::new(),
-                places,
-                l1_changed: Sectors::new(sectors),
-                fresh_tables: Vec::new(),
-                ordered: false,
-                covered: Covered::default(),
-                scratch: Vec::with_capacity(frames),
-                words: Vec::with_capacity(layout.slice_words()),
-                covers: frames as u64 >= slices,
-                judged,
-            }),
-            ahead: AtomicBool::new(false),
-            damaged: AtomicBool::new(false),
-            layout,
+            core,
             header,
         })
     }
@@ -155,7 +121,11 @@ fn claim(places: &mut Places, header: &Header, l1: &[u64], file_len: u64) -> Res
         let first = raw / cluster;
         let near = places.tables.range(..first + size).next_back();
         let taken = near.is_some_and(|other| other + size > first);
-        if taken || (places.l1 < first + size && first < places.l1 + size) {
+        if taken
+            || places
+                .l1
+                .is_some_and(|l1| l1 < first + size && first < l1 + size)
+        {
             return Err(format!(
                 "L1 entry {index}: the L2 table at {raw:#x} overlaps another table"
             ));

@@ -14,9 +14,9 @@
 
 use super::Vhd;
 use super::state::State;
-use crate::FlushRun;
 use crate::metadata::extend;
 use crate::raw::barrier_only;
+use crate::{FileId, FlushRun};
 use block::Result;
 
 impl Vhd {
@@ -59,7 +59,7 @@ impl Vhd {
 fn push(run: &mut FlushRun, offset: u64, put: impl FnOnce(&mut Vec<u8>)) {
     let start = run.bytes.len();
     put(&mut run.bytes);
-    extend(run, offset, start);
+    extend(run, FileId::IMAGE, offset, start);
 }
 
 impl State {

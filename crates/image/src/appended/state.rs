@@ -34,13 +34,14 @@ impl Span for Pending {
 
 /// Which host clusters hold metadata.
 #[derive(Debug, Default)]
-pub(super) struct Places {
+pub(crate) struct Places {
     /// First clusters of the L2 tables.
-    pub(super) tables: BTreeSet<u64>,
+    pub(crate) tables: BTreeSet<u64>,
     /// Clusters of a table.
-    pub(super) table_size: u64,
+    pub(crate) table_size: u64,
     /// First cluster of the L1 table.
-    pub(super) l1: u64,
+    /// Whether there are any.
+    pub(crate) l1: Option<u64>,
 }
 
 impl Places {
@@ -48,7 +49,7 @@ impl Places {
     pub(super) fn holds(&self, cluster: u64) -> bool {
         let within = |first: u64| cluster >= first && cluster - first < self.table_size;
         let last = self.tables.range(..=cluster).next_back();
-        within(self.l1) || last.is_some_and(|first| within(*first))
+        self.l1.is_some_and(within) || last.is_some_and(|first| within(*first))
     }
 }
 

@@ -4,15 +4,15 @@
 //! |---|---|---|
 //! | data | punched in place | zeroed in place |
 //! | zeros, or unallocated without a backing file | as it is | as it is |
-//! | unallocated, backing file | as it is | entry 1; of a part: zeros are written |
+//! | unallocated, backing file | as it is | entry 1; of a part, or without such entries: zeros are written |
 //!
 //! A cluster of data keeps its place: the format could not note that it is free.
 
-use super::Qed;
+use super::Appended;
 use super::map::Entry;
 use super::state::State;
 use crate::metadata::{Ask, Halt, Walk, ZERO};
-use crate::{FileId, ZeroMode, ZeroPlan};
+use crate::{ZeroMode, ZeroPlan};
 use block::{GuestOffset, HostOffset};
 
 /// Unit of changes in place.
@@ -30,7 +30,7 @@ enum Change {
     Host(u64),
 }
 
-impl Qed {
+impl Appended {
     pub(super) fn plan_zeroes(
         &self,
         st: &mut State,
@@ -50,7 +50,7 @@ impl Qed {
             return Err(Halt::Wait(key));
         }
         let end_cluster = end_cluster.min(st.tickets.next_start(cluster));
-        let reads_zeros = mode == ZeroMode::Discard || !self.has_backing();
+        let reads_zeros = mode == ZeroMode::Discard || !self.has_backing;
         let table = self
             .decode_l1(place.raw)
             .map_err(|bad| self.bad_l1(place.l1, bad))?;
@@ -68,7 +68,7 @@ impl Qed {
             let (from, len) = part(c);
             from == c << g.cluster_bits && (len == g.cluster() || from + len == g.size)
         };
-        if table == 0 && !whole(cluster) {
+        if table == 0 && !(whole(cluster) && self.form.has_zeros()) {
             return Ok(ZeroPlan::Write {
                 len: part(cluster).1,
             });
@@ -82,7 +82,7 @@ impl Qed {
             Ok(match self.entry_in(frame, index, c)? {
                 Entry::Zero => Change::Keep,
                 Entry::Unallocated if reads_zeros => Change::Keep,
-                Entry::Unallocated if whole(c) => Change::Mark,
+                Entry::Unallocated if whole(c) && self.form.has_zeros() => Change::Mark,
                 Entry::Unallocated => Change::Write,
                 Entry::Data(host) => {
                     let (from, len) = part(c);
@@ -116,7 +116,7 @@ impl Qed {
             Change::Keep => ZeroPlan::Skip { len: done },
             Change::Write => ZeroPlan::Write { len: done },
             Change::Host(offset) => ZeroPlan::Host {
-                file: FileId::IMAGE,
+                file: self.file,
                 offset: HostOffset(offset),
                 len: done,
             },

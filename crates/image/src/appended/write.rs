@@ -1,18 +1,18 @@
 //! Planning writes into clusters of their own.
 
-use super::Qed;
+use super::Appended;
 use super::map::Entry;
 use super::space::Run;
 use super::state::{FRESH_TABLES_MAX, Pending, State};
 use crate::metadata::{Ask, FRESH, FRESH_ZEROED, Halt, Place, Walk, key_of};
-use crate::{Allocation, FileId, Fill, Need, Plan, Ticket};
+use crate::{Allocation, Fill, Need, Plan, Ticket};
 use block::{GuestOffset, HostOffset};
 use std::sync::atomic::Ordering;
 
 /// Bytes of one allocation, unless a cluster is larger.
 const ALLOC_BYTES_MAX: u64 = 2 << 20;
 
-impl Qed {
+impl Appended {
     /// The L2 entry of guest cluster `cluster`, whose slice is in `frame`.
     pub(super) fn entry_in(&self, frame: u32, index: usize, cluster: u64) -> Ask<Entry> {
         let words = self.tables.words(frame);
@@ -99,13 +99,13 @@ impl Qed {
                 let count = like(&|i, e| e == Entry::Data(host + (i << g.cluster_bits)));
                 let skip = at.0 & (g.cluster() - 1);
                 return Ok(Plan::InPlace {
-                    file: FileId::IMAGE,
+                    file: self.file,
                     offset: HostOffset(host + skip),
                     len: len.min((count << g.cluster_bits) - skip),
                 });
             }
             Entry::Zero => (like(&|_, e| e == entry), true),
-            Entry::Unallocated => (like(&|_, e| e == entry), !self.has_backing()),
+            Entry::Unallocated => (like(&|_, e| e == entry), !self.has_backing),
         };
         let run = self.alloc(st, count)?;
         let durable = run.first + run.count <= st.space.durable;
@@ -133,7 +133,7 @@ impl Qed {
         Ok(Plan::Allocate(Allocation {
             ticket,
             key: key_of(ticket),
-            file: FileId::IMAGE,
+            file: self.file,
             host: HostOffset(run.first << g.cluster_bits),
             start: GuestOffset(start),
             len: bytes,

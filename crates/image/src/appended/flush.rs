@@ -14,6 +14,8 @@
 //! * A new L2 table takes clusters that read as zeros. After the first barrier they do so durably, so an L1 entry and the
 //!   entries of its table may become durable in any order: an entry that is not there yet reads as unallocated, as before.
 //! * Each entry by itself is right before and after, and 512 bytes are written whole or not at all.
+//! * A table's copy (VMDK's redundant grain tables) is written with it, in the same stage: both refer to what is durable
+//!   by then, so that either serves whatever of the other was written; and the next change of the table writes both.
 //!
 //! The first barrier is left out when all that is newly referred to was in the file durably, as zeros, when it was
 //! allocated (`Space::durable`), and the guest read zeros there before: whichever of data and entry survive, it reads zeros or
@@ -22,25 +24,17 @@
 //! A run that failed part of the way may have made any part of it durable. All it covered is dirty again, and
 //! written again in the same order.
 
-use super::Qed;
+use super::Appended;
 use super::map::OVERLAP;
 use super::state::{Covered, State};
 use crate::FlushRun;
-use crate::metadata::cache::Changed;
-use crate::metadata::{FRESH, FRESH_ZEROED, extend, open_stage};
+use crate::metadata::cache::{Changed, Owner};
+use crate::metadata::{FRESH, FRESH_ZEROED, extend};
 use block::{Error, ErrorKind, Result};
 use std::sync::atomic::Ordering;
 
 /// Bytes of the writes of the L1 table.
 const SECTOR: u64 = 512;
-
-fn push(run: &mut FlushRun, host: u64, words: impl Iterator<Item = u64>) {
-    let start = run.bytes.len();
-    for word in words {
-        run.bytes.extend_from_slice(&word.to_le_bytes());
-    }
-    extend(run, host, start);
-}
 
 impl State {
     pub(super) fn is_dirty(&self) -> bool {
@@ -48,8 +42,17 @@ impl State {
     }
 }
 
-impl Qed {
-    fn push_granules(&self, st: &State, run: &mut FlushRun, changed: &Changed) {
+impl Appended {
+    /// Appends entries as the file has them. They are whole sectors of it.
+    fn push(&self, run: &mut FlushRun, host: u64, words: impl Iterator<Item = u64>) {
+        let start = run.bytes.len();
+        for word in words {
+            self.form.encode(word, &mut run.bytes);
+        }
+        extend(run, self.file, host, start);
+    }
+
+    fn push_granules(&self, st: &State, run: &mut FlushRun, changed: &Changed, base: u64) {
         let bits = self.layout.granule_bits();
         let words = self.tables.words(changed.frame);
         let per_granule = 1usize << (bits - 3);
@@ -65,8 +68,8 @@ impl Qed {
             }
             let first = granule * per_granule;
             let part = words.get(first..first + per_granule).unwrap_or_default();
-            let host = changed.host + ((granule as u64) << bits);
-            push(
+            let host = base + (((granule as u64) << bits) >> self.form.shift());
+            self.push(
                 run,
                 host,
                 part.iter().map(|w| plain(w.load(Ordering::Relaxed))),
@@ -74,8 +77,14 @@ impl Qed {
         }
     }
 
-    pub(super) fn begin_flush(&self, st: &mut State, run: &mut FlushRun) -> Result<()> {
-        run.clear();
+    /// Appends what is dirty to the stage of `run` that is being built. Returns whether a barrier must come before it:
+    /// what was written so far, and the file's end, must be durable first.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`] after a flush that was never ended.
+    pub(crate) fn begin_flush(&self, run: &mut FlushRun) -> Result<bool> {
+        let st = &mut *self.lock();
         if st.covered.running {
             // The thread that carried it out is gone, and what it wrote nobody knows: the file stays as a crash leaves it.
             let text = format!("{}: a flush was cut off", self.name);
@@ -87,31 +96,43 @@ impl Qed {
             end: st.space.end,
             ordered: std::mem::take(&mut st.ordered),
         };
-        if st.covered.ordered {
-            run.seal();
-        }
         let mut changed = std::mem::take(&mut st.scratch);
         changed.clear();
         st.cache.take_changed(true, |c| changed.push(c));
         changed.sort_unstable_by_key(|c| c.host);
         for c in &changed {
-            self.push_granules(st, run, c);
+            self.push_granules(st, run, c, c.host);
+        }
+        for c in changed.iter().filter(|_| !self.copies.is_empty()) {
+            if let Some(host) = self.copy_of(c) {
+                self.push_granules(st, run, c, host);
+            }
         }
         st.scratch = changed;
         let l1 = &self.tables.l1;
         st.l1_changed.take(|sector| {
             let part = l1.get(sector * 64..sector * 64 + 64).unwrap_or_default();
-            let host = self.header.l1_table_offset + sector as u64 * SECTOR;
+            let host = self.l1_offset + sector as u64 * SECTOR;
             let words = part.iter().map(|w| w.load(Ordering::Relaxed));
-            push(run, host, words.map(|raw| raw & !(FRESH | FRESH_ZEROED)));
+            self.push(run, host, words.map(|raw| raw & !(FRESH | FRESH_ZEROED)));
         });
-        if open_stage(run) || run.stages.is_empty() {
-            run.seal();
-        }
-        Ok(())
+        Ok(st.covered.ordered)
     }
 
-    pub(super) fn finish_flush(&self, st: &mut State, ok: bool) {
+    /// Where the copy of a changed slice is, in formats that have copies.
+    fn copy_of(&self, changed: &Changed) -> Option<u64> {
+        let Owner::L2(slice) = changed.owner else {
+            return None;
+        };
+        let per_table = self.layout.slices_per_table_bits();
+        let copy = *self.copies.get((slice >> per_table) as usize)?;
+        let within = (slice & ((1 << per_table) - 1)) << self.layout.slice_bits;
+        (copy != 0).then(|| copy + (within >> self.form.shift()))
+    }
+
+    /// Ends the flush that [`begin_flush`](Self::begin_flush) began: what it covered is durable, or dirty again.
+    pub(crate) fn end_flush(&self, ok: bool) {
+        let st = &mut *self.lock();
         let covered = std::mem::take(&mut st.covered);
         if !covered.running {
             return;

@@ -1,14 +1,13 @@
 //! Reading the map: where a guest range's bytes are; and loading what is lacking of it.
 
-use super::Qed;
-use super::header::words_of;
+use super::Appended;
 use super::state::{Places, State};
 use crate::metadata::cache::Owner;
 use crate::metadata::tables::{Entries, Slot, Tables};
 use crate::metadata::{
     Ask, FRESH, FRESH_ZEROED, Growing, Halt, Layout, Place, STEPS_MAX, Walk, ZERO,
 };
-use crate::{Extent, ExtentKind, FileId, Load, Need, Plan, Step};
+use crate::{Extent, ExtentKind, Load, Need, Plan, Step};
 use block::{Error, GuestOffset, HostOffset, Result};
 use std::sync::atomic::Ordering;
 
@@ -16,7 +15,7 @@ use std::sync::atomic::Ordering;
 /// this entry's. No sound entry has this bit.
 pub(super) const OVERLAP: u64 = 1 << 63;
 /// In memory only, in L1 entries: low bits are set in the file. (Bits 0 and 1 are our marks.)
-pub(super) const L1_UNSOUND: u64 = 4;
+pub(crate) const L1_UNSOUND: u64 = 4;
 
 /// What an L2 entry says (specification: "Data cluster offsets").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,13 +38,13 @@ impl Bad {
     fn text(self) -> &'static str {
         match self {
             Bad::Misaligned => "points between clusters",
-            Bad::Outside => "points into the header or behind the end of the file",
+            Bad::Outside => "points into the header or the tables, or behind the end of the file",
             Bad::Overlap => "points at a cluster that holds a table",
         }
     }
 }
 
-impl Walk for Qed {
+impl Walk for Appended {
     type Bad = Bad;
 
     fn name(&self) -> &str {
@@ -68,12 +67,12 @@ impl Walk for Qed {
         if offset == 0 {
             return Ok(0);
         }
-        if offset & (self.layout.cluster() - 1) != 0 {
+        if offset & (self.form.table_align(self.layout.cluster()) - 1) != 0 {
             return Err(Bad::Misaligned);
         }
-        let end = offset.checked_add(1 << self.layout.table_bits);
+        let end = offset.checked_add(self.table_bytes());
         let file_end = self.end.load(Ordering::Acquire);
-        if offset < self.head_end() || end.is_none_or(|end| end > file_end) {
+        if offset < self.tables_from || end.is_none_or(|end| end > file_end) {
             return Err(Bad::Outside);
         }
         Ok(offset)
@@ -98,7 +97,7 @@ impl Walk for Qed {
                 Ok(Entry::Unallocated) => ExtentKind::Unallocated,
                 Ok(Entry::Zero) => ExtentKind::Zero { host: None },
                 Ok(Entry::Data(host)) => ExtentKind::Data {
-                    file: FileId::IMAGE,
+                    file: self.file,
                     offset: HostOffset(host + skip),
                 },
                 Err(bad) if run.len() == 0 => return Err(bad),
@@ -122,9 +121,10 @@ impl Walk for Qed {
 
     #[cold]
     fn bad_l1(&self, index: usize, bad: Bad) -> Error {
-        let at = self.header.l1_table_offset + index as u64 * 8;
+        let at = self.l1_offset + ((index as u64 * 8) >> self.form.shift());
+        let (entry, _) = self.form.names();
         Error::corrupt(format!(
-            "{}: L1 entry {index} at {at:#x} {}",
+            "{}: {entry} {index} at {at:#x} {}",
             self.name,
             bad.text()
         ))
@@ -134,9 +134,11 @@ impl Walk for Qed {
     fn bad_l2(&self, cluster: u64, bad: Bad) -> Error {
         let g = &self.layout;
         let table = self.place(cluster).raw & !(FRESH | FRESH_ZEROED);
-        let at = table.wrapping_add((cluster & ((1 << g.l2_bits()) - 1)) * 8);
+        let within = (cluster & ((1 << g.l2_bits()) - 1)) * 8;
+        let at = table.wrapping_add(within >> self.form.shift());
+        let (_, entry) = self.form.names();
         Error::corrupt(format!(
-            "{}: L2 entry at {at:#x} (guest offset {:#x}) {}",
+            "{}: {entry} at {at:#x} (guest offset {:#x}) {}",
             self.name,
             cluster << g.cluster_bits,
             bad.text()
@@ -144,9 +146,10 @@ impl Walk for Qed {
     }
 }
 
-impl Qed {
-    fn head_end(&self) -> u64 {
-        u64::from(self.header.header_size) << self.layout.cluster_bits
+impl Appended {
+    /// Bytes of an L2 table in the file.
+    pub(super) fn table_bytes(&self) -> u64 {
+        (1 << self.layout.table_bits) >> self.form.shift()
     }
 
     /// What L2 entry `raw` says.
@@ -157,11 +160,11 @@ impl Qed {
             ZERO => return Ok(Entry::Zero),
             _ => {}
         }
-        if raw & (self.layout.cluster() - 1) != 0 {
+        if raw & (self.align - 1) != 0 {
             return Err(Bad::Misaligned);
         }
         let end = self.end.load(Ordering::Acquire);
-        if raw < self.head_end() || raw >= end {
+        if raw < self.head_end || raw >= end || end - raw < self.layout.cluster() {
             let at = raw & !OVERLAP;
             return Err(match raw & OVERLAP != 0 && at < self.end_at_open {
                 true => Bad::Overlap,
@@ -214,10 +217,10 @@ impl Qed {
             .start_span(&self.tables, g, span, place.slice, (first, count), host)?;
         Err(Halt::Need(Need::Load(Load {
             key: owner.key(),
-            file: FileId::IMAGE,
+            file: self.file,
             offset: HostOffset(host),
-            // 64 KiB, or one slice.
-            len: count << g.slice_bits,
+            // 64 KiB of memory, or one slice.
+            len: (count << g.slice_bits) >> self.form.shift(),
         })))
     }
 
@@ -230,7 +233,8 @@ impl Qed {
             .decode_l1(raw)
             .map_err(|bad| self.bad_l1(place.l1, bad))?;
         let within = slice & ((1 << g.slices_per_table_bits()) - 1);
-        Ok((table + (within << g.slice_bits), raw))
+        let within = (within << g.slice_bits) >> self.form.shift();
+        Ok((table + within, raw))
     }
 
     /// The frame of an L2 slice whose table exists, to change it there.
@@ -255,14 +259,17 @@ impl Qed {
         };
         let (cache, places, judged) = (&mut st.cache, &st.places, &mut st.judged);
         let guard = self.read_only.is_none();
+        let form = self.form;
         let known = cache.end_load_span(
             &self.tables,
             &self.layout,
             (span, load.offset.0),
             &mut st.words,
-            |words, slice, host, at, len| {
+            |words, slice, _, at, len| {
                 words.clear();
-                words.extend(words_of(bytes.get(at..at + len).unwrap_or_default()));
+                let (at, len) = (at >> form.shift(), len >> form.shift());
+                form.decode(bytes.get(at..at + len).unwrap_or_default(), words);
+                let host = load.offset.0 + at as u64;
                 if guard {
                     self.judge_slice(words, (slice, host), places, judged);
                 }
@@ -307,13 +314,14 @@ impl Qed {
     /// nowhere, which ends all changes. Only in a slice of `ours` may it point behind the end at open: wherever the file
     /// ends now, nobody else was given a place there.
     fn judge(&self, places: &Places, raw: u64, ours: bool) -> (u64, bool) {
+        let behind = raw.saturating_add(self.layout.cluster()) > self.end_at_open;
         match self.decode(raw) {
-            Ok(Entry::Data(host)) if host >= self.end_at_open && !ours => (raw | OVERLAP, true),
+            Ok(Entry::Data(_)) if behind && !ours => (raw | OVERLAP, true),
             Ok(Entry::Data(host)) if places.holds(host >> self.layout.cluster_bits) => {
                 (raw | OVERLAP, false)
             }
             // Marked, lest the file grows over it.
-            Err(Bad::Outside) if raw >= self.end_at_open => (raw | OVERLAP, true),
+            Err(Bad::Outside) if behind => (raw | OVERLAP, true),
             Err(Bad::Outside) => (raw, true),
             _ => (raw, false),
         }

@@ -1,13 +1,13 @@
-//! Free host clusters. The format has no place to note them, so there are only those that were reserved behind
+//! Free host clusters. The formats have no place to note them, so there are only those that were reserved behind
 //! the end of the file since the image was opened, and not used.
 //!
 //! What a crash leaves of them is leaked: a clean close cuts it off.
 
-use super::Qed;
+use super::Appended;
 use super::state::State;
 use crate::metadata::{Ask, Halt, cache::KEY_RESERVE};
-use crate::{FileId, Key, Need, Reserve};
-use block::{Error, ErrorKind, HostOffset, limits};
+use crate::{Key, Need, Reserve};
+use block::{Error, ErrorKind, HostOffset, size};
 use std::sync::atomic::Ordering;
 
 /// Runs looked at for one that is long enough.
@@ -125,7 +125,7 @@ impl Space {
     }
 }
 
-impl Qed {
+impl Appended {
     /// Takes up to `want` free clusters that follow one another, at least one.
     pub(super) fn alloc(&self, st: &mut State, want: u64) -> Ask<Run> {
         let Some(run) = st.space.take(want) else {
@@ -139,7 +139,7 @@ impl Qed {
 
     /// Takes the place of a table, which reads as zeros.
     pub(super) fn alloc_table(&self, st: &mut State) -> Ask<Run> {
-        let count = u64::from(self.header.table_size);
+        let count = self.table_clusters;
         match st.space.take_zeros(count) {
             Some(run) => Ok(run),
             None if st.space.unfit => Err(Halt::Fail(Error::unsupported(format!(
@@ -173,15 +173,21 @@ impl Qed {
     fn start_reserve(&self, st: &mut State, clusters: u64) -> Ask<Reserve> {
         let bits = self.layout.cluster_bits;
         let count = (st.space.grow >> bits).max(clusters);
-        if count > (limits::DISK_BYTES_MAX >> bits).saturating_sub(st.space.end) {
+        let room = (self.file_bytes_max >> bits).saturating_sub(st.space.end);
+        if clusters > room {
+            let most = size::human(self.file_bytes_max);
             return Err(Halt::Fail(Error::new(
                 ErrorKind::NoSpace,
-                format!("{}: the file would pass 2^63 bytes", self.name),
+                format!(
+                    "{}: the file would pass {most}, the most that its entries can say",
+                    self.name
+                ),
             )));
         }
+        let count = count.min(room);
         let reserve = Reserve {
             key: Key(KEY_RESERVE),
-            file: FileId::IMAGE,
+            file: self.file,
             offset: HostOffset(st.space.end << bits),
             len: count << bits,
         };
