@@ -5,7 +5,7 @@
 //!
 //! | field | |
 //! |---|---|
-//! | `filename`, `format` | as given; `qcow2`, `qed`, `vhd`, `vhdx`, `vdi`, `parallels` |
+//! | `filename`, `format` | as given; `qcow2`, `qed`, `vhd`, `vhdx`, `vdi`, `parallels`, `vmdk` |
 //! | `check-errors` | things that could not be checked |
 //! | `image-end-offset` | where the last cluster in use ends |
 //! | `corruptions`, `leaks` | what is wrong; absent where nothing is, as all below |
@@ -20,11 +20,13 @@ use crate::open::{self, Access};
 use crate::print;
 use anyhow::{Result, bail};
 use block::{Storage, plain};
+use disk::chain::ChainOptions;
 use image::Format;
 use serde::Serialize;
 use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use tool::check::{CheckOptions, Report, check, parallels, qed, vdi, vhd, vhdx};
+use tool::check::{CheckOptions, Report, check, parallels, qed, vdi, vhd, vhdx, vmdk};
 
 /// As `qemu-img check`: the format has no metadata that could be wrong.
 pub const NO_CHECKS: u8 = 63;
@@ -83,7 +85,15 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
         repair,
         budget_bytes: args.memory,
     };
-    let Some(report) = of(&*file, format, &options)? else {
+    let found = match format {
+        Format::Vmdk => {
+            // With the lock that all of its files get.
+            drop(file);
+            Some(vmdk_image(&args.file, access, &options)?)
+        }
+        _ => of(&*file, format, &options)?,
+    };
+    let Some(report) = found else {
         eprintln!("diskplane: {shown}: a {format} image has no metadata to check");
         return Ok(ExitCode::from(NO_CHECKS));
     };
@@ -123,9 +133,41 @@ pub fn of(
         Format::Vhd => vhd::check(storage, options).map(Some),
         Format::Vhdx => vhdx::check(storage, options).map(Some),
         Format::Vdi => vdi::check(storage, options).map(Some),
+        Format::Vmdk => Err(block::Error::invalid("a vmdk image may have several files")),
         Format::Parallels => parallels::check(storage, options).map(Some),
         Format::Raw | Format::Null | Format::Luks => Ok(None),
     }
+}
+
+/// Checks an image that may have several files.
+pub fn vmdk_image(path: &Path, access: Access, options: &CheckOptions) -> Result<Report> {
+    let options_of_chain = ChainOptions {
+        format: Some(Format::Vmdk),
+        read_only: true,
+        force_share: access == Access::ReadUnlocked,
+        without_backing: true,
+        ..ChainOptions::default()
+    };
+    let chain = open::chain(open::spec(path)?, &options_of_chain)?;
+    let Some(layer) = chain.layers.first() else {
+        bail!("a chain without an image");
+    };
+    let paths: Vec<PathBuf> = layer.files.iter().map(|f| f.path().to_owned()).collect();
+    let files = match access {
+        Access::Write => {
+            // Which files these are is known now.
+            drop(chain);
+            let open = |path: &PathBuf| open::file(path, access);
+            paths.iter().map(open).collect::<Result<Vec<_>>>()?
+        }
+        _ => layer.files.clone(),
+    };
+    let storages: Vec<&dyn Storage> = files.iter().map(|file| &**file as _).collect();
+    let Some(first) = storages.first() else {
+        bail!("an image without a file");
+    };
+    let parts = image::vmdk::Parts::read(*first)?;
+    Ok(vmdk::check(&parts, &storages, options)?)
 }
 
 fn json(args: &args::Check, format: Format, report: &Report) -> Result<String> {

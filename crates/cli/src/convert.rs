@@ -437,6 +437,14 @@ impl Copying<'_> {
         if let Some(data) = self.data_file(&options) {
             partial.add(data);
         }
+        for extent in options
+            .vmdk
+            .files()
+            .iter()
+            .filter(|_| format == Format::Vmdk)
+        {
+            partial.add(self.target.with_file_name(&extent.name));
+        }
         let path = partial.path().to_owned();
         let mut made = Made {
             path: &path,
@@ -472,8 +480,8 @@ impl Copying<'_> {
         options: &options::Options,
         work: &mut Work<'_>,
     ) -> Result<Report> {
-        if self.args.compress {
-            return self.compressed(made.path, device, &options.qcow2, work);
+        if self.args.compress || options.packs_always(made.format) {
+            return self.compressed(made, device, options, work);
         }
         if !made.resume {
             create::write_all(made.path, made.format, options, &work.stop)?;
@@ -497,9 +505,18 @@ impl Copying<'_> {
             create::refuse_backing("-B", format)?;
             options.set_backing(format, self.target, name, backing)?;
         }
+        if format == Format::Vmdk {
+            options.vmdk.name = create::file_name(self.target)?;
+        }
         options.qcow2.extended_l2 = options.extended_l2.unwrap_or(false);
         options.settle(format, self.bytes)?;
-        if args.compress && format != Format::Qcow2 {
+        let streams = options.packs_always(format);
+        if args.compress && format == Format::Vmdk && !streams {
+            bail!(
+                "-c: of vmdk images only streamOptimized ones have compressed grains: -o subformat=streamOptimized"
+            );
+        }
+        if args.compress && !matches!(format, Format::Qcow2 | Format::Vmdk) {
             bail!("-c: {format} images have no compressed clusters");
         }
         if args.compress && options.preallocation != Preallocation::Off {
@@ -584,11 +601,12 @@ impl Copying<'_> {
 
     fn compressed(
         &self,
-        path: &Path,
+        made: &Made<'_>,
         device: bool,
-        options: &qcow2::CreateOptions,
+        options: &options::Options,
         work: &mut Work<'_>,
     ) -> Result<Report> {
+        let path = made.path;
         let open = OpenOptions {
             cache: self.args.moving.cache.unwrap_or_default(),
             ..OpenOptions::default()
@@ -601,8 +619,7 @@ impl Copying<'_> {
             bail!("{}: neither a file nor a block device", path.display());
         }
         let target = Target::Compressed {
-            writer: Box::new(qcow2::ImageWriter::new(&*file, options)?),
-            compression: options.compression,
+            writer: options.sequential(made.format, &*file)?,
         };
         let source = self.source()?;
         Ok(convert(source, target, &self.options(), work)?)

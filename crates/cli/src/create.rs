@@ -4,7 +4,7 @@ use crate::{args, open, options, options::Options};
 use anyhow::{Context, Result, bail};
 use block::{ErrorKind, Storage, limits, size};
 use disk::chain::{self, Chain, ChainOptions};
-use image::{Format, luks, qcow2, qed, vdi, vhd, vhdx};
+use image::{Format, luks, qcow2, qed, vdi, vhd, vhdx, vmdk};
 use io::{Cache, File, FileKind, OpenOptions};
 use std::{fs, path::Path, sync::Arc};
 use tool::prealloc::{Preallocation, fill_host};
@@ -38,6 +38,9 @@ pub fn run(args: &args::Create) -> Result<()> {
     options.qcow2.size = bytes;
     if let Some((name, below)) = &backing {
         options.set_backing(format, &args.file, name, *below)?;
+    }
+    if format == Format::Vmdk {
+        options.vmdk.name = file_name(&args.file)?;
     }
     let mut chosen = false;
     if format == Format::Qcow2 {
@@ -90,6 +93,14 @@ pub fn run(args: &args::Create) -> Result<()> {
         let cluster = size::human(options.qed.cluster_size);
         line.push_str(&format!(", clusters of {cluster}"));
     }
+    if format == Format::Vmdk {
+        line.push_str(&format!(", {}", options.vmdk.subformat.name()));
+        match options.vmdk.files().len() {
+            0 => {}
+            1 => line.push_str(", data in a file beside it"),
+            count => line.push_str(&format!(", data in {count} files beside it")),
+        }
+    }
     if let Some((name, below)) = &backing {
         line.push_str(&format!(", on {name} ({below})"));
     }
@@ -131,6 +142,7 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
         Some("vhdx") => Format::Vhdx,
         Some("vdi") => Format::Vdi,
         Some("luks") => Format::Luks,
+        Some("vmdk") => Format::Vmdk,
         Some("raw" | "img") => Format::Raw,
         _ => bail!(
             "{}: its name does not say which format it is to have: say {flag} {}",
@@ -143,7 +155,7 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
 /// Refuses a backing file (said by `flag`) for a format that is not made with one.
 pub(crate) fn refuse_backing(flag: &str, format: Format) -> Result<()> {
     match format {
-        Format::Qcow2 | Format::Qed | Format::Vhd | Format::Vhdx => Ok(()),
+        Format::Qcow2 | Format::Qed | Format::Vhd | Format::Vhdx | Format::Vmdk => Ok(()),
         Format::Raw | Format::Null | Format::Vdi | Format::Luks | Format::Parallels => {
             bail!("{flag}: {format} images have no backing file")
         }
@@ -185,6 +197,24 @@ pub(crate) fn vhd_parent(file: &Path, name: &str, format: Format) -> Result<vhd:
     })
 }
 
+/// The name of a new image's file, as its descriptor is to have it.
+pub(crate) fn file_name(file: &Path) -> Result<String> {
+    let name = file.file_name().and_then(|name| name.to_str());
+    let name = name.with_context(|| format!("{}: no name of a file in UTF-8", file.display()))?;
+    Ok(name.to_owned())
+}
+
+/// What a VMDK image at `file` says of the parent `name`, which is there: the name, and its CID.
+pub(crate) fn vmdk_parent(file: &Path, name: &str, format: Format) -> Result<(String, u32)> {
+    if format != Format::Vmdk {
+        bail!("{name}: a vmdk image lies over vmdk, not over {format}");
+    }
+    let path = file.parent().unwrap_or(Path::new("")).join(name);
+    let base = open::file(&path, open::Access::ReadUnlocked)?;
+    let parts = vmdk::Parts::read(&*base)?;
+    Ok((name.to_owned(), parts.descriptor.cid))
+}
+
 fn backing_of(args: &args::Create, options: &Options) -> Result<Option<(String, Format)>> {
     let name = match (&args.backing, &options.backing_file) {
         (Some(a), Some(b)) if a != b => {
@@ -224,6 +254,9 @@ fn base_size(file: &Path, name: &str, format: Format) -> Result<u64> {
 
 /// Makes the external data file, if there is to be one, and the image; neither, where `stop` asks for the end.
 pub(crate) fn write_all(path: &Path, format: Format, options: &Options, stop: &Stop) -> Result<()> {
+    if format == Format::Vmdk {
+        return write_vmdk(path, &options.vmdk, options.overwrite);
+    }
     let Some(name) = &options.qcow2.data_file else {
         return write(path, format, options, stop);
     };
@@ -250,6 +283,45 @@ pub(crate) fn exists(path: &Path) -> String {
         "{}: the file exists already: remove it or choose another name",
         path.display()
     )
+}
+
+/// Makes the extents of a VMDK image, and then the image; over files that are there only with `overwrite`.
+fn write_vmdk(path: &Path, options: &vmdk::CreateOptions, overwrite: bool) -> Result<()> {
+    let directory = path.parent().unwrap_or(Path::new(""));
+    let mut made = Vec::new();
+    let mut make = |path: &Path, write: &dyn Fn(&File) -> block::Result<()>| -> Result<()> {
+        let is_new = !path.exists();
+        let file = match File::create_new(path, &OpenOptions::default()) {
+            Err(_) if path.is_file() && overwrite => emptied(path, Cache::default())?,
+            Err(_) if path.is_file() => bail!(exists(path)),
+            Err(_) if path.exists() => {
+                bail!(
+                    "{}: a vmdk image is made of files, which grow",
+                    path.display()
+                )
+            }
+            created => created?,
+        };
+        if is_new {
+            made.push(path.to_owned());
+        }
+        Ok(write(&file)?)
+    };
+    let mut all = || {
+        for extent in options.files() {
+            make(&directory.join(&extent.name), &|file| extent.write(file))?;
+        }
+        make(path, &|file| options.write(file))
+    };
+    let written = all();
+    if written.is_err() {
+        for path in &made {
+            // What matters is why it failed.
+            let _ = fs::remove_file(path);
+        }
+        return written;
+    }
+    sync_directory(path)
 }
 
 fn write(path: &Path, format: Format, options: &Options, stop: &Stop) -> Result<()> {

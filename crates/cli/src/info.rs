@@ -125,10 +125,11 @@ fn entry(layer: &Layer) -> Result<Entry> {
         facts,
     } = layer.image.describe();
     let file = layer.files.first();
-    let host = match file {
-        Some(_) => Some(fs::metadata(&layer.path)?),
-        None => None,
-    };
+    let mut host = file.map(|_| 0);
+    for file in &layer.files {
+        let bytes = fs::metadata(file.path())?.blocks().saturating_mul(512);
+        host = host.map(|sum| sum + bytes);
+    }
     let snapshots = match file {
         Some(file) if format == Format::Qcow2.name() => image::qcow2::snapshot::list(&**file)?,
         _ => Vec::new(),
@@ -142,7 +143,7 @@ fn entry(layer: &Layer) -> Result<Entry> {
         format,
         virtual_size: size,
         file_size: file.map(|f| f.len()).transpose()?,
-        actual_size: host.map(|m| m.blocks().saturating_mul(512)),
+        actual_size: host,
         cluster_size: Some(cluster_size).filter(|bytes| *bytes > 1),
         backing_filename: backing,
         backing_filename_format: backing_format,

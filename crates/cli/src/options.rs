@@ -4,15 +4,16 @@ use crate::amend::Changes;
 use crate::encrypt;
 use crate::secret::Keys;
 use anyhow::{Result, anyhow, bail};
-use block::size;
+use block::{Storage, size};
 use crypto::{Passphrase, luks::Volume};
 use image::{
-    Format,
+    Format, Sequential,
     qcow2::{self, Compression, CreateOptions},
     qed,
     vdi::{self, ImageType},
     vhd::{self, DiskType},
     vhdx,
+    vmdk::{self, AdapterType, Subformat},
 };
 use std::path::Path;
 use tool::prealloc::Preallocation;
@@ -115,6 +116,35 @@ const LUKS: [(&str, &str); 2] = [
     ),
     ("preallocation", "off, falloc or full [off]"),
 ];
+const VMDK: [(&str, &str); 8] = [
+    (
+        "adapter_type",
+        "ide, lsilogic, buslogic or legacyESX: the disk's controller in the machine [ide]",
+    ),
+    (
+        "backing_file",
+        "name of the backing file (as -b), which must be vmdk",
+    ),
+    ("backing_fmt", "its format (as -F): vmdk"),
+    ("compat6", "on or off: hardware version 6 [off]"),
+    (
+        "hwversion",
+        "hardware version that the descriptor has, not beside compat6 [4]",
+    ),
+    (
+        "subformat",
+        "monolithicSparse, monolithicFlat, twoGbMaxExtentSparse, twoGbMaxExtentFlat, or streamOptimized\n\
+         \x20                        (compressed; convert writes it, once) [monolithicSparse]",
+    ),
+    (
+        "toolsversion",
+        "version of VMware's tools that the descriptor has [2147483647]",
+    ),
+    (
+        "zeroed_grain",
+        "on or off: zeros need no space over a backing file (version 2) [off]",
+    ),
+];
 const RAW: [(&str, &str); 1] = [("preallocation", "off, falloc or full [off]")];
 
 /// Options of qemu-img that no code here implements yet: refused by name.
@@ -135,6 +165,8 @@ pub struct Options {
     pub vdi: vdi::CreateOptions,
     /// The header of a luks image.
     pub luks: Option<Volume>,
+    /// For vmdk; the size, the names and the backing file are filled in later.
+    pub vmdk: vmdk::CreateOptions,
     /// `backing_file`.
     pub backing_file: Option<String>,
     /// `backing_fmt`.
@@ -152,11 +184,32 @@ pub struct Options {
 }
 
 impl Options {
+    /// Whether all clusters of such an image are compressed.
+    pub fn packs_always(&self, format: Format) -> bool {
+        format == Format::Vmdk && self.vmdk.subformat.is_compressed()
+    }
+
+    /// A new image in `file` that takes compressed clusters, in order.
+    ///
+    /// # Errors
+    ///
+    /// For what such an image cannot have; what the host refused.
+    pub fn sequential<'a>(
+        &self,
+        format: Format,
+        file: &'a dyn Storage,
+    ) -> block::Result<Box<dyn Sequential + 'a>> {
+        Ok(match format {
+            Format::Vmdk => Box::new(vmdk::StreamWriter::new(file, &self.vmdk)?),
+            _ => Box::new(qcow2::ImageWriter::new(file, &self.qcow2)?),
+        })
+    }
+
     /// Lays the image `file`, of `format`, over its backing file `name`, of the format `below`.
     ///
     /// # Errors
     ///
-    /// For a parent that a vhd image cannot lie over.
+    /// For a parent that a vhd or vmdk image cannot lie over.
     pub fn set_backing(
         &mut self,
         format: Format,
@@ -171,6 +224,9 @@ impl Options {
         }
         if format == Format::Vhdx {
             self.set_vhdx_parent(file, name, below)?;
+        }
+        if format == Format::Vmdk {
+            self.vmdk.parent = Some(crate::create::vmdk_parent(file, name, below)?);
         }
         Ok(())
     }
@@ -220,6 +276,7 @@ impl Options {
         self.qed.size = bytes;
         self.vhd.size = bytes;
         self.vhdx.size = bytes;
+        self.vmdk.size = bytes;
         match format {
             Format::Qcow2 => self.qcow2.validate()?,
             Format::Qed => self.qed.validate()?,
@@ -247,6 +304,7 @@ impl Options {
             Format::Parallels => {
                 bail!("parallels images are for reading only: no new ones are made")
             }
+            Format::Vmdk => self.vmdk.validate()?,
             Format::Raw | Format::Null => {}
         }
         Ok(block::align_up(bytes, 512))
@@ -421,6 +479,7 @@ fn table(format: Format) -> impl Iterator<Item = (&'static str, &'static str)> {
         Format::Vdi => (&VDI, &[]),
         Format::Luks => (&LUKS, &encrypt::OPTIONS),
         Format::Parallels => (&[], &[]),
+        Format::Vmdk => (&VMDK, &[]),
         Format::Raw | Format::Null => (&RAW, &[]),
     };
     let bare = format == Format::Luks;
@@ -510,6 +569,17 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
         anyhow!("-o {key}={value}: it must be {meaning}")
     };
     match key {
+        "adapter_type" => {
+            options.vmdk.adapter = AdapterType::of_name(value).ok_or_else(wrong)?;
+        }
+        "compat6" => options.vmdk.compat6 = switch(value).ok_or_else(wrong)?,
+        // As QEMU has it.
+        "hwversion" => options.vmdk.hw_version = (value != "undefined").then(|| value.to_owned()),
+        "toolsversion" => options.vmdk.tools_version = Some(value.to_owned()),
+        "zeroed_grain" => options.vmdk.zeroed_grain = switch(value).ok_or_else(wrong)?,
+        "subformat" if format == Format::Vmdk => {
+            options.vmdk.subformat = Subformat::of_name(value).ok_or_else(wrong)?;
+        }
         "backing_file" => options.backing_file = Some(value.to_owned()),
         "backing_fmt" => options.backing_format = Some(value.parse()?),
         "block_size" if format == Format::Vhdx => {

@@ -224,7 +224,6 @@ fn convert_again(ground: &mut Ground, _: &[&str]) -> Result<Effect> {
     create.size = ground.model.size();
     let target = Target::Compressed {
         writer: Box::new(ImageWriter::new(ground.file(), &create)?),
-        compression: create.compression,
     };
     let options = ConvertOptions {
         base: (!below.layers.is_empty()).then_some(&below),

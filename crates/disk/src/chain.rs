@@ -19,7 +19,7 @@ use crate::blocking::{Driver, Member};
 use block::{Context, Error, ErrorKind, Result, Storage, limits};
 use crypto::Passphrase;
 use image::{
-    FileId, Format, Image, Null, Parallels, Parent, Raw, luks, qcow2, qed, vdi, vhd, vhdx,
+    FileId, Format, Image, Null, Parallels, Parent, Raw, luks, qcow2, qed, vdi, vhd, vhdx, vmdk,
 };
 use io::{Cache, File, Lock};
 use std::{
@@ -129,13 +129,13 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Whether holes of its file `id` are zeros to the guest: in a raw image, an external data file, and a QED, VHD, VHDX or VDI image, in
-    /// which holes are punched without a change of the tables. Other formats know themselves what is allocated;
+    /// Whether holes of its file `id` are zeros to the guest: in a raw image, an external data file, and a QED, VHD, VHDX, VDI
+    /// or VMDK image, in which holes are punched without a change of the tables. Other formats know themselves what is allocated;
     /// and a hole is not zeros where the data are encrypted.
     pub fn holes_are_zeros(&self, id: FileId) -> bool {
         let tells = matches!(
             self.format,
-            Format::Raw | Format::Qed | Format::Vhd | Format::Vhdx | Format::Vdi
+            Format::Raw | Format::Qed | Format::Vhd | Format::Vhdx | Format::Vdi | Format::Vmdk
         ) || id == FileId::DATA;
         tells && self.image.encryption().is_none()
     }
@@ -194,7 +194,7 @@ impl Chain {
         let path = PathBuf::from(spec);
         let mut seen = vec![identity(&path)?];
         let mut keys = Keys::new(options);
-        let mut active = open_active(&path, &mut keys)?;
+        let mut active = open_active(&path, &mut keys, &mut seen)?;
         let said = options.data_file.as_deref();
         open_data_file(&mut active, options, options.read_only, said, &mut seen)?;
         layers.push(active);
@@ -250,7 +250,8 @@ impl Chain {
                 (_, said) => Some(recorded(&above.path, &name, said).context(named)?),
             };
             once(&mut seen, &path, &name).context(named)?;
-            let mut layer = open_backing(path, format, None, &mut keys).context(named)?;
+            let mut layer =
+                open_backing(path, format, None, &mut keys, &mut seen).context(named)?;
             if let Some(parent) = parent {
                 verify(&parent, &layer).context(named)?;
             }
@@ -282,8 +283,11 @@ impl Chain {
     }
 }
 
+/// Device and inode of each file of a chain.
+type Seen = Vec<(u64, u64)>;
+
 /// Notes that the file at `path`, called `name`, is in the chain; it must not be there already.
-fn once(seen: &mut Vec<(u64, u64)>, path: &Path, name: &str) -> Result<()> {
+fn once(seen: &mut Seen, path: &Path, name: &str) -> Result<()> {
     let this = identity(path)?;
     if seen.contains(&this) {
         return Err(Error::corrupt(format!(
@@ -302,7 +306,7 @@ fn open_data_file(
     options: &ChainOptions,
     read_only: bool,
     said: Option<&Path>,
-    seen: &mut Vec<(u64, u64)>,
+    seen: &mut Seen,
 ) -> Result<()> {
     let Some(data) = layer.image.describe().data_file else {
         return match said {
@@ -344,7 +348,7 @@ fn open_data_file(
     Ok(())
 }
 
-fn open_active(path: &Path, keys: &mut Keys<'_>) -> Result<Layer> {
+fn open_active(path: &Path, keys: &mut Keys<'_>, seen: &mut Seen) -> Result<Layer> {
     let options = keys.options;
     let lock = match (options.force_share, options.read_only) {
         (true, _) => Lock::None,
@@ -372,14 +376,20 @@ fn open_active(path: &Path, keys: &mut Keys<'_>) -> Result<Layer> {
         (Format::Vdi, false, _) => tell_mended(&file, vdi::mend(&*file)?),
         _ => {}
     }
-    let image = open_image(
-        &file,
-        format,
-        options.read_only,
-        &options.snapshot,
-        options.part,
-        keys,
-    )?;
+    let mut files = vec![file];
+    let image = match format {
+        Format::Vmdk if options.part.is_none() => {
+            open_vmdk(path, &mut files, (options.read_only, lock), keys, seen)?
+        }
+        _ => open_image(
+            &files,
+            format,
+            options.read_only,
+            &options.snapshot,
+            options.part,
+            keys,
+        )?,
+    };
     if let (false, Some(why)) = (options.read_only, image.describe().read_only_because) {
         return Err(Error::unsupported(format!(
             "{}: can only be opened with --read-only: {why}",
@@ -388,7 +398,7 @@ fn open_active(path: &Path, keys: &mut Keys<'_>) -> Result<Layer> {
     }
     Ok(Layer {
         image,
-        files: vec![file],
+        files,
         path: path.to_owned(),
         format,
     })
@@ -407,7 +417,7 @@ fn open_said(
     (path, format, part): (&Path, Option<Format>, Option<Part>),
     options: &ChainOptions,
     keys: &mut Keys<'_>,
-    seen: &mut Vec<(u64, u64)>,
+    seen: &mut Seen,
 ) -> Result<Layer> {
     let named = || format!("{}: backing file", above.path.display());
     let shown = path.display();
@@ -419,7 +429,7 @@ fn open_said(
         Ok(image::probe(&*file)?.unwrap_or(Format::Raw))
     };
     let format = format.map_or_else(probe, Ok).context(named)?;
-    let mut layer = open_backing(path, Some(format), part, keys).context(named)?;
+    let mut layer = open_backing(path, Some(format), part, keys, seen).context(named)?;
     open_data_file(&mut layer, options, true, None, seen)?;
     Ok(layer)
 }
@@ -430,6 +440,7 @@ fn open_backing(
     format: Option<Format>,
     part: Option<Part>,
     keys: &mut Keys<'_>,
+    seen: &mut Seen,
 ) -> Result<Layer> {
     let options = keys.options;
     let lock = match options.force_share {
@@ -450,10 +461,14 @@ fn open_backing(
             )
         })?,
     };
-    let image = open_image(&file, format, true, &None, part, keys)?;
+    let mut files = vec![file];
+    let image = match format {
+        Format::Vmdk if part.is_none() => open_vmdk(&path, &mut files, (true, lock), keys, seen)?,
+        _ => open_image(&files, format, true, &None, part, keys)?,
+    };
     Ok(Layer {
         image,
-        files: vec![file],
+        files,
         path,
         format,
     })
@@ -500,14 +515,59 @@ fn open_file(
     )
 }
 
+/// Opens the VMDK image at `path`, whose first file is in `files`, and all that its descriptor names, as it was opened
+/// itself: for reading only or not, with that lock.
+fn open_vmdk(
+    path: &Path,
+    files: &mut Vec<Arc<File>>,
+    (read_only, lock): (bool, Lock),
+    keys: &Keys<'_>,
+    seen: &mut Seen,
+) -> Result<Arc<dyn Image>> {
+    let options = keys.options;
+    let Some(first) = files.first() else {
+        return Err(Error::invalid("an image without a file"));
+    };
+    if let Some(name) = &options.snapshot {
+        return Err(no_snapshot(&**first, name, Format::Vmdk));
+    }
+    let parts = vmdk::Parts::read(&**first)?;
+    for name in &parts.files {
+        let named = || format!("{}: extent", path.display());
+        let found = resolve(path, name, &options.allow_backing).context(named)?;
+        once(seen, &found, name).context(named)?;
+        let file = open_named(&found, options, read_only, lock).context(named)?;
+        files.push(file);
+    }
+    let storages: Vec<&dyn Storage> = files.iter().map(|file| &**file as _).collect();
+    let open = vmdk::OpenOptions {
+        read_only,
+        cache_bytes: options.cache_bytes,
+    };
+    Ok(Arc::new(vmdk::Vmdk::open(parts, &storages, &open)?))
+}
+
+fn no_snapshot(file: &dyn Storage, name: &str, format: Format) -> Error {
+    Error::new(
+        ErrorKind::NotFound,
+        format!(
+            "{}: there is no snapshot '{name}': a {format} image has none",
+            file.name()
+        ),
+    )
+}
+
 fn open_image(
-    file: &Arc<File>,
+    files: &[Arc<File>],
     format: Format,
     read_only: bool,
     snapshot: &Option<String>,
     part: Option<Part>,
     keys: &mut Keys<'_>,
 ) -> Result<Arc<dyn Image>> {
+    let Some(file) = files.first() else {
+        return Err(Error::invalid("an image without a file"));
+    };
     let storage: &dyn Storage = &**file;
     if let (Some(_), true) = (part, format != Format::Raw) {
         return Err(Error::invalid(format!(
@@ -516,13 +576,7 @@ fn open_image(
         )));
     }
     if let (Some(name), true) = (snapshot, format != Format::Qcow2) {
-        return Err(Error::new(
-            ErrorKind::NotFound,
-            format!(
-                "{}: there is no snapshot '{name}': a {format} image has none",
-                storage.name()
-            ),
-        ));
+        return Err(no_snapshot(storage, name, format));
     }
     let image: Arc<dyn Image> = match format {
         Format::Raw => Arc::new(match part {
@@ -573,6 +627,7 @@ fn open_image(
             Arc::new(luks::Luks::open(storage, &options)?)
         }
         Format::Parallels => Arc::new(Parallels::open(storage)?),
+        Format::Vmdk => return Err(Error::invalid("a vmdk image may have several files")),
         Format::Null => {
             return Err(Error::invalid("null is no format of a file: say null:SIZE"));
         }
@@ -657,7 +712,7 @@ fn verify(parent: &Parent, layer: &Layer) -> Result<()> {
     if !parent.unique_ids.is_empty() && found.is_none_or(|id| !parent.unique_ids.contains(&id)) {
         let show = |id: [u8; 16]| match layer.format {
             Format::Vhdx => vhdx::Guid(id).to_string(),
-            _ => vhd::UniqueId(id).to_string(),
+            _ => shown_id(&id),
         };
         let meant: Vec<String> = parent.unique_ids.iter().copied().map(show).collect();
         return Err(Error::corrupt(format!(
@@ -677,6 +732,14 @@ fn verify(parent: &Parent, layer: &Layer) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// An [`Image::unique_id`] as people know it.
+fn shown_id(id: &[u8; 16]) -> String {
+    match vmdk::cid_of(id) {
+        Some(cid) => format!("{cid:08x} (CID)"),
+        None => vhd::UniqueId(*id).to_string(),
+    }
 }
 
 /// The file that `name`, stored in the image at `above`, may mean, or why it may not.
@@ -810,7 +873,7 @@ mod tests {
         let error = recorded(top, "b", None).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Denied);
         assert!(error.to_string().contains("rebase -u -b 'b'"), "{error}");
-        let error = recorded(top, "b", Some("vmdk")).unwrap_err();
+        let error = recorded(top, "b", Some("dmg")).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
     }
 }

@@ -20,6 +20,8 @@ pub(crate) struct Committer {
     pending: u32,
     /// The stage's writes are down and its barrier is at the engine.
     barrier: bool,
+    /// Files of which the barrier was issued.
+    synced: usize,
     error: Option<GuestError>,
 }
 
@@ -80,6 +82,7 @@ impl DiskQueue {
             stage: 0,
             pending: 0,
             barrier: false,
+            synced: 0,
             error: None,
         });
         self.pump_commit(engine);
@@ -115,33 +118,31 @@ impl DiskQueue {
                 let (offset, len) = (write.offset.0, write.len as u64);
                 let place = Place { file, offset, len };
                 self.issue(engine, sub, Purpose::Commit, IoOp::Write, place, None);
-            } else if c.pending > 0 {
+            } else if !c.barrier && c.pending > 0 {
                 return;
-            } else if c.barrier {
-                c.barrier = false;
-                c.stage += 1;
-                c.next = c.run.stages.get(c.stage).map_or(0, |s| s.first);
-            } else {
-                let files = self.files[0].len();
-                if self.subs_free.len() < self.fills_in_use + files {
+            } else if c.synced < self.files[0].len() {
+                // An image may have more files than there are operations: the rest follows as they end.
+                if self.subs_free.len() <= self.fills_in_use {
                     return;
                 }
                 c.barrier = true;
-                c.pending += files as u32;
-                for at in 0..files {
-                    let Some(sub) = self.take_sub() else { return };
-                    let file = self.files[0][at];
-                    let place = Place {
-                        file,
-                        offset: 0,
-                        len: 0,
-                    };
-                    self.stats.barrier();
-                    self.issue(engine, sub, Purpose::Commit, IoOp::Sync, place, None);
-                }
-                if files > 0 {
-                    return;
-                }
+                let file = self.files[0][c.synced];
+                c.synced += 1;
+                c.pending += 1;
+                let Some(sub) = self.take_sub() else { return };
+                let place = Place {
+                    file,
+                    offset: 0,
+                    len: 0,
+                };
+                self.stats.barrier();
+                self.issue(engine, sub, Purpose::Commit, IoOp::Sync, place, None);
+            } else if c.pending > 0 {
+                return;
+            } else {
+                (c.barrier, c.synced) = (false, 0);
+                c.stage += 1;
+                c.next = c.run.stages.get(c.stage).map_or(0, |s| s.first);
             }
         }
     }

@@ -102,9 +102,9 @@ fn refuses_names_that_are_no_files_below() {
         ),
         (
             "base.raw",
-            Some("vmdk"),
+            Some("dmg"),
             ErrorKind::Unsupported,
-            "'vmdk' is not supported",
+            "'dmg' is not supported",
         ),
         (
             "link",

@@ -34,9 +34,10 @@ use crate::Encryption;
 use block::{GuestOffset, HostOffset, Result, Storage, Zeroed};
 use std::fmt::Debug;
 
-/// Which of an image's files: 0 is the image file itself, 1 an external data file.
+/// Which of an image's files: 0 is the image file itself, 1 an external data file; or those that a descriptor names, from
+/// 1 on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
-pub struct FileId(pub u8);
+pub struct FileId(pub u16);
 
 impl FileId {
     /// The image file itself.
@@ -309,6 +310,17 @@ impl FlushRun {
             start,
             len: bytes.len(),
         });
+    }
+
+    /// Ends the only stage. `ordered`: a barrier comes before it, for what must be durable first; else it may be empty, and
+    /// is the barrier alone.
+    pub(crate) fn seal_ordered(&mut self, ordered: bool) {
+        if ordered {
+            self.stages.push(Stage { first: 0, end: 0 });
+        }
+        if !ordered || !self.writes.is_empty() {
+            self.seal();
+        }
     }
 
     /// Ends a stage: everything pushed since the last call, then a barrier.

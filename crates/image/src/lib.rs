@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod appended;
 mod contract;
 mod encryption;
 pub mod luks;
@@ -15,9 +16,11 @@ mod probe;
 pub mod qcow2;
 pub mod qed;
 mod raw;
+mod sequential;
 pub mod vdi;
 pub mod vhd;
 pub mod vhdx;
+pub mod vmdk;
 mod words;
 
 pub use contract::{
@@ -30,3 +33,4 @@ pub use null::Null;
 pub use parallels::Parallels;
 pub use probe::{Format, PROBE_BYTES, probe, probe_bytes};
 pub use raw::Raw;
+pub use sequential::{Pack, Sequential};

@@ -4,7 +4,7 @@
 //! a guest writes what it likes at the start of a raw disk, another format's header included,
 //! so raw has to be said by the user or by the image that names the file.
 
-use crate::{luks, parallels, vdi, vhd, vhdx};
+use crate::{luks, parallels, vdi, vhd, vhdx, vmdk};
 use block::{Error, ErrorKind, Result, Storage};
 use serde::Serialize;
 use std::{fmt, str::FromStr};
@@ -21,6 +21,8 @@ pub enum Format {
     Qcow2,
     /// QEMU's enhanced disk format of 2010.
     Qed,
+    /// VMware's format: a descriptor, and files with the disk in grains or as it is.
+    Vmdk,
     /// Virtual PC's, Hyper-V's and XenServer's format; QEMU calls it `vpc`.
     Vhd,
     /// Hyper-V's format since 2012.
@@ -35,7 +37,7 @@ pub enum Format {
 
 impl Format {
     /// Formats that a file can have, as messages list them.
-    pub const NAMES: &'static str = "raw, qcow2, qed, vhd, vhdx, vdi, luks or parallels";
+    pub const NAMES: &'static str = "raw, qcow2, qed, vhd, vhdx, vdi, vmdk, luks or parallels";
 
     /// The name, as after `-f`.
     pub fn name(self) -> &'static str {
@@ -49,6 +51,7 @@ impl Format {
             Format::Vdi => "vdi",
             Format::Luks => "luks",
             Format::Parallels => "parallels",
+            Format::Vmdk => "vmdk",
         }
     }
 
@@ -80,6 +83,7 @@ impl FromStr for Format {
             "vdi" => Ok(Format::Vdi),
             "luks" => Ok(Format::Luks),
             "parallels" => Ok(Format::Parallels),
+            "vmdk" => Ok(Format::Vmdk),
             _ => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
@@ -93,7 +97,7 @@ impl FromStr for Format {
 }
 
 /// Bytes from the start of a file that [`probe_bytes`] wants to see.
-pub const PROBE_BYTES: usize = vdi::MAGIC_AT + vdi::MAGIC.len();
+pub const PROBE_BYTES: usize = 512;
 
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
@@ -119,6 +123,12 @@ pub fn probe_bytes(start: &[u8]) -> Option<Format> {
     if start.starts_with(&luks::MAGIC) {
         return Some(Format::Luks);
     }
+    if start.starts_with(&vmdk::MAGIC) || start.starts_with(&vmdk::COWD_MAGIC) {
+        return Some(Format::Vmdk);
+    }
+    if vmdk::Descriptor::shows(start) {
+        return Some(Format::Vmdk);
+    }
     let version = start.get(4..8)?;
     if start.starts_with(&crate::qed::MAGIC) {
         return Some(Format::Qed);
@@ -135,9 +145,10 @@ pub fn probe_bytes(start: &[u8]) -> Option<Format> {
 /// with such bytes at its end; and what reading the file fails with.
 pub fn probe(file: &dyn Storage) -> Result<Option<Format>> {
     let mut start = [0; PROBE_BYTES];
+    // At most the array's.
     let there = file.len()?.min(PROBE_BYTES as u64) as usize;
     let start = start.get_mut(..there).unwrap_or_default();
-    if start.len() < 8 {
+    if start.is_empty() {
         return Ok(None);
     }
     file.read_at(0, start)?;
@@ -176,15 +187,21 @@ mod tests {
             (b"WithoutFreeSpace\x02\0\0\0", Some(Format::Parallels)),
             (b"WithouFreSpacExt\x02\0\0\0", Some(Format::Parallels)),
             (b"WithouFreSpacExt\x03\0\0\0", None),
+            (b"KDMV\x01\0\0\0", Some(Format::Vmdk)),
+            (b"COWD\x01\0\0\0", Some(Format::Vmdk)),
+            (b"# Disk DescriptorFile\n", Some(Format::Vmdk)),
+            (b"# a script\nversion=1\n", Some(Format::Vmdk)),
+            (b"# a script\necho version=1\n", None),
             (b"", None),
             (b"QFI\xfb\0\0\0\x03 and so on, with other bytes where a VDI image has its signature", Some(Format::Qcow2)),
         ] {
             assert_eq!(probe_bytes(start), format, "{start:?}");
         }
         let mut vdi = [0; PROBE_BYTES];
-        vdi[vdi::MAGIC_AT..].copy_from_slice(&vdi::MAGIC);
+        let end = vdi::MAGIC_AT + vdi::MAGIC.len();
+        vdi[vdi::MAGIC_AT..end].copy_from_slice(&vdi::MAGIC);
         assert_eq!(probe_bytes(&vdi), Some(Format::Vdi));
-        assert_eq!(probe_bytes(&vdi[..PROBE_BYTES - 1]), None);
+        assert_eq!(probe_bytes(&vdi[..end - 1]), None);
     }
 
     #[test]
@@ -198,14 +215,15 @@ mod tests {
             Format::Vdi,
             Format::Luks,
             Format::Parallels,
+            Format::Vmdk,
         ] {
             assert_eq!(format.qemu_name().parse::<Format>().unwrap(), format);
             assert_eq!(format.name().parse::<Format>().unwrap(), format);
         }
-        let error = "vmdk".parse::<Format>().unwrap_err().to_string();
+        let error = "dmg".parse::<Format>().unwrap_err().to_string();
         assert_eq!(
             error,
-            format!("format 'vmdk' is not supported: {}", Format::NAMES)
+            format!("format 'dmg' is not supported: {}", Format::NAMES)
         );
     }
 }

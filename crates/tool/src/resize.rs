@@ -50,6 +50,7 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
         Format::Vhd
         | Format::Vhdx
         | Format::Vdi
+        | Format::Vmdk
         | Format::Luks
         | Format::Parallels
         | Format::Null => member.image.size(),
@@ -62,6 +63,11 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
     {
         return Err(Error::unsupported(format!(
             "{name}: a {format} image cannot shrink: convert it into a smaller one"
+        )));
+    }
+    if format == Format::Vmdk {
+        return Err(Error::unsupported(format!(
+            "{name}: a vmdk image cannot be resized: convert it into another one"
         )));
     }
     permit(old, options).context(|| &name)?;
@@ -82,9 +88,9 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
         Format::Vhd => grow_vhd(members, &**file, old, options).context(|| &name)?,
         Format::Vhdx => grow_vhdx(members, &**file, old, options).context(|| &name)?,
         Format::Vdi => grow_vdi(&**file, options).context(|| &name)?,
-        Format::Null => {
+        Format::Vmdk | Format::Null => {
             return Err(Error::invalid(format!(
-                "{name}: null has the size that it is given"
+                "{name}: {format} has the size that it is given"
             )));
         }
     }

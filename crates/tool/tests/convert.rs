@@ -85,7 +85,6 @@ fn pack(
     let file = io::File::create_new(target, &open).unwrap();
     let target = Target::Compressed {
         writer: Box::new(ImageWriter::new(&*file, options).unwrap()),
-        compression: options.compression,
     };
     let options = ConvertOptions {
         base: base.as_ref(),
@@ -311,7 +310,6 @@ fn a_target_that_fails_is_no_image() {
         writer: Box::new(
             ImageWriter::new(&*file, &options(MIB / 2, 65536, Compression::Zlib)).unwrap(),
         ),
-        compression: Compression::Zlib,
     };
     let options = ConvertOptions {
         base: None,
@@ -342,7 +340,6 @@ fn a_target_that_fails_is_no_image() {
     let file = io::File::create_new(&target, &io::OpenOptions::default()).unwrap();
     let image = Target::Compressed {
         writer: Box::new(ImageWriter::new(&*file, &full).unwrap()),
-        compression: Compression::Zlib,
     };
     let error = run(&source, image, &options).unwrap_err();
     assert!(error.to_string().contains("L2 entry"), "{error}");

@@ -69,14 +69,24 @@ pub fn run(args: &Check) -> Result<u8> {
         Repair::No => Access::reading(args.force_share),
         _ => Access::Write,
     };
-    let (storage, format) = open::file(&name, access, &args.objects)?;
+    let (mut storage, format) = open::file(&name, access, &args.objects)?;
     let options = CheckOptions {
         repair,
         ..CheckOptions::default()
     };
     let could_not =
         |error: block::Error| anyhow!("Could not open '{file}': {}", open::explain(file, &error));
-    let report = crate::check::of(&*storage, format, &options).map_err(could_not)?;
+    let report = match format {
+        Format::Vmdk => {
+            // With the lock that all of its files get.
+            let path = storage.path().to_owned();
+            drop(storage);
+            let report = crate::check::vmdk_image(&path, access, &options)?;
+            storage = crate::open::file(&path, Access::ReadUnlocked)?;
+            Some(report)
+        }
+        _ => crate::check::of(&*storage, format, &options).map_err(could_not)?,
+    };
     let Some(mut report) = report else {
         super::complain(&anyhow!("This image format does not support checks"));
         return Ok(NO_CHECKS);

@@ -211,7 +211,8 @@ pub fn run(args: &Convert) -> Result<u8> {
         rate: numbers.rate,
         progress: args.progress && !args.quiet,
     };
-    match options.filter(|_| args.compress) {
+    let packs = |options: &Options| args.compress || options.packs_always(format);
+    match options.filter(packs) {
         Some(options) => compressed(copy, &options)?,
         None if args.compress => bail!(
             "Compressed clusters are written to new images only: leave out -n, or -c (diskplane's qemu-img)"
@@ -412,7 +413,8 @@ fn backing(args: &Convert, said: &Said, file: &str) -> Result<Option<Chain>> {
 }
 
 fn refuse_compressed(format: Format, said: &Said) -> Result<()> {
-    if format != Format::Qcow2 {
+    let streams = format == Format::Vmdk && said.get("subformat") == Some("streamOptimized");
+    if format != Format::Qcow2 && !streams {
         bail!("Compression not supported for this file format");
     }
     if said.get("encrypt.format").is_some() || said.get("encryption").is_some() {
@@ -480,7 +482,7 @@ fn made(args: &Convert, file: &str, format: Format, said: &Said) -> Result<Optio
         )
     };
     let options = create::options_of(format, said, &args.objects, file).map_err(failed)?;
-    if !args.compress {
+    if !args.compress && !options.packs_always(format) {
         create::write(file, format, &options).map_err(failed)?;
     }
     Ok(options)
@@ -528,8 +530,7 @@ fn compressed(copy: Copy<'_>, options: &Options) -> Result<()> {
         bail!("Compression and preallocation not supported at the same time");
     }
     let target = Target::Compressed {
-        writer: Box::new(qcow2::ImageWriter::new(&*file, &options.qcow2)?),
-        compression: options.qcow2.compression,
+        writer: options.sequential(copy.format, &*file)?,
     };
     work(copy.source, target, &copy.options, copy.rate, copy.progress)
 }

@@ -259,6 +259,9 @@ pub fn options_of(format: Format, said: &Said, objects: &Objects, file: &str) ->
         options.set_backing(format, path(file), name, below.unwrap_or(Format::Raw))?;
     }
     options.qcow2.size = size;
+    if format == Format::Vmdk {
+        options.vmdk.name = crate::create::file_name(Path::new(file))?;
+    }
     if format == Format::Qcow2 {
         options.choose();
     }

@@ -15,7 +15,7 @@
 
 use super::create::{CreateOptions, encode, forget};
 use super::entry::{COMPRESSED, COPIED, HOST_END_MAX, SECTOR, ZERO};
-use super::{HOST_OFFSET_END, Header, REFCOUNT_TABLE_BYTES_MAX};
+use super::{Compression, HOST_OFFSET_END, Header, REFCOUNT_TABLE_BYTES_MAX};
 use block::{Context, Error, ErrorKind, Result, Storage, size};
 use std::collections::BTreeMap;
 
@@ -36,6 +36,7 @@ struct Tail {
 pub struct ImageWriter<'a> {
     storage: &'a dyn Storage,
     header: Header,
+    compression: Compression,
     has_backing: bool,
     /// First cluster that nothing was put into.
     end: u64,
@@ -79,6 +80,7 @@ impl<'a> ImageWriter<'a> {
         forget(storage, cluster).context(|| storage.name())?;
         let mut writer = Self {
             storage,
+            compression: options.compression,
             has_backing: options.backing.is_some(),
             end: 0,
             buffer: Vec::new(),
@@ -97,6 +99,11 @@ impl<'a> ImageWriter<'a> {
         // The header's own cluster.
         writer.append(1)?;
         Ok(writer)
+    }
+
+    /// How its clusters are to be compressed.
+    pub fn compression(&self) -> Compression {
+        self.compression
     }
 
     /// Bytes of a cluster.

@@ -37,7 +37,12 @@ impl Vdi {
                 let entry = entry.load(Ordering::Acquire);
                 run.bytes.extend_from_slice(&entry.to_le_bytes());
             }
-            extend(run, self.map_offset + sector as u64 * 512, start);
+            extend(
+                run,
+                FileId::IMAGE,
+                self.map_offset + sector as u64 * 512,
+                start,
+            );
         });
         run.seal();
     }

@@ -101,7 +101,12 @@ impl Vhdx {
         };
         let start = run.bytes.len();
         entry.put(&st.logging, &mut run.bytes);
-        extend(run, header.log_offset + u64::from(entry.at), start);
+        extend(
+            run,
+            FileId::IMAGE,
+            header.log_offset + u64::from(entry.at),
+            start,
+        );
     }
 
     pub(super) fn finish_flush(&self, st: &mut State, ok: bool) {
@@ -167,7 +172,7 @@ impl Vhdx {
             }
             self.begin_flush(&mut st, &mut run);
             drop(st);
-            let written = carry_out(storage, &run);
+            let written = carry_out(&[storage], &run);
             self.finish_flush(&mut self.lock(), written.is_ok());
             written?;
         }

@@ -51,6 +51,7 @@ mod tally;
 pub mod vdi;
 pub mod vhd;
 pub mod vhdx;
+pub mod vmdk;
 mod walk;
 
 pub use source::{FileSource, Source};

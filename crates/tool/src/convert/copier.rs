@@ -6,7 +6,7 @@ use super::{ConvertOptions, Piece, Report, Unit};
 use crate::work::{Stop, Work};
 use block::{Error, Result};
 use disk::blocking;
-use image::qcow2::Compressor;
+use image::Pack;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -16,13 +16,13 @@ pub(super) struct Hands {
     piece: Piece,
     /// What the base has there.
     below: Vec<u8>,
-    compressor: Option<Compressor>,
+    compressor: Option<Box<dyn Pack>>,
     packed: Vec<u8>,
     jobs: Vec<Job>,
 }
 
 impl Hands {
-    pub fn new(unit: u64, compressor: Option<Compressor>) -> Self {
+    pub fn new(unit: u64, compressor: Option<Box<dyn Pack>>) -> Self {
         Self {
             piece: Piece::new(unit),
             below: Vec::new(),
@@ -164,7 +164,7 @@ impl<'a, 'w> Crew<'a, 'w> {
         if piece.in_bytes {
             self.read(piece, &mut hands.below)?;
             if let Some(compressor) = &mut hands.compressor {
-                pack(piece, self.unit, compressor, &mut hands.packed);
+                pack(piece, self.unit, &mut **compressor, &mut hands.packed);
             }
         }
         let mut report = Report::default();
@@ -368,7 +368,7 @@ impl Drop for Watch<'_, '_, '_> {
 }
 
 /// Compresses what is data.
-fn pack(piece: &mut Piece, unit: u64, compressor: &mut Compressor, packed: &mut Vec<u8>) {
+fn pack(piece: &mut Piece, unit: u64, compressor: &mut dyn Pack, packed: &mut Vec<u8>) {
     let mut units = std::mem::take(&mut piece.units);
     let len = piece.len.next_multiple_of(unit) as usize;
     let mut all = std::mem::take(&mut piece.packed);

@@ -30,7 +30,6 @@ use copier::{Crew, Hands};
 use disk::Chain;
 use disk::blocking::Fragment;
 use feed::Feed;
-use image::qcow2::Compressor;
 use io::memory::AlignedBuf;
 use std::thread;
 
@@ -198,15 +197,13 @@ pub fn convert(
     }
     let unit = target.unit(options.sparse);
     let base = options.base.map(Source::new).transpose()?;
-    let compression = target.compression();
-    let double = base.is_some() || compression.is_some();
+    let double = base.is_some() || target.is_sequential();
     let copiers = copiers(options.workers, unit, double);
     let mut feed = Feed::new(source, base, unit, options.sparse);
     feed.offload = options.offload && target.takes_offload();
     let mut hands = Vec::with_capacity(copiers);
     for _ in 0..copiers {
-        let compressor = compression.map(Compressor::new).transpose()?;
-        hands.push(Hands::new(unit, compressor));
+        hands.push(Hands::new(unit, target.packer()?));
     }
     let crew = Crew::new(feed, target, options, work);
     thread::scope(|scope| {

@@ -3,8 +3,7 @@
 use super::{Piece, Report, SPARSE_BYTES, Unit};
 use block::{Context, Error, HostOffset, Result, Storage};
 use disk::blocking::{Driver, Placed};
-use image::ExtentKind;
-use image::qcow2::{Compression, ImageWriter};
+use image::{ExtentKind, Pack, Sequential};
 use rustix::io::Errno;
 
 /// Smallest unit of a target without clusters.
@@ -29,9 +28,7 @@ pub enum Target<'a> {
     /// A new image, with compressed clusters where that makes them smaller.
     Compressed {
         /// It, with nothing put into it.
-        writer: Box<ImageWriter<'a>>,
-        /// How.
-        compression: Compression,
+        writer: Box<dyn Sequential + 'a>,
     },
 }
 
@@ -53,14 +50,14 @@ impl Target<'_> {
         };
         match self {
             Target::Image { cluster_size, .. } => (*cluster_size).max(smallest),
-            Target::Compressed { writer, .. } => writer.cluster_size(),
+            Target::Compressed { writer } => writer.cluster_size(),
         }
     }
 
     pub(super) fn size(&self) -> u64 {
         match self {
             Target::Image { driver, .. } => driver.size(),
-            Target::Compressed { writer, .. } => writer.clusters() * writer.cluster_size(),
+            Target::Compressed { writer } => writer.clusters() * writer.cluster_size(),
         }
     }
 
@@ -77,11 +74,11 @@ impl Target<'_> {
         matches!(self, Target::Compressed { .. })
     }
 
-    /// How its clusters are compressed, if they are.
-    pub(super) fn compression(&self) -> Option<Compression> {
+    /// What packs its clusters, if they are compressed.
+    pub(super) fn packer(&self) -> Result<Option<Box<dyn Pack>>> {
         match self {
-            Target::Image { .. } => None,
-            Target::Compressed { compression, .. } => Some(*compression),
+            Target::Image { .. } => Ok(None),
+            Target::Compressed { writer } => writer.packer().map(Some),
         }
     }
 
@@ -153,7 +150,7 @@ impl Target<'_> {
                     report.compressed_bytes += size as u64;
                     let (this, rest) = packed.split_at(size.min(packed.len()));
                     packed = rest;
-                    if let Target::Compressed { writer, .. } = self {
+                    if let Target::Compressed { writer } = self {
                         writer.put_compressed(guest / unit, this)?;
                     }
                 }
@@ -214,7 +211,7 @@ impl Target<'_> {
     }
 
     fn put_plain(&mut self, at: u64, len: u64, bytes: &[u8]) -> Result<()> {
-        let Target::Compressed { writer, .. } = self else {
+        let Target::Compressed { writer } = self else {
             return Ok(());
         };
         let cluster = writer.cluster_size();
@@ -235,7 +232,7 @@ impl Target<'_> {
                 ..
             } if !driver.has_backing() => clear(driver, at, len),
             Target::Image { driver, .. } => driver.write_zeroes(at, len, true),
-            Target::Compressed { writer, .. } => {
+            Target::Compressed { writer } => {
                 if !writer.has_backing() {
                     return Ok(());
                 }
@@ -280,7 +277,7 @@ impl Target<'_> {
     fn has_base(&self) -> bool {
         match self {
             Target::Image { driver, .. } => driver.has_backing(),
-            Target::Compressed { writer, .. } => writer.has_backing(),
+            Target::Compressed { writer } => writer.has_backing(),
         }
     }
 
@@ -294,7 +291,7 @@ impl Target<'_> {
     pub(super) fn close(self) -> Result<()> {
         match self {
             Target::Image { driver, .. } => driver.flush(),
-            Target::Compressed { writer, .. } => writer.finish(),
+            Target::Compressed { writer } => writer.finish(),
         }
     }
 }
