@@ -168,11 +168,21 @@ pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
     print(args, &copied?)
 }
 
+/// How the host caches the target. Past the page cache is faster, and leaves that to others. What `--resume` goes on
+/// with goes through it: only there a failed sync is remembered, after which nothing of the file is believed.
+fn cache(args: &Arguments) -> Cache {
+    let usual = match args.resume {
+        true => Cache::Writeback,
+        false => Cache::None,
+    };
+    args.moving.cache.unwrap_or(usual)
+}
+
 /// How many pieces are copied at a time. Those that go to the disk wait for it; those that go to memory, or are
 /// compressed, take a core each, and more of them would wait for one another.
 fn workers(args: &Arguments) -> usize {
     let cores = thread::available_parallelism().map_or(1, |n| n.get().min(WORKERS_MAX));
-    match !args.compress && args.moving.cache.is_none_or(Cache::direct) {
+    match !args.compress && cache(args).direct() {
         true => cores.max(WORKERS),
         false => cores,
     }
@@ -311,7 +321,7 @@ impl Copying<'_> {
     ) -> Result<Chain> {
         let options = ChainOptions {
             format,
-            cache: self.cache(),
+            cache: cache(self.args),
             // Unless it was asked for: what matters is that it is on the disk in the end.
             direct_fallback: self.args.moving.cache.is_none(),
             allow_backing: self.args.moving.allow_backing.clone(),
@@ -349,11 +359,6 @@ impl Copying<'_> {
             Err(error) => Err(error.into()),
             Ok(report) => driver.close().map(|()| report).map_err(Into::into),
         }
-    }
-
-    /// How the host caches the target. Past the page cache is faster, and leaves that to others.
-    fn cache(&self) -> Cache {
-        self.args.moving.cache.unwrap_or(Cache::None)
     }
 
     /// The bitmaps that are to be copied; nothing is done where that cannot be.

@@ -14,7 +14,7 @@ pub struct Moving {
     #[arg(short, long, value_name = "SIZE", value_parser = rate)]
     pub rate: Option<u64>,
     /// How the host caches what is written: none, writeback, writethrough, directsync or unsafe [default: writeback;
-    /// convert: none, where the file system can]
+    /// convert: none, where the file system can, but with --resume]
     #[arg(short = 't', long, value_name = "MODE", value_parser = str::parse::<Cache>)]
     pub cache: Option<Cache>,
     /// Show progress also where stderr is no terminal
