@@ -57,7 +57,7 @@ pub struct Convert {
     /// Format of SRC [default: known by its magic, else raw]
     #[arg(short = 'f', long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
-    /// Format of DST: raw, qcow2, qed, vhd or vhdx [default: by DST's extension, .qcow2, .qed, .vhd, .vhdx, .raw or .img]
+    /// Format of DST: raw, qcow2, qed, vhd, vhdx, vdi or luks [default: by DST's extension, .qcow2, .qed, .vhd, .vhdx, .raw or .img]
     #[arg(short = 'O', long, value_name = "FMT", value_parser = format)]
     pub target_format: Option<Format>,
     /// Options of DST's format, as key=value,…: `diskplane create -f FMT -o help FILE` lists them
