@@ -120,6 +120,22 @@ const WORKLOADS: &[Workload] = &[
         queues: &[0, 2],
     },
     Workload {
+        name: "vmdk",
+        script: "storm 40 flush=3 len=48k discard=2 unmap=2 zero=2; kill; storm 20 flush=3; crash; storm 20; close; \
+                 storm 10; crash; check leaks; storm 10",
+        images: &[
+            "vmdk cluster_size=4k",
+            "vmdk=zeroed cluster_size=64k size=4M",
+            "vmdk=zeroed+single cluster_size=4k size=2M junk=64k",
+            "vmdk cluster_size=8k over vmdk=zeroed cluster_size=4k size=600k",
+            "vmdk=zeroed cluster_size=4k over vmdk=single cluster_size=64k size=700k",
+            "vmdk=split cluster_size=4k size=2M",
+            "vmdk=zeroed+single+split cluster_size=16k",
+            "cluster_size=4k over vmdk=split cluster_size=8k size=600k",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
         name: "discard",
         script: "write 0 256k; flush; storm 80 discard=6 unmap=6 flush=4 len=64k; discard 0 256k; storm 20",
         images: &[
@@ -514,7 +530,7 @@ impl Case {
     /// Disks that its image and what it refers to lie on.
     pub fn disks(&self) -> usize {
         let spec = self.plan(0).spec;
-        spec.chain().count() + usize::from(spec.create.data_file.is_some())
+        spec.chain().map(|image| 1 + image.parts().len()).sum()
     }
 
     /// How to carry it out.

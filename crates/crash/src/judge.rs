@@ -1,13 +1,15 @@
 //! Whether what a crash left is sound.
 
 use crate::model::{Allowed, Model, SECTOR};
+use crate::spec::Spec;
+use crate::vmdk;
 use crate::world::World;
 use block::Storage;
 use image::qcow2::{Header, bitmap, features, snapshot};
 use image::{Format, qed, vdi};
 use io::{SimDisk, SimOptions};
-use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use testkit::TempDir;
 use testkit::command::run;
 use tool::check::{CheckOptions, Repair, Report, mend_dirty};
@@ -53,7 +55,10 @@ impl Judge {
         if look != Look::Quick {
             check_below(world)?;
         }
-        if matches!(format, Format::Vhd | Format::Vhdx | Format::Vdi) {
+        if matches!(
+            format,
+            Format::Vhd | Format::Vhdx | Format::Vdi | Format::Vmdk
+        ) {
             return self.judge_growing(world, model, allowed, look);
         }
         if format == Format::Qed {
@@ -101,10 +106,7 @@ impl Judge {
     /// qemu brings an image with the dirty bit in order, and it reads as before then.
     fn peer_mends(&self, world: &World, before: &[u8]) -> Result<(), String> {
         let path = self.dir.path("dirty.qcow2");
-        std::fs::write(&path, world.image().bytes()).map_err(|e| e.to_string())?;
-        for (name, disk) in world.others() {
-            std::fs::write(self.dir.path(&name), disk.bytes()).map_err(|e| e.to_string())?;
-        }
+        self.write_files(world, "dirty.qcow2")?;
         run(Command::new("qemu-img")
             .args(["check", "-q", "-f", "qcow2", "-r", "all", "dirty.qcow2"])
             .current_dir(self.dir.root()));
@@ -150,8 +152,8 @@ impl Judge {
         Ok(())
     }
 
-    /// A VHD, VHDX or VDI image is sound as it is; QEMU reads it, but knows of no parents of VHD images, and of VDI images only
-    /// those with blocks of 1 MiB.
+    /// A VHD, VHDX, VDI or VMDK image is sound as it is; QEMU reads it, but knows of no parents of VHD images, and of VDI images
+    /// only those with blocks of 1 MiB.
     fn judge_growing(
         &self,
         world: &World,
@@ -165,11 +167,14 @@ impl Judge {
         let format = world.spec.format();
         let peer = match format {
             Format::Vdi => world.spec.create.cluster_size == u64::from(vdi::BLOCK_BYTES),
+            Format::Vmdk => true,
             _ => world.spec.below.is_none(),
         };
         if look != Look::Quick && peer {
-            let path = self.dir.path("image.qcow2");
-            std::fs::write(&path, world.image().bytes()).map_err(|e| e.to_string())?;
+            match format {
+                Format::Vmdk => self.peer(world, format)?,
+                _ => self.write_files(world, "image.qcow2")?,
+            }
             if format == Format::Vhdx {
                 // It only reads what has no log.
                 run(Command::new("qemu-img")
@@ -196,7 +201,7 @@ impl Judge {
             if read != bytes {
                 return Err("mended, it reads otherwise".to_owned());
             }
-            // Holes between the blocks of a VDI image are left to new blocks.
+            // Holes between the blocks of a VDI image are left to new blocks; nobody reads the redundant tables of a VMDK one.
             let leaks = |world: &World| match (format, check_growing(world, Repair::No)?) {
                 (_, 0) => Ok(()),
                 (_, leaks) => Err(format!("{leaks} leaks")),
@@ -204,7 +209,7 @@ impl Judge {
             leaks(&mended).map_err(after)?;
             let world = go_on_writing(world, model, allowed)?;
             let copy = world.copy();
-            if format == Format::Vdi {
+            if matches!(format, Format::Vdi | Format::Vmdk) {
                 check_growing(&copy, Repair::Leaks).map_err(after)?;
             }
             leaks(&copy).map_err(after)?;
@@ -212,15 +217,18 @@ impl Judge {
         Ok(())
     }
 
+    /// The files for qemu, the image's first under that name.
+    fn write_files(&self, world: &World, first: &str) -> Result<(), String> {
+        let first = (first.to_owned(), world.image());
+        for (name, disk) in std::iter::once(first).chain(world.others()) {
+            std::fs::write(self.dir.path(&name), disk.bytes()).map_err(|e| e.to_string())?;
+        }
+        Ok(())
+    }
+
     /// The image as `qemu-img check` finds it: no errors, but leaks perhaps.
     fn peer(&self, world: &World, format: Format) -> Result<(), String> {
-        let path = self.dir.path("image.qcow2");
-        let write =
-            |path: &Path, bytes: &[u8]| std::fs::write(path, bytes).map_err(|e| e.to_string());
-        write(&path, &world.image().bytes())?;
-        for (name, disk) in world.others() {
-            write(&self.dir.path(&name), &disk.bytes())?;
-        }
+        self.write_files(world, "image.qcow2")?;
         let output = Command::new("qemu-img")
             .args(["check", "-f", format.name()])
             // A data file's name starts where qemu-img is run.
@@ -304,14 +312,11 @@ fn check_below(world: &World) -> Result<(), String> {
     for (spec, disks) in world.images().skip(1) {
         let file: &dyn Storage = &*disks[0];
         let options = CheckOptions::default();
-        let report = match spec.format() {
-            Format::Qcow2 if is_dirty(file).map_err(|e| e.to_string())? => continue,
-            Format::Qcow2 => tool::check::check(file, &options),
-            Format::Qed => tool::check::qed::check(file, &options),
-            Format::Vhd => tool::check::vhd::check(file, &options),
-            Format::Vdi => tool::check::vdi::check(file, &options),
-            _ => continue,
-        };
+        let dirty = |file| is_dirty(file).map_err(|e| e.to_string());
+        if spec.raw || spec.format() == Format::Qcow2 && dirty(file)? {
+            continue;
+        }
+        let report = check_image(spec, disks, &options);
         let report = report.map_err(|e| format!("below: {e}"))?;
         if report.corruptions + report.check_errors > 0 {
             return Err(format!("below: {:?}", report.findings));
@@ -379,17 +384,38 @@ pub fn is_dirty(storage: &dyn Storage) -> block::Result<bool> {
     Ok(Header::read(storage)?.incompatible & features::DIRTY != 0)
 }
 
-/// Our check of a VHD, VHDX or VDI image: no errors, but leaks perhaps. How many.
+/// Our check of the image `spec`, whose files come first in `disks`.
+///
+/// # Errors
+///
+/// What the check fails with.
+pub fn check_image(
+    spec: &Spec,
+    disks: &[Arc<SimDisk>],
+    options: &CheckOptions,
+) -> block::Result<Report> {
+    let file: &dyn Storage = &*disks[0];
+    match spec.format() {
+        Format::Qed => tool::check::qed::check(file, options),
+        Format::Vhd => tool::check::vhd::check(file, options),
+        Format::Vhdx => tool::check::vhdx::check(file, options),
+        Format::Vdi => tool::check::vdi::check(file, options),
+        Format::Vmdk => {
+            let own = disks.iter().take(1 + spec.parts().len());
+            let files: Vec<&dyn Storage> = own.map(|disk| &**disk as _).collect();
+            vmdk::check(&files, options)
+        }
+        _ => tool::check::check(file, options),
+    }
+}
+
+/// Our check of a VHD, VHDX, VDI or VMDK image: no errors, but leaks perhaps. How many.
 fn check_growing(world: &World, repair: Repair) -> Result<u64, String> {
     let options = CheckOptions {
         repair,
         ..CheckOptions::default()
     };
-    let report = match world.spec.format() {
-        Format::Vdi => tool::check::vdi::check(&**world.image(), &options),
-        Format::Vhdx => tool::check::vhdx::check(&**world.image(), &options),
-        _ => tool::check::vhd::check(&**world.image(), &options),
-    };
+    let report = check_image(&world.spec, &world.disks, &options);
     let report = report.map_err(|e| format!("check: {e}"))?;
     match report.corruptions + report.check_errors {
         0 => Ok(report.leaks),

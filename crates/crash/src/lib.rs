@@ -18,6 +18,7 @@
 //! | [`states`] | what disks may hold after a crash |
 //! | [`judge`] | whether that is sound |
 //! | [`mutant`] | images that break the rules, to see that they are caught |
+//! | [`vmdk`] | VMDK images of few sectors, of one file and of several |
 //! | [`cases`] | workloads × images × ways to drive them; [`cases::Case::replay`] prints how to see a failure again |
 //!
 //! A failure prints its seed, its state, and the command that shows it again. Where a test fails with its seed only:
@@ -36,6 +37,7 @@ pub mod run;
 pub mod script;
 pub mod spec;
 pub mod states;
+pub mod vmdk;
 pub mod whole;
 pub mod world;
 

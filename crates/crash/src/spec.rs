@@ -2,15 +2,16 @@
 //!
 //! ```text
 //!   size=1M cluster_size=4k refcount_bits=1 compat=0.10 extended_l2 lazy_refcounts zstd backing junk=256k
-//!   qed qed=2 vhd vhd=fixed vhdx vhdx=fixed vdi vdi=static data_file data_file_raw luks filled compressed over cluster_size=64k size=700k compressed over raw
+//!   qed qed=2 vhd vhd=fixed vhdx vhdx=fixed vdi vdi=static vmdk vmdk=zeroed+single+split data_file data_file_raw luks filled compressed over cluster_size=64k size=700k compressed over raw
 //! ```
 //!
 //! `qed` is a QED image, with tables of so many clusters; `vhd` a VHD image with blocks of the cluster size, over
-//! another a differencing one; `vdi` a VDI image likewise, over nothing. With `data_file` the guest's data are in a file of their own, with `luks` they are encrypted. `filled` and
+//! another a differencing one; `vdi` a VDI image likewise, over nothing; `vmdk` one with grains of that size ([`vmdk`]). With `data_file` the guest's data are in a file of their own, with `luks` they are encrypted. `filled` and
 //! `compressed` images hold something from the beginning, as it is or compressed where that makes it smaller.
 //! `over` begins the words of the image below, which is filled and may be `raw`; `backing` is a raw one that is a little
 //! shorter. `junk` bytes follow the last cluster, as on a device that was used before.
 
+use crate::vmdk;
 use crypto::Passphrase;
 use crypto::luks::{FormatOptions, Volume};
 use image::qcow2::{Compression, CreateOptions};
@@ -55,6 +56,8 @@ pub struct Spec {
     pub vdi: Option<vdi::ImageType>,
     /// It is a VHDX image, fixed or not; of the options only sizes count.
     pub vhdx: Option<bool>,
+    /// It is a VMDK image of that kind; of the options only sizes and the backing file count.
+    pub vmdk: Option<vmdk::Kind>,
     /// What it holds from the beginning.
     pub content: Content,
     /// The image below.
@@ -120,6 +123,7 @@ impl Spec {
             vhd: None,
             vdi: None,
             vhdx: None,
+            vmdk: None,
             content: Content::Nothing,
             below: None,
             junk: 0,
@@ -164,6 +168,7 @@ impl Spec {
                         _ => vdi::ImageType::Dynamic,
                     });
                 }
+                "vmdk" => spec.vmdk = Some(vmdk::Kind::parse(value)),
                 "vhdx" => spec.vhdx = Some(value == "fixed"),
                 "filled" => spec.content = Content::Filled,
                 "compressed" => spec.content = Content::Compressed,
@@ -190,6 +195,7 @@ impl Spec {
             Spec { vhd: Some(_), .. } => Format::Vhd,
             Spec { vhdx: Some(_), .. } => Format::Vhdx,
             Spec { vdi: Some(_), .. } => Format::Vdi,
+            Spec { vmdk: Some(_), .. } => Format::Vmdk,
             _ => Format::Qcow2,
         }
     }
@@ -260,6 +266,13 @@ impl Spec {
             table_size,
             backing: backing.map(|(name, format)| (name.clone(), format == "raw")),
         }
+    }
+
+    /// What its files beside the first are called.
+    pub fn parts(&self) -> Vec<String> {
+        let parts = self.vmdk.map_or(0, vmdk::Kind::parts);
+        let parts = (0..parts).map(|nth| format!("part{nth}"));
+        self.create.data_file.iter().cloned().chain(parts).collect()
     }
 
     /// The images of the chain, the active one first.

@@ -10,7 +10,6 @@ use crate::spec::{bytes, passphrase, second_passphrase};
 use crate::world::World;
 use block::{Error, Result, Storage};
 use crypto::luks::{self, Erase};
-use image::Format;
 use image::qcow2::bitmap::Bitmaps;
 use image::qcow2::snapshot::{self, NewSnapshot};
 use image::qcow2::{AmendOptions, Header, ImageWriter, amend, crypt, downgrade};
@@ -293,10 +292,8 @@ fn check(ground: &mut Ground, words: &[&str]) -> Result<Effect> {
         repair,
         ..CheckOptions::default()
     };
-    let report = match ground.world.spec.format() {
-        Format::Vdi => tool::check::vdi::check(ground.file(), &options)?,
-        _ => tool::check::check(ground.file(), &options)?,
-    };
+    let world = ground.world;
+    let report = judge::check_image(&world.spec, &world.disks, &options)?;
     match report.corruptions + report.check_errors {
         0 => Ok(Effect::Nothing),
         _ => Err(Error::corrupt(format!("{:?}", report.findings))),

@@ -4,7 +4,8 @@ use crate::judge::stamps;
 use crate::model::{Model, SECTOR};
 use crate::mutant::{self, Mutant};
 use crate::random::Random;
-use crate::spec::{Content, DATA, Spec, backing, passphrase};
+use crate::spec::{Content, Spec, backing, passphrase};
+use crate::vmdk;
 use block::{Context, Result, Storage};
 use disk::{Chain, Layer};
 use image::qcow2::{self, Compressor, ImageWriter};
@@ -19,7 +20,7 @@ pub struct World {
     pub spec: Spec,
     /// Numbers what happens to the disks.
     pub clock: SimClock,
-    /// The image's file; then its data file, if it has one, and the images below it.
+    /// The image's file; then its others, if it has any ([`Spec::parts`]), and the images below it.
     pub disks: Vec<Arc<SimDisk>>,
 }
 
@@ -64,16 +65,23 @@ impl World {
         };
         let image = SimDisk::new(options(label.clone(), depth as u64));
         let mut disks = vec![Arc::clone(&image)];
-        if spec.create.data_file.is_some() {
+        for (salt, name) in (77..).zip(spec.parts()) {
+            let size = match spec.create.data_file {
+                Some(_) => spec.create.size,
+                None => 0,
+            };
             disks.push(SimDisk::new(SimOptions {
-                size: spec.create.size,
-                ..options(DATA.to_owned(), 77)
+                size,
+                ..options(name, salt)
             }));
         }
+        let own = disks.len();
         let below_vhd = below.as_ref().filter(|world| world.spec.vhd.is_some());
         let below_vhd = below_vhd.map(|world| Arc::clone(world.image()));
         let below_vhdx = below.as_ref().filter(|world| world.spec.vhdx.is_some());
         let below_vhdx = below_vhdx.map(|world| Arc::clone(world.image()));
+        let below_vmdk = below.as_ref().filter(|world| world.spec.vmdk.is_some());
+        let below_vmdk = below_vmdk.map(|world| vmdk::cid(&**world.image()));
         disks.extend(below.iter().flat_map(|world| world.disks.iter().cloned()));
         let mut world = Self {
             spec: spec.clone(),
@@ -98,6 +106,8 @@ impl World {
             let parent = parent.transpose()?;
             let parent = parent.map(|layout| layout.headers.current.data_write);
             vhdx::create(&*image, &spec.vhdx(fixed, parent)?)?;
+        } else if let Some(kind) = spec.vmdk {
+            vmdk::create(spec, kind, &world.disks[..own], below_vmdk.transpose()?)?;
         } else if spec.content != Content::Compressed {
             qcow2::create(&*image, &spec.create)?;
         }
@@ -175,9 +185,11 @@ impl World {
 
     /// The other files with their names.
     pub fn others(&self) -> impl Iterator<Item = (String, &Arc<SimDisk>)> {
-        let data = self.spec.create.data_file.iter().cloned();
-        let below = self.spec.chain().skip(1).enumerate();
-        let names = data.chain(below.map(|(above, _)| backing(above)));
+        let chain = self.spec.chain().enumerate();
+        let names = chain.flat_map(|(depth, spec)| {
+            let first = depth.checked_sub(1).map(backing);
+            first.into_iter().chain(spec.parts())
+        });
         names.zip(self.disks.iter().skip(1))
     }
 
@@ -195,7 +207,7 @@ impl World {
     pub fn images(&self) -> impl Iterator<Item = (&Spec, &[Arc<SimDisk>])> {
         let mut disks = self.disks.as_slice();
         self.spec.chain().map(move |spec| {
-            let files = 1 + usize::from(spec.create.data_file.is_some());
+            let files = 1 + spec.parts().len();
             let (own, below) = disks.split_at(files);
             disks = below;
             (spec, own)
@@ -259,6 +271,10 @@ impl World {
                 };
                 let image = vhdx::Vhdx::open(file, &options).context(|| "open")?;
                 (Arc::new(image), Format::Vhdx)
+            } else if spec.vmdk.is_some() {
+                let storages: Vec<&dyn Storage> = files.iter().map(|f| &**f as _).collect();
+                let image = vmdk::open(&storages, writable != Some(depth)).context(|| "open")?;
+                (Arc::new(image), Format::Vmdk)
             } else {
                 let options = qcow2::OpenOptions {
                     read_only: writable != Some(depth),

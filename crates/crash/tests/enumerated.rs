@@ -45,6 +45,7 @@ workloads! {
     vhd: "vhd",
     vdi: "vdi",
     vhdx: "vhdx",
+    vmdk: "vmdk",
     discard: "discard",
     zeroes: "zeroes",
     lazy: "lazy",
