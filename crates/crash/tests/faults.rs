@@ -108,6 +108,15 @@ fn what_happens_to_a_data_file_fails() {
 }
 
 #[test]
+fn what_happens_to_the_parts_of_an_image_fails() {
+    let filter = "vmdk/vmdk=split,4k";
+    fail_each_on(0, filter, FaultOp::Write, EIO, true, 1);
+    fail_each_on(1, filter, FaultOp::Write, EIO, true, 23);
+    fail_each_on(2, filter, FaultOp::Sync, EIO, false, 13);
+    fail_each_on(3, filter, FaultOp::Range, ENOSPC, false, 3);
+}
+
+#[test]
 fn operations_on_whole_images_fail_at_each_step() {
     for filter in ["convert/4k/", "repair/4k,size=512k/"] {
         fail_each(filter, FaultOp::Change, EIO, true, 61);

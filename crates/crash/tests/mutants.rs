@@ -81,6 +81,8 @@ macro_rules! mutants {
 
 mutants! {
     a_barrier_left_out: BarrierLeftOut on "allocate/4k/",
+    a_barrier_left_out_before_grain_tables: BarrierLeftOut on "vmdk/vmdk,8k,over",
+    a_barrier_left_out_between_files: BarrierLeftOut on "vmdk/vmdk=split,4k",
     stages_in_the_wrong_order: OrderSwapped on "allocate/4k/",
     refcounts_after_the_entries: RefcountsLate on "allocate/4k/",
     entries_after_the_flush: EntriesLate on "allocate/4k/",
