@@ -6,6 +6,8 @@
 //!   …
 //! ```
 //!
+//! `names`: which file a name means, and whether it may; `formats`: an image in its files.
+//!
 //! **What an image may name.** A backing file's name is data from a file that we do not trust: it
 //! could name a private key, and the guest would read it. So a name is resolved (symbolic links
 //! too), and the result must lie below the directory of the image that names it or below one
@@ -15,19 +17,21 @@
 //! a protocol (`nbd://`, `json:`) are refused. An external data file is treated as a backing file is (it is raw, so
 //! there is no format to record), and no file may be in the chain twice: a guest's data would overwrite metadata.
 
+mod formats;
+mod names;
+
+pub use names::is_file_name;
+
 use crate::blocking::{Driver, Member};
 use block::{Context, Error, ErrorKind, Result, Storage, limits};
 use crypto::Passphrase;
-use image::{
-    FileId, Format, Image, Null, Parallels, Parent, Raw, luks, qcow2, qed, vdi, vhd, vhdx, vmdk,
-};
+use formats::{Keys, open_image, open_vmdk};
+use image::{FileId, Format, Image, Null, vdi, vhd, vhdx};
 use io::{Cache, File, Lock};
+use names::{Seen, has_protocol, identity, once, recorded, resolve, resolve_any, verify};
 use std::{
     fs,
-    os::{
-        fd::{AsFd, AsRawFd},
-        unix::fs::{FileTypeExt, MetadataExt},
-    },
+    os::fd::{AsFd, AsRawFd},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -283,22 +287,6 @@ impl Chain {
     }
 }
 
-/// Device and inode of each file of a chain.
-type Seen = Vec<(u64, u64)>;
-
-/// Notes that the file at `path`, called `name`, is in the chain; it must not be there already.
-fn once(seen: &mut Seen, path: &Path, name: &str) -> Result<()> {
-    let this = identity(path)?;
-    if seen.contains(&this) {
-        return Err(Error::corrupt(format!(
-            "'{}' is in the chain already: the chain is a loop",
-            name.escape_default()
-        )));
-    }
-    seen.push(this);
-    Ok(())
-}
-
 /// Opens the external data file of `layer`, if it has one, as the layer's second file. `said`: what the user
 /// calls it, in place of the name in the image.
 fn open_data_file(
@@ -513,367 +501,4 @@ fn open_file(
             lock,
         },
     )
-}
-
-/// Opens the VMDK image at `path`, whose first file is in `files`, and all that its descriptor names, as it was opened
-/// itself: for reading only or not, with that lock.
-fn open_vmdk(
-    path: &Path,
-    files: &mut Vec<Arc<File>>,
-    (read_only, lock): (bool, Lock),
-    keys: &Keys<'_>,
-    seen: &mut Seen,
-) -> Result<Arc<dyn Image>> {
-    let options = keys.options;
-    let Some(first) = files.first() else {
-        return Err(Error::invalid("an image without a file"));
-    };
-    if let Some(name) = &options.snapshot {
-        return Err(no_snapshot(&**first, name, Format::Vmdk));
-    }
-    let parts = vmdk::Parts::read(&**first)?;
-    for name in &parts.files {
-        let named = || format!("{}: extent", path.display());
-        let found = resolve(path, name, &options.allow_backing).context(named)?;
-        once(seen, &found, name).context(named)?;
-        let file = open_named(&found, options, read_only, lock).context(named)?;
-        files.push(file);
-    }
-    let storages: Vec<&dyn Storage> = files.iter().map(|file| &**file as _).collect();
-    let open = vmdk::OpenOptions {
-        read_only,
-        cache_bytes: options.cache_bytes,
-    };
-    Ok(Arc::new(vmdk::Vmdk::open(parts, &storages, &open)?))
-}
-
-fn no_snapshot(file: &dyn Storage, name: &str, format: Format) -> Error {
-    Error::new(
-        ErrorKind::NotFound,
-        format!(
-            "{}: there is no snapshot '{name}': a {format} image has none",
-            file.name()
-        ),
-    )
-}
-
-fn open_image(
-    files: &[Arc<File>],
-    format: Format,
-    read_only: bool,
-    snapshot: &Option<String>,
-    part: Option<Part>,
-    keys: &mut Keys<'_>,
-) -> Result<Arc<dyn Image>> {
-    let Some(file) = files.first() else {
-        return Err(Error::invalid("an image without a file"));
-    };
-    let storage: &dyn Storage = &**file;
-    if let (Some(_), true) = (part, format != Format::Raw) {
-        return Err(Error::invalid(format!(
-            "{}: offset and size are of raw images only, it is to be {format}",
-            storage.name()
-        )));
-    }
-    if let (Some(name), true) = (snapshot, format != Format::Qcow2) {
-        return Err(no_snapshot(storage, name, format));
-    }
-    let image: Arc<dyn Image> = match format {
-        Format::Raw => Arc::new(match part {
-            Some(part) => Raw::part(storage, part.offset, part.size)?,
-            None => Raw::open(storage)?,
-        }),
-        Format::Qcow2 => {
-            let options = qcow2::OpenOptions {
-                read_only,
-                cache_bytes: keys.options.cache_bytes,
-                passphrase: keys.next(),
-                snapshot: snapshot.clone(),
-                ..qcow2::OpenOptions::default()
-            };
-            Arc::new(qcow2::Qcow2::open(storage, &options)?)
-        }
-        Format::Qed => {
-            let options = qed::OpenOptions {
-                read_only,
-                cache_bytes: keys.options.cache_bytes,
-                ..qed::OpenOptions::default()
-            };
-            Arc::new(qed::Qed::open(storage, &options)?)
-        }
-        Format::Vhd => {
-            let options = vhd::OpenOptions {
-                read_only,
-                cache_bytes: keys.options.cache_bytes,
-            };
-            Arc::new(vhd::Vhd::open(storage, &options)?)
-        }
-        Format::Vhdx => {
-            let options = vhdx::OpenOptions {
-                read_only,
-                cache_bytes: keys.options.cache_bytes,
-            };
-            Arc::new(vhdx::Vhdx::open(storage, &options)?)
-        }
-        Format::Vdi => {
-            let options = vdi::OpenOptions { read_only };
-            Arc::new(vdi::Vdi::open(storage, &options)?)
-        }
-        Format::Luks => {
-            let options = luks::OpenOptions {
-                read_only,
-                passphrase: keys.next(),
-            };
-            Arc::new(luks::Luks::open(storage, &options)?)
-        }
-        Format::Parallels => Arc::new(Parallels::open(storage)?),
-        Format::Vmdk => return Err(Error::invalid("a vmdk image may have several files")),
-        Format::Null => {
-            return Err(Error::invalid("null is no format of a file: say null:SIZE"));
-        }
-    };
-    if let Some(encryption) = image.encryption() {
-        keys.used += 1;
-        if encryption.cipher.is_none() && !keys.options.allow_locked {
-            return Err(Error::new(
-                ErrorKind::Denied,
-                format!(
-                    "{}: is encrypted ({}): give its passphrase with --key-file FILE",
-                    storage.name(),
-                    encryption.name()
-                ),
-            ));
-        }
-    }
-    Ok(image)
-}
-
-/// The passphrases of a chain that is being opened.
-struct Keys<'a> {
-    options: &'a ChainOptions,
-    /// Encrypted images opened so far.
-    used: usize,
-}
-
-impl<'a> Keys<'a> {
-    fn new(options: &'a ChainOptions) -> Self {
-        Self { options, used: 0 }
-    }
-
-    /// That of the next encrypted image.
-    fn next(&self) -> Option<Arc<Passphrase>> {
-        let all = &self.options.passphrases;
-        all.get(self.used).or(all.last()).cloned()
-    }
-}
-
-/// The format that the image `above` records for its backing file `name`.
-fn recorded(above: &Path, name: &str, format: Option<&str>) -> Result<Format> {
-    match format {
-        Some(format) => format
-            .parse::<Format>()
-            .context(|| format!("'{}'", name.escape_default())),
-        None => Err(Error::new(
-            ErrorKind::Denied,
-            format!(
-                "the format of '{0}' is not recorded in the image, and is not guessed: record it with \
-                 diskplane rebase -u -b '{0}' -F raw|qcow2 '{1}'",
-                name.escape_default(),
-                above.display()
-            ),
-        )),
-    }
-}
-
-/// The first of `names` that means a file, and that. What is wrong with the first of them that leads to a file, or
-/// of all, where none may be opened.
-fn resolve_any(above: &Path, names: &[String], allowed: &[PathBuf]) -> Result<(String, PathBuf)> {
-    let mut failed: Option<Error> = None;
-    for name in names {
-        match resolve(above, name, allowed) {
-            Ok(path) => return Ok((name.clone(), path)),
-            Err(error)
-                if failed
-                    .as_ref()
-                    .is_none_or(|f| f.kind() == ErrorKind::NotFound) =>
-            {
-                failed = Some(error);
-            }
-            Err(_) => {}
-        }
-    }
-    Err(failed.unwrap_or_else(|| Error::corrupt("the image has no name of it that can be read")))
-}
-
-/// Whether `layer` is the parent that the image above it means.
-fn verify(parent: &Parent, layer: &Layer) -> Result<()> {
-    let shown = layer.path.display();
-    let found = layer.image.unique_id();
-    if !parent.unique_ids.is_empty() && found.is_none_or(|id| !parent.unique_ids.contains(&id)) {
-        let show = |id: [u8; 16]| match layer.format {
-            Format::Vhdx => vhdx::Guid(id).to_string(),
-            _ => shown_id(&id),
-        };
-        let meant: Vec<String> = parent.unique_ids.iter().copied().map(show).collect();
-        return Err(Error::corrupt(format!(
-            "{shown}: its unique id is {}, the image lies over one with {}: it is another file, or was changed since",
-            found.map_or("none".to_owned(), show),
-            meant.join(" or ")
-        )));
-    }
-    // Copying a file changes its time, and XenServer's tools mark parents as hidden: no reason to refuse it.
-    let changed = fs::metadata(&layer.path)
-        .ok()
-        .and_then(|m| u64::try_from(m.mtime()).ok());
-    if changed.is_some() && parent.changed.is_some() && changed != parent.changed {
-        tracing::debug!(
-            parent = %shown,
-            "was changed after the image over it was made, or copied"
-        );
-    }
-    Ok(())
-}
-
-/// An [`Image::unique_id`] as people know it.
-fn shown_id(id: &[u8; 16]) -> String {
-    match vmdk::cid_of(id) {
-        Some(cid) => format!("{cid:08x} (CID)"),
-        None => vhd::UniqueId(*id).to_string(),
-    }
-}
-
-/// The file that `name`, stored in the image at `above`, may mean, or why it may not.
-fn resolve(above: &Path, name: &str, allowed: &[PathBuf]) -> Result<PathBuf> {
-    let shown = name.escape_default();
-    if has_protocol(name) {
-        return Err(Error::new(
-            ErrorKind::Denied,
-            format!("'{shown}' has a protocol, only names of files are opened"),
-        ));
-    }
-    // As in QEMU, a relative name starts at the directory of the name by which the image was
-    // opened, also where that is a symbolic link.
-    let directory = above.parent().unwrap_or(Path::new(""));
-    let path = fs::canonicalize(directory.join(name)).context(|| format!("'{shown}'"))?;
-    let real = fs::canonicalize(above).context(|| above.display().to_string())?;
-    if real.parent().is_some_and(|own| path.starts_with(own)) {
-        return Ok(path);
-    }
-    for directory in allowed {
-        let real = fs::canonicalize(directory)
-            .context(|| format!("--allow-backing {}", directory.display()))?;
-        if path.starts_with(&real) {
-            return Ok(path);
-        }
-    }
-    Err(Error::new(
-        ErrorKind::Denied,
-        format!(
-            "'{}' lies outside the image's own directory: if that is intended, say --allow-backing {}",
-            path.display(),
-            path.parent().unwrap_or(&path).display()
-        ),
-    ))
-}
-
-/// Whether `name` is one of a file, and not of something with a protocol (`nbd://…`), which is never opened.
-pub fn is_file_name(name: &str) -> bool {
-    !has_protocol(name)
-}
-
-/// Whether a name is not a path to QEMU: a colon comes before the first slash.
-fn has_protocol(name: &str) -> bool {
-    name.find([':', '/'])
-        .is_some_and(|at| name.get(at..).is_some_and(|rest| rest.starts_with(':')))
-}
-
-/// What makes a file this file, whatever its name.
-fn identity(path: &Path) -> Result<(u64, u64)> {
-    let metadata = fs::metadata(path).context(|| path.display().to_string())?;
-    let kind = metadata.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(Error::invalid(format!(
-            "{}: neither a file nor a block device",
-            path.display()
-        )));
-    }
-    Ok((metadata.dev(), metadata.ino()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::symlink;
-
-    #[test]
-    fn protocols_are_what_qemu_takes_for_them() {
-        for (name, protocol) in [
-            ("base.qcow2", false),
-            ("/images/base:1.qcow2", false),
-            ("./base:1.qcow2", false),
-            ("base:1.qcow2", true),
-            ("nbd://host/disk", true),
-            ("json:{\"driver\":\"raw\"}", true),
-            ("file:base.qcow2", true),
-            ("", false),
-        ] {
-            assert_eq!(has_protocol(name), protocol, "{name}");
-        }
-    }
-
-    #[test]
-    fn names_lead_below_the_own_or_an_allowed_directory_only() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = fs::canonicalize(dir.path()).unwrap();
-        for sub in ["own/deep", "other", "allowed"] {
-            fs::create_dir_all(root.join(sub)).unwrap();
-        }
-        let files = [
-            "own/top",
-            "own/base",
-            "own/deep/base",
-            "other/key",
-            "allowed/base",
-        ];
-        for file in files {
-            fs::write(root.join(file), "x").unwrap();
-        }
-        symlink(root.join("other/key"), root.join("own/link")).unwrap();
-        symlink(root.join("own/base"), root.join("own/good-link")).unwrap();
-        symlink(root.join("own/top"), root.join("other/top-link")).unwrap();
-        let allowed = [root.join("allowed")];
-        let absolute = root.join("own/base").display().to_string();
-        let top = root.join("own/top");
-        for (above, name, reached) in [
-            (&top, "base", Ok("own/base")),
-            (&top, "deep/base", Ok("own/deep/base")),
-            (&top, "./deep/../base", Ok("own/base")),
-            (&top, &absolute, Ok("own/base")),
-            (&top, "good-link", Ok("own/base")),
-            (&top, "../allowed/base", Ok("allowed/base")),
-            (&top, "../other/key", Err(ErrorKind::Denied)),
-            (&top, "link", Err(ErrorKind::Denied)),
-            (&top, "/etc/hostname", Err(ErrorKind::Denied)),
-            (&top, "nbd:localhost:1", Err(ErrorKind::Denied)),
-            (&top, "absent", Err(ErrorKind::NotFound)),
-            // The link's directory is where the name starts, but not where the image is.
-            (&root.join("other/top-link"), "key", Err(ErrorKind::Denied)),
-        ] {
-            let found = resolve(above, name, &allowed);
-            let found = found.as_ref().map_err(Error::kind);
-            let reached = reached.map(|path| root.join(path));
-            assert_eq!(found, reached.as_ref().map_err(|kind| *kind), "{name}");
-        }
-    }
-
-    #[test]
-    fn a_format_that_is_not_recorded_is_not_guessed() {
-        let top = Path::new("top");
-        assert_eq!(recorded(top, "b", Some("raw")).unwrap(), Format::Raw);
-        let error = recorded(top, "b", None).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Denied);
-        assert!(error.to_string().contains("rebase -u -b 'b'"), "{error}");
-        let error = recorded(top, "b", Some("dmg")).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unsupported);
-    }
 }
