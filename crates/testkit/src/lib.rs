@@ -29,7 +29,7 @@
 //!     .start();
 //! let report = Guest::new("fs-ext4,verify")
 //!     .disk(Disk::vhost_user(dir.path("vm.sock")).queues(2))
-//!     .run();
+//!     .run_on(&server);
 //! assert_eq!(report.value("vda.write_cache"), "write back");
 //! server.stop();
 //! qemu::check("qcow2", &image);
