@@ -295,11 +295,30 @@ impl Copying<'_> {
                 _ => bail!("-B: with -n it must be the backing file that DST has"),
             }
         }
+        self.refuse_sources(&chain)?;
         let entries = self.bitmaps(format)?;
         let report = self.copy(&chain, self.args.target_is_zero, false, work)?;
         drop(chain);
         self.copy_bitmaps(self.target, &entries)?;
         Ok(self.copied(format, report, entries))
+    }
+
+    /// Refuses a target that is read from, too. Locks do, unless they are left out (`-U`).
+    fn refuse_sources(&self, target: &Chain) -> Result<()> {
+        let files = |layers: &[Layer]| -> block::Result<Vec<(u64, u64)>> {
+            let files = layers.iter().flat_map(|layer| &layer.files);
+            files.map(|file| file.identity()).collect()
+        };
+        let written = files(target.layers.get(..1).unwrap_or_default())?;
+        for source in &self.sources {
+            if files(&source.layers)?.iter().any(|id| written.contains(id)) {
+                bail!(
+                    "{}: is read from, too: it would be overwritten while it is copied",
+                    self.target.display()
+                );
+            }
+        }
+        Ok(())
     }
 
     fn copied(&self, format: Format, report: Report, entries: Bitmaps) -> Copied {
@@ -421,6 +440,9 @@ impl Copying<'_> {
             options.seal_with(format, &passphrase)?;
             options.qcow2.validate()?;
             passphrases.insert(0, passphrase);
+        }
+        if device && args.resume {
+            bail!("--resume: DST is a device, in which nothing tells how far a copy came");
         }
         if device {
             let mut made = Made {
@@ -550,12 +572,25 @@ impl Copying<'_> {
     /// Whether `path` is there to go on with. What a run that was killed left before there was a disk is removed, and
     /// so are bitmaps, which come last.
     fn goes_on(&self, path: &Path, format: Format, options: &options::Options) -> Result<bool> {
-        if fs::symlink_metadata(path).is_err() {
+        let Ok(there) = fs::symlink_metadata(path) else {
             return Ok(false);
+        };
+        let foreign = || {
+            format!(
+                "{}: is not a regular file, so no part of a copy: remove it",
+                path.display()
+            )
+        };
+        if !there.is_file() {
+            bail!(foreign());
         }
         // What a raw disk holds may look like anything.
         let said = (format == Format::Raw).then_some(format);
         let (file, found) = open::image(path, said, open::Access::Write)?;
+        // Whoever may write to the directory could put a link in the way, to a file that only we may write to.
+        if file.identity()? != (there.dev(), there.ino()) {
+            bail!(foreign());
+        }
         // A run before may have failed to write what the host still has in memory.
         if let Err(error) = file.read_anew() {
             fs::remove_file(path)?;

@@ -281,3 +281,29 @@ fn a_fixed_vhd_image_is_not_put_on_a_device() {
     drop(device);
     assert!(fs::read(dir.join("device")).unwrap() == vec![0x99; MIB + 512]);
 }
+
+/// Neither through a link that leads to it, nor as its own source where no lock keeps it safe.
+#[test]
+fn nobody_elses_file_is_written_over() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    let content = vec![7; MIB];
+    fs::write(dir.join("a.raw"), vec![1; MIB]).unwrap();
+    fs::write(dir.join("precious"), &content).unwrap();
+    std::os::unix::fs::symlink("precious", dir.join("b.raw.part")).unwrap();
+    let goes_on = ["convert", "-f", "raw", "--resume", "a.raw", "b.raw"];
+    let text = refused(dir, &goes_on);
+    assert!(text.contains("b.raw.part: is not a regular file"), "{text}");
+    let over_itself = [
+        "convert", "-n", "-U", "-f", "raw", "-O", "raw", "precious", "precious",
+    ];
+    let text = refused(dir, &over_itself);
+    assert!(text.contains("is read from, too"), "{text}");
+    qemu::create_overlay(dir.join("over.qcow2"), "precious", "raw");
+    let over_its_base = ["convert", "-n", "-U", "-O", "raw", "over.qcow2", "precious"];
+    let text = refused(dir, &over_its_base);
+    assert!(text.contains("is read from, too"), "{text}");
+    assert!(fs::read(dir.join("precious")).unwrap() == content);
+    let text = refused(dir, &["convert", "nbd://localhost/disk", "c.raw"]);
+    assert!(text.contains("has a protocol"), "{text}");
+}

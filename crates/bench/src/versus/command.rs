@@ -53,10 +53,28 @@ pub(super) fn take(
     options: &str,
     files: &[PathBuf],
 ) -> Result<Sample> {
+    let target = images.work().join("target");
+    let taken = run(programs, images, side, job, options, files, &target);
+    match remove_file(&target) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).context(|| target.display().to_string())
+        }
+        _ => taken,
+    }
+}
+
+fn run(
+    programs: &Programs,
+    images: &Images,
+    side: &Side,
+    job: Job,
+    options: &str,
+    files: &[PathBuf],
+    target: &Path,
+) -> Result<Sample> {
     let [file] = files else {
         return Err(Error::invalid("a command takes one image"));
     };
-    let target = images.work().join("target");
     if matches!(job, Job::Convert { .. }) {
         room(images)?;
     }
@@ -64,7 +82,7 @@ pub(super) fn take(
         Server::Tool => Command::new(&programs.diskplane),
         _ => Command::new("qemu-img"),
     };
-    arguments(&mut command, side, job, options, images, file, &target);
+    arguments(&mut command, side, job, options, images, file, target);
     for file in sources(job, images, file) {
         warm(&file)?;
     }
@@ -82,13 +100,7 @@ pub(super) fn take(
     if !status.success() {
         return Err(process.failed(&format!("failed ({status})")));
     }
-    let written = fs::metadata(&target).map_or(0, |meta| meta.len());
-    match remove_file(&target) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(error).context(|| target.display().to_string());
-        }
-        _ => {}
-    }
+    let written = fs::metadata(target).map_or(0, |meta| meta.len());
     Ok(Sample {
         metrics: Metrics::from([
             (Metric::Runs, 1.0 / elapsed),

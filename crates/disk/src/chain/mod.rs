@@ -196,7 +196,13 @@ impl Chain {
             });
         }
         let path = PathBuf::from(spec);
-        let mut seen = vec![identity(&path)?];
+        let found = identity(&path);
+        let mut seen = vec![found.map_err(|error| match error.kind() {
+            ErrorKind::NotFound if has_protocol(spec) => Error::unsupported(format!(
+                "{spec}: has a protocol, only files and block devices are opened"
+            )),
+            _ => error,
+        })?];
         let mut keys = Keys::new(options);
         let mut active = open_active(&path, &mut keys, &mut seen)?;
         let said = options.data_file.as_deref();
