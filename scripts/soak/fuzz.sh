@@ -13,7 +13,7 @@ cargo=${CARGO:-cargo}
 target=${CARGO_TARGET_DIR:-$PWD/target}
 corpora=$target/fuzz-corpus
 targets=("$@")
-[[ $# -gt 0 ]] || targets=(qcow2_open qcow2_check qcow2_edit qcow2_meddled nbd vhost_user)
+[[ $# -gt 0 ]] || targets=(qcow2_open qcow2_check qcow2_edit qcow2_meddled other_images nbd vhost_user)
 
 "$cargo" run --quiet --locked -p testkit --example fuzz_seeds -- "$corpora"
 # What the threads of a server hold at the end is no leak; one that grows meets the limit of memory.

@@ -133,7 +133,7 @@ fn checks_say_what_is_wrong() {
     assert_eq!(sound[redundant..redundant + 64], sound[table..table + 64]);
     for (at, entry, code, says) in [
         (table, 0x00ff_0000, 2, "behind the end of the file"),
-        (table, 3, 2, "where header and descriptor are"),
+        (table, 3, 2, "where header, descriptor and tables are"),
         (table, word(table + 4), 2, "overlap"),
         (table, 30, 2, "lies on a grain table"),
         (26 * 512, 0x00ff_0000, 2, "is not in the file"),

@@ -10,18 +10,15 @@
 
 use crate::spec::Spec;
 use block::{Error, Result, Storage};
-use image::vmdk::{CreateOptions, Header, NO_PARENT, Parts, Subformat, Vmdk};
+use image::vmdk::{CreateOptions, NO_PARENT, Parts, Subformat, Vmdk};
 use io::SimDisk;
 use std::sync::Arc;
+use testkit::vmdk::TABLE_ENTRIES;
 use tool::check::{CheckOptions, Report};
 
 const SECTOR: u64 = 512;
 /// Bytes of the disk that a grain table of QEMU's has.
 const TABLE_REACH: u64 = 32 << 20;
-/// Entries of a grain table here: the fewest that there may be.
-const ENTRIES: u32 = 128;
-/// `VMDK4_FLAG_RGD`: there are redundant grain tables.
-const REDUNDANT: u32 = 1 << 1;
 /// Sectors of a flat extent's file before the extent.
 const BEFORE: u64 = 5;
 
@@ -62,7 +59,7 @@ pub fn create(spec: &Spec, kind: Kind, disks: &[Arc<SimDisk>], below: Option<u32
     let parent = spec.create.backing.as_ref().zip(below);
     let size = spec.create.size;
     let new = |size: u64, subformat| CreateOptions {
-        size: size.div_ceil(u64::from(ENTRIES) * spec.create.cluster_size) * TABLE_REACH,
+        size: size.div_ceil(TABLE_ENTRIES * spec.create.cluster_size) * TABLE_REACH,
         subformat,
         zeroed_grain: kind.zeroed,
         name: "image".to_owned(),
@@ -112,16 +109,10 @@ pub fn create(spec: &Spec, kind: Kind, disks: &[Arc<SimDisk>], below: Option<u32
 
 /// Gives a sparse file that has enough tables smaller ones, for `sectors` of a disk.
 fn fit(file: &dyn Storage, sectors: u64, grain: u64, single: bool) -> Result<()> {
-    let mut header = Header::read(file)?;
-    let tables = header.directory_entries();
-    header.capacity = sectors;
-    header.grain = grain / SECTOR;
-    header.table_entries = ENTRIES;
-    assert_eq!(header.directory_entries(), tables);
-    if single {
-        header.flags &= !REDUNDANT;
-    }
-    file.write_at(0, &header.to_bytes())?;
+    let mut header = [0; SECTOR as usize];
+    file.read_at(0, &mut header)?;
+    testkit::vmdk::fit(&mut header, sectors, grain / SECTOR, single);
+    file.write_at(0, &header)?;
     file.sync()
 }
 

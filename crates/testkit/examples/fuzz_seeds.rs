@@ -35,6 +35,15 @@ fn main() -> io::Result<()> {
         })
         .collect();
     write(&folder.join("qcow2_meddled"), &meddled)?;
+    // Each image as it is, with a change in each place of its head, and changed by others while it is in use.
+    let others: Vec<Vec<u8>> = (0..16u8)
+        .flat_map(|kind| {
+            let changed = (0..80).map(move |place| vec![kind, 3, place, 0, place, 5, place, 0]);
+            let meddled = (0..8).map(move |way| vec![kind, 1, way, 4 * way, way, 0, 8, 1, 0, 0]);
+            changed.chain(meddled).chain([vec![kind, 3]])
+        })
+        .collect();
+    write(&folder.join("other_images"), &others)?;
     // As bytes too: what a program does not reach.
     images.extend((0..rich::KINDS).map(|kind| rich::kind(kind).bytes));
     write(&folder.join("qcow2_open"), &images)?;

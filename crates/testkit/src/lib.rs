@@ -49,6 +49,7 @@ pub mod server;
 pub mod temp;
 pub mod vhd;
 pub mod vhdx;
+pub mod vmdk;
 
 use std::path::PathBuf;
 

@@ -71,7 +71,12 @@ impl Parts {
             let header = match head.capacity {
                 // Only there for the descriptor in it (as QEMU has it).
                 0 => None,
-                _ => Some(Header::read(file)?),
+                _ => {
+                    // Its numbers are reckoned with before anybody opens the extent.
+                    let header = Header::read(file)?;
+                    header.validate(len)?;
+                    Some(header)
+                }
             };
             (at..at + head.descriptor_len * SECTOR, header)
         } else if start.starts_with(&COWD_MAGIC) {
@@ -341,7 +346,7 @@ impl Opener<'_> {
             Some(header) => header.clone(),
             None => Header::read(file)?,
         };
-        let mut tables = Tables::hosted(&header, file)?;
+        let tables = Tables::hosted(&header, file)?;
         if tables.compressed {
             if self.embedded.is_none() {
                 return Err(Error::unsupported(
@@ -351,11 +356,10 @@ impl Opener<'_> {
             let core = Box::new(self.core(id, file, tables)?);
             return Ok((header.capacity * SECTOR, Kind::Compressed(core)));
         }
-        if !self.read_only {
-            if let Err(why) = may_write(&header, &tables.l1, &tables.copies) {
-                self.lack(format!("{}: {why}", file.name()));
-            }
-            tables.head_end = tables.head_end.max(header.overhead * SECTOR);
+        if !self.read_only
+            && let Err(why) = may_write(&header, &tables)
+        {
+            self.lack(format!("{}: {why}", file.name()));
         }
         let core = Box::new(self.core(id, file, tables)?);
         Ok((header.capacity * SECTOR, Kind::Sparse(core)))
@@ -393,6 +397,11 @@ pub struct Tables {
     pub copies: Vec<u64>,
     /// No grain begins before this byte.
     pub head_end: u64,
+    /// What of header, descriptor, directories and tables lies on another of them, if anything; not told of compressed
+    /// extents and ESX's.
+    pub overlap: Option<String>,
+    /// Where the last of these ends; not told of the same.
+    meta_end: u64,
     /// Whether grains are compressed.
     pub compressed: bool,
     /// Whether each grain has a marker before it.
@@ -431,6 +440,16 @@ impl Tables {
         };
         let head_end =
             (header.descriptor.saturating_add(header.descriptor_len)).saturating_mul(SECTOR);
+        let l1 = read_directory(file, header.directory, header.directory_entries())?;
+        let (meta_end, overlap) = match header.is_compressed() {
+            true => (0, None),
+            false => places(header, &l1, &copies),
+        };
+        let head_end = match &overlap {
+            // Behind the tables, not where the header has the first grain: QEMU minds only where the file ends.
+            None if meta_end <= header.overhead.saturating_mul(SECTOR) => head_end.max(meta_end),
+            _ => head_end,
+        };
         Ok(Self {
             form: Form::Sectors {
                 zeros: header.flags & F_ZEROED_GRAIN != 0,
@@ -439,7 +458,9 @@ impl Tables {
             grain: header.grain,
             table_entries: u64::from(header.table_entries),
             directory: header.directory,
-            l1: read_directory(file, header.directory, header.directory_entries())?,
+            l1,
+            overlap,
+            meta_end,
             copies,
             head_end: head_end.clamp(2 * SECTOR, align_up(len, SECTOR).max(2 * SECTOR)),
             compressed: header.is_compressed(),
@@ -461,6 +482,8 @@ impl Tables {
             directory: cowd.directory,
             l1: read_directory(file, cowd.directory, entries)?,
             copies: Vec::new(),
+            overlap: None,
+            meta_end: 0,
             head_end: 2 * SECTOR,
             compressed: false,
             markers: false,
@@ -482,10 +505,17 @@ impl Tables {
             directory: se.directory,
             l1: words_of(&bytes).map(|raw| se.table(raw)).collect(),
             copies: Vec::new(),
+            overlap: None,
+            meta_end: 0,
             head_end: SECTOR,
             compressed: false,
             markers: false,
         })
+    }
+
+    /// Whether the extent is of a kind that may be written: its grains must be in the file, but for zeros at its end.
+    pub fn is_plain(&self) -> bool {
+        matches!(self.form, Form::Sectors { .. }) && self.meta_end > 0
     }
 
     /// Bytes of a grain table in the file.
@@ -515,8 +545,8 @@ pub(super) fn read_directory(file: &dyn Storage, at: u64, count: u64) -> Result<
         .collect())
 }
 
-/// Whether an extent may be written: all that is not grains lies before these, each in its own place.
-fn may_write(header: &Header, directory: &[u64], copies: &[u64]) -> Result<(), String> {
+/// Why an extent must not be written, if so: all that is not grains must lie before these, each in its own place.
+fn may_write(header: &Header, tables: &Tables) -> Result<(), String> {
     if header.version == 3 {
         return Err(
             "is of version 3, whose records of changed blocks nobody would keep".to_owned(),
@@ -525,6 +555,23 @@ fn may_write(header: &Header, directory: &[u64], copies: &[u64]) -> Result<(), S
     if header.overhead == 0 {
         return Err("its header does not say where grains begin".to_owned());
     }
+    if header.directory == 0 || tables.l1.iter().chain(&tables.copies).any(|at| *at == 0) {
+        return Err("it lacks grain tables: convert it".to_owned());
+    }
+    if let Some(overlap) = &tables.overlap {
+        return Err(format!("{overlap}: run diskplane check"));
+    }
+    let (end, head) = (tables.meta_end, header.overhead.saturating_mul(SECTOR));
+    match end > head {
+        true => Err(format!(
+            "its tables end at byte {end:#x}, behind the beginning of the grains, {head:#x}: convert it"
+        )),
+        false => Ok(()),
+    }
+}
+
+/// What of an extent is not grains: where the last of it ends, in bytes, and what lies on another, if anything.
+fn places(header: &Header, directory: &[u64], copies: &[u64]) -> (u64, Option<String>) {
     let table = u64::from(header.table_entries) * 4;
     let directory_bytes = header.directory_entries() * 4;
     let mut places: Vec<(u64, u64, &str)> = vec![
@@ -547,34 +594,24 @@ fn may_write(header: &Header, directory: &[u64], copies: &[u64]) -> Result<(), S
         let at = header.redundant * SECTOR;
         places.push((at, directory_bytes, "redundant grain directory"));
     }
-    let tables = directory.iter().map(|at| (*at, table, "grain table"));
-    let redundant = copies
-        .iter()
-        .map(|at| (*at, table, "redundant grain table"));
-    places.extend(tables.chain(redundant));
-    if places
-        .iter()
-        .any(|(at, _, what)| *at == 0 && *what != "header")
-    {
-        return Err("it lacks grain tables: convert it".to_owned());
-    }
+    let there = |tables: &[u64], what| {
+        let there: Vec<_> = tables.iter().filter(|at| **at != 0).copied().collect();
+        there.into_iter().map(move |at| (at, table, what))
+    };
+    places.extend(there(directory, "grain table"));
+    places.extend(there(copies, "redundant grain table"));
     places.sort_unstable();
     let mut end = 0;
+    let mut overlap = None;
     for (at, len, what) in places {
-        if at < end {
-            return Err(format!(
-                "its {what} at byte {at:#x} overlaps what lies before: run diskplane check"
+        if at < end && overlap.is_none() {
+            overlap = Some(format!(
+                "its {what} at byte {at:#x} overlaps what lies before"
             ));
         }
-        end = at.saturating_add(len);
+        end = at.saturating_add(len).max(end);
     }
-    let head = header.overhead.saturating_mul(SECTOR);
-    match end > head {
-        true => Err(format!(
-            "its tables end at byte {end:#x}, behind the beginning of the grains, {head:#x}: convert it"
-        )),
-        false => Ok(()),
-    }
+    (end, overlap)
 }
 
 /// Two extents must not have the same bytes of a file.

@@ -5,7 +5,8 @@
 //! others, and the extents' sizes with the descriptor.
 //!
 //! A redundant table that differs counts as a leak: nobody reads it, and a crash may leave one so. A repair writes it from
-//! the other one. Nothing else can be repaired without a guess.
+//! the other one, unless there are errors: it might lie on something that is needed. Nothing else can be repaired without a
+//! guess.
 //!
 //! # Memory
 //!
@@ -137,6 +138,13 @@ impl Checking {
                 )
             });
         }
+        let errors = self.tally.errors();
+        if let Some(overlap) = &tables.overlap {
+            self.tally.overlaps += 1;
+            self.tally.found(Severity::Corruption, 1, || {
+                format!("{}: {overlap}", file.name())
+            });
+        }
         let grains = tables.capacity.div_ceil(tables.grain);
         self.clusters += grains;
         let len = file.len()?;
@@ -146,6 +154,7 @@ impl Checking {
         let mut entries = Vec::new();
         let mut starts: Vec<u32> = Vec::new();
         let mut last_end = None;
+        let mut stale = Vec::new();
         for (nth, table) in tables.l1.iter().copied().enumerate() {
             if table == 0 {
                 continue;
@@ -161,18 +170,23 @@ impl Checking {
             }
             let raw = first.get(table, bytes)?;
             tables.entries(raw, &mut entries);
-            if let Some(copy) = tables.copies.get(nth).copied().filter(|copy| *copy != 0) {
-                self.copy(nth, raw, copy, &mut second)?;
+            if let Some(copy) = tables.copies.get(nth).copied().filter(|copy| *copy != 0)
+                && self.differs(nth, raw, copy, &mut second)?
+            {
+                stale.push((table, copy));
             }
             let base = nth as u64 * tables.table_entries;
             let left = grains.saturating_sub(base).min(tables.table_entries) as usize;
-            for (index, at) in entries.iter().copied().enumerate().take(left) {
-                if at == 0 || at == 1 {
+            for (index, at) in entries.iter().copied().enumerate() {
+                // Nobody reads those behind the end of the disk; of an extent that is written they must be sound too.
+                if at == 0 || at == 1 || index >= left && !tables.is_plain() {
                     continue;
                 }
                 let guest = (base + index as u64) * tables.grain * SECTOR;
                 let sector = self.grain((at, guest), tables, len);
-                let Some(sector) = sector else { continue };
+                let Some(sector) = sector.filter(|_| index < left) else {
+                    continue;
+                };
                 if starts.len() as u64 >= self.budget {
                     return Err(Error::unsupported(format!(
                         "{} bytes of memory do not suffice to check it: give it more memory",
@@ -191,12 +205,28 @@ impl Checking {
                 }
             }
         }
-        self.overlaps(tables, file, starts, len)
+        self.overlaps(tables, file, starts, len)?;
+        // Where anything lies on anything else a table is written over something that is needed, perhaps.
+        if !self.repair || self.tally.errors() > errors {
+            return Ok(());
+        }
+        for (table, copy) in stale {
+            if copy.is_multiple_of(SECTOR) && copy + bytes <= len {
+                let raw = first.get(table, bytes)?;
+                file.write_at(copy, raw)?;
+                self.fixed += 1;
+            }
+        }
+        match self.fixed {
+            0 => Ok(()),
+            _ => file.sync(),
+        }
     }
 
     /// Judges a grain at byte `at` of the file. Its sector, where it is one.
     fn grain(&mut self, (at, guest): (u64, u64), tables: &Tables, len: u64) -> Option<u32> {
         let place = || format!("guest offset {guest:#x}: its grain table entry says byte {at:#x}");
+        let grain = tables.grain * SECTOR;
         let sector = u32::try_from(at / SECTOR)
             .ok()
             .filter(|_| at.is_multiple_of(SECTOR));
@@ -207,11 +237,18 @@ impl Checking {
         } else if at < tables.head_end {
             self.tally.overlaps += 1;
             self.tally.found(Severity::Corruption, 1, || {
-                format!("{}, where header and descriptor are", place())
+                format!("{}, where header, descriptor and tables are", place())
             });
         } else if at >= len {
             self.tally.found(Severity::Corruption, 1, || {
                 format!("{}, behind the end of the file, {len:#x}", place())
+            });
+        } else if tables.is_plain() && at + grain > len.next_multiple_of(grain) {
+            self.tally.found(Severity::Corruption, 1, || {
+                format!(
+                    "{}, and the file ends within the grain, at {len:#x}",
+                    place()
+                )
             });
         } else {
             return sector;
@@ -219,30 +256,26 @@ impl Checking {
         None
     }
 
-    /// Compares a table with its copy, and repairs that.
-    fn copy(&mut self, nth: usize, raw: &[u8], copy: u64, window: &mut Window<'_>) -> Result<()> {
+    /// Whether a table differs from its copy.
+    fn differs(
+        &mut self,
+        nth: usize,
+        raw: &[u8],
+        copy: u64,
+        window: &mut Window<'_>,
+    ) -> Result<bool> {
         let there = window.get(copy, raw.len() as u64)?;
         let differ = raw
             .chunks(4)
             .zip(there.chunks(4))
             .filter(|(a, b)| a != b)
             .count();
-        if differ == 0 {
-            return Ok(());
+        if differ > 0 {
+            self.tally.found(Severity::Leak, 1, || {
+                format!("redundant grain table {nth} at byte {copy:#x} differs from the other in {differ} entries")
+            });
         }
-        self.tally.found(Severity::Leak, 1, || {
-            format!("redundant grain table {nth} at byte {copy:#x} differs from the other in {differ} entries")
-        });
-        if self.repair
-            && copy.is_multiple_of(SECTOR)
-            && copy + raw.len() as u64 <= window.file_bytes
-        {
-            window.file.write_at(copy, raw)?;
-            window.file.sync()?;
-            window.bytes.clear();
-            self.fixed += 1;
-        }
-        Ok(())
+        Ok(differ > 0)
     }
 
     /// Looks for grains that share bytes with each other or with tables.

@@ -6,6 +6,7 @@
 
 mod abuse;
 mod headers;
+mod kinds;
 mod luks;
 mod others;
 mod snapshots_and_bitmaps;

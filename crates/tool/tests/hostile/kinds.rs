@@ -1,0 +1,687 @@
+//! Sound images of every format but qcow2, ways to damage them, and all that can be done to an image: it is opened, mapped,
+//! read, written, checked, repaired and edited. The rules are those of qcow2 (`abuse`), and one more: a write harms nothing that
+//! it does not write. The fuzz target `other_images` does the same.
+
+use block::{Error, ErrorKind, Result, Storage};
+use disk::blocking::{Driver, Member};
+use image::vhd::DiskType;
+use image::vmdk::{Parts, StreamWriter, Subformat};
+use image::{Format, Image, Parallels, qed, vdi, vhd, vhdx, vmdk};
+use std::sync::{Arc, OnceLock};
+use testkit::memory::{Meddling, Memory};
+use testkit::vhd::seal;
+use testkit::vmdk::fit;
+use tool::check::{self, CheckOptions, Repair, Report};
+use tool::prealloc::Preallocation;
+use tool::resize::{ResizeOptions, resize};
+
+/// Bytes of a QED cluster, of a VHD or VDI block and of a VMDK grain.
+const CLUSTER: u64 = 4096;
+/// Bytes of the disk behind a QED table: of one cluster.
+const REACH: u64 = CLUSTER / 8 * CLUSTER;
+/// As in `abuse`.
+const SPACE: u64 = 48 << 20;
+const CALLS_MAX: u64 = 400_000;
+
+/// The images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// With tables of one cluster.
+    Qed,
+    /// Of each type.
+    Vhd(DiskType),
+    /// Dynamic.
+    Vdi,
+    /// Made here, since nothing makes any.
+    Parallels,
+    /// Dynamic.
+    Vhdx,
+    /// A sparse file, with redundant grain tables.
+    VmdkSparse,
+    /// Compressed grains.
+    VmdkStream,
+    /// A descriptor, which is what is damaged, with files that are sound.
+    VmdkParts,
+}
+
+/// All of them.
+pub const KINDS: [Kind; 10] = [
+    Kind::Qed,
+    Kind::Vhd(DiskType::Dynamic),
+    Kind::Vhd(DiskType::Differencing),
+    Kind::Vhd(DiskType::Fixed),
+    Kind::Vdi,
+    Kind::Parallels,
+    Kind::Vhdx,
+    Kind::VmdkSparse,
+    Kind::VmdkStream,
+    Kind::VmdkParts,
+];
+
+/// The file of an image.
+pub fn storage(bytes: &[u8]) -> Arc<Memory> {
+    Arc::new(Memory::new(bytes, SPACE, CALLS_MAX))
+}
+
+/// Sectors of the first of three extents of a disk, which is sparse as the last one is; the other is flat.
+const PART: u64 = 400;
+
+/// The file of a name that a descriptor has, sound: sparse where its name begins with an s, else of some bytes.
+fn part(name: &str) -> Memory {
+    static SPARSE: OnceLock<Vec<u8>> = OnceLock::new();
+    if !name.starts_with('s') {
+        let flat = Memory::new(&[0x5a; 9000], SPACE, CALLS_MAX);
+        flat.set_len(1 << 20).expect("a length");
+        return flat;
+    }
+    let bytes = SPARSE.get_or_init(|| {
+        let file = storage(&[]);
+        let new = vmdk::CreateOptions {
+            subformat: Subformat::TwoGbMaxExtentSparse,
+            ..sparse("image.vmdk")
+        };
+        new.files()[0].write(&*file).expect("an extent");
+        let mut bytes = bytes_of(&file);
+        fit(&mut bytes, PART, CLUSTER / 512, false);
+        bytes
+    });
+    Memory::new(bytes, SPACE, CALLS_MAX)
+}
+
+/// A sparse VMDK image of so many tables that there are enough for small ones.
+fn sparse(name: &str) -> vmdk::CreateOptions {
+    vmdk::CreateOptions {
+        size: 3 * REACH / (128 * CLUSTER) * (32 << 20),
+        zeroed_grain: true,
+        name: name.to_owned(),
+        ..vmdk::CreateOptions::default()
+    }
+}
+
+fn descriptor() -> Vec<u8> {
+    format!(
+        "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\ncreateType=\"custom\"\n\
+         # Extents\nRW {PART} SPARSE \"s1\"\nRW 700 FLAT \"flat\" 9\nRW {PART} SPARSE \"s2\"\n\
+         RW 300 FLAT \"flat\" 1000\n\nddb.adapterType = \"ide\"\n"
+    )
+    .into_bytes()
+}
+
+fn bytes_of(file: &Memory) -> Vec<u8> {
+    let mut bytes = vec![0; file.len().expect("a length") as usize];
+    file.read_at(0, &mut bytes).expect("its bytes");
+    bytes
+}
+
+impl Kind {
+    /// The image's descriptor, and its files, the first of which is `file`.
+    fn parts(file: &Arc<Memory>) -> Result<(Parts, Vec<Arc<dyn Storage>>)> {
+        let parts = Parts::read(&**file)?;
+        let mut files = vec![Arc::clone(file) as Arc<dyn Storage>];
+        files.extend(parts.files.iter().map(|name| Arc::new(part(name)) as _));
+        Ok((parts, files))
+    }
+
+    fn format(self) -> Format {
+        match self {
+            Kind::Qed => Format::Qed,
+            Kind::Vhd(_) => Format::Vhd,
+            Kind::Vdi => Format::Vdi,
+            Kind::Parallels => Format::Parallels,
+            Kind::Vhdx => Format::Vhdx,
+            Kind::VmdkSparse | Kind::VmdkStream | Kind::VmdkParts => Format::Vmdk,
+        }
+    }
+
+    /// As [`make`](Self::make), made once.
+    pub fn sound(self) -> Vec<u8> {
+        static MADE: [OnceLock<Vec<u8>>; KINDS.len()] = [const { OnceLock::new() }; KINDS.len()];
+        let nth = KINDS.iter().position(|kind| *kind == self);
+        MADE[nth.expect("one of all")]
+            .get_or_init(|| self.make())
+            .clone()
+    }
+
+    /// A sound image with data in several of its tables or blocks, and none in others.
+    fn make(self) -> Vec<u8> {
+        let file = storage(&[]);
+        match self {
+            Kind::Parallels => return parallels(),
+            Kind::VmdkParts => return descriptor(),
+            Kind::VmdkStream => return stream(&file),
+            Kind::VmdkSparse => sparse_image(&file),
+            Kind::Vhdx => vhdx::create(
+                &*file,
+                &vhdx::CreateOptions {
+                    size: 3 * REACH,
+                    block_bytes: Some(1 << 20),
+                    ..vhdx::CreateOptions::default()
+                },
+            ),
+            Kind::Qed => qed::create(
+                &*file,
+                &qed::CreateOptions {
+                    size: 3 * REACH,
+                    cluster_size: CLUSTER,
+                    table_size: 1,
+                    backing: None,
+                },
+            ),
+            Kind::Vhd(disk_type) => vhd::create(
+                &*file,
+                &vhd::CreateOptions {
+                    size: 75 * CLUSTER,
+                    disk_type,
+                    force_size: true,
+                    block_bytes: CLUSTER as u32,
+                    parent: (disk_type == DiskType::Differencing).then(|| vhd::NewParent {
+                        name: "base.vhd".into(),
+                        absolute: "/base.vhd".into(),
+                        unique_id: vhd::UniqueId([7; 16]),
+                        timestamp: 0,
+                    }),
+                },
+            ),
+            Kind::Vdi => vdi::create(
+                &*file,
+                &vdi::CreateOptions {
+                    size: 75 * CLUSTER,
+                    block_bytes: CLUSTER as u32,
+                    ..vdi::CreateOptions::default()
+                },
+            ),
+        }
+        .expect("a new image");
+        let mut driver = self.driver(&file, false).expect("a sound image");
+        for at in [0, CLUSTER, 3 * CLUSTER + 512, 7 * CLUSTER, REACH + CLUSTER] {
+            if at < driver.size() {
+                driver.write(at, &[at as u8 | 1; 3000]).expect("a write");
+            }
+        }
+        driver.close().expect("a close");
+        bytes_of(&file)
+    }
+
+    fn member(self, file: &Arc<Memory>, read_only: bool) -> Result<Member> {
+        let mut files = vec![Arc::clone(file) as Arc<dyn Storage>];
+        let image: Arc<dyn Image> = match self {
+            Kind::Qed => Arc::new(qed::Qed::open(
+                &**file,
+                &qed::OpenOptions {
+                    read_only,
+                    ..qed::OpenOptions::default()
+                },
+            )?),
+            Kind::Vhd(_) => Arc::new(vhd::Vhd::open(
+                &**file,
+                &vhd::OpenOptions {
+                    read_only,
+                    ..vhd::OpenOptions::default()
+                },
+            )?),
+            Kind::Parallels => Arc::new(Parallels::open(&**file)?),
+            Kind::Vdi => Arc::new(vdi::Vdi::open(&**file, &vdi::OpenOptions { read_only })?),
+            Kind::Vhdx => Arc::new(vhdx::Vhdx::open(
+                &**file,
+                &vhdx::OpenOptions {
+                    read_only,
+                    cache_bytes: Some(0),
+                },
+            )?),
+            Kind::VmdkSparse | Kind::VmdkStream | Kind::VmdkParts => {
+                let (parts, all) = Self::parts(file)?;
+                let storages: Vec<&dyn Storage> = all.iter().map(|file| &**file).collect();
+                let options = vmdk::OpenOptions {
+                    read_only,
+                    cache_bytes: Some(0),
+                };
+                let image = vmdk::Vmdk::open(parts, &storages, &options)?;
+                files = all;
+                Arc::new(image)
+            }
+        };
+        if let (false, Some(why)) = (read_only, image.describe().read_only_because) {
+            let text = format!("{}: can only be read: {why}", file.name());
+            return Err(Error::new(ErrorKind::ReadOnly, text));
+        }
+        Ok(Member { image, files })
+    }
+
+    fn driver(self, file: &Arc<Memory>, read_only: bool) -> Result<Driver> {
+        Driver::new(vec![self.member(file, read_only)?], read_only)
+    }
+
+    /// Checks the image in `file`.
+    pub fn check(self, file: &Arc<Memory>, repair: Repair) -> Result<Report> {
+        let options = CheckOptions {
+            repair,
+            ..CheckOptions::default()
+        };
+        match self {
+            Kind::Qed => check::qed::check(&**file, &options),
+            Kind::Vhd(_) => check::vhd::check(&**file, &options),
+            Kind::Vdi => check::vdi::check(&**file, &options),
+            Kind::Parallels => check::parallels::check(&**file, &options),
+            Kind::Vhdx => check::vhdx::check(&**file, &options),
+            Kind::VmdkSparse | Kind::VmdkStream | Kind::VmdkParts => {
+                let (parts, files) = Self::parts(file)?;
+                let files: Vec<&dyn Storage> = files.iter().map(|file| &**file).collect();
+                check::vmdk::check(&parts, &files, &options)
+            }
+        }
+    }
+
+    /// What is done to closed images.
+    fn edits(self) -> &'static [Edit] {
+        match self {
+            Kind::Qed => &[
+                grow,
+                |_, file| qed::rebase::set_backing(&**file, Some(("below", true))),
+                |_, file| qed::rebase::empty(&**file),
+                |_, file| check::qed::mend(&**file).map(drop),
+            ],
+            Kind::Vhd(_) => &[grow, |_, file| vhd::mend(&**file).map(drop)],
+            Kind::Vdi => &[grow, |_, file| vdi::mend(&**file).map(drop)],
+            Kind::Vhdx => &[grow, |_, file| vhdx::mend(&**file).map(drop)],
+            Kind::Parallels | Kind::VmdkSparse | Kind::VmdkStream | Kind::VmdkParts => &[grow],
+        }
+    }
+}
+
+/// A Parallels image with clusters of the same size, in no order.
+fn parallels() -> Vec<u8> {
+    let entries: [u32; 20] = std::array::from_fn(|n| match n {
+        0 | 1 | 3 => 4 - n as u32,
+        _ => 0,
+    });
+    let head = [2u32, 16, 40, 8, 20, 160, 0, 0x312e_3276, 8, 0, 0, 0];
+    let mut bytes = b"WithouFreSpacExt".to_vec();
+    bytes.extend(
+        head.iter()
+            .chain(&entries)
+            .flat_map(|word| word.to_le_bytes()),
+    );
+    bytes.resize(5 * CLUSTER as usize, 0x5a);
+    bytes
+}
+
+/// A sparse VMDK image with small grains and tables.
+fn sparse_image(file: &Arc<Memory>) -> Result<()> {
+    let new = sparse("image.vmdk");
+    new.write(&**file)?;
+    let mut bytes = bytes_of(file);
+    let sectors = 3 * REACH / 512;
+    fit(&mut bytes, sectors, CLUSTER / 512, false);
+    let head = String::from_utf8_lossy(&bytes[512..21 * 512]);
+    let line = |sectors: u64| format!("RW {sectors} SPARSE");
+    let mut head = head
+        .replace(&line(new.size / 512), &line(sectors))
+        .into_bytes();
+    head.resize(20 * 512, 0);
+    bytes[512..21 * 512].copy_from_slice(&head);
+    file.write_at(0, &bytes)
+}
+
+/// A compressed VMDK image.
+fn stream(file: &Arc<Memory>) -> Vec<u8> {
+    let new = vmdk::CreateOptions {
+        size: 20 << 16,
+        subformat: Subformat::StreamOptimized,
+        zeroed_grain: true,
+        name: "image.vmdk".to_owned(),
+        ..vmdk::CreateOptions::default()
+    };
+    let mut writer = StreamWriter::new(&**file, &new).expect("an image");
+    for guest in [0, 1, 3] {
+        // Not the same from sector to sector, so that there is something to inflate.
+        let grain: Vec<u8> = (0..1u32 << 16).map(|n| (n / 300 + guest) as u8).collect();
+        writer.put_data(u64::from(guest), &grain).expect("a grain");
+    }
+    writer.put_zero(4).expect("zeros");
+    writer.finish().expect("an image");
+    bytes_of(file)
+}
+
+/// Something that is done to an image which nobody has open.
+pub type Edit = fn(Kind, &Arc<Memory>) -> Result<()>;
+
+fn grow(kind: Kind, file: &Arc<Memory>) -> Result<()> {
+    let member = kind.member(file, false)?;
+    let options = ResizeOptions {
+        size: member.image.size().saturating_add(1 << 20) & !511,
+        shrink: false,
+        preallocation: Preallocation::Off,
+    };
+    resize(&[member], kind.format(), &options).map(drop)
+}
+
+fn is_sound(report: &Result<Report>) -> bool {
+    matches!(
+        report,
+        Ok(Report {
+            corruptions: 0,
+            check_errors: 0,
+            ..
+        })
+    )
+}
+
+/// The clusters that are looked at: where data are, beside them, and the last.
+fn clusters(size: u64) -> Vec<u64> {
+    let few = (0..9)
+        .chain(REACH / CLUSTER..REACH / CLUSTER + 4)
+        .chain([2 * REACH / CLUSTER, (size / CLUSTER).saturating_sub(1)]);
+    few.map(|cluster| cluster * CLUSTER)
+        .filter(|at| size.checked_sub(*at).is_some_and(|left| left >= CLUSTER))
+        .collect()
+}
+
+fn look(driver: &mut Driver, at: u64) -> Option<Vec<u8>> {
+    let mapped = driver.extent_at(at, CLUSTER);
+    let mut bytes = vec![0; CLUSTER as usize];
+    let read = driver.read(at, &mut bytes);
+    (mapped.is_ok() && read.is_ok()).then_some(bytes)
+}
+
+/// What is written: within a cluster that has data, beside it, into another one's table, and a last part.
+fn writes(size: u64) -> Vec<(u64, u64)> {
+    let all = [
+        (2 * CLUSTER, CLUSTER),
+        (3 * CLUSTER + 700, 900),
+        (REACH + 2 * CLUSTER + 512, 512),
+        (2 * REACH, 1),
+        (5 * CLUSTER + 1024, 2 * CLUSTER - 1024),
+    ];
+    let fits = |(at, len): &(u64, u64)| size.checked_sub(*at).is_some_and(|left| left >= *len);
+    all.into_iter().filter(fits).collect()
+}
+
+/// Uses the image for all it is worth. Whether it could be opened.
+pub fn abuse(kind: Kind, bytes: &[u8]) -> bool {
+    let reading = storage(bytes);
+    let mut before = Vec::new();
+    let opened = kind.driver(&reading, true).map(|mut driver| {
+        let size = driver.size();
+        before.extend(
+            clusters(size)
+                .into_iter()
+                .map(|at| (at, look(&mut driver, at))),
+        );
+    });
+    let report = kind.check(&reading, Repair::No);
+    assert_eq!(reading.done().changes, 0, "reading or checking wrote");
+    let was_sound = opened.is_ok() && is_sound(&report);
+    // QED and VMDK can have a cluster that belongs to two, which only a check finds.
+    let twice = report.as_ref().map_or(true, |report| {
+        let mut findings = report.findings.iter();
+        report.overlaps > 0 || findings.any(|found| found.text.contains("in use already"))
+    });
+    let left_sound = |what: &str, file: &Arc<Memory>| {
+        let after = kind.check(file, Repair::No);
+        assert!(
+            !was_sound || is_sound(&after),
+            "{what} left {after:?}, which was sound"
+        );
+    };
+
+    let writing = storage(bytes);
+    if let Ok(mut driver) = kind.driver(&writing, false) {
+        let written = writes(driver.size());
+        for (at, len) in &written {
+            let done = driver.write(*at, &vec![0xa5; *len as usize]);
+            // A block may be larger than the space that there is.
+            let full = matches!(&done, Err(error) if error.kind() == ErrorKind::NoSpace);
+            assert!(
+                !was_sound || full || done.is_ok(),
+                "a write failed: {done:?}"
+            );
+            let _ = driver.flush();
+        }
+        for (at, before) in &before {
+            let hit = |(from, len): &(u64, u64)| *from < at + CLUSTER && *at < from + len;
+            if twice || *at + CLUSTER > driver.size() || written.iter().any(hit) {
+                continue;
+            }
+            // What became an error is no harm; what was one must not become another's data.
+            if let Some(after) = look(&mut driver, *at) {
+                assert!(
+                    before.as_ref() == Some(&after),
+                    "what was not written at {at:#x} reads otherwise"
+                );
+            }
+        }
+        let _ = driver.discard(0, CLUSTER);
+        let _ = driver.write_zeroes(CLUSTER, CLUSTER, true);
+        let _ = driver.write_zeroes(driver.size() / 2, 3 * CLUSTER, false);
+        let _ = driver.close();
+        left_sound("writing", &writing);
+    }
+
+    for repair in [Repair::Leaks, Repair::All] {
+        let repairing = storage(bytes);
+        if let Ok(repaired) = kind.check(&repairing, repair) {
+            let after = kind.check(&repairing, Repair::No);
+            let after = after.expect("what was repaired can be checked");
+            let left = |report: &Report| (report.corruptions, report.leaks, report.check_errors);
+            assert_eq!(left(&repaired), left(&after), "{repair:?}");
+        }
+    }
+    for (nth, edit) in kind.edits().iter().enumerate() {
+        let editing = storage(bytes);
+        let done = edit(kind, &editing);
+        left_sound(&format!("edit {nth} ({done:?})"), &editing);
+    }
+    opened.is_ok()
+}
+
+/// A change: where (of the places that mean something), what, and its number.
+pub type Change = (u16, u8, u32);
+
+/// The bytes with a change: in the header, or in a table.
+fn apply(kind: Kind, bytes: &mut Vec<u8>, (place, how, number): Change) {
+    if kind == Kind::VmdkParts || kind.format() == Format::Vmdk && (24..40).contains(&place) {
+        return rewrite(kind, bytes, (place, how, number));
+    }
+    let (len, place) = (bytes.len() as u64, u64::from(place));
+    let number = u64::from(number);
+    // The places of a word in what `at` begins, and then in tables.
+    let at = match (kind, place) {
+        (Kind::Qed, 0..8) => place * 8,
+        // The tables: the L1 table, and what follows it.
+        (Kind::Qed, 8..24) => CLUSTER + place % 3 * 8,
+        (Kind::Qed, 24..96) => (2 + place % 12) * CLUSTER + number % 9 * 8,
+        (Kind::Vhd(_), 0..12) => place * 8,
+        (Kind::Vhd(_), 12..24) => 512 + (place - 12) * 4,
+        (Kind::Vhd(_), 24..80) => 1536 + (place - 24) % 12 * 4,
+        // The header's fields, and the map.
+        (Kind::Vdi, 0..8) => 0x40 + place * 4,
+        (Kind::Vdi, 8..24) => 0x150 + (place - 8) * 4,
+        (Kind::Parallels, 0..16) => place * 4,
+        (Kind::Parallels, 16..96) => 64 + (place - 16) % 20 * 4,
+        (Kind::Vdi, 24..96) => 0x200 + (place - 24) % 16 * 4,
+        // The headers, the region table, the metadata and its items, the log, the block table.
+        (Kind::Vhdx, 0..8) => [64 << 10, 128 << 10][place as usize % 2] + 8 + number % 9 * 8,
+        (Kind::Vhdx, 8..16) => [192 << 10, 256 << 10][place as usize % 2] + 8 + number % 9 * 8,
+        (Kind::Vhdx, 16..24) => VHDX_METADATA + number % 24 * 8,
+        (Kind::Vhdx, 24..40) => VHDX_METADATA + (64 << 10) + (place - 24) * 4,
+        (Kind::Vhdx, 40..56) => (1 << 20) + number % 9 * 8,
+        (Kind::Vhdx, 56..96) => VHDX_TABLE + (place - 56) % 10 * 8,
+        // The header's fields, the directories, and the tables; of compressed ones the markers too.
+        (Kind::VmdkSparse | Kind::VmdkStream, 0..16) => VMDK_FIELDS[place as usize % 12],
+        (Kind::VmdkSparse | Kind::VmdkStream, 16..24) => {
+            sector_at(bytes, [48, 56][place as usize % 2]) + number % 12 * 4
+        }
+        (Kind::VmdkStream, 70..96) => (len.saturating_sub(1 << 12) & !511) + (place - 70) * 4,
+        (Kind::VmdkSparse | Kind::VmdkStream, 40..96) => {
+            // A directory of so few has one sector.
+            sector_at(bytes, [56, 48, 56, 56][place as usize % 4])
+                + 512 * (1 + number % 13)
+                + place % 8 * 4
+        }
+        (Kind::Vhd(_), 80..96) => (len.saturating_sub(512) & !3) + (place - 80) * 8,
+        _ => place * 4,
+    };
+    let value = match how % 10 {
+        0 => 0,
+        1 => number % 3,
+        2 => len.next_multiple_of(CLUSTER) + number % 6 * CLUSTER,
+        3 => number % (len / CLUSTER + 6) * CLUSTER,
+        4 => number % (len / 512 + 3),
+        5 => (len / 512).saturating_sub(number % 10),
+        6 => u64::MAX - number % 5 * 4095,
+        7 => 1 << (number % 64),
+        8 => len.saturating_sub(number % 600),
+        _ => number,
+    };
+    let word: &[u8] = match (kind, place) {
+        (Kind::Qed | Kind::Vhdx, _) => &value.to_le_bytes(),
+        (Kind::VmdkSparse | Kind::VmdkStream, 0..16) if place != 0 => &value.to_le_bytes(),
+        // Sectors, mostly.
+        (Kind::VmdkSparse | Kind::VmdkStream, _) if how % 10 == 2 || how % 10 == 3 => {
+            &((value / 512) as u32).to_le_bytes()
+        }
+        (Kind::VmdkSparse | Kind::VmdkStream, _) => &(value as u32).to_le_bytes(),
+        (Kind::Vdi | Kind::Parallels, _) => &(value as u32).to_le_bytes(),
+        (Kind::Vhd(_), 12..80) => &(value as u32).to_be_bytes(),
+        _ => &value.to_be_bytes(),
+    };
+    let to = bytes.iter_mut().skip(at as usize);
+    to.zip(word).for_each(|(to, from)| *to = *from);
+}
+
+/// Where our new VHDX images have metadata and block table.
+const VHDX_METADATA: u64 = 3 << 20;
+const VHDX_TABLE: u64 = 2 << 20;
+
+/// Where the fields of a VMDK header begin.
+const VMDK_FIELDS: [u64; 12] = [4, 8, 12, 20, 28, 36, 44, 48, 56, 64, 72, 77];
+
+/// The byte that a VMDK header names by its sector at `at`; somewhere in the file.
+fn sector_at(bytes: &[u8], at: usize) -> u64 {
+    let field = bytes.get(at..at + 8).and_then(|b| b.try_into().ok());
+    let sector = field.map_or(0, u64::from_le_bytes);
+    sector % (bytes.len() as u64 / 512 + 1) * 512
+}
+
+/// Puts other words into a descriptor: over what there is, or in place of it.
+fn rewrite(kind: Kind, bytes: &mut Vec<u8>, (place, how, number): Change) {
+    const WORDS: [&[u8]; 20] = [
+        b"0",
+        b"1",
+        b"4294967296",
+        b"18446744073709551616",
+        b"\"",
+        b"\n",
+        b"=",
+        b"\0",
+        b"RW",
+        b"RDONLY",
+        b"NOACCESS",
+        b"SPARSE",
+        b"FLAT",
+        b"ZERO",
+        b"VMFS",
+        b"SESPARSE",
+        b"RW 900 FLAT \"flat\" 100\n",
+        b"CID=0\n",
+        b"parentFileNameHint=\"x\"\n",
+        b"\xff",
+    ];
+    let text = match kind {
+        Kind::VmdkParts => 0..bytes.len(),
+        _ => 512.min(bytes.len())..bytes.len().min(512 * 3),
+    };
+    let ends = |b: u8| b" \n\"=".contains(&b);
+    let mut starts: Vec<usize> = text
+        .clone()
+        .filter(|at| {
+            at.checked_sub(1)
+                .and_then(|before| bytes.get(before))
+                .is_none_or(|b| ends(*b))
+        })
+        .collect();
+    starts.push(text.end);
+    let at = starts[usize::from(place) % starts.len()];
+    let words = WORDS[usize::from(how) % WORDS.len()];
+    let old = bytes[at..text.end]
+        .iter()
+        .position(|b| ends(*b))
+        .unwrap_or(0);
+    match (kind, number % 3) {
+        (Kind::VmdkParts, 0) => drop(bytes.splice(at..at, words.iter().copied())),
+        (Kind::VmdkParts, 1) => drop(bytes.splice(at..at + old, words.iter().copied())),
+        _ => {
+            let to = bytes.iter_mut().skip(at);
+            to.zip(words).for_each(|(to, from)| *to = *from);
+        }
+    }
+}
+
+/// Somebody else changes the image before a call, while it is used in one of several ways.
+pub fn meddled(kind: Kind, way: usize, call: u64, meddling: Meddling) {
+    let file = Memory::new(&kind.sound(), SPACE, CALLS_MAX).meddled(call, meddling);
+    let file = Arc::new(file);
+    let edits = kind.edits();
+    match way {
+        0 | 1 => {
+            if let Ok(mut driver) = kind.driver(&file, way == 0) {
+                for at in clusters(driver.size()) {
+                    look(&mut driver, at);
+                }
+                for (at, len) in writes(driver.size()) {
+                    let _ = driver.write(at, &vec![1; len as usize]);
+                }
+                let _ = driver.close();
+            }
+        }
+        2 => drop(kind.check(&file, Repair::No)),
+        3 => drop(kind.check(&file, Repair::All)),
+        way => drop(edits[way % edits.len()](kind, &file)),
+    }
+}
+
+/// A sound image with changes, its checksums put right or not.
+pub fn damaged(kind: Kind, changes: &[Change], seal: bool) -> Vec<u8> {
+    let mut bytes = kind.sound();
+    for change in changes {
+        apply(kind, &mut bytes, *change);
+    }
+    if seal {
+        sealed(kind, &mut bytes);
+    }
+    bytes
+}
+
+/// Puts the checksums right of what still looks as if it had one.
+fn sealed(kind: Kind, bytes: &mut [u8]) {
+    if kind == Kind::Vhdx {
+        for (at, len, cookie) in [
+            (64 << 10, 4096, b"head"),
+            (128 << 10, 4096, b"head"),
+            (192 << 10, 64 << 10, b"regi"),
+            (256 << 10, 64 << 10, b"regi"),
+        ] {
+            let part = bytes.get_mut(at..at + len);
+            if let Some(part) = part.filter(|part| part.starts_with(cookie)) {
+                testkit::vhdx::seal(part);
+            }
+        }
+    }
+    if !matches!(kind, Kind::Vhd(_)) {
+        return;
+    }
+    let end = bytes.len().saturating_sub(512);
+    let parts: [(usize, usize, usize, &[u8]); 3] = [
+        (0, 512, 64, b"conectix"),
+        (512, 1024, 36, b"cxsparse"),
+        (end, 512, 64, b"conectix"),
+    ];
+    for (at, len, sum, cookie) in parts {
+        if let Some(part) = bytes
+            .get_mut(at..at + len)
+            .filter(|p| p.starts_with(cookie))
+        {
+            seal(part, sum);
+        }
+    }
+}
