@@ -130,6 +130,8 @@ pub struct Layer {
     pub path: PathBuf,
     /// What it is.
     pub format: Format,
+    /// Of a raw one, the part of its file that it is; absent: all of it.
+    pub part: Option<Part>,
 }
 
 impl Layer {
@@ -189,6 +191,7 @@ impl Chain {
                 files: Vec::new(),
                 path: PathBuf::from(spec),
                 format: Format::Null,
+                part: None,
             });
             return Ok(Self {
                 layers,
@@ -389,6 +392,7 @@ fn open_active(path: &Path, keys: &mut Keys<'_>, seen: &mut Seen) -> Result<Laye
         files,
         path: path.to_owned(),
         format,
+        part: options.part,
     })
 }
 
@@ -459,6 +463,7 @@ fn open_backing(
         files,
         path,
         format,
+        part,
     })
 }
 
