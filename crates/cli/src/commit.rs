@@ -8,7 +8,7 @@ use crate::convert::{CACHE_BYTES, progress_bar};
 use crate::{args, check, open, print, signals};
 use anyhow::{Context as _, Result, bail};
 use block::size;
-use disk::chain::{Below, Chain, ChainOptions, Layer};
+use disk::chain::{Chain, ChainOptions, Layer};
 use image::Format;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -113,16 +113,7 @@ pub fn into(
     let Some(base) = below.first() else {
         bail!("there is no image {depth} below the first");
     };
-    let (path, format) = (base.path.clone(), base.format);
-    let said = depth
-        .checked_sub(1)
-        .and_then(|above| options.below.get(above));
-    if let Some(Below::Image { part: Some(_), .. }) = said {
-        bail!(
-            "{}: a part of a file (offset, size) is not committed into",
-            path.display()
-        );
-    }
+    let (path, format, part) = (base.path.clone(), base.format, base.part);
     let is_encrypted = |layer: &&Layer| layer.image.encryption().is_some();
     // A passphrase for each encrypted image, from the top; the last holds for all further ones.
     let used = chain.layers.iter().filter(is_encrypted).count();
@@ -133,8 +124,8 @@ pub fn into(
         format: Some(format),
         read_only: false,
         passphrases: left.unwrap_or_default().to_vec(),
+        part,
         // They say of the overlay what they say.
-        part: None,
         below: options.below.get(depth..).unwrap_or_default().to_vec(),
         data_file: None,
         ..options.clone()

@@ -462,6 +462,8 @@ impl Copying<'_> {
             false => Partial::new(self.target),
         };
         if let Some(data) = self.data_file(&options) {
+            // The image has another name until it is complete.
+            create::refuse_as_data(self.target, &data)?;
             partial.add(data);
         }
         for extent in options

@@ -6,9 +6,17 @@ use block::{ErrorKind, Storage, limits, size};
 use disk::chain::{self, Chain, ChainOptions};
 use image::{Format, luks, qcow2, qed, vdi, vhd, vhdx, vmdk};
 use io::{Cache, File, FileKind, OpenOptions};
-use std::{fs, path::Path, sync::Arc};
+use std::{
+    fs,
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 use tool::prealloc::{Preallocation, fill_host};
 use tool::work::Stop;
+
+/// Links behind one name, at most, as the kernel has it.
+const LINKS_MAX: usize = 40;
 
 /// Creates an image.
 pub fn run(args: &args::Create) -> Result<()> {
@@ -268,6 +276,7 @@ pub(crate) fn write_all(path: &Path, format: Format, options: &Options, stop: &S
     }
     // As with backing files, a relative name starts at the directory of the image that stores it.
     let data = path.parent().unwrap_or(Path::new("")).join(name);
+    refuse_as_data(path, &data)?;
     let is_new = !data.exists();
     // A failure takes a new file away again.
     write(&data, Format::Raw, options, stop).context("data file")?;
@@ -276,6 +285,52 @@ pub(crate) fn write_all(path: &Path, format: Format, options: &Options, stop: &S
         let _ = fs::remove_file(&data);
     }
     written
+}
+
+/// Refuses `data` for the external data file of the image at `path` where both are one file, or would be once they are
+/// made, whatever names and links lead to it: what is made second would destroy the first.
+pub(crate) fn refuse_as_data(path: &Path, data: &Path) -> Result<()> {
+    let are_one = match (fs::metadata(path), fs::metadata(data)) {
+        (Ok(a), Ok(b)) if a.file_type().is_block_device() && b.file_type().is_block_device() => {
+            a.rdev() == b.rdev()
+        }
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        (Err(_), Err(_)) => place(path).is_some_and(|place_| Some(place_) == place(data)),
+        _ => false,
+    };
+    match are_one {
+        true => bail!(
+            "-o data_file={}: is the image itself: the data need a file of their own",
+            data.display()
+        ),
+        false => Ok(()),
+    }
+}
+
+/// Where a file will be that is made under the name `path`; absent where it cannot be made.
+fn place(path: &Path) -> Option<PathBuf> {
+    let path = beyond_links(path);
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    Some(fs::canonicalize(directory).ok()?.join(path.file_name()?))
+}
+
+/// What `path` is called in the end where it is a link to a file that is not there yet: no new file can be made under
+/// the name of a link.
+fn beyond_links(path: &Path) -> PathBuf {
+    let mut found = path.to_owned();
+    if path.exists() {
+        return found;
+    }
+    for _ in 0..LINKS_MAX {
+        let Ok(to) = fs::read_link(&found) else {
+            break;
+        };
+        found = found.parent().unwrap_or(Path::new("")).join(to);
+    }
+    found
 }
 
 pub(crate) fn exists(path: &Path) -> String {
@@ -291,7 +346,7 @@ fn write_vmdk(path: &Path, options: &vmdk::CreateOptions, overwrite: bool) -> Re
     let mut made = Vec::new();
     let mut make = |path: &Path, write: &dyn Fn(&File) -> block::Result<()>| -> Result<()> {
         let is_new = !path.exists();
-        let file = match File::create_new(path, &OpenOptions::default()) {
+        let file = match create_new(path, &OpenOptions::default(), overwrite) {
             Err(_) if path.is_file() && overwrite => emptied(path, Cache::default())?,
             Err(_) if path.is_file() => bail!(exists(path)),
             Err(_) if path.exists() => {
@@ -303,7 +358,7 @@ fn write_vmdk(path: &Path, options: &vmdk::CreateOptions, overwrite: bool) -> Re
             created => created?,
         };
         if is_new {
-            made.push(path.to_owned());
+            made.push(file.path().to_owned());
         }
         Ok(write(&file)?)
     };
@@ -326,8 +381,8 @@ fn write_vmdk(path: &Path, options: &vmdk::CreateOptions, overwrite: bool) -> Re
 
 fn write(path: &Path, format: Format, options: &Options, stop: &Stop) -> Result<()> {
     let open = OpenOptions::default();
-    let created = match File::create_new(path, &open) {
-        Ok(file) => return write_new(path, &file, format, options, stop),
+    let created = match create_new(path, &open, options.overwrite) {
+        Ok(file) => return write_new(file.path(), &file, format, options, stop),
         Err(error) if path.exists() => error,
         Err(error) => return Err(error.into()),
     };
@@ -367,6 +422,21 @@ fn write(path: &Path, format: Format, options: &Options, stop: &Stop) -> Result<
     }
 }
 
+/// A new file at `path`; with `follow`, where a link leads that has that name.
+fn create_new(path: &Path, options: &OpenOptions, follow: bool) -> block::Result<Arc<File>> {
+    if !follow {
+        return File::create_new(path, options);
+    }
+    let created = File::create_new(&beyond_links(path), options);
+    if let Err(error) = &created
+        && error.kind() == ErrorKind::NotFound
+    {
+        // Of the name that was asked for.
+        block::Context::context(fs::metadata(path), || path.display().to_string())?;
+    }
+    created
+}
+
 /// Fills a file that did not exist before; takes it away again when that fails.
 fn write_new(
     path: &Path,
@@ -396,7 +466,7 @@ pub(crate) fn emptied(path: &Path, cache: Cache) -> Result<Arc<File>> {
         cache,
         ..OpenOptions::default()
     };
-    let file = match File::create_new(path, &open) {
+    let file = match create_new(path, &open, true) {
         Ok(file) => return Ok(file),
         Err(_) if path.exists() => io::wait_for_lock(|| File::open(path, &open))?,
         Err(error) => return Err(error.into()),

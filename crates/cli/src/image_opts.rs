@@ -28,6 +28,9 @@ const OPTIONS_MAX: usize = 4096;
 /// Bytes of a null disk whose size is not said.
 const NULL_BYTES: u64 = 1 << 30;
 
+/// Why an image whose options say `read-only=on` is not opened for writing, in QEMU's words.
+pub const READ_ONLY: &str = "Block node is read-only";
+
 /// An image, and how it is opened.
 #[derive(Clone, Debug, Default)]
 pub struct ImageOptions {
@@ -45,6 +48,8 @@ pub struct ImageOptions {
     pub below: Vec<Below>,
     /// Whether others may write meanwhile.
     pub force_share: bool,
+    /// Whether it is for reading only: then it is not to be opened for writing.
+    pub read_only: bool,
     /// How the host caches it, where that is said.
     pub cache: Option<Cache>,
 }
@@ -83,6 +88,9 @@ impl ImageOptions {
         let mut node = Node(options);
         if let Some(value) = node.take("force-share") {
             image.force_share = switch("force-share", &value)?;
+        }
+        for key in ["read-only", "file.read-only", "data-file.read-only"] {
+            image.read_only |= node.take_switch(key)?;
         }
         if node.take_switch("cache.direct")? {
             image.cache = Some(Cache::None);
@@ -187,7 +195,8 @@ impl ImageOptions {
 /// What the options say of one image.
 struct Node(BTreeMap<String, String>);
 
-/// Options of any image that change nothing here.
+/// Options of any image that change nothing here. (That one below the first is for reading only, it is anyway; QEMU commits
+/// into one that says so all the same.)
 const IGNORED: [&str; 21] = [
     "auto-read-only",
     "cache-clean-interval",
@@ -382,8 +391,8 @@ mod tests {
     fn an_image_is_what_its_options_say() {
         let all = "driver=qcow2,file.driver=file,file.filename=a,,b,encrypt.key-secret=s,lazy-refcounts=on,\
                    backing.driver=raw,backing.file.filename=base,backing.offset=1M,backing.size=512,force-share=on,\
-                   cache.direct=on,node-name=n";
-        let json = "json:{'driver':'qcow2','file':{'driver':'file','filename':'a,b'},'encrypt':{'key-secret':\"s\"},\
+                   cache.direct=on,node-name=n,file.read-only=on";
+        let json = "json:{'driver':'qcow2','file':{'driver':'file','filename':'a,b'},'read-only':true,'encrypt':{'key-secret':\"s\"},\
                     'lazy-refcounts':true,'backing':{'driver':'raw','file':{'filename':'base'},'offset':1048576,\
                     'size':512},'force-share':true,'cache':{'direct':true},'node-name':'n'}";
         for text in [all, json] {
@@ -391,7 +400,7 @@ mod tests {
             assert_eq!(image.path, PathBuf::from("a,b"));
             assert_eq!(image.format, Some(Format::Qcow2));
             assert_eq!(image.secrets, ["s"]);
-            assert!(image.force_share && image.cache == Some(Cache::None));
+            assert!(image.force_share && image.read_only && image.cache == Some(Cache::None));
             let [Below::Image { path, format, part }] = image.below.as_slice() else {
                 panic!("{image:?}");
             };

@@ -74,6 +74,9 @@ pub fn named(
         return Ok(chain(name, &options)?);
     }
     let said = ImageOptions::parse(name).with_context(|| format!("'{name}'"))?;
+    if said.read_only && !options.read_only {
+        bail!("'{name}': {}", image_opts::READ_ONLY);
+    }
     let mut passphrases = Vec::new();
     for id in &said.secrets {
         passphrases.push(Arc::new(objects.find(id)?));

@@ -224,3 +224,220 @@ fn disks_are_changed_and_compared_as_by_qemu_img() {
         "qemu-img compare z.qcow2 a.raw",
     ]);
 }
+
+#[test]
+fn a_part_of_a_file_is_committed_into_where_it_is() {
+    let base = "{'driver':'raw','offset':1048576,'size':1048576,'file':{'driver':'file','filename':'s.img'}}";
+    let recorded = format!("qemu-img create -q -f qcow2 -b json:{base} -F raw q.qcow2 1M");
+    let large = format!("qemu-img create -q -f qcow2 -b json:{base} -F raw l.qcow2 2M");
+    let said = "driver=qcow2,file.filename=o.qcow2,backing.driver=raw,backing.offset=1M,backing.size=1M,\
+                backing.file.filename=s.img";
+    let commit = format!("qemu-img commit --image-opts {said}");
+    same(&[
+        "qemu-img create -q -f raw s.img 8M",
+        "qemu-io -f raw -c write_-P_1_0_8M s.img",
+        &recorded,
+        "qemu-io -f qcow2 -c write_-P_5_0_64k q.qcow2",
+        "qemu-img commit q.qcow2",
+        "qemu-io -f raw -c read_-P_1_0_1M -c read_-P_5_1M_64k -c read_-P_1_1114112_7274496 s.img",
+        "qemu-img create -q -f qcow2 o.qcow2 1M",
+        "qemu-io -f qcow2 -c write_-P_6_64k_64k o.qcow2",
+        &commit,
+        "qemu-io -f raw -c read_-P_1_0_1M -c read_-P_6_1M_1M s.img",
+        "qemu-io -f raw -c read_-P_0_1M_64k -c read_-P_6_1114112_64k -c read_-P_0_1179648_64k s.img",
+    ]);
+    // An overlay that is larger than the part.
+    let dir = tempfile::tempdir().unwrap();
+    let ours = [env!("CARGO_BIN_EXE_diskplane"), "qemu-img"];
+    for line in [
+        "qemu-img create -q -f raw s.img 8M",
+        &large,
+        "qemu-io -f qcow2 -c write_-P_5_1M_64k l.qcow2",
+    ] {
+        let text = outcome(&ours, dir.path(), line);
+        assert!(text.contains("code Some(0)"), "{text}");
+    }
+    let text = outcome(&ours, dir.path(), "qemu-img commit l.qcow2");
+    assert!(
+        text.contains("a part of a file does not grow") && text.contains("code Some(1)"),
+        "{text}"
+    );
+    let data = std::fs::read(dir.path().join("s.img")).unwrap();
+    assert!(data.len() == 8 << 20 && data.iter().all(|byte| *byte == 0));
+    let text = outcome(
+        &ours,
+        dir.path(),
+        "qemu-io -f qcow2 -c read_-P_5_1M_64k l.qcow2",
+    );
+    assert!(!text.contains("Pattern"), "{text}");
+}
+
+#[test]
+fn what_is_for_reading_only_is_not_written() {
+    let mut lines = vec![
+        "qemu-img create -q -f qcow2 a.qcow2 4M".to_owned(),
+        "qemu-img create -q -f qcow2 -b a.qcow2 -F qcow2 o.qcow2".to_owned(),
+        "qemu-img create -q -f raw s.img 4M".to_owned(),
+    ];
+    for read_only in ["read-only=on", "file.read-only=on"] {
+        let name = format!("driver=qcow2,{read_only},file.filename=a.qcow2");
+        let overlay = format!("driver=qcow2,{read_only},file.filename=o.qcow2");
+        lines.extend([
+            format!("qemu-img resize --image-opts {name} 16M"),
+            format!("qemu-img convert -n -f raw s.img --target-image-opts {name}"),
+            format!("qemu-img commit --image-opts {overlay}"),
+            format!("qemu-img snapshot -c s --image-opts {name}"),
+            format!("qemu-img bitmap --add --image-opts {name} b"),
+            format!("qemu-img amend -o compat=1.1 --image-opts {name}"),
+            format!("qemu-img rebase -u -b '' --image-opts {overlay}"),
+            format!("qemu-img rebase -b s.img -F raw --image-opts {overlay}"),
+            format!("qemu-img bench -w -c 1 --image-opts {name}"),
+            format!("qemu-img check -r all --image-opts {name}"),
+            format!("qemu-img check --image-opts {name}"),
+        ]);
+    }
+    lines.extend(
+        [
+            "qemu-img resize json:{'driver':'qcow2','read-only':true,'file':{'driver':'file','filename':'a.qcow2'}} 16M",
+            "qemu-img compare -f raw s.img json:{'driver':'qcow2','read-only':true,'file':{'driver':'file','filename':'a.qcow2'}}",
+            "qemu-img resize --image-opts driver=qcow2,read-only=off,file.filename=a.qcow2 5M",
+            "qemu-img resize --image-opts driver=qcow2,read-only=1,file.filename=a.qcow2 5M",
+            "qemu-img check -U -r all a.qcow2",
+            "qemu-img check -r all --image-opts driver=qcow2,force-share=on,file.filename=a.qcow2",
+            "qemu-img info a.qcow2",
+            // A name that is said for the image itself starts at the image.
+            "mkdir sub",
+            "qemu-img create -q -f qcow2 sub/o.qcow2 4M",
+            "qemu-img create -q -f raw sub/b.raw 4M",
+            "qemu-img rebase -b b.raw -F raw --image-opts driver=qcow2,file.filename=sub/o.qcow2",
+            "qemu-img rebase -b b.raw -F raw json:{'driver':'qcow2','file':{'driver':'file','filename':'sub/o.qcow2'}}",
+            "qemu-img info sub/o.qcow2",
+        ]
+        .map(str::to_owned),
+    );
+    let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
+    same(&lines);
+}
+
+#[test]
+fn images_are_made_where_links_lead_and_never_in_their_data_files() {
+    same(&[
+        "ln -s new.img l",
+        "qemu-img create -f raw l 1M",
+        "qemu-img info new.img",
+        "ln -s new.qcow2 m",
+        "ln -s l3 l2",
+        "ln -s new.raw l3",
+        "qemu-img create -f qcow2 -o data_file=l2 m 1M",
+        "qemu-img check new.qcow2",
+        "qemu-img info new.raw",
+        "ln -s c.qcow2 c",
+        "qemu-img convert -c -f raw -O qcow2 new.img c",
+        "qemu-img compare c.qcow2 new.img",
+        "ln -s v.vmdk v",
+        "qemu-img convert -f raw -O vmdk new.img v",
+        "qemu-img compare v.vmdk new.img",
+        "ln -s no/new.img n",
+        "qemu-img create -f raw n 1M",
+    ]);
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    let ours = [env!("CARGO_BIN_EXE_diskplane"), "qemu-img"];
+    let own = [env!("CARGO_BIN_EXE_diskplane")];
+    std::fs::write(at.join("s.img"), vec![7; 1 << 20]).unwrap();
+    std::fs::write(at.join("x.qcow2"), "precious").unwrap();
+    std::fs::hard_link(at.join("x.qcow2"), at.join("hard")).unwrap();
+    std::os::unix::fs::symlink("x.qcow2", at.join("soft")).unwrap();
+    std::os::unix::fs::symlink("d.qcow2", at.join("none")).unwrap();
+    std::fs::create_dir(at.join("sub")).unwrap();
+    let known = std::fs::read_dir(at).unwrap().count();
+    for (program, line) in [
+        (
+            &ours[..],
+            "qemu-img create -f qcow2 -o data_file=d.qcow2 d.qcow2 4M",
+        ),
+        (
+            &ours[..],
+            "qemu-img create -f qcow2 -o data_file=none d.qcow2 4M",
+        ),
+        (
+            &ours[..],
+            "qemu-img create -f qcow2 -o data_file=d.qcow2 none 4M",
+        ),
+        (
+            &ours[..],
+            "qemu-img create -f qcow2 -o data_file=DIR/sub/../d.qcow2 d.qcow2 4M",
+        ),
+        (
+            &ours[..],
+            "qemu-img create -f qcow2 -o data_file=soft x.qcow2 4M",
+        ),
+        (
+            &ours[..],
+            "qemu-img create -f qcow2 -o data_file=x.qcow2 hard 4M",
+        ),
+        (
+            &ours[..],
+            "qemu-img convert -f raw -O qcow2 -o data_file=x.qcow2 s.img x.qcow2",
+        ),
+        (
+            &ours[..],
+            "qemu-img convert -c -f raw -O qcow2 -o data_file=x.qcow2 s.img x.qcow2",
+        ),
+        (
+            &own[..],
+            "qemu-img create -f qcow2 -o data_file=d.qcow2 d.qcow2 4M",
+        ),
+        (
+            &own[..],
+            "qemu-img convert -f raw -O qcow2 -o data_file=DIR/d.qcow2 s.img d.qcow2",
+        ),
+    ] {
+        let text = outcome(program, at, line);
+        assert!(text.contains("code Some(1)"), "{line}: {text}");
+        assert!(
+            line.contains("-c ") || text.contains("is the image itself"),
+            "{line}: {text}"
+        );
+        assert_eq!(
+            std::fs::read(at.join("x.qcow2")).unwrap(),
+            b"precious",
+            "{line}"
+        );
+        assert_eq!(std::fs::read_dir(at).unwrap().count(), known, "{line}");
+    }
+}
+
+#[test]
+fn who_is_locked_out_hears_of_the_lock_that_qemu_names() {
+    let (theirs, ours) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let program = [env!("CARGO_BIN_EXE_diskplane"), "qemu-img"];
+    let mut held = Vec::new();
+    for dir in [&theirs, &ours] {
+        for line in [
+            "qemu-img create -q -f qcow2 a.qcow2 1M",
+            "qemu-img create -q -f qcow2 -b a.qcow2 -F qcow2 o.qcow2",
+        ] {
+            outcome(&["qemu-img"], dir.path(), line);
+        }
+        let options = io::OpenOptions {
+            lock: io::Lock::Write,
+            ..io::OpenOptions::default()
+        };
+        held.push(io::File::open(&dir.path().join("a.qcow2"), &options).unwrap());
+    }
+    for line in [
+        "qemu-img info a.qcow2",
+        "qemu-img check a.qcow2",
+        "qemu-img map o.qcow2",
+        "qemu-img resize a.qcow2 2M",
+        "qemu-img check -r all a.qcow2",
+        "qemu-img commit o.qcow2",
+    ] {
+        let want = outcome(&["qemu-img"], theirs.path(), line);
+        assert!(want.contains("Failed to get"), "{line}: {want}");
+        // A backing file is opened under the name that is resolved.
+        let found = outcome(&program, ours.path(), line).replace("[DIR/", "[");
+        assert_eq!(found, want, "{line}");
+    }
+}

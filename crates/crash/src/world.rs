@@ -289,6 +289,7 @@ impl World {
                 path: file.name().into(),
                 files,
                 format,
+                part: None,
             });
         }
         Ok(Chain {

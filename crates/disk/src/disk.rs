@@ -233,6 +233,7 @@ mod tests {
             files: Vec::new(),
             path: "null".into(),
             format: image::Format::Null,
+            part: None,
         };
         let chain = Chain {
             layers: vec![layer],

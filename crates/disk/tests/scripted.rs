@@ -111,6 +111,7 @@ impl Table {
             files: vec![File::sim(sim).unwrap()],
             path: "script".into(),
             format: Format::Qcow2,
+            part: None,
         };
         let chain = Chain {
             layers: vec![layer],

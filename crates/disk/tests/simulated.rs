@@ -42,6 +42,7 @@ fn chain(sim: &Arc<SimDisk>) -> Chain {
             files: vec![file],
             path: "sim".into(),
             format: Format::Qcow2,
+            part: None,
         }],
         read_only: false,
     }

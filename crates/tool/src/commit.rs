@@ -62,6 +62,13 @@ pub fn commit(
     let (old, format) = first.map_or((0, Format::Null), |layer| {
         (layer.image.size(), layer.format)
     });
+    if old < size && first.is_some_and(|layer| layer.part.is_some()) {
+        let file = first.map_or(String::new(), |layer| layer.path.display().to_string());
+        return Err(Error::unsupported(format!(
+            "{file}: the part of it (offset, size) that is the image below has {old} bytes, the overlay {size}: a part of a file \
+             does not grow"
+        )));
+    }
     if old < size {
         let options = ResizeOptions {
             size,

@@ -7,7 +7,7 @@ use crate::check::NO_CHECKS;
 use crate::open::Access;
 use crate::print;
 use crate::secret::Objects;
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use block::{Storage, plain};
 use clap::Args;
 use image::Format;
@@ -65,6 +65,9 @@ pub fn run(args: &Check) -> Result<u8> {
         format: args.format.as_deref(),
         image_opts: args.image_opts,
     };
+    if repair != Repair::No && args.force_share {
+        bail!("Could not open '{file}': {}", open::FORCE_SHARE);
+    }
     let access = match repair {
         Repair::No => Access::reading(args.force_share),
         _ => Access::Write,
@@ -74,8 +77,10 @@ pub fn run(args: &Check) -> Result<u8> {
         repair,
         ..CheckOptions::default()
     };
-    let could_not =
-        |error: block::Error| anyhow!("Could not open '{file}': {}", open::explain(file, &error));
+    let could_not = |error: block::Error| {
+        let why = open::explain(file, &error, access == Access::Write);
+        anyhow!("Could not open '{file}': {why}")
+    };
     let report = match format {
         Format::Vmdk => {
             // With the lock that all of its files get.

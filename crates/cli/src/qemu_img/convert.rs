@@ -525,10 +525,14 @@ impl Copy<'_> {
 
 /// Copies into a new image with compressed clusters.
 fn compressed(copy: Copy<'_>, options: &Options) -> Result<()> {
-    let file = crate::create::emptied(create::path(copy.file), copy.how.cache)?;
+    // Before the target is touched.
     if options.preallocation != Preallocation::Off {
         bail!("Compression and preallocation not supported at the same time");
     }
+    if let Some(name) = &options.qcow2.data_file {
+        bail!("Compression and an external data file ({name}) not supported at the same time");
+    }
+    let file = crate::create::emptied(create::path(copy.file), copy.how.cache)?;
     let target = Target::Compressed {
         writer: options.sequential(copy.format, &*file)?,
     };

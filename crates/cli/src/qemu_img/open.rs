@@ -25,6 +25,9 @@ pub struct Name<'a> {
     pub image_opts: bool,
 }
 
+/// Why an image is not opened for writing while others may write it.
+pub const FORCE_SHARE: &str = "force-share=on can only be used with read-only images";
+
 /// How an image is opened.
 #[derive(Clone, Debug, Default)]
 pub struct How {
@@ -76,16 +79,14 @@ pub fn chain_and_options(
     let could_not = |why: Error| anyhow!("Could not open '{}': {why}", name.text);
     let mut named = Named::of(name, objects)?;
     named.force_share |= how.force_share;
-    if how.write && named.force_share {
-        return Err(could_not(anyhow!(
-            "force-share=on can only be used with read-only images"
-        )));
+    if how.write {
+        named.refuse_writing().map_err(could_not)?;
     }
     let path = open::spec(&named.path)?;
     let format = match named.format {
         Some(format) => format,
         None => {
-            let found = probe(&named.path).map_err(|e| could_not(explain(path, &e)))?;
+            let found = probe(&named.path).map_err(|e| could_not(explain(path, &e, how.write)))?;
             if found == Format::Raw && how.write {
                 warn_of_raw(name.text);
             }
@@ -106,7 +107,8 @@ pub fn chain_and_options(
         allow_locked: how.allow_locked,
         ..trusting()
     };
-    let chain = open::chain(path, &options).map_err(|error| could_not(explain(path, &error)))?;
+    let chain =
+        open::chain(path, &options).map_err(|error| could_not(explain(path, &error, how.write)))?;
     Ok((chain, options))
 }
 
@@ -119,10 +121,20 @@ struct Named {
     data_file: Option<PathBuf>,
     passphrases: Vec<Arc<Passphrase>>,
     force_share: bool,
+    read_only: bool,
     cache: Option<Cache>,
 }
 
 impl Named {
+    /// Refuses to open for writing what is said to be for reading only.
+    fn refuse_writing(&self) -> Result<()> {
+        match (self.read_only, self.force_share) {
+            (true, _) => Err(anyhow!(image_opts::READ_ONLY)),
+            (false, true) => Err(anyhow!(FORCE_SHARE)),
+            (false, false) => Ok(()),
+        }
+    }
+
     fn of(name: &Name<'_>, objects: &Objects) -> Result<Self> {
         let could_not = |why: Error| anyhow!("Could not open '{}': {why}", name.text);
         if name.image_opts && name.format.is_some() {
@@ -138,6 +150,7 @@ impl Named {
                 data_file: None,
                 passphrases: Vec::new(),
                 force_share: false,
+                read_only: false,
                 cache: None,
             });
         }
@@ -157,6 +170,7 @@ impl Named {
             data_file: said.data_file,
             passphrases,
             force_share: said.force_share,
+            read_only: said.read_only,
             cache: said.cache,
         })
     }
@@ -222,33 +236,33 @@ pub fn active(chain: &Chain) -> Result<&Layer> {
         .ok_or_else(|| anyhow!("a chain without an image"))
 }
 
-/// What QEMU says where a file cannot be opened, as far as it is the same thing.
-pub fn explain(path: &str, error: &block::Error) -> Error {
+/// What QEMU says where a file cannot be opened, for writing or not, as far as it is the same thing.
+pub fn explain(path: &str, error: &block::Error, write: bool) -> Error {
     let text = error.to_string();
     let own = text.strip_prefix(&format!("{path}: ")).unwrap_or(&text);
     if let Some(below) = own.strip_prefix("backing file: ") {
         let directory = Path::new(path).parent().unwrap_or(Path::new(""));
         return anyhow!(
             "Could not open backing file: {}",
-            reason(below, error, Some(directory))
+            reason(below, error, Some(directory), false)
         );
     }
     if let Some(below) = own.strip_prefix("data file: ") {
         let directory = Path::new(path).parent().unwrap_or(Path::new(""));
         return anyhow!(
             "Could not open '{path}': {}",
-            reason(below, error, Some(directory))
+            reason(below, error, Some(directory), write)
         );
     }
-    anyhow!("{}", reason(&text, error, None))
+    anyhow!("{}", reason(&text, error, None, write))
 }
 
 /// The reason in `text`, which begins with the name of the file that it is about.
-fn reason(text: &str, error: &block::Error, directory: Option<&Path>) -> String {
+fn reason(text: &str, error: &block::Error, directory: Option<&Path>, write: bool) -> String {
     // Another image of the chain has the same trouble one step further down.
     if let Some((above, below)) = text.split_once(": backing file: ") {
         let directory = Path::new(above).parent().unwrap_or(Path::new(""));
-        let below = reason(below, error, Some(directory));
+        let below = reason(below, error, Some(directory), false);
         return format!("Could not open backing file: {below}");
     }
     let (name, why) = match text
@@ -266,9 +280,10 @@ fn reason(text: &str, error: &block::Error, directory: Option<&Path>) -> String 
         ErrorKind::NotFound if text.contains("there is no snapshot") => without_number(why),
         ErrorKind::NotFound => format!("Could not open '{name}': No such file or directory"),
         ErrorKind::Locked => {
-            let mode = match text.contains("reading") {
-                true => "shared \"write\"",
-                false => "\"write\"",
+            // Who reads wants that nobody else writes.
+            let mode = match write {
+                true => "\"write\"",
+                false => "shared \"write\"",
             };
             format!("Failed to get {mode} lock\nIs another process using the image [{name}]?")
         }
@@ -303,8 +318,11 @@ pub fn without_number(text: &str) -> String {
 pub fn file(name: &Name<'_>, access: Access, objects: &Objects) -> Result<(Arc<File>, Format)> {
     let could_not = |why: Error| anyhow!("Could not open '{}': {why}", name.text);
     let named = Named::of(name, objects)?;
+    if access == Access::Write {
+        named.refuse_writing().map_err(could_not)?;
+    }
     let path = open::spec(&named.path)?;
-    let failed = |error: &block::Error| could_not(explain(path, error));
+    let failed = |error: &block::Error| could_not(explain(path, error, access == Access::Write));
     if named.part.is_some() {
         return Err(could_not(anyhow!(
             "a part of a file has no tables to work on"

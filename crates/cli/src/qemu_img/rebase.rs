@@ -9,7 +9,7 @@ use crate::secret::Objects;
 use crate::signals;
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
-use disk::chain::Chain;
+use disk::chain::{Chain, Layer};
 use image::Format;
 use std::sync::Arc;
 use tool::rebase::{can_rebase, copy_differences, set_backing};
@@ -112,7 +112,7 @@ pub fn run(args: &Rebase) -> Result<u8> {
     let active = open::active(&overlay)?;
     let format = active.format;
     refuse(args, format)?;
-    let base = backing.map(|below| base(args, file, below, source_cache));
+    let base = backing.map(|below| base(args, active, below, source_cache));
     let base = base.transpose()?;
     let mut progress = Progress::new(active.image.size(), args.progress && !args.quiet);
     let mut tell = |done| progress.set(done);
@@ -144,7 +144,8 @@ fn refuse(args: &Rebase, format: Format) -> Result<()> {
 }
 
 /// The new backing file.
-fn base(args: &Rebase, file: &str, name: &str, cache: io::Cache) -> Result<Chain> {
+fn base(args: &Rebase, overlay: &Layer, name: &str, cache: io::Cache) -> Result<Chain> {
+    let file = crate::open::spec(&overlay.path)?;
     let path = create::below(file, name);
     let base = Name {
         text: &path,

@@ -130,6 +130,8 @@ pub struct Layer {
     pub path: PathBuf,
     /// What it is.
     pub format: Format,
+    /// Of a raw one, the part of its file that it is; absent: all of it.
+    pub part: Option<Part>,
 }
 
 impl Layer {
@@ -189,6 +191,7 @@ impl Chain {
                 files: Vec::new(),
                 path: PathBuf::from(spec),
                 format: Format::Null,
+                part: None,
             });
             return Ok(Self {
                 layers,
@@ -395,6 +398,7 @@ fn open_active(path: &Path, keys: &mut Keys<'_>, seen: &mut Seen) -> Result<Laye
         files,
         path: path.to_owned(),
         format,
+        part: options.part,
     })
 }
 
@@ -465,6 +469,7 @@ fn open_backing(
         files,
         path,
         format,
+        part,
     })
 }
 
