@@ -25,7 +25,7 @@ fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
 
 /// Takes away what is in the making, for a process that ends at once: nothing comes to be, and nothing gets its name,
 /// while the guard is held.
-pub fn abandon() -> impl Drop {
+pub fn abandon() -> MutexGuard<'static, Vec<PathBuf>> {
     let mut paths = unfinished();
     for path in paths.drain(..) {
         // There is nobody left to tell.
