@@ -34,7 +34,8 @@ use tool::prealloc::Preallocation;
 use tool::source::Source;
 use tool::work::Work;
 
-/// Bytes of each image's metadata cache: below 256 MiB with all that goes round.
+/// Bytes of each image's metadata cache: below 256 MiB with all that goes round, but for maps that are kept whole (VDI,
+/// Parallels).
 pub(crate) const CACHE_BYTES: u64 = 16 << 20;
 /// Bytes that are copied between two states from which `--resume` can go on.
 const CHECKPOINT_BYTES: u64 = 64 << 20;

@@ -10,10 +10,29 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::{fs, process};
 
 /// Bytes of the longest name of a file.
 const NAME_BYTES_MAX: usize = 255;
+
+/// Files in the making that are to be gone when the process ends before they are finished.
+static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
+    UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes away what is in the making, for a process that ends at once: nothing comes to be, and nothing gets its name,
+/// while the guard is held.
+pub fn abandon() -> MutexGuard<'static, Vec<PathBuf>> {
+    let mut paths = unfinished();
+    for path in paths.drain(..) {
+        // There is nobody left to tell.
+        let _ = fs::remove_file(path);
+    }
+    paths
+}
 
 /// A file in the making. Dropped before [`Partial::finish`], it is removed, unless it is to be kept.
 #[derive(Debug)]
@@ -41,9 +60,11 @@ impl Partial {
                 .into(),
         });
         hidden.push(suffix);
+        let path = target.with_file_name(hidden);
+        unfinished().push(path.clone());
         Self {
             target: target.to_owned(),
-            path: target.with_file_name(hidden),
+            path,
             beside: Vec::new(),
             keep: false,
         }
@@ -70,13 +91,26 @@ impl Partial {
     /// Takes `path` away too where the file is not finished, if it does not exist yet.
     pub fn add(&mut self, path: PathBuf) {
         if fs::symlink_metadata(&path).is_err() {
+            if !self.keep {
+                unfinished().push(path.clone());
+            }
             self.beside.push(path);
         }
     }
 
     /// Has it removed in any case where it is not finished.
     pub fn forget(&mut self) {
-        self.keep = false;
+        if self.keep {
+            self.keep = false;
+            let mut paths = unfinished();
+            paths.push(self.path.clone());
+            paths.extend_from_slice(&self.beside);
+        }
+    }
+
+    /// Has [`abandon`] leave the files alone.
+    fn settle(&self, paths: &mut Vec<PathBuf>) {
+        paths.retain(|path| *path != self.path && !self.beside.contains(path));
     }
 
     /// What `error` says, with the name that was asked for in place of one that is gone with the file.
@@ -92,6 +126,8 @@ impl Partial {
 
     /// Gives the file its name, durably. A file that came there meanwhile is not replaced.
     pub fn finish(mut self) -> Result<()> {
+        // A signal that ends the process comes before the renaming or after it.
+        let mut paths = unfinished();
         let renamed = renameat_with(CWD, &self.path, CWD, &self.target, RenameFlags::NOREPLACE);
         let renamed = match renamed {
             // The file system cannot rename so: a second name cannot replace anything either.
@@ -100,6 +136,10 @@ impl Partial {
             }
             renamed => renamed.map_err(std::io::Error::from),
         };
+        if renamed.is_ok() {
+            self.settle(&mut paths);
+        }
+        drop(paths);
         match renamed {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
                 bail!(create::exists(&self.target))
@@ -128,6 +168,7 @@ impl Drop for Partial {
         for path in &self.beside {
             let _ = fs::remove_file(path);
         }
+        self.settle(&mut unfinished());
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! The only module of this crate with unsafe code: `signalfd` has no safe wrapper in the libraries at hand.
 
+use crate::partial;
 use anyhow::{Context, Result};
 use std::{
     fs::File,
@@ -81,7 +82,8 @@ impl Signals {
 static CAUGHT: AtomicI32 = AtomicI32::new(0);
 
 /// From now on SIGINT, SIGTERM and SIGHUP, where this process does not ignore them, ask for the end of the work: it
-/// clears up behind itself then. The second of them ends the process at once. To be called before any
+/// clears up behind itself then. The second of them ends the process at once, and takes away only what was not finished:
+/// `timeout` and others signal a process and its group, which makes two. To be called before any
 /// thread is started.
 pub fn stop_on_signals() -> Result<Stop> {
     let signals: Vec<i32> = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP]
@@ -96,6 +98,7 @@ pub fn stop_on_signals() -> Result<Stop> {
         .spawn(move || {
             while let Ok(number) = signals.wait_number() {
                 if CAUGHT.swap(number, Ordering::Relaxed) != 0 {
+                    let _held = partial::abandon();
                     die_of(number);
                 }
                 asked.request();

@@ -411,6 +411,17 @@ fn a_signal_leaves_nothing_behind() {
         stop(begin(dir, &args, appears), signal);
         assert_eq!(names(dir), ["a.raw"], "{extra:?}");
     }
+    // `timeout` signals its child, and then the group that it is in.
+    for round in 0..4 {
+        let args = ["convert", "-m", "1", "-r", "1k", "a.raw", "b.raw"];
+        let mut child = begin(dir, &args, has_data);
+        let pid = child.id().to_string();
+        let both = format!("kill -2 {pid}; kill -15 {pid}");
+        run("sh", Path::new("/"), &["-c", &both]);
+        let signal = child.wait().unwrap().signal();
+        assert!(matches!(signal, Some(2 | 15)), "{signal:?}");
+        assert_eq!(names(dir), ["a.raw"], "{round}");
+    }
     // A target that was there stays.
     fs::write(dir.join("t.raw"), pattern(4 * MIB)).unwrap();
     let args = [

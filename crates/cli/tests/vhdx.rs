@@ -3,9 +3,9 @@
 #[allow(dead_code)]
 mod common;
 
-use common::{good, json, qemu_img, refused};
+use common::{diskplane, good, json, qemu_img, refused};
 use std::fs;
-use std::process::Command;
+use std::process::{Command, Output};
 use testkit::TempDir;
 
 #[test]
@@ -115,6 +115,25 @@ fn what_qemu_left_in_a_log_is_read_and_repaired() {
     want[1 << 20..(1 << 20) + (64 << 10)].fill(9);
     assert!(fs::read(dir.path("out.raw")).unwrap() == want);
     assert!(fs::read(dir.path("a.vhdx")).unwrap() == before);
+    // In place of qemu-img it is what it is there.
+    let ours = diskplane(root, &["qemu-img", "check", "a.vhdx"]);
+    let theirs = common::run("qemu-img", root, &["check", "a.vhdx"]);
+    assert_eq!(ours.status.code(), theirs.status.code());
+    let text = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(text(&ours), text(&theirs));
+    let repair = ["check", "-r", "all", "--output=json", "b.vhdx"];
+    let fixed = [
+        ["corruptions", "corruptions-fixed"],
+        ["leaks", "leaks-fixed"],
+    ]
+    .concat();
+    fs::write(dir.path("b.vhdx"), &before).unwrap();
+    let theirs = json(&qemu_img(root, &repair));
+    fs::write(dir.path("b.vhdx"), &before).unwrap();
+    let ours = json(&good(root, &[&["qemu-img"][..], &repair].concat()));
+    for field in fixed {
+        assert_eq!(ours[field], theirs[field], "{ours} {theirs}");
+    }
     good(root, &["check", "--repair", "leaks", "a.vhdx"]);
     qemu_img(
         root,

@@ -2,7 +2,7 @@
 
 use block::{Result, Storage};
 use disk::blocking::{Driver, Member};
-use image::vdi::{CreateOptions, FREE, ImageType, OpenOptions, Vdi, ZERO, create, mend};
+use image::vdi::{CreateOptions, FREE, ImageType, OpenOptions, Vdi, ZERO, create, grow, mend};
 use image::{ExtentKind, Format, Image};
 use io::{SimDisk, SimOptions};
 use std::fs;
@@ -273,16 +273,42 @@ fn damage_is_found_and_repaired_without_a_change_of_the_disk() {
             assert!(!wanted || open(&disk, false).is_ok(), "{said}, {repair:?}");
         }
     }
-    // What the file does not have cannot be repaired, and reading it would be a guess.
-    let mut forge = small();
-    forge.blocks = 3;
-    let cut = disk(&forge.bytes());
-    let error = open(&cut, true).map(drop).unwrap_err().to_string();
-    assert!(error.contains("block 5: its entry is 3"), "{error}");
-    let before = cut.bytes();
-    let report = checked(&cut, Repair::All).unwrap();
-    assert_eq!(report.corruptions, 1, "{report:?}");
-    assert!(cut.bytes() == before);
+}
+
+/// A block that is not in the file, or only in part, takes nothing from the others; but nobody writes then, or repairs.
+#[test]
+fn what_the_file_lacks_bars_writing_only() {
+    let sound = small().bytes();
+    // Of the last block 1000 bytes are left: one sector.
+    let cut = sound[..1024 + 3 * 4096 + 1000].to_vec();
+    let mut wrong = sound.clone();
+    wrong[512 + 5 * 4..][..4].copy_from_slice(&0xffffu32.to_le_bytes());
+    for (bytes, there, counts) in [(cut, 512, [1, 0]), (wrong, 0, [2, 1])] {
+        let disk = disk(&bytes);
+        let (mut driver, from) = (open(&disk, true).unwrap(), 5 * 4096);
+        let mut read = vec![0; from + there];
+        driver.read(0, &mut read).unwrap();
+        assert!(read == small().content()[..read.len()]);
+        let lost = (from + there) as u64;
+        for error in [
+            driver.read(lost, &mut [0; 512]).unwrap_err(),
+            driver.extent_at(lost, 512).map(drop).unwrap_err(),
+        ] {
+            let error = error.to_string();
+            assert!(
+                error.contains("block 5: its entry at byte 0x214"),
+                "{error}"
+            );
+        }
+        let write = open(&disk, false).map(drop).unwrap_err().to_string();
+        let grow = grow(&*disk, 8 * 4096).unwrap_err().to_string();
+        for error in [write, grow, mend(&*disk).unwrap_err().to_string()] {
+            assert!(error.contains("convert --salvage"), "{error}");
+        }
+        let report = checked(&disk, Repair::All).unwrap();
+        assert_eq!([report.corruptions, report.leaks], counts, "{report:?}");
+        assert!(disk.bytes() == bytes);
+    }
 }
 
 /// Numbers that a crash left out are given to new blocks, whose rest reads as zeros whatever the file has there.

@@ -39,7 +39,8 @@ pub struct Moving {
 #[command(
     after_help = "DST gets its name when it is complete: an error, a full disk, SIGINT or SIGTERM leave nothing under \
                   it (but devices, and what -n writes into). Several SRC make one disk, one behind the other. \
-                  Memory: below 256 MiB, whatever the images are. -c and -n exclude each other: compressed \
+                  Memory: below 256 MiB; the map of each VDI or Parallels image comes on top, 4 bytes \
+                  for each block: 128 MiB at most. -c and -n exclude each other: compressed \
                   clusters are written to new images only."
 )]
 pub struct Convert {
@@ -57,7 +58,7 @@ pub struct Convert {
     /// Format of SRC [default: known by its magic, else raw]
     #[arg(short = 'f', long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
-    /// Format of DST: raw, qcow2, qed, vhd, vhdx, vdi or luks [default: by DST's extension, .qcow2, .qed, .vhd, .vhdx, .raw or .img]
+    /// Format of DST: raw, qcow2, qed, vhd, vhdx, vdi, vmdk or luks [default: by DST's extension, .qcow2, .qed, .vhd, .vpc, .vhdx, .vdi, .vmdk, .luks, .raw or .img]
     #[arg(short = 'O', long, value_name = "FMT", value_parser = format)]
     pub target_format: Option<Format>,
     /// Options of DST's format, as key=value,…: `diskplane create -f FMT -o help FILE` lists them

@@ -336,6 +336,11 @@ impl Header {
         (u64::from(self.blocks) * 4).next_multiple_of(512)
     }
 
+    /// Where the entry of that block is in the file.
+    pub fn entry_offset(&self, block: u64) -> u64 {
+        u64::from(self.map_offset) + block * 4
+    }
+
     /// Where the block with number `index` in the file begins.
     pub fn block_offset(&self, index: u64) -> u64 {
         u64::from(self.data_offset) + index * u64::from(self.block_bytes)

@@ -4,7 +4,7 @@ use super::Vdi;
 use super::open::is_there;
 use crate::metadata::{Ask, Growing, STEPS_MAX};
 use crate::{Extent, ExtentKind, FileId, Plan, ZeroMode, ZeroPlan};
-use block::{GuestOffset, HostOffset, Result};
+use block::{Error, GuestOffset, HostOffset, Result};
 use std::sync::atomic::Ordering;
 
 impl Vdi {
@@ -15,45 +15,65 @@ impl Vdi {
         is_there(entry).then(|| self.data_offset + (u64::from(entry) << self.block_bits))
     }
 
-    pub(super) fn map_at(&self, at: GuestOffset, len: u64) -> Extent {
+    /// What the range begins with. Of a block that is not wholly in the file the sectors that are there are mapped.
+    pub(super) fn map_at(&self, at: GuestOffset, len: u64) -> Result<Extent> {
         let mut run = Growing::new(at.0, len);
         for _ in 0..STEPS_MAX {
             let within = run.next() & (self.block_bytes() - 1);
-            let room = (self.block_bytes() - within).min(run.left());
-            let kind = match self.place(run.next() >> self.block_bits) {
-                Some(host) => ExtentKind::Data {
-                    file: FileId::IMAGE,
-                    offset: HostOffset(host + within),
-                },
+            let mut room = (self.block_bytes() - within).min(run.left());
+            let block = run.next() >> self.block_bits;
+            let kind = match self.place(block) {
+                Some(host) => {
+                    let there = self.readable_end.saturating_sub(host + within);
+                    match there {
+                        0 if run.len() > 0 => break,
+                        0 => return Err(self.behind_the_file(block, host)),
+                        there => room = room.min(there),
+                    }
+                    ExtentKind::Data {
+                        file: FileId::IMAGE,
+                        offset: HostOffset(host + within),
+                    }
+                }
                 None => ExtentKind::Zero { host: None },
             };
             if !run.feed(kind, room) || run.left() == 0 {
                 break;
             }
         }
-        run.extent()
+        Ok(run.extent())
+    }
+
+    #[cold]
+    fn behind_the_file(&self, block: u64, host: u64) -> Error {
+        Error::corrupt(format!(
+            "{}: block {block}: its entry at byte {:#x} leads to byte {host:#x}, and the file ends at byte {:#x}",
+            self.name,
+            self.header.entry_offset(block),
+            self.readable_end
+        ))
     }
 
     /// The plan of a write to blocks that are there. Takes no lock.
     #[inline]
-    fn plan_here(&self, at: GuestOffset, len: u64) -> Option<Plan> {
-        let extent = self.map_at(at, len);
-        match extent.kind {
+    fn plan_here(&self, at: GuestOffset, len: u64) -> Result<Option<Plan>> {
+        let extent = self.map_at(at, len)?;
+        Ok(match extent.kind {
             ExtentKind::Data { file, offset } => Some(Plan::InPlace {
                 file,
                 offset,
                 len: extent.len,
             }),
             _ => None,
-        }
+        })
     }
 
     pub(super) fn plan_at(&self, at: GuestOffset, len: u64) -> Ask<Plan> {
-        if let Some(plan) = self.plan_here(at, len) {
+        if let Some(plan) = self.plan_here(at, len)? {
             return Ok(plan);
         }
         let st = &mut *self.lock();
-        if let Some(plan) = self.plan_here(at, len) {
+        if let Some(plan) = self.plan_here(at, len)? {
             return Ok(plan);
         }
         let within = at.0 & (self.block_bytes() - 1);
@@ -63,7 +83,7 @@ impl Vdi {
 
     /// Nothing lies below, so that a block which is not there stays so; another's place is zeroed where it is.
     pub(super) fn zero_at(&self, at: GuestOffset, len: u64, _: ZeroMode) -> Result<ZeroPlan> {
-        let extent = self.map_at(at, len);
+        let extent = self.map_at(at, len)?;
         Ok(match extent.kind {
             ExtentKind::Data { file, offset } => ZeroPlan::Host {
                 file,

@@ -58,6 +58,8 @@ pub struct Vdi {
     block_bits: u32,
     data_offset: u64,
     map_offset: u64,
+    /// Where the last whole sector of the file ends, for reading only; else no block is behind the file's end.
+    readable_end: u64,
     read_only: bool,
     /// The map, in whole sectors. Entries change from none to some only, and after what they stand for is there.
     map: Vec<AtomicU32>,
@@ -133,7 +135,7 @@ impl Image for Vdi {
     }
 
     fn map(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
-        Ok(Step::Done(self.map_at(at, len)))
+        Ok(Step::Done(self.map_at(at, len)?))
     }
 
     fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>> {

@@ -1,7 +1,8 @@
 //! Opening, closing, and bringing in order what was not closed.
 //!
-//! The map is read and judged once, when the image is opened: afterwards an entry of a block that is there leads to a
-//! block within the file, and, in an image that is written to, to no other's.
+//! The map is read once, when the image is opened. For writing it is judged then: afterwards an entry of a block that is
+//! there leads to a block within the file, and to no other's. For reading each block is judged when it is asked for, so
+//! that one bad entry, or a file whose end is gone, takes nothing from the others.
 
 use super::header::{HEADER_BYTES, Header};
 use super::state::State;
@@ -13,6 +14,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32};
 
 /// Bytes of the map that are read or written at a time.
 pub(super) const CHUNK: usize = 64 << 10;
+
+/// Bytes of the disk's sectors.
+const SECTOR: u64 = 512;
 
 /// The largest block that a hole in the file is used for again: it is filled whole.
 const HOLE_BYTES_MAX: u32 = 2 << 20;
@@ -93,18 +97,20 @@ pub(super) struct Blocks {
     pub(super) entries: Vec<u32>,
     /// Blocks that are there.
     pub(super) present: u32,
-    /// One more than the highest number of a block in the file.
+    /// One more than the highest number of a block.
     pub(super) end: u32,
+    /// The first block with the highest number, and that number.
+    highest: Option<(u32, u32)>,
     /// The last entry that names a block.
     pub(super) last: Option<u32>,
 }
 
 impl Blocks {
-    /// Reads the map.
+    /// Reads the map, and judges nothing.
     ///
     /// # Errors
     ///
-    /// [`block::ErrorKind::Corrupt`] for a block that is not within the file.
+    /// What reading the file fails with.
     pub(super) fn read(file: &dyn Storage, layout: &Layout) -> Result<Self> {
         let header = &layout.header;
         // At most `BLOCKS_MAX`.
@@ -129,22 +135,35 @@ impl Blocks {
         file.read_at(at, rest.get_mut(..there).unwrap_or_default())?;
         let rest = rest.as_chunks::<4>().0.iter();
         entries.extend(rest.map(|entry| u32::from_le_bytes(*entry)));
-        if let Some((index, entry)) = highest {
-            let end = header.block_offset(u64::from(entry) + 1);
-            if end > layout.file_bytes {
-                return Err(Error::corrupt(format!(
-                    "block {index}: its entry is {entry}: the block ends at byte {end:#x}, but the file at byte {:#x}: \
-                     it is cut off",
-                    layout.file_bytes
-                )));
-            }
-        }
         Ok(Self {
             entries,
             present,
             end: highest.map_or(0, |(_, entry)| entry + 1),
+            highest,
             last,
         })
+    }
+
+    /// Whether all blocks are within the file.
+    ///
+    /// # Errors
+    ///
+    /// [`block::ErrorKind::Corrupt`] for one that is not.
+    pub(super) fn check_within(&self, layout: &Layout) -> Result<()> {
+        let Some((index, entry)) = self.highest else {
+            return Ok(());
+        };
+        let end = layout.header.block_offset(u64::from(entry) + 1);
+        if end <= layout.file_bytes {
+            return Ok(());
+        }
+        Err(Error::corrupt(format!(
+            "block {index}: its entry at byte {:#x} is {entry}: the block ends at byte {end:#x}, but the file at byte \
+             {:#x}: the entry is wrong, or the file is cut off. Nothing can bring that in order: read what is there with \
+             diskplane convert --salvage",
+            layout.header.entry_offset(u64::from(index)),
+            layout.file_bytes
+        )))
     }
 
     /// The entries of the disk's blocks.
@@ -158,11 +177,13 @@ impl Blocks {
     ///
     /// # Errors
     ///
-    /// [`block::ErrorKind::Corrupt`] where two blocks have the same number, or one has a number that no other program
-    /// gives: writing would destroy what is there.
-    pub(super) fn holes(&self, header: &Header) -> Result<Vec<u32>> {
+    /// [`block::ErrorKind::Corrupt`] where a block is not within the file, two blocks have the same number, or one has a
+    /// number that no other program gives: writing would destroy what is there.
+    pub(super) fn holes(&self, layout: &Layout) -> Result<Vec<u32>> {
+        self.check_within(layout)?;
+        let header = &layout.header;
         let mut used = vec![0u64; u64::from(header.blocks).div_ceil(64) as usize];
-        let at = |index: usize| u64::from(header.map_offset) + index as u64 * 4;
+        let at = |index: usize| header.entry_offset(index as u64);
         for (index, entry) in self.of_disk(header).iter().enumerate() {
             if !is_there(*entry) {
                 continue;
@@ -207,37 +228,38 @@ impl Vdi {
     ///
     /// # Errors
     ///
-    /// As [`Layout::read`]; and [`block::ErrorKind::Corrupt`] where a block lies behind the end of the file, or, for
-    /// writing, two have the same place.
+    /// As [`Layout::read`]; and, for writing, [`block::ErrorKind::Corrupt`] where a block lies behind the end of the file,
+    /// or two have the same place.
     pub fn open(file: &dyn Storage, options: &OpenOptions) -> Result<Self> {
         let layout = Layout::read(file)?;
         Self::of(file, layout, options).map_err(|error| error.within(file.name()))
     }
 
     fn of(file: &dyn Storage, layout: Layout, options: &OpenOptions) -> Result<Self> {
-        let header = layout.header;
-        let blocks = Blocks::read(
-            file,
-            &Layout {
-                header: header.clone(),
-                ..layout
-            },
-        )?;
+        let blocks = Blocks::read(file, &layout)?;
         let mut holes = match options.read_only {
             true => Vec::new(),
-            false => blocks.holes(&header)?,
+            false => blocks.holes(&layout)?,
+        };
+        let Layout { header, file_bytes } = layout;
+        let data_offset = u64::from(header.data_offset);
+        let readable_end = match options.read_only {
+            true => data_offset + file_bytes.saturating_sub(data_offset) / SECTOR * SECTOR,
+            // It grows.
+            false => u64::MAX,
         };
         if header.block_bytes > HOLE_BYTES_MAX {
             holes.clear();
         }
         let used_end = header.block_offset(u64::from(blocks.end));
-        let space = Space::new(used_end, layout.file_bytes, u64::from(blocks.present));
+        let space = Space::new(used_end, file_bytes, u64::from(blocks.present));
         let state = State::new(&header, blocks.end, holes, space);
         Ok(Self {
             name: file.name(),
             size: header.disk_bytes,
             block_bits: header.block_bytes.trailing_zeros(),
-            data_offset: u64::from(header.data_offset),
+            data_offset,
+            readable_end,
             map_offset: u64::from(header.map_offset),
             read_only: options.read_only,
             map: blocks.entries.into_iter().map(AtomicU32::new).collect(),
@@ -269,7 +291,7 @@ pub fn mend(file: &dyn Storage) -> Result<Option<String>> {
     let layout = Layout::read(file)?;
     let named = || file.name();
     let blocks = Blocks::read(file, &layout).context(named)?;
-    blocks.holes(&layout.header).context(named)?;
+    blocks.holes(&layout).context(named)?;
     settle_end(file, &layout, blocks.end).context(named)
 }
 

@@ -99,6 +99,7 @@ pub fn repair(file: &dyn Storage) -> Result<()> {
 
 fn move_together(file: &dyn Storage, layout: &Layout) -> Result<()> {
     let blocks = Blocks::read(file, layout)?;
+    blocks.check_within(layout)?;
     let count = blocks.present;
     let mut used = vec![0u64; count.div_ceil(64) as usize];
     let mut homeless = Vec::new();

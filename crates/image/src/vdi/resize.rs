@@ -48,7 +48,7 @@ fn grow_layout(file: &dyn Storage, layout: &Layout, bytes: u64) -> Result<()> {
         ))
     })?;
     let blocks = Blocks::read(file, layout)?;
-    blocks.holes(header)?;
+    blocks.holes(layout)?;
     let old = header.disk_bytes.div_ceil(block);
     if blocks.last.is_some_and(|last| u64::from(last) >= old) {
         return Err(Error::corrupt(

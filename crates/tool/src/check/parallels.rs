@@ -22,7 +22,7 @@ pub fn check(storage: &dyn Storage, options: &CheckOptions) -> Result<Report> {
     let header = Header::read(storage)?;
     let refuse = |why: String| Error::unsupported(why).within(storage.name());
     if options.repair != Repair::No {
-        let why = "parallels images are for reading only, and not repaired: qemu-img check -r can do that";
+        let why = "parallels images are for reading only, and not repaired: convert it into another format";
         return Err(refuse(why.to_owned()));
     }
     let mut tally = Tally::default();

@@ -5,6 +5,8 @@
 //! so it is after a crash. (QEMU calls the first an error.) Where it counts fewer, the next block that QEMU or VirtualBox
 //! adds would lie on another.
 //!
+//! A block that is not within the file bars a repair: nobody knows where its data are.
+//!
 //! A repair counts anew, brings blocks together where numbers were left out, and gives blocks that share one place a place
 //! each, with the same bytes. Nothing that the disk reads as changes.
 //!
@@ -62,7 +64,7 @@ fn inspect(storage: &dyn Storage) -> Result<Found> {
     let header = &layout.header;
     let mut tally = Tally::default();
     let mut used = vec![0u64; u64::from(header.blocks).div_ceil(64) as usize];
-    let (mut outside, mut end) = (0, 0u64);
+    let (mut outside, mut numbered, mut end) = (0, 0, 0u64);
     let mut last: Option<u32> = None;
     let disk_blocks = header.disk_bytes.div_ceil(u64::from(header.block_bytes));
     layout.entries(storage, |block, entry| {
@@ -70,7 +72,7 @@ fn inspect(storage: &dyn Storage) -> Result<Found> {
             return;
         }
         let place = || {
-            let at = u64::from(header.map_offset) + u64::from(block) * 4;
+            let at = header.entry_offset(u64::from(block));
             format!("block {block}: its entry at byte {at:#x} is {entry}")
         };
         tally.allocated += 1;
@@ -78,18 +80,25 @@ fn inspect(storage: &dyn Storage) -> Result<Found> {
             tally.fragmented += 1;
         }
         last = Some(entry);
-        end = end.max(u64::from(entry) + 1);
         if u64::from(block) >= disk_blocks {
             tally.found(Severity::Leak, 1, || {
                 format!("{}: the disk has {disk_blocks} blocks", place())
             });
         }
-        let end = header.block_offset(u64::from(entry) + 1);
-        if end > layout.file_bytes {
+        let block_end = header.block_offset(u64::from(entry) + 1);
+        if block_end > layout.file_bytes {
             outside += 1;
             tally.found(Severity::Corruption, 1, || {
-                format!("{}: it ends behind the file, at byte {end:#x}", place())
+                format!(
+                    "{}: it ends behind the file, at byte {block_end:#x}: convert --salvage reads the others",
+                    place()
+                )
             });
+        }
+        // One that can be neither says nothing of the others.
+        if block_end <= layout.file_bytes || entry < header.blocks {
+            end = end.max(u64::from(entry) + 1);
+            numbered += 1;
         }
         let word = used.get_mut((entry / 64) as usize);
         match word.filter(|_| entry < header.blocks) {
@@ -119,7 +128,7 @@ fn inspect(storage: &dyn Storage) -> Result<Found> {
             )
         });
     }
-    let lost = end.saturating_sub(tally.allocated - tally.overlaps);
+    let lost = end.saturating_sub(numbered - tally.overlaps);
     let scattered = lost > 0;
     if scattered {
         tally.found(Severity::Leak, lost, || {
