@@ -20,7 +20,7 @@ use std::sync::Arc;
 /// How to resize.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ResizeOptions {
-    /// Bytes of the disk, a multiple of 512.
+    /// Bytes of the disk; a multiple of 512, but of a raw disk and a luks disk any number.
     pub size: u64,
     /// Data may be lost: the disk may become smaller.
     pub shrink: bool,
@@ -124,11 +124,6 @@ fn raw(
     options: &ResizeOptions,
 ) -> Result<()> {
     let new = options.size;
-    if !new.is_multiple_of(512) {
-        return Err(Error::invalid(format!(
-            "a size of {new} bytes: it must be a multiple of 512"
-        )));
-    }
     if options.preallocation == Preallocation::Metadata {
         return Err(Error::invalid(format!(
             "preallocation=metadata: {format} has no metadata; it can be off, falloc or full"

@@ -36,18 +36,37 @@ pub struct Resize {
     operands: Vec<String>,
 }
 
-/// A size may begin with a dash, and is the last argument: nothing takes it for an option then.
+/// A size may begin with a dash, and is the last argument, or the one behind the file: nothing takes it for an option
+/// then.
 pub fn with_size_last(arguments: &[OsString]) -> Vec<OsString> {
     let mut arguments = arguments.to_vec();
-    if let Some(last) = arguments
-        .last()
-        .map(|last| last.to_string_lossy().into_owned())
-        && last
+    let text = |at: usize| {
+        let argument = arguments.get(at).map(|argument| argument.to_string_lossy());
+        argument.unwrap_or_default().into_owned()
+    };
+    let is_size = |at: &usize| {
+        text(*at)
             .strip_prefix('-')
             .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+    };
+    // `-f` and `--format`, `--preallocation` and `--object`, as far as they are written out, take what follows.
+    let takes_next = |option: &str| {
+        let is = |short: &str| option.starts_with(short) && !option.contains('=');
+        option == "-f" || is("--f") || is("--p") || is("--o")
+    };
+    let is_file = |at: usize| {
+        let value = at.checked_sub(1).is_some_and(|at| takes_next(&text(at)));
+        !text(at).starts_with('-') && !value
+    };
+    let last = arguments.len().saturating_sub(1);
+    let found = (0..=last)
+        .filter(is_size)
+        .find(|at| *at == last || at.checked_sub(1).is_some_and(is_file));
+    if let Some(at) = found
         && !arguments.iter().any(|argument| argument == "--")
     {
-        arguments.insert(arguments.len() - 1, "--".into());
+        let size = arguments.remove(at);
+        arguments.extend(["--".into(), size]);
     }
     arguments
 }
@@ -107,8 +126,16 @@ pub fn run(args: &Resize) -> Result<u8> {
     if format == Format::Raw && preallocation == Preallocation::Metadata {
         bail!("Unsupported preallocation mode: metadata");
     }
+    // A raw disk ends where it is told to; what is behind it up to a whole sector reads as zeros.
+    let exact = matches!(format, Format::Raw | Format::Luks);
+    if !exact && !new.is_multiple_of(512) {
+        bail!(match format {
+            Format::Qed => "Invalid image size specified",
+            _ => "The new size must be a multiple of 512",
+        });
+    }
     let options = ResizeOptions {
-        size: block::align_up(new, 512),
+        size: new,
         shrink: args.shrink,
         preallocation,
     };
@@ -130,6 +157,9 @@ mod tests {
             ("a -1M", "a -- -1M"),
             ("-q a +1M", "-q a +1M"),
             ("a 1M --shrink", "a 1M --shrink"),
+            ("-f raw a -1M --shrink", "-f raw a --shrink -- -1M"),
+            ("-f raw -1M --shrink a", "-f raw -1M --shrink a"),
+            ("--form raw -1M a", "--form raw -1M a"),
             ("a -- -1M", "a -- -1M"),
         ] {
             assert_eq!(with_size_last(&given(text)), given(want), "{text}");
