@@ -91,6 +91,16 @@ impl Keys {
 }
 
 impl Objects {
+    /// Whether there is a secret that `id` names.
+    pub fn has(&self, id: &str) -> Result<bool> {
+        for object in &self.object {
+            if Secret::parse(&object.0)?.id == id {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// The passphrase that `id` names.
     pub fn find(&self, id: &str) -> Result<Passphrase> {
         for object in &self.object {

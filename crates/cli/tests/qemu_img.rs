@@ -441,3 +441,130 @@ fn who_is_locked_out_hears_of_the_lock_that_qemu_names() {
         assert_eq!(found, want, "{line}");
     }
 }
+
+#[test]
+fn encrypted_targets_are_written_with_the_key_they_were_made_with() {
+    let secret = "--object secret,id=s,data=abc";
+    let inner = "-o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let opened = "driver=qcow2,encrypt.key-secret=s,file.filename=a.qcow2";
+    let volume = "driver=luks,key-secret=s,file.filename=a.luks";
+    let plain = "driver=raw,file.filename=a.raw";
+    let lines = [
+        "qemu-img create -q -f raw a.raw 1M",
+        "qemu-io -f raw -c write_-P_7_64k_64k a.raw",
+        &format!("qemu-img convert {secret} -O qcow2 {inner} a.raw a.qcow2"),
+        &format!("env qemu-img compare {secret} --image-opts {opened} {plain}"),
+        &format!("qemu-img convert {secret} -O luks -o key-secret=s,iter-time=10 a.raw a.luks"),
+        &format!("env qemu-img compare {secret} --image-opts {volume} {plain}"),
+        // Without a key nothing is made, and an image that is there not opened.
+        "qemu-img convert -O qcow2 -o encrypt.format=luks a.raw n",
+        "qemu-img convert -O luks a.raw n",
+        "qemu-img convert -O qcow2 -o encrypt.format=luks,encrypt.key-secret=t a.raw n",
+        "qemu-img dd -O luks if=a.raw of=n",
+        "qemu-img create -f luks -o key-secret=t n 1M",
+        "qemu-img convert -n -O qcow2 a.raw a.qcow2",
+        "qemu-img convert -O raw a.luks b.raw",
+    ];
+    same(&lines);
+}
+
+#[test]
+fn sizes_are_what_was_asked_for() {
+    same(&[
+        "qemu-img create -q -f raw a.raw 5000001",
+        "qemu-img resize -f raw a.raw +100",
+        "stat -c %s a.raw",
+        "qemu-img resize -f raw a.raw --shrink -- -100",
+        "stat -c %s a.raw",
+        "qemu-img resize -f raw a.raw -512K --shrink",
+        "stat -c %s a.raw",
+        "qemu-img resize -f raw a.raw -512K -q",
+        "qemu-img resize -f raw -512K --shrink a.raw",
+        "qemu-img resize -f raw a.raw 5000003 --preallocation=full",
+        "stat -c %s a.raw",
+        "qemu-img create -q -f qcow2 a.qcow2 1M",
+        "qemu-img resize a.qcow2 +1",
+        "qemu-img create -q -f qed a.qed 1M",
+        "qemu-img resize a.qed +1",
+        // A copy is as large as its source, whatever is said.
+        "qemu-img create -q -f raw b.raw 1M",
+        "qemu-img convert -O qcow2 -o size=512k b.raw b.qcow2",
+        "qemu-img compare b.raw b.qcow2",
+        "qemu-img convert -O raw -o size=4M b.raw c.raw",
+        "stat -c %s c.raw",
+        // Of nothing there is a map too.
+        "qemu-img map --output=json -s 2M b.qcow2",
+        "qemu-img map --output=json -l 0 b.qcow2",
+        "qemu-img map -l 0 b.qcow2",
+        "qemu-img create -q -f raw none 0",
+        "qemu-img map --output=json none",
+        "qemu-img create -q -f vdi -o preallocation=metadata a.vdi 1M",
+    ]);
+}
+
+#[test]
+fn names_lead_to_files_as_in_qemu_img() {
+    let (t, u) = (
+        "driver=qcow2,file.filename=t.qcow2",
+        "driver=qcow2,file.filename=sub/u.qcow2",
+    );
+    let json = "json:{'driver':'qcow2','file':{'driver':'file','filename':'sub/u.qcow2'}}";
+    let lines = [
+        // Links that lead to nothing yet.
+        "ln -s raw.img l1",
+        "qemu-img create -f raw l1 1M",
+        "ln -s l3 l2",
+        "ln -s sub/x.qcow2 l3",
+        "mkdir sub",
+        "qemu-img convert -f raw -O qcow2 raw.img l2",
+        "qemu-img info sub/x.qcow2",
+        "ln -s data.img l4",
+        "qemu-img create -q -f qcow2 -o data_file=l4 d.qcow2 1M",
+        "ln -s c.qcow2 l5",
+        "qemu-img convert -c -f raw -O qcow2 raw.img l5",
+        "qemu-img create -q -f vmdk -o subformat=monolithicFlat m.vmdk 1M",
+        "find . -type l",
+        "stat -c %s raw.img data.img m-flat.vmdk",
+        // Targets that options name, and their bitmaps.
+        "qemu-img create -q -f qcow2 s.qcow2 1M",
+        "qemu-img bitmap --add s.qcow2 b0",
+        "qemu-img create -q -f qcow2 t.qcow2 1M",
+        "qemu-img create -q -f qcow2 sub/u.qcow2 1M",
+        &format!("qemu-img convert -n --bitmaps --target-image-opts s.qcow2 {t}"),
+        &format!("qemu-img convert -n --bitmaps -O qcow2 s.qcow2 {json}"),
+        "qemu-img info t.qcow2",
+        "qemu-img info sub/u.qcow2",
+        "qemu-img convert -n --bitmaps --target-image-opts s.qcow2 driver=raw,file.filename=raw.img",
+        // A backing file's name begins where the overlay is, however that is named.
+        "qemu-img create -q -f raw sub/base 1M",
+        &format!("qemu-img rebase -b base -F raw --image-opts {u}"),
+        "qemu-img info sub/u.qcow2",
+        "qemu-img rebase -u -b '' sub/u.qcow2",
+        &format!("qemu-img rebase -b base -F raw {json}"),
+        "qemu-img info sub/u.qcow2",
+        // What others may be writing is not repaired.
+        "qemu-img check -U -r all t.qcow2",
+        "qemu-img check -r leaks --image-opts driver=qcow2,force-share=on,file.filename=t.qcow2",
+        "qemu-img check -q -U t.qcow2",
+    ];
+    same(&lines);
+}
+
+#[test]
+fn what_is_refused_leaves_the_target_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("a.raw"), [7; 4096]).unwrap();
+    std::fs::write(dir.path().join("a.qcow2"), "something else").unwrap();
+    let line = "qemu-img convert -c -f raw -O qcow2 -o data_file=d a.raw a.qcow2";
+    let program = [env!("CARGO_BIN_EXE_diskplane"), "qemu-img"];
+    let text = outcome(&program, dir.path(), line);
+    assert!(text.contains("an external data file"), "{text}");
+    let line = "qemu-img convert -f raw -O luks a.raw a.qcow2";
+    let text = outcome(&program, dir.path(), line);
+    assert!(text.contains("'key-secret' is required"), "{text}");
+    let left = std::fs::read(dir.path().join("a.qcow2")).unwrap();
+    assert_eq!(left, b"something else");
+    assert!(!dir.path().join("d").exists());
+    let help = outcome(&program, dir.path(), "qemu-img compare --help");
+    assert!(help.starts_with("Check if two images"), "{help}");
+}

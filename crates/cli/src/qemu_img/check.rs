@@ -72,7 +72,7 @@ pub fn run(args: &Check) -> Result<u8> {
         Repair::No => Access::reading(args.force_share),
         _ => Access::Write,
     };
-    let (mut storage, format) = open::file(&name, access, &args.objects)?;
+    let (mut storage, format) = open::shared_file(&name, access, args.force_share, &args.objects)?;
     let options = CheckOptions {
         repair,
         ..CheckOptions::default()

@@ -175,11 +175,9 @@ pub fn run(args: &Convert) -> Result<u8> {
         None => Cache::Unsafe,
         said => open::cache(said, "cache")?,
     };
-    if !entries.is_empty() && format != Format::Qcow2 {
-        bail!(
-            "Format driver '{}' does not support bitmaps",
-            format.qemu_name()
-        );
+    // What options name is known once it is open.
+    if !args.target_image_opts {
+        refuse_bitmaps(&entries, format)?;
     }
     let options = match args.no_create {
         true => None,
@@ -205,6 +203,10 @@ pub fn run(args: &Convert) -> Result<u8> {
         how: How {
             write: true,
             cache,
+            passphrases: match &options {
+                Some(options) => create::passphrases(options, &args.objects)?,
+                None => Vec::new(),
+            },
             ..How::default()
         },
         image_opts: args.target_image_opts,
@@ -217,9 +219,14 @@ pub fn run(args: &Convert) -> Result<u8> {
         None if args.compress => bail!(
             "Compressed clusters are written to new images only: leave out -n, or -c (diskplane's qemu-img)"
         ),
-        None => copy.run(&args.objects)?,
+        None => copy.run(&entries, &args.objects)?,
     }
-    copy_bitmaps(&chains, &entries, file)?;
+    let name = Name {
+        text: file,
+        format: Some(format.qemu_name()).filter(|_| !args.target_image_opts),
+        image_opts: args.target_image_opts,
+    };
+    copy_bitmaps(&chains, &entries, &name, &args.objects)?;
     Ok(0)
 }
 
@@ -360,9 +367,8 @@ impl Made<'_> {
             Err(_) => bail!("Unknown file format '{}'", self.format),
         };
         let mut said = Said::parse(self.format, self.list)?;
-        if said.size().is_none() {
-            said.set("size", &self.size.to_string())?;
-        }
+        // Whatever was said: a copy is as large as its source.
+        said.set("size", &self.size.to_string())?;
         let old_style = [
             ("backing_file", &args.backing, "Backing file"),
             ("backing_fmt", &args.backing_format, "Backing file format"),
@@ -393,7 +399,7 @@ fn backing(args: &Convert, said: &Said, file: &str) -> Result<Option<Chain>> {
     let Some(format) = said.get("backing_fmt") else {
         bail!("Use of backing file requires explicit backing format");
     };
-    let path = create::below(file, name);
+    let path = create::below(create::path(file), name);
     let base = Name {
         text: &path,
         format: Some(format),
@@ -422,6 +428,9 @@ fn refuse_compressed(format: Format, said: &Said) -> Result<()> {
     }
     if said.get("preallocation").is_some_and(|mode| mode != "off") {
         bail!("Compression and preallocation not supported at the same time");
+    }
+    if said.get("data_file").is_some() {
+        bail!("Compression and an external data file not supported at the same time");
     }
     Ok(())
 }
@@ -454,7 +463,22 @@ fn bitmaps(args: &Convert, chains: &[Chain]) -> Result<Vec<qcow2::bitmap::Entry>
     Ok(entries)
 }
 
-fn copy_bitmaps(chains: &[Chain], entries: &[qcow2::bitmap::Entry], file: &str) -> Result<()> {
+fn refuse_bitmaps(entries: &[qcow2::bitmap::Entry], format: Format) -> Result<()> {
+    match entries.is_empty() || format == Format::Qcow2 {
+        true => Ok(()),
+        false => bail!(
+            "Format driver '{}' does not support bitmaps",
+            format.qemu_name()
+        ),
+    }
+}
+
+fn copy_bitmaps(
+    chains: &[Chain],
+    entries: &[qcow2::bitmap::Entry],
+    name: &Name<'_>,
+    objects: &Objects,
+) -> Result<()> {
     let source = chains.first().and_then(|chain| chain.layers.first());
     let Some(source) = source
         .and_then(|layer| layer.files.first())
@@ -462,7 +486,7 @@ fn copy_bitmaps(chains: &[Chain], entries: &[qcow2::bitmap::Entry], file: &str) 
     else {
         return Ok(());
     };
-    let target = crate::open::file(create::path(file), Access::Write)?;
+    let (target, _) = open::file(name, Access::Write, objects)?;
     bitmap::copy(&**source, entries, &*target)
         .map_err(|error| anyhow!("Failed to create bitmap {}: {error}", first_name(entries)))
 }
@@ -497,14 +521,15 @@ pub fn reads_as_zeros(file: &str, format: Format) -> bool {
 }
 
 impl Copy<'_> {
-    /// Copies into the image, which is there.
-    pub fn run(self, objects: &Objects) -> Result<()> {
+    /// Copies into the image, which is there, and is to get the `bitmaps` afterwards.
+    pub fn run(self, bitmaps: &[qcow2::bitmap::Entry], objects: &Objects) -> Result<()> {
         let name = Name {
             text: self.file,
             format: Some(self.format.qemu_name()).filter(|_| !self.image_opts),
             image_opts: self.image_opts,
         };
         let chain = open::chain(&name, &self.how, objects)?;
+        refuse_bitmaps(bitmaps, open::active(&chain)?.format)?;
         if open::active(&chain)?.image.size() < self.source.size() {
             bail!("output file is smaller than input file");
         }

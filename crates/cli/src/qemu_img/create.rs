@@ -9,8 +9,10 @@ use crate::{create, print};
 use anyhow::{Result, anyhow, bail};
 use block::limits;
 use clap::Args;
+use crypto::Passphrase;
 use image::Format;
 use std::path::Path;
+use std::sync::Arc;
 use tool::work::Stop;
 
 /// `create`.
@@ -163,7 +165,7 @@ impl New<'_> {
                 None => bail!("Backing file specified without backing format"),
             };
         }
-        let path = below(self.file, backing);
+        let path = below(path(self.file), backing);
         let name = Name {
             text: &path,
             format: format.as_deref(),
@@ -208,17 +210,19 @@ pub fn path(name: &str) -> &Path {
 }
 
 /// Where the backing file `name` of the image `file` is.
-pub fn below(file: &str, name: &str) -> String {
+pub fn below(file: &Path, name: &str) -> String {
     if !disk::chain::is_file_name(name) {
         return name.to_owned();
     }
-    let directory = path(file).parent().unwrap_or(Path::new(""));
+    let directory = file.parent().unwrap_or(Path::new(""));
     directory.join(name).display().to_string()
 }
 
-/// Makes the image at `file`, in place of what is there.
-pub fn make(file: &str, format: Format, said: &Said, objects: &Objects) -> Result<()> {
-    write(file, format, &options_of(format, said, objects, file)?)
+/// Makes the image at `file`, in place of what is there. Returns how.
+pub fn make(file: &str, format: Format, said: &Said, objects: &Objects) -> Result<Options> {
+    let options = options_of(format, said, objects, file)?;
+    write(file, format, &options)?;
+    Ok(options)
 }
 
 /// Makes the image that `options` describe.
@@ -247,6 +251,9 @@ fn could_not_create(file: &str, error: &anyhow::Error) -> anyhow::Error {
 /// What diskplane's own code makes of the options.
 pub fn options_of(format: Format, said: &Said, objects: &Objects, file: &str) -> Result<Options> {
     said.check_choices()?;
+    if format == Format::Vdi && said.get("preallocation") == Some("metadata") {
+        bail!("Unsupported preallocation mode: metadata");
+    }
     let mut options = options::parse(format, &said.own())?;
     options.overwrite = true;
     options.extended_l2.get_or_insert(false);
@@ -268,12 +275,37 @@ pub fn options_of(format: Format, said: &Said, objects: &Objects, file: &str) ->
     options
         .settle(format, size)
         .map_err(|error| own_words(format, error))?;
-    let keys = Keys {
+    name_key(format, said, objects)?;
+    options.seal(format, &keys(objects))?;
+    Ok(options)
+}
+
+/// Refuses an encrypted image whose passphrase is not given, before anything is touched.
+fn name_key(format: Format, said: &Said, objects: &Objects) -> Result<()> {
+    let name = match format {
+        Format::Luks => "key-secret",
+        Format::Qcow2 if said.get("encrypt.format") == Some("luks") => "encrypt.key-secret",
+        _ => return Ok(()),
+    };
+    match said.get(name) {
+        None => bail!("Parameter '{name}' is required for cipher"),
+        Some(id) if !objects.has(id)? => bail!("No secret with id '{id}'"),
+        Some(_) => Ok(()),
+    }
+}
+
+/// Passphrases are named by `--object` alone here.
+fn keys(objects: &Objects) -> Keys {
+    Keys {
         objects: objects.clone(),
         ..Keys::default()
-    };
-    options.seal(format, &keys)?;
-    Ok(options)
+    }
+}
+
+/// What opens an image that was made with these options.
+pub fn passphrases(options: &Options, objects: &Objects) -> Result<Vec<Arc<Passphrase>>> {
+    let found = options.encrypt.passphrase(&keys(objects))?;
+    Ok(found.into_iter().collect())
 }
 
 /// What is wrong with the options of an image, as QEMU says it.

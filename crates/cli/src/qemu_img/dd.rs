@@ -72,7 +72,7 @@ pub fn run(args: &Dd) -> Result<u8> {
     let mut options = Said::parse(said, "")?;
     let bytes = end.saturating_sub(begin);
     options.set("size", &bytes.to_string())?;
-    create::make(output, format, &options, &args.objects)
+    let made = create::make(output, format, &options, &args.objects)
         .map_err(|error| anyhow!("{output}: error while creating output image: {error}"))?;
     if begin > end {
         super::complain(&anyhow!("{input}: cannot skip to specified offset"));
@@ -86,12 +86,13 @@ pub fn run(args: &Dd) -> Result<u8> {
         blank: reads_as_zeros(output, format),
         how: How {
             write: true,
+            passphrases: create::passphrases(&made, &args.objects)?,
             ..How::default()
         },
         image_opts: false,
         rate: None,
         progress: false,
     };
-    copy.run(&args.objects)?;
+    copy.run(&[], &args.objects)?;
     Ok(0)
 }

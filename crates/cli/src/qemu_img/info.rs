@@ -154,7 +154,7 @@ fn node(name: &str, layer: &Layer) -> Result<Map<String, Value>> {
 pub fn full(above: &str, name: &str) -> String {
     let above = above.strip_prefix("file:").unwrap_or(above);
     match disk::chain::is_file_name(name) {
-        true => super::create::below(above, name),
+        true => super::create::below(super::create::path(above), name),
         false => name.to_owned(),
     }
 }

@@ -43,7 +43,10 @@ pub fn parse<T: Args + FromArgMatches>(name: &'static str, arguments: &[OsString
         .infer_long_args(true)
         .args_override_self(true)
         .disable_version_flag(true);
-    let command = T::augment_args(command).mut_args(|arg| {
+    let known = super::COMMANDS.iter().find(|(known, _)| *known == name);
+    // In place of what the code says of the arguments.
+    let about = known.map_or("", |(_, what)| *what);
+    let command = T::augment_args(command).about(about).mut_args(|arg| {
         let takes_value = matches!(arg.get_action(), ArgAction::Set | ArgAction::Append);
         match takes_value && !arg.is_positional() && arg.get_num_args() != Some(0.into()) {
             true => arg.allow_hyphen_values(true),

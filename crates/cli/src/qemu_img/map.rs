@@ -74,7 +74,7 @@ pub fn run(args: &Map) -> Result<u8> {
 
 fn json(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
     let mut lead = "[";
-    walk(chain, range, |entry| {
+    let mut put = |entry| -> Result<()> {
         let Entry {
             start,
             length,
@@ -96,8 +96,27 @@ fn json(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
         write!(out, "}}")?;
         lead = ",\n";
         Ok(())
+    };
+    let mut empty = true;
+    let start = range.start;
+    walk(chain, range, |entry| {
+        empty = false;
+        put(entry)
     })?;
-    Ok(writeln!(out, "{}", if lead == "[" { "[]" } else { "]" })?)
+    if empty {
+        // Of nothing qemu-img has an entry too.
+        put(Entry {
+            start,
+            length: 0,
+            depth: 0,
+            present: false,
+            zero: false,
+            data: false,
+            compressed: false,
+            offset: None,
+        })?;
+    }
+    Ok(writeln!(out, "]")?)
 }
 
 /// The names of a chain's files with data, as they lead to each other.

@@ -43,6 +43,8 @@ pub struct How {
     pub allow_locked: bool,
     /// Of its internal snapshots, read that one.
     pub snapshot: Option<String>,
+    /// Passphrases of an image that was just made with them, where its name names none.
+    pub passphrases: Vec<Arc<Passphrase>>,
 }
 
 /// The cache mode that an option says.
@@ -82,6 +84,10 @@ pub fn chain_and_options(
     if how.write {
         named.refuse_writing().map_err(could_not)?;
     }
+    refuse_shared(how.write, named.force_share).map_err(could_not)?;
+    if named.passphrases.is_empty() {
+        named.passphrases.clone_from(&how.passphrases);
+    }
     let path = open::spec(&named.path)?;
     let format = match named.format {
         Some(format) => format,
@@ -110,6 +116,16 @@ pub fn chain_and_options(
     let chain =
         open::chain(path, &options).map_err(|error| could_not(explain(path, &error, how.write)))?;
     Ok((chain, options))
+}
+
+/// Refuses to write where others may be writing too.
+fn refuse_shared(write: bool, force_share: bool) -> Result<()> {
+    match write && force_share {
+        true => Err(anyhow!(
+            "force-share=on can only be used with read-only images"
+        )),
+        false => Ok(()),
+    }
 }
 
 /// An image's file, and what its name says besides.
@@ -300,9 +316,13 @@ fn in_qemus_words(why: &str) -> String {
         ("not a qcow2 image", "Image is not in qcow2 format"),
         ("not a QED image", "Image not in QED format"),
     ];
+    // Of a luks volume the option stands alone, else below the image's.
+    let key = |prefix| format!("Parameter '{prefix}key-secret' is required for cipher");
     match known.iter().find(|(ours, _)| why.ends_with(ours)) {
         Some((_, words)) => (*words).to_owned(),
-        None => without_number(why),
+        None if !why.contains("give its passphrase") => without_number(why),
+        None if why.starts_with("the luks image") => key(""),
+        None => key("encrypt."),
     }
 }
 
@@ -314,13 +334,20 @@ pub fn without_number(text: &str) -> String {
     }
 }
 
-/// Opens the file of an image alone, for what works on its tables.
-pub fn file(name: &Name<'_>, access: Access, objects: &Objects) -> Result<(Arc<File>, Format)> {
+/// Opens the file of an image alone, for what works on its tables; `force_share`: `-U` was said.
+pub fn shared_file(
+    name: &Name<'_>,
+    access: Access,
+    force_share: bool,
+    objects: &Objects,
+) -> Result<(Arc<File>, Format)> {
     let could_not = |why: Error| anyhow!("Could not open '{}': {why}", name.text);
     let named = Named::of(name, objects)?;
     if access == Access::Write {
         named.refuse_writing().map_err(could_not)?;
     }
+    let force_share = force_share || named.force_share;
+    refuse_shared(access == Access::Write, force_share).map_err(could_not)?;
     let path = open::spec(&named.path)?;
     let failed = |error: &block::Error| could_not(explain(path, error, access == Access::Write));
     if named.part.is_some() {
@@ -328,7 +355,7 @@ pub fn file(name: &Name<'_>, access: Access, objects: &Objects) -> Result<(Arc<F
             "a part of a file has no tables to work on"
         )));
     }
-    let access = match (access, named.force_share) {
+    let access = match (access, force_share) {
         (Access::Read, true) => Access::ReadUnlocked,
         (access, _) => access,
     };
@@ -344,4 +371,9 @@ pub fn file(name: &Name<'_>, access: Access, objects: &Objects) -> Result<(Arc<F
         None => could_not(error),
     })?;
     Ok((file, format))
+}
+
+/// As [`shared_file`], where there is no `-U`.
+pub fn file(name: &Name<'_>, access: Access, objects: &Objects) -> Result<(Arc<File>, Format)> {
+    shared_file(name, access, false, objects)
 }

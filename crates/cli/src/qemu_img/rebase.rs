@@ -9,8 +9,9 @@ use crate::secret::Objects;
 use crate::signals;
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
-use disk::chain::{Chain, Layer};
+use disk::chain::Chain;
 use image::Format;
+use std::path::Path;
 use std::sync::Arc;
 use tool::rebase::{can_rebase, copy_differences, set_backing};
 use tool::work::Work;
@@ -112,7 +113,7 @@ pub fn run(args: &Rebase) -> Result<u8> {
     let active = open::active(&overlay)?;
     let format = active.format;
     refuse(args, format)?;
-    let base = backing.map(|below| base(args, active, below, source_cache));
+    let base = backing.map(|below| base(args, &active.path, below, source_cache));
     let base = base.transpose()?;
     let mut progress = Progress::new(active.image.size(), args.progress && !args.quiet);
     let mut tell = |done| progress.set(done);
@@ -144,8 +145,7 @@ fn refuse(args: &Rebase, format: Format) -> Result<()> {
 }
 
 /// The new backing file.
-fn base(args: &Rebase, overlay: &Layer, name: &str, cache: io::Cache) -> Result<Chain> {
-    let file = crate::open::spec(&overlay.path)?;
+fn base(args: &Rebase, file: &Path, name: &str, cache: io::Cache) -> Result<Chain> {
     let path = create::below(file, name);
     let base = Name {
         text: &path,
@@ -165,10 +165,12 @@ fn base(args: &Rebase, overlay: &Layer, name: &str, cache: io::Cache) -> Result<
         )
     })?;
     let overlay = std::fs::canonicalize(file)?;
-    let is_overlay =
-        |path: &std::path::Path| std::fs::canonicalize(path).is_ok_and(|path| path == overlay);
+    let is_overlay = |path: &Path| std::fs::canonicalize(path).is_ok_and(|path| path == overlay);
     if chain.layers.iter().any(|layer| is_overlay(&layer.path)) {
-        bail!("Could not open new backing file '{name}': it lies on '{file}' itself");
+        bail!(
+            "Could not open new backing file '{name}': it lies on '{}' itself",
+            file.display()
+        );
     }
     Ok(chain)
 }

@@ -131,7 +131,7 @@ pub(super) fn open_image(
             return Err(Error::new(
                 ErrorKind::Denied,
                 format!(
-                    "{}: is encrypted ({}): give its passphrase with --key-file FILE",
+                    "{}: the {format} image is encrypted ({}): give its passphrase with --key-file FILE",
                     storage.name(),
                     encryption.name()
                 ),
