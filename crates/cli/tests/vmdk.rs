@@ -135,7 +135,7 @@ fn checks_say_what_is_wrong() {
         (table, 0x00ff_0000, 2, "behind the end of the file"),
         (table, 3, 2, "where header, descriptor and tables are"),
         (table, word(table + 4), 2, "overlap"),
-        (table, 30, 2, "lies on a grain table"),
+        (table, 30, 2, "where header, descriptor and tables are"),
         (26 * 512, 0x00ff_0000, 2, "is not in the file"),
         (redundant, 0, 3, "differs from the other in 1 entries"),
     ] {
