@@ -7,7 +7,7 @@ use crate::check::NO_CHECKS;
 use crate::open::Access;
 use crate::print;
 use crate::secret::Objects;
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow};
 use block::{Storage, plain};
 use clap::Args;
 use image::Format;
@@ -65,9 +65,6 @@ pub fn run(args: &Check) -> Result<u8> {
         format: args.format.as_deref(),
         image_opts: args.image_opts,
     };
-    if repair != Repair::No && args.force_share {
-        bail!("Could not open '{file}': {}", open::FORCE_SHARE);
-    }
     let access = match repair {
         Repair::No => Access::reading(args.force_share),
         _ => Access::Write,

@@ -84,7 +84,6 @@ pub fn chain_and_options(
     if how.write {
         named.refuse_writing().map_err(could_not)?;
     }
-    refuse_shared(how.write, named.force_share).map_err(could_not)?;
     if named.passphrases.is_empty() {
         named.passphrases.clone_from(&how.passphrases);
     }
@@ -118,16 +117,6 @@ pub fn chain_and_options(
     Ok((chain, options))
 }
 
-/// Refuses to write where others may be writing too.
-fn refuse_shared(write: bool, force_share: bool) -> Result<()> {
-    match write && force_share {
-        true => Err(anyhow!(
-            "force-share=on can only be used with read-only images"
-        )),
-        false => Ok(()),
-    }
-}
-
 /// An image's file, and what its name says besides.
 struct Named {
     path: PathBuf,
@@ -142,7 +131,7 @@ struct Named {
 }
 
 impl Named {
-    /// Refuses to open for writing what is said to be for reading only.
+    /// Refuses to open for writing what is said to be for reading only, or where others may be writing too.
     fn refuse_writing(&self) -> Result<()> {
         match (self.read_only, self.force_share) {
             (true, _) => Err(anyhow!(image_opts::READ_ONLY)),
@@ -342,12 +331,11 @@ pub fn shared_file(
     objects: &Objects,
 ) -> Result<(Arc<File>, Format)> {
     let could_not = |why: Error| anyhow!("Could not open '{}': {why}", name.text);
-    let named = Named::of(name, objects)?;
+    let mut named = Named::of(name, objects)?;
+    named.force_share |= force_share;
     if access == Access::Write {
         named.refuse_writing().map_err(could_not)?;
     }
-    let force_share = force_share || named.force_share;
-    refuse_shared(access == Access::Write, force_share).map_err(could_not)?;
     let path = open::spec(&named.path)?;
     let failed = |error: &block::Error| could_not(explain(path, error, access == Access::Write));
     if named.part.is_some() {
@@ -355,7 +343,7 @@ pub fn shared_file(
             "a part of a file has no tables to work on"
         )));
     }
-    let access = match (access, force_share) {
+    let access = match (access, named.force_share) {
         (Access::Read, true) => Access::ReadUnlocked,
         (access, _) => access,
     };
