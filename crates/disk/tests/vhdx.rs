@@ -6,7 +6,7 @@ use disk::{ChainOptions, blocking::Driver};
 use image::Format;
 use image::vhdx::{CreateOptions, Headers, Layout, create};
 use io::{File, OpenOptions};
-use peer::{Model, Op, Random, as_qemu_io, qemu_img, qemu_io, qemu_reads, random_op};
+use peer::{Model, Random, our_turn, qemu_img, qemu_reads, their_turn};
 use std::path::Path;
 
 const DISK: &str = "disk.vhdx";
@@ -22,24 +22,6 @@ fn open(dir: &Path, read_only: bool) -> Driver {
     let chain = peer::open_chain(&dir.join(DISK), &options).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(chain.layers[0].format, Format::Vhdx);
     chain.driver().unwrap()
-}
-
-fn apply(driver: &mut Driver, op: Op, model: &mut Model) {
-    match op {
-        Op::Write { at, len, pattern } => driver.write(at, &vec![pattern; len as usize]),
-        Op::Zero { at, len, unmap } => driver.write_zeroes(at, len, unmap),
-        Op::Discard { at, len } => driver.discard(at, len),
-        Op::Read { at, len } => {
-            let mut buf = vec![0xa5; len as usize];
-            driver.read(at, &mut buf).unwrap();
-            return model
-                .check(at, &buf)
-                .unwrap_or_else(|e| panic!("{op:?}: {e}"));
-        }
-        Op::Flush => driver.flush(),
-    }
-    .unwrap_or_else(|e| panic!("{op:?}: {e}"));
-    model.apply(op);
 }
 
 fn layout(dir: &Path) -> Layout {
@@ -75,21 +57,7 @@ fn in_turns(options: &CreateOptions, by_qemu: Option<&str>, rounds: u64) {
         let before = layout(dir);
         let mut driver = open(dir, false);
         assert_eq!(driver.size(), size);
-        for _ in 0..20 {
-            let op = random_op(&mut random, size, MIB, 512);
-            apply(&mut driver, op, &mut model);
-        }
-        // Not whole sectors either.
-        let at = random.below(size - 2000);
-        let odd = Op::Write {
-            at,
-            len: 1 + random.below(1999),
-            pattern: 7,
-        };
-        apply(&mut driver, odd, &mut model);
-        let mut all = vec![0; size as usize];
-        driver.read(0, &mut all).unwrap();
-        model.check(0, &all).unwrap();
+        our_turn(&mut driver, &mut model, &mut random, 20, MIB);
         driver.close().unwrap();
         let after = layout(dir);
         let (old, new) = (&before.headers.current, &after.headers.current);
@@ -97,12 +65,7 @@ fn in_turns(options: &CreateOptions, by_qemu: Option<&str>, rounds: u64) {
         assert_eq!((new.log, after.log_entries), Default::default());
         qemu_img(dir, &["check", "-f", "vhdx", DISK]);
         qemu_reads(dir, "vhdx", DISK, &mut model);
-        let mut script = String::new();
-        for _ in 0..10 {
-            let op = random_op(&mut random, size, MIB, 512);
-            as_qemu_io(op, &mut model, &mut script);
-        }
-        qemu_io(dir, "vhdx", DISK, &script);
+        their_turn((dir, "vhdx", DISK), &mut model, &mut random, 10, MIB);
     }
     let mut all = vec![0; size as usize];
     open(dir, true).read(0, &mut all).unwrap();

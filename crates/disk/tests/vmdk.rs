@@ -7,7 +7,9 @@ use disk::{Chain, ChainOptions, blocking::Driver};
 use image::Format;
 use image::vmdk::{CreateOptions, GD_AT_END, Header, Parts, StreamWriter, Subformat};
 use io::{File, OpenOptions};
-use peer::{Model, Op, Random, as_qemu_io, qemu_img, qemu_io, qemu_reads, random_op};
+use peer::{
+    Model, Op, Random, apply, our_turn, qemu_img, qemu_io, qemu_reads, random_op, their_turn,
+};
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -76,24 +78,6 @@ fn create_mixed(dir: &Path, first: u64, second: u64) -> u64 {
     (first + 300 + second + 100) * 512
 }
 
-fn apply(driver: &mut Driver, op: Op, model: &mut Model) {
-    match op {
-        Op::Write { at, len, pattern } => driver.write(at, &vec![pattern; len as usize]),
-        Op::Zero { at, len, unmap } => driver.write_zeroes(at, len, unmap),
-        Op::Discard { at, len } => driver.discard(at, len),
-        Op::Read { at, len } => {
-            let mut buf = vec![0xa5; len as usize];
-            driver.read(at, &mut buf).unwrap();
-            return model
-                .check(at, &buf)
-                .unwrap_or_else(|e| panic!("{op:?}: {e}"));
-        }
-        Op::Flush => driver.flush(),
-    }
-    .unwrap_or_else(|e| panic!("{op:?}: {e}"));
-    model.apply(op);
-}
-
 /// One image, changed by us and by QEMU in turns, or by us alone.
 fn in_turns(dir: &Path, size: u64, seed: u64, with_qemu: bool) {
     let mut model = Model::new(size);
@@ -102,21 +86,7 @@ fn in_turns(dir: &Path, size: u64, seed: u64, with_qemu: bool) {
         let before = cid(dir, DISK);
         let mut driver = open(dir, false);
         assert_eq!(driver.size(), size);
-        for _ in 0..40 {
-            let op = random_op(&mut random, size, GRAIN, 512);
-            apply(&mut driver, op, &mut model);
-        }
-        // Not whole sectors either.
-        let at = random.below(size - 2000);
-        let odd = Op::Write {
-            at,
-            len: 1 + random.below(1999),
-            pattern: 7,
-        };
-        apply(&mut driver, odd, &mut model);
-        let mut all = vec![0; size as usize];
-        driver.read(0, &mut all).unwrap();
-        model.check(0, &all).unwrap();
+        our_turn(&mut driver, &mut model, &mut random, 40, GRAIN);
         driver.close().unwrap();
         assert_ne!(
             cid(dir, DISK),
@@ -128,12 +98,7 @@ fn in_turns(dir: &Path, size: u64, seed: u64, with_qemu: bool) {
         }
         qemu_reads(dir, "vmdk", DISK, &mut model);
         qemu_img(dir, &["check", "-q", "-f", "vmdk", DISK]);
-        let mut script = String::new();
-        for _ in 0..20 {
-            let op = random_op(&mut random, size, GRAIN, 512);
-            as_qemu_io(op, &mut model, &mut script);
-        }
-        qemu_io(dir, "vmdk", DISK, &script);
+        their_turn((dir, "vmdk", DISK), &mut model, &mut random, 20, GRAIN);
     }
     let before = cid(dir, DISK);
     let mut all = vec![0; size as usize];
@@ -417,15 +382,7 @@ fn an_overlay_needs_its_base_unchanged() {
         }
         driver.close().unwrap();
         qemu_reads(dir, "vmdk", DISK, &mut model);
-        let mut script = String::new();
-        for _ in 0..20 {
-            as_qemu_io(
-                random_op(&mut random, 1 << 20, GRAIN, 512),
-                &mut model,
-                &mut script,
-            );
-        }
-        qemu_io(dir, "vmdk", DISK, &script);
+        their_turn((dir, "vmdk", DISK), &mut model, &mut random, 20, GRAIN);
         let mut all = vec![0; 1 << 20];
         open(dir, true).read(0, &mut all).unwrap();
         model.check(0, &all).unwrap();

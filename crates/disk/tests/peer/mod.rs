@@ -403,32 +403,58 @@ impl Turns<'_> {
                 // What was never written reads as random bytes.
                 driver.write_zeroes(0, size, false).unwrap();
             }
-            for _ in 0..30 {
-                let op = random_op(&mut random, size, unit, 512);
-                apply(&mut driver, op, &mut model);
-            }
-            // Not whole sectors either.
-            let at = random.below(size - 2000);
-            let odd = Op::Write {
-                at,
-                len: 1 + random.below(1999),
-                pattern: 7,
-            };
-            apply(&mut driver, odd, &mut model);
-            let mut all = vec![0; size as usize];
-            driver.read(0, &mut all).unwrap();
-            model.check(0, &all).unwrap();
+            our_turn(&mut driver, &mut model, &mut random, 30, unit);
             driver.close().unwrap();
             qemu_reads(self.dir, format, self.image, &mut model);
-            let mut script = String::new();
-            for _ in 0..20 {
-                let op = random_op(&mut random, size, unit, 512);
-                as_qemu_io(op, &mut model, &mut script);
-            }
-            qemu_io(self.dir, format, self.image, &script);
+            their_turn(
+                (self.dir, format, self.image),
+                &mut model,
+                &mut random,
+                20,
+                unit,
+            );
         }
         let mut all = vec![0; size as usize];
         self.open(true).read(0, &mut all).unwrap();
         model.check(0, &all).unwrap();
     }
+}
+
+/// So many operations, and a write that is no whole sectors; then all must read as the model says.
+pub fn our_turn(
+    driver: &mut Driver,
+    model: &mut Model,
+    random: &mut Random,
+    ops: usize,
+    unit: u64,
+) {
+    let size = driver.size();
+    for _ in 0..ops {
+        apply(driver, random_op(random, size, unit, 512), model);
+    }
+    let odd = Op::Write {
+        at: random.below(size - 2000),
+        len: 1 + random.below(1999),
+        pattern: 7,
+    };
+    apply(driver, odd, model);
+    let mut all = vec![0; size as usize];
+    driver.read(0, &mut all).unwrap();
+    model.check(0, &all).unwrap();
+}
+
+/// So many operations by qemu-io, on an image in a directory: its format and name.
+pub fn their_turn(
+    (dir, format, image): (&Path, &str, &str),
+    model: &mut Model,
+    random: &mut Random,
+    ops: usize,
+    unit: u64,
+) {
+    let size = model.bytes.len() as u64;
+    let mut script = String::new();
+    for _ in 0..ops {
+        as_qemu_io(random_op(random, size, unit, 512), model, &mut script);
+    }
+    qemu_io(dir, format, image, &script);
 }
