@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,6 +15,9 @@ use crate::command::{Failure, cannot_start, display, ended};
 
 /// How often a state that cannot be waited for is looked at.
 pub(crate) const POLL: Duration = Duration::from_millis(20);
+
+/// How long the locks of a killed program are waited for, at most: somebody else may have some on the same files.
+const UNLOCK_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long the threads of a program that fails are watched.
 const LOOK: Duration = Duration::from_millis(500);
@@ -167,10 +171,20 @@ impl Process {
         let _ = kill_process(pid, signal);
     }
 
-    /// Kills it (SIGKILL) and waits until it is gone.
+    /// Kills it (SIGKILL) and waits until it is gone, and with it the locks on its files: the kernel takes the
+    /// `io_uring` of a killed process apart in the background, and its files stay open until then.
     pub(crate) fn kill(&mut self) {
+        // One that was waited for has no number any more.
+        if self.child.try_wait().is_ok_and(|status| status.is_some()) {
+            return;
+        }
+        let files = open_files(self.pid());
         let _ = self.child.kill();
         let _ = self.child.wait();
+        let killed = Instant::now();
+        while locks(&files) > 0 && killed.elapsed() < UNLOCK_LIMIT {
+            std::thread::sleep(POLL);
+        }
     }
 
     /// The collected output after the end.
@@ -223,6 +237,29 @@ impl Process {
     }
 }
 
+/// The inode numbers of the files that a process has open; none when it is gone.
+fn open_files(process: u32) -> Vec<u64> {
+    let descriptors = std::fs::read_dir(format!("/proc/{process}/fd"));
+    let descriptors = descriptors.into_iter().flatten().flatten();
+    let files = descriptors.filter_map(|one| std::fs::metadata(one.path()).ok());
+    let files = files.filter(|file| file.is_file() || file.file_type().is_block_device());
+    files.map(|file| file.ino()).collect()
+}
+
+/// How many locks there are on files with these inode numbers, whoever has them. A line of `/proc/locks` names the
+/// file as `major:minor:inode`, with a device that is not that of `stat` everywhere.
+fn locks(files: &[u64]) -> usize {
+    let lines = std::fs::read_to_string("/proc/locks").unwrap_or_default();
+    let inode = |line: &str| {
+        let file = line
+            .split_whitespace()
+            .find(|word| word.contains(':') && !word.ends_with(':'));
+        file.and_then(|file| file.rsplit(':').next()?.parse::<u64>().ok())
+    };
+    let locked = lines.lines().filter_map(inode);
+    locked.filter(|inode| files.contains(inode)).count()
+}
+
 /// What the kernel tells of a thread.
 struct Thread {
     name: String,
@@ -262,5 +299,26 @@ fn threads(process: u32) -> Vec<(OsString, Thread)> {
 impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::TempDir;
+    use std::fs::File;
+
+    #[test]
+    fn locks_are_found_by_the_file() {
+        let dir = TempDir::new();
+        let file = File::create(dir.path("file")).unwrap();
+        let inode = file.metadata().unwrap().ino();
+        assert!(open_files(std::process::id()).contains(&inode));
+        assert_eq!(locks(&[inode]), 0);
+        file.lock().unwrap();
+        assert_eq!(locks(&[inode]), 1);
+        drop(file);
+        assert_eq!(locks(&[inode]), 0);
+        assert!(!open_files(std::process::id()).contains(&inode));
     }
 }

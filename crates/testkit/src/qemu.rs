@@ -3,8 +3,6 @@
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::Command;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use crate::command::{Failure, Output, run, try_run};
 
@@ -75,28 +73,6 @@ pub fn check_allowing_leaks(format: &str, image: impl AsRef<Path>) -> String {
     // Status 3 is "leaks, but no errors".
     let script = "qemu-img check -f \"$1\" \"$2\"; status=$?; [ $status = 3 ] || exit $status";
     run(Command::new("sh").args(["-c", script, "sh", format, &image])).stdout
-}
-
-/// [`convert`] of an image whose server was killed. The files of a killed process, and so its locks, stay
-/// until the kernel has taken its io_uring apart, which it does in the background.
-#[track_caller]
-pub fn convert_once_unlocked(
-    from_format: &str,
-    from: impl AsRef<Path>,
-    to_format: &str,
-    to: impl AsRef<Path>,
-) {
-    let began = Instant::now();
-    loop {
-        let args = ["convert", "-f", from_format, "-O", to_format].map(Into::into);
-        match try_run(qemu_img(args).arg(from.as_ref()).arg(to.as_ref())) {
-            Ok(_) => return,
-            Err(failure) if failure.contains("lock") && began.elapsed().as_secs() < 5 => {
-                thread::sleep(Duration::from_millis(20));
-            }
-            Err(failure) => panic!("{failure}"),
-        }
-    }
 }
 
 /// `qemu-img compare`: a guest must see the same bytes in both. A name may be a file or a URI
