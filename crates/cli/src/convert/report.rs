@@ -1,0 +1,132 @@
+//! What was copied, for people and as JSON.
+//!
+//! With `--json` an object; bytes are the disk's:
+//!
+//! | field | |
+//! |---|---|
+//! | `filename`, `format` | of the target |
+//! | `virtual-size` | bytes of the disk |
+//! | `written`, `zero`, `same` | bytes written as data, bytes that are zeros, bytes that BASE has |
+//! | `offloaded`, `resumed` | of `written`: bytes that the host copied (`-C`), that were there already (`--resume`) |
+//! | `compressed-clusters`, `compressed-bytes` | how many clusters were compressed, and what they take in the file |
+//! | `unreadable-bytes`, `unreadable` | with `--salvage`: how many, and array of objects with `offset`, `length`, `error` of the first 100 places |
+//! | `bitmaps`, `bitmaps-left-out` | with `--bitmaps`: arrays of names, copied and inconsistent |
+//! | `file-size`, `actual-size` | bytes of the target's file, and bytes that it takes on the host |
+
+use super::Copied;
+use crate::args::Convert as Arguments;
+use anyhow::Result;
+use block::{plain, size};
+use serde::Serialize;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+/// Places of unreadable bytes that people get to see; with `--json` there are more.
+const SHOWN_MAX: usize = 20;
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Json<'a> {
+    filename: String,
+    format: &'a str,
+    virtual_size: u64,
+    written: u64,
+    zero: u64,
+    same: u64,
+    offloaded: u64,
+    resumed: u64,
+    compressed_clusters: u64,
+    compressed_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unreadable_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unreadable: Option<Vec<Hole<'a>>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bitmaps: Option<&'a [String]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bitmaps_left_out: Option<&'a [String]>,
+    file_size: u64,
+    actual_size: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Hole<'a> {
+    offset: u64,
+    length: u64,
+    error: &'a str,
+}
+
+/// Says what was copied.
+pub(super) fn print(args: &Arguments, copied: &Copied) -> Result<()> {
+    let Copied { format, report, .. } = copied;
+    let (names, target) = args.files()?;
+    let metadata = fs::metadata(target)?;
+    let (file_size, actual_size) = (metadata.len(), metadata.blocks().saturating_mul(512));
+    if args.moving.json {
+        let places = report.unreadable.iter().map(|found| Hole {
+            offset: found.at,
+            length: found.len,
+            error: &found.error,
+        });
+        let json = Json {
+            filename: target.display().to_string(),
+            format: format.name(),
+            virtual_size: report.size,
+            written: report.written,
+            zero: report.zero,
+            same: report.same,
+            offloaded: report.offloaded,
+            resumed: report.resumed,
+            compressed_clusters: report.compressed_clusters,
+            compressed_bytes: report.compressed_bytes,
+            unreadable_bytes: args.salvage.then_some(report.unreadable_bytes),
+            unreadable: args.salvage.then(|| places.collect()),
+            bitmaps: args.bitmaps.then_some(&copied.bitmaps),
+            bitmaps_left_out: args.bitmaps.then_some(&copied.bitmaps_left_out),
+            file_size,
+            actual_size,
+        };
+        return crate::print(&crate::json(&json)?);
+    }
+    for found in report.unreadable.iter().take(SHOWN_MAX) {
+        eprintln!(
+            "diskplane: note: {} bytes at {:#x} are zeros now: {}",
+            found.len,
+            found.at,
+            plain(&found.error)
+        );
+    }
+    let mut line = format!(
+        "converted {} to {}: {format}, {}; {} of data",
+        names.join(" and "),
+        target.display(),
+        size::human(report.size),
+        size::human(report.written)
+    );
+    let mut add = |bytes: u64, what: &str| {
+        if bytes > 0 {
+            line.push_str(&format!(", {} {what}", size::human(bytes)));
+        }
+    };
+    let base = args.backing.as_deref().unwrap_or_default();
+    add(report.same, &format!("as in {base}"));
+    add(report.offloaded, "copied by the host");
+    add(report.resumed, "there already");
+    add(report.unreadable_bytes, "unreadable");
+    if report.compressed_clusters > 0 {
+        let packed = size::human(report.compressed_bytes);
+        line.push_str(&format!(
+            ", {} clusters compressed to {packed}",
+            report.compressed_clusters
+        ));
+    }
+    match copied.bitmaps.len() {
+        0 => {}
+        1 => line.push_str(", 1 bitmap"),
+        count => line.push_str(&format!(", {count} bitmaps")),
+    }
+    match args.moving.quiet {
+        true => Ok(()),
+        false => crate::print(&(line + "\n")),
+    }
+}
