@@ -7,12 +7,10 @@
 //!   reply  → ┘ … → EXPORT_NAME or GO: transmission; ABORT, garbage or a limit: close
 //! ```
 
-use super::{
-    option::{InfoRequest, MetaRequest},
-    proto::{
-        ALLOCATION, ALLOCATION_ID, Fields, INIT_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC,
-        PAYLOAD_BYTES_MAX, STRING_BYTES_MAX, handshake_flag, info, opt, rep, transmission_flag,
-    },
+use super::option::{InfoRequest, MetaRequest};
+use nbd::proto::{
+    ALLOCATION, ALLOCATION_ID, Fields, INIT_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC,
+    PAYLOAD_BYTES_MAX, STRING_BYTES_MAX, Style, handshake_flag, info, opt, rep, transmission_flag,
 };
 
 /// Options of one client: qemu and libnbd send about five; `nbdinfo --list` a few per export.
@@ -59,18 +57,6 @@ impl Export {
         }
         flags
     }
-}
-
-/// How headers of requests and replies look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub(crate) enum Style {
-    /// Compact requests, simple replies.
-    #[default]
-    Simple,
-    /// Compact requests, structured replies.
-    Structured,
-    /// Extended requests and replies.
-    Extended,
 }
 
 /// What was agreed on.

@@ -4,8 +4,8 @@
 //! never reading their replies, say) take nothing from the others; the server's total is the budget
 //! times its connections.
 
-use super::proto::PAYLOAD_BYTES_MAX;
 use io::memory::AlignedBuf;
+use nbd::proto::PAYLOAD_BYTES_MAX;
 
 /// Alignment of buffers: enough for O_DIRECT on every device, so that nothing bounces.
 const ALIGN: usize = 4096;

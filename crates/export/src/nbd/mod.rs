@@ -26,7 +26,6 @@ mod handshake;
 mod lend;
 mod memory;
 mod option;
-mod proto;
 mod reply;
 mod request;
 mod server;

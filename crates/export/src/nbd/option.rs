@@ -1,7 +1,7 @@
 //! What clients put into options (`doc/proto.md`, "Option types"). Nothing here
 //! keeps state: bytes in, a checked value or `None` out.
 
-use super::proto::{ALLOCATION, Fields, info};
+use nbd::proto::{ALLOCATION, Fields, info};
 
 /// The data of `NBD_OPT_INFO` and `NBD_OPT_GO`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

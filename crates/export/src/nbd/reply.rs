@@ -1,16 +1,13 @@
 //! Replies: their heads, encoded into a small fixed buffer; payloads follow from
 //! where they lie (`doc/proto.md`, "Simple reply message", "Structured reply chunk message").
 
-use super::{
-    handshake::Style,
-    proto::{
-        ALLOCATION_ID, EXTENDED_REPLY_MAGIC, Errno, REPLY_DONE, SIMPLE_REPLY_MAGIC, STATE_HOLE,
-        STATE_ZERO, STRUCTURED_REPLY_MAGIC, chunk,
-    },
-    request::Refusal,
-};
+use super::request::Refusal;
 use block::GuestError;
 use disk::StatusExtent;
+use nbd::proto::{
+    ALLOCATION_ID, EXTENDED_REPLY_MAGIC, Errno, REPLY_DONE, SIMPLE_REPLY_MAGIC, STATE_HOLE,
+    STATE_ZERO, STRUCTURED_REPLY_MAGIC, Style, chunk,
+};
 
 /// Bytes of the longest head: an extended chunk header with an error, its message and an offset.
 const HEAD_BYTES_MAX: usize = 128;

@@ -1,62 +1,8 @@
 //! Requests of the transmission phase: from untrusted bytes to a checked plan
 //! (`doc/proto.md`, "Request message", "Request types", "Error values").
 
-use super::{
-    handshake::Style,
-    proto::{
-        EXTENDED_REQUEST_MAGIC, Errno, Fields, PAYLOAD_BYTES_MAX, REQUEST_MAGIC, cmd, cmd_flag,
-    },
-};
-
-/// A request's header, taken apart but not checked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
-    pub flags: u16,
-    pub kind: u16,
-    pub cookie: u64,
-    pub offset: u64,
-    pub len: u64,
-}
-
-/// The first word is not a request's: what follows cannot be understood.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct BadMagic;
-
-impl Header {
-    /// Bytes of a header.
-    pub(crate) fn size(style: Style) -> usize {
-        if style == Style::Extended { 32 } else { 28 }
-    }
-
-    /// Takes a header off the front of `input`; `None` when it is not all there.
-    pub(crate) fn parse(style: Style, input: &[u8]) -> Option<Result<Header, BadMagic>> {
-        let mut fields = Fields(input);
-        let extended = style == Style::Extended;
-        let magic = if extended {
-            EXTENDED_REQUEST_MAGIC
-        } else {
-            REQUEST_MAGIC
-        };
-        if fields.u32()? != magic {
-            return Some(Err(BadMagic));
-        }
-        Some(Ok(Header {
-            flags: fields.u16()?,
-            kind: fields.u16()?,
-            cookie: fields.u64()?,
-            offset: fields.u64()?,
-            len: if extended {
-                fields.u64()?
-            } else {
-                u64::from(fields.u32()?)
-            },
-        }))
-    }
-
-    fn has(&self, flag: u16) -> bool {
-        self.flags & flag != 0
-    }
-}
+use nbd::proto::{Errno, PAYLOAD_BYTES_MAX, Style, cmd, cmd_flag};
+use nbd::request::Header;
 
 /// What a connection may do.
 #[derive(Clone, Copy, Debug)]
@@ -232,6 +178,8 @@ fn check(header: &Header, limits: &Limits) -> Result<Option<Work>, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::{super::reply::MESSAGE_BYTES_MAX, *};
+    use nbd::proto::{EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC};
+    use nbd::request::BadMagic;
     use proptest::prelude::*;
 
     const SIZE: u64 = 1 << 20;

@@ -4,7 +4,6 @@ use super::{
     accept::Acceptor,
     address::{Listener, NbdAddress},
     handshake::{Export, Negotiated},
-    proto::STRING_BYTES_MAX,
     request::Limits,
     session::NbdSession,
 };
@@ -12,6 +11,7 @@ use crate::worker::{SessionId, WorkerHandle};
 use block::{Context, Error, Result};
 use disk::Disk;
 use io::EventFd;
+use nbd::proto::STRING_BYTES_MAX;
 use std::{
     fmt,
     os::fd::OwnedFd,

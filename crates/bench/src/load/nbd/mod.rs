@@ -3,10 +3,7 @@
 //! A batch of requests is one `sendmsg`, headers of adjacent reads as one piece; replies are taken with one large
 //! `recv`, and read data stay in its buffer.
 
-mod handshake;
-mod proto;
 mod replies;
-mod uri;
 
 use super::{
     Report, Spec,
@@ -16,8 +13,14 @@ use super::{
     run::run_queues,
 };
 use block::{Context, Error, ErrorKind, Result, size};
-use handshake::{Export, Socket};
-use proto::{CMD_DISC, CMD_FLUSH, CMD_READ, CMD_WRITE, Headers, put_request};
+use nbd::{
+    Uri,
+    handshake::{self, Export},
+    proto::{Style, cmd, cmd_flag, transmission_flag},
+    request::{HEADER_BYTES_MAX, Header},
+    socket::Socket,
+    uri::Server,
+};
 use replies::{Replies, Waiting};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -34,18 +37,18 @@ const PIECES_MAX: usize = 128;
 const SPINS: u32 = 100;
 
 pub(crate) fn run(spec: &Spec, text: &str) -> Result<Report> {
-    let uri = uri::parse(text)?;
+    let uri = uri(text)?;
     let mut connections = Vec::new();
     for number in 1..=spec.queues {
         let named = || format!("{text}: connection {number} of {}", spec.queues);
-        connections.push(handshake::open(&uri).context(named)?);
+        connections.push(handshake::open(&uri, &handshake::Options::default()).context(named)?);
     }
     let mut places = None;
     for (_, export) in &connections {
         let geometry = Geometry {
-            capacity: export.capacity,
-            read_only: export.flags & proto::READ_ONLY != 0,
-            flushes: export.flags & proto::SEND_FLUSH != 0,
+            capacity: export.size,
+            read_only: export.has(transmission_flag::READ_ONLY),
+            flushes: export.has(transmission_flag::SEND_FLUSH),
             block_bytes: export.block_min.into(),
         };
         if spec.block_bytes > export.block_max.into() {
@@ -60,11 +63,22 @@ pub(crate) fn run(spec: &Spec, text: &str) -> Result<Report> {
     let places = places.ok_or_else(|| Error::invalid("--queues 0"))?;
     let openers = (0..).zip(connections).map(|(queue, (socket, export))| {
         move || {
-            socket.set_read_timeout(TICK).context(|| "connection")?;
+            socket.blocking(TICK).context(|| "connection")?;
             Ok(Nbd::new(spec, socket, export, queue))
         }
     });
     run_queues(spec, places, openers.collect()).context(|| text.to_owned())
+}
+
+/// The export that `text` names: a URI, or the socket alone.
+fn uri(text: &str) -> Result<Uri> {
+    match text.strip_prefix("unix:").filter(|path| !path.is_empty()) {
+        Some(path) => Ok(Uri {
+            server: Server::Unix(path.into()),
+            export: String::new(),
+        }),
+        None => Uri::parse(text),
+    }
 }
 
 /// Adjacent bytes of the stream of requests.
@@ -78,7 +92,7 @@ struct Part {
 
 struct Nbd {
     socket: Socket,
-    headers: Headers,
+    style: Style,
     replies: Replies,
     block: usize,
     data: Vec<u8>,
@@ -104,8 +118,8 @@ impl Nbd {
         }
         Self {
             socket,
-            headers: export.headers,
-            replies: Replies::new(export.headers, depth),
+            style: export.style,
+            replies: Replies::new(export.style, depth),
             block,
             data,
             out: Vec::with_capacity(depth * 32),
@@ -115,6 +129,21 @@ impl Nbd {
             sends: 0,
             receives: 0,
         }
+    }
+
+    /// Stages a request's header; its length is at most 32 MiB.
+    fn put(&mut self, kind: u16, cookie: u64, (offset, len): (u64, u64)) {
+        let carries = self.style == Style::Extended && kind == cmd::WRITE;
+        let header = Header {
+            flags: if carries { cmd_flag::PAYLOAD_LEN } else { 0 },
+            kind,
+            cookie,
+            offset,
+            len,
+        };
+        let mut bytes = [0; HEADER_BYTES_MAX];
+        let size = header.put(self.style, &mut bytes);
+        self.out.extend_from_slice(&bytes[..size]);
     }
 
     /// Sends what the socket takes of what is staged.
@@ -222,22 +251,12 @@ impl Client for Nbd {
     fn submit(&mut self, slot: usize, request: Request) -> Result<()> {
         let block = self.block as u64;
         let (command, len, expected) = match request.kind {
-            Kind::Read => (CMD_READ, block, block),
-            Kind::Write => (CMD_WRITE, block, 0),
-            Kind::Flush => (CMD_FLUSH, 0, 0),
+            Kind::Read => (cmd::READ, block, block),
+            Kind::Write => (cmd::WRITE, block, 0),
+            Kind::Flush => (cmd::FLUSH, 0, 0),
         };
         self.replies.waiting[slot] = Waiting::new(expected);
-        let mut header = [0; 32];
-        put_request(
-            &mut header,
-            self.headers,
-            command,
-            slot as u64,
-            request.offset,
-            len,
-        );
-        self.out
-            .extend_from_slice(&header[..self.headers.request_bytes()]);
+        self.put(command, slot as u64, (request.offset, len));
         let part = Part {
             headers_end: self.out.len(),
             data: (request.kind == Kind::Write).then_some(slot),
@@ -291,9 +310,9 @@ impl Client for Nbd {
 impl Drop for Nbd {
     fn drop(&mut self) {
         if self.parts.is_empty() {
-            let mut bye = [0; 32];
-            put_request(&mut bye, self.headers, CMD_DISC, 0, 0, 0);
-            let bye = [IoSlice::new(&bye[..self.headers.request_bytes()])];
+            self.out.clear();
+            self.put(cmd::DISC, 0, (0, 0));
+            let bye = [IoSlice::new(&self.out)];
             let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
             // A server that does not take it sees the end of the connection.
             let _ = sendmsg(

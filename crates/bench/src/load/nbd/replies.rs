@@ -1,12 +1,13 @@
 //! The stream of replies, cut into headers and payload as it arrives. Payload is counted and dropped.
 
-use super::proto::*;
-use block::{Error, ErrorKind, Result};
+use block::Result;
+use nbd::{
+    proto::Style,
+    reply::{Chunk as Found, Kind, broken},
+};
 
 /// Bytes that fit: some replies of small reads, or a part of a large one.
 const BUFFER_BYTES: usize = 256 << 10;
-/// Bytes of an error's message that are believed.
-const ERROR_BYTES_MAX: u64 = 4096 + 14;
 
 /// What a slot waits for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,7 +40,7 @@ struct Chunk {
 
 #[derive(Debug)]
 pub(super) struct Replies {
-    headers: Headers,
+    style: Style,
     buffer: Box<[u8]>,
     /// The bytes that have arrived and were not looked at: from here…
     from: usize,
@@ -50,17 +51,10 @@ pub(super) struct Replies {
     pub waiting: Vec<Waiting>,
 }
 
-fn nonsense(what: impl std::fmt::Display) -> Error {
-    Error::new(
-        ErrorKind::Io,
-        format!("the server broke the protocol: {what}"),
-    )
-}
-
 impl Replies {
-    pub(super) fn new(headers: Headers, depth: usize) -> Self {
+    pub(super) fn new(style: Style, depth: usize) -> Self {
         Self {
-            headers,
+            style,
             buffer: vec![0; BUFFER_BYTES].into(),
             from: 0,
             to: 0,
@@ -89,7 +83,7 @@ impl Replies {
                 Some(chunk) => chunk,
                 none => {
                     let bytes = &self.buffer[self.from..self.to];
-                    let parsed = parse(bytes, self.headers, &mut self.waiting)?;
+                    let parsed = parse(bytes, self.style, &mut self.waiting)?;
                     let Some((header, chunk)) = parsed else {
                         return Ok(());
                     };
@@ -111,7 +105,7 @@ impl Replies {
                 waiting.busy = false;
                 let (expected, arrived) = (waiting.expected, waiting.arrived);
                 if !waiting.failed && arrived != expected {
-                    return Err(nonsense(format_args!(
+                    return Err(broken(format_args!(
                         "a read of {expected} bytes was answered with {arrived}"
                     )));
                 }
@@ -121,81 +115,55 @@ impl Replies {
     }
 }
 
-/// The chunk at the front of `bytes` and the bytes of its header; `None` when that is not all there.
-fn parse(
-    bytes: &[u8],
-    headers: Headers,
-    waiting: &mut [Waiting],
-) -> Result<Option<(usize, Chunk)>> {
-    if bytes.len() < 16 {
+/// The chunk at the front of `bytes` and the bytes of its header, with what of its payload counts; `None` when that is
+/// not all there.
+fn parse(bytes: &[u8], style: Style, waiting: &mut [Waiting]) -> Result<Option<(usize, Chunk)>> {
+    let Some((found, mut header)) = Found::parse(style, bytes)? else {
         return Ok(None);
-    }
-    let magic = be::<4>(bytes, 0) as u32;
-    let slot_at = |cookie: u64, waiting: &[Waiting]| {
-        let slot = usize::try_from(cookie).ok();
-        let slot = slot.filter(|slot| waiting.get(*slot).is_some_and(|waiting| waiting.busy));
-        slot.ok_or_else(|| {
-            nonsense(format_args!(
-                "a reply to request {cookie}, which is not in flight"
-            ))
-        })
     };
-    if magic == SIMPLE_REPLY_MAGIC && headers != Headers::Extended {
-        let slot = slot_at(be::<8>(bytes, 8), waiting)?;
-        let own = &mut waiting[slot];
-        own.failed = be::<4>(bytes, 4) != 0;
-        if headers == Headers::Structured && own.expected > 0 && !own.failed {
-            return Err(nonsense("a simple reply with data"));
-        }
-        own.arrived = if own.failed { 0 } else { own.expected };
-        let payload = own.arrived;
-        let done = true;
-        return Ok(Some((
-            16,
-            Chunk {
-                slot,
-                done,
-                payload,
-            },
+    let cookie = found.cookie;
+    let slot = usize::try_from(cookie).ok();
+    let busy = slot.and_then(|slot| Some((slot, waiting.get_mut(slot).filter(|w| w.busy)?)));
+    let Some((slot, own)) = busy else {
+        return Err(broken(format_args!(
+            "a reply to request {cookie}, which is not in flight"
         )));
-    }
-    let (len_at, header) = match (magic, headers) {
-        (STRUCTURED_REPLY_MAGIC, Headers::Structured) => (16, 20),
-        (EXTENDED_REPLY_MAGIC, Headers::Extended) => (24, 32),
-        _ => return Err(nonsense(format_args!("a reply begins with {magic:#x}"))),
     };
-    if bytes.len() < header {
-        return Ok(None);
-    }
-    let len = if headers == Headers::Extended {
-        be::<8>(bytes, len_at)
-    } else {
-        be::<4>(bytes, len_at)
-    };
-    let (flags, kind) = (be::<2>(bytes, 4) as u16, be::<2>(bytes, 6) as u16);
-    let slot = slot_at(be::<8>(bytes, 8), waiting)?;
-    let own = &mut waiting[slot];
-    let wrong = || nonsense(format_args!("a chunk of type {kind} with {len} bytes"));
-    let mut header = header;
-    let mut payload = len;
-    match kind {
-        REPLY_TYPE_NONE if len == 0 => {}
-        REPLY_TYPE_OFFSET_DATA if len > 8 => own.arrived += len - 8,
-        REPLY_TYPE_OFFSET_HOLE if len == 12 => {
-            if bytes.len() < header + 12 {
-                return Ok(None);
-            }
-            own.arrived += be::<4>(bytes, header + 8);
-            header += 12;
-            payload = 0;
+    let mut payload = 0;
+    match found.kind {
+        Kind::Simple if style == Style::Structured && own.expected > 0 => {
+            return Err(broken("a simple reply with data"));
         }
-        kind if kind & REPLY_TYPE_FLAG_ERROR != 0 && len <= ERROR_BYTES_MAX => own.failed = true,
-        _ => return Err(wrong()),
+        Kind::Simple => {
+            own.arrived = own.expected;
+            payload = own.expected;
+        }
+        Kind::SimpleError(_) => own.failed = true,
+        Kind::Nothing => {}
+        Kind::Data(len) => {
+            own.arrived = own.arrived.saturating_add(len);
+            payload = len.saturating_add(8);
+        }
+        Kind::Hole => {
+            let Some(len) = bytes.get(header + 8..).and_then(<[u8]>::first_chunk) else {
+                return Ok(None);
+            };
+            own.arrived += u64::from(u32::from_be_bytes(*len));
+            header += 12;
+        }
+        Kind::Error(len) => {
+            own.failed = true;
+            payload = len;
+        }
+        Kind::Status { .. } => return Err(broken("block status that nobody asked for")),
     }
     if own.arrived > own.expected {
-        return Err(wrong());
+        let expected = own.expected;
+        return Err(broken(format_args!(
+            "a read of {expected} bytes was answered with more"
+        )));
     }
-    let done = flags & REPLY_FLAG_DONE != 0;
+    let done = found.done;
     Ok(Some((
         header,
         Chunk {
@@ -209,10 +177,13 @@ fn parse(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nbd::proto::{
+        EXTENDED_REPLY_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk as kind,
+    };
 
     /// Chunks as a server would send them: flags, type, cookie, payload.
-    fn chunk(headers: Headers, flags: u16, kind: u16, cookie: u64, payload: &[u8]) -> Vec<u8> {
-        let extended = headers == Headers::Extended;
+    fn chunk(style: Style, flags: u16, kind: u16, cookie: u64, payload: &[u8]) -> Vec<u8> {
+        let extended = style == Style::Extended;
         let magic = if extended {
             EXTENDED_REPLY_MAGIC
         } else {
@@ -241,8 +212,8 @@ mod tests {
     }
 
     /// Feeds `stream` in steps of `step` bytes to slots 0 (a read of 4096 bytes), 1 (a write) and 2 (a read).
-    fn feed(headers: Headers, stream: &[u8], step: usize) -> Result<Vec<(usize, bool)>> {
-        let mut replies = Replies::new(headers, 3);
+    fn feed(style: Style, stream: &[u8], step: usize) -> Result<Vec<(usize, bool)>> {
+        let mut replies = Replies::new(style, 3);
         replies.waiting = [4096, 0, 4096].map(Waiting::new).to_vec();
         let mut ended = Vec::new();
         for bytes in stream.chunks(step) {
@@ -262,34 +233,34 @@ mod tests {
 
     #[test]
     fn replies_are_found_however_they_arrive() {
-        for headers in [Headers::Structured, Headers::Extended] {
+        for style in [Style::Structured, Style::Extended] {
             let chunk =
-                |flags, kind, cookie, payload: &[u8]| chunk(headers, flags, kind, cookie, payload);
+                |flags, kind, cookie, payload: &[u8]| chunk(style, flags, kind, cookie, payload);
             let stream = [
-                chunk(0, REPLY_TYPE_OFFSET_DATA, 0, &data(1024)),
-                chunk(1, REPLY_TYPE_NONE, 1, &[]),
-                chunk(0, REPLY_TYPE_OFFSET_HOLE, 0, &hole(3072)),
-                chunk(1, REPLY_TYPE_FLAG_ERROR + 1, 2, &[0, 0, 0, 5, 0, 0]),
-                chunk(1, REPLY_TYPE_NONE, 0, &[]),
+                chunk(0, kind::OFFSET_DATA, 0, &data(1024)),
+                chunk(1, kind::NONE, 1, &[]),
+                chunk(0, kind::OFFSET_HOLE, 0, &hole(3072)),
+                chunk(1, kind::ERROR, 2, &[0, 0, 0, 5, 0, 0]),
+                chunk(1, kind::NONE, 0, &[]),
             ];
             let stream = stream.concat();
             for step in [1, 7, 100, 1 << 16] {
-                let ended = feed(headers, &stream, step).unwrap();
+                let ended = feed(style, &stream, step).unwrap();
                 assert_eq!(ended, [(1, true), (2, false), (0, true)], "{step}");
             }
         }
         let stream = [simple(0, 0, 4096), simple(5, 2, 0), simple(0, 1, 0)].concat();
         for step in [1, 100, 1 << 16] {
-            let ended = feed(Headers::Simple, &stream, step).unwrap();
+            let ended = feed(Style::Simple, &stream, step).unwrap();
             assert_eq!(ended, [(0, true), (2, false), (1, true)], "{step}");
         }
     }
 
     #[test]
     fn what_breaks_the_protocol_is_named() {
-        let s = Headers::Structured;
-        let e = Headers::Extended;
-        for (headers, stream, names) in [
+        let s = Style::Structured;
+        let e = Style::Extended;
+        for (style, stream, names) in [
             (s, simple(0, 0, 4096), "a simple reply with data"),
             (s, vec![0x55; 20], "begins with 0x55555555"),
             (e, simple(0, 1, 0), "begins with"),
@@ -307,14 +278,14 @@ mod tests {
             ),
             (s, chunk(s, 1, 0, 0, &[]), "4096 bytes was answered with 0"),
             (s, chunk(s, 1, 1, 0, &data(4095)), "was answered with 4095"),
-            (s, chunk(s, 0, 1, 0, &data(4097)), "type 1 with 4105 bytes"),
-            (s, chunk(s, 0, 1, 1, &data(1)), "type 1 with"),
-            (s, chunk(s, 0, 2, 0, &hole(u32::MAX)), "type 2 with"),
+            (s, chunk(s, 0, 1, 0, &data(4097)), "with more"),
+            (s, chunk(s, 0, 1, 1, &data(1)), "with more"),
+            (s, chunk(s, 0, 2, 0, &hole(u32::MAX)), "with more"),
             (e, chunk(e, 0, 1, 0, &[0; 8]), "type 1 with 8 bytes"),
             (e, chunk(e, 0, 9, 0, &[]), "type 9"),
             (e, chunk(e, 1, 0x8001, 0, &[0; 5000]), "type 32769"),
         ] {
-            let error = feed(headers, &stream, 1 << 16).unwrap_err().to_string();
+            let error = feed(style, &stream, 1 << 16).unwrap_err().to_string();
             assert!(error.contains(names), "{names}: {error}");
         }
     }

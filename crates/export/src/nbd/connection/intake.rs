@@ -6,11 +6,11 @@ use super::{
 };
 use crate::nbd::{
     lend::Backend,
-    proto::cmd,
     reply::{self, Subject},
-    request::{Header, Plan, Work, plan},
+    request::{Plan, Work, plan},
     wire::{self, Transfer},
 };
+use nbd::{proto::cmd, request::Header};
 use std::{io::IoSliceMut, os::fd::BorrowedFd};
 
 impl Connection {

@@ -4,11 +4,8 @@ use super::{
     tests::{SIZE, pattern, request, rig},
     *,
 };
-use crate::nbd::{
-    handshake::Style,
-    proto::{SIMPLE_REPLY_MAGIC, chunk, cmd, cmd_flag},
-};
 use disk::StatusExtent;
+use nbd::proto::{SIMPLE_REPLY_MAGIC, Style, chunk, cmd, cmd_flag};
 use proptest::prelude::*;
 use std::io::{ErrorKind, Write};
 

@@ -1,15 +1,12 @@
 //! A connection over a socket pair, and a disk in memory that answers when it is told to.
 
 use super::*;
-use crate::nbd::{
-    handshake::Style,
-    proto::{
-        EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk,
-        cmd, cmd_flag,
-    },
-};
 use block::{GuestError, GuestOffset, IoVec, Op};
 use disk::{Done, Request, StatusExtent};
+use nbd::proto::{
+    EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, Style,
+    chunk, cmd, cmd_flag,
+};
 use std::{
     io::{ErrorKind, Read, Write},
     os::{fd::AsFd, unix::net::UnixStream},
