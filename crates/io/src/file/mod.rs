@@ -26,10 +26,13 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering},
     },
 };
+
+/// What is short is done before anybody who waits would be woken.
+const TURN_BYTES: usize = 128 << 10;
 
 /// What a [`File`] is on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +82,8 @@ pub struct File {
     /// Cached size of a block device, which seldom changes; `u64::MAX` when not known.
     device_len: AtomicU64,
     gate: Gate,
+    /// Held by who writes much through the page cache.
+    turn: Mutex<()>,
     sim: Option<Arc<SimDisk>>,
 }
 
@@ -185,6 +190,7 @@ impl File {
             lacks: Lacks::default(),
             device_len: AtomicU64::new(u64::MAX),
             gate: Gate::new(),
+            turn: Mutex::new(()),
             sim: Some(disk),
         }))
     }
@@ -240,6 +246,14 @@ impl File {
         Ok(())
     }
 
+    /// The turn to write `len` bytes, where those who write at once had better go one after the other: the kernel lets
+    /// one of them at a time into the page cache of a file (the inode's lock), and the others burn their processor until
+    /// then instead of reading what they write next.
+    fn turn(&self, len: usize) -> Option<MutexGuard<'_, ()>> {
+        let takes = !self.direct && self.kind == FileKind::Regular && len >= TURN_BYTES;
+        takes.then(|| self.turn.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     pub(crate) fn note_sync_failure(&self, errno: i32) {
         if !self.direct {
             let _ =
@@ -252,5 +266,37 @@ impl File {
 impl AsFd for File {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use block::Storage;
+
+    #[test]
+    fn who_writes_much_through_the_page_cache_waits_for_its_turn() {
+        let dir = testkit::TempDir::new();
+        let path = dir.path("file");
+        std::fs::write(&path, "").unwrap();
+        let options = |cache| OpenOptions {
+            cache,
+            ..OpenOptions::default()
+        };
+        let file = File::open(&path, &options(Cache::Writeback)).unwrap();
+        let turn = file.turn(TURN_BYTES).expect("a turn");
+        assert!(file.turn.try_lock().is_err());
+        // What is short waits for nobody.
+        file.write_at(0, &[1; TURN_BYTES - 1]).unwrap();
+        drop(turn);
+        file.write_at(0, &[2; TURN_BYTES]).unwrap();
+        assert!(file.turn.try_lock().is_ok());
+        let direct = OpenOptions {
+            direct_fallback: true,
+            lock: Lock::None,
+            ..options(Cache::None)
+        };
+        let direct = File::open(&path, &direct).unwrap();
+        assert_eq!(direct.turn(TURN_BYTES).is_some(), !direct.direct());
     }
 }

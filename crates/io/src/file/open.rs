@@ -151,6 +151,7 @@ impl File {
             lacks: Lacks::default(),
             device_len: AtomicU64::new(u64::MAX),
             gate: Gate::new(),
+            turn: Mutex::new(()),
             sim: None,
             fd,
         }))

@@ -38,6 +38,7 @@ impl Storage for File {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        let _turn = self.turn(buf.len());
         self.write_all(offset, buf, GateHeld::No)
             .context(|| self.at("writing", offset, buf.len() as u64))
     }
