@@ -7,7 +7,7 @@
 use crate::keys::Change;
 use crate::open::{self, Access};
 use crate::resize::{NewSize, Wish};
-use crate::secret::Keys;
+use crate::secret::Objects;
 use crate::{args, check, options, print, resize};
 use anyhow::{Result, bail};
 use block::{Storage, size};
@@ -46,6 +46,8 @@ pub struct Changes {
     pub image: AmendOptions,
     /// Bytes of the disk.
     pub size: Option<u64>,
+    /// The disk may become smaller.
+    pub shrink: bool,
     /// Some were said without `encrypt.`, as those of a luks image.
     pub bare: bool,
     /// `encrypt.*`, in the order given.
@@ -67,9 +69,10 @@ pub fn run(args: &args::Amend) -> Result<()> {
     if args.options.is_empty() {
         bail!("say what to change: -o k=v,… (-o help lists what there is)");
     }
-    match apply(&args.file, &changes, &args.keys, args.force, &options)? {
+    let (path, options) = open::resolve(&args.file, args.image_opts, &args.keys.objects, options)?;
+    match apply(&path, &changes, &args.keys.objects, args.force, &options)? {
         Some(header) => report(args, &header),
-        None => report_luks(args),
+        None => report_luks(args, &path),
     }
 }
 
@@ -78,11 +81,12 @@ pub fn run(args: &args::Amend) -> Result<()> {
 pub fn apply(
     path: &Path,
     changes: &Changes,
-    passphrases: &Keys,
+    objects: &Objects,
     force: bool,
     options: &ChainOptions,
 ) -> Result<Option<Header>> {
     let keys = Change::parse(&changes.encrypt)?;
+    let old = options.passphrases.first().map(|passphrase| &**passphrase);
     let (file, format) = open::image(path, options.format, Access::Write)?;
     let shown = path.display();
     match (format, &keys) {
@@ -93,7 +97,7 @@ pub fn apply(
         (Format::Luks, Some(change))
             if changes.size.is_none() && changes.image == AmendOptions::default() =>
         {
-            change.apply(&*file, format, passphrases, force)?;
+            change.apply(&*file, format, objects, old, force)?;
             return Ok(None);
         }
         (Format::Luks, _) => {
@@ -110,20 +114,23 @@ pub fn apply(
         .image
         .validate(&header)
         .map_err(|e| e.within(&name))?;
-    if changes.size.is_some_and(|bytes| bytes < header.size) {
+    if changes
+        .size
+        .is_some_and(|bytes| bytes < header.size && !changes.shrink)
+    {
         bail!("{shown}: amend does not shrink a disk: use diskplane resize --shrink");
     }
     // In QEMU's order: what an upgrade allows comes behind it, what a downgrade forbids before it.
     amend(storage, &name, &changes.image)?;
     if let Some(change) = &keys {
-        change.apply(storage, format, passphrases, force)?;
+        change.apply(storage, format, objects, old, force)?;
     }
     // It opens the image itself, with its backing files.
     drop(file);
     if let Some(bytes) = changes.size {
         let wish = Wish {
             size: NewSize::To(bytes),
-            shrink: false,
+            shrink: changes.shrink,
             preallocation: Preallocation::Off,
         };
         resize::resize(path, options, &wish)?;
@@ -135,11 +142,11 @@ pub fn apply(
     Ok(Some(Header::read(&*file)?))
 }
 
-fn report_luks(args: &args::Amend) -> Result<()> {
+fn report_luks(args: &args::Amend, path: &Path) -> Result<()> {
     if args.quiet {
         return Ok(());
     }
-    let (file, _) = open::image(&args.file, Some(Format::Luks), Access::Read)?;
+    let (file, _) = open::image(path, Some(Format::Luks), Access::Read)?;
     let slots = image::luks::header(&*file)?.active_slots();
     let filename = args.file.display().to_string();
     print(&match args.json {

@@ -13,6 +13,7 @@
 use crate::args::{bytes, format};
 use crate::open::{self, Access};
 use crate::print;
+use crate::secret::Objects;
 use anyhow::{Result, bail};
 use block::{Storage, size};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command};
@@ -56,6 +57,12 @@ pub struct Bitmap {
     /// Show the bitmaps even while another process writes the image
     #[arg(short = 'U', long, conflicts_with = "bitmap")]
     pub force_share: bool,
+    /// FILE is key=value,…, as in qemu-img, rather than a file's name: driver=qcow2,file.filename=PATH
+    #[arg(long)]
+    pub image_opts: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub objects: Objects,
     /// Image
     pub file: PathBuf,
     /// Name of the bitmap to change
@@ -219,9 +226,16 @@ pub fn run(args: &Bitmap) -> Result<()> {
         Some(_) => Access::Write,
         None => Access::reading(args.force_share),
     };
-    let file = open(&args.file, args.format, access)?;
+    let image = open::alone(
+        &args.file,
+        args.image_opts,
+        &args.objects,
+        args.format,
+        access == Access::Write,
+    )?;
+    let file = qcow2(&args.file, image.open(access)?)?;
     if let Some(name) = name {
-        let read = |path: &Path| open(path, args.source_format, Access::Read);
+        let read = |path: &Path| qcow2(path, open::image(path, args.source_format, Access::Read)?);
         let source = args.source_file.as_deref().map(read).transpose()?;
         let source = source.as_deref().map(|file| file as &dyn Storage);
         crate::check::mend(&*file, Format::Qcow2)?;
@@ -237,8 +251,9 @@ pub fn run(args: &Bitmap) -> Result<()> {
     }
 }
 
-fn open(path: &Path, format: Option<Format>, access: Access) -> Result<Arc<File>> {
-    match open::image(path, format, access)? {
+/// The file of a qcow2 image; `path` names what was opened.
+fn qcow2(path: &Path, opened: (Arc<File>, Format)) -> Result<Arc<File>> {
+    match opened {
         (file, Format::Qcow2) => Ok(file),
         (_, format) => bail!(
             "{}: a {format} image has no bitmaps: only qcow2 has",

@@ -74,7 +74,14 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
         Some(_) => Access::Write,
         None => Access::reading(args.force_share),
     };
-    let (file, format) = open::image(&args.file, args.format, access)?;
+    let image = open::alone(
+        &args.file,
+        args.image_opts,
+        &args.objects,
+        args.format,
+        access == Access::Write,
+    )?;
+    let (file, format) = image.open(access)?;
     let shown = args.file.display();
     let repair = match args.repair {
         None => tool::check::Repair::No,
@@ -89,7 +96,7 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
         Format::Vmdk => {
             // With the lock that all of its files get.
             drop(file);
-            Some(vmdk_image(&args.file, access, &options)?)
+            Some(vmdk_image(&image.path, access, &options)?)
         }
         _ => of(&*file, format, &options)?,
     };

@@ -4,7 +4,7 @@
 //! `copied` and `zeroed` in bytes of the disk; `base-grown-from`, the base's size before, absent where it did
 //! not grow; `emptied`, whether the overlay is empty now.
 
-use crate::convert::{CACHE_BYTES, progress_bar};
+use crate::convert::{CACHE_BYTES, progress_bar, show};
 use crate::{args, check, open, print, signals};
 use anyhow::{Context as _, Result, bail};
 use block::size;
@@ -43,15 +43,18 @@ pub fn run(args: &args::Commit) -> Result<()> {
         repair: Some(check::mend),
         ..ChainOptions::default()
     };
-    let chain = open::chain(open::spec(&args.file)?, &options)?;
+    let objects = &args.moving.keys.objects;
+    let (path, options) = open::resolve(&args.file, args.image_opts, objects, options)?;
+    let chain = open::chain(open::spec(&path)?, &options)?;
     let shown = args.file.display();
     if chain.layers.len() < 2 {
         bail!("{shown}: has no backing file to commit into");
     }
     let depth = match &args.base {
-        Some(base) => depth_of(&args.file, base, &chain.layers)?,
+        Some(base) => depth_of(&path, base, &chain.layers)?,
         None => 1,
     };
+    open::refuse_base(&args.file, args.image_opts, depth)?;
     if let (true, Some(overlay)) = (empties, chain.layers.first())
         && !matches!(overlay.format, Format::Qcow2 | Format::Qed)
     {
@@ -62,7 +65,7 @@ pub fn run(args: &args::Commit) -> Result<()> {
     }
     let size = chain.layers.first().map_or(0, |layer| layer.image.size());
     let bar = progress_bar(size, args.moving.progress);
-    let mut progress = |done| bar.set_position(done);
+    let mut progress = |done| show(&bar, done);
     let mut work = Work::new(stop, &mut progress);
     work.rate = args.moving.rate;
     let done = into(chain, depth, empties, &options, &mut work);

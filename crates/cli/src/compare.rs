@@ -11,7 +11,7 @@
 //! | `offset` | byte of the disk where it begins; absent where they are the same, and for `size` |
 //! | `read` | bytes that had to be read |
 
-use crate::convert::{CACHE_BYTES, progress_bar};
+use crate::convert::{CACHE_BYTES, progress_bar, show};
 use crate::{args, open, print, signals};
 use anyhow::{Error, Result};
 use disk::chain::ChainOptions;
@@ -90,7 +90,7 @@ fn outcome(args: &args::Compare) -> Result<Outcome, Failed> {
     let source = |chain| Source::new(chain).map_err(|error| opening(error.into()));
     let (a, b) = (source(&first)?, source(&second)?);
     let bar = progress_bar(a.size().max(b.size()), args.progress);
-    let mut progress = |done| bar.set_position(done);
+    let mut progress = |done| show(&bar, done);
     let mut work = Work::new(stop, &mut progress);
     let found = compare(a, b, args.strict, &mut work);
     bar.finish_and_clear();

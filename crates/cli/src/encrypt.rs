@@ -101,7 +101,7 @@ impl Options {
             return Ok(None);
         }
         let found = match &self.key_secret {
-            Some(id) => Some(Arc::new(keys.objects.find(id)?)),
+            Some(id) => Some(keys.objects.find(id)?),
             None => keys.first()?,
         };
         match found {

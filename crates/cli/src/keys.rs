@@ -8,9 +8,10 @@
 //!
 //! As in QEMU; of a luks image the options are called so without `encrypt.` too. Adding one needs a passphrase that opens the image; erasing one does not.
 
-use crate::{encrypt, secret::Keys};
+use crate::{encrypt, secret::Objects};
 use anyhow::{Result, anyhow, bail};
 use block::Storage;
+use crypto::Passphrase;
 use crypto::luks::{Erase, ITER_TIME_MS_DEFAULT, SLOTS};
 use image::Format;
 use image::qcow2::{Header, crypt};
@@ -76,12 +77,14 @@ impl Change {
         }
     }
 
-    /// Carries it out; durable when this returns.
+    /// Carries it out; durable when this returns. `old` opens the image, where a key is added; with `force` that takes the place
+    /// of the one in its slot.
     pub fn apply(
         &self,
         storage: &dyn Storage,
         format: Format,
-        keys: &Keys,
+        objects: &Objects,
+        old: Option<&Passphrase>,
         force: bool,
     ) -> Result<()> {
         let name = storage.name();
@@ -91,22 +94,33 @@ impl Change {
             _ => crypt::luks_header(storage, &Header::read(storage)?).map_err(named)?,
         };
         if let Some(id) = &self.new_secret {
-            let new = keys.objects.find(id)?;
-            let old = keys.first()?.ok_or_else(|| {
+            let new = objects.find(id)?;
+            let old = old.ok_or_else(|| {
                 anyhow!(
                     "{name}: a new key needs a passphrase that opens the image: say --key-file FILE"
                 )
             })?;
-            let (_, key) = luks.unlock(storage, offset, &old).map_err(named)?;
+            let (_, key) = luks.unlock(storage, offset, old).map_err(named)?;
+            if let (true, Some(slot)) = (force, self.slot)
+                && luks.is_active(slot)
+            {
+                luks.erase_keys(storage, offset, Erase::Slot(slot), force)
+                    .map_err(named)?;
+            }
             let iter_time_ms = self.iter_time_ms.unwrap_or(ITER_TIME_MS_DEFAULT);
             luks.add_key(storage, offset, &key, &new, self.slot, iter_time_ms)
                 .map_err(named)?;
             return Ok(());
         }
         let old = match &self.old_secret {
-            Some(id) => Some(keys.objects.find(id)?),
+            Some(id) => Some(objects.find(id)?),
             None => None,
         };
+        if let (true, None, Some(slot)) = (force, &old, self.slot)
+            && !luks.is_active(slot)
+        {
+            return Ok(());
+        }
         let which = match (&old, self.slot) {
             (Some(passphrase), _) => Erase::Opened(passphrase),
             (None, Some(slot)) => Erase::Slot(slot),

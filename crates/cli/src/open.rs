@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use disk::chain::{Chain, ChainOptions};
 use image::Format;
 use io::{File, Lock, OpenOptions};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// What a command does to an image file.
@@ -70,16 +70,30 @@ pub fn named(
     objects: &Objects,
     options: ChainOptions,
 ) -> Result<Chain> {
-    if !image_opts && !image_opts::is_json(name) {
-        return Ok(chain(name, &options)?);
-    }
+    let (path, options) = resolve(Path::new(name), image_opts, objects, options)?;
+    Ok(chain(spec(&path)?, &options)?)
+}
+
+/// Where the image is that `name` names, as [`named`] has it, and how it is opened.
+pub fn resolve(
+    name: &Path,
+    image_opts: bool,
+    objects: &Objects,
+    options: ChainOptions,
+) -> Result<(PathBuf, ChainOptions)> {
+    let Some(name) = name
+        .to_str()
+        .filter(|name| image_opts || image_opts::is_json(name))
+    else {
+        return Ok((name.to_owned(), options));
+    };
     let said = ImageOptions::parse(name).with_context(|| format!("'{name}'"))?;
     if said.read_only && !options.read_only {
         bail!("'{name}': {}", image_opts::READ_ONLY);
     }
     let mut passphrases = Vec::new();
     for id in &said.secrets {
-        passphrases.push(Arc::new(objects.find(id)?));
+        passphrases.push(objects.find(id)?);
     }
     passphrases.extend(options.passphrases.iter().cloned());
     let format = match (options.format, said.format) {
@@ -98,7 +112,81 @@ pub fn named(
         cache: said.cache.unwrap_or(options.cache),
         ..options
     };
-    Ok(chain(spec(&said.path)?, &options)?)
+    Ok((said.path, options))
+}
+
+/// Refuses to write the image at `depth` below the one that `name` names, where its file is for reading only.
+pub fn refuse_base(name: &Path, image_opts: bool, depth: usize) -> Result<()> {
+    let Some(name) = name
+        .to_str()
+        .filter(|name| image_opts || image_opts::is_json(name))
+    else {
+        return Ok(());
+    };
+    match ImageOptions::parse(name)?.read_only_below.contains(&depth) {
+        true => bail!(image_opts::READ_ONLY),
+        false => Ok(()),
+    }
+}
+
+/// The file of an image alone, for what works on its tables: where it is, and its format where that is said.
+pub struct Alone {
+    /// Its path.
+    pub path: PathBuf,
+    /// What it is said to be.
+    pub format: Option<Format>,
+    /// Whether others may write meanwhile.
+    force_share: bool,
+}
+
+impl Alone {
+    /// Opens it: as [`image`].
+    ///
+    /// # Errors
+    ///
+    /// For one that is to be changed and shared.
+    pub fn open(&self, access: Access) -> Result<(Arc<File>, Format)> {
+        let access = match (access, self.force_share) {
+            (Access::Write, true) => bail!(
+                "{}: force-share=on is for reading only",
+                self.path.display()
+            ),
+            (_, true) => Access::ReadUnlocked,
+            (access, false) => access,
+        };
+        image(&self.path, self.format, access)
+    }
+}
+
+/// As [`resolve`], for an image whose file alone is opened: with `write` to change it.
+///
+/// # Errors
+///
+/// Besides, for a part of a file, which has no tables.
+pub fn alone(
+    name: &Path,
+    image_opts: bool,
+    objects: &Objects,
+    format: Option<Format>,
+    write: bool,
+) -> Result<Alone> {
+    let options = ChainOptions {
+        format,
+        read_only: !write,
+        ..ChainOptions::default()
+    };
+    let (path, options) = resolve(name, image_opts, objects, options)?;
+    if options.part.is_some() {
+        bail!(
+            "'{}': a part of a file has no tables to work on",
+            name.display()
+        );
+    }
+    Ok(Alone {
+        path,
+        format: options.format,
+        force_share: options.force_share,
+    })
 }
 
 /// `path` as the text that a chain is opened by.

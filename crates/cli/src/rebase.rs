@@ -3,7 +3,7 @@
 //! With `--json` an object: `filename`; `backing-filename` and `backing-filename-format`, absent where there is none
 //! any more; `copied` and `zeroed`, bytes of the disk that the image has now since the new backing file differs.
 
-use crate::convert::{CACHE_BYTES, progress_bar};
+use crate::convert::{CACHE_BYTES, progress_bar, show};
 use crate::open::{self, Access};
 use crate::{args, check, create, print, signals};
 use anyhow::{Context as _, Result, bail};
@@ -11,7 +11,7 @@ use block::size;
 use disk::chain::{self, Chain, ChainOptions};
 use image::Format;
 use serde::Serialize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tool::rebase::{Report, can_rebase, copy_differences, set_backing};
 use tool::work::Work;
@@ -44,23 +44,26 @@ pub fn run(args: &args::Rebase) -> Result<()> {
     }
     let (format, report) = match args.unsafe_mode {
         true => {
-            let (file, format) = open::image(&args.file, args.format, Access::Write)?;
+            let objects = &args.moving.keys.objects;
+            let image = open::alone(&args.file, args.image_opts, objects, args.format, true)?;
+            let (file, format) = image.open(Access::Write)?;
             refuse_others(&args.file, format)?;
             check::mend(&*file, format)?;
             set_backing(&*file, format, backing)?;
             (format, Report::default())
         }
         false => {
-            let base = backing.map(|(name, format)| base(args, name, format));
+            let (path, options) = overlay(args)?;
+            let base = backing.map(|(name, format)| base(args, &path, name, format));
             let base = base.transpose()?;
-            let overlay = overlay(args)?;
+            let overlay = open::chain(open::spec(&path)?, &options)?;
             let Some(active) = overlay.layers.first() else {
                 bail!("a chain without an image");
             };
             let format = active.format;
             refuse_others(&args.file, format)?;
             let bar = progress_bar(active.image.size(), args.moving.progress);
-            let mut progress = |done| bar.set_position(done);
+            let mut progress = |done| show(&bar, done);
             let mut work = Work::new(stop, &mut progress);
             work.rate = args.moving.rate;
             let report = copy_differences(&overlay, base.as_ref(), &mut work);
@@ -91,8 +94,8 @@ fn refuse_others(path: &Path, format: Format) -> Result<()> {
     }
 }
 
-/// The image that is to be changed, and what it lies on now.
-fn overlay(args: &args::Rebase) -> Result<Chain> {
+/// Where the image is that is to be changed, and how it is opened.
+fn overlay(args: &args::Rebase) -> Result<(PathBuf, ChainOptions)> {
     let options = ChainOptions {
         format: args.format,
         cache: args.moving.cache.unwrap_or_default(),
@@ -102,13 +105,14 @@ fn overlay(args: &args::Rebase) -> Result<Chain> {
         repair: Some(check::mend),
         ..ChainOptions::default()
     };
-    Ok(open::chain(open::spec(&args.file)?, &options)?)
+    let objects = &args.moving.keys.objects;
+    open::resolve(&args.file, args.image_opts, objects, options)
 }
 
 /// The new backing file.
-fn base(args: &args::Rebase, name: &str, format: Format) -> Result<Chain> {
+fn base(args: &args::Rebase, file: &Path, name: &str, format: Format) -> Result<Chain> {
     // A relative name starts at the directory of the image that stores it.
-    let path = args.file.parent().unwrap_or(Path::new("")).join(name);
+    let path = file.parent().unwrap_or(Path::new("")).join(name);
     let options = ChainOptions {
         format: Some(format),
         read_only: true,
@@ -120,7 +124,7 @@ fn base(args: &args::Rebase, name: &str, format: Format) -> Result<Chain> {
     };
     let spec = open::spec(&path).context("-b")?;
     let chain = open::chain(spec, &options).context("-b")?;
-    let overlay = std::fs::canonicalize(&args.file)?;
+    let overlay = std::fs::canonicalize(file)?;
     let is_overlay = |path: &Path| std::fs::canonicalize(path).is_ok_and(|path| path == overlay);
     if chain.layers.iter().any(|layer| is_overlay(&layer.path)) {
         bail!(

@@ -4,7 +4,7 @@
 //! bytes; `preallocation`, the mode that the new part got.
 
 use crate::{args, open, print};
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use block::{limits, size};
 use disk::chain::ChainOptions;
 use image::Format;
@@ -123,7 +123,14 @@ pub fn run(args: &args::Resize) -> Result<()> {
         passphrases: args.keys.read()?,
         ..ChainOptions::default()
     };
-    let resized = resize(&args.file, &options, &wish)?;
+    let (path, options) = open::resolve(&args.file, args.image_opts, &args.keys.objects, options)?;
+    if options.part.is_some() {
+        bail!(
+            "{}: a part of a file cannot be resized: offset and size say where it is",
+            args.file.display()
+        );
+    }
+    let resized = resize(&path, &options, &wish)?;
     if args.quiet {
         return Ok(());
     }

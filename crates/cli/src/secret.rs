@@ -6,16 +6,17 @@
 //! What is read is kept in memory that is wiped. Nothing here prints any of it: not even a wrong
 //! argument is shown as it was given.
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use crypto::{PASSPHRASE_BYTES_MAX, Passphrase};
 use std::{
+    collections::BTreeMap,
     convert::Infallible,
     fmt, fs,
     io::Read as _,
     path::{Path, PathBuf},
     str::FromStr,
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 use zeroize::Zeroizing;
 
@@ -46,6 +47,9 @@ pub struct Objects {
         value_name = "secret,id=ID,file=FILE|data=TEXT[,format=raw|base64]"
     )]
     pub object: Vec<Hidden>,
+    /// All of them, once they are read: a pipe gives what it holds but once.
+    #[arg(skip)]
+    read: OnceLock<Vec<(String, Arc<Passphrase>)>>,
 }
 
 /// The passphrases of a chain.
@@ -71,7 +75,7 @@ impl Keys {
     pub fn read(&self) -> Result<Vec<Arc<Passphrase>>> {
         let mut keys = Vec::new();
         for id in &self.key_secret {
-            keys.push(Arc::new(self.objects.find(id)?));
+            keys.push(self.objects.find(id)?);
         }
         for path in &self.key_file {
             keys.push(Arc::new(from_file(path, false)?));
@@ -101,17 +105,46 @@ impl Objects {
         Ok(false)
     }
 
-    /// The passphrase that `id` names.
-    pub fn find(&self, id: &str) -> Result<Passphrase> {
+    /// Reads all of them, whether they are used or not, as QEMU does.
+    ///
+    /// # Errors
+    ///
+    /// For what is no secret, what cannot be read, and a second one of the same ID.
+    pub fn read_all(&self) -> Result<()> {
+        let mut all: Vec<(String, Arc<Passphrase>)> = Vec::new();
         for object in &self.object {
             let secret = Secret::parse(&object.0)?;
-            if secret.id == id {
-                return secret.read().with_context(|| format!("secret '{id}'"));
+            if all.iter().any(|(id, _)| *id == secret.id) {
+                return Err(Wrong::Twice(secret.id).into());
+            }
+            let passphrase = secret.read_named()?;
+            all.push((secret.id, Arc::new(passphrase)));
+        }
+        // Whoever was first read the same.
+        let _ = self.read.set(all);
+        Ok(())
+    }
+
+    /// The passphrase that `id` names.
+    pub fn find(&self, id: &str) -> Result<Arc<Passphrase>> {
+        if let Some(all) = self.read.get() {
+            if let Some((_, passphrase)) = all.iter().find(|(known, _)| known == id) {
+                return Ok(Arc::clone(passphrase));
+            }
+        } else {
+            for object in &self.object {
+                let secret = Secret::parse(&object.0)?;
+                if secret.id == id {
+                    return secret.read_named().map(Arc::new);
+                }
             }
         }
         bail!("there is no secret '{id}': say --object secret,id={id},file=FILE")
     }
 }
+
+/// What a secret has.
+const KEYS: [&str; 7] = ["qom-type", "id", "file", "data", "format", "keyid", "iv"];
 
 /// An object as it was given.
 struct Secret {
@@ -125,47 +158,134 @@ enum Source {
     Data(Zeroizing<String>),
 }
 
+/// What is wrong with an object. Nothing of its data is shown.
+#[derive(Debug, thiserror::Error)]
+pub enum Wrong {
+    /// Of another kind.
+    #[error("--object: only secrets are known: secret,id=ID,file=FILE")]
+    Kind(String),
+    /// It has no ID.
+    #[error("--object secret: say id=ID and file=FILE or data=TEXT")]
+    NoId,
+    /// Its ID is none.
+    #[error(
+        "--object secret: an ID has letters, digits, '-', '.' and '_', and begins with a letter"
+    )]
+    BadId,
+    /// It has neither a file nor data.
+    #[error("--object secret: say file=FILE or data=TEXT")]
+    Empty,
+    /// It has a file and data.
+    #[error("--object secret: give one file or data")]
+    Both,
+    /// Something of it is no pair; what that may be, where it is none of a passphrase.
+    #[error("--object secret: something is not key=value (a comma is written twice)")]
+    NoPair(Option<String>),
+    /// It has no such key.
+    #[error("--object secret: it has id, file, data and format (a comma is written twice)")]
+    Key(String),
+    /// Its format is neither `raw` nor `base64`.
+    #[error("--object secret: format must be raw or base64")]
+    Form(String),
+    /// It is encrypted itself.
+    #[error("--object secret: {0} (a secret that is encrypted itself) is not supported")]
+    Encrypted(&'static str),
+    /// Another one has its ID.
+    #[error("--object: there are two with id={0}")]
+    Twice(String),
+    /// It is JSON that is none.
+    #[error("--object: {0}")]
+    Json(String),
+}
+
 impl Secret {
-    fn parse(text: &str) -> Result<Self> {
+    fn parse(text: &str) -> Result<Self, Wrong> {
+        if text.starts_with('{') {
+            return Self::from_json(text);
+        }
         let pieces: Vec<Zeroizing<String>> = crate::options::split(text)
             .into_iter()
             .map(Zeroizing::new)
             .collect();
-        let mut pieces = pieces.iter();
-        match pieces.next().map(|kind| kind.as_str()) {
-            Some("secret" | "qom-type=secret") => {}
-            _ => bail!("--object: only secrets are known: secret,id=ID,file=FILE"),
-        }
-        let (mut id, mut source, mut base64) = (None, None, false);
-        for piece in pieces {
-            // What is wrong may be a part of the passphrase: it is not shown.
-            let (key, value) = piece.split_once('=').ok_or_else(|| {
-                anyhow!("--object secret: something is not key=value (a comma is written twice)")
-            })?;
-            match (key, value) {
-                ("id", id_) => id = Some(id_.to_owned()),
-                ("file" | "data", _) if source.is_some() => {
-                    bail!("--object secret: give one file or data")
+        let mut pairs = Vec::new();
+        for (nth, piece) in pieces.iter().enumerate() {
+            match piece.split_once('=') {
+                Some((key, value)) => pairs.push((key, value)),
+                None if nth == 0 => pairs.push(("qom-type", piece.as_str())),
+                None => {
+                    // What is wrong may be a part of the passphrase: it is not shown.
+                    let known = KEYS.contains(&piece.as_str()).then(|| piece.to_string());
+                    return Err(Wrong::NoPair(known));
                 }
-                ("file", path) => source = Some(Source::File(path.into())),
-                ("data", data) => source = Some(Source::Data(Zeroizing::new(data.to_owned()))),
-                ("format", "raw") => base64 = false,
-                ("format", "base64") => base64 = true,
-                ("format", _) => bail!("--object secret: format must be raw or base64"),
-                ("keyid" | "iv", _) => {
-                    bail!(
-                        "--object secret: {key} (a secret that is encrypted itself) is not supported"
-                    )
-                }
-                _ => bail!(
-                    "--object secret: it has id, file, data and format (a comma is written twice)"
-                ),
             }
         }
-        match (id, source) {
-            (Some(id), Some(source)) if !id.is_empty() => Ok(Self { id, source, base64 }),
-            _ => bail!("--object secret: say id=ID and file=FILE or data=TEXT"),
+        Self::of(&pairs)
+    }
+
+    /// An object as QEMU's JSON has it.
+    fn from_json(text: &str) -> Result<Self, Wrong> {
+        let parsed: BTreeMap<String, serde_json::Value> =
+            serde_json::from_str(text).map_err(|error| {
+                Wrong::Json(match error.is_eof() {
+                    true => "JSON parse error, premature EOI".to_owned(),
+                    // Its words may have some of the passphrase.
+                    false => format!("JSON parse error at column {}", error.column()),
+                })
+            })?;
+        let mut pairs = Vec::new();
+        for (key, value) in parsed {
+            let serde_json::Value::String(value) = value else {
+                return Err(Wrong::Json(format!(
+                    "Invalid parameter type for '{key}', expected: string"
+                )));
+            };
+            pairs.push((key, Zeroizing::new(value)));
         }
+        let pairs = pairs
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.as_str()));
+        Self::of(&pairs.collect::<Vec<_>>())
+    }
+
+    fn of(pairs: &[(&str, &str)]) -> Result<Self, Wrong> {
+        let said = |name: &str| {
+            let found = pairs.iter().rev().find(|(key, _)| *key == name);
+            found.map(|(_, value)| *value)
+        };
+        match said("qom-type") {
+            Some("secret") => {}
+            other => return Err(Wrong::Kind(other.unwrap_or_default().to_owned())),
+        }
+        let id = said("id").ok_or(Wrong::NoId)?;
+        let letters = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+        if !id.starts_with(|c: char| c.is_ascii_alphabetic()) || !id.chars().all(letters) {
+            return Err(Wrong::BadId);
+        }
+        if let Some((key, _)) = pairs.iter().find(|(key, _)| !KEYS.contains(key)) {
+            return Err(Wrong::Key((*key).to_owned()));
+        }
+        let base64 = match said("format") {
+            None | Some("raw") => false,
+            Some("base64") => true,
+            Some(other) => return Err(Wrong::Form(other.to_owned())),
+        };
+        for key in ["keyid", "iv"] {
+            if said(key).is_some() {
+                return Err(Wrong::Encrypted(key));
+            }
+        }
+        let source = match (said("file"), said("data")) {
+            (Some(_), Some(_)) => return Err(Wrong::Both),
+            (Some(path), None) => Source::File(path.into()),
+            (None, Some(data)) => Source::Data(Zeroizing::new(data.to_owned())),
+            (None, None) => return Err(Wrong::Empty),
+        };
+        let id = id.to_owned();
+        Ok(Self { id, source, base64 })
+    }
+
+    fn read_named(&self) -> Result<Passphrase> {
+        self.read().with_context(|| format!("secret '{}'", self.id))
     }
 
     fn read(&self) -> Result<Passphrase> {
@@ -237,7 +357,10 @@ mod tests {
 
     fn objects(texts: &[&str]) -> Objects {
         let object = texts.iter().map(|t| t.parse().unwrap()).collect();
-        Objects { object }
+        Objects {
+            object,
+            ..Objects::default()
+        }
     }
 
     #[test]
@@ -253,8 +376,16 @@ mod tests {
         for id in ["a", "b", "f"] {
             all.find(id).unwrap();
         }
-        let error = all.find("c").unwrap_err().to_string();
-        assert!(error.contains("no secret 'c'"), "{error}");
+        let missing = || all.find("c").unwrap_err().to_string();
+        assert!(missing().contains("no secret 'c'"), "{}", missing());
+        all.read_all().unwrap();
+        // What was read is not read again.
+        fs::remove_file(file.path()).unwrap();
+        all.find("f").unwrap();
+        assert!(missing().contains("no secret 'c'"), "{}", missing());
+        let twice = objects(&["secret,id=a,data=x", "secret,id=a,data=y"]);
+        let error = twice.read_all().unwrap_err().to_string();
+        assert!(error.contains("two with id=a"), "{error}");
         assert!(!format!("{all:?}").contains("sesame"));
     }
 
@@ -263,7 +394,8 @@ mod tests {
         for (text, why) in [
             ("tls-creds,id=a,data=hidden", "only secrets"),
             ("secret,data=hidden", "say id=ID"),
-            ("secret,id=a", "say id=ID"),
+            ("secret,id=a", "say file=FILE"),
+            ("secret,id=1,data=hidden", "begins with a letter"),
             ("secret,id=a,data=x,hidden", "a comma is written twice"),
             ("secret,id=a,data=x,hidden=y", "a comma is written twice"),
             ("secret,id=a,data=hidden,file=b", "one file or data"),

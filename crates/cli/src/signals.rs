@@ -10,7 +10,7 @@ use std::{
     mem::{MaybeUninit, size_of},
     os::fd::FromRawFd,
     ptr,
-    sync::atomic::{AtomicI32, Ordering},
+    sync::atomic::{AtomicBool, AtomicI32, Ordering},
     thread,
 };
 use tool::work::Stop;
@@ -81,12 +81,21 @@ impl Signals {
 /// The signal that ended the work of [`stop_on_signals`]; 0: none.
 static CAUGHT: AtomicI32 = AtomicI32::new(0);
 
+/// Whether SIGUSR1 came.
+static PROGRESS: AtomicBool = AtomicBool::new(false);
+
+/// Whether somebody asked by SIGUSR1, since this was called last, how far the work of [`stop_on_signals`] is.
+pub fn progress_wanted() -> bool {
+    // Most often nobody did, and it is asked for each piece.
+    PROGRESS.load(Ordering::Relaxed) && PROGRESS.swap(false, Ordering::Relaxed)
+}
+
 /// From now on SIGINT, SIGTERM and SIGHUP, where this process does not ignore them, ask for the end of the work: it
 /// clears up behind itself then. The second of them ends the process at once, and takes away only what was not finished:
-/// `timeout` and others signal a process and its group, which makes two. To be called before any
-/// thread is started.
+/// `timeout` and others signal a process and its group, which makes two. SIGUSR1 asks how far the work is
+/// ([`progress_wanted`]). To be called before any thread is started.
 pub fn stop_on_signals() -> Result<Stop> {
-    let signals: Vec<i32> = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP]
+    let signals: Vec<i32> = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1]
         .into_iter()
         .filter(|signal| !is_ignored(*signal))
         .collect();
@@ -97,6 +106,10 @@ pub fn stop_on_signals() -> Result<Stop> {
         .name("signals".into())
         .spawn(move || {
             while let Ok(number) = signals.wait_number() {
+                if number == libc::SIGUSR1 {
+                    PROGRESS.store(true, Ordering::Relaxed);
+                    continue;
+                }
                 if CAUGHT.swap(number, Ordering::Relaxed) != 0 {
                     let _held = partial::abandon();
                     die_of(number);

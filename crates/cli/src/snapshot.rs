@@ -64,7 +64,14 @@ pub fn run(args: &args::Snapshot) -> Result<()> {
         true => Access::Write,
         false => Access::reading(args.force_share),
     };
-    let (file, format) = open::image(&args.file, args.format, access)?;
+    let image = open::alone(
+        &args.file,
+        args.image_opts,
+        &args.objects,
+        args.format,
+        changes,
+    )?;
+    let (file, format) = image.open(access)?;
     let shown = args.file.display();
     if format != Format::Qcow2 {
         bail!("{shown}: a {format} image has no internal snapshots; qcow2 images can have them");

@@ -2,93 +2,11 @@
 //! codes, output and errors, byte for byte. What is left out of the comparison is what cannot be the same: space on the
 //! host, the length of an image's own file, dates and random numbers.
 
-use std::path::Path;
+#[path = "common/beside.rs"]
+mod beside;
+
+use beside::{outcome, same};
 use std::process::Command;
-
-/// What a command line printed, both streams, and its exit code.
-fn outcome(program: &[&str], dir: &Path, line: &str) -> String {
-    let mut words = line.split_whitespace();
-    let mut command = match words.next() {
-        Some("qemu-img") => {
-            let mut command = Command::new(program[0]);
-            command.args(&program[1..]);
-            command
-        }
-        other => Command::new(other.unwrap()),
-    };
-    let words = words.map(|word| match word {
-        // A space within a word.
-        word if word.contains("_") && word.starts_with("write_") => word.replace("_", " "),
-        "''" => String::new(),
-        word => word.replace("DIR", &dir.display().to_string()),
-    });
-    let output = command.args(words).current_dir(dir).output().unwrap();
-    let text = format!(
-        "{}{}code {:?}\n",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
-        output.status.code()
-    );
-    normal(&text.replace(&dir.display().to_string(), "DIR"))
-}
-
-/// `text` without what differs from run to run, or between hosts.
-fn normal(text: &str) -> String {
-    // A name, and what its value is replaced by.
-    let varying = [
-        "disk size: ",
-        "file length: ",
-        "\"actual-size\": ",
-        "\"date-sec\": ",
-        "\"date-nsec\": ",
-        "uuid: ",
-        "iters: ",
-        " ops; ",
-        "Run completed in ",
-    ];
-    let mut in_file = false;
-    let mut lines = Vec::new();
-    for line in text.lines() {
-        // The length of the file below an image is its writer's business.
-        in_file |= line.contains("\"name\": \"file\"");
-        let mut line = line.replace("/usr/bin/qemu-img", "qemu-img");
-        for name in varying {
-            if let Some(at) = line.find(name) {
-                line.truncate(at + name.len());
-            }
-        }
-        if in_file && line.contains("\"virtual-size\": ") {
-            in_file = false;
-            line.truncate(line.find(':').unwrap());
-        }
-        // The row of a snapshot: up to its date.
-        if let (true, Some(at)) = (line.ends_with("          0"), line.find(" 20")) {
-            line.truncate(at);
-        }
-        lines.push(line);
-    }
-    lines.join("\n")
-}
-
-/// Runs each of `lines` with both, and says where they part.
-fn same(lines: &[&str]) {
-    let (theirs, ours) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let mut wrong = String::new();
-    for line in lines {
-        let want = outcome(&["qemu-img"], theirs.path(), line);
-        let found = outcome(
-            &[env!("CARGO_BIN_EXE_diskplane"), "qemu-img"],
-            ours.path(),
-            line,
-        );
-        if want != found {
-            wrong.push_str(&format!(
-                "=== {line}\n--- qemu-img\n{want}\n--- diskplane qemu-img\n{found}\n"
-            ));
-        }
-    }
-    assert!(wrong.is_empty(), "{wrong}");
-}
 
 #[test]
 fn images_are_made_and_shown_as_by_qemu_img() {
@@ -567,4 +485,48 @@ fn what_is_refused_leaves_the_target_alone() {
     assert!(!dir.path().join("d").exists());
     let help = outcome(&program, dir.path(), "qemu-img compare --help");
     assert!(help.starts_with("Check if two images"), "{help}");
+}
+
+#[test]
+fn every_object_is_read_whether_it_is_used_or_not() {
+    let objects = [
+        "secret,id=a,file=nothere",
+        "secret,id=a,data=a --object secret,id=a,data=b",
+        "bogus,id=a,data=a",
+        "secret,data=a",
+        "secret,id=a",
+        "secret,id=1,data=a",
+        "secret,id=a,data=a,file=b",
+        "secret,id=a,data=a,foo=1",
+        "secret,id=a,data",
+        "secret,id=a,data=a,format=hex",
+        "{\"qom-type\":\"secret\",\"id\":\"a\"}",
+        "{\"qom-type\":\"secret\"",
+        "{\"qom-type\":\"secret\",\"id\":\"a\",\"data\":\"x\"}",
+        "secret,id=a,data=a --object secret,id=b,data=x",
+    ];
+    let mut lines = vec!["qemu-img create -q -f raw a 1M".to_owned()];
+    for object in objects {
+        lines.push(format!(
+            "qemu-img create -q -f raw new 1M --object {object}"
+        ));
+        lines.push(format!("qemu-img compare -f raw a new --object {object}"));
+    }
+    same(&lines.iter().map(String::as_str).collect::<Vec<_>>());
+    let dir = tempfile::tempdir().unwrap();
+    let ours = [env!("CARGO_BIN_EXE_diskplane"), "qemu-img"];
+    std::fs::write(dir.path().join("key"), "sesame").unwrap();
+    // What comes through a pipe comes once.
+    let script = format!(
+        "set -e; D='{} qemu-img'; $D create -q -f luks --object secret,id=s,file=key -o key-secret=s a.luks 1M; \
+         cat key | $D compare --object secret,id=s,file=/dev/stdin --image-opts \
+         driver=luks,key-secret=s,file.filename=a.luks driver=luks,key-secret=s,file.filename=a.luks",
+        ours[0]
+    );
+    let done = Command::new("sh")
+        .args(["-c", &script])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{done:?}");
 }

@@ -1,7 +1,8 @@
 //! Commands that change what an image is: `snapshot`, `amend` and `resize`.
 
 use super::format;
-use crate::{resize::NewSize, secret::Keys};
+use crate::resize::NewSize;
+use crate::secret::{Keys, Objects};
 use clap::{ArgGroup, Args};
 use image::Format;
 use std::path::PathBuf;
@@ -35,6 +36,12 @@ pub struct Snapshot {
     /// List even while another process writes the image
     #[arg(short = 'U', long, conflicts_with_all = ["create", "apply", "delete"])]
     pub force_share: bool,
+    /// FILE is key=value,…, as in qemu-img, rather than a file's name: driver=qcow2,file.filename=PATH
+    #[arg(long)]
+    pub image_opts: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub objects: Objects,
     /// Image; nobody else may use it while it is changed
     pub file: PathBuf,
 }
@@ -63,6 +70,9 @@ pub struct Amend {
     /// For -o size: also open backing files below DIR, not only below each image's own directory
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
+    /// FILE is key=value,…, as in qemu-img, rather than a file's name: driver=qcow2,file.filename=PATH
+    #[arg(long)]
+    pub image_opts: bool,
     /// Image to change; nobody else may use it
     pub file: PathBuf,
 }
@@ -92,6 +102,9 @@ pub struct Resize {
     /// Also open backing files below DIR, not only below each image's own directory
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
+    /// FILE is key=value,…, as in qemu-img, rather than a file's name: driver=qcow2,file.filename=PATH
+    #[arg(long)]
+    pub image_opts: bool,
     /// Image to resize; nobody else may use it
     pub file: PathBuf,
     /// The new size (20G, 512M, …), or by how much it is to change

@@ -278,6 +278,9 @@ pub struct Commit {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub moving: Moving,
+    /// FILE is key=value,…, as in qemu-img, rather than a file's name: driver=qcow2,file.filename=PATH
+    #[arg(long)]
+    pub image_opts: bool,
     /// Overlay; nobody else may use it, and nobody may use the base
     pub file: PathBuf,
 }
@@ -309,6 +312,9 @@ pub struct Rebase {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub moving: Moving,
+    /// FILE is key=value,…, as in qemu-img, rather than a file's name: driver=qcow2,file.filename=PATH
+    #[arg(long)]
+    pub image_opts: bool,
     /// Image; nobody else may use it
     pub file: PathBuf,
 }

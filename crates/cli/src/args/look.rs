@@ -1,7 +1,7 @@
 //! Commands that look at an image: `info`, `map` and `check`.
 
 use super::{bytes, format};
-use crate::secret::Keys;
+use crate::secret::{Keys, Objects};
 use clap::{Args, ValueEnum};
 use image::Format;
 use std::path::PathBuf;
@@ -96,6 +96,12 @@ pub struct Check {
     /// Memory for counting clusters; an image that needs more takes longer
     #[arg(long, value_name = "SIZE", default_value = "40M", value_parser = bytes)]
     pub memory: u64,
+    /// FILE is key=value,…, as in qemu-img, rather than a file's name: driver=qcow2,file.filename=PATH
+    #[arg(long)]
+    pub image_opts: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub objects: Objects,
     /// Image to check
     pub file: PathBuf,
 }

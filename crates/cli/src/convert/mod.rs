@@ -118,7 +118,7 @@ pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
     let bytes = copying.source()?.size();
     copying.bytes = bytes;
     let bar = progress_bar(bytes, args.moving.progress);
-    let mut progress = |done| bar.set_position(done);
+    let mut progress = |done| show(&bar, done);
     let mut work = Work::new(stop, &mut progress);
     work.rate = args.moving.rate;
     let copied = match args.no_create {
@@ -151,7 +151,7 @@ fn workers(args: &Arguments) -> usize {
 
 /// What `--target-key-secret` names.
 fn target_passphrases(args: &Arguments) -> Result<Vec<Arc<Passphrase>>> {
-    let find = |id: &String| Ok(Arc::new(args.moving.keys.objects.find(id)?));
+    let find = |id: &String| args.moving.keys.objects.find(id);
     args.target_key_secret.iter().map(find).collect()
 }
 
@@ -173,6 +173,18 @@ fn base(args: &Arguments, target: &Path, passphrases: &[Arc<Passphrase>]) -> Res
         ..ChainOptions::default()
     };
     Ok(Some(open::chain(spec, &options).context("-B")?))
+}
+
+/// Shows on `bar` that `done` bytes are done; SIGUSR1 has that said on stderr, where there is none to see.
+pub(crate) fn show(bar: &ProgressBar, done: u64) {
+    bar.set_position(done);
+    if signals::progress_wanted() {
+        let percent = match bar.length() {
+            None | Some(0) => 100.0,
+            Some(bytes) => done.min(bytes) as f64 * 100.0 / bytes as f64,
+        };
+        bar.suspend(|| eprintln!("diskplane: {percent:.1} % done"));
+    }
 }
 
 /// A bar for a disk of `bytes` bytes, on a terminal or `anywhere`.

@@ -1,10 +1,10 @@
 //! `qemu-img bench`.
 
 use super::line::{self, usage};
-use super::open::{self, How, Name};
+use super::open::{self, How};
+use super::spec::Image;
 use crate::bench_image::on;
 use crate::print;
-use crate::secret::Objects;
 use anyhow::{Result, anyhow, bail};
 use bench::image::Run;
 use clap::Args;
@@ -16,12 +16,6 @@ pub struct Bench {
     /// accepted: the figures are what is asked for
     #[arg(short, long)]
     _quiet: bool,
-    /// specify FILENAME format explicitly
-    #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
-    /// indicates that FILENAME is a complete image specification instead of a file name
-    #[arg(long)]
-    image_opts: bool,
     /// cache mode for FILENAME (writeback)
     #[arg(short = 't', long, value_name = "CACHE")]
     cache: Option<String>,
@@ -62,10 +56,7 @@ pub struct Bench {
     #[arg(short = 'U', long)]
     force_share: bool,
     #[command(flatten)]
-    objects: Objects,
-    /// image file name (or specification with --image-opts)
-    #[arg(value_name = "FILENAME")]
-    files: Vec<String>,
+    pub(super) image: Image,
 }
 
 const MOST: u64 = i32::MAX as u64;
@@ -93,7 +84,7 @@ pub fn run(args: &Bench) -> Result<u8> {
     };
     let cache =
         open::cache(args.cache.as_deref(), "cache").map_err(|_| anyhow!("Invalid cache mode"))?;
-    let [file] = args.files.as_slice() else {
+    let [file] = args.image.files.as_slice() else {
         return Err(usage("Expecting one image file name"));
     };
     if !args.write && flush_interval > 0 {
@@ -114,18 +105,14 @@ pub fn run(args: &Bench) -> Result<u8> {
         drain: !args.no_drain,
     };
     run.validate()?;
-    let name = Name {
-        text: file,
-        format: args.format.as_deref(),
-        image_opts: args.image_opts,
-    };
+    let name = args.image.spec.name(file);
     let how = How {
         write: args.write,
         force_share: args.force_share,
         cache,
         ..How::default()
     };
-    let chain = open::chain(&name, &how, &args.objects)?;
+    let chain = open::chain(&name, &how, &args.image.spec.objects)?;
     // With -q too, as qemu-img does.
     let what = if args.write { "write" } else { "read" };
     print(&format!(

@@ -1,9 +1,9 @@
 //! `qemu-img bitmap`.
 
 use super::open::{self, Name};
+use super::spec::Spec;
 use crate::bitmap::Actions;
 use crate::open::Access;
-use crate::secret::Objects;
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use image::Format;
@@ -13,13 +13,9 @@ use tool::bitmap::Action;
 #[derive(Args, Debug)]
 pub struct Bitmap {
     #[command(flatten)]
+    pub(super) spec: Spec,
+    #[command(flatten)]
     actions: Actions,
-    /// specify FILENAME format explicitly
-    #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
-    /// indicates that FILENAME is a complete image specification instead of a file name
-    #[arg(long)]
-    image_opts: bool,
     /// sets non-default bitmap granularity for --add to this size
     #[arg(short, long, value_name = "SIZE[KMGTPE]")]
     granularity: Option<String>,
@@ -29,8 +25,6 @@ pub struct Bitmap {
     /// specify format for SRC_FILENAME explicitly
     #[arg(short = 'F', long, value_name = "SRC_FMT")]
     source_format: Option<String>,
-    #[command(flatten)]
-    objects: Objects,
     /// FILENAME BITMAP
     #[arg(value_name = "FILENAME BITMAP")]
     operands: Vec<String>,
@@ -65,19 +59,15 @@ pub fn run(args: &Bitmap) -> Result<u8> {
             *of_it = granularity;
         }
     }
-    let name = Name {
-        text: file,
-        format: args.format.as_deref(),
-        image_opts: args.image_opts,
-    };
-    let (storage, format) = open::file(&name, Access::Write, &args.objects)?;
+    let name = args.spec.name(file);
+    let (storage, format) = open::file(&name, Access::Write, &args.spec.objects)?;
     let source = args.source_file.as_deref().map(|text| {
         let name = Name {
             text,
             format: args.source_format.as_deref(),
             image_opts: false,
         };
-        open::file(&name, Access::Read, &args.objects)
+        open::file(&name, Access::Read, &args.spec.objects)
     });
     let source = source.transpose()?;
     let first = actions.first().map_or("add", said);

@@ -1,12 +1,12 @@
 //! `qemu-img check`.
 
-use super::line::{self, usage};
-use super::open::{self, Name};
+use super::line::usage;
+use super::open::{self};
+use super::spec::{Image, Output};
 use super::value;
 use crate::check::NO_CHECKS;
 use crate::open::Access;
 use crate::print;
-use crate::secret::Objects;
 use anyhow::{Result, anyhow};
 use block::{Storage, plain};
 use clap::Args;
@@ -20,29 +20,19 @@ pub struct Check {
     /// quiet operations
     #[arg(short, long)]
     quiet: bool,
-    /// specifies format of the image explicitly
-    #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
-    /// indicates that FILENAME is a complete image specification instead of a file name
-    #[arg(long)]
-    image_opts: bool,
     /// image cache mode (writeback)
     #[arg(short = 'T', long, value_name = "CACHE_MODE")]
     cache: Option<String>,
     /// open image in shared mode for concurrent access
     #[arg(short = 'U', long)]
     force_share: bool,
-    /// output format
-    #[arg(long, value_name = "human|json")]
-    output: Option<String>,
+    #[command(flatten)]
+    output: Output,
     /// repair particular aspect of the image
     #[arg(short, long, value_name = "leaks|all")]
     repair: Option<String>,
     #[command(flatten)]
-    objects: Objects,
-    /// the image file (or image specification) to operate on
-    #[arg(value_name = "FILENAME")]
-    files: Vec<String>,
+    pub(super) image: Image,
 }
 
 /// Checks an image.
@@ -57,19 +47,16 @@ pub fn run(args: &Check) -> Result<u8> {
             )));
         }
     };
-    let as_json = line::is_json(args.output.as_deref())?;
-    let file = line::one(&args.files, "Expecting one image file name")?;
+    let as_json = args.output.is_json()?;
+    let file = args.image.file()?;
     open::cache(args.cache.as_deref(), "source cache")?;
-    let name = Name {
-        text: file,
-        format: args.format.as_deref(),
-        image_opts: args.image_opts,
-    };
+    let name = args.image.spec.name(file);
     let access = match repair {
         Repair::No => Access::reading(args.force_share),
         _ => Access::Write,
     };
-    let (mut storage, format) = open::shared_file(&name, access, args.force_share, &args.objects)?;
+    let (mut storage, format) =
+        open::shared_file(&name, access, args.force_share, &args.image.spec.objects)?;
     let options = CheckOptions {
         repair,
         ..CheckOptions::default()

@@ -39,7 +39,7 @@ pub struct Compare {
     #[arg(short = 'U', long)]
     force_share: bool,
     #[command(flatten)]
-    objects: Objects,
+    pub(super) objects: Objects,
     /// image files (or specifications) to compare
     #[arg(value_name = "FILENAME1 FILENAME2")]
     files: Vec<String>,

@@ -4,6 +4,7 @@ use super::create_options::Said;
 use super::line;
 use super::open::{self, How, Name};
 use super::progress::Progress;
+use super::spec::Shown;
 use super::{create, create_options};
 use crate::open::Access;
 use crate::options::Options;
@@ -30,12 +31,8 @@ const COROUTINES: u64 = 8;
 /// `convert`.
 #[derive(Args, Debug)]
 pub struct Convert {
-    /// quiet operations
-    #[arg(short, long)]
-    quiet: bool,
-    /// show operation progress
-    #[arg(short, long)]
-    progress: bool,
+    #[command(flatten)]
+    shown: Shown,
     /// specify SRC_FILENAME source image format explicitly
     #[arg(short = 'f', long, alias = "format", value_name = "SRC_FMT")]
     source_format: Option<String>,
@@ -103,7 +100,7 @@ pub struct Convert {
     #[arg(short = 'W', long)]
     oob_writes: bool,
     #[command(flatten)]
-    objects: Objects,
+    pub(super) objects: Objects,
     /// SRC_FILENAME [SRC_FILENAME2 [...]] TGT_FILENAME
     #[arg(value_name = "SRC_FILENAME… TGT_FILENAME")]
     files: Vec<String>,
@@ -176,8 +173,8 @@ pub fn run(args: &Convert) -> Result<u8> {
         said => open::cache(said, "cache")?,
     };
     // What options name is known once it is open.
-    if !args.target_image_opts {
-        refuse_bitmaps(&entries, format)?;
+    if args.bitmaps && !args.target_image_opts {
+        refuse_bitmaps(format, said.get("compat"))?;
     }
     let options = match args.no_create {
         true => None,
@@ -211,7 +208,7 @@ pub fn run(args: &Convert) -> Result<u8> {
         },
         image_opts: args.target_image_opts,
         rate: numbers.rate,
-        progress: args.progress && !args.quiet,
+        progress: args.shown.progress(),
     };
     let packs = |options: &Options| args.compress || options.packs_always(format);
     match options.filter(packs) {
@@ -322,6 +319,16 @@ fn open_source(args: &Convert, file: &str, cache: Cache) -> Result<Chain> {
     let Some(snapshot) = &args.source_snapshot else {
         return Ok(chain);
     };
+    if snapshot.starts_with("snapshot.") {
+        for piece in crate::options::split(snapshot) {
+            let key = piece.split('=').next().unwrap_or_default();
+            if !matches!(key, "snapshot.id" | "snapshot.name") {
+                bail!(
+                    "Invalid parameter '{key}'\nqemu-img: Failed in parsing snapshot param '{snapshot}'"
+                );
+            }
+        }
+    }
     let format = open::active(&chain)?.format;
     if format != Format::Qcow2 {
         bail!(
@@ -366,6 +373,9 @@ impl Made<'_> {
             ),
             Err(_) => bail!("Unknown file format '{}'", self.format),
         };
+        if !args.no_create {
+            open::check_protocol(self.file)?;
+        }
         let mut said = Said::parse(self.format, self.list)?;
         // Whatever was said: a copy is as large as its source.
         said.set("size", &self.size.to_string())?;
@@ -373,6 +383,16 @@ impl Made<'_> {
             ("backing_file", &args.backing, "Backing file"),
             ("backing_fmt", &args.backing_format, "Backing file format"),
         ];
+        if args.backing.is_none()
+            && args.backing_format.is_some()
+            && said.get("backing_file").is_none()
+        {
+            bail!(
+                "{}: error while converting {}: Backing format cannot be used without backing file",
+                self.file,
+                self.format
+            );
+        }
         for (name, value, what) in old_style {
             let Some(value) = value else { continue };
             if !said.has(name) && !args.no_create {
@@ -413,7 +433,7 @@ fn backing(args: &Convert, said: &Said, file: &str) -> Result<Option<Chain>> {
         .map(Some)
         .map_err(|error| {
             // It is the target that cannot be opened for want of it.
-            let why = create::once(&error.to_string()).to_owned();
+            let why = create::once(&path, &error.to_string()).to_owned();
             anyhow!("Could not open '{file}': Could not open backing file: {why}")
         })
 }
@@ -463,8 +483,8 @@ fn bitmaps(args: &Convert, chains: &[Chain]) -> Result<Vec<qcow2::bitmap::Entry>
     Ok(entries)
 }
 
-fn refuse_bitmaps(entries: &[qcow2::bitmap::Entry], format: Format) -> Result<()> {
-    match entries.is_empty() || format == Format::Qcow2 {
+fn refuse_bitmaps(format: Format, compat: Option<&str>) -> Result<()> {
+    match format == Format::Qcow2 && !matches!(compat, Some("0.10" | "v2")) {
         true => Ok(()),
         false => bail!(
             "Format driver '{}' does not support bitmaps",
@@ -529,7 +549,9 @@ impl Copy<'_> {
             image_opts: self.image_opts,
         };
         let chain = open::chain(&name, &self.how, objects)?;
-        refuse_bitmaps(bitmaps, open::active(&chain)?.format)?;
+        if !bitmaps.is_empty() {
+            refuse_bitmaps(open::active(&chain)?.format, None)?;
+        }
         if open::active(&chain)?.image.size() < self.source.size() {
             bail!("output file is smaller than input file");
         }

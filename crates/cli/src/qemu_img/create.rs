@@ -3,14 +3,16 @@
 use super::create_options::{self, Said};
 use super::line::{self, usage};
 use super::open::{self, How, Name};
+use crate::open::Access;
 use crate::options::{self, Options};
 use crate::secret::{Keys, Objects};
 use crate::{create, print};
 use anyhow::{Result, anyhow, bail};
-use block::limits;
+use block::{Storage as _, limits};
 use clap::Args;
 use crypto::Passphrase;
 use image::Format;
+use io::FileKind;
 use std::path::Path;
 use std::sync::Arc;
 use tool::work::Stop;
@@ -37,7 +39,7 @@ pub struct Create {
     #[arg(short = 'u', long)]
     backing_unsafe: bool,
     #[command(flatten)]
-    objects: Objects,
+    pub(super) objects: Objects,
     /// FILENAME [SIZE]: it is written over where it exists
     #[arg(value_name = "FILENAME [SIZE]")]
     operands: Vec<String>,
@@ -103,6 +105,7 @@ impl New<'_> {
         let Ok(format) = self.format.parse::<Format>() else {
             bail!("Unknown file format '{}'", self.format);
         };
+        open::check_protocol(self.file)?;
         let mut said = Said::parse(self.format, self.list)?;
         match (said.size(), self.size) {
             (Some(_), Some(_)) => bail!("The image size must be specified only once"),
@@ -179,7 +182,7 @@ impl New<'_> {
         let chain = open::chain(&name, &how, objects).map_err(|error| {
             anyhow!(
                 "{}\nCould not open backing image.",
-                once(&error.to_string())
+                once(&path, &error.to_string())
             )
         })?;
         let layer = open::active(&chain)?;
@@ -196,17 +199,16 @@ impl New<'_> {
     }
 }
 
-/// `Could not open 'x': Could not open 'x': why` as it is said where only the inner one counts.
-pub fn once(text: &str) -> &str {
-    match text.split_once("': Could not open ") {
-        Some((before, _)) => text.get(before.len() + 3..).unwrap_or(text),
-        None => text,
-    }
+/// Why the image `name` cannot be opened, of `Could not open 'name': why`.
+pub fn once<'a>(name: &str, text: &'a str) -> &'a str {
+    text.strip_prefix(&format!("Could not open '{name}': "))
+        .unwrap_or(text)
 }
 
 /// The path that a name means.
 pub fn path(name: &str) -> &Path {
-    Path::new(name.strip_prefix("file:").unwrap_or(name))
+    let own = name.strip_prefix("file:");
+    Path::new(own.or(name.strip_prefix("host_device:")).unwrap_or(name))
 }
 
 /// Where the backing file `name` of the image `file` is.
@@ -228,12 +230,35 @@ pub fn make(file: &str, format: Format, said: &Said, objects: &Objects) -> Resul
 /// Makes the image that `options` describe.
 pub fn write(file: &str, format: Format, options: &Options) -> Result<()> {
     create::write_all(path(file), format, options, &Stop::default())
+        .and_then(|()| match format {
+            Format::Raw => give_first_block(path(file)),
+            _ => Ok(()),
+        })
         .map_err(|error| could_not_create(file, &error))
+}
+
+/// As QEMU does, gives the beginning of a new raw file its space: who opens it past the page cache finds out there what
+/// the host wants. Maps show it.
+fn give_first_block(path: &Path) -> Result<()> {
+    let file = crate::open::file(path, Access::Write)?;
+    let bytes = match file.len()? {
+        _ if file.kind() != FileKind::Regular => 0,
+        0..512 => 0,
+        512..4096 => 512,
+        _ => 4096,
+    };
+    if bytes > 0 {
+        file.write_at(0, &vec![0; bytes])?;
+    }
+    Ok(())
 }
 
 fn could_not_create(file: &str, error: &anyhow::Error) -> anyhow::Error {
     let text = format!("{error:#}");
     let own = text.strip_prefix(&format!("{file}: ")).unwrap_or(&text);
+    if path(file).is_dir() {
+        return anyhow!("Could not create '{file}': Is a directory");
+    }
     match error.downcast_ref::<block::Error>() {
         Some(error) if own.contains("os error") || error.kind() == block::ErrorKind::Locked => {
             let why = open::explain(file, error, true).to_string();
@@ -281,7 +306,7 @@ pub fn options_of(format: Format, said: &Said, objects: &Objects, file: &str) ->
 }
 
 /// Refuses an encrypted image whose passphrase is not given, before anything is touched.
-fn name_key(format: Format, said: &Said, objects: &Objects) -> Result<()> {
+pub fn name_key(format: Format, said: &Said, objects: &Objects) -> Result<()> {
     let name = match format {
         Format::Luks => "key-secret",
         Format::Qcow2 if said.get("encrypt.format") == Some("luks") => "encrypt.key-secret",

@@ -4,6 +4,7 @@
 //! The table may know formats that diskplane cannot make (yet): whether it can is up to [`image::Format`].
 
 use anyhow::{Result, anyhow, bail};
+use image::Format;
 use std::collections::BTreeMap;
 
 /// What an option's value is.
@@ -360,7 +361,7 @@ const AMENDED: [&str; 9] = [
     "refcount_bits",
     "size",
 ];
-/// What only `amend` has.
+/// What only `amend` has; of a luks image without `encrypt.`.
 const AMEND: [Known; 4] = [
     (
         "encrypt.keyslot",
@@ -388,16 +389,87 @@ const AMEND: [Known; 4] = [
     ),
 ];
 
-/// Whether `amend` has the option `name`.
-pub fn can_amend(name: &str) -> bool {
-    AMENDED.contains(&name) || AMEND.iter().any(|option| option.0 == name)
+/// What `amend` changes of an image of `format`; nothing of others.
+fn amended(format: Format) -> Vec<Known> {
+    let of_create = QCOW2.iter().filter(|(name, ..)| AMENDED.contains(name));
+    let all = of_create.chain(&AMEND).copied();
+    match format {
+        Format::Qcow2 => all.collect(),
+        Format::Luks => all
+            .filter_map(|(name, kind, default, meaning)| {
+                Some((name.strip_prefix("encrypt.")?, kind, default, meaning))
+            })
+            .collect(),
+        _ => Vec::new(),
+    }
 }
 
-/// What `amend -o help` prints for qcow2.
-pub fn amend_help() -> String {
-    let of_create = QCOW2.iter().filter(|(name, ..)| AMENDED.contains(name));
-    let mut options: Vec<Known> = of_create.chain(&AMEND).copied().collect();
-    listed("Amend options for 'qcow2':", &mut options)
+/// What `amend -o help` prints for `format`; `None` where nothing can be amended.
+pub fn amend_help(format: Format) -> Option<String> {
+    let mut options = amended(format);
+    let title = format!("Amend options for '{}':", format.qemu_name());
+    (!options.is_empty()).then(|| listed(&title, &mut options))
+}
+
+/// What `list` asks `amend` for, of an image of `format`: names and values, in their order.
+///
+/// # Errors
+///
+/// In QEMU's words, for an option that cannot be amended, and a value that is none.
+pub fn to_amend(format: Format, list: &str) -> Result<Vec<(&'static str, String)>> {
+    let known = amended(format);
+    let mut said = Vec::new();
+    for piece in crate::options::split(list) {
+        let (name, value) = pair(&known, &piece);
+        let Some((name, kind, ..)) = known.iter().find(|known| known.0 == name) else {
+            match of_format(format.qemu_name())
+                .iter()
+                .any(|known| known.0 == name)
+            {
+                true => bail!(
+                    "Invalid parameter '{name}'\nThis option is only supported for image creation"
+                ),
+                false => bail!("Invalid parameter '{name}'"),
+            }
+        };
+        said.push((*name, value_of(*kind, name, value)?));
+    }
+    Ok(said)
+}
+
+/// The name and the value in `piece` of a list, of the options that are `known`.
+fn pair<'a>(known: &[Known], piece: &'a str) -> (&'a str, &'a str) {
+    match piece.split_once('=') {
+        Some(pair) => pair,
+        None => match piece.strip_prefix("no") {
+            Some(name) if known.iter().any(|k| k.0 == name) => (name, "off"),
+            _ => (piece, "on"),
+        },
+    }
+}
+
+/// The value of the option `name` as it is kept.
+fn value_of(kind: Kind, name: &str, value: &str) -> Result<String> {
+    Ok(match kind {
+        Text => value.to_owned(),
+        Flag => match value {
+            "on" | "yes" | "true" | "y" => "on".to_owned(),
+            "off" | "no" | "false" | "n" => "off".to_owned(),
+            _ => bail!("Parameter '{name}' expects 'on' or 'off'"),
+        },
+        Number => value
+            .parse::<u64>()
+            .map_err(|_| anyhow!("Parameter '{name}' expects a number"))?
+            .to_string(),
+        Size => super::line::size_of(value)
+            .ok_or_else(|| {
+                anyhow!(
+                    "Parameter '{name}' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, P or E \
+                     means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
+                )
+            })?
+            .to_string(),
+    })
 }
 
 /// What was said of a format's options.
@@ -419,13 +491,7 @@ impl Said {
             values: BTreeMap::new(),
         };
         for piece in crate::options::split(list) {
-            let (name, value) = match piece.split_once('=') {
-                Some(pair) => pair,
-                None => match piece.strip_prefix("no") {
-                    Some(name) if known(format).iter().any(|k| k.0 == name) => (name, "off"),
-                    _ => (piece.as_str(), "on"),
-                },
-            };
+            let (name, value) = pair(&known(format), &piece);
             said.set(name, value)?;
         }
         Ok(said)
@@ -441,23 +507,7 @@ impl Said {
         let Some((name, kind, ..)) = known.iter().find(|known| known.0 == name) else {
             bail!("Invalid parameter '{name}'");
         };
-        let value = match kind {
-            Text => value.to_owned(),
-            Flag if matches!(value, "on" | "off") => value.to_owned(),
-            Flag => bail!("Parameter '{name}' expects 'on' or 'off'"),
-            Number => value
-                .parse::<u64>()
-                .map_err(|_| anyhow!("Parameter '{name}' expects a number"))?
-                .to_string(),
-            Size => super::line::size_of(value)
-                .ok_or_else(|| {
-                    anyhow!(
-                        "Parameter '{name}' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, \
-                         P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
-                    )
-                })?
-                .to_string(),
-        };
+        let value = value_of(*kind, name, value)?;
         self.values.insert(name, value);
         Ok(())
     }

@@ -4,8 +4,8 @@ use super::convert::{Copy, reads_as_zeros};
 use super::create;
 use super::create_options::Said;
 use super::line;
-use super::open::{self, How, Name};
-use crate::secret::Objects;
+use super::open::{self, How};
+use super::spec::Spec;
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use image::Format;
@@ -15,20 +15,14 @@ use tool::source::Source;
 /// `dd`.
 #[derive(Args, Debug)]
 pub struct Dd {
-    /// specify format for INPUT explicitly
-    #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
-    /// indicates that INPUT is a complete image specification instead of a file name
-    #[arg(long)]
-    image_opts: bool,
+    #[command(flatten)]
+    pub(super) spec: Spec,
     /// format of the OUTPUT (default raw)
     #[arg(short = 'O', long, value_name = "OUTPUT_FMT")]
     output_format: Option<String>,
     /// open images in shared mode for concurrent access
     #[arg(short = 'U', long)]
     force_share: bool,
-    #[command(flatten)]
-    objects: Objects,
     /// bs=BLOCK_SIZE count=COUNT skip=COUNT if=INPUT of=OUTPUT
     #[arg(value_name = "KEY=VALUE")]
     operands: Vec<String>,
@@ -52,27 +46,24 @@ pub fn run(args: &Dd) -> Result<u8> {
     let (Some(input), Some(output)) = (input, output) else {
         bail!("Must specify both input and output files");
     };
-    let name = Name {
-        text: input,
-        format: args.format.as_deref(),
-        image_opts: args.image_opts,
-    };
+    let name = args.spec.name(input);
     let how = How {
         force_share: args.force_share,
         ..How::default()
     };
-    let chain = open::chain(&name, &how, &args.objects)?;
+    let chain = open::chain(&name, &how, &args.spec.objects)?;
     let said = args.output_format.as_deref().unwrap_or("raw");
     let Ok(format) = said.parse::<Format>() else {
         bail!("Unknown file format");
     };
+    open::check_protocol(output)?;
     let disk = open::active(&chain)?.image.size();
     let end = count.map_or(disk, |count: u64| count.saturating_mul(block).min(disk));
     let begin = skip.saturating_mul(block);
     let mut options = Said::parse(said, "")?;
     let bytes = end.saturating_sub(begin);
     options.set("size", &bytes.to_string())?;
-    let made = create::make(output, format, &options, &args.objects)
+    let made = create::make(output, format, &options, &args.spec.objects)
         .map_err(|error| anyhow!("{output}: error while creating output image: {error}"))?;
     if begin > end {
         super::complain(&anyhow!("{input}: cannot skip to specified offset"));
@@ -86,13 +77,13 @@ pub fn run(args: &Dd) -> Result<u8> {
         blank: reads_as_zeros(output, format),
         how: How {
             write: true,
-            passphrases: create::passphrases(&made, &args.objects)?,
+            passphrases: create::passphrases(&made, &args.spec.objects)?,
             ..How::default()
         },
         image_opts: false,
         rate: None,
         progress: false,
     };
-    copy.run(&[], &args.objects)?;
+    copy.run(&[], &args.spec.objects)?;
     Ok(0)
 }

@@ -1,32 +1,27 @@
 //! `qemu-img info`.
 
-use super::line;
 use super::open::{self, How, Name};
+use super::spec::{Image, Output};
 use super::value;
 use crate::encrypt::Shown;
-use crate::secret::Objects;
-use crate::{bitmap, image_opts, print};
+use crate::image_opts::{self, ImageOptions};
+use crate::{bitmap, print};
 use anyhow::{Result, bail};
 use block::{Storage, plain};
 use clap::Args;
 use disk::chain::Layer;
 use image::qcow2::{self, features, snapshot::Snapshot};
-use image::{Format, Method, qed};
+use image::{Format, Method, qed, vmdk};
 use io::{File, FileKind};
 use serde_json::{Map, Value, json};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// `info`.
 #[derive(Args, Debug)]
 pub struct Info {
-    /// specify FILENAME format explicitly
-    #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
-    /// indicates that FILENAME is a complete image specification instead of a file name
-    #[arg(long)]
-    image_opts: bool,
     /// display information about the backing chain
     #[arg(short, long)]
     backing_chain: bool,
@@ -34,13 +29,9 @@ pub struct Info {
     #[arg(short = 'U', long)]
     force_share: bool,
     #[command(flatten)]
-    objects: Objects,
-    /// specify output format name (default human)
-    #[arg(long, value_name = "human|json")]
-    output: Option<String>,
-    /// image file name (or specification with --image-opts)
-    #[arg(value_name = "FILENAME")]
-    files: Vec<String>,
+    output: Output,
+    #[command(flatten)]
+    pub(super) image: Image,
 }
 
 /// Images of a chain that are shown at most.
@@ -48,16 +39,19 @@ const CHAIN_MAX: usize = block::limits::CHAIN_LENGTH_MAX;
 
 /// Shows what an image is.
 pub fn run(args: &Info) -> Result<u8> {
-    let file = line::one(&args.files, "Expecting one image file name")?;
-    let as_json = line::is_json(args.output.as_deref())?;
+    let as_json = args.output.is_json()?;
+    let file = args.image.file()?;
     let how = How {
         force_share: args.force_share,
         without_backing: true,
         allow_locked: true,
         ..How::default()
     };
-    let (mut name, mut format, mut by_options) =
-        (file.to_owned(), args.format.clone(), args.image_opts);
+    let (mut name, mut format, mut by_options) = (
+        file.to_owned(),
+        args.image.spec.format.clone(),
+        args.image.spec.image_opts,
+    );
     let mut nodes: Vec<Map<String, Value>> = Vec::new();
     let mut seen = Vec::new();
     loop {
@@ -72,14 +66,16 @@ pub fn run(args: &Info) -> Result<u8> {
             format: format.as_deref(),
             image_opts: by_options,
         };
-        let chain = open::chain(&image, &how, &args.objects)?;
+        let chain = open::chain(&image, &how, &args.image.spec.objects)?;
         let active = open::active(&chain)?;
         // Options are shown as what they name.
-        let shown = match by_options || image_opts::is_json(&name) {
-            true => active.path.display().to_string(),
-            false => name.clone(),
-        };
-        let shown = node(&shown, active)?;
+        let mut shown = node(&active.path.display().to_string(), active)?;
+        if by_options || image_opts::is_json(&name) {
+            let said = ImageOptions::parse(&name)?;
+            if !said.strong.is_empty() {
+                shown.insert("filename".into(), options_of(&said, active).into());
+            }
+        }
         let below = |key: &str| shown.get(key).and_then(Value::as_str).map(str::to_owned);
         let next = below("full-backing-filename");
         format = below("backing-filename-format");
@@ -107,6 +103,27 @@ pub fn run(args: &Info) -> Result<u8> {
     Ok(0)
 }
 
+/// The name of an image that is more than its file, as QEMU has it: `json:{…}`.
+fn options_of(said: &ImageOptions, layer: &Layer) -> String {
+    let mut object = Map::new();
+    object.insert("driver".into(), layer.format.qemu_name().into());
+    let protocol = layer.files.first().map_or("file", |file| driver_of(file));
+    let file = json!({"driver": protocol, "filename": layer.path.display().to_string()});
+    object.insert("file".into(), file);
+    for (key, value) in &said.strong {
+        object.insert(key.clone(), value.as_str().into());
+    }
+    format!("json:{}", value::compact(&object))
+}
+
+/// What QEMU calls what an image's file is.
+fn driver_of(file: &File) -> &'static str {
+    match file.kind() {
+        FileKind::BlockDevice => "host_device",
+        _ => "file",
+    }
+}
+
 /// What QEMU tells of an image, as its `BlockGraphInfo`.
 fn node(name: &str, layer: &Layer) -> Result<Map<String, Value>> {
     let description = layer.image.describe();
@@ -132,7 +149,20 @@ fn node(name: &str, layer: &Layer) -> Result<Map<String, Value>> {
     }
     let mut children = Vec::new();
     if let Some(file) = layer.files.first() {
-        put("actual-size", actual_size(&layer.path)?.into());
+        let parts = match layer.format {
+            Format::Vmdk => Some(vmdk::Parts::read(&**file)?),
+            _ => None,
+        };
+        let extents = parts
+            .as_ref()
+            .map_or(Vec::new(), |parts| extents(layer, parts));
+        let mut bytes = actual_size(&layer.path)?;
+        for (nth, (_, path, extent)) in extents.iter().enumerate() {
+            bytes = bytes.saturating_add(actual_size(path)?);
+            let info = protocol(path, extent)?;
+            children.insert(0, json!({"name": format!("extents.{nth}"), "info": info}));
+        }
+        put("actual-size", bytes.into());
         children.push(json!({"name": "file", "info": protocol(&layer.path, file)?}));
         put("dirty-flag", is_dirty(layer.format, &**file)?.into());
         if let Some(specific) = specific(layer, &**file)? {
@@ -165,10 +195,7 @@ fn actual_size(path: &Path) -> Result<u64> {
 
 /// The file below an image.
 fn protocol(path: &Path, file: &File) -> Result<Value> {
-    let kind = match file.kind() {
-        FileKind::BlockDevice => "host_device",
-        _ => "file",
-    };
+    let kind = driver_of(file);
     Ok(json!({
         "filename": path.display().to_string(),
         "format": kind,
@@ -200,6 +227,9 @@ fn specific(layer: &Layer, file: &dyn Storage) -> Result<Option<Map<String, Valu
                 .filter(|(key, _)| key != "format")
                 .collect()
         }));
+    }
+    if layer.format == Format::Vmdk {
+        return vmdk_facts(layer, file).map(Some);
     }
     if layer.format != Format::Qcow2 {
         return Ok(None);
@@ -247,6 +277,67 @@ fn specific(layer: &Layer, file: &dyn Storage) -> Result<Option<Map<String, Valu
         put("encrypt", shown);
     }
     Ok(Some(facts))
+}
+
+/// The extents of a VMDK image that have files of their own, with these and what they are called from here.
+fn extents<'a>(
+    layer: &'a Layer,
+    parts: &'a vmdk::Parts,
+) -> Vec<(&'a vmdk::ExtentLine, PathBuf, &'a Arc<File>)> {
+    let directory = layer.path.parent().unwrap_or(Path::new(""));
+    let lines = parts
+        .descriptor
+        .extents
+        .iter()
+        .filter(|line| !line.file.is_empty());
+    let files = layer.files.iter().skip(1);
+    lines
+        .zip(files)
+        .map(|(line, file)| (line, directory.join(&line.file), file))
+        .collect()
+}
+
+/// What only VMDK images have: QEMU's `ImageInfoSpecificVmdk`.
+fn vmdk_facts(layer: &Layer, file: &dyn Storage) -> Result<Map<String, Value>> {
+    let parts = vmdk::Parts::read(file)?;
+    let description = layer.image.describe();
+    let create_type = parts.descriptor.create_type.as_str();
+    let extents: Vec<Value> = match layer.files.len() {
+        1 => {
+            let mut extent = json!({
+                "virtual-size": description.size,
+                "filename": layer.path.display().to_string(),
+                "cluster-size": description.cluster_size,
+                "format": "",
+            });
+            if let (true, Some(extent)) = (create_type == "streamOptimized", extent.as_object_mut())
+            {
+                extent.insert("compressed".into(), true.into());
+            }
+            vec![extent]
+        }
+        _ => {
+            let extent = |(line, path, _): &(&vmdk::ExtentLine, PathBuf, &Arc<File>)| {
+                let mut extent = json!({
+                    "virtual-size": line.sectors.saturating_mul(512),
+                    "filename": path.display().to_string(),
+                    "format": line.kind.name(),
+                });
+                let packed = description.cluster_size > 1 && line.kind == vmdk::ExtentType::Sparse;
+                if let (true, Some(extent)) = (packed, extent.as_object_mut()) {
+                    extent.insert("cluster-size".into(), description.cluster_size.into());
+                }
+                extent
+            };
+            extents(layer, &parts).iter().map(extent).collect()
+        }
+    };
+    let mut facts = Map::new();
+    facts.insert("cid".into(), parts.descriptor.cid.into());
+    facts.insert("parent-cid".into(), parts.descriptor.parent_cid.into());
+    facts.insert("create-type".into(), create_type.into());
+    facts.insert("extents".into(), extents.into());
+    Ok(facts)
 }
 
 /// A snapshot, as QEMU's `SnapshotInfo`.

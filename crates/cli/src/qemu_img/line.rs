@@ -134,6 +134,10 @@ fn is_too_large(text: &str) -> bool {
 /// The value of the option or operand `what`, from `min` to `max`.
 pub fn number(what: &str, text: &str, min: u64, max: u64) -> Result<u64> {
     let range = || anyhow!("Invalid {what} specified. Must be between {min} and {max}.");
+    let negative = text.trim_start().strip_prefix('-');
+    if negative.is_some_and(|digits| !digits.contains('.') && size_of(digits).is_some()) {
+        return Err(range());
+    }
     match size_of(text) {
         Some(found) if (min..=max).contains(&found) => Ok(found),
         Some(_) => Err(range()),
@@ -243,7 +247,11 @@ mod tests {
             ("1.5k", Ok(1536)),
             ("7b", Ok(7)),
             ("1KiB", Err("Invalid n specified: '1KiB'.")),
-            ("-1", Err("Invalid n specified: '-1'.")),
+            (
+                "-1",
+                Err("Invalid n specified. Must be between 0 and 9223372036854775807."),
+            ),
+            ("-0.5", Err("Invalid n specified: '-0.5'.")),
             (
                 "9E",
                 Err("Invalid n specified. Must be between 0 and 9223372036854775807."),

@@ -2,41 +2,32 @@
 
 use super::info::full;
 use super::line;
-use super::open::{self, How, Name};
+use super::open::{self, How};
+use super::spec::{Image, Output};
 use crate::map::{Entry, finish, walk};
-use crate::secret::Objects;
 use anyhow::{Result, bail};
 use clap::Args;
 use disk::chain::Chain;
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
+use std::path::Path;
 
 /// `map`.
 #[derive(Args, Debug)]
 pub struct Map {
-    /// specify FILENAME format explicitly
-    #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
-    /// indicates that FILENAME is a complete image specification instead of a file name
-    #[arg(long)]
-    image_opts: bool,
     /// begin there
     #[arg(short, long, value_name = "OFFSET")]
     start_offset: Option<String>,
     /// show so much at most
     #[arg(short = 'l', long, value_name = "LENGTH")]
     max_length: Option<String>,
-    /// specify output format name (default human)
-    #[arg(long, value_name = "human|json")]
-    output: Option<String>,
+    #[command(flatten)]
+    output: Output,
     /// open image in shared mode for concurrent access
     #[arg(short = 'U', long)]
     force_share: bool,
     #[command(flatten)]
-    objects: Objects,
-    /// image file name (or specification with --image-opts)
-    #[arg(value_name = "FILENAME")]
-    files: Vec<String>,
+    pub(super) image: Image,
 }
 
 /// Shows where an image's data are.
@@ -48,25 +39,26 @@ pub fn run(args: &Map) -> Result<u8> {
     };
     let start = bound("start offset", &args.start_offset)?.unwrap_or(0);
     let length = bound("max length", &args.max_length)?.unwrap_or(u64::MAX);
-    let as_json = line::is_json(args.output.as_deref())?;
-    let file = line::one(&args.files, "Expecting one image file name")?;
-    let name = Name {
-        text: file,
-        format: args.format.as_deref(),
-        image_opts: args.image_opts,
-    };
+    let as_json = args.output.is_json()?;
+    let file = args.image.file()?;
+    let name = args.image.spec.name(file);
     let how = How {
         force_share: args.force_share,
         allow_locked: true,
         ..How::default()
     };
-    let chain = open::chain(&name, &how, &args.objects)?;
+    let chain = open::chain(&name, &how, &args.image.spec.objects)?;
     let range = start..start.saturating_add(length);
     // A map may have millions of lines: none of them is kept.
     let mut out = BufWriter::new(io::stdout().lock());
     let written = match as_json {
         true => json(&chain, range, &mut out),
-        false => human(&chain, &names(file, &chain), range, &mut out),
+        false => human(
+            &chain,
+            &names(&open::active(&chain)?.path, &chain),
+            range,
+            &mut out,
+        ),
     };
     finish(written, out)?;
     Ok(0)
@@ -120,8 +112,8 @@ fn json(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
 }
 
 /// The names of a chain's files with data, as they lead to each other.
-fn names(file: &str, chain: &Chain) -> Vec<String> {
-    let mut name = file.to_owned();
+fn names(file: &Path, chain: &Chain) -> Vec<String> {
+    let mut name = file.display().to_string();
     let mut names = Vec::new();
     for layer in &chain.layers {
         let description = layer.image.describe();

@@ -1,11 +1,12 @@
 //! `qemu-img measure`.
 
+use super::create;
 use super::create_options::Said;
 use super::line;
-use super::open::{self, How, Name};
+use super::open::{self, How};
+use super::spec::{Output, Spec};
 use super::value;
 use crate::options;
-use crate::secret::Objects;
 use crate::{measure, print, signals};
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
@@ -17,6 +18,8 @@ use tool::work::Work;
 /// `measure`.
 #[derive(Args, Debug)]
 pub struct Measure {
+    #[command(flatten)]
+    pub(super) spec: Spec,
     /// desired target/output image format (default raw)
     #[arg(short = 'O', long, value_name = "FMT")]
     target_format: Option<String>,
@@ -26,23 +29,14 @@ pub struct Measure {
     /// measure file size for given image size
     #[arg(short, long, value_name = "SIZE")]
     size: Option<String>,
-    /// specify format of FILENAME explicitly
-    #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
-    /// indicates that FILENAME is a complete image specification instead of a file name
-    #[arg(long)]
-    image_opts: bool,
     /// use this snapshot in FILENAME as source
     #[arg(short = 'l', long, value_name = "SNAPSHOT")]
     snapshot: Option<String>,
-    /// output format
-    #[arg(long, value_name = "human|json")]
-    output: Option<String>,
+    #[command(flatten)]
+    output: Output,
     /// open images in shared mode for concurrent access
     #[arg(short = 'U', long)]
     force_share: bool,
-    #[command(flatten)]
-    objects: Objects,
     /// measure file size required to convert from FILENAME
     #[arg(value_name = "FILENAME")]
     files: Vec<String>,
@@ -50,7 +44,7 @@ pub struct Measure {
 
 /// Says how large an image will be.
 pub fn run(args: &Measure) -> Result<u8> {
-    let as_json = line::is_json(args.output.as_deref())?;
+    let as_json = args.output.is_json()?;
     let size = args.size.as_deref();
     let size = size
         .map(|text| line::bytes("image size", text))
@@ -60,7 +54,9 @@ pub fn run(args: &Measure) -> Result<u8> {
         [file] => Some(file.as_str()),
         _ => bail!("At most one filename argument is allowed."),
     };
-    if file.is_none() && (args.image_opts || args.format.is_some() || args.snapshot.is_some()) {
+    if file.is_none()
+        && (args.spec.image_opts || args.spec.format.is_some() || args.snapshot.is_some())
+    {
         bail!("--image-opts, -f, and -l require a filename argument.");
     }
     match (file, size) {
@@ -76,12 +72,8 @@ pub fn run(args: &Measure) -> Result<u8> {
         ..How::default()
     };
     let chain = file.map(|text| {
-        let name = Name {
-            text,
-            format: args.format.as_deref(),
-            image_opts: args.image_opts,
-        };
-        open::chain(&name, &how, &args.objects)
+        let name = args.spec.name(text);
+        open::chain(&name, &how, &args.spec.objects)
     });
     let chain = chain.transpose().map_err(|error| {
         match error.to_string().contains("there is no snapshot") {
@@ -97,6 +89,7 @@ pub fn run(args: &Measure) -> Result<u8> {
     let said = Said::parse(target, &list).map_err(|error| {
         anyhow!("{error}\nqemu-img: Invalid options for file format '{target}'")
     })?;
+    create::name_key(format, &said, &args.spec.objects)?;
     let mut options = options::parse(format, &said.own())?;
     options.backing_file = said.get("backing_file").map(str::to_owned);
     let mut source = chain.as_ref().map(Source::new).transpose()?;

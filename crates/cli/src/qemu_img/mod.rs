@@ -23,8 +23,10 @@ mod progress;
 mod rebase;
 mod resize;
 mod snapshot;
+mod spec;
 mod value;
 
+use crate::secret::{Objects, Wrong};
 use anyhow::{Error, Result};
 use clap::{Args, FromArgMatches};
 use line::{Parsed, Usage, usage};
@@ -178,21 +180,29 @@ fn help() -> String {
 /// Runs the command `name`.
 fn dispatch(name: &str, arguments: &[OsString]) -> Result<u8> {
     match name {
-        "amend" => with("amend", arguments, amend::run),
-        "bench" => with("bench", arguments, bench::run),
-        "bitmap" => with("bitmap", arguments, bitmap::run),
-        "check" => with("check", arguments, check::run),
-        "commit" => with("commit", arguments, commit::run),
-        "compare" => with("compare", arguments, compare::run),
-        "convert" => with("convert", arguments, convert::run),
-        "create" => with("create", arguments, create::run),
-        "dd" => with("dd", arguments, dd::run),
-        "info" => with("info", arguments, info::run),
-        "map" => with("map", arguments, map::run),
-        "measure" => with("measure", arguments, measure::run),
-        "rebase" => with("rebase", arguments, rebase::run),
-        "resize" => with("resize", &resize::with_size_last(arguments), resize::run),
-        "snapshot" => with("snapshot", arguments, snapshot::run),
+        "amend" => with("amend", arguments, |a| &a.image.spec.objects, amend::run),
+        "bench" => with("bench", arguments, |a| &a.image.spec.objects, bench::run),
+        "bitmap" => with("bitmap", arguments, |a| &a.spec.objects, bitmap::run),
+        "check" => with("check", arguments, |a| &a.image.spec.objects, check::run),
+        "commit" => with("commit", arguments, |a| &a.image.spec.objects, commit::run),
+        "compare" => with("compare", arguments, |a| &a.objects, compare::run),
+        "convert" => with("convert", arguments, |a| &a.objects, convert::run),
+        "create" => with("create", arguments, |a| &a.objects, create::run),
+        "dd" => with("dd", arguments, |a| &a.spec.objects, dd::run),
+        "info" => with("info", arguments, |a| &a.image.spec.objects, info::run),
+        "map" => with("map", arguments, |a| &a.image.spec.objects, map::run),
+        "measure" => with("measure", arguments, |a| &a.spec.objects, measure::run),
+        "rebase" => with("rebase", arguments, |a| &a.image.spec.objects, rebase::run),
+        "resize" => {
+            let arguments = resize::with_size_last(arguments);
+            with("resize", &arguments, |a| &a.spec.objects, resize::run)
+        }
+        "snapshot" => with(
+            "snapshot",
+            arguments,
+            |a| &a.image.spec.objects,
+            snapshot::run,
+        ),
         _ => {
             complain(&anyhow::anyhow!("Command not found: {name}"));
             eprintln!("Try 'qemu-img --help' for more info");
@@ -201,14 +211,21 @@ fn dispatch(name: &str, arguments: &[OsString]) -> Result<u8> {
     }
 }
 
-/// Parses the arguments of the command `name`, and runs it.
+/// Parses the arguments of the command `name`, reads its objects, and runs it.
 fn with<T: Args + FromArgMatches>(
     name: &'static str,
     arguments: &[OsString],
+    objects: impl FnOnce(&T) -> &Objects,
     run: impl FnOnce(&T) -> Result<u8>,
 ) -> Result<u8> {
     match line::parse::<T>(name, arguments) {
-        Parsed::Go(parsed) => run(&parsed),
+        Parsed::Go(parsed) => match objects(&parsed).read_all() {
+            Ok(()) => run(&parsed),
+            Err(error) => {
+                complain(&wrong_object(&error));
+                Ok(if name == "compare" { 2 } else { 1 })
+            }
+        },
         Parsed::Help(text) => {
             crate::print(&text)?;
             Ok(0)
@@ -218,4 +235,37 @@ fn with<T: Args + FromArgMatches>(
             Ok(1)
         }
     }
+}
+
+/// What is wrong with an object, as QEMU says it.
+fn wrong_object(error: &Error) -> Error {
+    let Some(wrong) = error.downcast_ref::<Wrong>() else {
+        let text = format!("{error:#}");
+        let file = text
+            .split_once("': ")
+            .map_or(text.as_str(), |(_, file)| file);
+        return match file.split_once(": ") {
+            Some((path, why)) if why.contains("(os error") => anyhow::anyhow!(
+                "Unable to read {path}: Failed to open file \u{201c}{path}\u{201d}: {why}"
+            ),
+            _ => anyhow::anyhow!("{text}"),
+        };
+    };
+    anyhow::anyhow!(match wrong {
+        Wrong::Kind(kind) if kind.is_empty() => "Parameter 'qom-type' is missing".to_owned(),
+        Wrong::Kind(kind) => format!("Parameter 'qom-type' does not accept value '{kind}'"),
+        Wrong::NoId => "Parameter 'id' is missing".to_owned(),
+        Wrong::BadId => "Parameter 'id' expects an identifier\nIdentifiers consist of letters, digits, '-', '.', '_', \
+                         starting with a letter."
+            .to_owned(),
+        Wrong::Empty => "Either 'file' or 'data' must be provided".to_owned(),
+        Wrong::Both => "'file' and 'data' are mutually exclusive".to_owned(),
+        Wrong::NoPair(Some(key)) => format!("Expected '=' after parameter '{key}'"),
+        Wrong::Key(key) => format!("Parameter '{key}' is unexpected"),
+        Wrong::Form(word) => format!("Parameter 'format' does not accept value '{word}'"),
+        Wrong::Twice(id) =>
+            format!("attempt to add duplicate property '{id}' to object (type 'container')"),
+        Wrong::Json(why) => why.clone(),
+        Wrong::NoPair(None) | Wrong::Encrypted(_) => wrong.to_string(),
+    })
 }

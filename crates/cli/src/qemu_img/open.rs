@@ -147,6 +147,7 @@ impl Named {
         }
         let format = name.format.map(driver).transpose().map_err(could_not)?;
         if !name.image_opts && !image_opts::is_json(name.text) {
+            check_protocol(name.text).map_err(could_not)?;
             return Ok(Self {
                 path: super::create::path(name.text).to_owned(),
                 format,
@@ -160,10 +161,18 @@ impl Named {
             });
         }
         let said = ImageOptions::parse(name.text).map_err(could_not)?;
+        for note in &said.notes {
+            eprintln!(
+                "qemu-img: warning: {}",
+                note.lines()
+                    .map(block::plain)
+                    .collect::<Vec<_>>()
+                    .join("\n")
+            );
+        }
         let secret = |id: &String| {
             objects
                 .find(id)
-                .map(Arc::new)
                 .map_err(|_| could_not(anyhow!("No secret with id '{id}'")))
         };
         let passphrases = said.secrets.iter().map(secret).collect::<Result<_>>()?;
@@ -179,6 +188,22 @@ impl Named {
             cache: said.cache,
         })
     }
+}
+
+/// Refuses a name that begins with a protocol which is none of QEMU's for files: a file of that name is `./NAME`.
+pub fn check_protocol(name: &str) -> Result<()> {
+    match disk::chain::is_file_name(super::create::path(name).to_string_lossy().as_ref()) {
+        true => Ok(()),
+        false => {
+            let protocol = name.split(':').next().unwrap_or_default();
+            Err(anyhow!("Unknown protocol '{protocol}'"))
+        }
+    }
+}
+
+/// Refuses to write the image at `depth` below the one that `name` names, where its file is for reading only.
+pub fn refuse_base(name: &Name<'_>, depth: usize) -> Result<()> {
+    open::refuse_base(Path::new(name.text), name.image_opts, depth)
 }
 
 /// What a backing file's name with a protocol means.
@@ -304,7 +329,26 @@ fn in_qemus_words(why: &str) -> String {
     let known = [
         ("not a qcow2 image", "Image is not in qcow2 format"),
         ("not a QED image", "Image not in QED format"),
+        (
+            "must be multiples of 512 bytes",
+            "Specified size is not multiple of 512",
+        ),
     ];
+    if why.starts_with("wrong passphrase: ") {
+        return "Invalid password, cannot unlock any keyslot".to_owned();
+    }
+    if let Some(rest) = why.strip_prefix("offset (")
+        && let Some((offset, rest)) = rest.split_once(") must be below the file's size (")
+    {
+        return format!(
+            "Offset ({offset}) cannot be greater than size of the containing file ({rest}"
+        );
+    }
+    if let Some((before, rest)) = why.split_once(" together go beyond the file's size (") {
+        return format!(
+            "The sum of {before} has to be smaller or equal to the  actual size of the containing file ({rest}"
+        );
+    }
     // Of a luks volume the option stands alone, else below the image's.
     let key = |prefix| format!("Parameter '{prefix}key-secret' is required for cipher");
     match known.iter().find(|(ours, _)| why.ends_with(ours)) {

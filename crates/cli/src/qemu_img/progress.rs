@@ -1,4 +1,4 @@
-//! How far a command is, with `-p`: as qemu-img writes it.
+//! How far a command is, with `-p`, or once for each SIGUSR1 on stderr: as qemu-img writes it.
 
 use std::io::Write as _;
 
@@ -31,6 +31,9 @@ impl Progress {
             0 => 100.0,
             bytes => done.min(bytes) as f64 * 100.0 / bytes as f64,
         };
+        if crate::signals::progress_wanted() {
+            eprintln!("    ({percent:.2}/100%)");
+        }
         if self.shown.is_none_or(|shown| percent - shown >= STEP) {
             self.show(percent);
         }

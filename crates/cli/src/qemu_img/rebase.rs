@@ -1,11 +1,11 @@
 //! `qemu-img rebase`.
 
 use super::create;
-use super::line::{self, usage};
+use super::line::usage;
 use super::open::{self, How, Name};
 use super::progress::Progress;
+use super::spec::{Image, Shown};
 use crate::open::Access;
-use crate::secret::Objects;
 use crate::signals;
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
@@ -19,18 +19,8 @@ use tool::work::Work;
 /// `rebase`.
 #[derive(Args, Debug)]
 pub struct Rebase {
-    /// quiet operation
-    #[arg(short, long)]
-    quiet: bool,
-    /// show progress indicator
-    #[arg(short, long)]
-    progress: bool,
-    /// specify FILENAME format explicitly
-    #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
-    /// indicates that FILENAME is a complete image specification instead of a file name
-    #[arg(long)]
-    image_opts: bool,
+    #[command(flatten)]
+    shown: Shown,
     /// cache mode for FILENAME (writeback)
     #[arg(short = 't', long, value_name = "CACHE")]
     cache: Option<String>,
@@ -53,15 +43,12 @@ pub struct Rebase {
     #[arg(short = 'U', long)]
     force_share: bool,
     #[command(flatten)]
-    objects: Objects,
-    /// image file name (or specification with --image-opts)
-    #[arg(value_name = "FILENAME")]
-    files: Vec<String>,
+    pub(super) image: Image,
 }
 
 /// Gives an image another backing file.
 pub fn run(args: &Rebase) -> Result<u8> {
-    let file = line::one(&args.files, "Expecting one image file name")?;
+    let file = args.image.file()?;
     if args.backing.is_none() && !args.backing_unsafe {
         return Err(usage(
             "Must specify backing file (-b) or use unsafe mode (-u)",
@@ -69,11 +56,7 @@ pub fn run(args: &Rebase) -> Result<u8> {
     }
     let cache = open::cache(args.cache.as_deref(), "cache")?;
     let source_cache = open::cache(args.backing_cache.as_deref(), "source cache")?;
-    let name = Name {
-        text: file,
-        format: args.format.as_deref(),
-        image_opts: args.image_opts,
-    };
+    let name = args.image.spec.name(file);
     let said = args.backing_format.as_deref();
     if let Some(format) = said
         && format.parse::<Format>().is_err()
@@ -98,7 +81,7 @@ pub fn run(args: &Rebase) -> Result<u8> {
         })
     };
     if args.backing_unsafe {
-        let (storage, format) = open::file(&name, Access::Write, &args.objects)?;
+        let (storage, format) = open::file(&name, Access::Write, &args.image.spec.objects)?;
         refuse(args, format)?;
         crate::check::mend(&*storage, format)?;
         change(&*storage, format)?;
@@ -109,13 +92,13 @@ pub fn run(args: &Rebase) -> Result<u8> {
         cache,
         ..How::default()
     };
-    let overlay = open::chain(&name, &how, &args.objects)?;
+    let overlay = open::chain(&name, &how, &args.image.spec.objects)?;
     let active = open::active(&overlay)?;
     let format = active.format;
     refuse(args, format)?;
     let base = backing.map(|below| base(args, &active.path, below, source_cache));
     let base = base.transpose()?;
-    let mut progress = Progress::new(active.image.size(), args.progress && !args.quiet);
+    let mut progress = Progress::new(active.image.size(), args.shown.progress());
     let mut tell = |done| progress.set(done);
     let mut work = Work::new(signals::stop_on_signals()?, &mut tell);
     copy_differences(&overlay, base.as_ref(), &mut work)?;
@@ -158,10 +141,10 @@ fn base(args: &Rebase, file: &Path, name: &str, cache: io::Cache) -> Result<Chai
         // The old one may be it, and is open already.
         ..How::default()
     };
-    let chain = open::chain(&base, &how, &args.objects).map_err(|error| {
+    let chain = open::chain(&base, &how, &args.image.spec.objects).map_err(|error| {
         anyhow!(
             "Could not open new backing file '{name}': {}",
-            create::once(&error.to_string())
+            create::once(&path, &error.to_string())
         )
     })?;
     let overlay = std::fs::canonicalize(file)?;

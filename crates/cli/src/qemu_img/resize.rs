@@ -1,9 +1,9 @@
 //! `qemu-img resize`.
 
 use super::line::{self, usage};
-use super::open::{self, How, Name};
+use super::open::{self, How};
+use super::spec::Spec;
 use crate::print;
-use crate::secret::Objects;
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use image::Format;
@@ -14,23 +14,17 @@ use tool::resize::{ResizeOptions, resize};
 /// `resize`.
 #[derive(Args, Debug)]
 pub struct Resize {
+    #[command(flatten)]
+    pub(super) spec: Spec,
     /// quiet operation
     #[arg(short, long)]
     quiet: bool,
-    /// specify FILENAME format explicitly
-    #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
-    /// indicates that FILENAME is a complete image specification instead of a file name
-    #[arg(long)]
-    image_opts: bool,
     /// allow operation when new size is smaller than original
     #[arg(long)]
     shrink: bool,
     /// specify preallocation type for the new areas
     #[arg(long, value_name = "PREALLOC")]
     preallocation: Option<String>,
-    #[command(flatten)]
-    objects: Objects,
     /// FILENAME [+-]SIZE[bkKMGTPE]
     #[arg(value_name = "FILENAME [+-]SIZE")]
     operands: Vec<String>,
@@ -80,7 +74,10 @@ pub fn run(args: &Resize) -> Result<u8> {
             .map_err(|_| anyhow!("Invalid preallocation mode '{mode}'"))?,
     };
     let [file, size] = args.operands.as_slice() else {
-        return Err(usage("Expecting image file name and size"));
+        return match args.operands.len() {
+            0 | 1 => Err(usage("Expecting image file name and size")),
+            _ => Err(usage("Extra argument(s) in command line")),
+        };
     };
     let (sign, digits) = match size.strip_prefix('+') {
         Some(more) => (1, more),
@@ -89,17 +86,18 @@ pub fn run(args: &Resize) -> Result<u8> {
             None => (0, size.as_str()),
         },
     };
-    let bytes = line::bytes("image size", digits)?;
-    let name = Name {
-        text: file,
-        format: args.format.as_deref(),
-        image_opts: args.image_opts,
-    };
+    let bytes = line::size_of(digits).ok_or_else(|| {
+        anyhow!(
+            "Parameter 'size' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, P or E means kilo-, \
+             mega-, giga-, tera-, peta-\nand exabytes, respectively."
+        )
+    })?;
+    let name = args.spec.name(file);
     let how = How {
         write: true,
         ..How::default()
     };
-    let (chain, opened) = open::chain_and_options(&name, &how, &args.objects)?;
+    let (chain, opened) = open::chain_and_options(&name, &how, &args.spec.objects)?;
     if opened.part.is_some() {
         bail!("Cannot resize a part of a file: offset and size say where it is");
     }
@@ -133,6 +131,11 @@ pub fn run(args: &Resize) -> Result<u8> {
             Format::Qed => "Invalid image size specified",
             _ => "The new size must be a multiple of 512",
         });
+    }
+    match format {
+        Format::Vmdk => bail!("Image format driver does not support resize"),
+        Format::Qed if new < old => bail!("Shrinking images is currently not supported"),
+        _ => {}
     }
     let options = ResizeOptions {
         size: new,

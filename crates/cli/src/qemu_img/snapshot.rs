@@ -1,11 +1,11 @@
 //! `qemu-img snapshot`.
 
 use super::info;
-use super::line::{self, usage};
-use super::open::{self, Name};
+use super::line::usage;
+use super::open::{self};
+use super::spec::Image;
 use crate::open::Access;
 use crate::print;
-use crate::secret::Objects;
 use anyhow::{Result, anyhow, bail};
 use block::ErrorKind;
 use clap::Args;
@@ -18,12 +18,6 @@ pub struct Snapshot {
     /// quiet operations
     #[arg(short, long)]
     quiet: bool,
-    /// specify FILENAME format explicitly
-    #[arg(short, long, value_name = "FMT")]
-    format: Option<String>,
-    /// indicates that FILENAME is a complete image specification instead of a file name
-    #[arg(long)]
-    image_opts: bool,
     /// open image in shared mode for concurrent access
     #[arg(short = 'U', long)]
     force_share: bool,
@@ -40,10 +34,7 @@ pub struct Snapshot {
     #[arg(short, long, value_name = "SNAPSHOT")]
     delete: Option<String>,
     #[command(flatten)]
-    objects: Objects,
-    /// image file name (or specification with --image-opts)
-    #[arg(value_name = "FILENAME")]
-    files: Vec<String>,
+    pub(super) image: Image,
 }
 
 /// Lists, makes, applies or deletes snapshots.
@@ -53,18 +44,15 @@ pub fn run(args: &Snapshot) -> Result<u8> {
     if said > 1 {
         return Err(usage("Cannot mix '-l', '-a', '-c', '-d'"));
     }
-    let file = line::one(&args.files, "Expecting one image file name")?;
-    let name = Name {
-        text: file,
-        format: args.format.as_deref(),
-        image_opts: args.image_opts,
-    };
+    let file = args.image.file()?;
+    let name = args.image.spec.name(file);
     let changes = named.iter().any(|name| name.is_some());
     let access = match changes {
         true => Access::Write,
         false => Access::reading(args.force_share),
     };
-    let (storage, format) = open::file(&name, access, &args.objects)?;
+    let (storage, format) =
+        open::shared_file(&name, access, args.force_share, &args.image.spec.objects)?;
     let storage: &dyn block::Storage = &*storage;
     let could_not = |what: &str, name: &str, error: &block::Error| {
         anyhow!("Could not {what} snapshot '{name}': {error}")
@@ -77,7 +65,14 @@ pub fn run(args: &Snapshot) -> Result<u8> {
         ];
         for (what, name) in said {
             if let Some(name) = name {
-                bail!("Could not {what} snapshot '{name}': Operation not supported");
+                bail!(
+                    "Could not {what} snapshot '{name}': {}",
+                    match what {
+                        "create" => "Operation not supported",
+                        "apply" => "Block driver does not support snapshots",
+                        _ => "snapshot not found",
+                    }
+                );
             }
         }
         return Ok(0);
@@ -92,6 +87,9 @@ pub fn run(args: &Snapshot) -> Result<u8> {
         snapshot::apply(storage, name).map_err(|error| match error.kind() {
             ErrorKind::NotFound => {
                 anyhow!("Could not apply snapshot '{name}': Can't find snapshot")
+            }
+            _ if error.to_string().contains("persistent bitmaps") => {
+                anyhow!("Could not apply snapshot '{name}': Device has active dirty bitmaps")
             }
             _ => could_not("apply", name, &error),
         })?;

@@ -36,6 +36,22 @@ pub fn json(value: &Value) -> String {
     text
 }
 
+/// `object` as QEMU's JSON in one line.
+pub fn compact(object: &Map<String, Value>) -> String {
+    let mut text = "{".to_owned();
+    for (nth, (name, value)) in members(object).into_iter().enumerate() {
+        text.push_str(if nth > 0 { ", " } else { "" });
+        string(&mut text, name);
+        text.push_str(": ");
+        match value {
+            Value::Object(object) => text.push_str(&compact(object)),
+            Value::String(value) => string(&mut text, value),
+            other => text.push_str(&other.to_string()),
+        }
+    }
+    text + "}"
+}
+
 fn put(text: &mut String, value: &Value, depth: usize) {
     let line = |text: &mut String, depth: usize| {
         text.push('\n');

@@ -278,6 +278,11 @@ impl Header {
         self.suite.key_len() * STRIPES as usize
     }
 
+    /// Whether slot `index` holds the key; not, where there is none.
+    pub fn is_active(&self, index: usize) -> bool {
+        self.slots.get(index).is_some_and(|slot| slot.active)
+    }
+
     /// How many slots hold the key.
     pub fn active_slots(&self) -> usize {
         self.slots.iter().filter(|slot| slot.active).count()

@@ -11,14 +11,18 @@
 //! ```
 //!
 //! A raw image has `offset` and `size`: it is that part of its file. What only tunes QEMU (caches, `lazy-refcounts`
-//! while it is open, names of nodes) is taken and changes nothing; what is not known is refused by its name.
+//! while it is open, names of nodes) must be what QEMU takes, and changes nothing; what is not known is refused by its
+//! name.
+
+mod json;
+mod node;
 
 use anyhow::{Result, anyhow, bail};
 use block::limits;
 use disk::chain::{Below, Part};
 use image::Format;
 use io::Cache;
-use serde_json::Value;
+use node::{Node, switch};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -52,6 +56,12 @@ pub struct ImageOptions {
     pub read_only: bool,
     /// How the host caches it, where that is said.
     pub cache: Option<Cache>,
+    /// Of the first image, what makes it another one than its file: keys and values as they were said.
+    pub strong: Vec<(String, String)>,
+    /// Of those below, how deep those are whose file is for reading only: nothing is committed into them.
+    pub read_only_below: Vec<usize>,
+    /// What QEMU warns of.
+    pub notes: Vec<String>,
 }
 
 /// Whether `text` names an image by JSON.
@@ -67,15 +77,21 @@ impl ImageOptions {
     /// In QEMU's words, for an option that nobody knows, and what is lacking.
     pub fn parse(text: &str) -> Result<Self> {
         let mut options = BTreeMap::new();
+        let mut notes = Vec::new();
         match text.strip_prefix("json:") {
-            Some(json) => flatten(&mut options, "", parse_json(json)?)?,
+            Some(text) => json::parse(text, &mut options)?,
             None => {
                 for (nth, piece) in crate::options::split(text).into_iter().enumerate() {
                     let (key, value) = match piece.split_once('=') {
                         Some((key, value)) => (key.to_owned(), value.to_owned()),
                         // The first may be the file alone.
                         None if nth == 0 => ("file".to_owned(), piece),
-                        None => (piece, "on".to_owned()),
+                        None => {
+                            notes.push(format!(
+                                "short-form boolean option '{piece}' deprecated\nPlease use {piece}=on instead"
+                            ));
+                            (piece, "on".to_owned())
+                        }
                     };
                     options.insert(key, value);
                 }
@@ -84,18 +100,29 @@ impl ImageOptions {
         if options.len() > OPTIONS_MAX {
             bail!("an image is named by {OPTIONS_MAX} options at most");
         }
-        let mut image = Self::default();
+        let is_file = |key: &String| key == "file" || key.starts_with("file.");
+        if !options.contains_key("driver") && !options.keys().any(is_file) {
+            bail!("Must specify either driver or file");
+        }
+        let mut image = Self {
+            notes,
+            ..Self::default()
+        };
         let mut node = Node(options);
         if let Some(value) = node.take("force-share") {
             image.force_share = switch("force-share", &value)?;
         }
         for key in ["read-only", "file.read-only", "data-file.read-only"] {
-            image.read_only |= node.take_switch(key)?;
+            image.read_only |= node.is_on(key)?;
         }
-        if node.take_switch("cache.direct")? {
+        for key in ["offset", "size", "encrypt.key-secret", "key-secret"] {
+            let value = node.0.get(key).map(|value| (key.to_owned(), value.clone()));
+            image.strong.extend(value);
+        }
+        if node.is_on("cache.direct")? {
             image.cache = Some(Cache::None);
         }
-        if node.take_switch("cache.no-flush")? {
+        if node.is_on("cache.no-flush")? {
             image.cache = Some(Cache::Unsafe);
         }
         let mut below = Some(node);
@@ -121,6 +148,7 @@ impl ImageOptions {
                 let Some(name) = node.take("filename") else {
                     bail!("The '{protocol}' block driver requires a file name");
                 };
+                node.look_at_file()?;
                 node.finish(&format!(
                     "Block protocol '{protocol}' doesn't support the option"
                 ))?;
@@ -141,19 +169,21 @@ impl ImageOptions {
             }
             None => (node.file()?, None),
         };
-        let (offset, size) = (node.number("offset")?, node.number("size")?);
-        let part = (offset.is_some() || size.is_some()).then_some(Part {
-            offset: offset.unwrap_or(0),
-            size,
-        });
-        if part.is_some() && format != Some(Format::Raw) {
-            bail!("offset and size are of raw images only: say driver=raw");
-        }
+        let part = match format {
+            Some(Format::Raw) => {
+                let (offset, size) = (node.number("offset")?, node.number("size")?);
+                (offset.is_some() || size.is_some()).then_some(Part {
+                    offset: offset.unwrap_or(0),
+                    size,
+                })
+            }
+            _ => None,
+        };
         node.take("encrypt.format");
         for key in ["encrypt.key-secret", "key-secret"] {
             self.secrets.extend(node.take(key));
         }
-        let mut data = node.child("data-file");
+        let data = node.child("data-file");
         let data_file = match data.0.is_empty() {
             true => None,
             false => {
@@ -164,10 +194,14 @@ impl ImageOptions {
         if data_file.is_some() && !first {
             bail!("data-file of a backing file: only the first image of a chain can be given one");
         }
-        let nothing = matches!(node.take("backing").as_deref(), Some(""));
+        let nothing = match node.take("backing").as_deref() {
+            None => false,
+            Some("") => true,
+            Some(node) => bail!("Cannot find device='{node}' nor node-name='{node}'"),
+        };
         let below = node.child("backing");
         let shown = format.map_or("?", Format::qemu_name);
-        node.ignore();
+        node.look_at_rest(format)?;
         node.finish(&format!(
             "Block format '{shown}' does not support the option"
         ))?;
@@ -187,200 +221,14 @@ impl ImageOptions {
                 Ok(None)
             }
             (false, true) => Ok(None),
-            (false, false) => Ok(Some(below)),
-        }
-    }
-}
-
-/// What the options say of one image.
-struct Node(BTreeMap<String, String>);
-
-/// Options of any image that change nothing here. (That one below the first is for reading only, it is anyway; QEMU commits
-/// into one that says so all the same.)
-const IGNORED: [&str; 21] = [
-    "auto-read-only",
-    "cache-clean-interval",
-    "cache-size",
-    "cache.direct",
-    "cache.no-flush",
-    "cache.writeback",
-    "detect-zeroes",
-    "discard",
-    "discard-no-unref",
-    "force-share",
-    "l2-cache-entry-size",
-    "l2-cache-size",
-    "lazy-refcounts",
-    "node-name",
-    "overlap-check",
-    "overlap-check.template",
-    "pass-discard-other",
-    "pass-discard-request",
-    "pass-discard-snapshot",
-    "read-only",
-    "refcount-cache-size",
-];
-/// Options of a file that change nothing here.
-const IGNORED_OF_FILES: [&str; 12] = [
-    "aio",
-    "aio-max-batch",
-    "auto-read-only",
-    "cache.direct",
-    "cache.no-flush",
-    "detect-zeroes",
-    "discard",
-    "drop-cache",
-    "force-share",
-    "locking",
-    "node-name",
-    "read-only",
-];
-
-impl Node {
-    fn take(&mut self, key: &str) -> Option<String> {
-        self.0.remove(key)
-    }
-
-    fn take_switch(&mut self, key: &str) -> Result<bool> {
-        self.take(key)
-            .map_or(Ok(false), |value| switch(key, &value))
-    }
-
-    fn number(&mut self, key: &str) -> Result<Option<u64>> {
-        let parse = |text: String| {
-            block::size::parse(&text).map_err(|_| {
-                anyhow!(
-                    "Parameter '{key}' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, P or E \
-                     means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
-                )
-            })
-        };
-        self.take(key).map(parse).transpose()
-    }
-
-    /// What begins with `name.`, without that.
-    fn child(&mut self, name: &str) -> Node {
-        let prefix = format!("{name}.");
-        let keys: Vec<String> = self
-            .0
-            .keys()
-            .filter(|key| key.starts_with(&prefix))
-            .cloned()
-            .collect();
-        let child = keys.into_iter().filter_map(|key| {
-            let value = self.0.remove(&key)?;
-            Some((key.strip_prefix(&prefix)?.to_owned(), value))
-        });
-        Node(child.collect())
-    }
-
-    /// The name of the image's file.
-    fn file(&mut self) -> Result<String> {
-        if let Some(name) = self.take("filename") {
-            return Ok(name);
-        }
-        if let Some(node) = self.take("file") {
-            bail!("Cannot find device='{node}' nor node-name='{node}'");
-        }
-        let mut file = self.child("file");
-        if file.0.is_empty() {
-            bail!("A block device must be specified for \"file\"");
-        }
-        file.protocol("file")
-    }
-
-    /// The name of a file that is named by what is said of its protocol; `what` it is to the image.
-    fn protocol(&mut self, what: &str) -> Result<String> {
-        let driver = self.take("driver").unwrap_or_else(|| "file".to_owned());
-        if !matches!(driver.as_str(), "file" | "host_device") {
-            bail!("{what}.driver={driver}: only files and devices are opened");
-        }
-        let Some(name) = self.take("filename") else {
-            bail!("The '{driver}' block driver requires a file name");
-        };
-        for key in IGNORED_OF_FILES {
-            self.take(key);
-        }
-        self.finish(&format!(
-            "Block protocol '{driver}' doesn't support the option"
-        ))?;
-        Ok(name)
-    }
-
-    fn ignore(&mut self) {
-        for key in IGNORED {
-            self.take(key);
-        }
-        self.0.retain(|key, _| !key.starts_with("overlap-check."));
-    }
-
-    /// Refuses what is left.
-    fn finish(&self, why: &str) -> Result<()> {
-        match self.0.keys().next() {
-            Some(key) => Err(anyhow!("{why} '{key}'")),
-            None => Ok(()),
-        }
-    }
-}
-
-fn switch(key: &str, value: &str) -> Result<bool> {
-    match value {
-        "on" | "true" => Ok(true),
-        "off" | "false" => Ok(false),
-        _ => bail!("Parameter '{key}' expects 'on' or 'off'"),
-    }
-}
-
-/// JSON as QEMU takes it: strings may stand between single quotes.
-fn parse_json(text: &str) -> Result<Value> {
-    let mut plain = String::with_capacity(text.len());
-    let mut quote = None;
-    let mut chars = text.chars();
-    while let Some(c) = chars.next() {
-        match (c, quote) {
-            ('\\', Some(_)) => match chars.next() {
-                Some('\'') => plain.push('\''),
-                Some(next) => plain.extend([c, next]),
-                None => plain.push(c),
-            },
-            ('"' | '\'', None) => {
-                quote = Some(c);
-                plain.push('"');
+            (false, false) => {
+                if below.is_on("file.read-only")? {
+                    self.read_only_below.push(self.below.len() + 1);
+                }
+                Ok(Some(below))
             }
-            (_, Some(open)) if c == open => {
-                quote = None;
-                plain.push('"');
-            }
-            ('"', Some(_)) => plain.push_str("\\\""),
-            _ => plain.push(c),
         }
     }
-    // Nesting is bounded by the parser.
-    serde_json::from_str(&plain)
-        .map_err(|error| anyhow!("Could not parse the JSON options: {error}"))
-}
-
-/// Puts `value` under `key`, members of objects with a dot between.
-fn flatten(options: &mut BTreeMap<String, String>, key: &str, value: Value) -> Result<()> {
-    let text = match value {
-        Value::Object(object) => {
-            for (name, value) in object {
-                let key = match key {
-                    "" => name,
-                    key => format!("{key}.{name}"),
-                };
-                flatten(options, &key, value)?;
-            }
-            return Ok(());
-        }
-        Value::Bool(on) => if on { "on" } else { "off" }.to_owned(),
-        Value::Null => String::new(),
-        Value::String(text) => text,
-        Value::Number(number) => number.to_string(),
-        Value::Array(_) => bail!("'{key}' is a list, which no option here is"),
-    };
-    options.insert(key.to_owned(), text);
-    Ok(())
 }
 
 #[cfg(test)]
@@ -408,7 +256,7 @@ mod tests {
             let (offset, size) = (1 << 20, Some(512));
             assert_eq!(*part, Some(Part { offset, size }));
         }
-        let image = ImageOptions::parse("driver=qcow2,backing=,filename=a").unwrap();
+        let image = ImageOptions::parse("driver=qcow2,backing=,file.filename=a").unwrap();
         assert!(matches!(image.below.as_slice(), [Below::Nothing]));
     }
 
@@ -435,7 +283,7 @@ mod tests {
             ("a.raw", "Cannot find device='a.raw' nor node-name='a.raw'"),
             (
                 "driver=qcow2,file.filename=a,offset=1",
-                "offset and size are of raw images only: say driver=raw",
+                "Block format 'qcow2' does not support the option 'offset'",
             ),
             (
                 "driver=raw,file.filename=a,force-share=1",
@@ -457,7 +305,7 @@ mod tests {
         let chain = |images: usize| {
             let one = |depth| {
                 let prefix = "backing.".repeat(depth);
-                format!("{prefix}driver=raw,{prefix}filename=a")
+                format!("{prefix}driver=raw,{prefix}file.filename=a")
             };
             let all: Vec<String> = (0..images).map(one).collect();
             ImageOptions::parse(&all.join(","))

@@ -1,0 +1,278 @@
+//! What options say of one image, and which there are: `BlockdevOptions` of QEMU's QAPI, section "block-core".
+//!
+//! What only tunes QEMU is looked at as QEMU does, and changes nothing here.
+
+use anyhow::{Result, anyhow, bail};
+use image::Format;
+use std::collections::BTreeMap;
+
+/// What the options say of one image.
+pub struct Node(pub BTreeMap<String, String>);
+
+/// What an option's value must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Text,
+    Switch,
+    Size,
+    Number,
+    /// One of these words, or this is said, with `{}` for the word.
+    Word(&'static [&'static str], &'static str),
+    /// The name of a node.
+    Name,
+}
+
+use Kind::{Name, Number, Size, Switch, Text, Word};
+
+type Option_ = (&'static str, Kind);
+
+const NO_VALUE: &str = "invalid parameter value: {}";
+const OVERLAPS: Kind = Word(
+    &["none", "constant", "cached", "all"],
+    "Unsupported value '{}' for qcow2 option 'overlap-check'. Allowed are any of the following: none, constant, cached, \
+     all",
+);
+
+/// What every node has. (That one below the first is for reading only, it is anyway.)
+const ALL: [Option_; 9] = [
+    ("auto-read-only", Switch),
+    ("cache.direct", Switch),
+    ("cache.no-flush", Switch),
+    ("cache.writeback", Switch),
+    ("detect-zeroes", Word(&["off", "on", "unmap"], NO_VALUE)),
+    (
+        "discard",
+        Word(&["ignore", "off", "unmap", "on"], "Invalid discard option"),
+    ),
+    ("force-share", Switch),
+    ("node-name", Name),
+    ("read-only", Switch),
+];
+/// What files have besides.
+const FILE: [Option_; 5] = [
+    ("aio", Word(&["threads", "native", "io_uring"], NO_VALUE)),
+    ("aio-max-batch", Number),
+    ("drop-cache", Switch),
+    ("locking", Word(&["auto", "on", "off"], NO_VALUE)),
+    ("x-check-cache-dropped", Switch),
+];
+const QCOW2: [Option_; 20] = [
+    ("cache-clean-interval", Number),
+    ("cache-size", Size),
+    ("discard-no-unref", Switch),
+    ("l2-cache-entry-size", Size),
+    ("l2-cache-size", Size),
+    ("lazy-refcounts", Switch),
+    ("overlap-check", OVERLAPS),
+    ("overlap-check.active-l1", Switch),
+    ("overlap-check.active-l2", Switch),
+    ("overlap-check.bitmap-directory", Switch),
+    ("overlap-check.inactive-l1", Switch),
+    ("overlap-check.inactive-l2", Switch),
+    ("overlap-check.main-header", Switch),
+    ("overlap-check.refcount-block", Switch),
+    ("overlap-check.refcount-table", Switch),
+    ("overlap-check.snapshot-table", Switch),
+    ("overlap-check.template", OVERLAPS),
+    ("pass-discard-other", Switch),
+    ("pass-discard-request", Switch),
+    ("pass-discard-snapshot", Switch),
+];
+const QCOW2_REFCOUNTS: [Option_; 1] = [("refcount-cache-size", Size)];
+const VHD: [Option_; 1] = [("force_size_calc", Text)];
+const PARALLELS: [Option_; 2] = [("prealloc-mode", Text), ("prealloc-size", Size)];
+
+/// What images of `format` have besides.
+fn of_format(format: Option<Format>) -> &'static [&'static [Option_]] {
+    match format {
+        // Found out later: of what may be a qcow2 image what that has is taken.
+        Some(Format::Qcow2) | None => &[&QCOW2, &QCOW2_REFCOUNTS],
+        Some(Format::Vhd) => &[&VHD],
+        Some(Format::Parallels) => &[&PARALLELS],
+        _ => &[],
+    }
+}
+
+fn look(key: &str, kind: Kind, value: &str) -> Result<()> {
+    match kind {
+        Text => {}
+        Switch => {
+            switch(key, value)?;
+        }
+        Size => {
+            size(key, value)?;
+        }
+        Number if value.parse::<u64>().is_ok() => {}
+        Number => bail!("Parameter '{key}' expects a number"),
+        Word(words, _) if words.contains(&value) => {}
+        Word(_, why) => bail!("{}", why.replace("{}", value)),
+        Name => {
+            let letter = value.starts_with(|c: char| c.is_ascii_alphabetic());
+            let rest = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+            if !letter || !value.chars().all(rest) || value.len() > 31 {
+                bail!("Invalid node-name: '{value}'");
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Node {
+    /// Takes the value of `key` away.
+    pub fn take(&mut self, key: &str) -> Option<String> {
+        self.0.remove(key)
+    }
+
+    /// Whether `key` is said to be on; it stays, to be looked at with the others.
+    pub fn is_on(&self, key: &str) -> Result<bool> {
+        self.0
+            .get(key)
+            .map_or(Ok(false), |value| switch(key, value))
+    }
+
+    /// As [`Node::is_on`], and takes it away.
+    pub fn take_switch(&mut self, key: &str) -> Result<bool> {
+        let on = self.is_on(key);
+        self.take(key);
+        on
+    }
+
+    /// Takes a number of bytes away.
+    pub fn number(&mut self, key: &str) -> Result<Option<u64>> {
+        self.take(key).map(|text| size(key, &text)).transpose()
+    }
+
+    /// Takes away what begins with `name.`, without that.
+    pub fn child(&mut self, name: &str) -> Node {
+        let prefix = format!("{name}.");
+        let keys: Vec<String> = self
+            .0
+            .keys()
+            .filter(|key| key.starts_with(&prefix))
+            .cloned()
+            .collect();
+        let child = keys.into_iter().filter_map(|key| {
+            let value = self.0.remove(&key)?;
+            Some((key.strip_prefix(&prefix)?.to_owned(), value))
+        });
+        Node(child.collect())
+    }
+
+    /// The name of the image's file.
+    pub fn file(&mut self) -> Result<String> {
+        if let Some(node) = self.take("file") {
+            bail!("Cannot find device='{node}' nor node-name='{node}'");
+        }
+        let file = self.child("file");
+        if file.0.is_empty() {
+            bail!("A block device must be specified for \"file\"");
+        }
+        file.protocol("file")
+    }
+
+    /// The name of a file that is named by what is said of its protocol; `what` it is to the image.
+    pub fn protocol(mut self, what: &str) -> Result<String> {
+        let mut driver = self.take("driver").unwrap_or_else(|| "file".to_owned());
+        // Bytes as they are, of what is below.
+        while driver == "raw" {
+            self.look(&ALL, &[])?;
+            let mut below = self.child("file");
+            self.finish(&format!(
+                "{what}.driver=raw below a format has no part here, and no option"
+            ))?;
+            driver = below.take("driver").unwrap_or_else(|| "file".to_owned());
+            self = below;
+        }
+        match driver.as_str() {
+            "file" | "host_device" => {}
+            // What QEMU knows is not called unknown.
+            "nbd" | "ssh" | "https" | "http" | "iscsi" | "rbd" | "nfs" | "blkdebug"
+            | "throttle" => {
+                bail!("{what}.driver={driver}: only files and devices are opened")
+            }
+            _ => bail!("Unknown driver '{driver}'"),
+        }
+        let Some(name) = self.take("filename") else {
+            bail!("The '{driver}' block driver requires a file name");
+        };
+        self.look_at_file()?;
+        self.finish(&format!(
+            "Block protocol '{driver}' doesn't support the option"
+        ))?;
+        Ok(name)
+    }
+
+    /// Looks at what changes nothing of a file, and takes it away.
+    pub fn look_at_file(&mut self) -> Result<()> {
+        self.look(&ALL, &[&FILE])
+    }
+
+    /// Looks at what changes nothing of an image of `format`, and takes it away.
+    pub fn look_at_rest(&mut self, format: Option<Format>) -> Result<()> {
+        let bytes = |key: &str| {
+            let value = self.0.get(key).map(|text| size(key, text));
+            value.transpose()
+        };
+        if matches!(format, Some(Format::Qcow2)) {
+            let all = bytes("cache-size")?;
+            let (tables, counts) = (bytes("l2-cache-size")?, bytes("refcount-cache-size")?);
+            if all.is_some() && tables.is_some() && counts.is_some() {
+                bail!(
+                    "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time"
+                );
+            }
+            for (part, of_it) in [("l2-cache-size", tables), ("refcount-cache-size", counts)] {
+                if all.is_some() && of_it > all {
+                    bail!("{part} may not exceed cache-size");
+                }
+            }
+        }
+        self.look(&ALL, of_format(format))
+    }
+
+    fn look(&mut self, all: &[Option_], own: &[&[Option_]]) -> Result<()> {
+        let zeroes = self
+            .0
+            .get("detect-zeroes")
+            .is_some_and(|word| word == "unmap");
+        let unmaps = |word: &String| matches!(word.as_str(), "unmap" | "on");
+        let unmaps = self.0.get("discard").is_some_and(unmaps);
+        for (key, kind) in all.iter().chain(own.iter().copied().flatten()) {
+            if let Some(value) = self.take(key) {
+                look(key, *kind, &value)?;
+            }
+        }
+        if zeroes && !unmaps {
+            bail!(
+                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
+            );
+        }
+        Ok(())
+    }
+
+    /// Refuses what is left.
+    pub fn finish(&self, why: &str) -> Result<()> {
+        match self.0.keys().next() {
+            Some(key) => Err(anyhow!("{why} '{key}'")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What a switch says.
+pub fn switch(key: &str, value: &str) -> Result<bool> {
+    match value {
+        "on" | "yes" | "true" | "y" => Ok(true),
+        "off" | "no" | "false" | "n" => Ok(false),
+        _ => bail!("Parameter '{key}' expects 'on' or 'off'"),
+    }
+}
+
+fn size(key: &str, text: &str) -> Result<u64> {
+    block::size::parse(text).map_err(|_| {
+        anyhow!(
+            "Parameter '{key}' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, P or E means kilo-, \
+             mega-, giga-, tera-, peta-\nand exabytes, respectively."
+        )
+    })
+}
