@@ -5,6 +5,7 @@ mod common;
 
 use common::{good, json, qemu_img, refused};
 use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use testkit::TempDir;
 
 #[test]
@@ -93,6 +94,32 @@ fn differencing_images_lie_over_vhd_and_raw() {
     assert!(error.contains("fixed"), "{error}");
     let error = refused(root, &["create", "-b", "c.qcow2", "-F", "qcow2", "d.vhd"]);
     assert!(error.contains("over vhd or raw"), "{error}");
+}
+
+/// Of a block of which little was written, QEMU leaves the rest a hole.
+#[test]
+fn sparse_disks_stay_sparse() {
+    let dir = TempDir::new();
+    let root = dir.root();
+    let raw = fs::File::create(dir.path("in.raw")).unwrap();
+    raw.set_len(64 << 20).unwrap();
+    for block in 0..32 {
+        raw.write_all_at(&[7; 4096], (block << 21) + 8192).unwrap();
+    }
+    good(root, &["convert", "-f", "raw", "in.raw", "a.vhd"]);
+    let theirs = ["convert", "-f", "raw", "-O", "vpc", "in.raw", "b.vhd"];
+    qemu_img(root, &theirs);
+    let space = |name: &str| fs::metadata(dir.path(name)).unwrap().blocks() * 512;
+    let (ours, theirs) = (space("a.vhd"), space("b.vhd"));
+    assert!(
+        // A convert writes 64 KiB at least.
+        ours <= theirs + (32 << 16),
+        "{ours} bytes on the host, QEMU's {theirs}"
+    );
+    qemu_img(
+        root,
+        &["compare", "-f", "vpc", "-F", "vpc", "a.vhd", "b.vhd"],
+    );
 }
 
 #[test]

@@ -19,6 +19,9 @@ pub(crate) struct Strides {
     pub(crate) stride: u64,
     /// Bytes to reserve behind the last block.
     pub(crate) tail: u64,
+    /// Blocks are holes until they are written: of what is reserved only the tail gets its space, which makes the file as
+    /// long. A disk that is written here and there takes no more space than its data then.
+    pub(crate) holes: bool,
 }
 
 /// Space behind the last block.
@@ -60,8 +63,11 @@ impl Space {
     pub(crate) fn reserve(&mut self, strides: &Strides, at: u64, left: u64) -> Reserve {
         let many = (RESERVE_BYTES_MAX / strides.block).min(self.blocks / 8);
         let count = many.min(left).min(self.most).max(1);
-        let offset = self.end.min(at);
         let end = at + (count - 1) * strides.stride + strides.span + strides.tail;
+        let offset = match strides.holes {
+            true => end - strides.tail,
+            false => self.end.min(at),
+        };
         self.reserving = true;
         Reserve {
             key: strides.key,

@@ -70,6 +70,7 @@ impl Vdi {
     fn strides(&self) -> Strides {
         let block = self.block_bytes();
         Strides {
+            holes: false,
             key: Key(KEY_RESERVE),
             block,
             span: block,

@@ -17,6 +17,10 @@ const ALIGN: u64 = 4096;
 /// Bytes behind the last reserved block: so that what a crash leaves at the end of the file is no guest's.
 const TAIL: u64 = 4096;
 
+/// Blocks of up to so many bytes get their space when they are reserved. Larger ones are holes until they are written, as
+/// QEMU leaves them.
+const WHOLE_BYTES_MAX: u64 = 64 << 10;
+
 const KEY_RESERVE: u64 = 4 << 60;
 
 /// Sectors of the disk that are being written for the first time.
@@ -154,6 +158,7 @@ impl Vhd {
     fn strides(&self) -> Strides {
         let span = self.block_bytes + self.bitmap_bytes;
         Strides {
+            holes: self.block_bytes > WHOLE_BYTES_MAX,
             key: Key(KEY_RESERVE),
             block: self.block_bytes,
             span,
