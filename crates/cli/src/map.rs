@@ -14,7 +14,7 @@
 //! where they are encrypted |
 
 use crate::{args, open};
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use block::{RangeKind, Storage, size};
 use disk::{
     blocking::{ChainExtent, Driver},
@@ -112,12 +112,15 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 fn json(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
     let mut lead = "[";
-    walk(chain, range, |entry| {
+    let walked = walk(chain, range, |entry| {
         write!(out, "{lead}{}", serde_json::to_string(&entry)?)?;
         lead = ",\n";
         Ok(())
-    })?;
-    Ok(writeln!(out, "{}", if lead == "[" { "[]" } else { "]" })?)
+    });
+    // What is printed is JSON also where a part of the disk cannot be known.
+    let ended = writeln!(out, "{}", if lead == "[" { "[]" } else { "]" });
+    walked?;
+    Ok(ended?)
 }
 
 fn table(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
@@ -150,7 +153,8 @@ fn what(entry: &Entry) -> &'static str {
     }
 }
 
-/// Hands the runs of the disk that are in `range` to `out`, in order, each as long as it goes.
+/// Hands the runs of the disk that are in `range` to `out`, in order, each as long as it goes. Where that cannot be known the
+/// run before is not handed out, as in qemu-img: how long it goes is not known either.
 pub fn walk(
     chain: &Chain,
     range: Range<u64>,
@@ -160,7 +164,8 @@ pub fn walk(
     let (end, mut at) = (driver.size().min(range.end), range.start);
     let mut run: Option<Entry> = None;
     while at < end {
-        let next = one(chain, &mut driver, at, end - at)?;
+        let next = one(chain, &mut driver, at, end - at)
+            .with_context(|| format!("what byte {at:#x} of the disk is made of"))?;
         at += next.length;
         run = Some(match run {
             Some(mut before) if before.joins(&next) => {

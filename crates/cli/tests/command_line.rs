@@ -258,6 +258,65 @@ fn info_shows_the_facts() {
     );
 }
 
+/// A map of an image with a bad entry is what comes before it, and JSON; qemu-img's is cut off there.
+#[test]
+fn a_map_ends_before_what_cannot_be_known() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    let image = dir.join("a.qcow2");
+    let make = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "cluster_size=4k",
+        "a.qcow2",
+        "8M",
+    ];
+    common::qemu_img(dir, &make);
+    qemu::io(
+        "qcow2",
+        &image,
+        &["write 0 4k", "write 16k 4k", "write 3M 64k"],
+    );
+    let mut bytes = fs::read(&image).unwrap();
+    let at = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let l1 = at(&bytes, 40) as usize;
+    let l2 = (at(&bytes, l1 + 8) & 0x00ff_ffff_ffff_fe00) as usize;
+    bytes[l2 + 256 * 8 + 7 - 1] = 0x22;
+    fs::write(&image, &bytes).unwrap();
+    let theirs = common::run("qemu-img", dir, &["map", "--output=json", "a.qcow2"]);
+    let whole = format!(
+        "{}]",
+        String::from_utf8_lossy(&theirs.stdout)
+            .trim_end()
+            .trim_end_matches(',')
+    );
+    for args in [
+        &["qemu-img", "map", "--output=json", "a.qcow2"][..],
+        &["map", "--json", "a.qcow2"],
+        &["qemu-img", "map", "-s", "3M", "--output=json", "a.qcow2"],
+        &["map", "a.qcow2"],
+    ] {
+        let output = diskplane(dir, args);
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        let (out, said) = (
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
+        assert!(
+            said.contains("0x300000") && said.contains("L2"),
+            "{args:?}: {said}"
+        );
+        match args {
+            ["map", "a.qcow2"] => assert_eq!(out.lines().count(), 4, "{out}"),
+            [.., "3M", _, _] => assert_eq!(json(&out), json("[]"), "{out}"),
+            _ => assert_eq!(json(&out), json(&whole), "{args:?}"),
+        }
+    }
+}
+
 #[test]
 fn map_is_that_of_qemu() {
     let dir = TempDir::new();

@@ -91,10 +91,15 @@ fn json(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
     };
     let mut empty = true;
     let start = range.start;
-    walk(chain, range, |entry| {
+    let walked = walk(chain, range, |entry| {
         empty = false;
         put(entry)
-    })?;
+    });
+    if let Err(error) = walked {
+        // qemu-img leaves half a document; what is printed here is JSON.
+        let _ = writeln!(out, "{}", if empty { "[]" } else { "]" });
+        return Err(error);
+    }
     if empty {
         // Of nothing qemu-img has an entry too.
         put(Entry {
