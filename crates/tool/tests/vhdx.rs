@@ -576,7 +576,7 @@ fn logs_that_lie_are_refused() {
     let disk = disk(&file);
     let error = open(&disk, true).map(drop).unwrap_err().to_string();
     assert!(error.contains("check --repair all"), "{error}");
-    assert_eq!(checked(&disk, Repair::Leaks).unwrap().leaks_fixed, 1);
+    assert_eq!(checked(&disk, Repair::Leaks).unwrap().corruptions_fixed, 1);
     assert_eq!(firsts(&disk).unwrap(), [0x10, 0, 0, 0, 0, 0, 0, 0]);
     // A file that is to become longer.
     let mut file = bytes.clone();

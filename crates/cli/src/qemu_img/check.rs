@@ -87,10 +87,6 @@ pub fn run(args: &Check) -> Result<u8> {
         super::complain(&anyhow!("This image format does not support checks"));
         return Ok(NO_CHECKS);
     };
-    if logged && report.leaks_fixed > 0 {
-        report.leaks_fixed -= 1;
-        report.corruptions_fixed += 1;
-    }
     for line in findings(&report, &*storage, format, repair) {
         eprintln!("{line}");
     }
@@ -131,8 +127,7 @@ pub fn run(args: &Check) -> Result<u8> {
     })
 }
 
-/// Whether the image has a log that is not in its place. QEMU reads no such image, and counts what it repairs there as an
-/// error; our own check, which reads through the log, counts it as space that is lost.
+/// Whether the image has a log that is not in its place. QEMU reads no such image; our own check reads through the log.
 fn has_log(storage: &dyn Storage, format: Format) -> block::Result<bool> {
     Ok(match format {
         Format::Vhdx => image::vhdx::Layout::read(storage)?.log_entries > 0,
@@ -148,6 +143,9 @@ fn findings(report: &Report, storage: &dyn Storage, format: Format, repair: Repa
     };
     let (mut refcounts, mut others) = (Vec::new(), Vec::new());
     for finding in &report.findings {
+        if finding.severity == Severity::Note {
+            continue;
+        }
         let text = finding.to_string();
         let repaired = match finding.severity {
             Severity::Leak => repair != Repair::No,

@@ -28,6 +28,9 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Most bytes of memory for sector bitmaps; 16 MiB when absent.
     pub cache_bytes: Option<u64>,
+    /// The DataWriteGuid stays although the disk is written: what lies above, and is committed into it, must go on to
+    /// know it.
+    pub keeps_id: bool,
 }
 
 /// What the structures of a file say, before anything is believed of its blocks.
@@ -99,6 +102,11 @@ impl Layout {
             file_bytes: view.end(),
             overlay: Arc::new(overlay),
         })
+    }
+
+    /// Whether a header names a log: it was not closed, or is open elsewhere.
+    pub fn is_open(&self) -> bool {
+        self.headers.current.log != Guid::NONE
     }
 
     /// Puts what the log says into `bytes`, which were read at `offset`.
@@ -184,6 +192,9 @@ impl Vhdx {
             blocks.check_apart(metadata, &bat)?;
             for guid in &mut guids {
                 *guid = Guid::random()?;
+            }
+            if options.keeps_id {
+                guids[1] = layout.headers.current.data_write;
             }
         }
         let space = Space::new(

@@ -16,6 +16,8 @@ pub enum Severity {
     CheckError,
     /// Not counted: two structures, or structure and data, in one cluster.
     Overlap,
+    /// Not counted, and nothing wrong: what the next writer will do.
+    Note,
 }
 
 impl Severity {
@@ -26,6 +28,7 @@ impl Severity {
             Severity::Corruption => "error",
             Severity::CheckError => "check error",
             Severity::Overlap => "overlap",
+            Severity::Note => "note",
         }
     }
 }
@@ -93,6 +96,7 @@ impl Tally {
             Severity::Corruption => self.corruptions += times,
             Severity::CheckError => self.check_errors += times,
             Severity::Overlap => self.overlaps += times,
+            Severity::Note => {}
         }
         self.say(severity, text);
     }

@@ -25,19 +25,26 @@ const ROOM_BYTES: u64 = 4 << 20;
 /// `Corrupt` and `Unsupported` where headers, log, regions and metadata do not say what the image is, and for one that
 /// takes more memory than it may; what reading and writing fails with.
 pub fn check(storage: &dyn Storage, options: &CheckOptions) -> Result<Report> {
-    let (first, repairable) = inspect(storage, options.budget_bytes)?;
+    let Inspected {
+        report: first,
+        repairable,
+        logged,
+    } = inspect(storage, options.budget_bytes)?;
+    let something = first.corruptions + first.leaks > 0 || logged.is_some();
     let wanted = match options.repair {
         Repair::No => false,
-        Repair::Leaks => first.corruptions == 0 && first.leaks > 0,
+        Repair::Leaks => first.corruptions == 0 && something,
         // Whatever else is wrong stays as it is, and bars the repair of what depends on it.
-        Repair::All => first.corruptions == repairable && first.corruptions + first.leaks > 0,
+        Repair::All => first.corruptions == repairable && something,
     };
     if !wanted || !repair(storage, options.repair == Repair::All)? {
         return Ok(first);
     }
-    let (again, _) = inspect(storage, options.budget_bytes)?;
+    let again = inspect(storage, options.budget_bytes)?.report;
+    // A log that was put in place counts as one, as in QEMU.
+    let logs = u64::from(logged.is_some_and(|entries| entries > 0));
     Ok(Report {
-        corruptions_fixed: first.corruptions.saturating_sub(again.corruptions),
+        corruptions_fixed: first.corruptions.saturating_sub(again.corruptions) + logs,
         leaks_fixed: first.leaks.saturating_sub(again.leaks),
         findings: first.findings,
         findings_left_out: first.findings_left_out,
@@ -48,8 +55,17 @@ pub fn check(storage: &dyn Storage, options: &CheckOptions) -> Result<Report> {
 /// A range of the file that something has: its beginning, its end, and what for people.
 type Taken = (u64, u64, Option<u64>);
 
-/// What is wrong, and how many of the errors a repair takes away.
-fn inspect(storage: &dyn Storage, budget: u64) -> Result<(Report, u64)> {
+/// What an inspection found.
+struct Inspected {
+    report: Report,
+    /// How many of the errors a repair takes away.
+    repairable: u64,
+    /// Of an image that was not closed: how many entries of its log are not in their places.
+    logged: Option<usize>,
+}
+
+/// What is wrong.
+fn inspect(storage: &dyn Storage, budget: u64) -> Result<Inspected> {
     let layout = Layout::read(storage)?;
     let mut tally = Tally::default();
     let mut repairable = 0;
@@ -61,10 +77,14 @@ fn inspect(storage: &dyn Storage, budget: u64) -> Result<(Report, u64)> {
         // So it may be after a crash; the other serves.
         tally.found(Severity::Leak, 1, || damaged.clone());
     }
-    if layout.log_entries > 0 {
-        let entries = layout.log_entries;
-        tally.found(Severity::Leak, 1, || {
-            format!("log: {entries} entries are not in their places: it was not closed cleanly")
+    let logged = layout.is_open().then_some(layout.log_entries);
+    if let Some(entries) = logged {
+        // Nothing is wrong: who reads it sees it as if they were in place.
+        tally.found(Severity::Note, 1, || {
+            format!(
+                "log: it was not closed cleanly: the next writer puts {entries} entries in their places, and gives back \
+                 what was reserved behind the last block"
+            )
         });
     }
     if let Some(parent) = &layout.metadata.parent {
@@ -108,7 +128,12 @@ fn inspect(storage: &dyn Storage, budget: u64) -> Result<(Report, u64)> {
     }
     let used_end = layout.used_end(taken.iter().fold(0, |end, (_, to, _)| end.max(*to)));
     taken.extend(layout.tables().into_iter().map(|t| (t.start, t.end, None)));
-    taken.push((layout.file_bytes.max(used_end), u64::MAX, None));
+    let end = match logged {
+        // What its last writer reserved is no leak before the log is put in place.
+        Some(_) => used_end,
+        None => layout.file_bytes.max(used_end),
+    };
+    taken.push((end, u64::MAX, None));
     taken.sort_unstable();
     spaces(&taken, layout.metadata.block_bytes, &mut tally);
     let mut report = Report {
@@ -125,7 +150,11 @@ fn inspect(storage: &dyn Storage, budget: u64) -> Result<(Report, u64)> {
     };
     report.findings = tally.findings;
     report.findings_left_out = tally.findings_left_out;
-    Ok((report, repairable))
+    Ok(Inspected {
+        report,
+        repairable,
+        logged,
+    })
 }
 
 /// Looks for blocks that overlap, and for space between what is in use in which a block would have room.
