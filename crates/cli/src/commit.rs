@@ -9,7 +9,6 @@ use crate::{args, check, open, print, signals};
 use anyhow::{Context as _, Result, bail};
 use block::size;
 use disk::chain::{Chain, ChainOptions, Layer};
-use image::Format;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use tool::commit::{self, Report};
@@ -56,7 +55,7 @@ pub fn run(args: &args::Commit) -> Result<()> {
     };
     open::refuse_base(&args.file, args.image_opts, depth)?;
     if let (true, Some(overlay)) = (empties, chain.layers.first())
-        && !matches!(overlay.format, Format::Qcow2 | Format::Qed)
+        && !commit::can_empty(overlay.format)
     {
         bail!(
             "{shown}: a {} image cannot be emptied: say -d to leave it as it is",
@@ -131,6 +130,7 @@ pub fn into(
         // They say of the overlay what they say.
         below: options.below.get(depth..).unwrap_or_default().to_vec(),
         data_file: None,
+        keeps_id: commit::keeps_id(&chain.layers),
         ..options.clone()
     };
     let spec = open::spec(&path)?;

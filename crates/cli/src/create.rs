@@ -13,6 +13,7 @@ use std::{
     sync::Arc,
 };
 use tool::prealloc::{Preallocation, fill_host};
+use tool::rebase::Link;
 use tool::work::Stop;
 
 /// Links behind one name, at most, as the kernel has it.
@@ -221,6 +222,35 @@ pub(crate) fn vmdk_parent(file: &Path, name: &str, format: Format) -> Result<(St
     let base = open::file(&path, open::Access::ReadUnlocked)?;
     let parts = vmdk::Parts::read(&*base)?;
     Ok((name.to_owned(), parts.descriptor.cid))
+}
+
+/// What a VHDX image at `file` says of the parent `name`, which is there; and that.
+pub(crate) fn vhdx_parent(
+    file: &Path,
+    name: &str,
+    format: Format,
+) -> Result<(vhdx::Locator, vhdx::Layout)> {
+    if format != Format::Vhdx {
+        bail!("{name}: a vhdx image lies over vhdx, not over {format}");
+    }
+    let (parent, absolute) = parent(file, name)?;
+    let parent = vhdx::Layout::read(&*parent)?;
+    let id = parent.headers.current.data_write;
+    Ok((vhdx::Locator::new(id, name, &absolute)?, parent))
+}
+
+/// What the image of `format` at `file` is to say of its backing file `name`, of the format `below`. But for qcow2 and QED,
+/// it is opened for that.
+pub(crate) fn link(file: &Path, format: Format, name: &str, below: Format) -> Result<Link> {
+    Ok(match format {
+        Format::Vhd => Link::Vhd(vhd_parent(file, name, below)?),
+        Format::Vhdx => Link::Vhdx(vhdx_parent(file, name, below)?.0),
+        Format::Vmdk => {
+            let (name, cid) = vmdk_parent(file, name, below)?;
+            Link::Vmdk(name, cid)
+        }
+        _ => Link::Named(name.to_owned(), below),
+    })
 }
 
 fn backing_of(args: &args::Create, options: &Options) -> Result<Option<(String, Format)>> {

@@ -254,13 +254,8 @@ impl Options {
         if self.vhdx.fixed {
             bail!("-o subformat=fixed: a fixed image has all of its disk, and no backing file");
         }
-        if below != Format::Vhdx {
-            bail!("{name}: a vhdx image lies over vhdx, not over {below}");
-        }
-        let (parent, absolute) = crate::create::parent(file, name)?;
-        let parent = vhdx::Layout::read(&*parent)?;
-        let id = parent.headers.current.data_write;
-        self.vhdx.parent = Some(vhdx::Locator::new(id, name, &absolute)?);
+        let (locator, parent) = crate::create::vhdx_parent(file, name, below)?;
+        self.vhdx.parent = Some(locator);
         self.vhdx.logical_sector = parent.metadata.logical_sector;
         self.vhdx.physical_sector = parent.metadata.physical_sector;
         Ok(())

@@ -13,7 +13,7 @@ use image::Format;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tool::rebase::{Report, can_rebase, copy_differences, set_backing};
+use tool::rebase::{Link, Report, can_rebase, copy_differences, set_backing};
 use tool::work::Work;
 
 #[derive(Debug, Serialize)]
@@ -48,8 +48,9 @@ pub fn run(args: &args::Rebase) -> Result<()> {
             let image = open::alone(&args.file, args.image_opts, objects, args.format, true)?;
             let (file, format) = image.open(Access::Write)?;
             refuse_others(&args.file, format)?;
+            let link = link_to(args, format, backing)?;
             check::mend(&*file, format)?;
-            set_backing(&*file, format, backing)?;
+            set_backing(&*file, format, link.as_ref())?;
             (format, Report::default())
         }
         false => {
@@ -62,6 +63,7 @@ pub fn run(args: &args::Rebase) -> Result<()> {
             };
             let format = active.format;
             refuse_others(&args.file, format)?;
+            let link = link_to(args, format, backing)?;
             let bar = progress_bar(active.image.size(), args.moving.progress);
             let mut progress = |done| show(&bar, done);
             let mut work = Work::new(stop, &mut progress);
@@ -73,7 +75,7 @@ pub fn run(args: &args::Rebase) -> Result<()> {
             let file = active.files.first().map(Arc::clone);
             drop(overlay);
             let file = file.context("an image without a file")?;
-            set_backing(&*file, format, backing)?;
+            set_backing(&*file, format, link.as_ref())?;
             (format, report)
         }
     };
@@ -84,11 +86,21 @@ pub fn run(args: &args::Rebase) -> Result<()> {
     Ok(())
 }
 
+/// What the image is to say of its new backing file.
+fn link_to(
+    args: &args::Rebase,
+    format: Format,
+    backing: Option<(&str, Format)>,
+) -> Result<Option<Link>> {
+    let link = |(name, below)| create::link(&args.file, format, name, below);
+    backing.map(link).transpose().context("-b")
+}
+
 fn refuse_others(path: &Path, format: Format) -> Result<()> {
     match can_rebase(format) {
         true => Ok(()),
         false => bail!(
-            "{}: a {format} image cannot get another backing file; qcow2 and qed images can",
+            "{}: a {format} image cannot get another backing file; qcow2, qed, vhd, vhdx and vmdk images can",
             path.display()
         ),
     }

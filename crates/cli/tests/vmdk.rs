@@ -174,10 +174,9 @@ fn what_cannot_be_is_refused_with_the_reason() {
             &["measure", "-O", "vmdk", "--size", "1M"],
             "cannot be measured",
         ),
-        (&["commit", "o.vmdk"], "cannot be emptied"),
         (
-            &["rebase", "-u", "-b", "a.vmdk", "-F", "vmdk", "o.vmdk"],
-            "cannot get another backing file",
+            &["rebase", "-u", "-b", "q.qcow2", "-F", "qcow2", "o.vmdk"],
+            "lies over vmdk",
         ),
         (
             &[

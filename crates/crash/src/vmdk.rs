@@ -125,16 +125,17 @@ pub fn cid(file: &dyn Storage) -> Result<u32> {
     Ok(Parts::read(file)?.descriptor.cid)
 }
 
-/// Opens the image in its own `files`.
+/// Opens the image in its own `files`. `keeps_id`: as [`image::vmdk::OpenOptions::keeps_id`].
 ///
 /// # Errors
 ///
 /// What opening it fails with.
-pub fn open(files: &[&dyn Storage], read_only: bool) -> Result<Vmdk> {
+pub fn open(files: &[&dyn Storage], read_only: bool, keeps_id: bool) -> Result<Vmdk> {
     let options = image::vmdk::OpenOptions {
         read_only,
         // As few tables as there may be.
         cache_bytes: Some(0),
+        keeps_id,
     };
     Vmdk::open(Parts::read(files[0])?, files, &options)
 }

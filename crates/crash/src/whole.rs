@@ -13,12 +13,13 @@ use crypto::luks::{self, Erase};
 use image::qcow2::bitmap::Bitmaps;
 use image::qcow2::snapshot::{self, NewSnapshot};
 use image::qcow2::{AmendOptions, Header, ImageWriter, amend, crypt, downgrade};
+use image::{Format, vhd, vhdx};
 use std::sync::Arc;
 use tool::check::{CheckOptions, Repair};
 use tool::commit::{commit, empty};
 use tool::convert::{ConvertOptions, Target, convert};
 use tool::prealloc::Preallocation;
-use tool::rebase::copy_differences;
+use tool::rebase::{Link, copy_differences, set_backing};
 use tool::resize::{ResizeOptions, resize};
 use tool::source::Source;
 use tool::work::{Stop, Work};
@@ -147,6 +148,7 @@ const OPERATIONS: &[(&str, Operation)] = &[
     ("convert", convert_again),
     ("commit", commit_and_empty),
     ("rebase", copy_for_rebase),
+    ("link", link_anew),
     ("create", |ground, _| {
         ground.model.absent(ground.begun);
         image::qcow2::create(ground.file(), &ground.world.spec.create)?;
@@ -272,6 +274,38 @@ fn copy_for_rebase(ground: &mut Ground, words: &[&str]) -> Result<Effect> {
             "on its new backing file it reads otherwise at {at:#x}"
         ))),
     }
+}
+
+/// Gives the image, which has one below it, another link to that, with so many bytes more in its name; or, with `none`, none
+/// at all.
+fn link_anew(ground: &mut Ground, words: &[&str]) -> Result<Effect> {
+    let format = ground.world.spec.format();
+    let layers = ground.world.open(true, None)?.layers;
+    let id = layers.get(1).and_then(|below| below.image.unique_id());
+    let name = ground.world.spec.create.backing.as_ref();
+    let link = words[0].parse::<usize>().ok().map(|more| -> Result<Link> {
+        let name = name.map_or("", |(name, _)| name);
+        // It leads where it did.
+        let (name, id) = (
+            format!("{}{name}", "./".repeat(more / 2)),
+            id.unwrap_or_default(),
+        );
+        let absolute = format!("/{name}");
+        Ok(match format {
+            Format::Vhd => Link::Vhd(vhd::NewParent {
+                name,
+                absolute,
+                unique_id: vhd::UniqueId(id),
+                timestamp: 1,
+            }),
+            Format::Vhdx => Link::Vhdx(vhdx::Locator::new(vhdx::Guid(id), &name, &absolute)?),
+            Format::Vmdk => Link::Vmdk(name, image::vmdk::cid_of(&id).unwrap_or(0)),
+            _ => Link::Named(name, layers[1].format),
+        })
+    });
+    drop(layers);
+    set_backing(ground.file(), format, link.transpose()?.as_ref())?;
+    Ok(Effect::Nothing)
 }
 
 /// One edit of the bitmaps.

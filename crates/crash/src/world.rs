@@ -6,7 +6,7 @@ use crate::mutant::{self, Mutant};
 use crate::random::Random;
 use crate::spec::{Content, Spec, backing, passphrase};
 use crate::vmdk;
-use block::{Context, Result, Storage};
+use block::{Context, Error, Result, Storage};
 use disk::{Chain, Layer};
 use image::qcow2::{self, Compressor, ImageWriter};
 use image::{Format, Raw, qed, vdi, vhd, vhdx};
@@ -227,6 +227,8 @@ impl World {
 
     fn open_chain(&self, writable: Option<usize>, mutant: Option<Mutant>) -> Result<Chain> {
         let mut layers = Vec::new();
+        // What lies below is written for a commit into it only.
+        let keeps_id = writable.is_some_and(|depth| depth > 0);
         for (depth, (spec, disks)) in self.images().enumerate() {
             let own = disks.iter();
             let files: Vec<Arc<File>> = own
@@ -268,12 +270,14 @@ impl World {
                 let options = vhdx::OpenOptions {
                     read_only: writable != Some(depth),
                     cache_bytes: Some(0),
+                    keeps_id,
                 };
                 let image = vhdx::Vhdx::open(file, &options).context(|| "open")?;
                 (Arc::new(image), Format::Vhdx)
             } else if spec.vmdk.is_some() {
                 let storages: Vec<&dyn Storage> = files.iter().map(|f| &**f as _).collect();
-                let image = vmdk::open(&storages, writable != Some(depth)).context(|| "open")?;
+                let image =
+                    vmdk::open(&storages, writable != Some(depth), keeps_id).context(|| "open")?;
                 (Arc::new(image), Format::Vmdk)
             } else {
                 let options = qcow2::OpenOptions {
@@ -284,6 +288,16 @@ impl World {
                 let image = qcow2::Qcow2::open(file, &options).context(|| "open")?;
                 (Arc::new(image), Format::Qcow2)
             };
+            if let Some(id) = image.unique_id()
+                && let Some(parent) = layers.last().and_then(|above: &Layer| above.image.parent())
+                && !parent.unique_ids.is_empty()
+                && !parent.unique_ids.contains(&id)
+            {
+                return Err(Error::corrupt(format!(
+                    "{}: is not the parent that the image above it means",
+                    file.name()
+                )));
+            }
             layers.push(Layer {
                 image: mutant::wrap(image, mutant.filter(|_| depth == 0)),
                 path: file.name().into(),

@@ -8,15 +8,19 @@
 //! Until step 4 the overlay has all of its data and hides what comes to be below it: whatever cuts the work off, the
 //! overlay reads as before, and the work can be done again. In step 4 too: what it loses the image below has by then.
 //! qcow2 loses all in one edit, then a second one and a cut of the file give the space back; QED's L1 table is zeroed in
-//! place, and the file cut.
+//! place, and the file cut; so are the tables of VHD, VHDX and VMDK (`image::vhd::link` and the like).
+//!
+//! VHDX and VMDK images know the one below by a mark that changes when that is written. Here it does not: the chain could not
+//! be read any more where the work is cut off. What the overlay reads as is the same, before and after; other overlays of the
+//! image below read something else from then on, as those of any other format.
 
 use crate::prealloc::Preallocation;
 use crate::resize::{self, ResizeOptions};
 use crate::work::Work;
-use block::{Error, Result};
+use block::{Error, Result, Storage};
 use disk::blocking::{Driver, Member};
 use disk::chain::{Chain, Layer};
-use image::{ExtentKind, FileId, Format, qcow2, qed};
+use image::{ExtentKind, FileId, Format, qcow2, qed, vhd, vhdx, vmdk};
 
 /// Bytes that are copied at once.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -35,7 +39,8 @@ pub struct Report {
 }
 
 /// Copies what `above`, images each on the next, have above the last one's backing file into that, which `open`
-/// opens for writing (it is opened a second time where it has to grow). Afterwards what was copied is durable.
+/// opens for writing (it is opened a second time where it has to grow), so that it keeps its identity where [`keeps_id`] says
+/// so. Afterwards what was copied is durable.
 ///
 /// # Errors
 ///
@@ -45,13 +50,6 @@ pub fn commit(
     open: &dyn Fn() -> Result<Chain>,
     work: &mut Work<'_>,
 ) -> Result<Report> {
-    if let Some(overlay) = above.iter().find(|layer| layer.format == Format::Vhdx) {
-        return Err(Error::unsupported(format!(
-            "{}: knows its backing file by what that holds, and would not be read over it any more if that changed: convert \
-             the chain into a new image",
-            overlay.path.display()
-        )));
-    }
     let size = above.first().map_or(0, |layer| layer.image.size());
     let mut report = Report {
         size,
@@ -75,7 +73,7 @@ pub fn commit(
             shrink: false,
             preallocation: Preallocation::Off,
         };
-        resize::resize(&base.members(), format, &options)?;
+        resize::resize_known(&base.members(), format, &options, keeps_id(above))?;
         report.grown_from = Some(old);
         drop(base);
         base = open()?;
@@ -141,6 +139,20 @@ impl Copying {
     }
 }
 
+/// Whether the image below `above` must be opened so that it keeps its identity: the one above knows it by what it holds.
+pub fn keeps_id(above: &[Layer]) -> bool {
+    let parent = above.last().and_then(|layer| layer.image.parent());
+    parent.is_some_and(|parent| !parent.unique_ids.is_empty())
+}
+
+/// Whether an image of `format` can be emptied.
+pub fn can_empty(format: Format) -> bool {
+    matches!(
+        format,
+        Format::Qcow2 | Format::Qed | Format::Vhd | Format::Vhdx | Format::Vmdk
+    )
+}
+
 /// Takes everything out of `overlay`, an image that is open for writing and that nobody uses any more: its backing
 /// file has it.
 ///
@@ -154,6 +166,12 @@ pub fn empty(overlay: &Layer) -> Result<()> {
     match overlay.format {
         Format::Qcow2 => qcow2::rebase::empty(&**file)?,
         Format::Qed => return qed::rebase::empty(&**file),
+        Format::Vhd => return vhd::empty(&**file),
+        Format::Vhdx => return vhdx::empty(&**file),
+        Format::Vmdk => {
+            let files: Vec<&dyn Storage> = overlay.files.iter().map(|file| &**file as _).collect();
+            return vmdk::empty(&vmdk::Parts::read(&**file)?, &files);
+        }
         format => {
             return Err(Error::unsupported(format!(
                 "{}: a {format} image cannot be emptied",
@@ -163,7 +181,7 @@ pub fn empty(overlay: &Layer) -> Result<()> {
     }
     if let Some(data) = overlay.files.get(usize::from(FileId::DATA.0)) {
         // The host may keep the space: nothing refers to it any more.
-        let storage: &dyn block::Storage = &**data;
+        let storage: &dyn Storage = &**data;
         let _ = storage.write_zeroes(0, storage.len()?, true);
     }
     resize::cut_file(&**file)

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   1 where the image has nothing, and old and new backing file differ, it gets what the old one has
-//!   2 all of that is durable      3 the header names the new backing file, by one write of one sector
+//!   2 all of that is durable      3 the image names the new backing file, all at once
 //! ```
 //!
 //! Until step 3 the image is an overlay of its old backing file that has a copy of some of it: whatever cuts the work
@@ -12,7 +12,7 @@ use crate::source::Source;
 use crate::work::Work;
 use block::{Error, Result, Storage, is_zero};
 use disk::chain::Chain;
-use image::{ExtentKind, Format, qcow2, qed};
+use image::{ExtentKind, Format, qcow2, qed, vhd, vhdx, vmdk};
 
 /// Bytes that are compared at once, unless a cluster is larger.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -28,33 +28,56 @@ pub struct Report {
     pub zeroed: u64,
 }
 
-/// Whether images of `format` can get another backing file.
-pub fn can_rebase(format: Format) -> bool {
-    matches!(format, Format::Qcow2 | Format::Qed)
+/// What an image is to say of its new backing file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// Its name and its format: qcow2 and QED.
+    Named(String, Format),
+    /// Names, unique id and time.
+    Vhd(vhd::NewParent),
+    /// Names and DataWriteGuid.
+    Vhdx(vhdx::Locator),
+    /// Its name and its CID.
+    Vmdk(String, u32),
 }
 
-/// Makes `backing`, a name and its format, the backing file of the closed image of `format` in `file`, which nobody
+/// Whether images of `format` can get another backing file.
+pub fn can_rebase(format: Format) -> bool {
+    matches!(
+        format,
+        Format::Qcow2 | Format::Qed | Format::Vhd | Format::Vhdx | Format::Vmdk
+    )
+}
+
+/// Makes what `backing` says the backing file of the closed image of `format` in `file`, its first one, which nobody
 /// else may use; `None`: it gets none.
 ///
 /// # Errors
 ///
-/// `Invalid` for a name that cannot be; `Unsupported` for other formats; what the host fails with.
-pub fn set_backing(
-    file: &dyn Storage,
-    format: Format,
-    backing: Option<(&str, Format)>,
-) -> Result<()> {
-    match format {
-        Format::Qcow2 => qcow2::rebase::set_backing(
-            file,
-            backing.map(|(name, format)| (name, format.qemu_name())),
-        ),
-        // All that an image says of its backing file's format is that it is raw.
-        Format::Qed => {
-            let backing = backing.map(|(name, format)| (name, format == Format::Raw));
-            qed::rebase::set_backing(file, backing)
+/// `Invalid` for a name that cannot be, and for what images of another format say; `Unsupported` for other formats; what
+/// the host fails with.
+pub fn set_backing(file: &dyn Storage, format: Format, backing: Option<&Link>) -> Result<()> {
+    match (format, backing) {
+        (Format::Qcow2, None) => qcow2::rebase::set_backing(file, None),
+        (Format::Qcow2, Some(Link::Named(name, below))) => {
+            qcow2::rebase::set_backing(file, Some((name, below.qemu_name())))
         }
-        format => Err(Error::unsupported(format!(
+        (Format::Qed, None) => qed::rebase::set_backing(file, None),
+        // All that an image says of its backing file's format is that it is raw.
+        (Format::Qed, Some(Link::Named(name, below))) => {
+            qed::rebase::set_backing(file, Some((name, *below == Format::Raw)))
+        }
+        (Format::Vhd, None) => vhd::set_parent(file, None),
+        (Format::Vhd, Some(Link::Vhd(parent))) => vhd::set_parent(file, Some(parent)),
+        (Format::Vhdx, None) => vhdx::set_parent(file, None),
+        (Format::Vhdx, Some(Link::Vhdx(parent))) => vhdx::set_parent(file, Some(parent)),
+        (Format::Vmdk, None) => vmdk::set_parent(file, None),
+        (Format::Vmdk, Some(Link::Vmdk(name, cid))) => vmdk::set_parent(file, Some((name, *cid))),
+        (format, Some(_)) if can_rebase(format) => Err(Error::invalid(format!(
+            "{}: what it is to say of its backing file is of another format than {format}",
+            file.name()
+        ))),
+        (format, _) => Err(Error::unsupported(format!(
             "{}: a {format} image cannot get another backing file",
             file.name()
         ))),
@@ -73,7 +96,7 @@ pub fn copy_differences(
     work: &mut Work<'_>,
 ) -> Result<Report> {
     let mut driver = overlay.driver()?;
-    let cluster = (overlay.layers.first()).map_or(1, |layer| layer.image.describe().cluster_size);
+    let cluster = (overlay.layers.first()).map_or(1, |layer| layer.unit_bytes());
     let below = Chain {
         layers: overlay.layers.get(1..).unwrap_or_default().to_vec(),
         read_only: true,

@@ -36,6 +36,16 @@ pub struct ResizeOptions {
 /// `Invalid` and `Unsupported` for what cannot be, before anything is written; what the host fails
 /// with. The disk has its old size then, and is sound.
 pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Result<u64> {
+    resize_known(members, format, options, false)
+}
+
+/// As [`resize`]; with `keeps_id` images above it go on to know it as their parent.
+pub(crate) fn resize_known(
+    members: &[Member],
+    format: Format,
+    options: &ResizeOptions,
+    keeps_id: bool,
+) -> Result<u64> {
     let member = members
         .first()
         .ok_or_else(|| Error::invalid("a chain without an image"))?;
@@ -86,7 +96,7 @@ pub fn resize(members: &[Member], format: Format, options: &ResizeOptions) -> Re
         Format::Qcow2 => grow(members, file, &name, old, options)?,
         Format::Qed => grow_qed(members, &**file, old, options).context(|| &name)?,
         Format::Vhd => grow_vhd(members, &**file, old, options).context(|| &name)?,
-        Format::Vhdx => grow_vhdx(members, &**file, old, options).context(|| &name)?,
+        Format::Vhdx => grow_vhdx(members, &**file, old, options, keeps_id).context(|| &name)?,
         Format::Vdi => grow_vdi(&**file, options).context(|| &name)?,
         Format::Vmdk | Format::Null => {
             return Err(Error::invalid(format!(
@@ -153,9 +163,10 @@ fn grow_vhdx(
     file: &dyn Storage,
     old: u64,
     options: &ResizeOptions,
+    keeps_id: bool,
 ) -> Result<()> {
     may_grow("vhdx", members, old, options)?;
-    vhdx::grow(file, options.size)
+    vhdx::grow(file, options.size, keeps_id)
 }
 
 /// Refuses what an image whose new part is of blocks that are not there cannot be.

@@ -290,7 +290,7 @@ pub struct Commit {
 #[command(
     after_help = "Where the new backing file differs from the old one, the image gets what it shows now. Whatever cuts \
                   the work off, the image is one on its old backing file that reads as before: the new name is \
-                  written last, in one sector."
+                  written last, all at once."
 )]
 pub struct Rebase {
     /// Format of the image [default: known by its magic]
@@ -302,8 +302,8 @@ pub struct Rebase {
     /// Its format
     #[arg(short = 'F', long, value_name = "FMT", value_parser = format)]
     pub backing_format: Option<Format>,
-    /// Only change the name and format in the image: the old and the new backing file are not opened, and it is
-    /// yours to know that both read the same
+    /// Only change the name and format in the image: what the old and the new backing file have is not looked at, and it
+    /// is yours to know that both read the same (a vhd, vhdx or vmdk one must be there: the image records what marks it)
     #[arg(short = 'u', long = "unsafe")]
     pub unsafe_mode: bool,
     /// How the host caches the new backing file

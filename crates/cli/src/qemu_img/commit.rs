@@ -7,7 +7,6 @@ use super::spec::{Image, Shown};
 use crate::{commit, print, signals};
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
-use image::Format;
 use std::path::Path;
 use tool::work::Work;
 
@@ -56,7 +55,7 @@ pub fn run(args: &Commit) -> Result<u8> {
     open::refuse_base(&name, depth)?;
     let empties = !args.drop && args.base.is_none();
     let format = open::active(&chain)?.format;
-    if empties && !matches!(format, Format::Qcow2 | Format::Qed) {
+    if empties && !tool::commit::can_empty(format) {
         bail!("Could not empty {file}: Operation not supported");
     }
     let stop = signals::stop_on_signals()?;

@@ -5,6 +5,7 @@ use super::line::usage;
 use super::open::{self, How, Name};
 use super::progress::Progress;
 use super::spec::{Image, Shown};
+use crate::create::link;
 use crate::open::Access;
 use crate::signals;
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -66,19 +67,19 @@ pub fn run(args: &Rebase) -> Result<u8> {
     // Without a name there is none.
     let backing = args.backing.as_deref().filter(|name| !name.is_empty());
     let change = |file: &dyn block::Storage, format: Format| -> Result<()> {
-        let below = match (backing, said) {
-            (Some(name), Some(format)) => Some((name, format.parse::<Format>()?)),
-            (Some(name), None) => bail!(
-                "Could not change the backing file to '{name}': backing format must be specified"
-            ),
+        let failed = |why: String| {
+            let name = backing.unwrap_or_default();
+            anyhow!("Could not change the backing file to '{name}': {why}")
+        };
+        let link = match (backing, said) {
+            (Some(name), Some(below)) => {
+                let link = link(Path::new(&file.name()), format, name, below.parse()?);
+                Some(link.map_err(|error| failed(format!("{error:#}")))?)
+            }
+            (Some(_), None) => return Err(failed("backing format must be specified".to_owned())),
             (None, _) => None,
         };
-        set_backing(file, format, below).map_err(|error| {
-            anyhow!(
-                "Could not change the backing file to '{}': {error}",
-                backing.unwrap_or_default()
-            )
-        })
+        set_backing(file, format, link.as_ref()).map_err(|error| failed(error.to_string()))
     };
     if args.backing_unsafe {
         let (storage, format) = open::file(&name, Access::Write, &args.image.spec.objects)?;

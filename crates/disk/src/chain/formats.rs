@@ -36,6 +36,7 @@ pub(super) fn open_vmdk(
     let open = vmdk::OpenOptions {
         read_only,
         cache_bytes: options.cache_bytes,
+        keeps_id: options.keeps_id,
     };
     Ok(Arc::new(vmdk::Vmdk::open(parts, &storages, &open)?))
 }
@@ -105,6 +106,7 @@ pub(super) fn open_image(
             let options = vhdx::OpenOptions {
                 read_only,
                 cache_bytes: keys.options.cache_bytes,
+                keeps_id: keys.options.keeps_id,
             };
             Arc::new(vhdx::Vhdx::open(storage, &options)?)
         }

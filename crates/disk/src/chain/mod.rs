@@ -36,8 +36,8 @@ use std::{
     sync::Arc,
 };
 
-/// Bytes of a VHDX image's blocks that are written together.
-const VHDX_UNIT: u64 = 64 << 10;
+/// Bytes that are written together of the blocks of a VHD or VHDX image.
+const HOLES_UNIT: u64 = 64 << 10;
 
 /// The lock of who only reads: others may read too.
 const SHARED: Lock = Lock::Read { share_write: false };
@@ -99,6 +99,9 @@ pub struct ChainOptions {
     /// Of the active image, which must be qcow2, open the internal snapshot of that id, or else name.
     /// Needs `read_only`.
     pub snapshot: Option<String>,
+    /// The active image is known to those above it as before, although it is written (see
+    /// [`vhdx::OpenOptions::keeps_id`]): they are being committed into it.
+    pub keeps_id: bool,
     /// Most bytes of memory for each image's metadata cache; sized from the disk when absent.
     pub cache_bytes: Option<u64>,
     /// Leave backing images and data files closed. What the chain reads as is wrong then: for
@@ -146,12 +149,12 @@ impl Layer {
         tells && self.image.encryption().is_none()
     }
 
-    /// Bytes of the disk that get their space together: to write fewer of them saves none. A cluster; but blocks of a VHDX
-    /// image are mostly holes until they are written.
+    /// Bytes of the disk that get their space together: to write fewer of them saves none. A cluster; but blocks of a VHD or
+    /// VHDX image are mostly holes until they are written.
     pub fn unit_bytes(&self) -> u64 {
         let cluster = self.image.describe().cluster_size;
         match self.format {
-            Format::Vhdx => cluster.min(VHDX_UNIT),
+            Format::Vhd | Format::Vhdx => cluster.min(HOLES_UNIT),
             _ => cluster,
         }
     }

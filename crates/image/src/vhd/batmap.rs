@@ -5,7 +5,7 @@
 //!   … block table │ header "tdbatmap": offset, sectors, version, checksum │ map, block 0 the highest bit │ …
 //! ```
 //!
-//! It is believed where its checksum is right, and never written: blocks that became whole since have no bit, which only
+//! It is believed where its checksum is right, and written only when an image is emptied: blocks that became whole since have no bit, which only
 //! costs a look at their bitmaps.
 
 use super::footer::Footer;
@@ -100,6 +100,27 @@ impl Batmap {
             )),
         };
         Ok(Some(Self { end, map }))
+    }
+
+    /// Says of no block any more that it is whole, durably. Until the checksum is right the map does not count.
+    ///
+    /// # Errors
+    ///
+    /// What the host fails with.
+    pub(super) fn clear(&self, file: &dyn Storage, header: &Header) -> Result<()> {
+        let Ok(map) = &self.map else { return Ok(()) };
+        let at = header.table_offset + header.table_bytes();
+        let mut bytes = [0; HEADER_BYTES as usize];
+        file.read_at(at, &mut bytes)?;
+        let offset = read_u64(&bytes, 8).unwrap_or(0);
+        file.write_zeroes(offset, map.len() as u64, false)?;
+        file.sync()?;
+        // The complement of a sum of zeros.
+        if let Some(sum) = bytes.get_mut(24..28) {
+            sum.fill(0xff);
+        }
+        file.write_at(at, &bytes)?;
+        file.sync()
     }
 
     /// Whether all sectors of `block` are the image's.

@@ -10,7 +10,7 @@
 //!                                         └▶ first sector of each block
 //! ```
 //!
-//! * `footer`, `header`, `geometry`, `locator`, `batmap`: the format. `open`, `create`, `resize`.
+//! * `footer`, `header`, `geometry`, `locator`, `batmap`: the format. `open`, `create`, `resize`, `link`.
 //! * `tables`: what is read without a lock; `state`: what the lock guards.
 //! * `map`: the questions; `flush`: the order on disk, and why it is safe.
 //!
@@ -24,6 +24,7 @@ mod flush;
 mod footer;
 mod geometry;
 mod header;
+mod link;
 mod locator;
 mod map;
 mod open;
@@ -36,6 +37,7 @@ pub use create::{CreateOptions, create};
 pub use footer::{COOKIE, DiskType, EPOCH, FOOTER_BYTES, Footer, UniqueId};
 pub use geometry::{Geometry, MAX_SECTORS, size_of_new};
 pub use header::{BLOCK_BYTES, BLOCKS_MAX, HEADER_BYTES, Header, LOCATORS, Locator};
+pub use link::{empty, set_parent};
 pub use locator::{NAME_BYTES_MAX, NewParent};
 pub use open::{Layout, OpenOptions, fixed_footer, mend};
 pub use resize::grow;

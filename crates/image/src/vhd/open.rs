@@ -354,7 +354,7 @@ fn parent(layout: &Layout) -> Option<Parent> {
 }
 
 /// Why the image may not be written.
-fn lacks(layout: &Layout) -> Option<String> {
+pub(super) fn lacks(layout: &Layout) -> Option<String> {
     let footer = &layout.footer;
     (footer.by_tapdisk() && footer.creator_version == 1 && layout.header.is_some()).then(|| {
         "made by tapdisk 0.1, whose bitmaps have another order of bits: convert it with vhd-update".to_owned()

@@ -197,20 +197,24 @@ impl Metadata {
         })
     }
 
+    /// Those of the file parameters.
+    pub(super) fn flags(&self) -> u32 {
+        match (&self.parent, self.fixed) {
+            (Some(_), _) => HAS_PARENT,
+            (None, true) => LEAVE_ALLOCATED,
+            (None, false) => 0,
+        }
+    }
+
     /// The region's bytes up to the end of the last item. The table has all of its 64 KiB.
     ///
     /// # Errors
     ///
     /// [`block::ErrorKind::Invalid`] for a parent's names that do not fit.
     pub(super) fn to_bytes(&self) -> Result<Vec<u8>> {
-        let flags = match (&self.parent, self.fixed) {
-            (Some(_), _) => HAS_PARENT,
-            (None, true) => LEAVE_ALLOCATED,
-            (None, false) => 0,
-        };
         // Block sizes are of 32 bits.
         let mut parameters = (self.block_bytes as u32).to_le_bytes().to_vec();
-        parameters.extend_from_slice(&flags.to_le_bytes());
+        parameters.extend_from_slice(&self.flags().to_le_bytes());
         let mut items = vec![
             (FILE_PARAMETERS, parameters, F_REQUIRED),
             (
@@ -271,4 +275,85 @@ impl Metadata {
             None => blocks + (blocks.saturating_sub(1) >> bits),
         }
     }
+}
+
+/// Where what says that there is a parent goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LinkPlace {
+    /// Of the parent locator, from the region's beginning; `None` where there is to be none.
+    pub(super) locator: Option<u64>,
+    /// Of the file parameters' flags in the file.
+    pub(super) flags_at: u64,
+}
+
+/// Changes `table`, the one of the metadata at `region`, so that it has a parent locator of `len` bytes, in place of the
+/// one that it may have; `None`: none. What it has was read before without an error.
+///
+/// # Errors
+///
+/// [`block::ErrorKind::Invalid`] where there is no room for it.
+pub(super) fn relink(
+    table: &mut [u8],
+    region: &Range<u64>,
+    len: Option<usize>,
+) -> Result<LinkPlace> {
+    let mut count = usize::from(read_u16_le(table, 10).unwrap_or(0));
+    let at = |index: usize| 32 + index * 32;
+    let number = |table: &[u8], at| u64::from(read_u32_le(table, at).unwrap_or(0));
+    let is = |table: &[u8], index: usize, id: Guid| {
+        let flags = read_u32_le(table, at(index) + 24).unwrap_or(0);
+        Guid::at(table, at(index)) == id && flags & F_USER == 0
+    };
+    let parameters = (0..count).find(|index| is(table, *index, FILE_PARAMETERS));
+    let flags_at = parameters.map_or(0, |index| number(table, at(index) + 16)) + 4;
+    // The entries behind the old one's move up.
+    if let Some(old) = (0..count).find(|index| is(table, *index, PARENT_LOCATOR)) {
+        table.copy_within(at(old + 1)..at(count), at(old));
+        if let Some(last) = table.get_mut(at(count - 1)..at(count)) {
+            last.fill(0);
+        }
+        count -= 1;
+    }
+    let mut locator = None;
+    if let Some(len) = len {
+        let no_room = || Error::invalid("the metadata region has no room for the parent's names");
+        let mut taken: Vec<(u64, u64)> = (0..count)
+            .map(|index| (number(table, at(index) + 16), number(table, at(index) + 20)))
+            .collect();
+        taken.sort_unstable();
+        let mut free = TABLE_BYTES;
+        for (start, bytes) in taken.into_iter().filter(|(_, bytes)| *bytes > 0) {
+            if start >= free + len as u64 {
+                break;
+            }
+            free = free.max((start + bytes).next_multiple_of(8));
+        }
+        let fits = free + len as u64 <= region.end - region.start;
+        let place = table.get_mut(at(count)..at(count + 1));
+        let place = place.filter(|_| fits && count < usize::from(ENTRIES_MAX));
+        let place = place.ok_or_else(no_room)?;
+        place.fill(0);
+        let fields = [
+            (0, &PARENT_LOCATOR.0[..]),
+            // Within a region, which has less than 4 GiB.
+            (16, &(free as u32).to_le_bytes()),
+            (20, &(len as u32).to_le_bytes()),
+            (24, &F_REQUIRED.to_le_bytes()),
+        ];
+        for (at, field) in fields {
+            if let Some(part) = place.get_mut(at..at + field.len()) {
+                part.copy_from_slice(field);
+            }
+        }
+        locator = Some(free);
+        count += 1;
+    }
+    if let Some(field) = table.get_mut(10..12) {
+        // At most `ENTRIES_MAX`.
+        field.copy_from_slice(&(count as u16).to_le_bytes());
+    }
+    Ok(LinkPlace {
+        locator,
+        flags_at: region.start + flags_at,
+    })
 }

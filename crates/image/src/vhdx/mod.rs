@@ -11,7 +11,7 @@
 //! ```
 //!
 //! * `guid`, `crc`, `header`, `region`, `metadata`, `locator`: the format. `log`: reading and writing it.
-//! * `open`, `create`. `bat`: the block table, read without a lock; `state`: what the lock guards.
+//! * `open`, `create`, `resize`, `link`. `bat`: the block table, read without a lock; `state`: what the lock guards.
 //! * `map`: the questions; `flush`: the order on disk, and why it is safe.
 //!
 //! **What a block reads as.** Present: what is there; present in part, in an image over a parent: what the sector bitmap says is
@@ -24,6 +24,7 @@ mod create;
 mod flush;
 mod guid;
 mod header;
+mod link;
 mod locator;
 mod log;
 mod map;
@@ -37,6 +38,7 @@ mod state;
 pub use create::{CreateOptions, LOG_BYTES, LOG_BYTES_MAX, create};
 pub use guid::Guid;
 pub use header::{HEADERS_AT, Header, Headers, SIGNATURE};
+pub use link::{empty, set_parent};
 pub use locator::Locator;
 pub use metadata::{BLOCK_BYTES, DISK_BYTES_MAX, Metadata};
 pub use open::{BlockPlace, Layout, OpenOptions, mend};

@@ -23,16 +23,17 @@ use std::ops::Range;
 const PIECE: u64 = 64 << 10;
 
 /// Makes the disk of the image in `file`, which nobody uses and which is in order (see [`mend`]), `bytes` large.
+/// `keeps_id`: its DataWriteGuid stays, as [`super::OpenOptions::keeps_id`].
 ///
 /// # Errors
 ///
 /// `Invalid` and `Unsupported` for what cannot be, before anything is written; what the host fails with.
-pub fn grow(file: &dyn Storage, bytes: u64) -> Result<()> {
+pub fn grow(file: &dyn Storage, bytes: u64, keeps_id: bool) -> Result<()> {
     let layout = Layout::read(file)?;
-    grow_layout(file, &layout, bytes).map_err(|error| error.within(file.name()))
+    grow_layout(file, &layout, bytes, keeps_id).map_err(|error| error.within(file.name()))
 }
 
-fn grow_layout(file: &dyn Storage, layout: &Layout, bytes: u64) -> Result<()> {
+fn grow_layout(file: &dyn Storage, layout: &Layout, bytes: u64, keeps_id: bool) -> Result<()> {
     let old = &layout.metadata;
     let new = Metadata {
         disk_bytes: bytes,
@@ -76,7 +77,10 @@ fn grow_layout(file: &dyn Storage, layout: &Layout, bytes: u64) -> Result<()> {
     let mut headers = layout.headers.clone();
     let (file_id, data_id) = (Guid::random()?, Guid::random()?);
     headers.update(file, |header| {
-        (header.file_write, header.data_write) = (file_id, data_id);
+        header.file_write = file_id;
+        if !keeps_id {
+            header.data_write = data_id;
+        }
     })?;
     let mut end = layout
         .used_end(blocks.end)
@@ -221,7 +225,12 @@ impl Changes {
     }
 
     /// The same for whole sectors at `offset`, where they differ from the file's.
-    fn put_changed(&mut self, file: &dyn Storage, offset: u64, bytes: &[u8]) -> Result<()> {
+    pub(super) fn put_changed(
+        &mut self,
+        file: &dyn Storage,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<()> {
         for (at, new) in (offset..)
             .step_by(SECTOR)
             .zip(bytes.as_chunks::<SECTOR>().0)

@@ -12,7 +12,7 @@
 //!                      header │ descriptor │ grain, grain … table │ … │ directory │ footer │ end
 //! ```
 //!
-//! * `descriptor`, `header`: the format. `open`, `create`, `stream` (compressed images, written in order).
+//! * `descriptor`, `header`: the format. `open`, `create`, `link`, `stream` (compressed images, written in order).
 //!
 //! **The CID** names a disk's contents towards the images above it, which have it as their parentCID. It changes with the
 //! first change of an open image: that waits for a flush that writes the new one, so that no change is ever durable
@@ -24,6 +24,7 @@
 mod create;
 mod descriptor;
 mod header;
+mod link;
 mod open;
 mod stream;
 
@@ -32,6 +33,7 @@ pub use descriptor::{
     Access, DESCRIPTOR_BYTES_MAX, Descriptor, EXTENTS_MAX, ExtentLine, ExtentType, NO_PARENT,
 };
 pub use header::{COWD_MAGIC, GD_AT_END, Header, MAGIC};
+pub use link::{empty, set_parent};
 pub use open::{OpenOptions, Parts, Tables};
 pub use stream::{Compressor, StreamWriter};
 
@@ -92,6 +94,15 @@ const CID_WANTED: u8 = 1;
 const CID_CHANGED: u8 = 2;
 
 impl Cid {
+    /// Does not change.
+    fn kept() -> Self {
+        Self {
+            state: AtomicU8::new(CID_CHANGED),
+            at: 0,
+            sectors: Vec::new(),
+        }
+    }
+
     /// Chooses another one, of as many digits.
     fn new(parts: &Parts, files: &[&dyn Storage]) -> Result<Self> {
         let file = files.first();

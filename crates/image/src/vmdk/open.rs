@@ -23,6 +23,8 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Upper bound of the metadata caches of all extents together in bytes; 64 MiB when not given.
     pub cache_bytes: Option<u64>,
+    /// The CID stays although the disk is written: what lies above, and is committed into it, must go on to know it.
+    pub keeps_id: bool,
 }
 
 /// What the file by which an image is known says of it: the descriptor, and the files that it names.
@@ -230,6 +232,7 @@ impl Vmdk {
         let read_only = options.read_only || lacks.is_some();
         let cid = match read_only {
             true => None,
+            false if options.keeps_id => Some(Cid::kept()),
             false => Some(Cid::new(&parts, files)?),
         };
         Ok(Self {
@@ -543,6 +546,32 @@ pub(super) fn read_directory(file: &dyn Storage, at: u64, count: u64) -> Result<
     Ok(entries
         .map(|e| u64::from(u32::from_le_bytes(*e)) * SECTOR)
         .collect())
+}
+
+/// The tables of an extent of that line, all of which may be emptied, and where its file ends then. `embedded`: as
+/// [`Parts::header`].
+pub(super) fn hosted_to_write(
+    line: &ExtentLine,
+    embedded: Option<&Header>,
+    file: &dyn Storage,
+) -> Result<(Tables, u64)> {
+    let has_grains = matches!(line.kind, ExtentType::Sparse | ExtentType::VmfsSparse);
+    if !has_grains || line.access != Access::Rw || is_cowd(file)? {
+        return Err(Error::unsupported(format!(
+            "a {} extent cannot be emptied: only those with grains that can be written can",
+            line.kind
+        )));
+    }
+    let header = embedded.map_or_else(|| Header::read(file), |header| Ok(header.clone()))?;
+    let tables = Tables::hosted(&header, file)?;
+    if tables.compressed {
+        return Err(Error::unsupported(
+            "its grains are compressed: it cannot be emptied",
+        ));
+    }
+    may_write(&header, &tables).map_err(Error::unsupported)?;
+    let end = header.overhead.saturating_mul(SECTOR).max(tables.head_end);
+    Ok((tables, end))
 }
 
 /// Why an extent must not be written, if so: all that is not grains must lie before these, each in its own place.

@@ -226,6 +226,7 @@ impl Kind {
                 &vhdx::OpenOptions {
                     read_only,
                     cache_bytes: Some(0),
+                    keeps_id: false,
                 },
             )?),
             Kind::VmdkSparse | Kind::VmdkStream | Kind::VmdkParts => {
@@ -234,6 +235,7 @@ impl Kind {
                 let options = vmdk::OpenOptions {
                     read_only,
                     cache_bytes: Some(0),
+                    keeps_id: false,
                 };
                 let image = vmdk::Vmdk::open(parts, &storages, &options)?;
                 files = all;
@@ -280,10 +282,43 @@ impl Kind {
                 |_, file| qed::rebase::empty(&**file),
                 |_, file| check::qed::mend(&**file).map(drop),
             ],
-            Kind::Vhd(_) => &[grow, |_, file| vhd::mend(&**file).map(drop)],
+            Kind::Vhd(_) => &[
+                grow,
+                |_, file| vhd::mend(&**file).map(drop),
+                |_, file| {
+                    let parent = vhd::NewParent {
+                        name: "below".into(),
+                        absolute: "/below".into(),
+                        unique_id: vhd::UniqueId([7; 16]),
+                        timestamp: 1,
+                    };
+                    vhd::set_parent(&**file, Some(&parent))
+                },
+                |_, file| vhd::empty(&**file),
+                |_, file| vhd::set_parent(&**file, None),
+            ],
             Kind::Vdi => &[grow, |_, file| vdi::mend(&**file).map(drop)],
-            Kind::Vhdx => &[grow, |_, file| vhdx::mend(&**file).map(drop)],
-            Kind::Parallels | Kind::VmdkSparse | Kind::VmdkStream | Kind::VmdkParts => &[grow],
+            Kind::Vhdx => &[
+                grow,
+                |_, file| vhdx::mend(&**file).map(drop),
+                |_, file| {
+                    let parent = vhdx::Locator::new(vhdx::Guid([7; 16]), "below", "/below")?;
+                    vhdx::set_parent(&**file, Some(&parent))
+                },
+                |_, file| vhdx::empty(&**file),
+                |_, file| vhdx::set_parent(&**file, None),
+            ],
+            Kind::VmdkSparse | Kind::VmdkStream | Kind::VmdkParts => &[
+                grow,
+                |_, file| vmdk::set_parent(&**file, Some(("below", 7))),
+                |_, file| {
+                    let (parts, files) = Self::parts(file)?;
+                    let files: Vec<&dyn Storage> = files.iter().map(|file| &**file).collect();
+                    vmdk::empty(&parts, &files)
+                },
+                |_, file| vmdk::set_parent(&**file, None),
+            ],
+            Kind::Parallels => &[grow],
         }
     }
 }
