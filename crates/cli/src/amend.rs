@@ -56,9 +56,12 @@ pub struct Changes {
 
 /// Changes the options of an image.
 pub fn run(args: &args::Amend) -> Result<()> {
-    if args.options.iter().any(|o| o == "help" || o == "?") {
+    if options::wants_help(&args.options) {
         return print(&options::amend_help());
     }
+    let Some(file) = &args.file else {
+        bail!("say which image is to be changed: diskplane amend -o k=v,… FILE");
+    };
     let changes = options::parse_amend(&args.options)?;
     let options = ChainOptions {
         format: args.format,
@@ -69,10 +72,10 @@ pub fn run(args: &args::Amend) -> Result<()> {
     if args.options.is_empty() {
         bail!("say what to change: -o k=v,… (-o help lists what there is)");
     }
-    let (path, options) = open::resolve(&args.file, args.image_opts, &args.keys.objects, options)?;
+    let (path, options) = open::resolve(file, args.image_opts, &args.keys.objects, options)?;
     match apply(&path, &changes, &args.keys.objects, args.force, &options)? {
-        Some(header) => report(args, &header),
-        None => report_luks(args, &path),
+        Some(header) => report(args, file, &header),
+        None => report_luks(args, file, &path),
     }
 }
 
@@ -142,13 +145,13 @@ pub fn apply(
     Ok(Some(Header::read(&*file)?))
 }
 
-fn report_luks(args: &args::Amend, path: &Path) -> Result<()> {
+fn report_luks(args: &args::Amend, file: &Path, path: &Path) -> Result<()> {
     if args.quiet {
         return Ok(());
     }
-    let (file, _) = open::image(path, Some(Format::Luks), Access::Read)?;
-    let slots = image::luks::header(&*file)?.active_slots();
-    let filename = args.file.display().to_string();
+    let (storage, _) = open::image(path, Some(Format::Luks), Access::Read)?;
+    let slots = image::luks::header(&*storage)?.active_slots();
+    let filename = file.display().to_string();
     print(&match args.json {
         true => crate::json(&JsonLuks {
             filename,
@@ -162,13 +165,13 @@ fn report_luks(args: &args::Amend, path: &Path) -> Result<()> {
     })
 }
 
-fn report(args: &args::Amend, header: &Header) -> Result<()> {
+fn report(args: &args::Amend, file: &Path, header: &Header) -> Result<()> {
     if args.quiet {
         return Ok(());
     }
     let raw = header.autoclear & features::DATA_FILE_RAW != 0;
     let json = Json {
-        filename: args.file.display().to_string(),
+        filename: file.display().to_string(),
         format: Format::Qcow2.name(),
         compat: if header.version < 3 { "0.10" } else { "1.1" },
         lazy_refcounts: header.compatible & features::LAZY_REFCOUNTS != 0,

@@ -21,8 +21,15 @@ const LINKS_MAX: usize = 40;
 
 /// Creates an image.
 pub fn run(args: &args::Create) -> Result<()> {
-    let format = format_of(args.format, &args.file, "-f")?;
-    if args.options.iter().any(|o| o == "help" || o == "?") {
+    let wants_help = options::wants_help(&args.options);
+    let file = match (&args.file, args.format) {
+        (_, Some(format)) if wants_help => return crate::print(&options::help(format)),
+        (Some(file), _) => file,
+        (None, _) if wants_help => bail!("-o help: say of which format: -f {NEW_NAMES}"),
+        (None, _) => bail!("say which file is to be made: diskplane create … FILE SIZE"),
+    };
+    let format = format_of(args.format, file, "-f")?;
+    if wants_help {
         return crate::print(&options::help(format));
     }
     let mut options = options::parse(format, &args.options)?;
@@ -30,7 +37,7 @@ pub fn run(args: &args::Create) -> Result<()> {
     let base_bytes = match &backing {
         Some((name, backing_format)) => {
             refuse_backing("-b", format)?;
-            Some(base_size(&args.file, name, *backing_format)?)
+            Some(base_size(file, name, *backing_format)?)
         }
         None => None,
     };
@@ -46,10 +53,10 @@ pub fn run(args: &args::Create) -> Result<()> {
     }
     options.qcow2.size = bytes;
     if let Some((name, below)) = &backing {
-        options.set_backing(format, &args.file, name, *below)?;
+        options.set_backing(format, file, name, *below)?;
     }
     if format == Format::Vmdk {
-        options.vmdk.name = file_name(&args.file)?;
+        options.vmdk.name = file_name(file)?;
     }
     let mut chosen = false;
     if format == Format::Qcow2 {
@@ -59,10 +66,10 @@ pub fn run(args: &args::Create) -> Result<()> {
     let disk_bytes = options.settle(format, bytes)?;
     options.seal(format, &args.keys)?;
     // A signal ends the process.
-    write_all(&args.file, format, &options, &Stop::default())?;
+    write_all(file, format, &options, &Stop::default())?;
     let mut line = format!(
         "created {}: {format}, {}",
-        args.file.display(),
+        file.display(),
         size::human(disk_bytes)
     );
     if format == Format::Vhd {
@@ -131,12 +138,15 @@ pub fn run(args: &args::Create) -> Result<()> {
         crate::print(&format!("{line}\n"))?;
     }
     warn_of_policy(
-        &args.file,
+        file,
         format,
         backing.is_some() || options.qcow2.data_file.is_some(),
     );
     Ok(())
 }
+
+/// The formats that new images can have.
+const NEW_NAMES: &str = "raw, qcow2, qed, vhd, vhdx, vdi, vmdk or luks";
 
 /// The format that was said (by `flag`), or that a new file's name says.
 pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result<Format> {
@@ -156,7 +166,7 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
         _ => bail!(
             "{}: its name does not say which format it is to have: say {flag} {}",
             file.display(),
-            Format::NAMES
+            NEW_NAMES
         ),
     })
 }
@@ -364,6 +374,13 @@ fn beyond_links(path: &Path) -> PathBuf {
 }
 
 pub(crate) fn exists(path: &Path) -> String {
+    if let (Ok(to), false) = (fs::read_link(path), path.exists()) {
+        return format!(
+            "{}: is a link to {}, which is not there: name that, or remove the link",
+            path.display(),
+            to.display()
+        );
+    }
     format!(
         "{}: the file exists already: remove it or choose another name",
         path.display()
@@ -414,6 +431,7 @@ fn write(path: &Path, format: Format, options: &Options, stop: &Stop) -> Result<
     let created = match create_new(path, &open, options.overwrite) {
         Ok(file) => return write_new(file.path(), &file, format, options, stop),
         Err(error) if path.exists() => error,
+        Err(_) if path.is_symlink() && !options.overwrite => bail!(exists(path)),
         Err(error) => return Err(error.into()),
     };
     let file = match File::open(path, &open) {

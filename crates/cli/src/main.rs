@@ -54,7 +54,7 @@ fn main() -> ExitCode {
         log("error");
         return qemu_img::run(&arguments.collect::<Vec<_>>());
     }
-    let cli = match Cli::try_parse() {
+    let mut cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();
@@ -62,6 +62,7 @@ fn main() -> ExitCode {
             return ExitCode::from(u8::from(error.use_stderr()));
         }
     };
+    cli.command.settle();
     // What qemu-img does not say, scripts do not expect.
     log(match &cli.command {
         Command::QemuImg(_) => "error",

@@ -497,6 +497,11 @@ pub fn help(format: Format) -> String {
     text
 }
 
+/// Whether `-o` asks what there is.
+pub fn wants_help(arguments: &[String]) -> bool {
+    arguments.iter().any(|o| o == "help" || o == "?")
+}
+
 /// Parses all `-o` arguments for an image of `format`. A comma within a value is written twice, as in QEMU.
 pub fn parse(format: Format, arguments: &[String]) -> Result<Options> {
     let mut options = Options::default();

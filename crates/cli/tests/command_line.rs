@@ -406,3 +406,49 @@ fn a_damaged_image_is_an_error_of_one_line() {
         assert!(fs::read(dir.join("disk.qcow2")).unwrap() == bytes);
     }
 }
+
+#[test]
+fn habits_from_qemu_img_are_understood() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    // What there is to say does not need a file.
+    for args in [
+        &["create", "-f", "qcow2", "-o", "help"][..],
+        &["convert", "-O", "qcow2", "-o", "help"],
+        &["create", "-o", "help", "a.qcow2"],
+        &["amend", "-o", "help"],
+    ] {
+        assert!(good(dir, args).contains("lazy_refcounts "), "{args:?}");
+    }
+    good(dir, &["create", "-q", "a.qcow2", "1M"]);
+    for command in ["info", "map", "check", "measure"] {
+        let as_ours = good(dir, &[command, "--json", "a.qcow2"]);
+        let as_theirs = good(dir, &[command, "--output=json", "a.qcow2"]);
+        assert_eq!(json(&as_theirs), json(&as_ours));
+        let human = good(dir, &[command, "--output", "human", "a.qcow2"]);
+        assert_eq!(human, good(dir, &[command, "a.qcow2"]));
+    }
+    // A link that leads nowhere is not followed, and not called a file.
+    std::os::unix::fs::symlink("nowhere", dir.join("link")).unwrap();
+    for (args, why) in [
+        (&["create", "-o", "help"][..], "of which format: -f raw"),
+        (&["create", "-o", "compat=1.1"], "which file is to be made"),
+        (
+            &["amend", "-o", "compat=1.1"],
+            "which image is to be changed",
+        ),
+        (&["convert", "-o", "compat=1.1"], "what to copy, and where"),
+        (
+            &["create", "-f", "raw", "link", "1M"],
+            "is a link to nowhere",
+        ),
+        (
+            &["convert", "-O", "raw", "a.qcow2", "link"],
+            "is a link to nowhere",
+        ),
+    ] {
+        let said = bad(dir, args, 1);
+        assert!(said.contains(why), "{args:?}: {said}");
+    }
+    assert!(!dir.join("nowhere").exists());
+}

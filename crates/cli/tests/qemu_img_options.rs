@@ -103,6 +103,9 @@ fn names_with_a_protocol_are_no_files() {
         "qemu-img create -q -f qcow2 -u -b foo:bar -F raw x 1M",
         "qemu-img rebase -b foo:bar -F raw x",
         "qemu-img resize -f raw foo:bar 1M",
+        "qemu-img create -q -f qcow2 file:one:two 1M",
+        "qemu-img check file:one:two",
+        "qemu-img compare -f raw ./foo:bar file:foo:bar",
         "ls",
     ]);
 }
@@ -212,5 +215,9 @@ fn what_goes_together_is_told_as_by_qemu_img() {
         "qemu-img measure --size 1M -O luks -o key-secret=s",
         "qemu-img measure --size 1M -O qcow2 -o encrypt.format=luks",
         "qemu-img dd bs=-1 if=a.raw of=x",
+        "qemu-img create -f bochs x 1M",
+        "qemu-img convert -O bochs a.raw x",
+        "qemu-img measure -O bochs --size 1M",
+        "qemu-img amend -f bochs -o help",
     ]);
 }

@@ -74,7 +74,8 @@ pub struct Amend {
     #[arg(long)]
     pub image_opts: bool,
     /// Image to change; nobody else may use it
-    pub file: PathBuf,
+    #[arg(required_unless_present = "options")]
+    pub file: Option<PathBuf>,
 }
 
 /// `resize`.

@@ -131,7 +131,7 @@ pub struct Convert {
     #[allow(missing_docs)]
     pub moving: Moving,
     /// Images to copy, or null:SIZE; and last the image to make, which must not exist yet, unless -n is given
-    #[arg(required = true, num_args = 1.., value_names = ["SRC", "DST"])]
+    #[arg(required_unless_present = "options", num_args = 1.., value_names = ["SRC", "DST"])]
     pub files: Vec<String>,
 }
 

@@ -1,6 +1,6 @@
 //! Commands that look at an image: `info`, `map` and `check`.
 
-use super::{bytes, format};
+use super::{Form, bytes, format};
 use crate::secret::{Keys, Objects};
 use clap::{Args, ValueEnum};
 use image::Format;
@@ -15,6 +15,9 @@ pub struct Reading {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// As of qemu-img: json is --json
+    #[arg(long, hide = true, value_name = "human|json", conflicts_with = "json")]
+    pub output: Option<Form>,
     /// Read the image even while another process writes it
     #[arg(short = 'U', long)]
     pub force_share: bool,
@@ -87,6 +90,9 @@ pub struct Check {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// As of qemu-img: json is --json
+    #[arg(long, hide = true, value_name = "human|json", conflicts_with = "json")]
+    pub output: Option<Form>,
     /// Print no result, only what is wrong, on stderr: the exit status says how bad it is
     #[arg(short, long)]
     pub quiet: bool,

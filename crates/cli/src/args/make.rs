@@ -1,6 +1,6 @@
 //! Commands about images that do not exist yet: `create` and `measure`.
 
-use super::{bytes, format};
+use super::{Form, bytes, format};
 use crate::secret::Keys;
 use clap::Args;
 use image::Format;
@@ -29,7 +29,8 @@ pub struct Create {
     #[arg(short = 'F', long, value_name = "FMT", value_parser = format, requires = "backing")]
     pub backing_format: Option<Format>,
     /// File to create; it must not exist yet
-    pub file: PathBuf,
+    #[arg(required_unless_present = "options")]
+    pub file: Option<PathBuf>,
     /// Size of the disk (20G, 512M, …) [default: the size of BASE]
     #[arg(value_parser = bytes)]
     pub size: Option<u64>,
@@ -59,6 +60,9 @@ pub struct Measure {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// As of qemu-img: json is --json
+    #[arg(long, hide = true, value_name = "human|json", conflicts_with = "json")]
+    pub output: Option<Form>,
     /// FILE is key=value,…, as in qemu-img, rather than a file's name: driver=raw,file.filename=PATH,offset=1M
     #[arg(long)]
     pub image_opts: bool,

@@ -14,7 +14,7 @@ pub use serve::*;
 
 use crate::{bench_image, bench_load::Load, bench_versus::Versus, bitmap::Bitmap};
 use block::{Result, size};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use image::Format;
 
 /// Opens virtual disk images, looks after them and serves them to virtual machines.
@@ -64,6 +64,29 @@ pub enum Command {
     /// Do what qemu-img does, with its command line, output and exit codes (also under that name)
     #[command(name = "qemu-img", disable_help_flag = true)]
     QemuImg(QemuImg),
+}
+
+/// What `--output` takes, which qemu-img's users are used to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Form {
+    /// For people
+    Human,
+    /// As --json
+    Json,
+}
+
+impl Command {
+    /// Makes `--output=json` what it means.
+    pub fn settle(&mut self) {
+        let (json, output) = match self {
+            Command::Info(args) => (&mut args.reading.json, args.reading.output),
+            Command::Map(args) => (&mut args.reading.json, args.reading.output),
+            Command::Check(args) => (&mut args.json, args.output),
+            Command::Measure(args) => (&mut args.json, args.output),
+            _ => return,
+        };
+        *json |= output == Some(Form::Json);
+    }
 }
 
 /// `qemu-img`.

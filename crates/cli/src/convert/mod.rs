@@ -9,7 +9,7 @@ mod report;
 mod resume;
 
 use crate::args::Convert as Arguments;
-use crate::{open, signals};
+use crate::{create, open, options, signals};
 use anyhow::{Context, Result, bail};
 use block::plain;
 use crypto::Passphrase;
@@ -71,6 +71,11 @@ pub fn run(args: &Arguments) -> Result<()> {
 
 /// Copies a disk, or of a single one the part that `window` says.
 pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
+    if options::wants_help(&args.options) {
+        let name = args.files.last().map_or(Path::new(""), Path::new);
+        let format = create::format_of(args.target_format, name, "-O")?;
+        return crate::print(&options::help(format));
+    }
     let stop = signals::stop_on_signals()?;
     let (names, target) = args.files()?;
     if names.len() > 1 {

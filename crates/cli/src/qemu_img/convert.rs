@@ -136,7 +136,7 @@ pub fn run(args: &Convert) -> Result<u8> {
     let format = args.target_format.as_deref().unwrap_or("raw");
     if line::wants_help(&list) {
         if format.parse::<Format>().is_err() {
-            bail!("Unknown file format '{format}'");
+            return Err(create_options::not_made(format));
         }
         print(&create_options::help(format, args.files.len() > 1))?;
         return Ok(0);
@@ -371,7 +371,7 @@ impl Made<'_> {
                 self.file,
                 self.format
             ),
-            Err(_) => bail!("Unknown file format '{}'", self.format),
+            Err(_) => return Err(create_options::not_made(self.format)),
         };
         if !args.no_create {
             open::check_protocol(self.file)?;

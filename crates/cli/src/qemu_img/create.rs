@@ -81,7 +81,7 @@ pub fn run(args: &Create) -> Result<u8> {
 
 fn help(format: &str, with_file: bool) -> Result<u8> {
     if format.parse::<Format>().is_err() {
-        bail!("Unknown file format '{format}'");
+        return Err(create_options::not_made(format));
     }
     print(&create_options::help(format, with_file))?;
     Ok(0)
@@ -103,7 +103,7 @@ impl New<'_> {
     /// Decides what the image is to be, and says so.
     fn settle(&self, objects: &Objects) -> Result<(Said, Format)> {
         let Ok(format) = self.format.parse::<Format>() else {
-            bail!("Unknown file format '{}'", self.format);
+            return Err(create_options::not_made(self.format));
         };
         open::check_protocol(self.file)?;
         let mut said = Said::parse(self.format, self.list)?;

@@ -311,6 +311,19 @@ fn known(name: &str) -> Vec<Known> {
     own.iter().chain(FILE.iter().filter(has)).copied().collect()
 }
 
+/// Whether `name` is a format of QEMU, which diskplane does not have, that it only reads.
+pub fn is_read_only(name: &str) -> bool {
+    matches!(name, "bochs" | "cloop" | "dmg")
+}
+
+/// Why no image of the format `name` is made, which diskplane does not have.
+pub fn not_made(name: &str) -> anyhow::Error {
+    match is_read_only(name) {
+        true => anyhow!("Format driver '{name}' does not support image creation"),
+        false => anyhow!("Unknown file format '{name}'"),
+    }
+}
+
 /// What `-o help` prints; with a file's name what files have too.
 pub fn help(format: &str, with_file: bool) -> String {
     let mut options = match with_file {

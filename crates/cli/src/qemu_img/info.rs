@@ -69,7 +69,13 @@ pub fn run(args: &Info) -> Result<u8> {
         let chain = open::chain(&image, &how, &args.image.spec.objects)?;
         let active = open::active(&chain)?;
         // Options are shown as what they name.
-        let mut shown = node(&active.path.display().to_string(), active)?;
+        let path = active.path.display().to_string();
+        let path = match disk::chain::is_file_name(&path) {
+            true => path,
+            // It is one of a file all the same.
+            false => format!("./{path}"),
+        };
+        let mut shown = node(&path, active)?;
         if by_options || image_opts::is_json(&name) {
             let said = ImageOptions::parse(&name)?;
             if !said.strong.is_empty() {

@@ -1,7 +1,7 @@
 //! `qemu-img measure`.
 
 use super::create;
-use super::create_options::Said;
+use super::create_options::{self, Said};
 use super::line;
 use super::open::{self, How};
 use super::spec::{Output, Spec};
@@ -83,7 +83,7 @@ pub fn run(args: &Measure) -> Result<u8> {
     })?;
     let target = args.target_format.as_deref().unwrap_or("raw");
     let Ok(format) = target.parse::<Format>() else {
-        bail!("Unknown file format '{target}'");
+        return Err(create_options::not_made(target));
     };
     let list = line::joined(&args.options)?;
     let said = Said::parse(target, &list).map_err(|error| {

@@ -192,7 +192,10 @@ impl Named {
 
 /// Refuses a name that begins with a protocol which is none of QEMU's for files: a file of that name is `./NAME`.
 pub fn check_protocol(name: &str) -> Result<()> {
-    match disk::chain::is_file_name(super::create::path(name).to_string_lossy().as_ref()) {
+    let own = ["file:", "host_device:"]
+        .iter()
+        .any(|own| name.starts_with(own));
+    match own || disk::chain::is_file_name(name) {
         true => Ok(()),
         false => {
             let protocol = name.split(':').next().unwrap_or_default();
@@ -334,6 +337,15 @@ fn in_qemus_words(why: &str) -> String {
             "Specified size is not multiple of 512",
         ),
     ];
+    // More than a table can have.
+    let needed = why
+        .split_once("but the disk's size needs ")
+        .map(|(_, needed)| needed.parse::<u64>());
+    if let Some(Ok(needed)) = needed
+        && needed > i32::MAX as u64
+    {
+        return "Image is too big".to_owned();
+    }
     if why.starts_with("wrong passphrase: ") {
         return "Invalid password, cannot unlock any keyslot".to_owned();
     }
