@@ -452,3 +452,43 @@ fn habits_from_qemu_img_are_understood() {
     }
     assert!(!dir.join("nowhere").exists());
 }
+
+#[test]
+fn a_signal_has_progress_told_and_ends_nothing() {
+    use std::process::Stdio;
+    let dir = TempDir::new();
+    let dir = dir.root();
+    fs::write(dir.join("a.raw"), vec![7; 4 << 20]).unwrap();
+    // Held back long enough to be asked.
+    let mut child = Command::new(common::binary())
+        .args(["convert", "-r", "8M", "-m", "1", "a.raw", "b.raw"])
+        .current_dir(dir)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let begun = || {
+        let names = fs::read_dir(dir).unwrap();
+        names.count() > 1
+    };
+    while !begun() {
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "it ended before it was asked"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::USR1).unwrap();
+    let mut said = String::new();
+    std::io::Read::read_to_string(child.stderr.as_mut().unwrap(), &mut said).unwrap();
+    assert!(child.wait().unwrap().success(), "{said}");
+    assert!(
+        said.starts_with("diskplane: ") && said.ends_with(" % done\n"),
+        "{said}"
+    );
+    assert_eq!(
+        fs::read(dir.join("a.raw")).unwrap(),
+        fs::read(dir.join("b.raw")).unwrap()
+    );
+}
