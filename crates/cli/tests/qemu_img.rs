@@ -126,6 +126,13 @@ fn disks_are_changed_and_compared_as_by_qemu_img() {
         "qemu-img compare a.raw a.qcow2",
         "qemu-img convert -O qcow2 -B a.qcow2 -F qcow2 b.qcow2 c.qcow2",
         "qemu-img map --output=json c.qcow2",
+        // What there is already knows its base's format.
+        "qemu-img convert -O qcow2 -B a.qcow2 b.qcow2 d.qcow2",
+        "qemu-img create -q -f qcow2 -b a.qcow2 -F qcow2 d.qcow2",
+        "qemu-io -c write_-P_3_2M_64k b.qcow2",
+        "qemu-img convert -n -f qcow2 -O qcow2 -B a.qcow2 b.qcow2 d.qcow2",
+        "qemu-img map --output=json d.qcow2",
+        "qemu-img compare b.qcow2 d.qcow2",
         "qemu-img dd bs=1M count=2 skip=1 if=a.raw of=part",
         "qemu-img info part",
         "qemu-img compare part a.raw",

@@ -416,13 +416,15 @@ fn backing(args: &Convert, said: &Said, file: &str) -> Result<Option<Chain>> {
             "Having a backing file for the target makes no sense when concatenating multiple input images"
         );
     }
-    let Some(format) = said.get("backing_fmt") else {
+    let format = said.get("backing_fmt");
+    // What is there already has its own record of what it lies on.
+    if format.is_none() && !args.no_create {
         bail!("Use of backing file requires explicit backing format");
-    };
+    }
     let path = create::below(create::path(file), name);
     let base = Name {
         text: &path,
-        format: Some(format),
+        format,
         image_opts: false,
     };
     let how = How {
