@@ -236,3 +236,138 @@ fn what_cannot_be_is_refused_with_the_reason() {
     }
     assert!(!dir.path("b.vmdk").exists());
 }
+
+/// The extent of an ESX redo log, laid out by hand: grains of 4 KiB, the numbered ones filled with their byte.
+fn cowd(sectors: u32, grains: &[(usize, u8)]) -> Vec<u8> {
+    let mut bytes = vec![0; 64 * 512];
+    let words = [0x4457_4f43, 1, 3, sectors, 8, 4, 1];
+    for (at, word) in (0..).step_by(4).zip(words) {
+        bytes[at..at + 4].copy_from_slice(&u32::to_le_bytes(word));
+    }
+    bytes[4 * 512..4 * 512 + 4].copy_from_slice(&8u32.to_le_bytes());
+    for (grain, fill) in grains {
+        let at = 8 * 512 + grain * 4;
+        let sector = (bytes.len() / 512) as u32;
+        bytes[at..at + 4].copy_from_slice(&sector.to_le_bytes());
+        bytes.resize(bytes.len() + 4096, *fill);
+    }
+    bytes
+}
+
+/// An extent of a space-efficient disk, as QEMU's sources describe it. Besides, grains 100 and 101 are zeros: unmapped, and
+/// written so.
+fn se_sparse(sectors: u64, grains: &[(usize, u8)]) -> Vec<u8> {
+    const VOLATILE: u64 = 1;
+    const DIRECTORY: u64 = 8;
+    const TABLES: u64 = 16;
+    const GRAINS: u64 = 128;
+    let mut bytes = vec![0; GRAINS as usize * 512];
+    let mut put = |at: usize, word: u64| bytes[at..at + 8].copy_from_slice(&word.to_le_bytes());
+    let fields = [
+        (0, 0xcafe_babe),
+        (1, 0x2_0000_0001),
+        (2, sectors),
+        (3, 8),
+        (4, 64),
+        (10, VOLATILE),
+        (11, 1),
+        (16, DIRECTORY),
+        (17, 1),
+        (18, TABLES),
+        (19, 64),
+        (24, GRAINS),
+        (25, 8 * grains.len() as u64),
+    ];
+    for (nth, word) in fields {
+        put(nth * 8, word);
+    }
+    put(VOLATILE as usize * 512, 0xcafe_cafe);
+    put(DIRECTORY as usize * 512, 0x1000_0000_0000_0000);
+    for (nth, (grain, _)) in grains.iter().enumerate() {
+        // The low 12 bits of the number come before the high ones.
+        let word = 0x3000_0000_0000_0000 | (nth as u64) << 48;
+        put(TABLES as usize * 512 + grain * 8, word);
+    }
+    put(TABLES as usize * 512 + 100 * 8, 0x1000_0000_0000_0000);
+    put(TABLES as usize * 512 + 101 * 8, 0x2000_0000_0000_0000);
+    for (_, fill) in grains {
+        bytes.resize(bytes.len() + 4096, *fill);
+    }
+    bytes
+}
+
+/// ESX's extents over a parent read as QEMU reads them, and are not written.
+#[test]
+fn extents_of_esx_read_as_qemu_reads_them() {
+    let dir = TempDir::new();
+    let root = dir.root();
+    fs::write(dir.path("base.raw"), vec![0xbb; 4 << 20]).unwrap();
+    good(root, &["convert", "-f", "raw", "base.raw", "base.vmdk"]);
+    let base = fs::read(dir.path("base.vmdk")).unwrap();
+    let text = String::from_utf8_lossy(&base[512..1024]).into_owned();
+    let cid = text
+        .lines()
+        .find_map(|line| line.strip_prefix("CID="))
+        .unwrap();
+    // 2 MiB of each: 512 grains.
+    let last = 511;
+    fs::write(
+        dir.path("cow.vmdk"),
+        cowd(4096, &[(0, 1), (5, 2), (6, 3), (last, 4)]),
+    )
+    .unwrap();
+    fs::write(
+        dir.path("se.vmdk"),
+        se_sparse(4096, &[(1, 5), (7, 6), (last, 7)]),
+    )
+    .unwrap();
+    for (parent, hint) in [
+        ("ffffffff", ""),
+        (cid, "parentFileNameHint=\"base.vmdk\"\n"),
+    ] {
+        let text = format!(
+            "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID={parent}\ncreateType=\"vmfsSparse\"\n{hint}\
+             RW 4096 VMFSSPARSE \"cow.vmdk\"\nRW 4096 SESPARSE \"se.vmdk\"\n"
+        );
+        fs::write(dir.path("esx.vmdk"), text).unwrap();
+        let theirs = [
+            "convert",
+            "-f",
+            "vmdk",
+            "-O",
+            "raw",
+            "esx.vmdk",
+            "theirs.raw",
+        ];
+        qemu_img(root, &theirs);
+        good(root, &["convert", "-O", "raw", "esx.vmdk", "ours.raw"]);
+        let (ours, theirs) = (
+            fs::read(dir.path("ours.raw")),
+            fs::read(dir.path("theirs.raw")),
+        );
+        let ours = ours.unwrap();
+        assert!(ours == theirs.unwrap(), "{hint}");
+        let below = if hint.is_empty() { 0 } else { 0xbb };
+        let grain = |nth: usize| ours[nth * 4096];
+        assert_eq!([0, 1, 5, 6, last].map(grain), [1, below, 2, 3, 4]);
+        let se = |nth: usize| grain(512 + nth);
+        assert_eq!([0, 1, 7, 100, 101, last].map(se), [below, 5, 6, 0, 0, 7]);
+        fs::remove_file(dir.path("ours.raw")).unwrap();
+        for args in [
+            &["commit", "esx.vmdk"][..],
+            &["rebase", "-b", "", "esx.vmdk"],
+        ] {
+            let error = refused(root, args);
+            let said = ["read only", "has no backing file"];
+            assert!(
+                said.iter().any(|said| error.contains(said)),
+                "{args:?}: {error}"
+            );
+        }
+    }
+    // What a table leads behind the file's end is no data.
+    let mut cut = cowd(4096, &[(0, 1)]);
+    cut.truncate(64 * 512);
+    fs::write(dir.path("cow.vmdk"), cut).unwrap();
+    refused(root, &["convert", "-O", "raw", "esx.vmdk", "ours.raw"]);
+}
