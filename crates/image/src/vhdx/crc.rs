@@ -1,37 +1,4 @@
 //! CRC-32C (Castagnoli), the checksum of all VHDX structures.
-//!
-//! By tables, eight bytes at a time: checksums are of a few KiB for each flush that has metadata to write.
-
-/// The polynomial, with its bits reversed.
-const POLYNOMIAL: u32 = 0x82f6_3b78;
-
-const TABLES: [[u32; 256]; 8] = tables();
-
-const fn tables() -> [[u32; 256]; 8] {
-    let mut tables = [[0; 256]; 8];
-    let mut byte = 0;
-    while byte < 256 {
-        let mut crc = byte as u32;
-        let mut bit = 0;
-        while bit < 8 {
-            crc = (crc >> 1) ^ (POLYNOMIAL & (crc & 1).wrapping_neg());
-            bit += 1;
-        }
-        tables[0][byte] = crc;
-        byte += 1;
-    }
-    let mut level = 1;
-    while level < 8 {
-        let mut byte = 0;
-        while byte < 256 {
-            let before = tables[level - 1][byte];
-            tables[level][byte] = (before >> 8) ^ tables[0][(before & 0xff) as usize];
-            byte += 1;
-        }
-        level += 1;
-    }
-    tables
-}
 
 /// A checksum that grows piece by piece.
 #[derive(Clone, Copy, Debug)]
@@ -40,35 +7,17 @@ pub(super) struct Crc(u32);
 impl Crc {
     /// Of nothing yet.
     pub(super) fn new() -> Self {
-        Self(u32::MAX)
+        Self(0)
     }
 
     /// Goes on with `bytes`.
     pub(super) fn add(&mut self, bytes: &[u8]) {
-        let (words, rest) = bytes.as_chunks::<8>();
-        let mut crc = self.0;
-        for word in words {
-            let [a, b, c, d, e, f, g, h] =
-                (u64::from_le_bytes(*word) ^ u64::from(crc)).to_le_bytes();
-            crc = TABLES[7][usize::from(a)]
-                ^ TABLES[6][usize::from(b)]
-                ^ TABLES[5][usize::from(c)]
-                ^ TABLES[4][usize::from(d)]
-                ^ TABLES[3][usize::from(e)]
-                ^ TABLES[2][usize::from(f)]
-                ^ TABLES[1][usize::from(g)]
-                ^ TABLES[0][usize::from(h)];
-        }
-        for byte in rest {
-            let [low, ..] = crc.to_le_bytes();
-            crc = (crc >> 8) ^ TABLES[0][usize::from(low ^ byte)];
-        }
-        self.0 = crc;
+        self.0 = crc32c::crc32c_append(self.0, bytes);
     }
 
     /// The checksum.
     pub(super) fn value(self) -> u32 {
-        !self.0
+        self.0
     }
 }
 
