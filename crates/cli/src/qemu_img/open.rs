@@ -327,6 +327,26 @@ fn reason(text: &str, error: &block::Error, directory: Option<&Path>, write: boo
     }
 }
 
+/// Features by their names, and the bits of those that have none.
+fn unsupported(features: &str) -> String {
+    let (mut names, mut bits) = (Vec::new(), 0u64);
+    for feature in features.split(", ") {
+        let bit = feature.strip_prefix("unknown feature bit ");
+        let named = feature
+            .strip_prefix('\'')
+            .and_then(|name| name.rsplit_once("' (bit "));
+        match (bit.map(str::parse::<u32>), named) {
+            (Some(Ok(bit)), _) => bits |= 1u64.checked_shl(bit).unwrap_or(0),
+            (_, Some((name, _))) => names.push(name.to_owned()),
+            _ => names.push(feature.to_owned()),
+        }
+    }
+    if bits != 0 {
+        names.push(format!("Unknown incompatible feature: {bits:x}"));
+    }
+    format!("Unsupported qcow2 feature(s): {}", names.join(", "))
+}
+
 /// What is wrong with an image, as QEMU says it where scripts look for that.
 fn in_qemus_words(why: &str) -> String {
     let known = [
@@ -345,6 +365,9 @@ fn in_qemus_words(why: &str) -> String {
         && needed > i32::MAX as u64
     {
         return "Image is too big".to_owned();
+    }
+    if let Some(features) = why.strip_prefix("needs a feature that diskplane lacks: ") {
+        return unsupported(features);
     }
     if why.starts_with("wrong passphrase: ") {
         return "Invalid password, cannot unlock any keyslot".to_owned();
@@ -420,4 +443,32 @@ pub fn shared_file(
 /// As [`shared_file`], where there is no `-U`.
 pub fn file(name: &Name<'_>, access: Access, objects: &Objects) -> Result<(Arc<File>, Format)> {
     shared_file(name, access, false, objects)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn features_are_named_as_qemu_names_them() {
+        for (ours, theirs) in [
+            (
+                "unknown feature bit 63",
+                "Unknown incompatible feature: 8000000000000000",
+            ),
+            (
+                "'test1' (bit 61), unknown feature bit 62, 'two words' (bit 63)",
+                "test1, two words, Unknown incompatible feature: 4000000000000000",
+            ),
+            ("'unknown' (bit 5)", "unknown"),
+        ] {
+            let why = format!("needs a feature that diskplane lacks: {ours}");
+            assert_eq!(
+                in_qemus_words(&why),
+                format!("Unsupported qcow2 feature(s): {theirs}")
+            );
+        }
+        let table = "header: l1_size at byte 36 is 8, but the disk's size needs 2147483648";
+        assert_eq!(in_qemus_words(table), "Image is too big");
+    }
 }

@@ -142,7 +142,15 @@ pub fn run(args: &Resize) -> Result<u8> {
         shrink: args.shrink,
         preallocation,
     };
-    resize(&chain.members(), format, &options)?;
+    resize(&chain.members(), format, &options).map_err(|error| {
+        match error
+            .to_string()
+            .contains("a version 2 image with snapshots")
+        {
+            true => anyhow!("Can't resize a v2 image which has snapshots"),
+            false => anyhow!("{error}"),
+        }
+    })?;
     if !args.quiet {
         print("Image resized.\n")?;
     }
