@@ -166,6 +166,15 @@ fn keys_are_amended_as_by_qemu_img() {
             ("state=active,new-secret=nix", ""),
             ("state=inactive,keyslot=0", "--force "),
         ] {
+            // One of each kind shows that both take the same way.
+            let again = [
+                "keyslot=5,iter-time=1",
+                "state=inactive,keyslot=5",
+                "old-secret=s",
+            ];
+            if driver == "qcow2" && !again.iter().any(|end| options.ends_with(end)) {
+                continue;
+            }
             let options = format!("{prefix}{}", options.replace(',', &format!(",{prefix}")));
             lines.push(format!(
                 "qemu-img amend {force}{s} {n} -o {options} --image-opts driver={driver},{prefix}key-secret=s,file.filename={file}"
