@@ -36,8 +36,12 @@ impl ErrorKind {
     pub fn of(error: &io::Error) -> Self {
         match error.raw_os_error() {
             Some(code) => Self::of_errno(code),
-            None if error.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
-            None => ErrorKind::Io,
+            None => match error.get_ref().and_then(|own| own.downcast_ref::<Error>()) {
+                // One of ours on its way.
+                Some(error) => error.kind(),
+                None if error.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
+                None => ErrorKind::Io,
+            },
         }
     }
 
@@ -51,6 +55,26 @@ impl ErrorKind {
             libc::EACCES | libc::EPERM => ErrorKind::Denied,
             _ => ErrorKind::Io,
         }
+    }
+
+    /// The errno value that says most of it.
+    pub fn errno(self) -> i32 {
+        match self {
+            ErrorKind::NoSpace => libc::ENOSPC,
+            ErrorKind::NotFound => libc::ENOENT,
+            ErrorKind::ReadOnly => libc::EROFS,
+            ErrorKind::Unsupported => libc::EOPNOTSUPP,
+            ErrorKind::Denied => libc::EACCES,
+            ErrorKind::Invalid => libc::EINVAL,
+            _ => libc::EIO,
+        }
+    }
+}
+
+/// For calls that have errors of the system, and pass on one of ours.
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        io::Error::other(error)
     }
 }
 

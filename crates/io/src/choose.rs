@@ -72,6 +72,19 @@ pub fn choose(aio: Aio, files: &[Arc<File>]) -> Result<Choice> {
         }
         return chosen(EngineKind::Sim, "the disk is simulated");
     }
+    if let Some(file) = files.iter().find(|f| f.kind() == FileKind::Remote) {
+        let name = file.path().display();
+        return match aio {
+            Aio::Auto => chosen(
+                EngineKind::Threads,
+                &format!("{name} is a disk of a server"),
+            ),
+            Aio::Only(EngineKind::Threads) => chosen(EngineKind::Threads, "asked for"),
+            Aio::Only(other) => Err(Error::invalid(format!(
+                "--aio {other}: {name} is a disk of a server, which only threads ask: use --aio threads or auto"
+            ))),
+        };
+    }
     let buffered = files.iter().find(|f| !f.direct());
     match aio {
         Aio::Auto => match (uring::available(), buffered) {

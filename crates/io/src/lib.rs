@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   File      an image file or device: kind, O_DIRECT and what it demands, QEMU's locks;   file, gate
-//!             block::Storage for everything that may block
+//!             block::Storage for everything that may block; a disk of a server in its place
 //!   Engine    stage … turn: one system call for a batch                                    engine
 //!     │  queue: slots, merging, bounce memory, short transfers, retries                    queue
 //!     │  turn, the same for all                                                            runner
@@ -45,5 +45,5 @@ pub use engine::{
     Aio, Cache, Completion, Counters, Engine, EngineKind, Events, FileSlot, Io, IoOp, Token, Wait,
 };
 pub use eventfd::{EventFd, Waker};
-pub use file::{Alignment, File, FileKind, Lock, OpenOptions, wait_for_lock};
+pub use file::{Alignment, File, FileKind, Lock, OpenOptions, Remote, wait_for_lock};
 pub use sim::{Change, Fault, FaultOp, Keep, LogEntry, Outage, SimClock, SimDisk, SimOptions};

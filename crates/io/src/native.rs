@@ -19,7 +19,7 @@ use crate::{
     pool::Pool,
     queue::{Queue, StepKind},
     runner::{Backend, Sleep},
-    threads::refuse_simulated,
+    threads::{refuse_remote, refuse_simulated},
 };
 use block::{Error, Result};
 use std::{
@@ -312,6 +312,7 @@ impl Backend for Native {
 
     fn attach(&mut self, slot: u16, file: &File) -> Result<()> {
         refuse_simulated(file)?;
+        refuse_remote(file)?;
         if !file.direct() {
             return Err(Error::unsupported(
                 "Linux AIO needs O_DIRECT: use --cache none or directsync, or --aio threads or io_uring",

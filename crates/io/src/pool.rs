@@ -6,13 +6,13 @@
 //! engine takes all of them at once, and is woken only when it sleeps.
 
 use crate::{
-    File, IoOp,
+    File, FileKind, IoOp,
     eventfd::Waker,
     file::GateHeld,
     queue::{Queue, Step, StepKind},
     sys,
 };
-use block::IoVec;
+use block::{ErrorKind, IoVec};
 use std::{
     collections::VecDeque,
     io,
@@ -71,7 +71,10 @@ impl Shared {
     fn run(&self, task: Task) {
         let (result, zeroed) = match perform(&task) {
             Ok((n, zeroed)) => (n, zeroed),
-            Err(e) => (-e.raw_os_error().unwrap_or(libc::EIO), false),
+            Err(e) => {
+                let errno = e.raw_os_error();
+                (-errno.unwrap_or_else(|| ErrorKind::of(&e).errno()), false)
+            }
         };
         let job = task.job;
         // Before the completion is seen: the caller may close the file then.
@@ -254,6 +257,11 @@ fn perform(task: &Task) -> io::Result<(i32, bool)> {
     // At most 0x7ffff000 bytes in one call of the kernel.
     let bytes = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
     match task.kind {
+        StepKind::Read | StepKind::Write if file.kind() == FileKind::Remote => {
+            // SAFETY: as below; an `IoVec` with its pieces is lent to the step, and to nobody else meanwhile.
+            let pieces = unsafe { std::slice::from_raw_parts(iov, count as usize) };
+            remote(task, pieces).map(|n| (bytes(n), false))
+        }
         StepKind::Read => {
             // SAFETY: `Engine::stage` makes the caller keep and lend the memory; bounce memory is
             // the engine's, which waits for its steps before it ends.
@@ -281,4 +289,26 @@ fn perform(task: &Task) -> io::Result<(i32, bool)> {
         }
         StepKind::Range(_) => Err(io::Error::from_raw_os_error(libc::EINVAL)),
     }
+}
+
+/// Moves the bytes of a step to or from a server.
+fn remote(task: &Task, pieces: &[IoVec]) -> io::Result<usize> {
+    let mut done = 0;
+    for piece in pieces.iter().filter(|piece| piece.len() > 0) {
+        let at = task.offset + done as u64;
+        if task.kind == StepKind::Read {
+            // SAFETY: the memory is lent to this step alone until its completion was taken (`Engine::stage`).
+            let buf = unsafe { std::slice::from_raw_parts_mut(piece.base(), piece.len()) };
+            let there = task.file.read_up_to(at, buf)?;
+            if there < buf.len() {
+                return Ok(done + there);
+            }
+        } else {
+            // SAFETY: as above, and it is only read.
+            let data = unsafe { std::slice::from_raw_parts(piece.base(), piece.len()) };
+            task.file.write_all(at, data, GateHeld::Yes)?;
+        }
+        done += piece.len();
+    }
+    Ok(done)
 }

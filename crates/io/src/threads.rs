@@ -34,6 +34,16 @@ pub(crate) fn refuse_simulated(file: &File) -> Result<()> {
     Ok(())
 }
 
+/// What the kernel submits has a descriptor.
+pub(crate) fn refuse_remote(file: &File) -> Result<()> {
+    if file.kind() == FileKind::Remote {
+        return Err(Error::invalid(
+            "only the engine 'threads' drives a disk of a server",
+        ));
+    }
+    Ok(())
+}
+
 impl Backend for Threads {
     const KIND: EngineKind = EngineKind::Threads;
 

@@ -17,7 +17,7 @@ use crate::{
     pool::Pool,
     queue::{FILES_MAX, Queue, Step, StepKind},
     runner::{Backend, Sleep},
-    threads::refuse_simulated,
+    threads::{refuse_remote, refuse_simulated},
 };
 use block::{Context, Error, IoVec, Result};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
@@ -411,6 +411,7 @@ impl Backend for Uring {
 
     fn attach(&mut self, slot: u16, file: &File) -> Result<()> {
         refuse_simulated(file)?;
+        refuse_remote(file)?;
         let index = usize::from(slot);
         if self.fds.len() <= index {
             self.fds.resize(index + 1, -1);

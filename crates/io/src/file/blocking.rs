@@ -2,7 +2,7 @@
 
 use super::{File, FileKind, Lacks};
 use crate::{gate::ExclusiveGuard, gate::SharedGuard, memory::AlignedBuf, sys};
-use block::{align_down, align_up};
+use block::{Error, ErrorKind, align_down, align_up};
 use rustix::{
     fs::{FallocateFlags, SeekFrom},
     io::Errno,
@@ -109,6 +109,14 @@ impl File {
     }
 
     fn read_aligned(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        if let Some(remote) = self.at_server() {
+            let there = remote.size().saturating_sub(offset);
+            let there = usize::try_from(there).unwrap_or(usize::MAX).min(buf.len());
+            if there > 0 {
+                remote.read(offset, &mut buf[..there])?;
+            }
+            return Ok(there);
+        }
         let mut done = 0;
         while done < buf.len() {
             let n = sys::pread(self.raw_fd(), &mut buf[done..], offset + done as u64)?;
@@ -165,6 +173,12 @@ impl File {
     }
 
     fn write_aligned(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        if let Some(remote) = self.at_server() {
+            return match offset + buf.len() as u64 > remote.size() {
+                true => Err(os(libc::ENOSPC)),
+                false => Ok(remote.write(offset, buf)?),
+            };
+        }
         let mut done = 0;
         while done < buf.len() {
             let n = sys::pwrite(self.raw_fd(), &buf[done..], offset + done as u64)?;
@@ -187,6 +201,12 @@ impl File {
         if let Some(sim) = &self.sim {
             return sim.sync_data(sim.begin()).inspect_err(|error| {
                 self.note_sync_failure(error.raw_os_error().unwrap_or(libc::EIO));
+            });
+        }
+        if let Some(remote) = self.at_server() {
+            return remote.flush().map_err(|error| {
+                self.note_sync_failure(error.kind().errno());
+                error.into()
             });
         }
         loop {
@@ -253,6 +273,7 @@ impl File {
         let _hold = self.enter(offset, len, gate);
         match self.kind {
             FileKind::BlockDevice => self.zero_device(offset, end, unmap, fast),
+            FileKind::Remote => self.zero_remote(offset, end, unmap, fast),
             _ => self.zero_file(offset, end, unmap, fast, grow),
         }
     }
@@ -338,6 +359,27 @@ impl File {
         self.write_zeros(offset, end)
     }
 
+    fn zero_remote(&self, offset: u64, end: u64, unmap: bool, fast: bool) -> io::Result<()> {
+        if end > self.size()? {
+            return Err(os(libc::ENOSPC));
+        }
+        let align = u64::from(self.alignment.offset);
+        let (start, stop) = (align_up(offset, align), align_down(end, align));
+        let zeroed = match self.at_server().filter(|_| start < stop) {
+            Some(remote) => remote.zero(start, stop - start, unmap, fast),
+            None => Err(Error::unsupported("less than a block")),
+        };
+        match zeroed {
+            Ok(()) => {
+                self.write_zeros(offset, start)?;
+                self.write_zeros(stop, end)
+            }
+            Err(error) if error.kind() != ErrorKind::Unsupported => Err(error.into()),
+            Err(_) if fast => Err(os(libc::EOPNOTSUPP)),
+            Err(_) => self.write_zeros(offset, end),
+        }
+    }
+
     /// The caller holds the gate.
     fn write_zeros(&self, mut offset: u64, end: u64) -> io::Result<()> {
         while offset < end {
@@ -376,6 +418,15 @@ impl File {
             return sim.discard_range(offset, len, sim.begin());
         }
         let _hold = self.enter(offset, len, gate);
+        if let Some(remote) = self.at_server() {
+            let align = u64::from(self.alignment.offset);
+            let end = end.min(remote.size());
+            let (start, stop) = (align_up(offset, align), align_down(end, align));
+            return match start < stop {
+                true => Ok(remote.discard(start, stop - start)?),
+                false => Ok(()),
+            };
+        }
         let result = match self.kind {
             FileKind::BlockDevice => {
                 let block = u64::from(sys::block_size(self.as_fd())?).max(512);
@@ -409,7 +460,7 @@ impl File {
         if let Some(sim) = &self.sim {
             return sim.allocate_range(offset, len, sim.begin());
         }
-        if self.kind == FileKind::BlockDevice {
+        if self.is_fixed() {
             return if end > self.size()? {
                 Err(os(libc::ENOSPC))
             } else {
@@ -431,6 +482,10 @@ impl File {
     pub(crate) fn sparse_run(&self, offset: u64, len: u64) -> io::Result<(u64, bool)> {
         if let Some(sim) = &self.sim {
             return Ok(sim.sparse_run(offset, len));
+        }
+        if let Some(remote) = self.at_server() {
+            let (end, zero) = remote.run(offset, len - offset)?;
+            return Ok((end, !zero));
         }
         match rustix::fs::seek(&self.fd, SeekFrom::Data(offset)) {
             Ok(data) if data > offset => return Ok((data.min(len), false)),
@@ -457,7 +512,7 @@ impl File {
         if let Some(sim) = &self.sim {
             return sim.resize(len, sim.begin());
         }
-        if self.kind == FileKind::BlockDevice {
+        if self.is_fixed() {
             // As QEMU: a device is as long as it is; less than all of it may be used.
             return if len > self.size()? {
                 Err(os(libc::ENOSPC))

@@ -183,7 +183,7 @@ impl File {
     /// Changes the lock. On failure ([`ErrorKind::Locked`]) the old one stays in force.
     pub fn set_lock(&self, new: Lock) -> Result<()> {
         let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.sim.is_none() {
+        if self.sim.is_none() && self.at_server().is_none() {
             change(self.as_fd(), &self.path, *lock, new)?;
         }
         *lock = new;

@@ -4,6 +4,7 @@
 //!   open      flags, O_DIRECT, kind, alignment            open.rs
 //!   lock      QEMU's image locks                          lock.rs
 //!   blocking  reads, writes, zeroes, … of any alignment   blocking.rs
+//!   Remote    disks of servers in the place of files          remote.rs
 //!   Storage   the same behind `block::Storage`            storage.rs
 //! ```
 //!
@@ -13,11 +14,13 @@
 mod blocking;
 mod lock;
 mod open;
+mod remote;
 mod storage;
 
 pub(crate) use blocking::GateHeld;
 pub use lock::{Lock, wait_for_lock};
 pub use open::OpenOptions;
+pub use remote::Remote;
 
 use crate::{Cache, gate::Gate, sim::SimDisk};
 use block::{Context, Result};
@@ -41,6 +44,8 @@ pub enum FileKind {
     Regular,
     /// A block device; cannot grow.
     BlockDevice,
+    /// A disk of a server ([`Remote`]); cannot grow.
+    Remote,
     /// A [`SimDisk`].
     Simulated,
 }
@@ -85,6 +90,7 @@ pub struct File {
     /// Held by who writes much through the page cache.
     turn: Mutex<()>,
     sim: Option<Arc<SimDisk>>,
+    remote: Option<Arc<dyn Remote>>,
 }
 
 #[derive(Debug, Default)]
@@ -110,6 +116,9 @@ impl File {
         if let Some(sim) = &self.sim {
             // No device has that number.
             return Ok((u64::MAX, Arc::as_ptr(sim).addr() as u64));
+        }
+        if let Some(remote) = &self.remote {
+            return Ok(remote.identity());
         }
         let stat = rustix::fs::fstat(&self.fd)
             .map_err(io::Error::from)
@@ -192,7 +201,18 @@ impl File {
             gate: Gate::new(),
             turn: Mutex::new(()),
             sim: Some(disk),
+            remote: None,
         }))
+    }
+
+    /// The server's disk behind it, if there is one.
+    pub(crate) fn at_server(&self) -> Option<&dyn Remote> {
+        self.remote.as_deref()
+    }
+
+    /// Whether it is as long as it is: a device, or a disk of a server.
+    pub fn is_fixed(&self) -> bool {
+        matches!(self.kind, FileKind::BlockDevice | FileKind::Remote)
     }
 
     pub(crate) fn raw_fd(&self) -> RawFd {
@@ -208,6 +228,9 @@ impl File {
     pub(crate) fn size(&self) -> io::Result<u64> {
         if let Some(sim) = &self.sim {
             return Ok(sim.size());
+        }
+        if let Some(remote) = &self.remote {
+            return Ok(remote.size());
         }
         if self.kind == FileKind::BlockDevice {
             let cached = self.device_len.load(Ordering::Relaxed);
@@ -239,7 +262,7 @@ impl File {
     /// As [`block::Storage::sync`].
     pub fn read_anew(&self) -> Result<()> {
         block::Storage::sync(self)?;
-        if self.sim.is_none() {
+        if self.sim.is_none() && self.remote.is_none() {
             // Advice: not every file system takes it.
             let _ = rustix::fs::fadvise(&self.fd, 0, None, rustix::fs::Advice::DontNeed);
         }

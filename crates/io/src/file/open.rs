@@ -153,6 +153,7 @@ impl File {
             gate: Gate::new(),
             turn: Mutex::new(()),
             sim: None,
+            remote: None,
             fd,
         }))
     }

@@ -92,6 +92,6 @@ impl Storage for File {
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        self.sim.is_none().then(|| self.as_fd())
+        (self.sim.is_none() && self.at_server().is_none()).then(|| self.as_fd())
     }
 }
