@@ -71,14 +71,21 @@ fn nonsense(what: impl Into<String>) -> Error {
 ///
 /// Nobody listens, the server has no such export, it wants TLS, it breaks the protocol or takes too long.
 pub fn open(uri: &Uri, options: &Options) -> Result<(Socket, Export)> {
-    let wait = Wait {
+    let mut wait = Wait {
         until: Some(Instant::now() + options.time.unwrap_or(HANDSHAKE_MAX)),
         cancelled: options.cancelled,
     };
     let socket = Socket::connect(&uri.server, &wait)?;
-    let export = negotiate(&socket, &uri.export, options.allocation, &wait);
-    let export = export.context(|| "handshake")?;
-    Ok((socket, export))
+    match negotiate(&socket, &uri.export, options.allocation, &wait) {
+        Ok(export) => Ok((socket, export)),
+        Err(error) => {
+            // As it is proper; nobody waits for a server that does not take it.
+            wait.until = Some(Instant::now());
+            let (socket, wait) = (&socket, &wait);
+            let _ = Dialogue { socket, wait }.send_option(opt::ABORT, &[]);
+            Err(error.within("handshake"))
+        }
+    }
 }
 
 /// Why an option was not acknowledged.

@@ -7,6 +7,8 @@
 //!   uri        names of exports
 //!   socket     a connection: nothing waits for ever
 //!   handshake  from a socket to an export that takes requests
+//!   connection requests of many threads in flight on one connection
+//!   client     a disk at a server: `io::Remote`
 //! ```
 //!
 //! What comes from a server is bounded and checked as what comes from a file is: a length that cannot be, a reply to
@@ -14,6 +16,8 @@
 
 #![forbid(unsafe_code)]
 
+mod client;
+mod connection;
 pub mod handshake;
 pub mod proto;
 pub mod reply;
@@ -21,4 +25,5 @@ pub mod request;
 pub mod socket;
 pub mod uri;
 
+pub use client::{Client, Options};
 pub use uri::{Uri, is_name};

@@ -230,7 +230,11 @@ impl fmt::Display for Uri {
         use std::os::unix::ffi::OsStrExt as _;
         match &self.server {
             Server::Unix(path) => {
-                f.write_str("nbd+unix:///")?;
+                // As QEMU shows it.
+                f.write_str("nbd+unix://")?;
+                if !self.export.is_empty() {
+                    f.write_str("/")?;
+                }
                 encode(self.export.as_bytes(), f)?;
                 f.write_str("?socket=")?;
                 encode(path.as_os_str().as_bytes(), f)
