@@ -153,6 +153,12 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
     if let Some(format) = said {
         return Ok(format);
     }
+    if open::at_server(file).is_some() {
+        bail!(
+            "{}: what is to be written to a server, its name does not say: say {flag} raw, or another format",
+            file.display()
+        );
+    }
     let extension = file.extension().and_then(|e| e.to_str());
     Ok(match extension {
         Some("qcow2") => Format::Qcow2,
@@ -287,7 +293,7 @@ fn backing_of(args: &args::Create, options: &Options) -> Result<Option<(String, 
 /// Opens the base as the new image will and gives its size.
 fn base_size(file: &Path, name: &str, format: Format) -> Result<u64> {
     // A relative name starts at the directory of the image that stores it.
-    let path = file.parent().unwrap_or(Path::new("")).join(name);
+    let path = open::beside(file, name);
     let spec = open::spec(&path).context("-b")?;
     let options = ChainOptions {
         format: Some(format),
@@ -428,6 +434,10 @@ fn write_vmdk(path: &Path, options: &vmdk::CreateOptions, overwrite: bool) -> Re
 
 fn write(path: &Path, format: Format, options: &Options, stop: &Stop) -> Result<()> {
     let open = OpenOptions::default();
+    if open::at_server(path).is_some() {
+        let file = open::open_file(path, &open)?;
+        return write_fixed(path, &file, format, options, stop);
+    }
     let created = match create_new(path, &open, options.overwrite) {
         Ok(file) => return write_new(file.path(), &file, format, options, stop),
         Err(error) if path.exists() => error,
@@ -441,8 +451,19 @@ fn write(path: &Path, format: Format, options: &Options, stop: &Stop) -> Result<
         Err(error) if error.kind() == ErrorKind::Locked => return Err(error.into()),
         Err(_) => return Err(created.into()),
     };
+    write_fixed(path, &file, format, options, stop)
+}
+
+/// Makes an image in what cannot grow: a device, or a disk of a server.
+fn write_fixed(
+    path: &Path,
+    file: &File,
+    format: Format,
+    options: &Options,
+    stop: &Stop,
+) -> Result<()> {
     match format {
-        Format::Qcow2 => write_qcow2(&file, options, stop),
+        Format::Qcow2 => write_qcow2(file, options, stop),
         Format::Qed | Format::Vhdx => bail!(
             "{}: a {format} image grows, which a device cannot",
             path.display()
@@ -452,13 +473,13 @@ fn write(path: &Path, format: Format, options: &Options, stop: &Stop) -> Result<
              device rarely ends: say subformat=dynamic, or write a raw disk",
             path.display()
         ),
-        Format::Vhd => write_vhd(&file, options, stop),
+        Format::Vhd => write_vhd(file, options, stop),
         Format::Vdi if options.vdi.image_type == vdi::ImageType::Static => bail!(
             "{}: a static vdi image on a device would show what the device held: say static=off, or write a raw disk",
             path.display()
         ),
-        Format::Vdi => write_vdi(&file, options, stop),
-        Format::Luks => write_luks(&file, options, stop),
+        Format::Vdi => write_vdi(file, options, stop),
+        Format::Luks => write_luks(file, options, stop),
         _ if file.len()? < options.qcow2.size => bail!(
             "{}: the device has {}, less than {}",
             path.display(),
@@ -514,6 +535,9 @@ pub(crate) fn emptied(path: &Path, cache: Cache) -> Result<Arc<File>> {
         cache,
         ..OpenOptions::default()
     };
+    if open::at_server(path).is_some() {
+        return open::open_file(path, &open);
+    }
     let file = match create_new(path, &open, true) {
         Ok(file) => return Ok(file),
         Err(_) if path.exists() => io::wait_for_lock(|| File::open(path, &open))?,
@@ -597,13 +621,13 @@ fn write_luks(file: &File, options: &Options, stop: &Stop) -> Result<()> {
     let size = options.qcow2.size;
     let end = luks::file_bytes(volume.len(), size)?;
     match file.kind() {
-        FileKind::BlockDevice if file.len()? < end => bail!(
+        FileKind::BlockDevice | FileKind::Remote if file.len()? < end => bail!(
             "{}: the device has {}, less than disk and header need: {}",
             file.name(),
             size::human(file.len()?),
             size::human(end)
         ),
-        FileKind::BlockDevice => {}
+        FileKind::BlockDevice | FileKind::Remote => {}
         // Before the header, without which there is no image.
         _ => {
             file.set_len(end)?;

@@ -8,7 +8,7 @@
 //! | `filename` | as given; of a backing image resolved |
 //! | `format` | `raw`, `qcow2` or `null` |
 //! | `virtual-size` | bytes of the disk |
-//! | `file-size`, `actual-size` | bytes of the file, and bytes that it takes on the host; absent for `null` |
+//! | `file-size`, `actual-size` | bytes of the file, and bytes that it takes on the host; absent for `null`, the second for what a server has |
 //! | `cluster-size` | bytes; absent for formats without clusters |
 //! | `backing-filename`, `backing-filename-format` | as stored in the image; absent where it has none |
 //! | `data-filename` | name of the external data file as stored in the image; absent where it has none |
@@ -26,7 +26,7 @@ use block::{plain, size};
 use comfy_table::{Table, presets};
 use disk::chain::{Chain, ChainOptions, Layer};
 use image::{Description, Format};
-use io::Aio;
+use io::{Aio, FileKind};
 use serde::Serialize;
 use std::{collections::BTreeMap, fs, os::unix::fs::MetadataExt};
 
@@ -127,6 +127,11 @@ fn entry(layer: &Layer) -> Result<Entry> {
     let file = layer.files.first();
     let mut host = file.map(|_| 0);
     for file in &layer.files {
+        if file.kind() == FileKind::Remote {
+            // What it takes there, only the server knows.
+            host = None;
+            break;
+        }
         let bytes = fs::metadata(file.path())?.blocks().saturating_mul(512);
         host = host.map(|sum| sum + bytes);
     }

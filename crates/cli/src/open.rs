@@ -5,6 +5,7 @@
 
 use crate::image_opts::{self, ImageOptions};
 use crate::secret::Objects;
+use crate::signals;
 use anyhow::{Context as _, Result, anyhow, bail};
 use disk::chain::{Chain, ChainOptions};
 use image::Format;
@@ -44,7 +45,32 @@ pub fn file(path: &Path, access: Access) -> Result<Arc<File>> {
         },
         ..OpenOptions::default()
     };
-    Ok(io::wait_for_lock(|| File::open(path, &options))?)
+    open_file(path, &options)
+}
+
+/// Opens the file at `path`, or the NBD export of that name.
+pub fn open_file(path: &Path, options: &OpenOptions) -> Result<Arc<File>> {
+    match at_server(path) {
+        Some(name) => {
+            let cancelled = Some(signals::are_caught as fn() -> bool);
+            Ok(disk::chain::open_export(name, options, cancelled)?)
+        }
+        None => Ok(io::wait_for_lock(|| File::open(path, options))?),
+    }
+}
+
+/// The name of an NBD export, where `path` is one.
+pub fn at_server(path: &Path) -> Option<&str> {
+    path.to_str().filter(|name| nbd::is_name(name))
+}
+
+/// Where the file is that the image at `above` calls `name`: a relative name starts at the image's directory, one of an NBD
+/// export is what it is.
+pub fn beside(above: &Path, name: &str) -> PathBuf {
+    match nbd::is_name(name) {
+        true => PathBuf::from(name),
+        false => above.parent().unwrap_or(Path::new("")).join(name),
+    }
 }
 
 /// Opens the image file at `path`. Its format is `format`, or the one whose magic it shows, or else raw.
@@ -59,7 +85,11 @@ pub fn image(path: &Path, format: Option<Format>, access: Access) -> Result<(Arc
 
 /// Opens an image and all below it.
 pub fn chain(spec: &str, options: &ChainOptions) -> block::Result<Chain> {
-    io::wait_for_lock(|| Chain::open(spec, options))
+    let options = ChainOptions {
+        cancelled: Some(signals::are_caught),
+        ..options.clone()
+    };
+    io::wait_for_lock(|| Chain::open(spec, &options))
 }
 
 /// Opens an image and all below it, by its file's name, by `json:{…}` or, with `image_opts`, by `key=value,…`. What is

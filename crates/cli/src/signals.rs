@@ -121,6 +121,11 @@ pub fn stop_on_signals() -> Result<Stop> {
     Ok(stop)
 }
 
+/// Whether a signal has asked for the end of the work.
+pub fn are_caught() -> bool {
+    CAUGHT.load(Ordering::Relaxed) != 0
+}
+
 /// Ends the process as the signal that stopped its work would have, where one did: a shell that runs a script
 /// wants to see that, and shows 128 and the signal's number.
 pub fn die_if_stopped() {

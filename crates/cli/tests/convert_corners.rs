@@ -304,6 +304,6 @@ fn nobody_elses_file_is_written_over() {
     let text = refused(dir, &over_its_base);
     assert!(text.contains("is read from, too"), "{text}");
     assert!(fs::read(dir.join("precious")).unwrap() == content);
-    let text = refused(dir, &["convert", "nbd://localhost/disk", "c.raw"]);
+    let text = refused(dir, &["convert", "ssh://localhost/disk", "c.raw"]);
     assert!(text.contains("has a protocol"), "{text}");
 }

@@ -2,12 +2,12 @@
 
 use super::{Copied, Copying};
 use crate::partial::Partial;
-use crate::{create, encrypt, options};
+use crate::{create, encrypt, open, options};
 use anyhow::{Result, bail};
 use crypto::Passphrase;
 use disk::chain::Layer;
 use image::Format;
-use io::{File, FileKind, OpenOptions};
+use io::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::{fs, sync::Arc};
 use tool::convert::{Report, Target, convert};
@@ -42,6 +42,7 @@ impl Copying<'_> {
         }
         // A device is taken as it is, and stays where it is.
         let device = match fs::metadata(self.target) {
+            _ if open::at_server(self.target).is_some() => true,
             Ok(metadata) if metadata.is_file() => bail!(create::exists(self.target)),
             found => found.is_ok(),
         };
@@ -54,7 +55,9 @@ impl Copying<'_> {
             passphrases.insert(0, passphrase);
         }
         if device && args.resume {
-            bail!("--resume: DST is a device, in which nothing tells how far a copy came");
+            bail!(
+                "--resume: DST is a device or at a server, in which nothing tells how far a copy came"
+            );
         }
         if device {
             let mut made = Made {
@@ -209,10 +212,10 @@ impl Copying<'_> {
             ..OpenOptions::default()
         };
         let file = match device {
-            true => io::wait_for_lock(|| File::open(path, &open))?,
+            true => open::open_file(path, &open)?,
             false => File::create_new(path, &open)?,
         };
-        if device && file.kind() != FileKind::BlockDevice {
+        if device && !file.is_fixed() {
             bail!("{}: neither a file nor a block device", path.display());
         }
         let target = Target::Compressed {

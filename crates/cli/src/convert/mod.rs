@@ -166,7 +166,7 @@ fn base(args: &Arguments, target: &Path, passphrases: &[Arc<Passphrase>]) -> Res
         return Ok(None);
     };
     // A relative name starts at the directory of the image that stores it.
-    let path = target.parent().unwrap_or(Path::new("")).join(name);
+    let path = open::beside(target, name);
     let spec = open::spec(&path).context("-B")?;
     let options = ChainOptions {
         format: args.backing_format,

@@ -15,6 +15,7 @@
 
 use super::Copied;
 use crate::args::Convert as Arguments;
+use crate::open;
 use anyhow::Result;
 use block::{plain, size};
 use serde::Serialize;
@@ -45,8 +46,10 @@ struct Json<'a> {
     bitmaps: Option<&'a [String]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     bitmaps_left_out: Option<&'a [String]>,
-    file_size: u64,
-    actual_size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    actual_size: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -60,8 +63,13 @@ struct Hole<'a> {
 pub(super) fn print(args: &Arguments, copied: &Copied) -> Result<()> {
     let Copied { format, report, .. } = copied;
     let (names, target) = args.files()?;
-    let metadata = fs::metadata(target)?;
-    let (file_size, actual_size) = (metadata.len(), metadata.blocks().saturating_mul(512));
+    let metadata = match open::at_server(target) {
+        Some(_) => None,
+        None => Some(fs::metadata(target)?),
+    };
+    let actual = |there: &fs::Metadata| there.blocks().saturating_mul(512);
+    let actual_size = metadata.as_ref().map(actual);
+    let file_size = metadata.map(|there| there.len());
     if args.moving.json {
         let places = report.unreadable.iter().map(|found| Hole {
             offset: found.at,

@@ -15,6 +15,7 @@
 //! name.
 
 mod json;
+mod nbd;
 mod node;
 
 use anyhow::{Result, anyhow, bail};
@@ -154,6 +155,7 @@ impl ImageOptions {
                 ))?;
                 (name, Some(Format::Raw))
             }
+            Some("nbd") => (node.nbd()?, Some(Format::Raw)),
             Some("null-co" | "null-aio") if first => {
                 let size = node.number("size")?.unwrap_or(NULL_BYTES);
                 let zeros = match node.take_switch("read-zeroes")? {

@@ -184,11 +184,13 @@ impl Node {
             self = below;
         }
         match driver.as_str() {
+            "nbd" => return self.nbd(),
             "file" | "host_device" => {}
             // What QEMU knows is not called unknown.
-            "nbd" | "ssh" | "https" | "http" | "iscsi" | "rbd" | "nfs" | "blkdebug"
-            | "throttle" => {
-                bail!("{what}.driver={driver}: only files and devices are opened")
+            "ssh" | "https" | "http" | "iscsi" | "rbd" | "nfs" | "blkdebug" | "throttle" => {
+                bail!(
+                    "{what}.driver={driver}: only files, devices and exports of NBD servers are opened"
+                )
             }
             _ => bail!("Unknown driver '{driver}'"),
         }

@@ -14,7 +14,7 @@ use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use disk::chain::Chain;
 use image::{Format, qcow2};
-use io::{Cache, FileKind};
+use io::Cache;
 use tool::bitmap;
 use tool::convert::{ConvertOptions, SPARSE_BYTES, Target, convert};
 use tool::prealloc::Preallocation;
@@ -537,8 +537,9 @@ fn made(args: &Convert, file: &str, format: Format, said: &Said) -> Result<Optio
 /// Whether a new image at `file` reads as zeros: a raw disk on a device is what the device holds, and zeros of a luks image
 /// are not encrypted ones.
 pub fn reads_as_zeros(file: &str, format: Format) -> bool {
-    let device = crate::open::file(create::path(file), Access::ReadUnlocked)
-        .is_ok_and(|file| file.kind() == FileKind::BlockDevice);
+    let device = crate::open::at_server(create::path(file)).is_some()
+        || crate::open::file(create::path(file), Access::ReadUnlocked)
+            .is_ok_and(|file| file.is_fixed());
     format != Format::Luks && (format != Format::Raw || !device)
 }
 

@@ -72,6 +72,8 @@ pub fn run(args: &Info) -> Result<u8> {
         let path = active.path.display().to_string();
         let path = match disk::chain::is_file_name(&path) {
             true => path,
+            // An export is shown as a URI, in whatever form it was named.
+            false if let Some(file) = server_of(active) => file.path().display().to_string(),
             // It is one of a file all the same.
             false => format!("./{path}"),
         };
@@ -126,6 +128,7 @@ fn options_of(said: &ImageOptions, layer: &Layer) -> String {
 fn driver_of(file: &File) -> &'static str {
     match file.kind() {
         FileKind::BlockDevice => "host_device",
+        FileKind::Remote => "nbd",
         _ => "file",
     }
 }
@@ -162,15 +165,25 @@ fn node(name: &str, layer: &Layer) -> Result<Map<String, Value>> {
         let extents = parts
             .as_ref()
             .map_or(Vec::new(), |parts| extents(layer, parts));
-        let mut bytes = actual_size(&layer.path)?;
+        let mut bytes = match server_of(layer) {
+            // What it takes there, only the server knows.
+            Some(_) => None,
+            None => Some(actual_size(&layer.path)?),
+        };
         for (nth, (_, path, extent)) in extents.iter().enumerate() {
-            bytes = bytes.saturating_add(actual_size(path)?);
+            let more = actual_size(path)?;
+            bytes = bytes.map(|bytes| bytes.saturating_add(more));
             let info = protocol(path, extent)?;
             children.insert(0, json!({"name": format!("extents.{nth}"), "info": info}));
         }
-        put("actual-size", bytes.into());
+        if let Some(bytes) = bytes {
+            put("actual-size", bytes.into());
+        }
         children.push(json!({"name": "file", "info": protocol(&layer.path, file)?}));
-        put("dirty-flag", is_dirty(layer.format, &**file)?.into());
+        // Of a raw disk there QEMU knows as little as of the export.
+        if layer.format != Format::Raw || server_of(layer).is_none() {
+            put("dirty-flag", is_dirty(layer.format, &**file)?.into());
+        }
         if let Some(specific) = specific(layer, &**file)? {
             let kind = layer.format.qemu_name();
             put("format-specific", json!({"type": kind, "data": specific}));
@@ -195,6 +208,14 @@ pub fn full(above: &str, name: &str) -> String {
     }
 }
 
+/// The first file of an image that lies at a server.
+fn server_of(layer: &Layer) -> Option<&File> {
+    let first = layer.files.first();
+    first
+        .map(|file| &**file)
+        .filter(|file| file.kind() == FileKind::Remote)
+}
+
 fn actual_size(path: &Path) -> Result<u64> {
     Ok(fs::metadata(path)?.blocks().saturating_mul(512))
 }
@@ -202,6 +223,14 @@ fn actual_size(path: &Path) -> Result<u64> {
 /// The file below an image.
 fn protocol(path: &Path, file: &File) -> Result<Value> {
     let kind = driver_of(file);
+    if file.kind() == FileKind::Remote {
+        return Ok(json!({
+            "filename": file.path().display().to_string(),
+            "format": kind,
+            "virtual-size": block::align_up(file.len()?, 512),
+            "children": [],
+        }));
+    }
     Ok(json!({
         "filename": path.display().to_string(),
         "format": kind,

@@ -88,10 +88,27 @@ pub fn chain_and_options(
         named.passphrases.clone_from(&how.passphrases);
     }
     let path = open::spec(&named.path)?;
+    let failed = |error: block::Error| could_not(explain(path, &error, how.write));
+    let cache = named.cache.unwrap_or(how.cache);
+    let mut opened = None;
     let format = match named.format {
         Some(format) => format,
         None => {
-            let found = probe(&named.path).map_err(|e| could_not(explain(path, &e, how.write)))?;
+            let found = match crate::open::at_server(&named.path) {
+                // Once for all: many a server takes one client, and ends with that.
+                Some(export) => {
+                    let options = OpenOptions {
+                        read_only: !how.write,
+                        cache,
+                        ..OpenOptions::default()
+                    };
+                    let cancelled = Some(crate::signals::are_caught as fn() -> bool);
+                    let file = disk::chain::open_export(export, &options, cancelled);
+                    probe_in(opened.insert(file.map_err(failed)?))
+                }
+                None => probe(&named.path),
+            };
+            let found = found.map_err(failed)?;
             if found == Format::Raw && how.write {
                 warn_of_raw(name.text);
             }
@@ -100,12 +117,13 @@ pub fn chain_and_options(
     };
     let options = ChainOptions {
         format: Some(format),
+        opened,
         part: named.part,
         below: named.below,
         data_file: named.data_file,
         passphrases: named.passphrases,
         read_only: !how.write,
-        cache: named.cache.unwrap_or(how.cache),
+        cache,
         force_share: named.force_share,
         snapshot: how.snapshot.clone(),
         without_backing: how.without_backing,
@@ -245,8 +263,12 @@ pub fn probe(path: &Path) -> block::Result<Format> {
         lock: Lock::None,
         ..OpenOptions::default()
     };
-    let file = File::open(path, &options)?;
-    match image::probe(&*file) {
+    probe_in(&*File::open(path, &options)?)
+}
+
+/// As [`probe`], of a file that is open.
+fn probe_in(file: &File) -> block::Result<Format> {
+    match image::probe(file) {
         // What may be a fixed VHD image is raw to QEMU.
         Err(error) if error.kind() == ErrorKind::Invalid => Ok(Format::Raw),
         found => Ok(found?.unwrap_or(Format::Raw)),
@@ -426,17 +448,27 @@ pub fn shared_file(
         (Access::Read, true) => Access::ReadUnlocked,
         (access, _) => access,
     };
-    let format = match named.format {
-        Some(format) => format,
-        None => probe(&named.path).map_err(|e| failed(&e))?,
+    let file = || {
+        open::file(&named.path, access).map_err(|error| match error.downcast_ref() {
+            Some(known) => failed(known),
+            None => could_not(error),
+        })
+    };
+    let (file, format) = match named.format {
+        Some(format) => (file()?, format),
+        None if open::at_server(&named.path).is_some() => {
+            let file = file()?;
+            let format = probe_in(&file).map_err(|e| failed(&e))?;
+            (file, format)
+        }
+        None => {
+            let format = probe(&named.path).map_err(|e| failed(&e))?;
+            (file()?, format)
+        }
     };
     if name.format.is_none() && format == Format::Raw && access == Access::Write {
         warn_of_raw(name.text);
     }
-    let file = open::file(&named.path, access).map_err(|error| match error.downcast_ref() {
-        Some(known) => failed(known),
-        None => could_not(error),
-    })?;
     Ok((file, format))
 }
 

@@ -14,13 +14,16 @@
 //! that the user allowed. The format must be recorded beside the name: probing
 //! would let a guest turn its raw base into a qcow2 that names what it likes. (QED records only whether the file is
 //! raw: one that is not is known by its magic, and is never raw.) Names with
-//! a protocol (`nbd://`, `json:`) are refused. An external data file is treated as a backing file is (it is raw, so
+//! a protocol (`nbd://`, `json:`) are refused; but an export of an NBD server that the user allowed by its name is opened, as
+//! one is that the user named. An external data file is treated as a backing file is (it is raw, so
 //! there is no format to record), and no file may be in the chain twice: a guest's data would overwrite metadata.
 
 mod formats;
 mod names;
+mod server;
 
 pub use names::is_file_name;
+pub use server::open_export;
 
 use crate::blocking::{Driver, Member};
 use block::{Context, Error, ErrorKind, Result, Storage, limits};
@@ -92,7 +95,8 @@ pub struct ChainOptions {
     pub direct_fallback: bool,
     /// Read although another process may be writing (no locks). Needs `read_only`.
     pub force_share: bool,
-    /// Directories, besides each image's own, below which backing and data files may lie.
+    /// Directories, besides each image's own, below which backing and data files may lie; and names of NBD exports that
+    /// images may lie on.
     pub allow_backing: Vec<PathBuf>,
     /// The active image's external data file, whatever name the image has for it, and wherever it is.
     pub data_file: Option<PathBuf>,
@@ -115,6 +119,10 @@ pub struct ChainOptions {
     /// Called with the active qcow2 or QED image before that is opened for writing: brings one that was not closed
     /// cleanly in order. Without it such an image is refused.
     pub repair: Option<Repair>,
+    /// The active image's file, where that is an NBD export and open already, for writing or not as asked here.
+    pub opened: Option<Arc<File>>,
+    /// Whether somebody asked for the end: looked at while an NBD server is waited for.
+    pub cancelled: Option<fn() -> bool>,
     /// Understands names with a protocol that images have for their backing files. Without it those are refused.
     pub names: Option<Names>,
     /// Open a backing file whose format the image above does not record as what its magic says, or else as raw, as QEMU
@@ -170,7 +178,7 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Opens `spec` (a path, or `null:SIZE`) and all its backing images.
+    /// Opens `spec` (a path, the name of an NBD export, or `null:SIZE`) and all its backing images.
     ///
     /// Without a format in `options`, qcow2, QED, VHD, VHDX, VDI, LUKS and Parallels' are known by their magic, and a file that shows none counts as
     /// raw only when it is opened read-only: a guest that could write such a file could make
@@ -202,13 +210,16 @@ impl Chain {
             });
         }
         let path = PathBuf::from(spec);
-        let found = identity(&path);
-        let mut seen = vec![found.map_err(|error| match error.kind() {
-            ErrorKind::NotFound if has_protocol(spec) => Error::unsupported(format!(
-                "{spec}: has a protocol, only files and block devices are opened"
-            )),
-            _ => error,
-        })?];
+        let mut seen = Seen::new();
+        if !nbd::is_name(spec) {
+            let found = identity(&path);
+            seen.push(found.map_err(|error| match error.kind() {
+                ErrorKind::NotFound if has_protocol(spec) => Error::unsupported(format!(
+                    "{spec}: has a protocol, only files, block devices and NBD exports are opened"
+                )),
+                _ => error,
+            })?);
+        }
         let mut keys = Keys::new(options);
         let mut active = open_active(&path, &mut keys, &mut seen)?;
         let said = options.data_file.as_deref();
@@ -257,6 +268,14 @@ impl Chain {
             let names = parent
                 .as_ref()
                 .map_or(vec![name.clone()], |p| p.names.clone());
+            let recorded_format = description.backing_format.as_deref();
+            if let Some(server) = server::allowed(&name, options) {
+                let format = recorded(&above.path, &name, recorded_format).context(named)?;
+                let said = (server.as_path(), Some(format), None);
+                let layer = open_said(above, said, options, &mut keys, &mut seen)?;
+                layers.push(layer);
+                continue;
+            }
             let (name, path) =
                 resolve_any(&above.path, &names, &options.allow_backing).context(named)?;
             let format = match (above.format, description.backing_format.as_deref()) {
@@ -355,7 +374,14 @@ fn open_active(path: &Path, keys: &mut Keys<'_>, seen: &mut Seen) -> Result<Laye
         (false, true) => SHARED,
         (false, false) => Lock::Write,
     };
-    let file = open_file(path, options, options.read_only, lock)?;
+    let file = match server::name(path) {
+        Some(_) if let Some(file) = &options.opened => {
+            seen.push(file.identity()?);
+            Arc::clone(file)
+        }
+        Some(name) => server::open(name, options, options.read_only, seen)?,
+        None => open_file(path, options, options.read_only, lock)?,
+    };
     let format = match options.format {
         Some(format) => format,
         None => match image::probe(&*file)? {
@@ -421,6 +447,17 @@ fn open_said(
     seen: &mut Seen,
 ) -> Result<Layer> {
     let named = || format!("{}: backing file", above.path.display());
+    if let Some(name) = server::name(path) {
+        let file = server::open(name, options, true, seen).context(named)?;
+        let format = match format {
+            Some(format) => format,
+            None => image::probe(&*file).context(named)?.unwrap_or(Format::Raw),
+        };
+        let layer = open_backing_in(file, path.to_owned(), format, part, keys, seen);
+        let mut layer = layer.context(named)?;
+        open_data_file(&mut layer, options, true, None, seen)?;
+        return Ok(layer);
+    }
     let shown = path.display();
     let path = fs::canonicalize(path).context(|| format!("'{shown}'"));
     let path = path.context(named)?;
@@ -462,6 +499,19 @@ fn open_backing(
             )
         })?,
     };
+    open_backing_in(file, path, format, part, keys, seen)
+}
+
+/// Opens a backing image in its file, which is open.
+fn open_backing_in(
+    file: Arc<File>,
+    path: PathBuf,
+    format: Format,
+    part: Option<Part>,
+    keys: &mut Keys<'_>,
+    seen: &mut Seen,
+) -> Result<Layer> {
+    let lock = file.lock();
     let mut files = vec![file];
     let image = match format {
         Format::Vmdk if part.is_none() => open_vmdk(&path, &mut files, (true, lock), keys, seen)?,

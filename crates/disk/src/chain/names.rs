@@ -116,11 +116,23 @@ pub(super) fn resolve(above: &Path, name: &str, allowed: &[PathBuf]) -> Result<P
     // As in QEMU, a relative name starts at the directory of the name by which the image was
     // opened, also where that is a symbolic link.
     let directory = above.parent().unwrap_or(Path::new(""));
-    let path = fs::canonicalize(directory.join(name)).context(|| format!("'{shown}'"))?;
-    let real = fs::canonicalize(above).context(|| above.display().to_string())?;
-    if real.parent().is_some_and(|own| path.starts_with(own)) {
-        return Ok(path);
+    let at_server = super::server::name(above).is_some();
+    if at_server && !Path::new(name).is_absolute() {
+        return Err(Error::new(
+            ErrorKind::Denied,
+            format!("'{shown}' is a name at the server, which has no directory"),
+        ));
     }
+    let path = fs::canonicalize(directory.join(name)).context(|| format!("'{shown}'"))?;
+    if !at_server {
+        let real = fs::canonicalize(above).context(|| above.display().to_string())?;
+        if real.parent().is_some_and(|own| path.starts_with(own)) {
+            return Ok(path);
+        }
+    }
+    let allowed = allowed
+        .iter()
+        .filter(|allowed| super::server::name(allowed).is_none());
     for directory in allowed {
         let real = fs::canonicalize(directory)
             .context(|| format!("--allow-backing {}", directory.display()))?;
