@@ -85,6 +85,7 @@ impl File {
             device_len: AtomicU64::new(u64::MAX),
             gate: Gate::new(),
             sim: None,
+            turn: Mutex::new(()),
             remote: Some(remote),
         }))
     }
