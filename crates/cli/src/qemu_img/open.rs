@@ -213,7 +213,7 @@ pub fn check_protocol(name: &str) -> Result<()> {
     let own = ["file:", "host_device:"]
         .iter()
         .any(|own| name.starts_with(own));
-    match own || disk::chain::is_file_name(name) {
+    match own || nbd::is_name(name) || disk::chain::is_file_name(name) {
         true => Ok(()),
         false => {
             let protocol = name.split(':').next().unwrap_or_default();
