@@ -108,7 +108,7 @@ fn many_threads_get_what_is_theirs() {
                             stream.extend(SIMPLE_REPLY_MAGIC.to_be_bytes());
                             stream.extend(0u32.to_be_bytes());
                             stream.extend(ask.cookie.to_be_bytes());
-                            stream.extend([if byte % 3 == 0 { 0 } else { byte }; 512]);
+                            stream.extend([if byte.is_multiple_of(3) { 0 } else { byte }; 512]);
                         }
                     }
                 }
@@ -126,7 +126,7 @@ fn many_threads_get_what_is_theirs() {
                         let byte = (round * READERS + nth) as u8;
                         let mut buf = [0xff; 512];
                         read(connection, u64::from(byte) * 512, &mut buf).unwrap();
-                        let expected = if byte % 3 == 0 { 0 } else { byte };
+                        let expected = if byte.is_multiple_of(3) { 0 } else { byte };
                         assert_eq!(buf, [expected; 512]);
                     }
                 });
