@@ -96,6 +96,16 @@ fn differencing_images_lie_over_vhd_and_raw() {
     assert!(error.contains("over vhd or raw"), "{error}");
 }
 
+#[test]
+fn maps_are_those_of_qemu() {
+    let dir = TempDir::new();
+    let root = dir.root();
+    good(root, &["create", "a.vhd", "8M"]);
+    let map = ["map", "-f", "vpc", "--output=json", "a.vhd"];
+    let ours = good(root, &[&["qemu-img"][..], &map].concat());
+    assert_eq!(ours, qemu_img(root, &map));
+}
+
 /// Of a block of which little was written, QEMU leaves the rest a hole.
 #[test]
 fn sparse_disks_stay_sparse() {

@@ -8,6 +8,7 @@ use crate::map::{Entry, finish, walk};
 use anyhow::{Result, bail};
 use clap::Args;
 use disk::chain::Chain;
+use image::Format;
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 use std::path::Path;
@@ -77,6 +78,10 @@ fn json(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
             compressed,
             offset,
         } = entry;
+        // Of a VHD image without a parent QEMU takes blocks that are not there for zeros.
+        let layer = chain.layers.get(depth).filter(|_| length > 0);
+        let present =
+            present || layer.is_some_and(|l| l.format == Format::Vhd && l.image.parent().is_none());
         write!(
             out,
             "{lead}{{ \"start\": {start}, \"length\": {length}, \"depth\": {depth}, \"present\": {present}, \
