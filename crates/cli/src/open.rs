@@ -135,6 +135,7 @@ pub fn resolve(
     let options = ChainOptions {
         format,
         part: said.part,
+        window: said.window,
         below: said.below,
         data_file: said.data_file.or(options.data_file.clone()),
         passphrases,
@@ -206,7 +207,7 @@ pub fn alone(
         ..ChainOptions::default()
     };
     let (path, options) = resolve(name, image_opts, objects, options)?;
-    if options.part.is_some() {
+    if options.part.or(options.window).is_some() {
         bail!(
             "'{}': a part of a file has no tables to work on",
             name.display()

@@ -124,7 +124,7 @@ pub fn run(args: &args::Resize) -> Result<()> {
         ..ChainOptions::default()
     };
     let (path, options) = open::resolve(&args.file, args.image_opts, &args.keys.objects, options)?;
-    if options.part.is_some() {
+    if options.part.or(options.window).is_some() {
         bail!(
             "{}: a part of a file cannot be resized: offset and size say where it is",
             args.file.display()

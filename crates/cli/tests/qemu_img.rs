@@ -197,6 +197,30 @@ fn a_part_of_a_file_is_committed_into_where_it_is() {
     assert!(!text.contains("Pattern"), "{text}");
 }
 
+/// A disk as it lies in an archive.
+#[test]
+fn images_in_a_part_of_a_file_are_read() {
+    const INNER: &str = "json:{'file':{'driver':'raw','offset':1536,'size':393216,'file':{'driver':'file',\
+                         'filename':'ova'}}}";
+    same(&[
+        "qemu-img create -q -f qcow2 a.qcow2 4M",
+        "qemu-io -f qcow2 -c write_-P_3_64k_64k a.qcow2",
+        "truncate -s 1M ova",
+        "dd if=a.qcow2 of=ova bs=512 seek=3 count=768 conv=notrunc status=none",
+        &format!("qemu-img info {INNER}"),
+        &format!("qemu-img info --output=json {INNER}"),
+        &format!("qemu-img map --output=json {INNER}"),
+        &format!("qemu-img measure -O qcow2 {INNER}"),
+        &format!("qemu-img convert -O raw {INNER} out.raw"),
+        "qemu-img compare -f raw out.raw a.qcow2",
+        &format!("qemu-img compare {INNER} a.qcow2"),
+        "qemu-img measure -O raw json:{'file':{'driver':'raw','offset':512,'size':1024,'file':{'filename':'ova'}}}",
+        "qemu-img convert -O raw --image-opts driver=qcow2,file.driver=raw,file.offset=1536,file.file.filename=ova o2.raw",
+        "qemu-img compare -f raw -F raw out.raw o2.raw",
+        "qemu-img measure -O raw --image-opts driver=qcow2,file.driver=raw,file.offset=512,file.file.filename=ova",
+    ]);
+}
+
 #[test]
 fn what_is_for_reading_only_is_not_written() {
     let mut lines = vec![

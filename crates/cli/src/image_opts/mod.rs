@@ -45,6 +45,8 @@ pub struct ImageOptions {
     pub format: Option<Format>,
     /// Of a raw one, the part of its file.
     pub part: Option<Part>,
+    /// The part of its file that the image is in: `file.driver=raw` with an offset or size.
+    pub window: Option<Part>,
     /// Secrets that are passphrases, from the top.
     pub secrets: Vec<String>,
     /// Its external data file.
@@ -143,6 +145,12 @@ impl ImageOptions {
     fn take(&mut self, mut node: Node) -> Result<Option<Node>> {
         let first = self.path.as_os_str().is_empty();
         let driver = node.take("driver");
+        let mut window = None;
+        let mut file = |node: &mut Node| {
+            let (path, part) = node.file()?;
+            window = part;
+            anyhow::Ok(path)
+        };
         let (path, format) = match driver.as_deref() {
             // The file itself: its bytes are the disk.
             Some(protocol @ ("file" | "host_device")) => {
@@ -167,10 +175,13 @@ impl ImageOptions {
             Some(name) => {
                 let format = name.parse::<Format>();
                 let format = format.map_err(|_| anyhow!("Unknown driver '{name}'"))?;
-                (node.file()?, Some(format))
+                (file(&mut node)?, Some(format))
             }
-            None => (node.file()?, None),
+            None => (file(&mut node)?, None),
         };
+        if window.is_some() && !first {
+            bail!("only the first image of a chain can be in a part of a file");
+        }
         let part = match format {
             Some(Format::Raw) => {
                 let (offset, size) = (node.number("offset")?, node.number("size")?);
@@ -210,7 +221,7 @@ impl ImageOptions {
         match first {
             true => {
                 (self.path, self.format, self.part) = (path.into(), format, part);
-                self.data_file = data_file;
+                (self.data_file, self.window) = (data_file, window);
             }
             false => {
                 let path = path.into();

@@ -3,6 +3,7 @@
 //! What only tunes QEMU is looked at as QEMU does, and changes nothing here.
 
 use anyhow::{Result, anyhow, bail};
+use disk::chain::Part;
 use image::Format;
 use std::collections::BTreeMap;
 
@@ -158,16 +159,25 @@ impl Node {
         Node(child.collect())
     }
 
-    /// The name of the image's file.
-    pub fn file(&mut self) -> Result<String> {
+    /// The name of the image's file, and the part of it that the image is in, where it is not all of it.
+    pub fn file(&mut self) -> Result<(String, Option<Part>)> {
         if let Some(node) = self.take("file") {
             bail!("Cannot find device='{node}' nor node-name='{node}'");
         }
-        let file = self.child("file");
+        let mut file = self.child("file");
         if file.0.is_empty() {
             bail!("A block device must be specified for \"file\"");
         }
-        file.protocol("file")
+        let is_raw = file.0.get("driver").is_some_and(|driver| driver == "raw");
+        let (offset, size) = match is_raw {
+            true => (file.number("offset")?, file.number("size")?),
+            false => (None, None),
+        };
+        let part = (offset.is_some() || size.is_some()).then_some(Part {
+            offset: offset.unwrap_or(0),
+            size,
+        });
+        Ok((file.protocol("file")?, part))
     }
 
     /// The name of a file that is named by what is said of its protocol; `what` it is to the image.
@@ -178,7 +188,7 @@ impl Node {
             self.look(&ALL, &[])?;
             let mut below = self.child("file");
             self.finish(&format!(
-                "{what}.driver=raw below a format has no part here, and no option"
+                "{what}.driver=raw: only the file of the first image is a part of one, and only once; no"
             ))?;
             driver = below.take("driver").unwrap_or_else(|| "file".to_owned());
             self = below;

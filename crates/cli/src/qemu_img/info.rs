@@ -80,7 +80,7 @@ pub fn run(args: &Info) -> Result<u8> {
         let mut shown = node(&path, active)?;
         if by_options || image_opts::is_json(&name) {
             let said = ImageOptions::parse(&name)?;
-            if !said.strong.is_empty() {
+            if !said.strong.is_empty() || said.window.is_some() {
                 shown.insert("filename".into(), options_of(&said, active).into());
             }
         }
@@ -115,8 +115,14 @@ pub fn run(args: &Info) -> Result<u8> {
 fn options_of(said: &ImageOptions, layer: &Layer) -> String {
     let mut object = Map::new();
     object.insert("driver".into(), layer.format.qemu_name().into());
-    let protocol = layer.files.first().map_or("file", |file| driver_of(file));
-    let file = json!({"driver": protocol, "filename": layer.path.display().to_string()});
+    let first = layer.files.first();
+    let file = match first.and_then(|file| file.part()) {
+        Some(part) => part_of(&layer.path, part),
+        None => {
+            let protocol = first.map_or("file", |file| driver_of(file));
+            json!({"driver": protocol, "filename": layer.path.display().to_string()})
+        }
+    };
     object.insert("file".into(), file);
     for (key, value) in &said.strong {
         object.insert(key.clone(), value.as_str().into());
@@ -124,11 +130,17 @@ fn options_of(said: &ImageOptions, layer: &Layer) -> String {
     format!("json:{}", value::compact(&object))
 }
 
+/// The options that say which part of the file `path` is meant.
+fn part_of(path: &Path, (offset, size): (u64, u64)) -> Value {
+    let file = json!({"driver": "file", "filename": path.display().to_string()});
+    json!({"driver": "raw", "offset": offset, "size": size, "file": file})
+}
+
 /// What QEMU calls what an image's file is.
 fn driver_of(file: &File) -> &'static str {
     match file.kind() {
         FileKind::BlockDevice => "host_device",
-        FileKind::Remote => "nbd",
+        FileKind::Remote if file.part().is_none() => "nbd",
         _ => "file",
     }
 }
@@ -213,7 +225,7 @@ fn server_of(layer: &Layer) -> Option<&File> {
     let first = layer.files.first();
     first
         .map(|file| &**file)
-        .filter(|file| file.kind() == FileKind::Remote)
+        .filter(|file| file.kind() == FileKind::Remote && file.part().is_none())
 }
 
 fn actual_size(path: &Path) -> Result<u64> {
@@ -223,6 +235,19 @@ fn actual_size(path: &Path) -> Result<u64> {
 /// The file below an image.
 fn protocol(path: &Path, file: &File) -> Result<Value> {
     let kind = driver_of(file);
+    if let Some(part) = file.part() {
+        let all = File::open(path, &super::open::looking())?;
+        let options = part_of(path, part);
+        let options = options.as_object().map(value::compact);
+        return Ok(json!({
+            "filename": format!("json:{}", options.unwrap_or_default()),
+            "format": "raw",
+            "virtual-size": block::align_up(file.len()?, 512),
+            "actual-size": actual_size(path)?,
+            "dirty-flag": false,
+            "children": [{"name": "file", "info": protocol(path, &all)?}],
+        }));
+    }
     if file.kind() == FileKind::Remote {
         return Ok(json!({
             "filename": file.path().display().to_string(),

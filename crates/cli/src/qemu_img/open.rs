@@ -106,7 +106,7 @@ pub fn chain_and_options(
                     let file = disk::chain::open_export(export, &options, cancelled);
                     probe_in(opened.insert(file.map_err(failed)?))
                 }
-                None => probe(&named.path),
+                None => probe(&named.path, named.window),
             };
             let found = found.map_err(failed)?;
             if found == Format::Raw && how.write {
@@ -119,6 +119,7 @@ pub fn chain_and_options(
         format: Some(format),
         opened,
         part: named.part,
+        window: named.window,
         below: named.below,
         data_file: named.data_file,
         passphrases: named.passphrases,
@@ -140,6 +141,7 @@ struct Named {
     path: PathBuf,
     format: Option<Format>,
     part: Option<Part>,
+    window: Option<Part>,
     below: Vec<Below>,
     data_file: Option<PathBuf>,
     passphrases: Vec<Arc<Passphrase>>,
@@ -170,6 +172,7 @@ impl Named {
                 path: super::create::path(name.text).to_owned(),
                 format,
                 part: None,
+                window: None,
                 below: Vec::new(),
                 data_file: None,
                 passphrases: Vec::new(),
@@ -198,6 +201,7 @@ impl Named {
             path: said.path,
             format: format.or(said.format),
             part: said.part,
+            window: said.window,
             below: said.below,
             data_file: said.data_file,
             passphrases,
@@ -242,7 +246,11 @@ fn below(name: &str) -> block::Result<Below> {
     }
     let said =
         ImageOptions::parse(name).map_err(|error| block::Error::invalid(error.to_string()))?;
-    match said.below.is_empty() && said.secrets.is_empty() && said.data_file.is_none() {
+    match said.below.is_empty()
+        && said.secrets.is_empty()
+        && said.data_file.is_none()
+        && said.window.is_none()
+    {
         true => Ok(image(said.path, said.format, said.part)),
         false => Err(block::Error::unsupported(
             "a backing file's name that names secrets, a data file or another backing file",
@@ -256,14 +264,22 @@ pub fn driver(name: &str) -> Result<Format> {
         .map_err(|_| anyhow!("Unknown driver '{name}'"))
 }
 
-/// The format whose magic a file shows, or else raw: as QEMU probes.
-pub fn probe(path: &Path) -> block::Result<Format> {
-    let options = OpenOptions {
+/// How a file is opened that is only looked at.
+pub fn looking() -> OpenOptions {
+    OpenOptions {
         read_only: true,
         lock: Lock::None,
         ..OpenOptions::default()
-    };
-    probe_in(&*File::open(path, &options)?)
+    }
+}
+
+/// The format whose magic a file shows, or else raw: as QEMU probes.
+pub fn probe(path: &Path, window: Option<Part>) -> block::Result<Format> {
+    let file = File::open(path, &looking())?;
+    match window {
+        Some(part) => probe_in(&*File::window(file, part.offset, part.size)?),
+        None => probe_in(&file),
+    }
 }
 
 /// As [`probe`], of a file that is open.
@@ -439,7 +455,7 @@ pub fn shared_file(
     }
     let path = open::spec(&named.path)?;
     let failed = |error: &block::Error| could_not(explain(path, error, access == Access::Write));
-    if named.part.is_some() {
+    if named.part.or(named.window).is_some() {
         return Err(could_not(anyhow!(
             "a part of a file has no tables to work on"
         )));
@@ -462,7 +478,7 @@ pub fn shared_file(
             (file, format)
         }
         None => {
-            let format = probe(&named.path).map_err(|e| failed(&e))?;
+            let format = probe(&named.path, None).map_err(|e| failed(&e))?;
             (file()?, format)
         }
     };

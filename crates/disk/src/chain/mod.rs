@@ -85,6 +85,8 @@ pub struct ChainOptions {
     pub below: Vec<Below>,
     /// Of a raw active image, the part that is meant.
     pub part: Option<Part>,
+    /// The part of the active image's file that the image is in, header and all; it is for reading only then.
+    pub window: Option<Part>,
     /// The active image's format; probed when absent, see [`Chain::open`].
     pub format: Option<Format>,
     /// Open the active image for reading only.
@@ -381,6 +383,16 @@ fn open_active(path: &Path, keys: &mut Keys<'_>, seen: &mut Seen) -> Result<Laye
         }
         Some(name) => server::open(name, options, options.read_only, seen)?,
         None => open_file(path, options, options.read_only, lock)?,
+    };
+    let file = match options.window {
+        Some(_) if !options.read_only => {
+            return Err(Error::unsupported(format!(
+                "{}: an image in a part of a file can only be read",
+                path.display()
+            )));
+        }
+        Some(part) => File::window(file, part.offset, part.size)?,
+        None => file,
     };
     let format = match options.format {
         Some(format) => format,

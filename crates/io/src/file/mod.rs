@@ -16,6 +16,7 @@ mod lock;
 mod open;
 mod remote;
 mod storage;
+mod window;
 
 pub(crate) use blocking::GateHeld;
 pub use lock::{Lock, wait_for_lock};
@@ -208,6 +209,11 @@ impl File {
     /// The server's disk behind it, if there is one.
     pub(crate) fn at_server(&self) -> Option<&dyn Remote> {
         self.remote.as_deref()
+    }
+
+    /// The first byte and the bytes of the part of a file that it is, where it is a [`File::window`].
+    pub fn part(&self) -> Option<(u64, u64)> {
+        self.at_server().and_then(Remote::part)
     }
 
     /// Whether it is as long as it is: a device, or a disk of a server.

@@ -25,6 +25,11 @@ pub trait Remote: Send + Sync + fmt::Debug {
     /// Whether it cannot be written.
     fn read_only(&self) -> bool;
 
+    /// The first byte and the bytes of the part of a file of this host that it is.
+    fn part(&self) -> Option<(u64, u64)> {
+        None
+    }
+
     /// Two numbers that no other disk has, and no file.
     fn identity(&self) -> (u64, u64);
 
