@@ -290,8 +290,8 @@ mod tests {
                 "A block device must be specified for \"file\"",
             ),
             (
-                "driver=raw,file.driver=nbd,file.path=a",
-                "file.driver=nbd: only files and devices are opened",
+                "driver=raw,file.driver=ssh,file.path=a",
+                "file.driver=ssh: only files, devices and exports of NBD servers are opened",
             ),
             ("a.raw", "Cannot find device='a.raw' nor node-name='a.raw'"),
             (
