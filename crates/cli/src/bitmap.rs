@@ -231,9 +231,9 @@ pub fn run(args: &Bitmap) -> Result<()> {
         args.image_opts,
         &args.objects,
         args.format,
-        access == Access::Write,
+        access,
     )?;
-    let file = qcow2(&args.file, image.open(access)?)?;
+    let file = qcow2(&args.file, (image.file, image.format))?;
     if let Some(name) = name {
         let read = |path: &Path| qcow2(path, open::image(path, args.source_format, Access::Read)?);
         let source = args.source_file.as_deref().map(read).transpose()?;

@@ -79,9 +79,9 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
         args.image_opts,
         &args.objects,
         args.format,
-        access == Access::Write,
+        access,
     )?;
-    let (file, format) = image.open(access)?;
+    let (file, format) = (image.file, image.format);
     let shown = args.file.display();
     let repair = match args.repair {
         None => tool::check::Repair::No,

@@ -160,50 +160,31 @@ pub fn refuse_base(name: &Path, image_opts: bool, depth: usize) -> Result<()> {
     }
 }
 
-/// The file of an image alone, for what works on its tables: where it is, and its format where that is said.
+/// The file of an image alone, for what works on its tables.
 pub struct Alone {
     /// Its path.
     pub path: PathBuf,
-    /// What it is said to be.
-    pub format: Option<Format>,
-    /// Whether others may write meanwhile.
-    force_share: bool,
+    /// It, open.
+    pub file: Arc<File>,
+    /// What is in it.
+    pub format: Format,
 }
 
-impl Alone {
-    /// Opens it: as [`image`].
-    ///
-    /// # Errors
-    ///
-    /// For one that is to be changed and shared.
-    pub fn open(&self, access: Access) -> Result<(Arc<File>, Format)> {
-        let access = match (access, self.force_share) {
-            (Access::Write, true) => bail!(
-                "{}: force-share=on is for reading only",
-                self.path.display()
-            ),
-            (_, true) => Access::ReadUnlocked,
-            (access, false) => access,
-        };
-        image(&self.path, self.format, access)
-    }
-}
-
-/// As [`resolve`], for an image whose file alone is opened: with `write` to change it.
+/// Opens the file of an image alone: as [`image`], under a name that [`resolve`] understands.
 ///
 /// # Errors
 ///
-/// Besides, for a part of a file, which has no tables.
+/// Besides, for a part of a file, which has no tables, and for one that is to be changed and shared.
 pub fn alone(
     name: &Path,
     image_opts: bool,
     objects: &Objects,
     format: Option<Format>,
-    write: bool,
+    access: Access,
 ) -> Result<Alone> {
     let options = ChainOptions {
         format,
-        read_only: !write,
+        read_only: access != Access::Write,
         ..ChainOptions::default()
     };
     let (path, options) = resolve(name, image_opts, objects, options)?;
@@ -213,11 +194,15 @@ pub fn alone(
             name.display()
         );
     }
-    Ok(Alone {
-        path,
-        format: options.format,
-        force_share: options.force_share,
-    })
+    let access = match (access, options.force_share) {
+        (Access::Write, true) => {
+            bail!("{}: force-share=on is for reading only", path.display())
+        }
+        (_, true) => Access::ReadUnlocked,
+        (access, false) => access,
+    };
+    let (file, format) = image(&path, options.format, access)?;
+    Ok(Alone { path, file, format })
 }
 
 /// `path` as the text that a chain is opened by.

@@ -45,8 +45,14 @@ pub fn run(args: &args::Rebase) -> Result<()> {
     let (format, report) = match args.unsafe_mode {
         true => {
             let objects = &args.moving.keys.objects;
-            let image = open::alone(&args.file, args.image_opts, objects, args.format, true)?;
-            let (file, format) = image.open(Access::Write)?;
+            let image = open::alone(
+                &args.file,
+                args.image_opts,
+                objects,
+                args.format,
+                Access::Write,
+            )?;
+            let (file, format) = (image.file, image.format);
             refuse_others(&args.file, format)?;
             let link = link_to(args, format, backing)?;
             check::mend(&*file, format)?;

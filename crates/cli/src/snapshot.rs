@@ -69,9 +69,9 @@ pub fn run(args: &args::Snapshot) -> Result<()> {
         args.image_opts,
         &args.objects,
         args.format,
-        changes,
+        access,
     )?;
-    let (file, format) = image.open(access)?;
+    let (file, format) = (image.file, image.format);
     let shown = args.file.display();
     if format != Format::Qcow2 {
         bail!("{shown}: a {format} image has no internal snapshots; qcow2 images can have them");

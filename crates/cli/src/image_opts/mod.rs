@@ -183,13 +183,7 @@ impl ImageOptions {
             bail!("only the first image of a chain can be in a part of a file");
         }
         let part = match format {
-            Some(Format::Raw) => {
-                let (offset, size) = (node.number("offset")?, node.number("size")?);
-                (offset.is_some() || size.is_some()).then_some(Part {
-                    offset: offset.unwrap_or(0),
-                    size,
-                })
-            }
+            Some(Format::Raw) => node.part()?,
             _ => None,
         };
         node.take("encrypt.format");

@@ -143,6 +143,15 @@ impl Node {
         self.take(key).map(|text| size(key, &text)).transpose()
     }
 
+    /// Takes away what says which part of its file a raw image is.
+    pub fn part(&mut self) -> Result<Option<Part>> {
+        let (offset, size) = (self.number("offset")?, self.number("size")?);
+        Ok((offset.is_some() || size.is_some()).then_some(Part {
+            offset: offset.unwrap_or(0),
+            size,
+        }))
+    }
+
     /// Takes away what begins with `name.`, without that.
     pub fn child(&mut self, name: &str) -> Node {
         let prefix = format!("{name}.");
@@ -169,14 +178,7 @@ impl Node {
             bail!("A block device must be specified for \"file\"");
         }
         let is_raw = file.0.get("driver").is_some_and(|driver| driver == "raw");
-        let (offset, size) = match is_raw {
-            true => (file.number("offset")?, file.number("size")?),
-            false => (None, None),
-        };
-        let part = (offset.is_some() || size.is_some()).then_some(Part {
-            offset: offset.unwrap_or(0),
-            size,
-        });
+        let part = if is_raw { file.part()? } else { None };
         Ok((file.protocol("file")?, part))
     }
 

@@ -16,6 +16,7 @@ use super::header::HEADER_BYTES;
 use super::locator::{NAME_BYTES_MAX, NewParent};
 use super::open::{Blocks, Layout, lacks, mend, put_end};
 use super::tables::NONE;
+use crate::words::each_gap;
 use block::{Error, Result, Storage};
 
 /// Bytes of the table that are written at a time.
@@ -121,14 +122,10 @@ fn clear_rest(file: &dyn Storage, layout: &Layout, blocks: &Blocks) -> Result<()
             let byte = bits.get((sector / 8) as usize).copied().unwrap_or(0);
             byte << (sector % 8) & 0x80 != 0
         };
-        let mut sector = 0;
-        while sector < sectors {
-            let run = (sector..sectors).take_while(|s| !has(*s)).count() as u64;
-            if run > 0 {
-                file.write_zeroes(at + bitmap + sector * 512, run * 512, false)?;
-            }
-            sector += run + 1;
-        }
+        each_gap(sectors, has, |gap| {
+            let len = (gap.end - gap.start) * 512;
+            file.write_zeroes(at + bitmap + gap.start * 512, len, false)
+        })?;
     }
     file.sync()
 }

@@ -17,6 +17,7 @@ use super::metadata::{self, TABLE_BYTES};
 use super::open::{Blocks, cut};
 use super::resize::Changes;
 use super::{Guid, Headers, Layout, Locator, Metadata, mend};
+use crate::words::each_gap;
 use block::{Error, Result, Storage};
 
 /// Sectors of the block table that one entry of the log changes.
@@ -168,16 +169,11 @@ impl<'a> Editor<'a> {
         // Of the last block the file may have what the disk has.
         let left = metadata.disk_bytes - block * metadata.block_bytes;
         let bits = bits.min(left.div_ceil(sector));
-        let mut nth = 0;
-        while nth < bits {
-            let run = (nth..bits).take_while(|n| !has(*n)).count() as u64;
-            if run > 0 {
-                let at = offset + nth * sector;
-                self.file.write_zeroes(at, run * sector, false)?;
-            }
-            nth += run + 1;
-        }
-        Ok(())
+        each_gap(bits, has, |gap| {
+            let at = offset + gap.start * sector;
+            let len = (gap.end - gap.start) * sector;
+            self.file.write_zeroes(at, len, false)
+        })
     }
 
     /// Puts what `change` makes of entries in their place, in the table's order.

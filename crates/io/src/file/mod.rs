@@ -180,18 +180,27 @@ impl File {
 
     /// A simulated disk as a file, for the `sim` engine.
     pub fn sim(disk: Arc<SimDisk>) -> Result<Arc<File>> {
-        // A descriptor that nothing reads: the simulated engine never uses it.
+        let (path, alignment) = (PathBuf::from(disk.label()), disk.alignment());
+        let mut file = File::elsewhere(path, FileKind::Simulated, alignment)?;
+        file.cache = Cache::None;
+        file.direct = alignment.offset > 1;
+        file.sim = Some(disk);
+        Ok(Arc::new(file))
+    }
+
+    /// What is no file of the host, to be filled in: writable, buffered and without a lock.
+    fn elsewhere(path: PathBuf, kind: FileKind, alignment: Alignment) -> Result<File> {
+        // A descriptor that nothing reads.
         let fd: OwnedFd = std::fs::File::open("/dev/null")
             .context(|| "/dev/null")?
             .into();
-        let alignment = disk.alignment();
-        Ok(Arc::new(File {
+        Ok(File {
             fd,
-            path: PathBuf::from(disk.label()),
-            kind: FileKind::Simulated,
-            cache: Cache::None,
+            path,
+            kind,
+            cache: Cache::default(),
             read_only: false,
-            direct: alignment.offset > 1,
+            direct: false,
             fallback: None,
             alignment,
             optimal: 4096,
@@ -201,9 +210,9 @@ impl File {
             device_len: AtomicU64::new(u64::MAX),
             gate: Gate::new(),
             turn: Mutex::new(()),
-            sim: Some(disk),
+            sim: None,
             remote: None,
-        }))
+        })
     }
 
     /// The server's disk behind it, if there is one.

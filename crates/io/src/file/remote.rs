@@ -1,17 +1,8 @@
 //! A disk that is no file of this host, as a [`File`]: a server has it.
 
-use super::{Alignment, File, FileKind, Lacks, Lock, OpenOptions};
-use crate::gate::Gate;
-use block::{Context, Error, ErrorKind, Result};
-use std::{
-    fmt,
-    os::fd::OwnedFd,
-    path::PathBuf,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicI32, AtomicU64},
-    },
-};
+use super::{Alignment, File, FileKind, OpenOptions};
+use block::{Error, ErrorKind, Result};
+use std::{fmt, path::PathBuf, sync::Arc};
 
 /// A disk of a fixed size that is reached by calls, which block. Any number of threads may make them at a time. Offsets and
 /// lengths are multiples of [`Remote::alignment`], and within the disk.
@@ -67,31 +58,13 @@ impl File {
                 format!("{name}: the server has it for reading only"),
             ));
         }
-        // A descriptor that nothing reads.
-        let fd: OwnedFd = std::fs::File::open("/dev/null")
-            .context(|| "/dev/null")?
-            .into();
-        Ok(Arc::new(File {
-            fd,
-            path: PathBuf::from(name),
-            kind: FileKind::Remote,
-            cache: options.cache,
-            read_only: options.read_only,
-            direct: false,
-            fallback: None,
-            alignment: Alignment {
-                offset: remote.alignment(),
-                memory: 1,
-            },
-            optimal: 4096,
-            lock: Mutex::new(Lock::None),
-            sync_failed: AtomicI32::new(0),
-            lacks: Lacks::default(),
-            device_len: AtomicU64::new(u64::MAX),
-            gate: Gate::new(),
-            sim: None,
-            turn: Mutex::new(()),
-            remote: Some(remote),
-        }))
+        let alignment = Alignment {
+            offset: remote.alignment(),
+            memory: 1,
+        };
+        let mut file = File::elsewhere(PathBuf::from(name), FileKind::Remote, alignment)?;
+        (file.cache, file.read_only) = (options.cache, options.read_only);
+        file.remote = Some(remote);
+        Ok(Arc::new(file))
     }
 }
