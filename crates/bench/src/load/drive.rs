@@ -16,6 +16,8 @@ pub(crate) const RAMP: u8 = 0;
 pub(crate) const MEASURE: u8 = 1;
 /// No more requests; those in flight end and count.
 pub(crate) const STOP: u8 = 2;
+/// Between two turns: no more requests for now; those in flight end and do not count.
+pub(crate) const REST: u8 = 3;
 
 /// How long a server may leave all requests unanswered.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
@@ -75,6 +77,11 @@ impl Outcome {
         }
     }
 
+    fn notified(&mut self, before: (u64, u64), now: (u64, u64)) {
+        self.kicks += now.0 - before.0;
+        self.calls += now.1 - before.1;
+    }
+
     /// Counts all of `other` too.
     pub(crate) fn merge(&mut self, other: &Self) {
         self.reads += other.reads;
@@ -92,13 +99,15 @@ impl Outcome {
 }
 
 /// Keeps `depth` requests in flight until `phase` says [`STOP`] or `ios_max` reads and writes were counted,
-/// and until all of them have ended.
+/// and until all of them have ended. When it says [`REST`] and none is in flight, `rest` is called, which returns at
+/// the next turn; with `false` where there is none.
 pub(crate) fn drive(
     client: &mut impl Client,
     plan: &mut Plan,
     depth: usize,
     ios_max: Option<u64>,
     phase: &AtomicU8,
+    mut rest: impl FnMut() -> bool,
 ) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     let mut began = Instant::now();
@@ -112,7 +121,10 @@ pub(crate) fn drive(
     let mut ready: Vec<usize> = (0..depth).collect();
     loop {
         let state = phase.load(Ordering::Relaxed);
-        if !measuring && state != RAMP {
+        if measuring && matches!(state, RAMP | REST) {
+            measuring = false;
+            outcome.notified(before, client.notifications());
+        } else if !measuring && matches!(state, MEASURE | STOP) {
             measuring = true;
             before = client.notifications();
             let flying = |kind: &Kind| u64::from(*kind != Kind::Flush);
@@ -122,7 +134,8 @@ pub(crate) fn drive(
         }
         // Taken before the first is submitted: a server that polls may answer before the last is.
         let now = Instant::now();
-        for slot in ready.drain(..) {
+        let usable = if state == REST { 0 } else { ready.len() };
+        for slot in ready.drain(..usable) {
             let request = match plan.flush(slot) {
                 Some(flush) if state != STOP => flush,
                 None if state != STOP && left > 0 => {
@@ -136,6 +149,10 @@ pub(crate) fn drive(
             in_flight += 1;
         }
         if in_flight == 0 {
+            if state == REST && rest() {
+                began = Instant::now();
+                continue;
+            }
             break;
         }
         client.send()?;
@@ -166,8 +183,8 @@ pub(crate) fn drive(
             outcome.last = Some(now);
         }
     }
-    let (kicks, calls) = client.notifications();
-    outcome.kicks = kicks - before.0;
-    outcome.calls = calls - before.1;
+    if measuring {
+        outcome.notified(before, client.notifications());
+    }
     Ok(outcome)
 }

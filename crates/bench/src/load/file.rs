@@ -7,6 +7,7 @@ use super::{
     fill,
     plan::{Geometry, Kind, Places, Request},
     run::run_queues,
+    turns::Turns,
 };
 use block::{Context, Error, ErrorKind, IoVec, Result};
 use io::{
@@ -18,7 +19,13 @@ use std::{path::Path, sync::Arc, time::Duration};
 /// How long a turn may sleep.
 const WAIT: Wait = Wait::For(Duration::from_secs(1));
 
-pub(crate) fn run(spec: &Spec, path: &Path, engine: &str, direct: bool) -> Result<Report> {
+pub(crate) fn run(
+    spec: &Spec,
+    path: &Path,
+    engine: &str,
+    direct: bool,
+    turns: Option<&Turns>,
+) -> Result<Report> {
     let named = || path.display().to_string();
     let aio: Aio = engine.parse()?;
     let options = OpenOptions {
@@ -49,7 +56,7 @@ pub(crate) fn run(spec: &Spec, path: &Path, engine: &str, direct: bool) -> Resul
         let file = file.clone();
         move || Bare::new(spec, &file, kind, queue).context(|| file.path().display().to_string())
     });
-    run_queues(spec, places, openers.collect()).context(named)
+    run_queues(spec, places, openers.collect(), turns).context(named)
 }
 
 struct Bare {

@@ -6,6 +6,7 @@ mod latency;
 mod nbd;
 mod plan;
 mod run;
+pub(crate) mod turns;
 pub(crate) mod usage;
 mod vhost;
 
@@ -14,6 +15,7 @@ pub use latency::{Latencies, Percentiles};
 use block::Result;
 use serde::{Deserialize, Serialize};
 use std::{path::PathBuf, time::Duration};
+use turns::Turns;
 
 /// Bytes of a request at most.
 pub const BLOCK_BYTES_MAX: u64 = 32 << 20;
@@ -35,15 +37,20 @@ pub const BUFFER_BYTES_MAX: u64 = 4 << 30;
 /// breaks its protocol, vanishes, or answers nothing for a minute. Requests that fail count as
 /// [`Report::errors`] and end nothing.
 pub fn run(spec: &Spec) -> Result<Report> {
+    run_by(spec, None)
+}
+
+/// [`run`], in turns where there are some; what is in flight at the end of a turn does not count.
+pub(crate) fn run_by(spec: &Spec, turns: Option<&Turns>) -> Result<Report> {
     spec.check()?;
     match &spec.target {
-        Target::VhostUser(socket) => vhost::run(spec, socket),
-        Target::Nbd(uri) => nbd::run(spec, uri),
+        Target::VhostUser(socket) => vhost::run(spec, socket, turns),
+        Target::Nbd(uri) => nbd::run(spec, uri, turns),
         Target::File {
             path,
             engine,
             direct,
-        } => file::run(spec, path, engine, *direct),
+        } => file::run(spec, path, engine, *direct, turns),
     }
 }
 

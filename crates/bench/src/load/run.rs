@@ -2,8 +2,9 @@
 
 use super::{
     Report, Spec,
-    drive::{self, Client, MEASURE, Outcome, RAMP, STOP},
+    drive::{self, Client, MEASURE, Outcome, RAMP, REST, STOP},
     plan::{Places, Plan},
+    turns::Turns,
     usage::{self, Usage},
 };
 use block::{Error, Result};
@@ -19,12 +20,20 @@ use std::{
 enum Message {
     /// A queue is connected.
     Ready,
+    /// A queue has nothing in flight, and waits for its next turn.
+    Rests,
     /// A queue is done, or failed.
     Ended(Result<Box<Outcome>>),
 }
 
-/// Drives one queue for each of `openers`; each opens its client on the queue's own thread.
-pub(crate) fn run_queues<C, O>(spec: &Spec, places: Places, openers: Vec<O>) -> Result<Report>
+/// Drives one queue for each of `openers`; each opens its client on the queue's own thread. With `turns` the load
+/// runs when it is told to, and [`Spec::duration`], [`Spec::ramp`] and [`Spec::ios_max`] mean nothing.
+pub(crate) fn run_queues<C, O>(
+    spec: &Spec,
+    places: Places,
+    openers: Vec<O>,
+    turns: Option<&Turns>,
+) -> Result<Report>
 where
     C: Client,
     O: FnOnce() -> Result<C> + Send,
@@ -41,6 +50,7 @@ where
             let report = tell.clone();
             let share = spec
                 .ios_max
+                .filter(|_| turns.is_none())
                 .map(|max| max / queues + u64::from(u64::from(queue) < max % queues));
             let body = move || {
                 let mut plan = Plan::new(spec, places, queue);
@@ -50,8 +60,9 @@ where
                 if pass.recv().is_err() {
                     return Ok(Box::default());
                 }
-                drive::drive(&mut client, &mut plan, spec.depth as usize, share, phase)
-                    .map(Box::new)
+                let rest = || tell.send(Message::Rests).is_ok() && pass.recv().is_ok();
+                let depth = spec.depth as usize;
+                drive::drive(&mut client, &mut plan, depth, share, phase, rest).map(Box::new)
             };
             thread::Builder::new()
                 .name(format!("load-{queue}"))
@@ -61,7 +72,7 @@ where
                 .map_err(|e| Error::os("starting a thread", e))?;
         }
         drop(tell);
-        conduct(spec, &phase, gates, &hear)
+        conduct(spec, &phase, gates, &hear, turns)
     })
 }
 
@@ -71,6 +82,7 @@ fn conduct(
     phase: &AtomicU8,
     gates: Vec<Sender<()>>,
     hear: &Receiver<Message>,
+    turns: Option<&Turns>,
 ) -> Result<Report> {
     let mut hall = Hall {
         hear,
@@ -82,6 +94,7 @@ fn conduct(
     while waiting > 0 && hall.failure.is_none() {
         match hear.recv() {
             Ok(Message::Ready) => waiting -= 1,
+            Ok(Message::Rests) => {}
             Ok(Message::Ended(outcome)) => hall.ended(outcome),
             Err(_) => break,
         }
@@ -89,6 +102,10 @@ fn conduct(
     if let Some(error) = hall.failure.take() {
         drop(gates);
         return Err(error);
+    }
+    if let Some(turns) = turns {
+        let (seconds, used) = in_turns(spec, phase, gates, &mut hall, turns)?;
+        return report(spec, &hall.total, seconds, used);
     }
     let mut before = Usage::now(&spec.server_pids)?;
     let mut began = Instant::now();
@@ -113,7 +130,44 @@ fn conduct(
         .total
         .last
         .map_or_else(|| began.elapsed(), |last| last - began);
-    report(spec, &hall.total, seconds, &before, &after)
+    report(spec, &hall.total, seconds, after.since(&before))
+}
+
+/// Runs when `turns` says so, until there are no more; what was measured, and used meanwhile.
+fn in_turns(
+    spec: &Spec,
+    phase: &AtomicU8,
+    gates: Vec<Sender<()>>,
+    hall: &mut Hall<'_>,
+    turns: &Turns,
+) -> Result<(Duration, Usage)> {
+    let mut measured = Duration::ZERO;
+    let mut used = Usage::default();
+    while let Some(turn) = turns.next() {
+        phase.store(RAMP, Ordering::Relaxed);
+        for gate in &gates {
+            let _ = gate.send(());
+        }
+        hall.wait(Some(Instant::now() + turn.ramp));
+        if !turn.measure.is_zero() {
+            let before = Usage::now(&spec.server_pids)?;
+            let began = Instant::now();
+            phase.store(MEASURE, Ordering::Relaxed);
+            hall.wait(Some(began + turn.measure));
+            phase.store(REST, Ordering::Relaxed);
+            measured += began.elapsed();
+            used.add(&Usage::now(&spec.server_pids)?.since(&before));
+        }
+        phase.store(REST, Ordering::Relaxed);
+        hall.wait_for_rest();
+        if let Some(error) = hall.failure.take() {
+            return Err(error);
+        }
+        turns.over();
+    }
+    drop(gates);
+    hall.wait_all();
+    hall.failure.take().map_or(Ok((measured, used)), Err)
 }
 
 struct Hall<'a> {
@@ -143,6 +197,19 @@ impl Hall<'_> {
             };
             match heard {
                 Ok(Message::Ended(outcome)) => self.ended(outcome),
+                Ok(Message::Ready | Message::Rests) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Until all queues rest, or one has failed.
+    fn wait_for_rest(&mut self) {
+        let mut resting = 0;
+        while resting < self.running && self.failure.is_none() {
+            match self.hear.recv() {
+                Ok(Message::Rests) => resting += 1,
+                Ok(Message::Ended(outcome)) => self.ended(outcome),
                 Ok(Message::Ready) => {}
                 Err(_) => return,
             }
@@ -153,7 +220,7 @@ impl Hall<'_> {
         while self.running > 0 {
             match self.hear.recv() {
                 Ok(Message::Ended(outcome)) => self.ended(outcome),
-                Ok(Message::Ready) => {}
+                Ok(Message::Ready | Message::Rests) => {}
                 // A thread that panicked; the scope passes that on.
                 Err(_) => return,
             }
@@ -161,13 +228,7 @@ impl Hall<'_> {
     }
 }
 
-fn report(
-    spec: &Spec,
-    total: &Outcome,
-    seconds: Duration,
-    before: &Usage,
-    after: &Usage,
-) -> Result<Report> {
+fn report(spec: &Spec, total: &Outcome, seconds: Duration, used: Usage) -> Result<Report> {
     let seconds = seconds.as_secs_f64().max(1e-9);
     let transfers = total.reads + total.writes;
     let requests = (transfers + total.flushes).max(1) as f64;
@@ -177,10 +238,8 @@ fn report(
         total.flushes.max(1)
     } as f64;
     let bytes = (transfers - total.failed_transfers) * spec.block_bytes;
-    let us = |time: Duration| time.as_secs_f64() * 1e6;
-    let cpu = |before: Duration, after: Duration| us(after.saturating_sub(before)) / ios;
+    let cpu = |time: Duration| time.as_secs_f64() * 1e6 / ios;
     let with_pids = !spec.server_pids.is_empty();
-    let switches = after.server_switches.saturating_sub(before.server_switches);
     let mut both = total.read_latency.clone();
     both.merge(&total.write_latency);
     let mut rss = 0;
@@ -202,9 +261,9 @@ fn report(
         latency: both.percentiles(),
         kicks_per_io: total.kicks as f64 / requests,
         calls_per_io: total.calls as f64 / requests,
-        server_cpu_us_per_io: with_pids.then(|| cpu(before.server_cpu, after.server_cpu)),
-        client_cpu_us_per_io: cpu(before.client_cpu, after.client_cpu),
-        server_switches_per_io: with_pids.then(|| switches as f64 / requests),
+        server_cpu_us_per_io: with_pids.then(|| cpu(used.server_cpu)),
+        client_cpu_us_per_io: cpu(used.client_cpu),
+        server_switches_per_io: with_pids.then(|| used.server_switches as f64 / requests),
         server_rss_bytes: with_pids.then_some(rss),
     })
 }

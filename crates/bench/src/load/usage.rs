@@ -101,6 +101,21 @@ impl Usage {
         }
         Ok(usage)
     }
+
+    /// What was used between `before` and this.
+    pub(crate) fn since(&self, before: &Self) -> Self {
+        Self {
+            server_cpu: self.server_cpu.saturating_sub(before.server_cpu),
+            server_switches: self.server_switches.saturating_sub(before.server_switches),
+            client_cpu: self.client_cpu.saturating_sub(before.client_cpu),
+        }
+    }
+
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.server_cpu += other.server_cpu;
+        self.server_switches += other.server_switches;
+        self.client_cpu += other.client_cpu;
+    }
 }
 
 #[cfg(test)]

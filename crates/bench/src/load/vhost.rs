@@ -17,6 +17,7 @@ use super::{
     fill,
     plan::{Geometry, Kind, Places, Request},
     run::run_queues,
+    turns::Turns,
 };
 use crate::driver::{self, BUFFERS, Machine, Piece, RAM, Ram, Ring, Setup, feature};
 use block::{Context, Error, ErrorKind, Result};
@@ -43,7 +44,7 @@ const CHAIN: u16 = 3;
 /// How often a polling driver looks before it sees to other things.
 const SPINS: u32 = 1000;
 
-pub(crate) fn run(spec: &Spec, socket: &Path) -> Result<Report> {
+pub(crate) fn run(spec: &Spec, socket: &Path, turns: Option<&Turns>) -> Result<Report> {
     let named = || socket.display().to_string();
     let control = (CONTROL_BYTES * u64::from(spec.depth)).next_multiple_of(4096);
     let data = spec.block_bytes.next_multiple_of(4096);
@@ -115,7 +116,7 @@ pub(crate) fn run(spec: &Spec, socket: &Path) -> Result<Report> {
     }
     thread::scope(|scope| {
         let watcher = scope.spawn(|| watch.run(&fate));
-        let report = run_queues(spec, places, openers).context(named);
+        let report = run_queues(spec, places, openers, turns).context(named);
         watch.done.write()?;
         // A watcher that cannot watch would leave a vanished server unnoticed.
         match watcher.join() {

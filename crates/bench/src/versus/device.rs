@@ -16,11 +16,28 @@ pub(super) struct Work {
 }
 
 impl Work {
-    /// Microseconds of a request since `before`, on average; `None` where there was none.
-    pub(super) fn us_since(self, before: Self) -> Option<f64> {
-        let requests = self.requests.checked_sub(before.requests)?;
-        let ms = self.busy_ms.checked_sub(before.busy_ms)?;
-        (requests > 0).then(|| ms as f64 * 1000.0 / requests as f64)
+    /// What was done since `before`; nothing where counters went back.
+    pub(super) fn since(self, before: Self) -> Self {
+        let since = |now: u64, then: u64| now.checked_sub(then);
+        let of = || {
+            Some(Self {
+                requests: since(self.requests, before.requests)?,
+                busy_ms: since(self.busy_ms, before.busy_ms)?,
+            })
+        };
+        of().unwrap_or_default()
+    }
+
+    pub(super) fn add(&mut self, other: Self) {
+        self.requests += other.requests;
+        self.busy_ms += other.busy_ms;
+    }
+
+    /// Requests that the device had at a time, on average, where `iops` of them ended in a second; `None` where there
+    /// was none.
+    pub(super) fn at_a_time(self, iops: f64) -> Option<f64> {
+        let us = self.busy_ms as f64 * 1000.0 / self.requests as f64;
+        (self.requests > 0).then_some(iops * us / 1e6)
     }
 
     fn parse(stat: &str) -> Option<Self> {
@@ -69,9 +86,13 @@ mod tests {
         let after = Work::parse("300 5 800 140 150 1 400 360 0 90 100 0 0 0 0 9 9\n").unwrap();
         assert_eq!(before.requests, 150);
         // 300 requests in 400 ms of their own.
-        assert_eq!(after.us_since(before), Some(400_000.0 / 300.0));
-        assert_eq!(after.us_since(after), None);
-        assert_eq!(before.us_since(after), None);
+        let mut work = after.since(before);
+        assert_eq!(work.requests, 300);
+        assert_eq!(work.at_a_time(300.0), Some(0.4));
+        work.add(work);
+        assert_eq!(work.at_a_time(300.0), Some(0.4));
+        assert_eq!(after.since(after).at_a_time(1.0), None);
+        assert_eq!(before.since(after).at_a_time(1.0), None);
         assert_eq!(Work::parse("1 2 3"), None);
     }
 }

@@ -2,73 +2,47 @@
 
 use super::{
     cell::{Load, Metric},
+    judge::Metrics,
     process::Process,
+    sample::Times,
+    server,
 };
-use crate::load::Pattern;
+use crate::load::{Pattern, turns::Turn, usage};
 use block::{Context, Error, ErrorKind, Result};
-use serde_json::Value;
-use std::{collections::BTreeMap, path::Path, process::Command, time::Duration};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
 
 /// How long it may take besides what it measures.
 const EXTRA: Duration = Duration::from_secs(60);
+/// How long the device gets for what a stopped fio has in flight.
+const DRAIN: Duration = Duration::from_millis(5);
 
 /// Runs `load` on `file` with fio's io_uring engine; its figures, and all that it reported.
-pub(super) fn run(
-    load: &Load,
-    file: &Path,
-    direct: bool,
-    range: (u64, Option<u64>),
-    ramp: Duration,
-    duration: Duration,
-    folder: &Path,
-) -> Result<(BTreeMap<Metric, f64>, Value)> {
-    let rw = match load.pattern {
-        Pattern::Read => "read",
-        Pattern::Write => "write",
-        Pattern::Rw => "rw",
-        Pattern::RandRead => "randread",
-        Pattern::RandWrite => "randwrite",
-        Pattern::RandRw => "randrw",
-    };
-    let mut command = Command::new("fio");
+pub(super) fn run(job: &Job<'_>, times: Times, folder: &Path) -> Result<(Metrics, Value)> {
+    let mut command = job.command();
     command
-        .args(["--name=versus", "--ioengine=io_uring", "--thread"])
-        .args(["--allow_file_create=0", "--fallocate=none"])
-        .args(["--randrepeat=0"])
-        .args(["--output-format=json", "--rwmixread=50"])
-        .arg(format!(
-            "--filename={}",
-            file.to_string_lossy().replace(':', "\\:")
-        ))
-        .arg(format!("--direct={}", u8::from(direct)))
-        .arg(match load.stride {
-            Some(stride) => format!("--rw={rw}:{}", stride.saturating_sub(load.block)),
-            None => format!("--rw={rw}"),
-        })
-        .arg(format!("--bs={}", load.block))
-        .arg(format!("--iodepth={}", load.depth))
-        .arg(format!("--offset={}", range.0))
-        .arg(format!("--ramp_time={}ms", ramp.as_millis()))
-        .arg(format!("--runtime={}ms", duration.as_millis()));
-    match load.stride {
+        .arg(format!("--ramp_time={}ms", times.ramp.as_millis()))
+        .arg(format!("--runtime={}ms", times.duration.as_millis()));
+    match job.load.stride {
         // Once from end to end, and no longer: a second write finds what the first has made.
-        Some(stride) if load.grows > 0 => {
-            let places = file
-                .metadata()
-                .context(|| file.display().to_string())?
-                .len()
-                / stride;
-            command.arg(format!("--io_size={}", places * load.block));
+        Some(stride) if job.load.grows > 0 => {
+            let named = || job.file.display().to_string();
+            let places = job.file.metadata().context(named)?.len() / stride;
+            command.arg(format!("--io_size={}", places * job.load.block));
         }
         _ => {
             command.args(["--norandommap", "--time_based"]);
         }
     }
-    if let Some(bytes) = range.1 {
-        command.arg(format!("--size={bytes}"));
-    }
     let mut process = Process::start("fio", &mut command, folder)?;
-    let status = process.wait(ramp + duration + EXTRA)?;
+    let status = process.wait(times.ramp + times.duration + EXTRA)?;
     if !status.success() {
         return Err(process.failed(&format!("failed ({status})")));
     }
@@ -76,8 +50,147 @@ pub(super) fn run(
     parse(&text).ok_or_else(|| process.failed("said nothing that can be read"))
 }
 
+/// What fio is to do.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Job<'a> {
+    pub load: &'a Load,
+    pub file: &'a Path,
+    /// With `O_DIRECT`.
+    pub direct: bool,
+    /// First byte, and how many; to the file's end where that is not said.
+    pub range: (u64, Option<u64>),
+}
+
+impl Job<'_> {
+    fn command(&self) -> Command {
+        let rw = match self.load.pattern {
+            Pattern::Read => "read",
+            Pattern::Write => "write",
+            Pattern::Rw => "rw",
+            Pattern::RandRead => "randread",
+            Pattern::RandWrite => "randwrite",
+            Pattern::RandRw => "randrw",
+        };
+        let block = self.load.block;
+        let mut command = Command::new("fio");
+        command
+            .args(["--name=versus", "--ioengine=io_uring", "--thread"])
+            .args(["--allow_file_create=0", "--fallocate=none"])
+            .args(["--randrepeat=0"])
+            .args(["--output-format=json", "--rwmixread=50"])
+            .arg(format!(
+                "--filename={}",
+                self.file.to_string_lossy().replace(':', "\\:")
+            ))
+            .arg(format!("--direct={}", u8::from(self.direct)))
+            .arg(match self.load.stride {
+                Some(stride) => format!("--rw={rw}:{}", stride.saturating_sub(block)),
+                None => format!("--rw={rw}"),
+            })
+            .arg(format!("--bs={block}"))
+            .arg(format!("--iodepth={}", self.load.depth))
+            .arg(format!("--offset={}", self.range.0));
+        if let Some(bytes) = self.range.1 {
+            command.arg(format!("--size={bytes}"));
+        }
+        command
+    }
+}
+
+/// A fio that runs in turns: it is stopped (SIGSTOP) in between, and what it does in a turn is seen from outside, in
+/// the kernel's counts of what it asked for.
+#[derive(Debug)]
+pub(super) struct InTurns {
+    process: Process,
+    words: Vec<String>,
+    block: u64,
+    bytes: u64,
+    measured: Duration,
+    cpu: Duration,
+}
+
+impl InTurns {
+    /// Starts it; it rests then.
+    pub(super) fn start(job: &Job<'_>, folder: &Path) -> Result<Self> {
+        let mut command = job.command();
+        command.args(["--norandommap", "--time_based", "--runtime=1d"]);
+        let mut process = Process::start("fio", &mut command, folder)?;
+        process.wait_ready(|process| transferred(process.pid()).is_ok_and(|bytes| bytes > 0))?;
+        let fio = Self {
+            process,
+            words: server::words(&command),
+            block: job.load.block,
+            bytes: 0,
+            measured: Duration::ZERO,
+            cpu: Duration::ZERO,
+        };
+        fio.rest();
+        Ok(fio)
+    }
+
+    fn rest(&self) {
+        self.process.signal(Signal::STOP);
+        // What is in flight ends without it.
+        thread::sleep(DRAIN);
+    }
+
+    /// Runs for a turn.
+    pub(super) fn turn(&mut self, turn: Turn) -> Result<()> {
+        let pid = self.process.pid();
+        self.process.signal(Signal::CONT);
+        thread::sleep(turn.ramp);
+        if !turn.measure.is_zero() {
+            let (began, bytes, cpu) = (Instant::now(), transferred(pid)?, usage::cpu(pid)?);
+            thread::sleep(turn.measure);
+            self.measured += began.elapsed();
+            self.bytes += transferred(pid)?.saturating_sub(bytes);
+            self.cpu += usage::cpu(pid)?.saturating_sub(cpu);
+        }
+        self.rest();
+        if !self.process.runs()? {
+            return Err(self.process.failed("ended by itself"));
+        }
+        Ok(())
+    }
+
+    /// Ends it; the figures of its turns, and the record.
+    pub(super) fn end(self) -> Result<(Metrics, Value)> {
+        let ios = self.bytes as f64 / self.block as f64;
+        let seconds = self.measured.as_secs_f64();
+        if ios <= 0.0 || seconds <= 0.0 {
+            return Err(self.process.failed("did nothing"));
+        }
+        let metrics = Metrics::from([
+            (Metric::Iops, ios / seconds),
+            (Metric::Pairs, ios / seconds / 2.0),
+            (Metric::CpuUs, self.cpu.as_secs_f64() * 1e6 / ios),
+        ]);
+        let detail = json!({ "command": self.words, "bytes": self.bytes, "seconds": seconds });
+        Ok((metrics, detail))
+    }
+}
+
+/// Bytes that a process has asked devices for so far, read and written (`/proc/PID/io`).
+fn transferred(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/io");
+    let text = fs::read_to_string(&path).context(|| path.clone())?;
+    let of = |name: &str| -> Option<u64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().parse().ok()
+    };
+    of("read_bytes:")
+        .zip(of("write_bytes:"))
+        .map(|(read, written)| read + written)
+        .ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unsupported,
+                format!("{path}: no counts of bytes"),
+            )
+        })
+}
+
 /// The figures in fio's JSON. It may print notes before.
-fn parse(text: &str) -> Option<(BTreeMap<Metric, f64>, Value)> {
+fn parse(text: &str) -> Option<(Metrics, Value)> {
     let report: Value = serde_json::from_str(&text[text.find('{')?..]).ok()?;
     let job = report["jobs"].get(0)?;
     if job["error"].as_i64() != Some(0) {
@@ -100,13 +213,13 @@ fn parse(text: &str) -> Option<(BTreeMap<Metric, f64>, Value)> {
     if iops <= 0.0 || seconds <= 0.0 {
         return None;
     }
-    let metrics = BTreeMap::from([
+    let metrics = Metrics::from([
         (Metric::Iops, iops),
         (Metric::Pairs, iops / 2.0),
         (Metric::CpuUs, percent / 100.0 / iops * 1e6),
         (Metric::P50Us, p50 / 1000.0),
     ]);
-    let short = serde_json::json!({
+    let short = json!({
         "fio": report["fio version"], "options": job["job options"],
         "read_iops": job["read"]["iops"], "write_iops": job["write"]["iops"],
         "usr_cpu": job["usr_cpu"], "sys_cpu": job["sys_cpu"],

@@ -31,6 +31,7 @@ mod half;
 mod host;
 mod idle;
 mod image;
+mod in_turns;
 mod judge;
 mod others;
 mod pre_exec;
@@ -267,41 +268,49 @@ impl Bench<'_> {
             }));
         }
         let mut equal: Vec<Option<server::Seen>> = vec![None; cell.sides.len()];
+        let together = in_turns::possible(cell);
         for round in 0..self.options.samples {
+            let times = Times {
+                ramp: self.options.ramp,
+                duration: self.options.duration,
+            };
+            let seed = 1 + round as u64 * 1000;
+            let of = format!(
+                "{}: round {} of {}",
+                cell.name,
+                round + 1,
+                self.options.samples
+            );
+            let mut taken = Vec::new().into_iter();
+            if together {
+                (self.watch)(Event::Status(&format!("{of}, all in turns")));
+                let goes_on = series.iter().filter(|one| one.goes_on());
+                let entrants: Vec<_> = goes_on.map(|s| (&cell.sides[s.side], s.engine)).collect();
+                let round =
+                    in_turns::round(&self.programs, &self.images, cell, &entrants, times, seed);
+                taken = match round {
+                    Ok(taken) => taken.into_iter(),
+                    Err(error) => return Ok(failed(cell, "failed", &error)),
+                };
+            }
             for one in &mut series {
                 if !one.goes_on() {
                     one.rounds.push(None);
                     continue;
                 }
                 let side = &cell.sides[one.side];
-                (self.watch)(Event::Status(&format!(
-                    "{}: round {} of {}, {} {}",
-                    cell.name,
-                    round + 1,
-                    self.options.samples,
-                    side.name,
-                    one.engine
-                )));
-                let times = Times {
-                    ramp: self.options.ramp,
-                    duration: self.options.duration,
-                };
-                let seed = 1 + round as u64 * 1000;
-                let taken = sample::take(
-                    &self.programs,
-                    &self.images,
-                    cell,
-                    side,
-                    one.engine,
-                    times,
-                    seed,
-                );
-                match taken {
+                let sample = taken.next().unwrap_or_else(|| {
+                    let who = format!("{of}, {} {}", side.name, one.engine);
+                    (self.watch)(Event::Status(&who));
+                    let (programs, images) = (&self.programs, &self.images);
+                    sample::take(programs, images, cell, side, one.engine, times, seed)
+                });
+                match sample {
                     Ok(sample) => {
                         (self.record)(
                             json!({
                                 "record": "sample", "cell": cell.name, "side": side.name, "engine": one.engine,
-                                "round": round, "metrics": sample.metrics, "seen": sample.seen,
+                                "round": round, "in_turns": together, "metrics": sample.metrics, "seen": sample.seen,
                                 "detail": sample.detail,
                             }),
                             self.watch,

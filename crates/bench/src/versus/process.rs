@@ -241,6 +241,19 @@ impl Process {
         Ok(words)
     }
 
+    /// Whether it has not ended.
+    pub(super) fn runs(&mut self) -> Result<bool> {
+        Ok(self.try_wait()?.is_none())
+    }
+
+    /// Sends it `signal`, unless it has ended.
+    pub(super) fn signal(&self, signal: Signal) {
+        // Not waited for: the number is the child's.
+        if self.ended.is_none() {
+            let _ = kill_process(Pid::from_child(&self.child), signal);
+        }
+    }
+
     fn still_runs(&mut self) -> Result<()> {
         match self.try_wait()? {
             Some(status) => Err(self.failed(&format!("ended by itself ({status})"))),
@@ -251,7 +264,7 @@ impl Process {
     /// SIGTERM, and then a good end in time.
     pub(super) fn stop(mut self) -> Result<String> {
         self.still_runs()?;
-        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
+        self.signal(Signal::TERM);
         let status = self.wait(STOP_LIMIT)?;
         if !status.success() {
             return Err(self.failed(&format!("ended badly ({status})")));

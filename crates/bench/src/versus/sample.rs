@@ -6,7 +6,7 @@
 use super::{
     cell::{Cell, Image, Load, Metric, Server, Side},
     command,
-    device::Device,
+    device::{Device, Work},
     fio,
     image::Images,
     judge::Metrics,
@@ -52,30 +52,16 @@ pub(super) fn take(
     if let Some(job) = side.job {
         return command::take(programs, images, side, job, engine, &files);
     }
-    let range = side.image.range(images.sizes());
-    let ramp = times.ramp + Duration::from_secs_f64(load.warm);
+    let times = Times {
+        ramp: times.ramp + Duration::from_secs_f64(load.warm),
+        ..times
+    };
     let device = Device::below(images.work());
     let before = device.work();
-    let in_device = |metrics: &mut Metrics| {
-        if let (Some(us), Some(iops)) = (device.work().us_since(before), metrics.get(&Metric::Iops))
-        {
-            metrics.insert(Metric::InDevice, iops * us / 1e6);
-        }
-    };
     if side.server == Server::Fio {
-        let [file] = &files[..] else {
-            return Err(Error::invalid("fio takes one file"));
-        };
-        let (mut metrics, detail) = fio::run(
-            &load,
-            file,
-            programs.direct,
-            range,
-            ramp,
-            times.duration,
-            images.work(),
-        )?;
-        in_device(&mut metrics);
+        let job = fio_job(programs, images, side, &load, &files)?;
+        let (mut metrics, detail) = fio::run(&job, times, images.work())?;
+        in_device(&mut metrics, device.work().since(before));
         if side.image.fresh() {
             images.remove(side.image);
         }
@@ -85,38 +71,43 @@ pub(super) fn take(
             detail,
         });
     }
-    let running = server::start(programs, images, side, engine, &files)?;
+    let work = images.work();
+    let running = server::start(programs, images, side, engine, &files, work, false)?;
     let seen = running.seen(&files, side.queues)?;
     let watch = Watch::begin(running.pid());
     let measured = if load.idle {
         super::idle::rest(&running, times.duration)
     } else {
-        let specs = specs(
-            &load,
-            side,
-            images,
-            &running,
-            range,
-            ramp,
-            times.duration,
-            seed,
-        );
+        let specs = specs(&load, side, images, &running, times, seed);
         run_all(&specs).and_then(|reports| figures(&reports, running.pid()))
     };
+    let others = watch.others_percent();
+    let sample = finish(running, seen, measured, others, device.work().since(before));
+    if side.image.fresh() {
+        images.remove(side.image);
+    }
+    sample
+}
+
+/// Stops a server after its load, and takes the figures together. `others` is CPU, `work` the device's.
+pub(super) fn finish(
+    running: Running,
+    seen: Seen,
+    measured: Result<(Metrics, Value)>,
+    others: f64,
+    work: Work,
+) -> Result<Sample> {
     let (mut metrics, reports) = match measured {
         Ok(measured) => measured,
         Err(error) => return Err(running.failed(&error)),
     };
-    metrics.insert(Metric::OthersPercent, watch.others_percent());
-    in_device(&mut metrics);
+    metrics.insert(Metric::OthersPercent, others);
+    in_device(&mut metrics, work);
     let detail = json!({ "command": running.command, "reports": reports });
     let has_statistics = running.has_statistics;
     let words = running.stop()?;
     if has_statistics && let Some(ratio) = barriers_per_flush(&words) {
         metrics.insert(Metric::BarriersPerFlush, ratio);
-    }
-    if side.image.fresh() {
-        images.remove(side.image);
     }
     Ok(Sample {
         metrics,
@@ -125,17 +116,42 @@ pub(super) fn take(
     })
 }
 
-#[allow(clippy::too_many_arguments)]
-fn specs(
+pub(super) fn in_device(metrics: &mut Metrics, work: Work) {
+    let iops = metrics.get(&Metric::Iops);
+    if let Some(requests) = iops.and_then(|iops| work.at_a_time(*iops)) {
+        metrics.insert(Metric::InDevice, requests);
+    }
+}
+
+/// What fio is to do as `side`.
+pub(super) fn fio_job<'a>(
+    programs: &Programs,
+    images: &Images,
+    side: &Side,
+    load: &'a Load,
+    files: &'a [PathBuf],
+) -> Result<fio::Job<'a>> {
+    let [file] = files else {
+        return Err(Error::invalid("fio takes one file"));
+    };
+    Ok(fio::Job {
+        load,
+        file,
+        direct: programs.direct,
+        range: side.image.range(images.sizes()),
+    })
+}
+
+/// The load on each disk of a server.
+pub(super) fn specs(
     load: &Load,
     side: &Side,
     images: &Images,
     running: &Running,
-    (start, len): (u64, Option<u64>),
-    ramp: Duration,
-    duration: Duration,
+    times: Times,
     seed: u64,
 ) -> Vec<Spec> {
+    let (start, len) = side.image.range(images.sizes());
     let of_target = |(n, target): (u64, &load::Target)| Spec {
         pattern: load.pattern,
         read_percent: 70,
@@ -146,8 +162,8 @@ fn specs(
         stride_bytes: load.stride,
         start_bytes: start,
         range_bytes: len,
-        duration,
-        ramp,
+        duration: times.duration,
+        ramp: times.ramp,
         ios_max: (load.grows > 0).then(|| images.sizes().growth / load.grows),
         poll: load.poll,
         seed: seed + n,
@@ -176,7 +192,7 @@ fn run_all(specs: &[Spec]) -> Result<Vec<Report>> {
 }
 
 /// The figures of loads that ran at the same time against one server.
-fn figures(reports: &[Report], pid: u32) -> Result<(Metrics, Value)> {
+pub(super) fn figures(reports: &[Report], pid: u32) -> Result<(Metrics, Value)> {
     let errors: u64 = reports.iter().map(|r| r.errors).sum();
     if errors > 0 {
         return Err(Error::new(

@@ -135,15 +135,17 @@ fn flags(fdinfo: &str) -> Option<u32> {
     u32::from_str_radix(line.trim(), 8).ok()
 }
 
-/// Starts a side's server on the files that are there; returns when clients can connect.
+/// Starts a side's server on the files that are there; returns when clients can connect. Its sockets and words go to
+/// `work`. Of those that others have open too, QEMU takes no locks then (`shared`).
 pub(super) fn start(
     programs: &Programs,
     images: &Images,
     side: &Side,
     engine: &str,
     files: &[PathBuf],
+    work: &Path,
+    shared: bool,
 ) -> Result<Running> {
-    let work = images.work();
     let sockets: Vec<PathBuf> = (0..side.image.disks())
         .map(|n| work.join(format!("s{n}")))
         .collect();
@@ -156,8 +158,21 @@ pub(super) fn start(
         Server::Diskplane | Server::DiskplaneNbd => {
             diskplane(programs, images, side, files, &sockets)
         }
-        Server::Qsd => qsd(programs, images, side, engine, files, &sockets, &ready)?,
-        Server::QemuNbd => qemu_nbd(programs, side, engine, files, &sockets, &ready),
+        Server::Qsd | Server::QemuNbd => {
+            let qemu = Qemu {
+                programs,
+                side,
+                engine,
+                files,
+                sockets: &sockets,
+                ready: &ready,
+                locking: if shared { "off" } else { "auto" },
+            };
+            match side.server {
+                Server::Qsd => qemu.storage_daemon(images),
+                _ => qemu.nbd(),
+            }
+        }
         Server::Spdk => spdk(programs, work, &sockets)?,
         Server::Fio | Server::Tool | Server::QemuImg => {
             return Err(Error::invalid("a command is no server"));
@@ -268,95 +283,118 @@ fn cache(programs: &Programs) -> &'static str {
     if programs.direct { "on" } else { "off" }
 }
 
-fn qsd(
-    programs: &Programs,
-    images: &Images,
-    side: &Side,
-    engine: &str,
-    files: &[PathBuf],
-    sockets: &[PathBuf],
-    ready: &Path,
-) -> Result<Command> {
-    let mut command = Command::new("qemu-storage-daemon");
-    let poll_ns: Option<u64> = match side.polling {
-        Polling::Default => None,
-        // The default of an iothread.
-        Polling::Adaptive => Some(32_768),
-        Polling::Busy => Some(1_000_000_000),
-    };
-    let mut thread = "";
-    if let Some(ns) = poll_ns {
-        command
-            .arg("--object")
-            .arg(format!("iothread,id=thread,poll-max-ns={ns}"));
-        thread = ",iothread=thread";
-    }
-    let direct = cache(programs);
-    let file_node = |file: &Path, id: &str, rest: &str| {
-        joined(&[
-            &format!(
-                "driver=file,node-name={id},cache.direct={direct},aio={engine},discard=unmap{rest},filename="
-            ),
-            &value(file),
-        ])
-    };
-    if files.is_empty() {
-        // Its zeros need not even be written: the cheaper half of what diskplane's null disk does.
-        command
-            .arg("--blockdev")
-            .arg(format!("driver=null-co,node-name=d0,size={NULL}"));
-    }
-    for (n, file) in files.iter().enumerate() {
-        let format = side.image.format();
-        command
-            .arg("--blockdev")
-            .arg(file_node(file, &format!("f{n}"), ""));
-        let mut node = format!("driver={format},node-name=d{n},file=f{n},discard=unmap");
-        if matches!(side.image, Image::Overlay | Image::Subclusters) {
+/// A server of QEMU's, to be.
+struct Qemu<'a> {
+    programs: &'a Programs,
+    side: &'a Side,
+    engine: &'a str,
+    files: &'a [PathBuf],
+    sockets: &'a [PathBuf],
+    ready: &'a Path,
+    /// Whether it locks its files: `auto` or `off`.
+    locking: &'a str,
+}
+
+impl Qemu<'_> {
+    fn storage_daemon(&self, images: &Images) -> Command {
+        let Self {
+            programs,
+            side,
+            engine,
+            files,
+            sockets,
+            ready,
+            locking,
+        } = *self;
+        let mut command = Command::new("qemu-storage-daemon");
+        let poll_ns: Option<u64> = match side.polling {
+            Polling::Default => None,
+            // The default of an iothread.
+            Polling::Adaptive => Some(32_768),
+            Polling::Busy => Some(1_000_000_000),
+        };
+        let mut thread = "";
+        if let Some(ns) = poll_ns {
+            command
+                .arg("--object")
+                .arg(format!("iothread,id=thread,poll-max-ns={ns}"));
+            thread = ",iothread=thread";
+        }
+        let direct = cache(programs);
+        let file_node = |file: &Path, id: &str, rest: &str| {
+            joined(&[
+                &format!(
+                    "driver=file,node-name={id},cache.direct={direct},aio={engine},discard=unmap,locking={locking}{rest},filename="
+                ),
+                &value(file),
+            ])
+        };
+        if files.is_empty() {
+            // Its zeros need not even be written: the cheaper half of what diskplane's null disk does.
             command
                 .arg("--blockdev")
-                .arg(file_node(&images.base(), "bf", ",read-only=on"))
-                .args(["--blockdev", "driver=raw,node-name=b,file=bf,read-only=on"]);
-            node.push_str(",backing=b");
+                .arg(format!("driver=null-co,node-name=d0,size={NULL}"));
         }
-        command.arg("--blockdev").arg(node);
-    }
-    for (n, socket) in sockets.iter().enumerate() {
-        let queues = side.queues;
-        command.arg("--export").arg(joined(&[
+        for (n, file) in files.iter().enumerate() {
+            let format = side.image.format();
+            command
+                .arg("--blockdev")
+                .arg(file_node(file, &format!("f{n}"), ""));
+            let mut node = format!("driver={format},node-name=d{n},file=f{n},discard=unmap");
+            if matches!(side.image, Image::Overlay | Image::Subclusters) {
+                command
+                    .arg("--blockdev")
+                    .arg(file_node(&images.base(), "bf", ",read-only=on"))
+                    .args(["--blockdev", "driver=raw,node-name=b,file=bf,read-only=on"]);
+                node.push_str(",backing=b");
+            }
+            command.arg("--blockdev").arg(node);
+        }
+        for (n, socket) in sockets.iter().enumerate() {
+            let queues = side.queues;
+            command.arg("--export").arg(joined(&[
             &format!("type=vhost-user-blk,id=e{n},node-name=d{n},writable=on,num-queues={queues}{thread},addr.type=unix,addr.path="),
             &value(socket),
         ]));
+        }
+        command.arg("--pidfile").arg(ready);
+        command
     }
-    command.arg("--pidfile").arg(ready);
-    Ok(command)
-}
 
-fn qemu_nbd(
-    programs: &Programs,
-    side: &Side,
-    engine: &str,
-    files: &[PathBuf],
-    sockets: &[PathBuf],
-    ready: &Path,
-) -> Command {
-    let mut command = Command::new("qemu-nbd");
-    command
-        .args(["--persistent", "--discard", "unmap"])
-        .args(["--shared", &side.queues.max(1).to_string()])
-        .args(["--format", side.image.format()])
-        .args([
-            "--cache",
-            if programs.direct { "none" } else { "writeback" },
-        ])
-        .arg("--aio")
-        .arg(engine)
-        .arg("--pid-file")
-        .arg(ready)
-        .arg("--socket")
-        .args(sockets)
-        .args(files);
-    command
+    fn nbd(&self) -> Command {
+        let Self {
+            programs,
+            side,
+            engine,
+            files,
+            sockets,
+            ready,
+            locking,
+        } = *self;
+        let format = side.image.format();
+        let node = |file: &PathBuf| {
+            let options =
+                format!("driver={format},file.driver=file,file.locking={locking},file.filename=");
+            joined(&[&options, &value(file)])
+        };
+        let mut command = Command::new("qemu-nbd");
+        command
+            .args(["--persistent", "--discard", "unmap"])
+            .args(["--shared", &side.queues.max(1).to_string()])
+            .args([
+                "--cache",
+                if programs.direct { "none" } else { "writeback" },
+            ])
+            .arg("--aio")
+            .arg(engine)
+            .arg("--pid-file")
+            .arg(ready)
+            .arg("--socket")
+            .args(sockets)
+            .arg("--image-opts")
+            .args(files.iter().map(node));
+        command
+    }
 }
 
 /// SPDK's target with a null device: no huge pages, one core, spinning.

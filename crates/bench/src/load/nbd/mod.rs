@@ -11,6 +11,7 @@ use super::{
     fill,
     plan::{Geometry, Kind, Places, Request},
     run::run_queues,
+    turns::Turns,
 };
 use block::{Context, Error, ErrorKind, Result, size};
 use nbd::{
@@ -36,7 +37,7 @@ const PIECES_MAX: usize = 128;
 /// How often a polling client looks before it sees to other things.
 const SPINS: u32 = 100;
 
-pub(crate) fn run(spec: &Spec, text: &str) -> Result<Report> {
+pub(crate) fn run(spec: &Spec, text: &str, turns: Option<&Turns>) -> Result<Report> {
     let uri = uri(text)?;
     let mut connections = Vec::new();
     for number in 1..=spec.queues {
@@ -67,7 +68,7 @@ pub(crate) fn run(spec: &Spec, text: &str) -> Result<Report> {
             Ok(Nbd::new(spec, socket, export, queue))
         }
     });
-    run_queues(spec, places, openers.collect()).context(|| text.to_owned())
+    run_queues(spec, places, openers.collect(), turns).context(|| text.to_owned())
 }
 
 /// The export that `text` names: a URI, or the socket alone.
