@@ -239,7 +239,9 @@ impl Driver {
             iov: piece.map_or(std::ptr::null(), std::ptr::from_ref),
             iov_len: u32::from(piece.is_some()),
             tag: nth.map_or(FLUSH, u64::from),
+            arrived_ns: 0,
             seen_ns: disk::now_ns(),
+            parsed_ns: 0,
         };
         // SAFETY: pieces and buffer are dropped behind the queue and the engine, and a piece is used by one
         // request at a time: its number comes back into `free` with the request's end.
@@ -266,7 +268,7 @@ impl Driver {
         self.queue.advance(&mut *self.engine);
         ended |= self.take();
         if ended {
-            self.queue.notified();
+            self.queue.notified(None);
         }
         Ok(())
     }

@@ -110,7 +110,9 @@ impl Queues {
             iov,
             iov_len,
             tag,
+            arrived_ns: 0,
             seen_ns: disk::now_ns(),
+            parsed_ns: 0,
         };
         // SAFETY: bytes and piece stay in `running` until the request's `Done` was taken.
         let taken = unsafe { queue.submit(&mut **engine, request) };
@@ -138,7 +140,7 @@ impl Queues {
         }
         self.events.ready.clear();
         queue.advance(&mut **engine);
-        queue.notified();
+        queue.notified(None);
         let mut ended = Vec::new();
         while let Some(done) = queue.done() {
             let running = running.remove(&done.tag).expect("ends once");

@@ -5,15 +5,19 @@ use crate::{
     chain::{Chain, Layer},
     commit::GroupCommit,
     grace::Epochs,
-    stats::{QueueStats, Statistics},
+    stats::{QueueStats, QueueTrace, Statistics},
     wait::WaitTable,
 };
 use block::{Result, Storage, Zeroed, limits};
 use image::Freed;
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
+use trace::{Entry, Operation, Ring, Snapshot, Stage};
 
 /// How a disk treats its guests.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +29,10 @@ pub struct DiskOptions {
     pub writethrough: bool,
     /// Give discarded space back to the host (`--discard unmap`); otherwise discards are ignored.
     pub discard: bool,
+    /// Requests that each queue remembers with the times of their stages, 64 bytes each: rounded up to a power of two,
+    /// at most [`trace::RING_ENTRIES_MAX`], fewer when there are many queues (see [`Disk::queue_traces`]). 0: none, and
+    /// no histograms of stages.
+    pub trace_entries: u32,
 }
 
 impl Default for DiskOptions {
@@ -33,7 +41,32 @@ impl Default for DiskOptions {
             read_only: false,
             writethrough: false,
             discard: true,
+            trace_entries: trace::RING_ENTRIES_DEFAULT,
         }
+    }
+}
+
+/// Bytes that the records of all a disk's queues take together at most, and 4 KiB for each queue.
+const TRACE_BYTES_MAX: usize = 4 << 20;
+/// Entries of a queue's record at least.
+const TRACE_ENTRIES_MIN: u32 = 64;
+/// Queues that have left and whose last requests are kept.
+const PAST_QUEUES: usize = 4;
+
+/// The statistics of queues.
+#[derive(Debug, Default)]
+struct Queues {
+    live: Vec<Arc<QueueStats>>,
+    /// The last ones that left, with their rings, oldest first.
+    past: VecDeque<Arc<QueueStats>>,
+    /// Queues there were ever.
+    count: u64,
+}
+
+impl Queues {
+    fn ring_bytes(&self) -> usize {
+        let all = self.live.iter().chain(&self.past);
+        all.map(|queue| queue.ring().bytes()).sum()
     }
 }
 
@@ -52,7 +85,8 @@ pub struct Disk {
     pub(crate) waits: WaitTable,
     pub(crate) commits: GroupCommit,
     pub(crate) epochs: Epochs,
-    stats: Mutex<Vec<Arc<QueueStats>>>,
+    trace_entries: u32,
+    stats: Mutex<Queues>,
     /// What queues that have left did, in one sum; written under the lock of `stats`.
     past_stats: QueueStats,
     /// Freed space that queues left behind when they were detached, with the epoch that must
@@ -103,8 +137,9 @@ impl Disk {
             waits: WaitTable::default(),
             commits: GroupCommit::default(),
             epochs: Epochs::default(),
+            trace_entries: options.trace_entries,
             stats: Mutex::default(),
-            past_stats: QueueStats::default(),
+            past_stats: QueueStats::new(0, u32::from(options.trace_entries > 0)),
             orphans: Mutex::default(),
             cluster_size: description.cluster_size,
             layers,
@@ -171,25 +206,79 @@ impl Disk {
 
     /// Statistics of a new queue.
     pub(crate) fn new_stats(&self) -> Arc<QueueStats> {
-        let stats = Arc::new(QueueStats::default());
-        self.stats
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(stats.clone());
+        let mut queues = self.queues();
+        let mut entries = self.trace_entries;
+        if entries > 0 {
+            while queues.ring_bytes() + Ring::ENTRY_BYTES * entries.next_power_of_two() as usize
+                > TRACE_BYTES_MAX
+                && !queues.past.is_empty()
+            {
+                queues.past.pop_front();
+            }
+            let left = TRACE_BYTES_MAX.saturating_sub(queues.ring_bytes()) / Ring::ENTRY_BYTES;
+            // The largest power of two that fits; at most 65536 fit.
+            let fits = (left + 1).next_power_of_two() as u32 / 2;
+            entries = entries.min(fits).max(TRACE_ENTRIES_MIN.min(entries));
+        }
+        let stats = Arc::new(QueueStats::new(queues.count, entries));
+        queues.count += 1;
+        queues.live.push(stats.clone());
         stats
     }
 
-    /// A queue left: only the sum of those that did is kept.
+    fn queues(&self) -> MutexGuard<'_, Queues> {
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A queue left: the sum of those that did is kept, and the records of the last few.
     pub(crate) fn end_stats(&self, ended: &Arc<QueueStats>) {
-        let mut stats = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
-        stats.retain(|s| !Arc::ptr_eq(s, ended));
+        let mut queues = self.queues();
+        queues.live.retain(|s| !Arc::ptr_eq(s, ended));
         self.past_stats.absorb(ended);
+        ended.end();
+        if ended.traces() && ended.ring().written() > 0 {
+            queues.past.push_back(ended.clone());
+            if queues.past.len() > PAST_QUEUES {
+                queues.past.pop_front();
+            }
+        }
     }
 
     /// What the disk did so far, over all its queues, past ones included.
     pub fn statistics(&self) -> Statistics {
-        let stats = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
-        Statistics::sum(stats.iter().map(|s| &**s).chain([&self.past_stats]))
+        let queues = self.queues();
+        Statistics::sum(queues.live.iter().map(|s| &**s).chain([&self.past_stats]))
+    }
+
+    /// The records of its queues: those that run, and the last four that have left. All rings of a disk take 4 MiB at
+    /// most, and 4 KiB for each queue beyond.
+    pub fn queue_traces(&self) -> Vec<QueueTrace> {
+        let queues = self.queues();
+        let all = queues.past.iter().chain(&queues.live);
+        all.map(|stats| QueueTrace(stats.clone())).collect()
+    }
+
+    /// Latencies of an operation over all queues, past ones included: of a stage, or for `None` of the whole.
+    pub fn latencies(&self, operation: Operation, stage: Option<Stage>) -> Snapshot {
+        let queues = self.queues();
+        let mut sum = self.past_stats.latencies().snapshot(operation, stage);
+        for queue in &queues.live {
+            sum.merge(&queue.latencies().snapshot(operation, stage));
+        }
+        sum
+    }
+
+    /// The slowest requests of all queues, past ones included, from the slowest on, at most `max`. Their numbers are their
+    /// queues'.
+    pub fn slowest(&self, max: usize) -> Vec<Entry> {
+        let queues = self.queues();
+        let mut all = self.past_stats.slowest().read();
+        for queue in &queues.live {
+            all.extend(queue.slowest().read());
+        }
+        all.sort_by_key(|entry| std::cmp::Reverse(entry.total_ns()));
+        all.truncate(max);
+        all
     }
 
     /// Clean close with blocking I/O: commits what is in memory, returns freed and reserved space and
@@ -224,10 +313,11 @@ impl Disk {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stats::{Ended, Stamps};
+    use crate::stats::Ended;
+    use block::Op;
+    use trace::Stamps;
 
-    #[test]
-    fn queues_that_left_are_counted_but_not_kept() {
+    fn disk() -> Arc<Disk> {
         let layer = Layer {
             image: Arc::new(image::Null::new(1 << 20).unwrap()),
             files: Vec::new(),
@@ -239,23 +329,61 @@ mod tests {
             layers: vec![layer],
             read_only: false,
         };
-        let disk = Disk::new(chain, DiskOptions::default()).unwrap();
-        for _ in 0..3 {
+        Disk::new(chain, DiskOptions::default()).unwrap()
+    }
+
+    fn read_of(taken: u64) -> Ended {
+        Ended {
+            op: Op::Read,
+            at: 0,
+            bytes: 512,
+            result: Ok(()),
+            stamps: Stamps {
+                taken,
+                ..Stamps::default()
+            },
+        }
+    }
+
+    #[test]
+    fn queues_that_left_are_counted_but_only_few_are_kept() {
+        let disk = disk();
+        for n in 0..6 {
             let stats = disk.new_stats();
-            let ended = Ended {
-                row: 0,
-                bytes: 512,
-                failed: false,
-                stamps: Stamps::default(),
-            };
-            stats.ended(&ended, 1000);
+            stats.ended(&read_of(n), 1000, 1000);
             stats.wait();
             let before = disk.statistics();
+            let slowest = disk.slowest(100);
             disk.end_stats(&stats);
             let after = disk.statistics();
             assert_eq!(format!("{after:?}"), format!("{before:?}"));
+            assert_eq!(disk.slowest(100), slowest);
         }
-        assert_eq!(disk.statistics().operations[0].count, 3);
-        assert_eq!(disk.stats.lock().unwrap().len(), 0);
+        assert_eq!(disk.statistics().operations[0].count, 6);
+        assert_eq!(disk.slowest(100).len(), 6);
+        let whole = disk.latencies(Operation::Read, None);
+        assert_eq!((whole.count, whole.sum_ns), (6, 6000 - 15));
+        // The last ones' requests can still be looked at.
+        let traces = disk.queue_traces();
+        let numbers: Vec<u64> = traces.iter().map(QueueTrace::number).collect();
+        assert_eq!(numbers, [2, 3, 4, 5]);
+        assert!(traces.iter().all(|trace| !trace.is_live()));
+        assert_eq!(traces[0].ring().last(9).entries[0].begin_ns, 2);
+    }
+
+    #[test]
+    fn many_queues_remember_less() {
+        let disk = disk();
+        let ended = disk.new_stats();
+        ended.ended(&read_of(1), 1, 1);
+        disk.end_stats(&ended);
+        let queues: Vec<_> = (0..256).map(|_| disk.new_stats()).collect();
+        let entries = |n: usize| queues[n].ring().capacity() as u32;
+        assert_eq!(entries(0), trace::RING_ENTRIES_DEFAULT);
+        assert_eq!(entries(255), TRACE_ENTRIES_MIN);
+        let bytes: usize = queues.iter().map(|q| q.ring().bytes()).sum();
+        assert!(bytes <= TRACE_BYTES_MAX + 256 * 4096, "{bytes}");
+        // They come before those that have left.
+        assert!(disk.queue_traces().iter().all(QueueTrace::is_live));
     }
 }

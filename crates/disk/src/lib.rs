@@ -40,4 +40,4 @@ pub use clock::now_ns;
 pub use disk::{Disk, DiskOptions};
 pub use queue::{DiskQueue, QueueOptions};
 pub use request::{Done, Request, StatusExtent, TableFull};
-pub use stats::{OpStatistics, Statistics};
+pub use stats::{OpStatistics, QueueTrace, Statistics};

@@ -21,7 +21,7 @@ use crate::{
     grace::Member,
     memory::Pieces,
     request::{Done, Owner, Request, Slot, State, StatusExtent, TableFull, Task},
-    stats::{self, Ended, QueueStats, Stamps},
+    stats::{Ended, QueueStats},
     sub::{Purpose, Sub},
     wait::{Mailbox, Message, SlotId},
 };
@@ -29,6 +29,7 @@ use block::{Error, GuestError, GuestOffset, Op, Result, limits};
 use image::Freed;
 use io::{Engine, FileSlot, Io, Waker};
 use std::{collections::VecDeque, sync::Arc};
+use trace::Stamps;
 
 /// How a queue is made.
 #[derive(Clone, Debug)]
@@ -110,6 +111,8 @@ pub struct DiskQueue {
     /// The clock as last read, and whether it must be read again.
     clock_ns: u64,
     clock_stale: bool,
+    /// When the last request was mapped that did not end at once.
+    mapped_ns: u64,
     errors_logged: u32,
 }
 
@@ -194,6 +197,7 @@ impl DiskQueue {
             ended: Vec::with_capacity(depth),
             clock_ns: 0,
             clock_stale: true,
+            mapped_ns: 0,
             errors_logged: 0,
             disk: disk.clone(),
         })
@@ -231,7 +235,7 @@ impl DiskQueue {
     /// When the queue [is busy](Self::is_busy): operations of it would then complete to nobody.
     pub fn detach(mut self, engine: &mut dyn Engine) {
         assert!(!self.is_busy(), "a busy queue is not detached");
-        self.notified();
+        self.notified(None);
         for slot in std::mem::take(&mut self.files).into_iter().flatten() {
             engine.detach(slot);
         }
@@ -270,7 +274,9 @@ impl DiskQueue {
         slot.iov = Pieces::new(request.iov, request.iov_len);
         slot.durable = durable;
         slot.stamps = Stamps {
-            seen: request.seen_ns,
+            arrived: request.arrived_ns,
+            taken: request.seen_ns,
+            parsed: request.parsed_ns,
             ..Stamps::default()
         };
         slot.error = checked.err();
@@ -280,7 +286,8 @@ impl DiskQueue {
         // What ended at once was mapped when it ended, and needs no look at the clock.
         if slot.generation == id.generation {
             // Read anew for each: mapping is what differs between requests of a batch.
-            slot.stamps.mapped = now_ns();
+            self.mapped_ns = now_ns();
+            slot.stamps.mapped = self.mapped_ns;
             self.batch.push(id);
         }
         self.start_early(engine);
@@ -402,7 +409,7 @@ impl DiskQueue {
         self.clock_stale = true;
         if self.ended.len() >= self.slots.len() {
             // A submitter that does not say when it tells its clients.
-            self.notified();
+            self.notified(None);
         }
         if !self.unstaged.is_empty() {
             self.restage(engine);
@@ -445,16 +452,42 @@ impl DiskQueue {
                 }
             }
         }
+        // What ends next ends after the engine's turn.
+        self.clock_stale = true;
     }
 
-    /// The submitter has told its clients of every `Done` that it took.
-    pub fn notified(&mut self) {
+    /// Names the queue for those who look at its requests: said once, by its export.
+    pub fn set_name(&self, name: String) {
+        self.stats.set_name(name);
+    }
+
+    /// Whether stages of requests are noted one by one: a submitter that has to ask the clock for them need not
+    /// otherwise.
+    pub fn traces(&self) -> bool {
+        self.stats.traces()
+    }
+
+    /// When the last request that did not end at once had been mapped; nanoseconds of [`crate::now_ns`]. What comes after
+    /// it in its batch waited in the ring until then.
+    pub fn mapped_ns(&self) -> u64 {
+        self.mapped_ns
+    }
+
+    /// Whether requests ended since the last [`Self::notified`].
+    pub fn has_ended(&self) -> bool {
+        !self.ended.is_empty()
+    }
+
+    /// The submitter has told its clients of every `Done` that it took: the answers were where they look for them at
+    /// `told_ns` (nanoseconds of [`crate::now_ns`]; `None`: now), and whoever had to be woken is.
+    pub fn notified(&mut self, told_ns: Option<u64>) {
         if self.ended.is_empty() {
             return;
         }
         let now = now_ns();
+        let told = told_ns.unwrap_or(now);
         for ended in self.ended.drain(..) {
-            self.stats.ended(&ended, now);
+            self.stats.ended(&ended, told, now);
         }
     }
 
@@ -592,9 +625,10 @@ impl DiskQueue {
                     Task::Op(op) => {
                         slot.stamps.completed = now;
                         self.ended.push(Ended {
-                            row: stats::row(op),
+                            op,
+                            at: slot.at.0,
                             bytes: slot.len,
-                            failed: result.is_err(),
+                            result,
                             stamps: slot.stamps,
                         });
                     }

@@ -1,8 +1,9 @@
 //! Requests, and the table in which each one lives from submit to done.
 
-use crate::{memory::Pieces, stats::Stamps, wait::SlotId};
+use crate::{memory::Pieces, wait::SlotId};
 use block::{GuestError, GuestOffset, IoVec, Op};
 use image::Key;
+use trace::Stamps;
 
 /// A request to a disk.
 #[derive(Clone, Copy, Debug)]
@@ -19,8 +20,12 @@ pub struct Request {
     pub iov_len: u32,
     /// The submitter's name for it, given back in [`Done`].
     pub tag: u64,
-    /// When the submitter saw it; nanoseconds of [`crate::now_ns`].
+    /// When the submitter was woken for it; nanoseconds of [`crate::now_ns`], as the following. 0: it cannot know.
+    pub arrived_ns: u64,
+    /// When the submitter took it from its ring or socket.
     pub seen_ns: u64,
+    /// When the submitter had read and checked it. 0: it did not look.
+    pub parsed_ns: u64,
 }
 
 /// The end of a request; exactly one for each that was accepted.

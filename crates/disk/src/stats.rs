@@ -1,125 +1,46 @@
-//! Counts and latencies, per queue, operation and stage.
+//! Counts and latencies, per queue, operation and stage, and each queue's record of its last and its slowest requests.
 //!
-//! Written by the queue's thread alone with plain relaxed stores; read by anyone at any time.
-//! A stage's time ends where the next one's begins:
-//!
-//! ```text
-//!   seen ─map─▶ mapped ─submit─▶ submitted ─device─▶ device done ─complete─▶ completed ─notify─▶ notified
-//! ```
+//! Written by the queue's thread alone with plain relaxed stores; read by anyone at any time. What the stages are says
+//! crate [`trace`].
 
 use crate::clock;
-use block::Op;
+use block::{GuestError, Op};
 use serde::Serialize;
 use std::{
     fmt::Write as _,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
-
-/// Operations that are counted apart.
-pub(crate) const OPS: [&str; 5] = ["read", "write", "flush", "discard", "write-zeroes"];
-
-/// Stages that are timed apart; the last is the whole request.
-const STAGES: [&str; 6] = ["map", "submit", "device", "complete", "notify", "total"];
-
-/// Linear steps per power of two: a bucket is at most 1/8 wide.
-const STEPS_LOG2: u32 = 3;
-/// Buckets: latencies to 2^40 ns (18 minutes); the last takes all above.
-const BUCKETS: usize = (40 << STEPS_LOG2) as usize;
-
-/// The row of `op` in [`OPS`].
-pub(crate) fn row(op: Op) -> usize {
-    match op {
-        Op::Read => 0,
-        Op::Write { .. } => 1,
-        Op::Flush => 2,
-        Op::Discard => 3,
-        Op::WriteZeroes { .. } => 4,
-    }
-}
-
-/// When a request reached each stage; nanoseconds of [`crate::now_ns`].
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Stamps {
-    pub seen: u64,
-    pub mapped: u64,
-    pub submitted: u64,
-    pub device_done: u64,
-    pub completed: u64,
-}
+use trace::{Counter, Entry, Histograms, Operation, Ring, Slowest, Snapshot, Stage, Stamps};
 
 /// A request that ended and whose submitter was not told yet.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ended {
-    /// Its operation's row in [`OPS`].
-    pub row: usize,
+    pub op: Op,
+    pub at: u64,
     pub bytes: u64,
-    pub failed: bool,
+    pub result: Result<(), GuestError>,
     pub stamps: Stamps,
-}
-
-/// A counter that one thread writes.
-#[derive(Debug, Default)]
-struct Counter(AtomicU64);
-
-impl Counter {
-    fn add(&self, value: u64) {
-        self.0
-            .store(self.0.load(Relaxed).wrapping_add(value), Relaxed);
-    }
-
-    fn get(&self) -> u64 {
-        self.0.load(Relaxed)
-    }
-}
-
-/// A log-linear histogram of nanoseconds.
-#[derive(Debug)]
-struct Histogram(Box<[Counter]>);
-
-impl Default for Histogram {
-    fn default() -> Self {
-        Self((0..BUCKETS).map(|_| Counter::default()).collect())
-    }
-}
-
-impl Histogram {
-    fn bucket(ns: u64) -> usize {
-        let steps = 1u64 << STEPS_LOG2;
-        if ns < steps {
-            return ns as usize;
-        }
-        let log = 63 - ns.leading_zeros();
-        let step = (ns >> (log - STEPS_LOG2)) - steps;
-        (((log - STEPS_LOG2 + 1) << STEPS_LOG2) as usize + step as usize).min(BUCKETS - 1)
-    }
-
-    /// The highest value that falls into a bucket.
-    fn upper(bucket: usize) -> u64 {
-        let steps = 1u64 << STEPS_LOG2;
-        let bucket = bucket as u64;
-        if bucket < steps {
-            return bucket;
-        }
-        let log = (bucket >> STEPS_LOG2) - 1;
-        let step = bucket & (steps - 1);
-        ((steps + step + 1) << log) - 1
-    }
 }
 
 #[derive(Debug, Default)]
 struct Row {
-    count: Counter,
     bytes: Counter,
     errors: Counter,
-    /// Sums of nanoseconds per stage.
-    sums: [Counter; STAGES.len()],
-    total: Histogram,
 }
 
 /// The statistics of one queue.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct QueueStats {
-    rows: [Row; OPS.len()],
+    /// Its number among the disk's queues, past ones included, and what its export calls it.
+    pub number: u64,
+    name: OnceLock<String>,
+    rows: [Row; Operation::ALL.len()],
+    latencies: Histograms,
+    ring: Ring,
+    slowest: Slowest,
     commits: Counter,
     barriers: Counter,
     loads: Counter,
@@ -127,50 +48,109 @@ pub(crate) struct QueueStats {
     joins: Counter,
     waits: Counter,
     stalls: Counter,
+    /// It still runs.
+    live: AtomicBool,
 }
 
 impl QueueStats {
-    /// A request ended, and its submitter was told at `notified`.
-    pub fn ended(&self, ended: &Ended, notified: u64) {
-        let row = &self.rows[ended.row];
-        row.count.add(1);
-        if ended.failed {
+    /// Of a queue that keeps its last `entries` requests; with 0 it times the whole of requests alone.
+    pub fn new(number: u64, entries: u32) -> Self {
+        Self {
+            number,
+            name: OnceLock::new(),
+            rows: Default::default(),
+            latencies: Histograms::new(entries > 0),
+            ring: Ring::new(entries),
+            slowest: Slowest::default(),
+            commits: Counter::default(),
+            barriers: Counter::default(),
+            loads: Counter::default(),
+            copies: Counter::default(),
+            joins: Counter::default(),
+            waits: Counter::default(),
+            stalls: Counter::default(),
+            live: AtomicBool::new(true),
+        }
+    }
+
+    /// What the export calls the queue; said once.
+    pub fn set_name(&self, name: String) {
+        let _ = self.name.set(name);
+    }
+
+    pub fn name(&self) -> &str {
+        self.name.get().map_or("", String::as_str)
+    }
+
+    pub fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    pub fn slowest(&self) -> &Slowest {
+        &self.slowest
+    }
+
+    pub fn latencies(&self) -> &Histograms {
+        &self.latencies
+    }
+
+    /// Whether requests are noted one by one.
+    pub fn traces(&self) -> bool {
+        self.ring.capacity() > 0
+    }
+
+    pub fn is_live(&self) -> bool {
+        self.live.load(Relaxed)
+    }
+
+    /// Its queue left.
+    pub fn end(&self) {
+        self.live.store(false, Relaxed);
+    }
+
+    /// A request ended, and its submitter was told: in the ring at `told`, by a call at `notified`.
+    pub fn ended(&self, ended: &Ended, told: u64, notified: u64) {
+        let operation = Operation::from(ended.op);
+        let row = &self.rows[operation as usize];
+        if ended.result.is_err() {
             row.errors.add(1);
         } else {
             row.bytes.add(ended.bytes);
         }
-        // A stage that a request did not go through took no time: it ends when the one before did.
-        let stamps = &ended.stamps;
-        let mut last = stamps.seen;
-        let ends = [
-            stamps.mapped,
-            stamps.submitted,
-            stamps.device_done,
-            stamps.completed,
+        let stamps = Stamps {
+            told,
             notified,
-        ];
-        for (sum, end) in row.sums.iter().zip(ends) {
-            sum.add(end.saturating_sub(last));
-            last = last.max(end);
+            ..ended.stamps
+        };
+        let stages_ns = stamps.times();
+        let total_ns = stages_ns.total();
+        self.latencies.add(operation, &stages_ns, total_ns);
+        if !self.traces() {
+            return;
         }
-        let total = last - stamps.seen;
-        row.sums[STAGES.len() - 1].add(total);
-        row.total.0[Histogram::bucket(total)].add(1);
+        let entry = Entry {
+            number: self.ring.written(),
+            operation,
+            offset: ended.at,
+            bytes: ended.bytes,
+            status: ended.result.into(),
+            begin_ns: stamps.begin(),
+            stages_ns,
+        };
+        self.ring.push(&entry);
+        if self.slowest.admits(total_ns) {
+            self.slowest.note(&entry);
+        }
     }
 
     /// Adds what `other` counted. One caller at a time, and no other writer of either.
     pub fn absorb(&self, other: &QueueStats) {
         for (row, from) in self.rows.iter().zip(&other.rows) {
-            row.count.add(from.count.get());
             row.bytes.add(from.bytes.get());
             row.errors.add(from.errors.get());
-            for (to, from) in row.sums.iter().zip(&from.sums) {
-                to.add(from.get());
-            }
-            for (to, from) in row.total.0.iter().zip(&from.total.0) {
-                to.add(from.get());
-            }
         }
+        self.latencies.absorb(&other.latencies);
+        self.slowest.absorb(&other.slowest);
         self.commits.add(other.commits.get());
         self.barriers.add(other.barriers.get());
         self.loads.add(other.loads.get());
@@ -209,6 +189,37 @@ impl QueueStats {
     }
 }
 
+/// A queue's record of its requests, for whoever wants to look at it. It does not keep the queue.
+#[derive(Clone, Debug)]
+pub struct QueueTrace(pub(crate) Arc<QueueStats>);
+
+impl QueueTrace {
+    /// Its number among the queues that its disk ever had.
+    pub fn number(&self) -> u64 {
+        self.0.number
+    }
+
+    /// What its export calls it.
+    pub fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    /// Whether it still runs.
+    pub fn is_live(&self) -> bool {
+        self.0.is_live()
+    }
+
+    /// Its last requests.
+    pub fn ring(&self) -> &Ring {
+        self.0.ring()
+    }
+
+    /// Its slowest requests.
+    pub fn slowest(&self) -> Vec<Entry> {
+        self.0.slowest().read()
+    }
+}
+
 /// What a disk did so far; sums over its queues.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Statistics {
@@ -241,15 +252,21 @@ pub struct OpStatistics {
     pub bytes: u64,
     /// Requests that failed.
     pub errors: u64,
-    /// Mean nanoseconds from seen in the ring to mapped.
+    /// Mean nanoseconds in the ring; the stages are those of [`Stage`].
+    pub ring_ns: u64,
+    /// Mean nanoseconds until it was read and checked.
+    pub parse_ns: u64,
+    /// Mean nanoseconds until it was mapped.
     pub map_ns: u64,
     /// Mean nanoseconds from mapped to submitted with the rest of its batch.
     pub submit_ns: u64,
     /// Mean nanoseconds at the device.
     pub device_ns: u64,
-    /// Mean nanoseconds from device done to completed.
+    /// Mean nanoseconds from device done to durable, where it must be.
+    pub commit_ns: u64,
+    /// Mean nanoseconds from there to the answer in the ring.
     pub complete_ns: u64,
-    /// Mean nanoseconds from completed to the client told.
+    /// Mean nanoseconds of telling the client.
     pub notify_ns: u64,
     /// Mean nanoseconds in all.
     pub total_ns: u64,
@@ -277,44 +294,38 @@ impl Statistics {
             waits: total(|q| &q.waits),
             stalls: total(|q| &q.stalls),
         };
-        for (index, operation) in OPS.into_iter().enumerate() {
-            let rows = || queues.clone().map(|q| &q.rows[index]);
-            let count: u64 = rows().map(|r| r.count.get()).sum();
-            if count == 0 {
+        for operation in Operation::ALL {
+            let of = |stage| {
+                let mut sum = Snapshot::default();
+                for queue in queues.clone() {
+                    sum.merge(&queue.latencies.snapshot(operation, stage));
+                }
+                sum
+            };
+            let whole = of(None);
+            if whole.count == 0 {
                 continue;
             }
-            let mean = |stage: usize| rows().map(|r| r.sums[stage].get()).sum::<u64>() / count;
-            let buckets: Vec<u64> = (0..BUCKETS)
-                .map(|b| rows().map(|r| r.total.0[b].get()).sum())
-                .collect();
-            // Read while it is written: its own sum is the consistent one.
-            let samples: u64 = buckets.iter().sum();
-            let percentile = |per_mille: u64| {
-                let rank = (samples * per_mille).div_ceil(1000).max(1);
-                let mut seen = 0;
-                for (bucket, n) in buckets.iter().enumerate() {
-                    seen += n;
-                    if seen >= rank {
-                        return Histogram::upper(bucket);
-                    }
-                }
-                0
-            };
+            let rows = || queues.clone().map(|q| &q.rows[operation as usize]);
+            let mean = |stage: Stage| of(Some(stage)).mean_ns();
             statistics.operations.push(OpStatistics {
-                operation,
-                count,
+                operation: operation.name(),
+                count: whole.count,
                 bytes: rows().map(|r| r.bytes.get()).sum(),
                 errors: rows().map(|r| r.errors.get()).sum(),
-                map_ns: mean(0),
-                submit_ns: mean(1),
-                device_ns: mean(2),
-                complete_ns: mean(3),
-                notify_ns: mean(4),
-                total_ns: mean(5),
-                p50_ns: percentile(500),
-                p99_ns: percentile(990),
-                p999_ns: percentile(999),
-                max_ns: percentile(1000),
+                ring_ns: mean(Stage::Ring),
+                parse_ns: mean(Stage::Parse),
+                map_ns: mean(Stage::Map),
+                submit_ns: mean(Stage::Submit),
+                device_ns: mean(Stage::Device),
+                commit_ns: mean(Stage::Commit),
+                complete_ns: mean(Stage::Complete),
+                notify_ns: mean(Stage::Notify),
+                total_ns: whole.mean_ns(),
+                p50_ns: whole.quantile_ns(0.5),
+                p99_ns: whole.quantile_ns(0.99),
+                p999_ns: whole.quantile_ns(0.999),
+                max_ns: whole.quantile_ns(1.0),
             });
         }
         statistics
@@ -325,14 +336,17 @@ impl Statistics {
         let mut text = String::new();
         let _ = writeln!(
             text,
-            "{:<13}{:>12}{:>12}{:>8}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}",
+            "{:<13}{:>12}{:>12}{:>8}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}",
             "operation",
             "requests",
             "bytes",
             "errors",
+            "ring",
+            "parse",
             "map",
             "submit",
             "device",
+            "commit",
             "complete",
             "notify",
             "mean",
@@ -341,23 +355,31 @@ impl Statistics {
             "p99.9"
         );
         for o in &self.operations {
-            let _ = writeln!(
+            let _ = write!(
                 text,
-                "{:<13}{:>12}{:>12}{:>8}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}",
+                "{:<13}{:>12}{:>12}{:>8}",
                 o.operation,
                 o.count,
                 block::size::human(o.bytes),
                 o.errors,
-                clock::human(o.map_ns),
-                clock::human(o.submit_ns),
-                clock::human(o.device_ns),
-                clock::human(o.complete_ns),
-                clock::human(o.notify_ns),
-                clock::human(o.total_ns),
-                clock::human(o.p50_ns),
-                clock::human(o.p99_ns),
-                clock::human(o.p999_ns),
             );
+            for ns in [
+                o.ring_ns,
+                o.parse_ns,
+                o.map_ns,
+                o.submit_ns,
+                o.device_ns,
+                o.commit_ns,
+                o.complete_ns,
+                o.notify_ns,
+                o.total_ns,
+                o.p50_ns,
+                o.p99_ns,
+                o.p999_ns,
+            ] {
+                let _ = write!(text, "{:>10}", clock::human(ns));
+            }
+            text.push('\n');
         }
         let _ = writeln!(
             text,
@@ -380,48 +402,47 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buckets_are_contiguous_and_narrow() {
-        let mut last = 0;
-        for ns in 0..100_000u64 {
-            let bucket = Histogram::bucket(ns);
-            assert!(bucket == last || bucket == last + 1, "{ns}");
-            assert!(Histogram::upper(bucket) >= ns);
-            assert!(Histogram::upper(bucket) <= ns + ns / 8 + 1, "{ns}");
-            last = bucket;
-        }
-        assert_eq!(Histogram::bucket(u64::MAX), BUCKETS - 1);
-    }
-
-    #[test]
     fn sums_over_queues() {
-        let (a, b) = (QueueStats::default(), QueueStats::default());
+        let (a, b) = (QueueStats::new(0, 8), QueueStats::new(1, 8));
         let mut ended = Ended {
-            row: 0,
+            op: Op::Read,
+            at: 512,
             bytes: 4096,
-            failed: false,
+            result: Ok(()),
             stamps: Stamps {
-                seen: 100,
+                arrived: 70,
+                taken: 90,
+                parsed: 100,
                 mapped: 200,
                 submitted: 250,
                 device_done: 1000,
                 completed: 1050,
+                ..Stamps::default()
             },
         };
         for _ in 0..99 {
-            a.ended(&ended, 1100);
+            a.ended(&ended, 1070, 1100);
         }
-        ended.failed = true;
-        b.ended(&ended, 100_100);
+        ended.result = Err(GuestError::NoSpace);
+        b.ended(&ended, 1070, 100_070);
         let sum = Statistics::sum([&a, &b].into_iter());
         let read = &sum.operations[0];
         assert_eq!((read.count, read.errors), (100, 1));
         assert_eq!(read.bytes, 99 * 4096);
+        assert_eq!((read.ring_ns, read.parse_ns), (20, 10));
         assert_eq!(
             (read.map_ns, read.submit_ns, read.device_ns),
             (100, 50, 750)
         );
-        assert!((1000..1130).contains(&read.p50_ns), "{}", read.p50_ns);
+        assert_eq!((read.commit_ns, read.complete_ns), (50, 20));
+        assert!((1030..1170).contains(&read.p50_ns), "{}", read.p50_ns);
         assert!((100_000..113_000).contains(&read.max_ns));
         assert!(sum.table().contains("read"));
+        let noted = b.ring.last(10).entries;
+        assert_eq!(noted.len(), 1);
+        assert_eq!(noted[0].status, trace::Status::NoSpace);
+        assert_eq!((noted[0].offset, noted[0].total_ns()), (512, 100_000));
+        assert_eq!(b.slowest.read(), noted);
+        assert_eq!(a.ring.last(100).entries.len(), 8);
     }
 }

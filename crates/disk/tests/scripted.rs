@@ -142,7 +142,9 @@ impl Table {
             iov: &raw const *piece,
             iov_len: u32::from(op.has_data()),
             tag,
+            arrived_ns: 0,
             seen_ns: 0,
+            parsed_ns: 0,
         };
         self.memory.push((buffer, piece));
         // SAFETY: the memory is kept until the table is dropped, and its engine before it.

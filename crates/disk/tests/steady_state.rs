@@ -45,7 +45,9 @@ fn measure(path: &Path, format: Format, kind: EngineKind, op: Op, batches: u64) 
                 iov: piece,
                 iov_len: u32::from(op.has_data()),
                 tag: tag as u64,
+                arrived_ns: 0,
                 seen_ns: disk::now_ns(),
+                parsed_ns: 0,
             };
             // SAFETY: buffers and pieces outlive the loop below, which waits for every `Done`.
             let taken = unsafe { queue.submit(engine, request) };

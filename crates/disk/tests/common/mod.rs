@@ -157,7 +157,9 @@ impl Rig {
             iov: iov.as_ptr(),
             iov_len: iov.len() as u32,
             tag,
+            arrived_ns: 0,
             seen_ns: disk::now_ns(),
+            parsed_ns: 0,
         };
         self.running.insert(tag, Running { buffer, _iov: iov });
         let queue = self.queue.as_mut().expect("attached");
@@ -204,7 +206,7 @@ impl Rig {
     fn take(&mut self) -> Vec<Ended> {
         let queue = self.queue.as_mut().expect("attached");
         let mut ended = Vec::new();
-        queue.notified();
+        queue.notified(None);
         while let Some(done) = queue.done() {
             let running = self.running.remove(&done.tag).expect("ends once");
             ended.push(Ended {

@@ -53,6 +53,15 @@ impl Backend for AtDisk<'_> {
     }
 }
 
+/// When a request came; nanoseconds of [`disk::now_ns`].
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Seen {
+    /// Its socket was reported as readable. 0: it was looked at without that.
+    pub arrived_ns: u64,
+    /// The turn in which its header was received began.
+    pub taken_ns: u64,
+}
+
 /// One slot's memory.
 #[derive(Debug, Default)]
 enum Memory {
@@ -122,7 +131,7 @@ impl Loans {
         op: Op,
         at: u64,
         len: u64,
-        seen_ns: u64,
+        seen: Seen,
     ) -> bool {
         let (iov, iov_len) = if op.has_data() {
             let bytes = self.bytes_mut(slot);
@@ -141,7 +150,9 @@ impl Loans {
             iov,
             iov_len,
             tag: slot as u64,
-            seen_ns,
+            arrived_ns: seen.arrived_ns,
+            seen_ns: seen.taken_ns,
+            parsed_ns: disk::now_ns(),
         };
         // SAFETY: the piece lies in a boxed array that is never resized, and its memory in a `Buffer`
         // that is marked as lent below: nobody gets at it, and `Drop` does not free

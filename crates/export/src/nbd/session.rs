@@ -64,6 +64,7 @@ impl NbdSession {
             .map_err(io::Error::from)
             .context(|| "watching an NBD connection")?;
         let queue = DiskQueue::attach(disk, cx.engine(), options)?;
+        queue.set_name("nbd".into());
         if let Err(error) = cx.watch(socket.as_fd(), READABLE, false) {
             queue.detach(cx.engine());
             return Err(error);
@@ -136,7 +137,10 @@ impl Session for NbdSession {
     fn ready(&mut self, cx: &mut Cx, key: u32) {
         if key == WRITABLE {
             self.connection.writable();
-        } else if !self.connection.readable() {
+            return;
+        }
+        self.connection.woken(cx.woken_ns());
+        if !self.connection.readable() {
             // There is no room for what it says: look at the socket again when there is.
             self.watch(cx, false, self.watches_write);
         }
@@ -159,11 +163,13 @@ impl Session for NbdSession {
         };
         // Replies first: they free slots and memory for new requests.
         let mut worked = self.connection.deliver(&mut at_disk, fd);
+        at_disk.queue.notified(None);
         worked |= self.connection.receive(&mut at_disk, fd);
         at_disk.queue.advance(at_disk.engine);
         // What the disk had in memory, and refusals, are answered in the same turn.
         worked |= self.connection.deliver(&mut at_disk, fd);
-        at_disk.queue.notified();
+        // What is sent wakes its receiver.
+        at_disk.queue.notified(None);
         if self.hurry && self.connection.blocked() {
             self.connection.abandon();
         }

@@ -57,6 +57,15 @@ pub(super) struct Stopped {
     pub next_avail: u16,
 }
 
+/// When a request came; nanoseconds of [`disk::now_ns`].
+#[derive(Clone, Copy, Default)]
+struct Arrival {
+    arrived_ns: u64,
+    taken_ns: u64,
+    /// No other was taken before it in this batch.
+    is_first: bool,
+}
+
 /// A request's place while the disk has it.
 struct Slot {
     chain: Chain,
@@ -89,7 +98,9 @@ impl Slot {
                 iov: ptr::null(),
                 iov_len: 0,
                 tag: 0,
+                arrived_ns: 0,
                 seen_ns: 0,
+                parsed_ns: 0,
             },
         }
     }
@@ -108,6 +119,8 @@ pub(super) struct Queue {
     /// Slots whose request the disk had no room for.
     refused: Vec<u16>,
     kick: EventFd,
+    /// When the worker was woken by a kick whose requests were not taken yet; 0: it was not.
+    kicked_ns: u64,
     call: Option<EventFd>,
     err: Option<EventFd>,
     inflight: Option<Inflight>,
@@ -150,6 +163,7 @@ impl Queue {
             waker: cx.waker().clone(),
         };
         let disk = DiskQueue::attach(&setup.disk, cx.engine(), options)?;
+        disk.set_name(format!("vhost-user {}", setup.index));
         if let Err(error) = cx.watch(setup.kick.as_fd(), KICK, false) {
             disk.detach(cx.engine());
             return Err(error);
@@ -164,6 +178,7 @@ impl Queue {
             free: (0..setup.size).rev().collect(),
             refused: Vec::with_capacity(usize::from(setup.size)),
             kick: setup.kick,
+            kicked_ns: 0,
             call: setup.call,
             err: setup.err,
             inflight: setup.inflight,
@@ -217,7 +232,7 @@ impl Queue {
             return false;
         }
         let mut any = false;
-        let mut seen_ns = 0;
+        let mut stamps = Arrival::default();
         while let Some(&slot) = self.free.last() {
             self.lookahead.advance(&self.ring, |at| {
                 if let Some(disk) = &self.disk {
@@ -239,22 +254,34 @@ impl Queue {
                     break;
                 }
             };
-            if !any {
+            if any {
+                // Until now the server was at the one before.
+                let before = self.disk.as_ref().map_or(0, DiskQueue::mapped_ns);
+                stamps.taken_ns = stamps.taken_ns.max(before);
+                stamps.is_first = false;
+            } else {
                 any = true;
-                seen_ns = disk::now_ns();
+                stamps.taken_ns = disk::now_ns();
+                stamps.is_first = true;
+                stamps.arrived_ns = match self.kicked_ns {
+                    // Looked at without being asked: it is not known when it came.
+                    0 => stamps.taken_ns,
+                    kicked => kicked,
+                };
             }
             self.free.pop();
-            if !self.begin(cx, slot, head, seen_ns) {
+            if !self.begin(cx, slot, head, stamps) {
                 // Not in flight, and never to be answered.
                 self.free.push(slot);
                 break;
             }
         }
+        self.kicked_ns = 0;
         any
     }
 
     /// Starts the request at `head`; `false` when the queue broke on it.
-    fn begin(&mut self, cx: &mut Cx, index: u16, head: u16, seen_ns: u64) -> bool {
+    fn begin(&mut self, cx: &mut Cx, index: u16, head: u16, stamps: Arrival) -> bool {
         let indirect = self.limits.features & feature::RING_INDIRECT_DESC != 0;
         let slot = &mut self.slots[usize::from(index)];
         if let Err(fault) = slot.chain.walk(&self.ring, head, indirect) {
@@ -273,6 +300,9 @@ impl Queue {
         slot.head = head;
         slot.written = 0;
         slot.segment_count = 0;
+        // The clock is asked once for each request, when it is mapped; one that comes alone can afford another.
+        let look = stamps.is_first && self.disk.as_ref().is_some_and(DiskQueue::traces);
+        let parsed_ns = if look { disk::now_ns() } else { 0 };
         match task {
             Task::Answer { status, written } => {
                 slot.written = written;
@@ -291,7 +321,9 @@ impl Queue {
                     iov: pieces.as_ptr(),
                     iov_len: pieces.len() as u32,
                     tag: u64::from(index),
-                    seen_ns,
+                    arrived_ns: stamps.arrived_ns,
+                    seen_ns: stamps.taken_ns,
+                    parsed_ns,
                 };
                 self.submit(cx, index);
             }
@@ -299,7 +331,9 @@ impl Queue {
                 slot.discard = discard;
                 slot.segment = 0;
                 slot.segment_count = count;
-                slot.request.seen_ns = seen_ns;
+                slot.request.arrived_ns = stamps.arrived_ns;
+                slot.request.seen_ns = stamps.taken_ns;
+                slot.request.parsed_ns = parsed_ns;
                 slot.request.tag = u64::from(index);
                 slot.request.iov = ptr::null();
                 slot.request.iov_len = 0;
@@ -398,11 +432,18 @@ impl Queue {
         {
             inflight.published(now);
         }
+        let mut told_ns = None;
         if wanted {
+            let looks = |disk: &DiskQueue| disk.traces() && disk.has_ended();
+            told_ns = self
+                .disk
+                .as_ref()
+                .filter(|disk| looks(disk))
+                .map(|_| disk::now_ns());
             self.notify();
         }
         if let Some(disk) = &mut self.disk {
-            disk.notified();
+            disk.notified(told_ns);
         }
     }
 
@@ -442,6 +483,9 @@ impl Session for Queue {
         if let Err(error) = self.kick.read() {
             self.break_down(format_args!("{error}"));
             let _ = cx.unwatch(self.kick.as_fd(), KICK);
+        }
+        if self.kicked_ns == 0 {
+            self.kicked_ns = cx.woken_ns();
         }
     }
 

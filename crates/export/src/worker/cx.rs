@@ -30,6 +30,8 @@ pub struct Cx {
     sessions: usize,
     current: SessionId,
     index: usize,
+    /// When the engine last reported a descriptor.
+    pub(super) woken_ns: u64,
 }
 
 fn slot_of(id: SessionId) -> Option<usize> {
@@ -45,6 +47,7 @@ impl Cx {
             sessions: 0,
             current: 0,
             index,
+            woken_ns: 0,
         }
     }
 
@@ -61,6 +64,11 @@ impl Cx {
     /// The worker's number.
     pub fn index(&self) -> usize {
         self.index
+    }
+
+    /// In [`Session::ready`]: when the worker learned of it, in nanoseconds of [`disk::now_ns`].
+    pub fn woken_ns(&self) -> u64 {
+        self.woken_ns
     }
 
     /// The session whose callback this is; 0 in a call.

@@ -243,6 +243,9 @@ impl Worker {
             tracing::error!(worker = self.shared.index, %error, "engine failed");
             thread::sleep(Duration::from_millis(100));
         }
+        if !self.events.ready.is_empty() {
+            self.cx.woken_ns = disk::now_ns();
+        }
         for completion in self.events.completions.drain(..) {
             self.cx.completed(&completion);
         }
@@ -256,7 +259,7 @@ impl Worker {
             // With nobody to look for, even who polls for ever sleeps.
             Some(always) => always && self.cx.session_count() > 0,
             None => {
-                let now_ns = now_ns();
+                let now_ns = disk::now_ns();
                 if worked {
                     self.poll.active(now_ns);
                 }
@@ -264,14 +267,6 @@ impl Worker {
             }
         }
     }
-}
-
-fn now_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    // The monotonic clock starts at zero with the machine: never negative, and 584 years fit.
-    (now.tv_sec as u64)
-        .wrapping_mul(1_000_000_000)
-        .wrapping_add(now.tv_nsec as u64)
 }
 
 fn gone(index: usize) -> Error {

@@ -5,7 +5,7 @@ use super::{
     Stall, State, TURN_BYTES,
 };
 use crate::nbd::{
-    lend::Backend,
+    lend::{Backend, Seen},
     reply::{self, Subject},
     request::{Plan, Work, plan},
     wire::{self, Transfer},
@@ -23,11 +23,14 @@ impl Connection {
             return false;
         }
         self.stall = Stall::None;
-        let seen_ns = disk::now_ns();
+        let seen = Seen {
+            arrived_ns: std::mem::take(&mut self.woken_ns),
+            taken_ns: disk::now_ns(),
+        };
         let mut left = TURN_BYTES;
         let mut worked = false;
         loop {
-            worked |= self.parse(backend, seen_ns);
+            worked |= self.parse(backend, seen);
             if self.state != State::Open || self.stall != Stall::None {
                 break;
             }
@@ -83,7 +86,7 @@ impl Connection {
     }
 
     /// Uses what was received as far as it goes.
-    pub(super) fn parse(&mut self, backend: &mut impl Backend, seen_ns: u64) -> bool {
+    pub(super) fn parse(&mut self, backend: &mut impl Backend, seen: Seen) -> bool {
         let mut worked = false;
         while self.state == State::Open {
             match &mut self.receiving {
@@ -100,7 +103,7 @@ impl Connection {
                     }
                     self.receiving = Receiving::Header;
                     if let Phase::Filling(work) = self.slots[slot].phase {
-                        self.begin(backend, slot, work, seen_ns);
+                        self.begin(backend, slot, work);
                     }
                 }
                 Receiving::Skip { slot, left } => {
@@ -125,7 +128,7 @@ impl Connection {
                             break;
                         }
                         Some(Ok(header)) => {
-                            if !self.accept(backend, &header, seen_ns) {
+                            if !self.accept(backend, &header, seen) {
                                 break;
                             }
                         }
@@ -142,7 +145,7 @@ impl Connection {
         &mut self,
         backend: &mut impl Backend,
         header: &Header,
-        seen_ns: u64,
+        seen: Seen,
     ) -> bool {
         let plan = plan(header, &self.limits);
         if plan == Plan::Disconnect {
@@ -176,6 +179,7 @@ impl Connection {
             offset: header.offset,
         };
         entry.len = header.len;
+        entry.seen = seen;
         entry.payload = 0;
         match plan {
             Plan::Work(work @ Work::Write { .. }) => {
@@ -185,7 +189,7 @@ impl Connection {
             }
             Plan::Work(work) => {
                 self.large = false;
-                self.begin(backend, slot, work, seen_ns);
+                self.begin(backend, slot, work);
             }
             Plan::Answer { skip, result } => {
                 self.answer(slot, result, header.kind == cmd::READ);

@@ -20,7 +20,7 @@ mod output;
 mod work;
 
 use super::{
-    lend::{Backend, Loans},
+    lend::{Backend, Loans, Seen},
     memory::Pool,
     reply::{Head, Subject},
     request::{Limits, Work},
@@ -67,6 +67,7 @@ struct Slot {
     phase: Phase,
     subject: Subject,
     len: u64,
+    seen: Seen,
     head: Head,
     /// Bytes of the slot's memory that follow the head.
     payload: usize,
@@ -129,6 +130,8 @@ pub(crate) struct Connection {
     sent: usize,
     waiting: VecDeque<usize>,
     at_disk: usize,
+    /// When the worker was woken for what is received next; 0: it was not.
+    woken_ns: u64,
 }
 
 impl Connection {
@@ -147,6 +150,7 @@ impl Connection {
                     phase: Phase::Free,
                     subject: Subject::default(),
                     len: 0,
+                    seen: Seen::default(),
                     head: Head::EMPTY,
                     payload: 0,
                 })
@@ -166,6 +170,7 @@ impl Connection {
             sent: 0,
             waiting: VecDeque::with_capacity(depth),
             at_disk: 0,
+            woken_ns: 0,
         }
     }
 
@@ -175,6 +180,11 @@ impl Connection {
         let useful = !(self.readable && self.stalled());
         self.readable = true;
         useful
+    }
+
+    /// The worker was woken at `ns` (of [`disk::now_ns`]) since the socket has something to receive.
+    pub(crate) fn woken(&mut self, ns: u64) {
+        self.woken_ns = ns;
     }
 
     /// The socket takes more.

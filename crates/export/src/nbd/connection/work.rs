@@ -2,7 +2,7 @@
 
 use super::{Connection, EXTENTS_MAX, PROBE_BYTES, Phase, STATUS_BYTES_MAX, State};
 use crate::nbd::{
-    lend::Backend,
+    lend::{Backend, Seen},
     reply,
     request::{Refusal, Work},
 };
@@ -10,14 +10,9 @@ use block::{GuestError, GuestOffset, Op};
 use disk::{Done, StatusExtent};
 
 impl Connection {
-    pub(super) fn begin(
-        &mut self,
-        backend: &mut impl Backend,
-        slot: usize,
-        work: Work,
-        seen_ns: u64,
-    ) {
+    pub(super) fn begin(&mut self, backend: &mut impl Backend, slot: usize, work: Work) {
         let entry = &mut self.slots[slot];
+        let seen = entry.seen;
         let (at, len) = (entry.subject.offset, entry.len);
         let probe = matches!(work, Work::Read { whole: false }) && len >= PROBE_BYTES;
         let op = match work {
@@ -30,8 +25,8 @@ impl Connection {
             Work::Zero { unmap, fast, fua } => Some(Op::WriteZeroes { unmap, fast, fua }),
         };
         let taken = match op {
-            Some(Op::Flush) => self.loans.submit(slot, backend, Op::Flush, 0, 0, seen_ns),
-            Some(op) => self.loans.submit(slot, backend, op, at, len, seen_ns),
+            Some(Op::Flush) => self.loans.submit(slot, backend, Op::Flush, 0, 0, seen),
+            Some(op) => self.loans.submit(slot, backend, op, at, len, seen),
             None => {
                 let extents_max = match work {
                     Work::Status { one: false } => EXTENTS_MAX,
@@ -65,7 +60,7 @@ impl Connection {
                 break;
             };
             if let Phase::Waiting(work) = self.slots[slot].phase {
-                self.begin(backend, slot, work, disk::now_ns());
+                self.begin(backend, slot, work);
                 worked = true;
             }
         }
@@ -103,7 +98,7 @@ impl Connection {
                         self.replied(slot, 0);
                     }
                     // Also when the probe failed: the read will tell the error.
-                    _ => self.begin(backend, slot, Work::Read { whole: true }, disk::now_ns()),
+                    _ => self.begin(backend, slot, Work::Read { whole: true }),
                 }
             }
             (Phase::AtDisk(Work::Read { .. }), Ok(())) => {
@@ -116,7 +111,12 @@ impl Connection {
                 self.status(slot, &extents, one);
             }
             (Phase::AtDisk(Work::Trim { fua: true }), Ok(())) => {
-                self.begin(backend, slot, Work::Flush, disk::now_ns());
+                // A request of its own to the disk, which counts both.
+                self.slots[slot].seen = Seen {
+                    arrived_ns: 0,
+                    taken_ns: disk::now_ns(),
+                };
+                self.begin(backend, slot, Work::Flush);
             }
             (phase, result) => {
                 let fast = matches!(phase, Phase::AtDisk(Work::Zero { fast: true, .. }));
