@@ -42,6 +42,7 @@ use std::{
     fmt::Write as _,
     io::{ErrorKind, IsTerminal as _, Write},
     process::ExitCode,
+    time::Duration,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -63,6 +64,8 @@ fn main() -> ExitCode {
         }
     };
     cli.command.settle();
+    let silence = Duration::from_secs(cli.nbd_timeout.into());
+    open::set_nbd_timeout((!silence.is_zero()).then_some(silence));
     // What qemu-img does not say, scripts do not expect.
     log(match &cli.command {
         Command::QemuImg(_) => "error",

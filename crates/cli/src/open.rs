@@ -11,7 +11,8 @@ use disk::chain::{Chain, ChainOptions};
 use image::Format;
 use io::{File, Lock, OpenOptions};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 /// What a command does to an image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +35,32 @@ impl Access {
     }
 }
 
+/// How NBD servers are waited for: `--nbd-timeout`, and signals.
+static NBD_SILENCE: OnceLock<Option<Duration>> = OnceLock::new();
+
+/// Sets how long NBD servers may be silent, for the rest of the process. `None`: for ever.
+pub fn set_nbd_timeout(silence: Option<Duration>) {
+    // Once, by `main`.
+    let _ = NBD_SILENCE.set(silence);
+}
+
+/// How NBD servers are waited for.
+pub fn server() -> nbd::Options {
+    let own = nbd::Options::default();
+    nbd::Options {
+        cancelled: Some(signals::are_caught),
+        silence: NBD_SILENCE.get().copied().unwrap_or(own.silence),
+        ..own
+    }
+}
+
 /// Opens the file at `path`.
 pub fn file(path: &Path, access: Access) -> Result<Arc<File>> {
+    file_of(path, access, &server())
+}
+
+/// Opens the file at `path`; a server, where it is there, is waited for as `server` says.
+pub fn file_of(path: &Path, access: Access, server: &nbd::Options) -> Result<Arc<File>> {
     let options = OpenOptions {
         read_only: access != Access::Write,
         lock: match access {
@@ -45,16 +70,17 @@ pub fn file(path: &Path, access: Access) -> Result<Arc<File>> {
         },
         ..OpenOptions::default()
     };
-    open_file(path, &options)
+    open_file_of(path, &options, server)
 }
 
 /// Opens the file at `path`, or the NBD export of that name.
 pub fn open_file(path: &Path, options: &OpenOptions) -> Result<Arc<File>> {
+    open_file_of(path, options, &server())
+}
+
+fn open_file_of(path: &Path, options: &OpenOptions, server: &nbd::Options) -> Result<Arc<File>> {
     match at_server(path) {
-        Some(name) => {
-            let cancelled = Some(signals::are_caught as fn() -> bool);
-            Ok(disk::chain::open_export(name, options, cancelled)?)
-        }
+        Some(name) => Ok(disk::chain::open_export(name, options, server)?),
         None => Ok(io::wait_for_lock(|| File::open(path, options))?),
     }
 }
@@ -75,7 +101,11 @@ pub fn beside(above: &Path, name: &str) -> PathBuf {
 
 /// Opens the image file at `path`. Its format is `format`, or the one whose magic it shows, or else raw.
 pub fn image(path: &Path, format: Option<Format>, access: Access) -> Result<(Arc<File>, Format)> {
-    let file = file(path, access)?;
+    known(path, format, file(path, access)?)
+}
+
+/// The image at `path`, whose file is open, and its format, as [`image`] has it.
+fn known(path: &Path, format: Option<Format>, file: Arc<File>) -> Result<(Arc<File>, Format)> {
     let found = match format {
         Some(format) => Some(format),
         None => image::probe(&*file).with_context(|| path.display().to_string())?,
@@ -86,7 +116,10 @@ pub fn image(path: &Path, format: Option<Format>, access: Access) -> Result<(Arc
 /// Opens an image and all below it.
 pub fn chain(spec: &str, options: &ChainOptions) -> block::Result<Chain> {
     let options = ChainOptions {
-        cancelled: Some(signals::are_caught),
+        server: nbd::Options {
+            open_for: options.server.open_for,
+            ..server()
+        },
         ..options.clone()
     };
     io::wait_for_lock(|| Chain::open(spec, &options))
@@ -132,6 +165,7 @@ pub fn resolve(
         }
         (flag, said) => flag.or(said),
     };
+    let server = said.server();
     let options = ChainOptions {
         format,
         part: said.part,
@@ -141,6 +175,7 @@ pub fn resolve(
         passphrases,
         force_share: options.force_share || said.force_share,
         cache: said.cache.unwrap_or(options.cache),
+        server,
         ..options
     };
     Ok((said.path, options))
@@ -201,7 +236,12 @@ pub fn alone(
         (_, true) => Access::ReadUnlocked,
         (access, false) => access,
     };
-    let (file, format) = image(&path, options.format, access)?;
+    let server = nbd::Options {
+        open_for: options.server.open_for,
+        ..server()
+    };
+    let file = file_of(&path, access, &server)?;
+    let (file, format) = known(&path, options.format, file)?;
     Ok(Alone { path, file, format })
 }
 

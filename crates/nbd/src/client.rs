@@ -4,10 +4,11 @@
 use crate::connection::{Ask, Connection, Extent, Take};
 use crate::handshake::{self, Export};
 use crate::proto::{STATE_ZERO, Style, cmd, cmd_flag, transmission_flag as flag};
+use crate::socket::Wait;
 use crate::uri::Uri;
 use block::{Context as _, Error, ErrorKind, Result, align_down};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Connections to a server that takes several for one disk.
 const CONNECTIONS_MAX: usize = 4;
@@ -17,12 +18,52 @@ const IN_FLIGHT: usize = 4;
 const FURTHER_TIME: Duration = Duration::from_secs(2);
 /// Bytes that are zeroed, given back or asked about at once.
 const RANGE_BYTES_MAX: u64 = 1 << 30;
+/// How long a server may be silent where nothing else is said: a flush of a slow one takes a while.
+const SILENCE: Duration = Duration::from_secs(120);
+/// An answer about fewer bytes is a small one.
+const STATUS_BYTES: u64 = 64 << 10;
+/// Small answers one after the other that are believed: who goes on so is not asked byte by byte through a disk.
+const SMALL_ANSWERS_MAX: u32 = 1024;
 
-/// How to connect.
-#[derive(Clone, Copy, Debug, Default)]
+/// How to connect, and how long to wait.
+#[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Whether somebody asked for the end: looked at while a server is waited for.
     pub cancelled: Option<fn() -> bool>,
+    /// How long a server may be silent while it is waited for (see [`Wait::silence`]): 120 seconds. Absent: for ever.
+    pub silence: Option<Duration>,
+    /// For how long connecting is tried again where it fails: not at all.
+    pub open_for: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            cancelled: None,
+            silence: Some(SILENCE),
+            open_for: Duration::ZERO,
+        }
+    }
+}
+
+impl Options {
+    /// How the handshake is to go.
+    fn handshake(&self, time: Option<Duration>) -> handshake::Options {
+        handshake::Options {
+            allocation: true,
+            time,
+            cancelled: self.cancelled,
+        }
+    }
+
+    /// How long to wait for answers.
+    fn wait(&self) -> Wait {
+        Wait {
+            until: None,
+            silence: self.silence,
+            cancelled: self.cancelled,
+        }
+    }
 }
 
 /// An export of a server, open.
@@ -50,6 +91,8 @@ struct Known {
     extents: Vec<Extent>,
     /// Changes of the disk by us, so far.
     changes: u64,
+    /// Small answers, one after the other.
+    small: u32,
 }
 
 impl Known {
@@ -85,13 +128,27 @@ impl Client {
     /// and whatever is wrong with what it says.
     pub fn connect(uri: &Uri, options: &Options) -> Result<Self> {
         let name = uri.to_string();
-        let (socket, export) =
-            handshake::open(uri, &how(options, None)).context(|| name.clone())?;
+        let wait = Wait {
+            until: Some(Instant::now() + options.open_for),
+            ..options.wait()
+        };
+        let (socket, export) = loop {
+            let failed = match handshake::open(uri, &options.handshake(None)) {
+                Ok(opened) => break opened,
+                Err(error) => error,
+            };
+            let failed = match is_passing(&failed).then(|| wait.pause()) {
+                Some(Ok(())) => continue,
+                Some(Err(stopped)) if stopped.kind() == ErrorKind::Interrupted => stopped,
+                _ => failed,
+            };
+            return Err(failed.within(name));
+        };
         Ok(Self {
             uri: uri.clone(),
             name,
             options: *options,
-            first: Connection::new(socket, export, options.cancelled),
+            first: Connection::new(socket, export, options.wait()),
             export,
             further: [const { OnceLock::new() }; CONNECTIONS_MAX - 1],
             opening: Mutex::new(export.has(flag::CAN_MULTI_CONN)),
@@ -127,7 +184,7 @@ impl Client {
         let next = self.further.iter().find(|slot| slot.get().is_none());
         let opened = next.and_then(|slot| {
             let (socket, export) =
-                handshake::open(&self.uri, &how(&self.options, Some(FURTHER_TIME))).ok()?;
+                handshake::open(&self.uri, &self.options.handshake(Some(FURTHER_TIME))).ok()?;
             // Not another disk by that name.
             let same = Export {
                 allocation: self.export.allocation,
@@ -136,7 +193,7 @@ impl Client {
             if same != self.export || export.allocation.is_some() != same.allocation.is_some() {
                 return None;
             }
-            slot.set(Connection::new(socket, export, self.options.cancelled))
+            slot.set(Connection::new(socket, export, self.options.wait()))
                 .ok()?;
             slot.get()
         });
@@ -323,12 +380,12 @@ impl Client {
             return Ok((end, false));
         }
         let cut = |(to, zero): (u64, bool)| (to.min(end), zero);
-        let changes = {
+        let (changes, small) = {
             let known = lock(&self.known);
             if let Some(found) = known.at(offset) {
                 return Ok(cut(found));
             }
-            known.changes
+            (known.changes, known.small)
         };
         let start = align_down(offset, self.export.block_min.into());
         let asked = self.range().min(self.export.size.saturating_sub(start));
@@ -350,10 +407,23 @@ impl Client {
             }
             done => done.context(|| self.at("asking for the state of", start, asked))?,
         }
+        let said = extents.iter().map(|extent| extent.len);
+        let said = said.fold(0, u64::saturating_add);
+        let small = match said < STATUS_BYTES.min(asked) {
+            true => small.saturating_add(1),
+            false => 0,
+        };
+        if small > SMALL_ANSWERS_MAX {
+            // So that a disk is not asked about byte by byte: of the rest nothing is known.
+            let state = 0;
+            let len = STATUS_BYTES.min(asked) - said;
+            extents.push(Extent { len, state });
+        }
         let found = Known {
             start,
             extents,
             changes,
+            small,
         };
         // The first is longer than what was cut off to align: a server counts in its blocks.
         let first = found.at(offset).map_or((end, false), cut);
@@ -365,13 +435,12 @@ impl Client {
     }
 }
 
-/// How the handshake is to go.
-fn how(options: &Options, time: Option<Duration>) -> handshake::Options {
-    handshake::Options {
-        allocation: true,
-        time,
-        cancelled: options.cancelled,
-    }
+/// Whether what connecting fails with may be over soon: nobody listens yet, an export is not there yet.
+fn is_passing(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::Io | ErrorKind::NotFound | ErrorKind::Denied
+    )
 }
 
 impl io::Remote for Client {

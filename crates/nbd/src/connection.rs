@@ -19,6 +19,7 @@ use crate::socket::{Socket, Wait};
 use block::{Context as _, Error, ErrorKind, Result};
 use std::io::IoSlice;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Requests in flight: as many as a server takes at a time without a word (QEMU: 16; ours: 128).
 const SLOTS: usize = 16;
@@ -28,6 +29,8 @@ const CHUNKS_MAX: usize = 1 << 16;
 const PARTS_MAX: usize = 1024;
 /// Extents of one reply that are kept.
 const EXTENTS_MAX: usize = 4096;
+/// Answers between two looks whether a request was forgotten.
+const LOOK_EVERY: u64 = 256;
 
 /// A request.
 #[derive(Clone, Copy, Debug)]
@@ -82,10 +85,31 @@ struct Table {
     slots: [Slot; SLOTS],
     /// Requests so far.
     count: u64,
+    /// Answers so far.
+    answers: u64,
+    /// How many requests there had been, and when that was.
+    mark: (u64, Instant),
     /// Somebody has the turn.
     reading: bool,
     /// Why the connection is of no use any more.
     broken: Option<(ErrorKind, String)>,
+}
+
+impl Table {
+    /// An answer came, `now`: whether another request waits for longer than a server may be silent, while it answers.
+    fn forgets(&mut self, now: Instant, silence: Option<Duration>) -> bool {
+        self.answers += 1;
+        let (count, since) = self.mark;
+        let Some(silence) = silence.filter(|_| self.answers.is_multiple_of(LOOK_EVERY)) else {
+            return false;
+        };
+        if now.saturating_duration_since(since) < silence {
+            return false;
+        }
+        self.mark = (self.count, now);
+        let mut cookies = self.slots.iter().filter_map(|slot| slot.cookie());
+        cookies.any(|cookie| cookie >> 8 <= count)
+    }
 }
 
 /// See the module's documentation.
@@ -114,19 +138,18 @@ fn sleep<'a, T>(condition: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a,
 }
 
 impl Connection {
-    /// A connection whose handshake is over. `cancelled`: see [`Wait::cancelled`].
-    pub(crate) fn new(socket: Socket, export: Export, cancelled: Option<fn() -> bool>) -> Self {
+    /// A connection whose handshake is over, and how long to wait for answers.
+    pub(crate) fn new(socket: Socket, export: Export, wait: Wait) -> Self {
         Self {
             socket,
             export,
-            wait: Wait {
-                until: None,
-                cancelled,
-            },
+            wait,
             send: Mutex::new(()),
             table: Mutex::new(Table {
                 slots: [Slot::Free; SLOTS],
                 count: 0,
+                answers: 0,
+                mark: (0, Instant::now()),
                 reading: false,
                 broken: None,
             }),
@@ -170,7 +193,7 @@ impl Connection {
                 let outcome = answer.finish();
                 return match outcome {
                     Ok(refused) => {
-                        self.leave(slot);
+                        self.leave(slot)?;
                         refused.map_or(Ok(()), Err)
                     }
                     Err(error) => Err(self.fail(error)),
@@ -374,10 +397,21 @@ impl Connection {
     }
 
     /// The request in `slot` has its answer: gives the turn away.
-    fn leave(&self, slot: usize) {
+    fn leave(&self, slot: usize) -> Result<()> {
         let mut table = lock(&self.table);
         set(&mut table, slot, Slot::Free);
         table.reading = false;
+        if table.forgets(Instant::now(), self.wait.silence) {
+            drop(table);
+            return Err(self.fail(Error::new(
+                ErrorKind::Io,
+                format!(
+                    "the server answers others but not a request that waits for more than {} s: a longer wait is allowed \
+                     by --nbd-timeout",
+                    self.wait.silence.unwrap_or_default().as_secs_f32()
+                ),
+            )));
+        }
         let asleep = |slot: &Slot| matches!(slot, Slot::Asleep(_));
         let next = table.slots.iter().position(asleep);
         drop(table);
@@ -385,6 +419,7 @@ impl Connection {
             turn.notify_one();
         }
         self.free.notify_one();
+        Ok(())
     }
 
     /// Ends the connection for all: returns what the first to find out has to say.
@@ -421,7 +456,7 @@ impl Drop for Connection {
             data: &[],
         };
         // One that does not take it sees the end of the connection; nobody waits for that.
-        self.wait.until = Some(std::time::Instant::now());
+        self.wait.until = Some(Instant::now());
         let _ = self.send(&bye, 0).context(|| "disconnect");
     }
 }

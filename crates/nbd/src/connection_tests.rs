@@ -21,7 +21,7 @@ fn connection(style: Style) -> (Connection, UnixStream) {
         block_max: 1 << 20,
         allocation: Some(CONTEXT),
     };
-    (Connection::new(socket, export, None), server)
+    (Connection::new(socket, export, Wait::default()), server)
 }
 
 fn read(connection: &Connection, offset: u64, buf: &mut [u8]) -> Result<()> {
@@ -324,6 +324,48 @@ fn a_server_that_is_silent_can_be_given_up() {
         }
     });
     drop(server);
+}
+
+/// Those who wait are told when the server says nothing, and what it says afterwards is not heard.
+#[test]
+fn a_server_that_is_silent_for_too_long_is_given_up() {
+    let (mut connection, server) = connection(Style::Simple);
+    connection.wait.silence = Some(Duration::from_millis(50));
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                let error = read(&connection, 0, &mut [0; 8]).unwrap_err().to_string();
+                assert!(error.contains("silent for 0.05 s"), "{error}");
+            });
+        }
+    });
+    let late = connection
+        .socket
+        .write(&mut [IoSlice::new(&[0])], &connection.wait);
+    assert!(late.is_err());
+    drop(server);
+}
+
+#[test]
+fn a_request_that_a_busy_server_forgets_is_found() {
+    let (connection, _server) = connection(Style::Simple);
+    let (limit, began) = (Duration::from_secs(60), Instant::now());
+    let mut table = lock(&connection.table);
+    table.mark = (0, began);
+    table.count = 1;
+    table.slots[3] = Slot::Asleep(1 << 8 | 3);
+    let mut answers = |after: u64, silence| {
+        table.count += LOOK_EVERY;
+        let now = began + Duration::from_secs(after);
+        let found = (0..LOOK_EVERY).filter(|_| table.forgets(now, silence));
+        found.count()
+    };
+    assert_eq!(answers(59, Some(limit)), 0);
+    // It is not known yet that the request was there at the mark.
+    assert_eq!(answers(60, Some(limit)), 0);
+    assert_eq!(answers(119, Some(limit)), 0);
+    assert_eq!(answers(600, None), 0);
+    assert_eq!(answers(120, Some(limit)), 1);
 }
 
 proptest! {

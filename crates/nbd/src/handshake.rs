@@ -23,6 +23,8 @@ const REPLY_BYTES_MAX: u32 = 64 << 10;
 const REPLIES_MAX: usize = 100;
 /// Bytes that a server may ask all requests to be multiples of, at most ("size constraints").
 const BLOCK_MIN_MAX: u32 = 64 << 10;
+/// Bytes of a request that a server must take, at least: of those that it prefers ("size constraints").
+const BLOCK_MAX_MIN: u32 = 512;
 /// Zeros behind an answer to `EXPORT_NAME` of a server that does not leave them out.
 const EXPORT_ZEROES: usize = 124;
 
@@ -74,6 +76,7 @@ pub fn open(uri: &Uri, options: &Options) -> Result<(Socket, Export)> {
     let mut wait = Wait {
         until: Some(Instant::now() + options.time.unwrap_or(HANDSHAKE_MAX)),
         cancelled: options.cancelled,
+        ..Wait::default()
     };
     let socket = Socket::connect(&uri.server, &wait)?;
     match negotiate(&socket, &uri.export, options.allocation, &wait) {
@@ -146,9 +149,10 @@ fn negotiate(socket: &Socket, name: &str, allocation: bool, wait: &Wait) -> Resu
     }
     dialogue.go(name, no_zeroes, &mut export)?;
     let (min, max) = (export.block_min, export.block_max);
-    if !min.is_power_of_two() || min > BLOCK_MIN_MAX || max < min {
+    if !min.is_power_of_two() || min > BLOCK_MIN_MAX || max < min.max(BLOCK_MAX_MIN) {
         return Err(nonsense(format!(
-            "the server takes blocks of {min} to {max} bytes; the smallest is a power of two of at most {BLOCK_MIN_MAX}"
+            "the server takes blocks of {min} to {max} bytes; the smallest is a power of two of at most {BLOCK_MIN_MAX}, \
+             the largest not below that and {BLOCK_MAX_MIN}"
         )));
     }
     if export.size > limits::DISK_BYTES_MAX {
@@ -561,12 +565,14 @@ mod tests {
         let wait = Wait {
             until: Some(Instant::now()),
             cancelled: None,
+            ..Wait::default()
         };
         let error = negotiate(&socket, "", false, &wait).unwrap_err();
         assert!(error.to_string().contains("does not answer"), "{error}");
         let wait = Wait {
             until: None,
             cancelled: Some(|| true),
+            ..Wait::default()
         };
         let error = negotiate(&socket, "", false, &wait).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Interrupted);

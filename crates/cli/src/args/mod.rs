@@ -21,6 +21,9 @@ use image::Format;
 #[derive(Debug, Parser)]
 #[command(name = "diskplane", version, max_term_width = 100)]
 pub struct Cli {
+    /// End when an NBD server that is waited for has been silent for so many seconds; 0: wait for ever
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 120)]
+    pub nbd_timeout: u32,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,

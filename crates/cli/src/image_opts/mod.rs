@@ -26,6 +26,7 @@ use io::Cache;
 use node::{Node, switch};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Options that an image may be named by, at most.
 const OPTIONS_MAX: usize = 4096;
@@ -65,6 +66,8 @@ pub struct ImageOptions {
     pub read_only_below: Vec<usize>,
     /// What QEMU warns of.
     pub notes: Vec<String>,
+    /// For how long connecting to NBD servers is tried again: `open-timeout`, the longest that is said.
+    pub open_for: Duration,
 }
 
 /// Whether `text` names an image by JSON.
@@ -73,6 +76,14 @@ pub fn is_json(text: &str) -> bool {
 }
 
 impl ImageOptions {
+    /// How the NBD servers among its files are waited for.
+    pub fn server(&self) -> ::nbd::Options {
+        ::nbd::Options {
+            open_for: self.open_for,
+            ..crate::open::server()
+        }
+    }
+
     /// Parses `key=value,…`, or `json:{…}`.
     ///
     /// # Errors
@@ -117,6 +128,12 @@ impl ImageOptions {
         }
         for key in ["read-only", "file.read-only", "data-file.read-only"] {
             image.read_only |= node.is_on(key)?;
+        }
+        for (key, value) in &node.0 {
+            let name = key.rsplit('.').next();
+            if name == Some("open-timeout") {
+                image.open_for = image.open_for.max(node::seconds(key, value)?);
+            }
         }
         for key in ["offset", "size", "encrypt.key-secret", "key-secret"] {
             let value = node.0.get(key).map(|value| (key.to_owned(), value.clone()));

@@ -1,6 +1,6 @@
 //! Options of QEMU's driver `nbd` (`BlockdevOptionsNbd` of its QAPI, section "block-core").
 
-use super::node::Node;
+use super::node::{Node, seconds};
 use ::nbd::uri::{PORT, Server, Uri};
 use anyhow::{Result, anyhow, bail};
 
@@ -17,9 +17,11 @@ impl Node {
         if self.0.contains_key("tls-creds") || self.0.contains_key("tls-hostname") {
             bail!("TLS to NBD servers is not supported: leave out tls-creds and tls-hostname");
         }
-        // A handshake has its own limit, and nobody connects again.
+        // The first counts for all servers ([`ImageOptions::open_for`]); nobody connects again later.
         for key in ["open-timeout", "reconnect-delay"] {
-            self.number(key)?;
+            self.take(key)
+                .map(|value| seconds(key, &value))
+                .transpose()?;
         }
         self.look_at_file()?;
         self.finish("Block protocol 'nbd' doesn't support the option")?;

@@ -6,6 +6,7 @@ use anyhow::{Result, anyhow, bail};
 use disk::chain::Part;
 use image::Format;
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// What the options say of one image.
 pub struct Node(pub BTreeMap<String, String>);
@@ -279,6 +280,16 @@ pub fn switch(key: &str, value: &str) -> Result<bool> {
         "on" | "yes" | "true" | "y" => Ok(true),
         "off" | "no" | "false" | "n" => Ok(false),
         _ => bail!("Parameter '{key}' expects 'on' or 'off'"),
+    }
+}
+
+/// A time in seconds, as QEMU counts those of its driver `nbd`.
+pub fn seconds(key: &str, text: &str) -> Result<Duration> {
+    let name = key.rsplit('.').next().unwrap_or(key);
+    match text.parse::<u64>() {
+        // A century is for ever.
+        Ok(seconds) => Ok(Duration::from_secs(seconds.min(u32::MAX.into()))),
+        Err(_) => bail!("Parameter '{name}' expects a number"),
     }
 }
 

@@ -102,8 +102,7 @@ pub fn chain_and_options(
                         cache,
                         ..OpenOptions::default()
                     };
-                    let cancelled = Some(crate::signals::are_caught as fn() -> bool);
-                    let file = disk::chain::open_export(export, &options, cancelled);
+                    let file = disk::chain::open_export(export, &options, &named.server);
                     probe_in(opened.insert(file.map_err(failed)?))
                 }
                 None => probe(&named.path, named.window),
@@ -123,6 +122,7 @@ pub fn chain_and_options(
         below: named.below,
         data_file: named.data_file,
         passphrases: named.passphrases,
+        server: named.server,
         read_only: !how.write,
         cache,
         force_share: named.force_share,
@@ -148,6 +148,7 @@ struct Named {
     force_share: bool,
     read_only: bool,
     cache: Option<Cache>,
+    server: nbd::Options,
 }
 
 impl Named {
@@ -179,6 +180,7 @@ impl Named {
                 force_share: false,
                 read_only: false,
                 cache: None,
+                server: open::server(),
             });
         }
         let said = ImageOptions::parse(name.text).map_err(could_not)?;
@@ -197,6 +199,7 @@ impl Named {
                 .map_err(|_| could_not(anyhow!("No secret with id '{id}'")))
         };
         let passphrases = said.secrets.iter().map(secret).collect::<Result<_>>()?;
+        let server = said.server();
         Ok(Self {
             path: said.path,
             format: format.or(said.format),
@@ -208,6 +211,7 @@ impl Named {
             force_share: said.force_share,
             read_only: said.read_only,
             cache: said.cache,
+            server,
         })
     }
 }
@@ -465,9 +469,11 @@ pub fn shared_file(
         (access, _) => access,
     };
     let file = || {
-        open::file(&named.path, access).map_err(|error| match error.downcast_ref() {
-            Some(known) => failed(known),
-            None => could_not(error),
+        open::file_of(&named.path, access, &named.server).map_err(|error| {
+            match error.downcast_ref() {
+                Some(known) => failed(known),
+                None => could_not(error),
+            }
         })
     };
     let (file, format) = match named.format {

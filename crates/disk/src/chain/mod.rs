@@ -123,8 +123,8 @@ pub struct ChainOptions {
     pub repair: Option<Repair>,
     /// The active image's file, where that is an NBD export and open already, for writing or not as asked here.
     pub opened: Option<Arc<File>>,
-    /// Whether somebody asked for the end: looked at while an NBD server is waited for.
-    pub cancelled: Option<fn() -> bool>,
+    /// How NBD servers are waited for.
+    pub server: nbd::Options,
     /// Understands names with a protocol that images have for their backing files. Without it those are refused.
     pub names: Option<Names>,
     /// Open a backing file whose format the image above does not record as what its magic says, or else as raw, as QEMU

@@ -47,10 +47,10 @@ pub(super) fn open(
         direct_fallback: options.direct_fallback,
         lock: io::Lock::None,
     };
-    connect(&uri, &file, options.cancelled)
+    connect(&uri, &file, &options.server)
 }
 
-/// Opens the NBD export `name` in the place of a file. `cancelled`: see [`ChainOptions::cancelled`].
+/// Opens the NBD export `name` in the place of a file. `server`: see [`ChainOptions::server`].
 ///
 /// # Errors
 ///
@@ -58,16 +58,12 @@ pub(super) fn open(
 pub fn open_export(
     name: &str,
     options: &io::OpenOptions,
-    cancelled: Option<fn() -> bool>,
+    server: &nbd::Options,
 ) -> Result<Arc<File>> {
-    connect(&Uri::parse(name)?, options, cancelled)
+    connect(&Uri::parse(name)?, options, server)
 }
 
-fn connect(
-    uri: &Uri,
-    options: &io::OpenOptions,
-    cancelled: Option<fn() -> bool>,
-) -> Result<Arc<File>> {
-    let client = Arc::new(Client::connect(uri, &nbd::Options { cancelled })?);
+fn connect(uri: &Uri, options: &io::OpenOptions, server: &nbd::Options) -> Result<Arc<File>> {
+    let client = Arc::new(Client::connect(uri, server)?);
     File::remote(&uri.to_string(), client, options)
 }
