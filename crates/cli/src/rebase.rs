@@ -1,7 +1,8 @@
 //! `diskplane rebase`.
 //!
 //! With `--json` an object: `filename`; `backing-filename` and `backing-filename-format`, absent where there is none
-//! any more; `copied` and `zeroed`, bytes of the disk that the image has now since the new backing file differs.
+//! any more; `copied` and `zeroed`, bytes of the disk that the image has now since the new backing file differs;
+//! `compressed-clusters` and `compressed-bytes`, how many clusters were compressed, and what they take in the file.
 
 use crate::convert::{CACHE_BYTES, progress_bar, show};
 use crate::open::{self, Access};
@@ -26,6 +27,8 @@ struct Json {
     backing_filename_format: Option<&'static str>,
     copied: u64,
     zeroed: u64,
+    compressed_clusters: u64,
+    compressed_bytes: u64,
 }
 
 /// Gives an image another backing file.
@@ -70,11 +73,14 @@ pub fn run(args: &args::Rebase) -> Result<()> {
             let format = active.format;
             refuse_others(&args.file, format)?;
             let link = link_to(args, format, backing)?;
+            if args.compress && format != Format::Qcow2 {
+                bail!("-c: {format} images take no compressed clusters; qcow2 images do");
+            }
             let bar = progress_bar(active.image.size(), args.moving.progress);
             let mut progress = |done| show(&bar, done);
             let mut work = Work::new(stop, &mut progress);
             work.rate = args.moving.rate;
-            let report = copy_differences(&overlay, base.as_ref(), &mut work);
+            let report = copy_differences(&overlay, base.as_ref(), args.compress, &mut work);
             bar.finish_and_clear();
             let report = report?;
             // From here on nothing of the image is in memory; its lock is still held.
@@ -161,14 +167,23 @@ fn tell(args: &args::Rebase, backing: Option<(&str, Format)>, report: &Report) -
             backing_filename_format: backing.map(|(_, format)| format.name()),
             copied: report.copied,
             zeroed: report.zeroed,
+            compressed_clusters: report.compressed_clusters,
+            compressed_bytes: report.compressed_bytes,
         })?);
     }
     let onto = match backing {
         Some((name, format)) => format!("onto {name} ({format})"),
         None => "onto nothing".to_owned(),
     };
+    let packed = match report.compressed_clusters {
+        0 => String::new(),
+        clusters => {
+            let bytes = size::human(report.compressed_bytes);
+            format!(", {clusters} clusters compressed to {bytes}")
+        }
+    };
     print(&format!(
-        "rebased {} {onto}: {} of data copied, {} of zeros\n",
+        "rebased {} {onto}: {} of data copied, {} of zeros{packed}\n",
         args.file.display(),
         size::human(report.copied),
         size::human(report.zeroed)

@@ -326,6 +326,91 @@ fn what_is_there_already_stays_or_is_written_over() {
 }
 
 #[test]
+fn compressed_clusters_go_into_images_that_are_there() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    let mut bytes = pattern(MIB);
+    // What does not get smaller stays as it is.
+    let mut word = 1u64;
+    for byte in &mut bytes[100 << 10..300 << 10] {
+        word = word
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        *byte = (word >> 56) as u8;
+    }
+    bytes[500 << 10..700 << 10].fill(0);
+    bytes.truncate(MIB - 5 * 512);
+    fs::write(dir.join("a.raw"), &bytes).unwrap();
+    for options in [
+        "cluster_size=64k",
+        "cluster_size=4k,compat=0.10",
+        "cluster_size=32k,extended_l2=on,compression_type=zstd",
+        "cluster_size=512,refcount_bits=1",
+    ] {
+        let name = "t.qcow2";
+        qemu_img(
+            dir,
+            &["create", "-q", "-f", "qcow2", "-o", options, name, "2M"],
+        );
+        let writes = [
+            "write -P 9 90k 400k",
+            "write -P 9 600k 10k",
+            "write -P 9 900k 1000k",
+        ];
+        qemu::io("qcow2", dir.join(name), &writes);
+        let shared = !options.contains("refcount_bits");
+        if shared {
+            qemu_img(dir, &["snapshot", "-c", "s", name]);
+        }
+        // And once more over what is compressed.
+        for _ in 0..2 {
+            let report = good(dir, &["convert", "--json", "-n", "-c", "a.raw", name]);
+            let packed = json(&report)["compressed-clusters"].as_u64();
+            assert!(packed > Some(5), "{options}: {report}");
+        }
+        qemu::check("qcow2", dir.join(name));
+        qemu_img(dir, &["convert", "-O", "raw", name, "t.raw"]);
+        let found = fs::read(dir.join("t.raw")).unwrap();
+        assert!(found[..bytes.len()] == bytes, "{options}");
+        // What is behind the source stays, and so does the snapshot.
+        let behind = &found[bytes.len()..];
+        let left = (1900 << 10) - bytes.len();
+        assert!(behind[..left].iter().all(|b| *b == 9), "{options}");
+        assert!(behind[left..].iter().all(|b| *b == 0), "{options}");
+        if shared {
+            qemu_img(dir, &["snapshot", "-a", "s", name]);
+            qemu::io(
+                "qcow2",
+                dir.join(name),
+                &["read -P 9 90k 400k", "read -P 0 0 90k"],
+            );
+        }
+        qemu::check("qcow2", dir.join(name));
+    }
+    qemu_img(
+        dir,
+        &[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            "data_file=d.raw",
+            "d.qcow2",
+            "1M",
+        ],
+    );
+    good(dir, &["create", "-f", "vmdk", "v.vmdk", "1M"]);
+    for (target, why) in [
+        ("d.qcow2", "in an external file"),
+        ("v.vmdk", "vmdk images that are there"),
+    ] {
+        let line = refused(dir, &["convert", "-n", "-c", "a.raw", target]);
+        assert!(line.contains(why), "{line}");
+    }
+}
+
+#[test]
 fn what_cannot_be_read_is_zeros_with_salvage() {
     let dir = TempDir::new();
     let dir = dir.root();

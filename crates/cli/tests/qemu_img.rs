@@ -561,3 +561,32 @@ fn every_object_is_read_whether_it_is_used_or_not() {
         .unwrap();
     assert!(done.status.success(), "{done:?}");
 }
+
+#[test]
+fn clusters_are_compressed_into_images_that_are_there() {
+    same(&[
+        "qemu-img create -q -f raw a.raw 3M",
+        "qemu-io -f raw -c write_-P_1_0_1M -c write_-P_3_1536k_300k a.raw",
+        "qemu-img create -q -f qcow2 t.qcow2 3M",
+        "qemu-img convert -n -c -O qcow2 a.raw t.qcow2",
+        "qemu-img compare a.raw t.qcow2",
+        "qemu-img check t.qcow2",
+        "qemu-img create -q -f raw b.raw 3M",
+        "qemu-img convert -n -c a.raw b.raw",
+        "qemu-img convert -n -c --target-image-opts a.raw driver=raw,file.filename=b.raw",
+        "qemu-img create -q -f qcow2 t.qcow2 3M",
+        "qemu-img convert -n -c --target-is-zero --target-image-opts a.raw driver=qcow2,file.filename=t.qcow2",
+        "qemu-img map --output=json t.qcow2",
+        "qemu-img create -q -f qcow2 -b a.raw -F raw o.qcow2",
+        "qemu-io -c write_-P_9_64k_64k o.qcow2",
+        "qemu-img rebase -c -b b.raw -F raw o.qcow2",
+        "qemu-img map --output=json o.qcow2",
+        "qemu-img check o.qcow2",
+        "qemu-img rebase -c -b '' o.qcow2",
+        "qemu-img map --output=json o.qcow2",
+        "qemu-img rebase -c -u -b a.raw -F raw o.qcow2",
+        "qemu-img create -q -f qed -b a.raw -F raw o.qed",
+        "qemu-img rebase -c -b b.raw -F raw o.qed",
+        "qemu-img rebase -c -u -b b.raw -F raw o.qed",
+    ]);
+}

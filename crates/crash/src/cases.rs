@@ -343,6 +343,27 @@ const WORKLOADS: &[Workload] = &[
         queues: &[0],
     },
     Workload {
+        name: "rebase-compressed",
+        script: "storm 20 len=64k; rebase 2 compress; crash; storm 20; rebase none compress; crash; storm 10",
+        images: &[
+            "cluster_size=16k extended_l2 size=512k over cluster_size=4k size=600k filled over raw size=300k",
+        ],
+        queues: &[0],
+    },
+    Workload {
+        name: "packed-in-place",
+        script: "storm 10 len=16k; pack 30; crash; storm 20 flush=3 len=8k; pack 60; storm 10; pack 30; crash; discard 0 60k; \
+                 pack 20; storm 10",
+        images: &[
+            "cluster_size=4k size=256k",
+            "cluster_size=512 size=64k refcount_bits=64 lazy_refcounts",
+            "cluster_size=4k size=256k refcount_bits=1",
+            "cluster_size=16k size=512k extended_l2 refcount_bits=2 zstd compressed backing",
+            "cluster_size=4k size=200k compat=0.10 compressed backing",
+        ],
+        queues: &[0],
+    },
+    Workload {
         name: "commit-vhdx",
         script: "storm 10 len=64k; commit; storm 5; close",
         images: &["vhdx cluster_size=1M size=3M over vhdx cluster_size=1M size=2M filled"],

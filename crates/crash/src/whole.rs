@@ -147,6 +147,7 @@ const OPERATIONS: &[(&str, Operation)] = &[
     ("repair", damage_and_repair),
     ("convert", convert_again),
     ("commit", commit_and_empty),
+    ("pack", pack_in_place),
     ("rebase", copy_for_rebase),
     ("link", link_anew),
     ("create", |ground, _| {
@@ -247,7 +248,39 @@ fn commit_and_empty(ground: &mut Ground, _: &[&str]) -> Result<Effect> {
     Ok(Effect::Nothing)
 }
 
-/// Prepares the image for the backing file at the depth that is said, or for none: it must read on that as before.
+/// Compresses clusters of the image where they are, so many of them at random, some of them again, and gives some up. In
+/// between it is flushed.
+fn pack_in_place(ground: &mut Ground, words: &[&str]) -> Result<Effect> {
+    let count: u64 = words[0].parse().expect("a number");
+    let mut random = Random::new(ground.begun, 10);
+    let chain = ground.world.open(false, None)?;
+    let cluster = ground.world.spec.create.cluster_size;
+    let mut driver = chain.driver()?;
+    let mut packer = driver.packer()?;
+    let (size, mut packed) = (driver.size(), Vec::new());
+    for _ in 0..count {
+        let at = random.below(size.div_ceil(cluster)) * cluster;
+        let mut bytes = vec![0; cluster as usize];
+        let len = (size - at).min(cluster) as usize;
+        driver.read(at, &mut bytes[..len])?;
+        if !packer.pack(&bytes, &mut packed) {
+            continue;
+        }
+        if random.once_in(8) {
+            let given_up = driver.place_packed(at, packed.len() as u32)?;
+            given_up.expect("nobody else writes").write(&packed)?;
+        } else {
+            driver.write_packed(at, &packed)?;
+        }
+        if random.once_in(6) {
+            driver.flush()?;
+        }
+    }
+    driver.close()?;
+    Ok(Effect::Nothing)
+}
+
+/// Prepares the image for the backing file at the depth that is said, or with `none` for none, compressed or not: it must read on that as before.
 /// Its name in the header is left alone, since the world has its own of what lies below an image.
 fn copy_for_rebase(ground: &mut Ground, words: &[&str]) -> Result<Effect> {
     let depth: Option<usize> = words.first().and_then(|depth| depth.parse().ok());
@@ -257,7 +290,12 @@ fn copy_for_rebase(ground: &mut Ground, words: &[&str]) -> Result<Effect> {
     let base = depth.is_some().then_some(&base);
     let mut progress = |_| {};
     let mut work = Work::new(Stop::default(), &mut progress);
-    copy_differences(&ground.world.open(false, None)?, base, &mut work)?;
+    copy_differences(
+        &ground.world.open(false, None)?,
+        base,
+        words.contains(&"compress"),
+        &mut work,
+    )?;
     let mut over = ground.world.open(true, None)?;
     over.layers.drain(1..depth.unwrap_or(over.layers.len()));
     let mut driver = over.driver()?;

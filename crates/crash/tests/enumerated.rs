@@ -65,6 +65,8 @@ workloads! {
     commit: "commit",
     commit_vhdx: "commit-vhdx",
     rebase: "rebase",
+    rebase_compressed: "rebase-compressed",
+    packed_in_place: "packed-in-place",
     link: "link",
     grow: "grow",
     one_cluster: "one-cluster",

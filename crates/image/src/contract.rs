@@ -30,8 +30,8 @@
 //! disk layer hands it back ([`Image::release`]) only when all requests that were in flight
 //! by then have ended and the hole is punched. Only then is it allocated again.
 
-use crate::Encryption;
-use block::{GuestOffset, HostOffset, Result, Storage, Zeroed};
+use crate::{Encryption, Pack};
+use block::{Error, GuestOffset, HostOffset, Result, Storage, Zeroed};
 use std::fmt::Debug;
 
 /// Which of an image's files: 0 is the image file itself, 1 an external data file; or those that a descriptor names, from
@@ -199,6 +199,19 @@ pub struct Allocation {
     pub zeroed: bool,
     /// What belongs into head and tail.
     pub fill: Fill,
+}
+
+/// A place for the packed bytes of one cluster, which is the guest's when the allocation is committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackedPlace {
+    /// Names it towards the format.
+    pub ticket: Ticket,
+    /// Woken after commit or abort.
+    pub key: Key,
+    /// Which file.
+    pub file: FileId,
+    /// Where, at any alignment: other clusters' bytes may be in the same sector.
+    pub offset: HostOffset,
 }
 
 /// What the parts of an allocation that the guest did not write must hold.
@@ -417,6 +430,31 @@ pub trait Image: Send + Sync + Debug {
 
     /// How to write `len` bytes at `at`: an answer for the first part of them.
     fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>>;
+
+    /// What packs clusters for [`Image::plan_packed`]; any number of them may share the work.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` for an image that takes no compressed clusters; where there is no memory for it.
+    fn packer(&self) -> Result<Box<dyn Pack>> {
+        Err(Error::unsupported(format!(
+            "{} images take no compressed clusters when they are there already",
+            self.describe().format
+        )))
+    }
+
+    /// Where the `len` bytes belong that a packer made of the cluster that begins at `at`, with zeros behind the disk's end.
+    /// What the cluster was before does not matter. The caller writes them there one after the other, since they share
+    /// sectors, and calls [`Image::commit`] or [`Image::abort`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Image::packer`] and [`Image::plan_write`]; `Invalid` for what is not less than a whole cluster.
+    fn plan_packed(&self, at: GuestOffset, len: u32) -> Result<Step<PackedPlace>> {
+        let _ = (at, len);
+        self.packer()
+            .and(Err(Error::unsupported("compressed clusters")))
+    }
 
     /// What will be lacking soon: a reservation (given to one caller, as by `plan_write`) or a
     /// flush. The disk layer asks once a turn and has it done while requests go on, so that none comes to

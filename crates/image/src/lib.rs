@@ -25,8 +25,8 @@ mod words;
 
 pub use contract::{
     Allocation, Compressed, DataFile, Description, Extent, ExtentKind, FileId, Fill, FlushRun,
-    Freed, Image, Key, Load, MetaWrite, Need, Parent, Plan, Reserve, Stage, Step, Ticket, ZeroMode,
-    ZeroPlan,
+    Freed, Image, Key, Load, MetaWrite, Need, PackedPlace, Parent, Plan, Reserve, Stage, Step,
+    Ticket, ZeroMode, ZeroPlan,
 };
 pub use encryption::{Encryption, Method};
 pub use null::Null;

@@ -1,4 +1,4 @@
-//! Images that are written in one go, from their first cluster to their last: the only way to compressed clusters.
+//! Images that are written in one go, from their first cluster to their last, compressed where their format has it.
 
 use crate::{qcow2, vmdk};
 use block::Result;

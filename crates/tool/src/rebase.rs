@@ -12,7 +12,7 @@ use crate::source::Source;
 use crate::work::Work;
 use block::{Error, Result, Storage, is_zero};
 use disk::chain::Chain;
-use image::{ExtentKind, Format, qcow2, qed, vhd, vhdx, vmdk};
+use image::{ExtentKind, Format, Pack, qcow2, qed, vhd, vhdx, vmdk};
 
 /// Bytes that are compared at once, unless a cluster is larger.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -26,6 +26,10 @@ pub struct Report {
     pub copied: u64,
     /// Bytes that were made zeros, since the old backing file has zeros there.
     pub zeroed: u64,
+    /// Clusters of `copied` that were compressed, and bytes that they take in the file.
+    pub compressed_clusters: u64,
+    /// See above.
+    pub compressed_bytes: u64,
 }
 
 /// What an image is to say of its new backing file.
@@ -85,17 +89,22 @@ pub fn set_backing(file: &dyn Storage, format: Format, backing: Option<&Link>) -
 }
 
 /// Gives `overlay`, open for writing, all that would be lost or come to light on top of `base` (`None`: on top of
-/// nothing). It is closed afterwards, and may be given its new backing file.
+/// nothing), clusters compressed where it is to `compress` and that makes them smaller. It is closed afterwards, and may be
+/// given its new backing file.
 ///
 /// # Errors
 ///
-/// What reading and writing fail with; `Interrupted`. The overlay reads as before then.
+/// What reading and writing fail with; `Unsupported` where it takes no compressed clusters; `Interrupted`. The overlay
+/// reads as before then.
 pub fn copy_differences(
     overlay: &Chain,
     base: Option<&Chain>,
+    compress: bool,
     work: &mut Work<'_>,
 ) -> Result<Report> {
     let mut driver = overlay.driver()?;
+    let mut packer = compress.then(|| driver.packer()).transpose()?;
+    let mut packed = Vec::new();
     let cluster = (overlay.layers.first()).map_or(1, |layer| layer.unit_bytes());
     let below = Chain {
         layers: overlay.layers.get(1..).unwrap_or_default().to_vec(),
@@ -108,7 +117,10 @@ pub fn copy_differences(
     };
     let mut new = base.map_or_else(nothing, Source::new)?;
     let size = driver.size();
-    let unit = cluster.max(4096);
+    let unit = match compress {
+        true => cluster,
+        false => cluster.max(4096),
+    };
     let (mut before, mut after) = (Vec::new(), Vec::new());
     let mut report = Report {
         size,
@@ -136,7 +148,7 @@ pub fn copy_differences(
                 continue;
             }
             // Up to the end of a cluster, where the image has nothing: what is written there comes whole.
-            len = len.max(unit - at % unit).min(own.len);
+            len = ((at + len).next_multiple_of(unit) - at).min(own.len);
             len = len.min(PIECE_BYTES.max(unit) - at % unit);
             // At most 2 MiB.
             before.resize(len as usize, 0);
@@ -157,7 +169,20 @@ pub fn copy_differences(
                             report.zeroed += part;
                         }
                         false => {
-                            driver.write(at + done, bytes)?;
+                            // Of a cluster that is there in part the rest would be lost.
+                            let whole = (at + done).is_multiple_of(unit)
+                                && (part == unit || at + done + part == size);
+                            let packer = packer.as_mut().filter(|_| whole);
+                            let smaller = packer.is_some_and(|packer| {
+                                pack(&mut **packer, bytes, unit, &mut packed)
+                            });
+                            if smaller {
+                                driver.write_packed(at + done, &packed)?;
+                                report.compressed_clusters += 1;
+                                report.compressed_bytes += packed.len() as u64;
+                            } else {
+                                driver.write(at + done, bytes)?;
+                            }
                             report.copied += part;
                         }
                     }
@@ -176,4 +201,15 @@ pub fn copy_differences(
     closed?;
     (work.progress)(size);
     Ok(report)
+}
+
+/// Packs a cluster of `unit` bytes, of which `bytes` are within the disk.
+fn pack(packer: &mut dyn Pack, bytes: &[u8], unit: u64, packed: &mut Vec<u8>) -> bool {
+    if bytes.len() as u64 == unit {
+        return packer.pack(bytes, packed);
+    }
+    let mut whole = bytes.to_vec();
+    // At most 2 MiB.
+    whole.resize(unit as usize, 0);
+    packer.pack(&whole, packed)
 }

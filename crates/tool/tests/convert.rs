@@ -260,6 +260,7 @@ fn overlays_have_only_what_differs() {
             driver: &mut driver,
             blank: true,
             cluster_size: 65536,
+            packs: false,
             resume: false,
         };
         let options = ConvertOptions {

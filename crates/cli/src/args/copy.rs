@@ -40,16 +40,15 @@ pub struct Moving {
     after_help = "DST gets its name when it is complete: an error, a full disk, SIGINT or SIGTERM leave nothing under \
                   it (but devices, and what -n writes into). Several SRC make one disk, one behind the other. \
                   Memory: below 256 MiB; the map of each VDI or Parallels image comes on top, 4 bytes \
-                  for each block: 128 MiB at most. -c and -n exclude each other: compressed \
-                  clusters are written to new images only."
+                  for each block: 128 MiB at most."
 )]
 pub struct Convert {
     /// Passphrase of DST, with -n, or of the encrypted image below it, with -B, by the ID of an --object; for a new
     /// DST itself say -o encrypt.key-secret=ID
     #[arg(long, value_name = "ID")]
     pub target_key_secret: Vec<String>,
-    /// Compress (qcow2): every cluster that gets smaller; -o compression_type says how
-    #[arg(short = 'c', long, conflicts_with = "no_create")]
+    /// Compress (qcow2): every cluster that gets smaller; -o compression_type says how, or with -n the image itself
+    #[arg(short = 'c', long)]
     pub compress: bool,
     /// Have the host copy from file to file (reflink, where the file system can) what lies in SRC's file as it is;
     /// that is not searched for zeros
@@ -302,6 +301,9 @@ pub struct Rebase {
     /// Its format
     #[arg(short = 'F', long, value_name = "FMT", value_parser = format)]
     pub backing_format: Option<Format>,
+    /// Compress what the image gets (qcow2): every whole cluster that gets smaller
+    #[arg(short = 'c', long, conflicts_with = "unsafe_mode")]
+    pub compress: bool,
     /// Only change the name and format in the image: what the old and the new backing file have is not looked at, and it
     /// is yours to know that both read the same (a vhd, vhdx or vmdk one must be there: the image records what marks it)
     #[arg(short = 'u', long = "unsafe")]

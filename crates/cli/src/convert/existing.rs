@@ -44,6 +44,9 @@ impl Copying<'_> {
             }
         }
         self.refuse_sources(&chain)?;
+        if self.args.compress && format != Format::Qcow2 {
+            bail!("-c: into {format} images that are there no compressed clusters can be written");
+        }
         let entries = self.bitmaps(format)?;
         let report = self.copy(&chain, self.args.target_is_zero, false, work)?;
         drop(chain);

@@ -273,6 +273,8 @@ impl Copying<'_> {
             blank,
             cluster_size,
             resume,
+            // Of new images the writer does, in one go.
+            packs: self.args.compress,
         };
         let source = self.source()?;
         let report = convert(source, image, &self.options(), work);

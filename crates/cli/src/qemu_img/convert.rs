@@ -122,6 +122,8 @@ pub struct Copy<'a> {
     pub how: How,
     /// `--target-image-opts`.
     pub image_opts: bool,
+    /// Clusters of an image that is there already are to be compressed.
+    pub compress: bool,
     /// Bytes in a second.
     pub rate: Option<u64>,
     /// Show how far it is.
@@ -164,7 +166,7 @@ pub fn run(args: &Convert) -> Result<u8> {
         bail!("Cannot use --target-is-zero when the destination image has a backing file");
     }
     let backing = backing(args, &said, file)?;
-    if args.compress {
+    if args.compress && !args.target_image_opts {
         refuse_compressed(format, &said)?;
     }
     let entries = bitmaps(args, &chains)?;
@@ -207,15 +209,13 @@ pub fn run(args: &Convert) -> Result<u8> {
             ..How::default()
         },
         image_opts: args.target_image_opts,
+        compress: args.compress,
         rate: numbers.rate,
         progress: args.shown.progress(),
     };
     let packs = |options: &Options| args.compress || options.packs_always(format);
     match options.filter(packs) {
         Some(options) => compressed(copy, &options)?,
-        None if args.compress => bail!(
-            "Compressed clusters are written to new images only: leave out -n, or -c (diskplane's qemu-img)"
-        ),
         None => copy.run(&entries, &args.objects)?,
     }
     let name = Name {
@@ -558,6 +558,9 @@ impl Copy<'_> {
         if open::active(&chain)?.image.size() < self.source.size() {
             bail!("output file is smaller than input file");
         }
+        if self.compress && open::active(&chain)?.format != Format::Qcow2 {
+            bail!("Compression not supported for this file format");
+        }
         let mut driver = chain.driver()?;
         let cluster_size = open::active(&chain)?.image.describe().cluster_size;
         // Zeros that are not written would show what the backing file has.
@@ -567,6 +570,7 @@ impl Copy<'_> {
             blank,
             cluster_size,
             resume: false,
+            packs: self.compress,
         };
         work(self.source, target, &self.options, self.rate, self.progress)?;
         Ok(driver.close()?)

@@ -81,6 +81,7 @@ pub fn run(args: &Dd) -> Result<u8> {
             ..How::default()
         },
         image_opts: false,
+        compress: false,
         rate: None,
         progress: false,
     };

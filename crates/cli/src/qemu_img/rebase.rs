@@ -37,7 +37,7 @@ pub struct Rebase {
     /// do not fail if BACKING_FILENAME can not be read
     #[arg(short = 'u', long)]
     backing_unsafe: bool,
-    /// compress image (refused: only new images get compressed clusters)
+    /// compress image (when image supports this)
     #[arg(short, long)]
     compress: bool,
     /// open image in shared mode for concurrent access
@@ -102,7 +102,7 @@ pub fn run(args: &Rebase) -> Result<u8> {
     let mut progress = Progress::new(active.image.size(), args.shown.progress());
     let mut tell = |done| progress.set(done);
     let mut work = Work::new(signals::stop_on_signals()?, &mut tell);
-    copy_differences(&overlay, base.as_ref(), &mut work)?;
+    copy_differences(&overlay, base.as_ref(), args.compress, &mut work)?;
     progress.end();
     // From here on nothing of the image is in memory; its lock is still held.
     let storage = active.files.first().map(Arc::clone);
@@ -112,12 +112,8 @@ pub fn run(args: &Rebase) -> Result<u8> {
 }
 
 fn refuse(args: &Rebase, format: Format) -> Result<()> {
-    if args.compress {
-        bail!(match format {
-            Format::Qcow2 =>
-                "Compressed clusters are written to new images only: leave out -c (diskplane's qemu-img)",
-            _ => "Compression not supported for this file format",
-        });
+    if args.compress && format != Format::Qcow2 {
+        bail!("Compression not supported for this file format");
     }
     match can_rebase(format) {
         true => Ok(()),

@@ -2,9 +2,9 @@
 //! thread, any number at a time.
 
 use super::members::Members;
-use super::{Driver, usize_of, whole};
+use super::{Driver, nobody, usize_of, whole};
 use block::{Error, GuestOffset, HostOffset, Result, Storage};
-use image::{Compressed, ExtentKind, FileId, Plan, Ticket};
+use image::{Compressed, ExtentKind, FileId, Pack, Plan, Ticket};
 use std::sync::Arc;
 
 /// A run of a disk's bytes that can be read.
@@ -252,5 +252,48 @@ impl Driver {
         };
         whole(placed.len, len)?;
         Ok(Some(placed))
+    }
+
+    /// What packs clusters for [`Driver::place_packed`].
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` for a disk that takes none; where there is no memory for it.
+    pub fn packer(&self) -> Result<Box<dyn Pack>> {
+        self.members.member(0)?.image.packer()
+    }
+
+    /// Finds a place for the cluster at `at`, which a packer made `len` bytes of: these, and not the cluster, are to be
+    /// written. They share sectors with others: write them before anything else gets its place. `None` as of
+    /// [`Driver::place`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Driver::write`]; `Unsupported` for a disk that takes no packed clusters.
+    pub fn place_packed(&mut self, at: u64, len: u32) -> Result<Option<Placed>> {
+        self.check_write(at, 1)?;
+        let here = GuestOffset(at);
+        let place = self.answer_unless_busy(0, |image| image.plan_packed(here, len))?;
+        Ok(place.map(|place| Placed {
+            members: self.members.clone(),
+            at: here,
+            len: u64::from(len),
+            place: Some((place.file, place.offset)),
+            ticket: Some(place.ticket),
+        }))
+    }
+
+    /// Writes the cluster at `at`, which a packer made `packed` of.
+    ///
+    /// # Errors
+    ///
+    /// As [`Driver::place_packed`].
+    pub fn write_packed(&mut self, at: u64, packed: &[u8]) -> Result<()> {
+        // More than a cluster's bytes are refused.
+        let len = u32::try_from(packed.len()).unwrap_or(u32::MAX);
+        let placed = self.place_packed(at, len)?.ok_or_else(nobody)?;
+        placed.write(packed)?;
+        placed.finish();
+        Ok(())
     }
 }

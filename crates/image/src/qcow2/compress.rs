@@ -50,9 +50,12 @@ impl Compressor {
     pub fn pack(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> bool {
         out.clear();
         // An entry can describe no more: the sectors of less than a cluster.
-        out.resize(cluster.len().saturating_sub(1), 0);
+        let most = cluster.len().saturating_sub(1);
         let len = match &mut self.0 {
             Method::Zlib(stream) => {
+                // A stream that does not end for want of room is not quite new after its reset (zlib-rs 0.6.8): what
+                // it held back takes room in it for good. So there is room for whatever becomes of it.
+                out.resize(deflated_len_max(cluster.len()), 0);
                 stream.reset();
                 let status = stream.compress(cluster, out, flate2::FlushCompress::Finish);
                 match status {
@@ -61,11 +64,20 @@ impl Compressor {
                 }
             }
             // It fails where the room does not suffice.
-            Method::Zstd(stream) => stream.compress_to_buffer(cluster, out.as_mut_slice()).ok(),
+            Method::Zstd(stream) => {
+                out.resize(most, 0);
+                stream.compress_to_buffer(cluster, out.as_mut_slice()).ok()
+            }
         };
+        let len = len.filter(|len| *len <= most);
         out.truncate(len.unwrap_or(0));
         len.is_some()
     }
+}
+
+/// Bytes that deflate makes of `len` at most, whatever its window and level.
+fn deflated_len_max(len: usize) -> usize {
+    len + len.div_ceil(8) + len.div_ceil(64) + 64
 }
 
 /// Unpacks `input`, which may go on behind the compressed data, into all of `output`.
@@ -125,4 +137,35 @@ fn check(done: u64, want: usize) -> Result<()> {
         )));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a stream held back when its room was full stayed in it, and after 64 KiB of that it panicked.
+    #[test]
+    fn what_does_not_get_smaller_harms_no_later_cluster() {
+        let mut word = 1u64;
+        let mut random = || {
+            word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (word >> 56) as u8
+        };
+        for compression in [Compression::Zlib, Compression::Zstd] {
+            for len in [512, 4096, 65536] {
+                let mut packer = Compressor::new(compression).unwrap();
+                let mut packed = Vec::new();
+                for _ in 0..(512 << 10) / len {
+                    let cluster: Vec<u8> = (0..len).map(|_| random()).collect();
+                    assert!(!packer.pack(&cluster, &mut packed));
+                }
+                let mut cluster = vec![7; len];
+                cluster.iter_mut().take(len / 2).for_each(|b| *b = random());
+                assert!(packer.pack(&cluster, &mut packed));
+                let mut unpacked = vec![0; len];
+                unpack(compression, &packed, &mut unpacked).unwrap();
+                assert!(unpacked == cluster, "{compression:?} {len}");
+            }
+        }
+    }
 }

@@ -14,7 +14,7 @@
 //! was not finished shows no format.
 
 use super::create::{CreateOptions, encode, forget};
-use super::entry::{COMPRESSED, COPIED, HOST_END_MAX, SECTOR, ZERO};
+use super::entry::{COMPRESSED, COPIED, HOST_END_MAX, SECTOR, ZERO, compressed_shift};
 use super::{Compression, HOST_OFFSET_END, Header, REFCOUNT_TABLE_BYTES_MAX};
 use block::{Context, Error, ErrorKind, Result, Storage, size};
 use std::collections::BTreeMap;
@@ -143,7 +143,7 @@ impl<'a> ImageWriter<'a> {
         self.begin(guest)?;
         let offset = self.place(len)?;
         let end = offset + len;
-        let shift = 62 - (self.header.cluster_bits - 8);
+        let shift = compressed_shift(self.header.cluster_bits);
         if end > 1 << shift.min(56) {
             return Err(self.full());
         }

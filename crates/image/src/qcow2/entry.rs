@@ -227,12 +227,17 @@ impl Geometry {
     }
 }
 
+/// The bit of a compressed cluster's entry from which on the further 512-byte sectors are counted; below is the offset.
+#[inline]
+pub(super) fn compressed_shift(cluster_bits: u32) -> u32 {
+    62 - (cluster_bits - 8)
+}
+
 /// Where the data of a compressed cluster's entry lie, and how many bytes it is to the end of
 /// their last sector.
 #[inline]
 pub(super) fn compressed_range(cluster_bits: u32, raw: u64) -> (u64, u64) {
-    // Bits from `split` on count the further 512-byte sectors.
-    let split = 62 - (cluster_bits - 8);
+    let split = compressed_shift(cluster_bits);
     let offset = raw & ((1 << split) - 1);
     let sectors = ((raw & (COMPRESSED - 1)) >> split) + 1;
     (offset, sectors * SECTOR - offset % SECTOR)

@@ -11,7 +11,7 @@
 //! * `map`, `write`, `zero`: the questions; `shared`: tables that snapshots share.
 //! * `flush`: the order on disk, and why it is safe; `lazy`: refcounts that are postponed.
 //! * `edit`: changes of a closed image's metadata, all at once; `snapshot`: internal snapshots.
-//! * `compress_image`: a new image in one go, with compressed clusters.
+//! * `compress_image`: a new image in one go, with compressed clusters; `compressed`: such clusters in an open one.
 //! * `damaged`: corruption found while the image is written to.
 //! * `data`: images whose guest data are in a file of their own.
 //! * `header`, `extensions`, `features`, `entry`: the format. `open`, `close`, `compress`.
@@ -26,6 +26,7 @@ pub mod check;
 mod close;
 mod compress;
 mod compress_image;
+mod compressed;
 #[cfg(test)]
 mod corners;
 mod create;
@@ -85,8 +86,8 @@ pub use open::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX, OpenOptions};
 use crate::metadata::{Walk, cache, tables};
 use crate::words::{read_u32, read_u64};
 use crate::{
-    DataFile, Description, Encryption, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan,
-    Reserve, Step, Ticket, ZeroMode, ZeroPlan,
+    DataFile, Description, Encryption, Extent, FileId, FlushRun, Freed, Image, Load, Need, Pack,
+    PackedPlace, Plan, Reserve, Step, Ticket, ZeroMode, ZeroPlan,
 };
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
 use cache::Owner;
@@ -346,6 +347,29 @@ impl Image for Qcow2 {
             ) => self.note_change(at, *len),
             // Its writes are planned one by one.
             Step::Done(ZeroPlan::Write { .. }) | Step::Need(_) | Step::Wait(_) => {}
+        }
+        Ok(step)
+    }
+
+    fn packer(&self) -> Result<Box<dyn Pack>> {
+        self.new_packer()
+    }
+
+    fn plan_packed(&self, at: GuestOffset, len: u32) -> Result<Step<PackedPlace>> {
+        self.check_writable()?;
+        let bytes = (self.geometry.size.saturating_sub(at.0)).min(self.geometry.cluster());
+        self.check_range(at, bytes)?;
+        if !self.bitmaps_ready()? {
+            return Ok(Step::Need(Need::Commit));
+        }
+        let step = {
+            let mut st = self.lock();
+            let plan = self.plan_compressed(&mut st, at, u64::from(len));
+            st.step(plan)
+                .inspect_err(|error| self.note_failure(error))?
+        };
+        if let Step::Done(_) = &step {
+            self.note_change(at, bytes);
         }
         Ok(step)
     }

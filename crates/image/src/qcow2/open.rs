@@ -233,6 +233,7 @@ impl Qcow2 {
                 lazy: Lazy::new(lazy),
                 failed: false,
                 covered: Covered::default(),
+                tail: None,
                 scratch: Vec::with_capacity(frames),
                 words: Vec::with_capacity(geometry.slice_words()),
                 covers: frames as u64 >= geometry.l2_slices(),

@@ -31,6 +31,8 @@ pub(super) struct Pending {
     pub(super) independent: bool,
     /// What the guest's clusters referred to before; its refcounts are pinned.
     pub(super) old: Option<Deref>,
+    /// The entry of a compressed cluster, whose host clusters are counted already and whose refcounts are pinned.
+    pub(super) packed: Option<u64>,
 }
 
 /// A new cluster of which allocations in flight write parts.

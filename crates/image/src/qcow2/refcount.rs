@@ -213,6 +213,7 @@ impl Qcow2 {
                         self.set_refcount(st, frame, cluster, refcount - 1);
                         if refcount == 1 {
                             st.space.freed(cluster);
+                            self.forget_tail(st, cluster);
                         }
                     }
                 }

@@ -62,6 +62,8 @@ pub(super) struct State {
     pub(super) refs: RefTable,
     pub(super) space: Space,
     pub(super) ahead: Ahead,
+    /// Where the next compressed cluster's bytes go, within a host cluster that has some: see `compressed`.
+    pub(super) tail: Option<u64>,
     pub(super) tickets: Tickets<Pending>,
     pub(super) births: Births,
     pub(super) places: Places,

@@ -176,6 +176,7 @@ impl Qcow2 {
                     counted: false,
                     independent: false,
                     old: None,
+                    packed: None,
                 };
                 return self.ticket(st, pending, at, len, Fill::Zero, false);
             }
@@ -224,6 +225,7 @@ impl Qcow2 {
             counted: given.counted,
             independent: given.counted && blank && !self.encrypted(),
             old,
+            packed: None,
         };
         self.ticket(st, pending, at, len, fill, given.zeroed)
     }
@@ -276,6 +278,9 @@ impl Qcow2 {
             return;
         };
         let g = &self.geometry;
+        if let Some(raw) = pending.packed {
+            return self.end_compressed(st, &pending, raw, commit);
+        }
         if pending.part {
             return self.end_part(st, &pending, commit);
         }

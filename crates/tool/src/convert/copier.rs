@@ -69,6 +69,8 @@ pub(super) struct Crew<'a, 'w> {
     sparse: u64,
     salvages: bool,
     in_order: bool,
+    /// The source's last cluster may be packed though it is not whole: nothing of the target is behind it.
+    packs_rest: bool,
     checkpoint: Option<u64>,
 }
 
@@ -90,6 +92,7 @@ impl<'a, 'w> Crew<'a, 'w> {
             sparse: feed.sparse,
             salvages: feed.source.salvages(),
             in_order: !options.out_of_order || target.is_sequential(),
+            packs_rest: target.is_sequential() || target.size() == feed.source.size(),
             checkpoint: options.checkpoint.filter(|_| !target.is_sequential()),
             feed: Mutex::new(feed),
             sink: Mutex::new(Sink {
@@ -164,7 +167,8 @@ impl<'a, 'w> Crew<'a, 'w> {
         if piece.in_bytes {
             self.read(piece, &mut hands.below)?;
             if let Some(compressor) = &mut hands.compressor {
-                pack(piece, self.unit, &mut **compressor, &mut hands.packed);
+                let rest = self.packs_rest;
+                pack(piece, self.unit, rest, &mut **compressor, &mut hands.packed);
             }
         }
         let mut report = Report::default();
@@ -368,12 +372,17 @@ impl Drop for Watch<'_, '_, '_> {
 }
 
 /// Compresses what is data.
-fn pack(piece: &mut Piece, unit: u64, compressor: &mut dyn Pack, packed: &mut Vec<u8>) {
+fn pack(piece: &mut Piece, unit: u64, rest: bool, compressor: &mut dyn Pack, packed: &mut Vec<u8>) {
+    // What is behind a disk's end may be another disk's part of the cluster.
+    let whole = match rest {
+        true => usize::MAX,
+        false => (piece.len / unit) as usize,
+    };
     let mut units = std::mem::take(&mut piece.units);
     let len = piece.len.next_multiple_of(unit) as usize;
     let mut all = std::mem::take(&mut piece.packed);
     let clusters = piece.bytes(len).chunks(unit as usize);
-    for (kind, bytes) in units.iter_mut().zip(clusters) {
+    for (kind, bytes) in units.iter_mut().take(whole).zip(clusters) {
         if *kind == Unit::Plain && compressor.pack(bytes, packed) {
             *kind = Unit::Packed(packed.len());
             all.extend_from_slice(packed);

@@ -116,6 +116,15 @@ enum Unit {
     Packed(usize),
 }
 
+impl Unit {
+    fn packed_bytes(self) -> usize {
+        match self {
+            Unit::Packed(bytes) => bytes,
+            _ => 0,
+        }
+    }
+}
+
 /// A part of the disk on its way.
 #[derive(Debug)]
 struct Piece {
@@ -197,7 +206,7 @@ pub fn convert(
     }
     let unit = target.unit(options.sparse);
     let base = options.base.map(Source::new).transpose()?;
-    let double = base.is_some() || target.is_sequential();
+    let double = base.is_some() || target.packs();
     let copiers = copiers(options.workers, unit, double);
     let mut feed = Feed::new(source, base, unit, options.sparse);
     feed.offload = options.offload && target.takes_offload();

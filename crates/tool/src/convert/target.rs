@@ -24,6 +24,8 @@ pub enum Target<'a> {
         cluster_size: u64,
         /// It may have some of the data already: what is there is read, and written only where it differs.
         resume: bool,
+        /// Clusters that get smaller so are compressed: the image takes such.
+        packs: bool,
     },
     /// A new image, with compressed clusters where that makes them smaller.
     Compressed {
@@ -49,6 +51,11 @@ impl Target<'_> {
             _ => (1 << sparse.ilog2()).clamp(SECTOR, SPARSE_BYTES),
         };
         match self {
+            Target::Image {
+                cluster_size,
+                packs: true,
+                ..
+            } => *cluster_size,
             Target::Image { cluster_size, .. } => (*cluster_size).max(smallest),
             Target::Compressed { writer } => writer.cluster_size(),
         }
@@ -64,7 +71,12 @@ impl Target<'_> {
     /// Whether the host can copy into it: its file has the guest's bytes as they are, and they need not be compared.
     pub(super) fn takes_offload(&self) -> bool {
         match self {
-            Target::Image { driver, resume, .. } => !resume && !driver.is_encrypted(),
+            Target::Image {
+                driver,
+                resume,
+                packs,
+                ..
+            } => !resume && !packs && !driver.is_encrypted(),
             Target::Compressed { .. } => false,
         }
     }
@@ -74,10 +86,19 @@ impl Target<'_> {
         matches!(self, Target::Compressed { .. })
     }
 
+    /// Whether its clusters are compressed.
+    pub(super) fn packs(&self) -> bool {
+        matches!(
+            self,
+            Target::Compressed { .. } | Target::Image { packs: true, .. }
+        )
+    }
+
     /// What packs its clusters, if they are compressed.
     pub(super) fn packer(&self) -> Result<Option<Box<dyn Pack>>> {
         match self {
-            Target::Image { .. } => Ok(None),
+            Target::Image { packs: false, .. } => Ok(None),
+            Target::Image { driver, .. } => driver.packer().map(Some),
             Target::Compressed { writer } => writer.packer().map(Some),
         }
     }
@@ -109,7 +130,10 @@ impl Target<'_> {
             return self.same(piece.at, piece.len, &[]).map(|()| false);
         }
         let bytes = piece.bytes(piece.len.next_multiple_of(unit) as usize);
-        let mut packed = piece.packed.as_slice();
+        // Of those before nothing is left to do.
+        let before = piece.units.iter().take((*at / unit) as usize);
+        let before: usize = before.map(|u| u.packed_bytes()).sum();
+        let mut packed = piece.packed.get(before..).unwrap_or_default();
         while *at < piece.len {
             let mut units = piece.units.iter().skip((*at / unit) as usize);
             let Some(kind) = units.next().copied() else {
@@ -145,14 +169,24 @@ impl Target<'_> {
                     }
                 },
                 Unit::Packed(size) => {
+                    let (this, rest) = packed.split_at(size.min(packed.len()));
+                    match self {
+                        Target::Compressed { writer } => {
+                            writer.put_compressed(guest / unit, this)?;
+                        }
+                        Target::Image { driver, .. } => {
+                            // At most a cluster's.
+                            let Some(placed) = driver.place_packed(guest, size as u32)? else {
+                                return Ok(true);
+                            };
+                            placed.write(this)?;
+                            placed.finish();
+                        }
+                    }
+                    packed = rest;
                     report.written += len;
                     report.compressed_clusters += 1;
                     report.compressed_bytes += size as u64;
-                    let (this, rest) = packed.split_at(size.min(packed.len()));
-                    packed = rest;
-                    if let Target::Compressed { writer } = self {
-                        writer.put_compressed(guest / unit, this)?;
-                    }
                 }
             }
             *at = end;

@@ -198,6 +198,7 @@ impl Qcow2 {
             counted: false,
             independent: false,
             old: None,
+            packed: None,
         };
         self.ticket(st, pending, at, len, part.fill, zeroed)
     }
@@ -246,6 +247,7 @@ impl Qcow2 {
             counted: given.counted,
             independent: false,
             old,
+            packed: None,
         };
         self.ticket(st, pending, at, len, fill, given.zeroed)
     }
