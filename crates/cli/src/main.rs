@@ -47,6 +47,7 @@ use std::{
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
+    signals::hold_progress();
     let mut arguments = std::env::args_os();
     if arguments
         .next()

@@ -20,7 +20,7 @@ use disk::{
     blocking::{ChainExtent, Driver},
     chain::{Chain, ChainOptions},
 };
-use image::ExtentKind;
+use image::{ExtentKind, FileId};
 use serde::Serialize;
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
@@ -45,6 +45,9 @@ pub struct Entry {
     /// Where they are in the file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
+    /// Which of the image's files they are in.
+    #[serde(skip)]
+    pub file: FileId,
 }
 
 impl Entry {
@@ -131,13 +134,18 @@ fn table(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
     line("start", "length", "what", "file offset", "file")?;
     walk(chain, range, |entry| {
         let offset = entry.offset.filter(|_| entry.data);
-        let file = chain.layers.get(entry.depth).filter(|_| entry.present);
+        let layer = chain.layers.get(entry.depth).filter(|_| entry.present);
+        let file = layer.map(|layer| match entry.file {
+            FileId::IMAGE => layer.path.display().to_string(),
+            other => (layer.files.get(usize::from(other.0)))
+                .map_or_else(String::new, |f| f.path().display().to_string()),
+        });
         line(
             &format!("{:#x}", entry.start),
             &size::human(entry.length),
             what(&entry),
             &offset.map_or_else(String::new, |at| format!("{at:#x}")),
-            &file.map_or_else(String::new, |layer| layer.path.display().to_string()),
+            &file.unwrap_or_default(),
         )
     })
 }
@@ -193,6 +201,7 @@ fn one(chain: &Chain, driver: &mut Driver, start: u64, len: u64) -> Result<Entry
         data: true,
         compressed: false,
         offset: None,
+        file: FileId::IMAGE,
     };
     match kind {
         ExtentKind::Data {
@@ -203,6 +212,7 @@ fn one(chain: &Chain, driver: &mut Driver, start: u64, len: u64) -> Result<Entry
             // Where ciphertext is says nothing of what the guest reads.
             let plain = layer.is_some_and(|l| l.image.encryption().is_none());
             entry.offset = plain.then_some(offset.0);
+            entry.file = file_id;
             let tells = layer.filter(|l| l.holes_are_zeros(file_id));
             // Only there holes say something about the disk.
             if let Some(file) = tells.and_then(|l| l.files.get(usize::from(file_id.0))) {
@@ -217,7 +227,8 @@ fn one(chain: &Chain, driver: &mut Driver, start: u64, len: u64) -> Result<Entry
             }
         }
         ExtentKind::Compressed(_) => entry.compressed = true,
-        ExtentKind::Untouched => {}
+        // Nothing that anybody could know.
+        ExtentKind::Untouched => (entry.present, entry.data) = (false, false),
         ExtentKind::Zero { host } => {
             (entry.zero, entry.data) = (true, false);
             entry.offset = host.map(|(_, offset)| offset.0);
@@ -244,6 +255,7 @@ mod tests {
             data: true,
             compressed: false,
             offset: Some(4096),
+            file: FileId::IMAGE,
         };
         let next = |offset, depth| Entry {
             start: 512,

@@ -170,6 +170,7 @@ pub fn resolve(
         format,
         part: said.part,
         window: said.window,
+        vhd_size: said.vhd_size,
         below: said.below,
         data_file: said.data_file.or(options.data_file.clone()),
         passphrases,

@@ -90,6 +90,19 @@ pub fn progress_wanted() -> bool {
     PROGRESS.load(Ordering::Relaxed) && PROGRESS.swap(false, Ordering::Relaxed)
 }
 
+/// From now on SIGUSR1 ends nothing: it waits for [`stop_on_signals`]. To be called first of all: whoever starts a command
+/// may ask how far it is before that has begun.
+pub fn hold_progress() {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: `sigemptyset` initialises the set, the others read or change an initialised one; a null pointer for
+    // the old mask is allowed.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        libc::sigaddset(set.as_mut_ptr(), libc::SIGUSR1);
+        libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), ptr::null_mut());
+    }
+}
+
 /// From now on SIGINT, SIGTERM and SIGHUP, where this process does not ignore them, ask for the end of the work: it
 /// clears up behind itself then. The second of them ends the process at once, and takes away only what was not finished:
 /// `timeout` and others signal a process and its group, which makes two. SIGUSR1 asks how far the work is

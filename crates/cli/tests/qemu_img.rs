@@ -590,3 +590,46 @@ fn clusters_are_compressed_into_images_that_are_there() {
         "qemu-img rebase -c -u -b b.raw -F raw o.qed",
     ]);
 }
+
+#[test]
+fn disks_of_nothing_are_named_as_by_qemu_img() {
+    same(&[
+        "qemu-img info null-co://",
+        "qemu-img info --output=json null-aio://",
+        "qemu-img info --image-opts driver=null-co,size=1M",
+        "qemu-img map null-co://",
+        "qemu-img map --output=json null-co://",
+        "qemu-img info null-co://foo",
+        "qemu-img info -f qcow2 null-co://",
+        "qemu-img measure -O qcow2 null-co://",
+        "qemu-img create -q -f raw z.raw 1M",
+        "qemu-img compare --image-opts driver=null-co,size=1M,read-zeroes=on driver=raw,file.filename=z.raw",
+        "qemu-img convert --image-opts -O raw driver=raw,file.driver=null-co,file.size=1M,file.read-zeroes=on y.raw",
+        "qemu-img compare -f raw -F raw z.raw y.raw",
+        "qemu-img create -q -f qcow2 -b null-co:// -F raw o.qcow2",
+        "qemu-img info o.qcow2",
+        "qemu-img map o.qcow2",
+        "qemu-img -T foo=1 info z.raw",
+    ]);
+}
+
+#[test]
+fn sizes_of_vhd_images_and_extents_of_vmdk_images_are_told_as_by_qemu_img() {
+    let (q, force) = ("driver=vpc,file.filename", "force_size_calc");
+    same(&[
+        "qemu-img create -q -f vpc a.vhd 10M",
+        "qemu-img create -q -f vpc -o force_size b.vhd 10M",
+        &format!("qemu-img measure -O raw --image-opts {q}=a.vhd,{force}=chs"),
+        &format!("qemu-img measure -O raw --image-opts {q}=a.vhd,{force}=current_size"),
+        &format!("qemu-img measure -O raw --image-opts {q}=b.vhd,{force}=chs"),
+        &format!("qemu-img measure -O raw --image-opts {q}=b.vhd,{force}=foo"),
+        "qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse s.vmdk 3G",
+        "qemu-io -f vmdk -c write_-P_1_0_64k -c write_-P_2_2304M_64k s.vmdk",
+        "qemu-img map s.vmdk",
+        "qemu-img create -q -f vmdk -o subformat=monolithicFlat f.vmdk 1M",
+        "qemu-io -f vmdk -c write_-P_1_0_64k f.vmdk",
+        "qemu-img map f.vmdk",
+        "qemu-img map DIR/f.vmdk",
+        "qemu-img resize f.vmdk 2M",
+    ]);
+}

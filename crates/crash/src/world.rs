@@ -257,6 +257,7 @@ impl World {
                     read_only: writable != Some(depth),
                     // As few bitmaps as there may be.
                     cache_bytes: Some(0),
+                    size_from: None,
                 };
                 let image = vhd::Vhd::open(file, &options).context(|| "open")?;
                 (Arc::new(image), Format::Vhd)

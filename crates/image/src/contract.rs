@@ -336,6 +336,12 @@ impl FlushRun {
         }
     }
 
+    /// All that a format has to write is the guest's data: a barrier behind them.
+    pub(crate) fn barrier_only(&mut self) {
+        self.clear();
+        self.stages.push(Stage { first: 0, end: 0 });
+    }
+
     /// Ends a stage: everything pushed since the last call, then a barrier.
     pub fn seal(&mut self) {
         let first = self.stages.last().map_or(0, |s| s.end);
@@ -398,10 +404,36 @@ pub struct Description {
     pub facts: Vec<(&'static str, String)>,
 }
 
+impl Description {
+    /// A disk of `size` bytes in clusters of `cluster_size`, with nothing to say besides.
+    pub fn new(format: &'static str, size: u64, cluster_size: u64) -> Self {
+        Self {
+            format,
+            size,
+            cluster_size,
+            backing: None,
+            backing_format: None,
+            data_file: None,
+            read_only_because: None,
+            facts: Vec::new(),
+        }
+    }
+}
+
+/// The image file among those of a clean close ([`Image::close`]).
+pub(crate) fn own_file<'a>(files: &[&'a dyn Storage], name: &str) -> Result<&'a dyn Storage> {
+    let file = files.first().copied();
+    file.ok_or_else(|| Error::invalid(format!("{name}: closed without its file")))
+}
+
 /// An open image of some format. See the module's documentation for the rules.
 ///
 /// Guest ranges handed in lie within the virtual disk and are not empty: the
 /// disk layer has checked that once, at its edge.
+///
+/// What a method does that a format leaves out is right for one without metadata that change: allocations, loads and
+/// reservations end only in formats that ask for them, a flush is one barrier behind the guest's data, nothing is
+/// ever freed, and a closed image is what a crash leaves.
 pub trait Image: Send + Sync + Debug {
     /// What it is.
     fn describe(&self) -> Description;
@@ -470,30 +502,49 @@ pub trait Image: Send + Sync + Debug {
     }
 
     /// Makes the clusters of an allocation the guest's, in memory.
-    fn commit(&self, ticket: Ticket);
+    fn commit(&self, ticket: Ticket) {
+        let _ = ticket;
+    }
 
     /// Gives the clusters of an allocation back.
-    fn abort(&self, ticket: Ticket);
+    fn abort(&self, ticket: Ticket) {
+        let _ = ticket;
+    }
 
     /// How to discard or zero `len` bytes at `at`: an answer for the first part of them.
     fn plan_zero(&self, at: GuestOffset, len: u64, mode: ZeroMode) -> Result<Step<ZeroPlan>>;
 
     /// The bytes of a block that was needed. An error says that they contradict the
     /// format; the load counts as failed then.
-    fn loaded(&self, load: &Load, bytes: &[u8]) -> Result<()>;
+    fn loaded(&self, load: &Load, bytes: &[u8]) -> Result<()> {
+        let _ = (load, bytes);
+        Ok(())
+    }
 
     /// The block could not be read.
-    fn load_failed(&self, load: &Load);
+    fn load_failed(&self, load: &Load) {
+        let _ = load;
+    }
 
     /// The space is there; `zeroed` says whether it reads as zeros.
-    fn reserved(&self, reserve: &Reserve, zeroed: Zeroed);
+    fn reserved(&self, reserve: &Reserve, zeroed: Zeroed) {
+        let _ = (reserve, zeroed);
+    }
 
     /// The space could not be had.
-    fn reserve_failed(&self, reserve: &Reserve);
+    fn reserve_failed(&self, reserve: &Reserve) {
+        let _ = reserve;
+    }
 
     /// Unpacks one compressed cluster: `input` are [`Compressed::len`] bytes (fewer at the end of the
     /// file), `output` [`Compressed::unpacked_len`].
-    fn decompress(&self, input: &[u8], output: &mut [u8]) -> Result<()>;
+    fn decompress(&self, input: &[u8], output: &mut [u8]) -> Result<()> {
+        let _ = (input, output);
+        Err(Error::corrupt(format!(
+            "{} images have no compressed clusters",
+            self.describe().format
+        )))
+    }
 
     /// How its data are encrypted, where they are. Of what lies at an [`ExtentKind::Data`] or is written
     /// by a [`Plan`], whole sectors are encrypted; nothing else is. No [`Allocation`] is zeroed then.
@@ -503,22 +554,36 @@ pub trait Image: Send + Sync + Debug {
 
     /// Fills `run` with everything that was committed so far and is not durable yet, as
     /// stages. One run at a time: the disk layer calls `flush_end` before the next begin.
-    fn flush_begin(&self, run: &mut FlushRun) -> Result<()>;
+    fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
+        run.barrier_only();
+        Ok(())
+    }
 
     /// The run was carried out (`ok`), or stopped at a failure: what it covered is dirty again.
-    fn flush_end(&self, run: &mut FlushRun, ok: bool);
+    fn flush_end(&self, run: &mut FlushRun, ok: bool) {
+        let _ = (run, ok);
+    }
 
     /// Whether there is metadata that a flush would write.
-    fn is_dirty(&self) -> bool;
+    fn is_dirty(&self) -> bool {
+        false
+    }
 
     /// Appends space that became free durably since the last call. See the module's documentation.
-    fn take_freed(&self, out: &mut Vec<Freed>);
+    fn take_freed(&self, out: &mut Vec<Freed>) {
+        let _ = out;
+    }
 
     /// Space from `take_freed` that no request uses any more may be allocated again.
-    fn release(&self, freed: &Freed, zeroed: Zeroed);
+    fn release(&self, freed: &Freed, zeroed: Zeroed) {
+        let _ = (freed, zeroed);
+    }
 
     /// Clean close, with blocking I/O: nothing is in flight, the last flush has ended and all
     /// freed space was released. Writes what must differ between a closed image and a
     /// crashed one (flags, refcounts of freed space, the file's length). `files` by [`FileId`].
-    fn close(&self, files: &[&dyn Storage]) -> Result<()>;
+    fn close(&self, files: &[&dyn Storage]) -> Result<()> {
+        let _ = files;
+        Ok(())
+    }
 }

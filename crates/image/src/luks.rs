@@ -11,13 +11,11 @@
 //! A header whose payload is in another file (a *detached* one) says that it begins at byte 0, and is refused.
 
 use crate::contract::{
-    Description, Extent, ExtentKind, FileId, FlushRun, Freed, Image, Load, Plan, Reserve, Step,
-    Ticket, ZeroMode, ZeroPlan,
+    Description, Extent, ExtentKind, FileId, Image, Plan, Step, ZeroMode, ZeroPlan,
 };
-use crate::raw::{barrier_only, not_compressed};
 use crate::{Encryption, Method};
 use block::{
-    Context, Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed, align_up, limits,
+    Context, Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, align_up, limits,
 };
 use crypto::luks::{HEADER_LEN, Header, Volume};
 use crypto::{Passphrase, SECTOR, SectorCipher};
@@ -159,15 +157,10 @@ impl Image for Luks {
     fn describe(&self) -> Description {
         let locked = self.encryption.cipher.is_none();
         Description {
-            format: "luks",
-            size: self.size,
-            cluster_size: 1,
-            backing: None,
-            backing_format: None,
-            data_file: None,
             read_only_because: locked
                 .then(|| "it is encrypted, and was opened without its passphrase".to_owned()),
             facts: vec![("payload offset", format!("{:#x}", self.payload))],
+            ..Description::new("luks", self.size, 1)
         }
     }
 
@@ -194,10 +187,6 @@ impl Image for Luks {
         }))
     }
 
-    fn commit(&self, _: Ticket) {}
-
-    fn abort(&self, _: Ticket) {}
-
     fn plan_zero(&self, _: GuestOffset, len: u64, mode: ZeroMode) -> Result<Step<ZeroPlan>> {
         self.check_writable()?;
         Ok(Step::Done(match mode {
@@ -206,40 +195,7 @@ impl Image for Luks {
         }))
     }
 
-    fn loaded(&self, _: &Load, _: &[u8]) -> Result<()> {
-        Ok(())
-    }
-
-    fn load_failed(&self, _: &Load) {}
-
-    fn reserved(&self, _: &Reserve, _: Zeroed) {}
-
-    fn reserve_failed(&self, _: &Reserve) {}
-
-    fn decompress(&self, _: &[u8], _: &mut [u8]) -> Result<()> {
-        Err(not_compressed("luks"))
-    }
-
     fn encryption(&self) -> Option<&Encryption> {
         Some(&self.encryption)
-    }
-
-    fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
-        barrier_only(run);
-        Ok(())
-    }
-
-    fn flush_end(&self, _: &mut FlushRun, _: bool) {}
-
-    fn is_dirty(&self) -> bool {
-        false
-    }
-
-    fn take_freed(&self, _: &mut Vec<Freed>) {}
-
-    fn release(&self, _: &Freed, _: Zeroed) {}
-
-    fn close(&self, _: &[&dyn Storage]) -> Result<()> {
-        Ok(())
     }
 }

@@ -6,13 +6,10 @@
 //! client reads then are bytes of earlier requests; it is nothing to serve to strangers.
 
 use crate::{
-    contract::{
-        Description, Extent, ExtentKind, FlushRun, Freed, Image, Load, Plan, Reserve, Step, Ticket,
-        ZeroMode, ZeroPlan,
-    },
-    raw::{Raw, barrier_only, not_compressed},
+    contract::{Description, Extent, ExtentKind, Image, Plan, Step, ZeroMode, ZeroPlan},
+    raw::Raw,
 };
-use block::{Error, GuestOffset, Result, Storage, Zeroed, size};
+use block::{Error, GuestOffset, Result, size};
 
 /// A disk of zeros without a file.
 #[derive(Debug)]
@@ -58,16 +55,7 @@ impl Null {
 
 impl Image for Null {
     fn describe(&self) -> Description {
-        Description {
-            format: "null",
-            size: self.size,
-            cluster_size: 1,
-            backing: None,
-            backing_format: None,
-            data_file: None,
-            read_only_because: None,
-            facts: Vec::new(),
-        }
+        Description::new("null", self.size, 1)
     }
 
     fn size(&self) -> u64 {
@@ -88,45 +76,8 @@ impl Image for Null {
         Ok(Step::Done(Plan::Drop { len }))
     }
 
-    fn commit(&self, _: Ticket) {}
-
-    fn abort(&self, _: Ticket) {}
-
     fn plan_zero(&self, _: GuestOffset, len: u64, _: ZeroMode) -> Result<Step<ZeroPlan>> {
         Ok(Step::Done(ZeroPlan::Skip { len }))
-    }
-
-    fn loaded(&self, _: &Load, _: &[u8]) -> Result<()> {
-        Ok(())
-    }
-
-    fn load_failed(&self, _: &Load) {}
-
-    fn reserved(&self, _: &Reserve, _: Zeroed) {}
-
-    fn reserve_failed(&self, _: &Reserve) {}
-
-    fn decompress(&self, _: &[u8], _: &mut [u8]) -> Result<()> {
-        Err(not_compressed("null"))
-    }
-
-    fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
-        barrier_only(run);
-        Ok(())
-    }
-
-    fn flush_end(&self, _: &mut FlushRun, _: bool) {}
-
-    fn is_dirty(&self) -> bool {
-        false
-    }
-
-    fn take_freed(&self, _: &mut Vec<Freed>) {}
-
-    fn release(&self, _: &Freed, _: Zeroed) {}
-
-    fn close(&self, _: &[&dyn Storage]) -> Result<()> {
-        Ok(())
     }
 }
 

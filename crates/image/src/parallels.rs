@@ -17,13 +17,11 @@
 //! The BAT is kept in memory. An entry that leads to no cluster of the file is found when it is asked for.
 
 use crate::contract::{
-    Description, Extent, ExtentKind, FileId, FlushRun, Freed, Image, Load, Plan, Reserve, Step,
-    Ticket, ZeroMode, ZeroPlan,
+    Description, Extent, ExtentKind, FileId, Image, Plan, Step, ZeroMode, ZeroPlan,
 };
 use crate::metadata::{Growing, STEPS_MAX};
-use crate::raw::{barrier_only, not_compressed};
 use crate::words::{read_u32_le, read_u64_le};
-use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed, limits, size};
+use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, limits, size};
 
 /// The beginning of images whose entries are of sectors.
 pub const MAGIC_OLD: [u8; 16] = *b"WithoutFreeSpace";
@@ -337,14 +335,9 @@ impl Image for Parallels {
             facts.push(("in use", "it was not closed cleanly, or is open".to_owned()));
         }
         Description {
-            format: "parallels",
-            size: header.disk_bytes,
-            cluster_size: header.cluster_bytes,
-            backing: None,
-            backing_format: None,
-            data_file: None,
             read_only_because: Some(READING_ONLY.to_owned()),
             facts,
+            ..Description::new("parallels", header.disk_bytes, header.cluster_bytes)
         }
     }
 
@@ -360,44 +353,7 @@ impl Image for Parallels {
         Err(self.read_only())
     }
 
-    fn commit(&self, _: Ticket) {}
-
-    fn abort(&self, _: Ticket) {}
-
     fn plan_zero(&self, _: GuestOffset, _: u64, _: ZeroMode) -> Result<Step<ZeroPlan>> {
         Err(self.read_only())
-    }
-
-    fn loaded(&self, _: &Load, _: &[u8]) -> Result<()> {
-        Ok(())
-    }
-
-    fn load_failed(&self, _: &Load) {}
-
-    fn reserved(&self, _: &Reserve, _: Zeroed) {}
-
-    fn reserve_failed(&self, _: &Reserve) {}
-
-    fn decompress(&self, _: &[u8], _: &mut [u8]) -> Result<()> {
-        Err(not_compressed("parallels"))
-    }
-
-    fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
-        barrier_only(run);
-        Ok(())
-    }
-
-    fn flush_end(&self, _: &mut FlushRun, _: bool) {}
-
-    fn is_dirty(&self) -> bool {
-        false
-    }
-
-    fn take_freed(&self, _: &mut Vec<Freed>) {}
-
-    fn release(&self, _: &Freed, _: Zeroed) {}
-
-    fn close(&self, _: &[&dyn Storage]) -> Result<()> {
-        Ok(())
     }
 }

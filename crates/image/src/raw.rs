@@ -9,10 +9,9 @@
 //! committed and a flush is one barrier.
 
 use crate::contract::{
-    Description, Extent, ExtentKind, FileId, FlushRun, Freed, Image, Load, Plan, Reserve, Stage,
-    Step, Ticket, ZeroMode, ZeroPlan,
+    Description, Extent, ExtentKind, FileId, Image, Plan, Step, ZeroMode, ZeroPlan,
 };
-use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed, align_up, limits};
+use block::{Error, GuestOffset, HostOffset, Result, Storage, align_up, limits};
 
 /// Unit in which guests address a disk; a file of another length reads as zeros up to the next.
 const SECTOR: u64 = 512;
@@ -77,34 +76,14 @@ impl Raw {
     }
 }
 
-/// The first stage of a format without metadata: a barrier behind the guest's data.
-pub(crate) fn barrier_only(run: &mut FlushRun) {
-    run.clear();
-    run.stages.push(Stage { first: 0, end: 0 });
-}
-
-/// The refusal of formats that have no compressed clusters.
-pub(crate) fn not_compressed(format: &str) -> Error {
-    Error::new(
-        ErrorKind::Corrupt,
-        format!("{format} images have no compressed clusters"),
-    )
-}
-
 impl Image for Raw {
     fn describe(&self) -> Description {
         Description {
-            format: "raw",
-            size: self.size,
-            cluster_size: 1,
-            backing: None,
-            backing_format: None,
-            data_file: None,
-            read_only_because: None,
             facts: match self.begin {
                 0 => Vec::new(),
                 begin => vec![("offset", format!("{begin} bytes into the file"))],
             },
+            ..Description::new("raw", self.size, 1)
         }
     }
 
@@ -130,10 +109,6 @@ impl Image for Raw {
         }))
     }
 
-    fn commit(&self, _: Ticket) {}
-
-    fn abort(&self, _: Ticket) {}
-
     fn plan_zero(&self, at: GuestOffset, len: u64, _: ZeroMode) -> Result<Step<ZeroPlan>> {
         Ok(Step::Done(ZeroPlan::Host {
             file: FileId::IMAGE,
@@ -141,44 +116,13 @@ impl Image for Raw {
             len,
         }))
     }
-
-    fn loaded(&self, _: &Load, _: &[u8]) -> Result<()> {
-        Ok(())
-    }
-
-    fn load_failed(&self, _: &Load) {}
-
-    fn reserved(&self, _: &Reserve, _: Zeroed) {}
-
-    fn reserve_failed(&self, _: &Reserve) {}
-
-    fn decompress(&self, _: &[u8], _: &mut [u8]) -> Result<()> {
-        Err(not_compressed("raw"))
-    }
-
-    fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
-        barrier_only(run);
-        Ok(())
-    }
-
-    fn flush_end(&self, _: &mut FlushRun, _: bool) {}
-
-    fn is_dirty(&self) -> bool {
-        false
-    }
-
-    fn take_freed(&self, _: &mut Vec<Freed>) {}
-
-    fn release(&self, _: &Freed, _: Zeroed) {}
-
-    fn close(&self, _: &[&dyn Storage]) -> Result<()> {
-        Ok(())
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{FlushRun, Stage};
+    use block::ErrorKind;
 
     #[test]
     fn sizes_are_whole_sectors() {

@@ -319,7 +319,12 @@ impl Part<'_> {
             }
             ExtentKind::Unallocated => return Ok(Run::nothing(found.len)),
             ExtentKind::Data { file, offset } => (file, offset),
-            _ => return Ok(run),
+            // Nothing is there, but nobody knows what it reads as.
+            ExtentKind::Untouched => {
+                (run.allocated, run.data) = (false, false);
+                return Ok(run);
+            }
+            ExtentKind::Compressed(_) => return Ok(run),
         };
         let Some(layer) = self.chain.layers.get(found.depth) else {
             return Ok(run);

@@ -100,7 +100,8 @@ pub struct Resize {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-    /// Also open backing files below DIR, not only below each image's own directory
+    /// Also open backing files below DIR, not only below each image's own directory; an NBD export's name lets images lie
+    /// on that export
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
     /// FILE is key=value,…, as in qemu-img, rather than a file's name: driver=qcow2,file.filename=PATH

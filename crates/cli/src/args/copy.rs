@@ -29,7 +29,8 @@ pub struct Moving {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub keys: Keys,
-    /// Also open backing and data files below DIR, not only below each image's own directory
+    /// Also open backing and data files below DIR, not only below each image's own directory; an NBD export's name lets images
+    /// lie on that export
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
 }
@@ -200,7 +201,8 @@ pub struct Dd {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-    /// Also open backing and data files below DIR, not only below each image's own directory
+    /// Also open backing and data files below DIR, not only below each image's own directory; an NBD export's name lets images
+    /// lie on that export
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
     #[command(flatten)]
@@ -245,7 +247,8 @@ pub struct Compare {
     /// The images are key=value,…, as in qemu-img, rather than names of files: driver=raw,file.filename=PATH,offset=1M
     #[arg(long)]
     pub image_opts: bool,
-    /// Also open backing and data files below DIR, not only below each image's own directory
+    /// Also open backing and data files below DIR, not only below each image's own directory; an NBD export's name lets images
+    /// lie on that export
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
     #[command(flatten)]

@@ -66,7 +66,8 @@ pub struct Measure {
     /// FILE is key=value,…, as in qemu-img, rather than a file's name: driver=raw,file.filename=PATH,offset=1M
     #[arg(long)]
     pub image_opts: bool,
-    /// Also open backing and data files below DIR, not only below each image's own directory
+    /// Also open backing and data files below DIR, not only below each image's own directory; an NBD export's name lets images
+    /// lie on that export
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
     /// Image that is to be converted

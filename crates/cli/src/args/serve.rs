@@ -77,7 +77,8 @@ pub struct Serve {
     /// What becomes of discards
     #[arg(long, value_name = "MODE", default_value = "unmap")]
     pub discard: Discard,
-    /// Also open backing and data files below DIR, not only below each image's own directory
+    /// Also open backing and data files below DIR, not only below each image's own directory; an NBD export's name lets images
+    /// lie on that export
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
     /// The image's external data file, whatever name the image has for it

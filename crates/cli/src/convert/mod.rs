@@ -279,8 +279,8 @@ impl Copying<'_> {
         let source = self.source()?;
         let report = convert(source, image, &self.options(), work);
         match report {
-            Err(error) if self.args.resume => {
-                // What is done is what the next run goes on with; what matters is why this one ended.
+            Err(error) if self.args.resume || self.args.no_create => {
+                // What is done is what the next run goes on with, or what DST has then; what matters is why this one ended.
                 let _ = driver.close();
                 Err(error.into())
             }

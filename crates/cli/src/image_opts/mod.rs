@@ -22,7 +22,9 @@ use anyhow::{Result, anyhow, bail};
 use block::limits;
 use disk::chain::{Below, Part};
 use image::Format;
+use image::vhd::SizeFrom;
 use io::Cache;
+pub use node::NULL_BYTES;
 use node::{Node, switch};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -30,9 +32,6 @@ use std::time::Duration;
 
 /// Options that an image may be named by, at most.
 const OPTIONS_MAX: usize = 4096;
-
-/// Bytes of a null disk whose size is not said.
-const NULL_BYTES: u64 = 1 << 30;
 
 /// Why an image whose options say `read-only=on` is not opened for writing, in QEMU's words.
 pub const READ_ONLY: &str = "Block node is read-only";
@@ -54,6 +53,8 @@ pub struct ImageOptions {
     pub data_file: Option<PathBuf>,
     /// What it and those below it lie on.
     pub below: Vec<Below>,
+    /// Of a VHD image, which field is the disk's size.
+    pub vhd_size: Option<SizeFrom>,
     /// Whether others may write meanwhile.
     pub force_share: bool,
     /// Whether it is for reading only: then it is not to be opened for writing.
@@ -181,14 +182,7 @@ impl ImageOptions {
                 (name, Some(Format::Raw))
             }
             Some("nbd") => (node.nbd()?, Some(Format::Raw)),
-            Some("null-co" | "null-aio") if first => {
-                let size = node.number("size")?.unwrap_or(NULL_BYTES);
-                let zeros = match node.take_switch("read-zeroes")? {
-                    true => "",
-                    false => "?read-zeroes=off",
-                };
-                (format!("null:{size}{zeros}"), Some(Format::Null))
-            }
+            Some(null @ ("null-co" | "null-aio")) => (node.null(null)?, Some(Format::Null)),
             Some(name) => {
                 let format = name.parse::<Format>();
                 let format = format.map_err(|_| anyhow!("Unknown driver '{name}'"))?;
@@ -203,6 +197,15 @@ impl ImageOptions {
             Some(Format::Raw) => node.part()?,
             _ => None,
         };
+        if format == Some(Format::Vhd) {
+            let said = node.vhd_size()?;
+            if said.is_some() && !first {
+                bail!(
+                    "force_size_calc of a backing file: only the first image of a chain can be given one"
+                );
+            }
+            self.vhd_size = said;
+        }
         node.take("encrypt.format");
         for key in ["encrypt.key-secret", "key-secret"] {
             self.secrets.extend(node.take(key));

@@ -5,6 +5,7 @@
 use anyhow::{Result, anyhow, bail};
 use disk::chain::Part;
 use image::Format;
+use image::vhd::SizeFrom;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -58,6 +59,9 @@ const FILE: [Option_; 5] = [
     ("locking", Word(&["auto", "on", "off"], NO_VALUE)),
     ("x-check-cache-dropped", Switch),
 ];
+/// Bytes of a null disk whose size is not said.
+pub const NULL_BYTES: u64 = 1 << 30;
+
 const QCOW2: [Option_; 20] = [
     ("cache-clean-interval", Number),
     ("cache-size", Size),
@@ -81,7 +85,6 @@ const QCOW2: [Option_; 20] = [
     ("pass-discard-snapshot", Switch),
 ];
 const QCOW2_REFCOUNTS: [Option_; 1] = [("refcount-cache-size", Size)];
-const VHD: [Option_; 1] = [("force_size_calc", Text)];
 const PARALLELS: [Option_; 2] = [("prealloc-mode", Text), ("prealloc-size", Size)];
 
 /// What images of `format` have besides.
@@ -89,7 +92,6 @@ fn of_format(format: Option<Format>) -> &'static [&'static [Option_]] {
     match format {
         // Found out later: of what may be a qcow2 image what that has is taken.
         Some(Format::Qcow2) | None => &[&QCOW2, &QCOW2_REFCOUNTS],
-        Some(Format::Vhd) => &[&VHD],
         Some(Format::Parallels) => &[&PARALLELS],
         _ => &[],
     }
@@ -198,6 +200,7 @@ impl Node {
         }
         match driver.as_str() {
             "nbd" => return self.nbd(),
+            "null-co" | "null-aio" => return self.null(&driver),
             "file" | "host_device" => {}
             // What QEMU knows is not called unknown.
             "ssh" | "https" | "http" | "iscsi" | "rbd" | "nfs" | "blkdebug" | "throttle" => {
@@ -215,6 +218,31 @@ impl Node {
             "Block protocol '{driver}' doesn't support the option"
         ))?;
         Ok(name)
+    }
+
+    /// The name of a disk of nothing, which `driver` says it is.
+    pub fn null(&mut self, driver: &str) -> Result<String> {
+        let size = self.number("size")?.unwrap_or(NULL_BYTES);
+        let zeros = match self.take_switch("read-zeroes")? {
+            true => "",
+            false => "?read-zeroes=off",
+        };
+        self.number("latency-ns")?;
+        self.look_at_file()?;
+        self.finish(&format!(
+            "Block protocol '{driver}' doesn't support the option"
+        ))?;
+        Ok(format!("null:{size}{zeros}"))
+    }
+
+    /// Which field of a VHD image's footer is the disk's size.
+    pub fn vhd_size(&mut self) -> Result<Option<SizeFrom>> {
+        Ok(match self.take("force_size_calc").as_deref() {
+            None => None,
+            Some("current_size") => Some(SizeFrom::CurrentSize),
+            Some("chs") => Some(SizeFrom::Geometry),
+            Some(mode) => bail!("Invalid size calculation mode: '{mode}'"),
+        })
     }
 
     /// Looks at what changes nothing of a file, and takes it away.

@@ -572,8 +572,11 @@ impl Copy<'_> {
             resume: false,
             packs: self.compress,
         };
-        work(self.source, target, &self.options, self.rate, self.progress)?;
-        Ok(driver.close()?)
+        let copied = work(self.source, target, &self.options, self.rate, self.progress);
+        // What was written stays, as in QEMU, and the image is a sound one.
+        let closed = driver.close();
+        copied?;
+        Ok(closed?)
     }
 }
 

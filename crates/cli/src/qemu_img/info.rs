@@ -68,6 +68,12 @@ pub fn run(args: &Info) -> Result<u8> {
         };
         let chain = open::chain(&image, &how, &args.image.spec.objects)?;
         let active = open::active(&chain)?;
+        if active.format == Format::Null {
+            let said = by_options || image_opts::is_json(&name);
+            let said = said.then(|| ImageOptions::parse(&name)).transpose()?;
+            nodes.push(nothing(&name, said.as_ref(), format.as_deref(), active));
+            break;
+        }
         // Options are shown as what they name.
         let path = active.path.display().to_string();
         let path = match disk::chain::is_file_name(&path) {
@@ -128,6 +134,42 @@ fn options_of(said: &ImageOptions, layer: &Layer) -> String {
         object.insert(key.clone(), value.as_str().into());
     }
     format!("json:{}", value::compact(&object))
+}
+
+/// What QEMU tells of a disk of nothing.
+fn nothing(
+    name: &str,
+    said: Option<&ImageOptions>,
+    format: Option<&str>,
+    layer: &Layer,
+) -> Map<String, Value> {
+    let driver = match name.contains("null-aio") {
+        true => "null-aio",
+        false => "null-co",
+    };
+    let mut name = format!("{driver}://");
+    if let Some(said) = said.filter(|said| !said.strong.is_empty()) {
+        let mut object = Map::new();
+        object.insert("driver".into(), driver.into());
+        for (key, value) in &said.strong {
+            object.insert(key.clone(), value.as_str().into());
+        }
+        name = format!("json:{}", value::compact(&object));
+    }
+    let own = json!({
+        "filename": name,
+        "format": driver,
+        "virtual-size": layer.image.size(),
+        "actual-size": 0,
+        "children": [],
+    });
+    let mut shown = own.as_object().cloned().unwrap_or_default();
+    // By its name it is the file of a raw disk.
+    if said.is_none() && format.is_none_or(|format| format == "raw") {
+        shown.insert("format".into(), "raw".into());
+        shown.insert("children".into(), json!([{"name": "file", "info": own}]));
+    }
+    shown
 }
 
 /// The options that say which part of the file `path` is meant.

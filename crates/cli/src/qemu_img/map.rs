@@ -8,7 +8,7 @@ use crate::map::{Entry, finish, walk};
 use anyhow::{Result, bail};
 use clap::Args;
 use disk::chain::Chain;
-use image::Format;
+use image::{FileId, Format, vmdk};
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 use std::path::Path;
@@ -56,7 +56,7 @@ pub fn run(args: &Map) -> Result<u8> {
         true => json(&chain, range, &mut out),
         false => human(
             &chain,
-            &names(&open::active(&chain)?.path, &chain),
+            &names(&open::active(&chain)?.path, &chain)?,
             range,
             &mut out,
         ),
@@ -77,6 +77,7 @@ fn json(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
             data,
             compressed,
             offset,
+            file: _,
         } = entry;
         // Of a VHD image without a parent QEMU takes blocks that are not there for zeros.
         let layer = chain.layers.get(depth).filter(|_| length > 0);
@@ -116,27 +117,41 @@ fn json(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
             data: false,
             compressed: false,
             offset: None,
+            file: FileId::IMAGE,
         })?;
     }
     Ok(writeln!(out, "]")?)
 }
 
-/// The names of a chain's files with data, as they lead to each other.
-fn names(file: &Path, chain: &Chain) -> Vec<String> {
+/// The names of each image's files with data, by their numbers, as they lead to each other.
+fn names(file: &Path, chain: &Chain) -> Result<Vec<Vec<String>>> {
     let mut name = file.display().to_string();
     let mut names = Vec::new();
     for layer in &chain.layers {
         let description = layer.image.describe();
         let data = description.data_file.and_then(|data| data.name);
-        names.push(data.map_or_else(|| name.clone(), |data| full(&name, &data)));
+        let mut own = vec![name.clone()];
+        own.extend(data.map(|data| full(&name, &data)));
+        if let (Format::Vmdk, Some(file)) = (layer.format, layer.files.first()) {
+            let parts = vmdk::Parts::read(&**file)?;
+            let lines = parts.descriptor.extents.iter();
+            let others = lines.filter(|line| !line.file.is_empty());
+            own.extend(others.map(|line| full(&name, &line.file)));
+        }
+        names.push(own);
         name = description
             .backing
             .map_or(name.clone(), |below| full(&name, &below));
     }
-    names
+    Ok(names)
 }
 
-fn human(chain: &Chain, names: &[String], range: Range<u64>, out: &mut impl Write) -> Result<()> {
+fn human(
+    chain: &Chain,
+    names: &[Vec<String>],
+    range: Range<u64>,
+    out: &mut impl Write,
+) -> Result<()> {
     writeln!(
         out,
         "{:<16}{:<16}{:<16}File",
@@ -149,7 +164,9 @@ fn human(chain: &Chain, names: &[String], range: Range<u64>, out: &mut impl Writ
         let Some(offset) = entry.offset else {
             bail!("File contains external, encrypted or compressed clusters.");
         };
-        let file = names.get(entry.depth).map_or("", String::as_str);
+        let files = names.get(entry.depth);
+        let file = files.and_then(|files| files.get(usize::from(entry.file.0)));
+        let file = file.map_or("", String::as_str);
         let hex = |number: u64| match number {
             0 => "0".to_owned(),
             number => format!("{number:#x}"),

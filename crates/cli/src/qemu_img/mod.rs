@@ -146,10 +146,28 @@ fn begin(arguments: &[OsString]) -> Result<(String, &[OsString]), Ended> {
         let _ = crate::print(&version());
         return Err(Ended::Now(ExitCode::SUCCESS));
     }
+    if let Some(trace) = &standard.trace {
+        look_at_trace(trace).map_err(Ended::Wrong)?;
+    }
     match rest.split_first() {
         Some((name, rest)) => Ok((name.to_string_lossy().into_owned(), rest)),
         None => Err(Ended::Wrong(usage("Not enough arguments"))),
     }
+}
+
+/// Looks at what is to be traced, as far as QEMU refuses it: the names of its events are its own.
+fn look_at_trace(said: &str) -> Result<()> {
+    for (nth, piece) in crate::options::split(said).iter().enumerate() {
+        match piece.split_once('=') {
+            None if nth == 0 => {}
+            Some(("enable" | "file", _)) | None => {}
+            Some(("events", file)) => {
+                std::fs::metadata(file).map_err(|error| anyhow::anyhow!("{file}: {error}"))?;
+            }
+            Some((key, _)) => anyhow::bail!("Invalid parameter '{key}'"),
+        }
+    }
+    Ok(())
 }
 
 /// The version of qemu-img whose ways these are, and ours.

@@ -10,6 +10,7 @@ use block::ErrorKind;
 use crypto::Passphrase;
 use disk::chain::{Below, Chain, ChainOptions, Layer, Part};
 use image::Format;
+use image::vhd::SizeFrom;
 use io::{Cache, File, Lock, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -119,6 +120,7 @@ pub fn chain_and_options(
         opened,
         part: named.part,
         window: named.window,
+        vhd_size: named.vhd_size,
         below: named.below,
         data_file: named.data_file,
         passphrases: named.passphrases,
@@ -142,6 +144,7 @@ struct Named {
     format: Option<Format>,
     part: Option<Part>,
     window: Option<Part>,
+    vhd_size: Option<SizeFrom>,
     below: Vec<Below>,
     data_file: Option<PathBuf>,
     passphrases: Vec<Arc<Passphrase>>,
@@ -169,9 +172,22 @@ impl Named {
         let format = name.format.map(driver).transpose().map_err(could_not)?;
         if !name.image_opts && !image_opts::is_json(name.text) {
             check_protocol(name.text).map_err(could_not)?;
+            let null = null_named(name.text);
+            if let (Some(_), Some(other)) = (&null, format)
+                && !matches!(other, Format::Raw | Format::Null)
+            {
+                let other = other.qemu_name();
+                return Err(could_not(anyhow!("Image is not in {other} format")));
+            }
+            let path = null.as_deref().unwrap_or(name.text);
             return Ok(Self {
-                path: super::create::path(name.text).to_owned(),
-                format,
+                path: super::create::path(path).to_owned(),
+                format: if null.is_some() {
+                    Some(Format::Null)
+                } else {
+                    format
+                },
+                vhd_size: None,
                 part: None,
                 window: None,
                 below: Vec::new(),
@@ -205,6 +221,7 @@ impl Named {
             format: format.or(said.format),
             part: said.part,
             window: said.window,
+            vhd_size: said.vhd_size,
             below: said.below,
             data_file: said.data_file,
             passphrases,
@@ -216,8 +233,27 @@ impl Named {
     }
 }
 
+/// The disk of nothing that QEMU calls `name`.
+pub fn null_named(name: &str) -> Option<String> {
+    let is_null = matches!(name, "null-co://" | "null-aio://");
+    is_null.then(|| format!("null:{}?read-zeroes=off", image_opts::NULL_BYTES))
+}
+
 /// Refuses a name that begins with a protocol which is none of QEMU's for files: a file of that name is `./NAME`.
 pub fn check_protocol(name: &str) -> Result<()> {
+    for driver in ["null-co", "null-aio"] {
+        if name
+            .strip_prefix(driver)
+            .is_some_and(|rest| rest.starts_with(':'))
+        {
+            return match null_named(name) {
+                Some(_) => Ok(()),
+                None => Err(anyhow!(
+                    "The only allowed filename for this driver is '{driver}://'"
+                )),
+            };
+        }
+    }
     let own = ["file:", "host_device:"]
         .iter()
         .any(|own| name.starts_with(own));
@@ -241,6 +277,12 @@ fn below(name: &str) -> block::Result<Below> {
     if let Some(path) = name.strip_prefix("file:") {
         return Ok(image(path.into(), None, None));
     }
+    if let Some(null) = null_named(name) {
+        return Ok(image(null.into(), Some(Format::Null), None));
+    }
+    if nbd::is_name(name) {
+        return Ok(image(name.into(), None, None));
+    }
     if !image_opts::is_json(name) {
         let protocol = name.split(':').next().unwrap_or_default();
         return Err(block::Error::unsupported(format!(
@@ -254,6 +296,7 @@ fn below(name: &str) -> block::Result<Below> {
         && said.secrets.is_empty()
         && said.data_file.is_none()
         && said.window.is_none()
+        && said.vhd_size.is_none()
     {
         true => Ok(image(said.path, said.format, said.part)),
         false => Err(block::Error::unsupported(

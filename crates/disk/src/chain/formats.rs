@@ -59,6 +59,7 @@ pub(super) fn open_image(
     part: Option<Part>,
     keys: &mut Keys<'_>,
 ) -> Result<Arc<dyn Image>> {
+    let vhd_size = keys.vhd_size.take();
     let Some(file) = files.first() else {
         return Err(Error::invalid("an image without a file"));
     };
@@ -99,6 +100,7 @@ pub(super) fn open_image(
             let options = vhd::OpenOptions {
                 read_only,
                 cache_bytes: keys.options.cache_bytes,
+                size_from: vhd_size,
             };
             Arc::new(vhd::Vhd::open(storage, &options)?)
         }
@@ -148,11 +150,17 @@ pub(super) struct Keys<'a> {
     pub(super) options: &'a ChainOptions,
     /// Encrypted images opened so far.
     used: usize,
+    /// What was said of the first image's size, until it is opened.
+    vhd_size: Option<vhd::SizeFrom>,
 }
 
 impl<'a> Keys<'a> {
     pub(super) fn new(options: &'a ChainOptions) -> Self {
-        Self { options, used: 0 }
+        Self {
+            options,
+            used: 0,
+            vhd_size: options.vhd_size,
+        }
     }
 
     /// That of the next encrypted image.

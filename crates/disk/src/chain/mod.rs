@@ -116,6 +116,8 @@ pub struct ChainOptions {
     /// The passphrases of encrypted images, in the order of the chain; the last holds for all
     /// further ones too.
     pub passphrases: Vec<Arc<Passphrase>>,
+    /// Of the active image, where it is a VHD one: which field is the disk's size, whatever its creator means.
+    pub vhd_size: Option<vhd::SizeFrom>,
     /// Open encrypted images for which there is no passphrase: their data cannot be read then.
     pub allow_locked: bool,
     /// Called with the active qcow2 or QED image before that is opened for writing: brings one that was not closed
@@ -199,13 +201,7 @@ impl Chain {
         }
         let mut layers = Vec::new();
         if let Some(null) = Null::parse(spec) {
-            layers.push(Layer {
-                image: Arc::new(null?),
-                files: Vec::new(),
-                path: PathBuf::from(spec),
-                format: Format::Null,
-                part: None,
-            });
+            layers.push(null_layer(null?, Path::new(spec)));
             return Ok(Self {
                 layers,
                 read_only: options.read_only,
@@ -451,6 +447,17 @@ fn tell_mended(file: &File, done: Option<String>) {
 }
 
 /// Opens what the user said that `above` lies on.
+/// A disk of nothing in the place of an image.
+fn null_layer(null: Null, path: &Path) -> Layer {
+    Layer {
+        image: Arc::new(null),
+        files: Vec::new(),
+        path: path.to_owned(),
+        format: Format::Null,
+        part: None,
+    }
+}
+
 fn open_said(
     above: &Layer,
     (path, format, part): (&Path, Option<Format>, Option<Part>),
@@ -459,6 +466,9 @@ fn open_said(
     seen: &mut Seen,
 ) -> Result<Layer> {
     let named = || format!("{}: backing file", above.path.display());
+    if let Some(null) = path.to_str().and_then(Null::parse) {
+        return Ok(null_layer(null.context(named)?, path));
+    }
     if let Some(name) = server::name(path) {
         let file = server::open(name, options, true, seen).context(named)?;
         let format = match format {

@@ -83,10 +83,11 @@ pub use header::{
 };
 pub use open::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX, OpenOptions};
 
+use crate::contract::own_file;
 use crate::metadata::{Walk, cache, tables};
 use crate::words::{read_u32, read_u64};
 use crate::{
-    DataFile, Description, Encryption, Extent, FileId, FlushRun, Freed, Image, Load, Need, Pack,
+    DataFile, Description, Encryption, Extent, FlushRun, Freed, Image, Load, Need, Pack,
     PackedPlace, Plan, Reserve, Step, Ticket, ZeroMode, ZeroPlan,
 };
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
@@ -256,14 +257,12 @@ impl Image for Qcow2 {
         let cache = st.cache.fact(&self.tables, &self.geometry);
         facts.push(("metadata cache", cache));
         Description {
-            format: "qcow2",
-            size: h.size,
-            cluster_size: h.cluster_size(),
             backing: h.backing.clone(),
             backing_format: h.backing_format(),
             data_file,
             read_only_because: self.lacks.clone(),
             facts,
+            ..Description::new("qcow2", h.size, h.cluster_size())
         }
     }
 
@@ -421,12 +420,6 @@ impl Image for Qcow2 {
     }
 
     fn close(&self, files: &[&dyn Storage]) -> Result<()> {
-        match files.get(usize::from(FileId::IMAGE.0)) {
-            Some(storage) => self.close_blocking(*storage),
-            None => Err(Error::invalid(format!(
-                "{}: closed without its file",
-                self.name
-            ))),
-        }
+        self.close_blocking(own_file(files, &self.name)?)
     }
 }

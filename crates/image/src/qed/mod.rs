@@ -37,13 +37,13 @@ pub use open::OpenOptions;
 pub use resize::{clear_need_check, grow, may_grow};
 
 use crate::appended::Appended;
+use crate::contract::own_file;
 use crate::metadata::Walk;
-use crate::raw::not_compressed;
 use crate::{
-    Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan, Reserve, Step, Ticket,
-    ZeroMode, ZeroPlan,
+    Description, Extent, FlushRun, Image, Load, Need, Plan, Reserve, Step, Ticket, ZeroMode,
+    ZeroPlan,
 };
-use block::{Error, GuestOffset, Result, Storage, Zeroed, size};
+use block::{GuestOffset, Result, Storage, Zeroed, size};
 
 /// An open QED image.
 #[derive(Debug)]
@@ -71,14 +71,11 @@ impl Image for Qed {
         }
         facts.push(("metadata cache", self.core.cache_fact()));
         Description {
-            format: "qed",
-            size: h.image_size,
-            cluster_size: u64::from(h.cluster_size),
             backing: h.backing.clone(),
             backing_format: h.backing_format().map(str::to_owned),
-            data_file: None,
             read_only_because: self.lacks.clone(),
             facts,
+            ..Description::new("qed", h.image_size, u64::from(h.cluster_size))
         }
     }
 
@@ -130,10 +127,6 @@ impl Image for Qed {
         self.core.reserved(reserve, None);
     }
 
-    fn decompress(&self, _: &[u8], _: &mut [u8]) -> Result<()> {
-        Err(not_compressed("qed"))
-    }
-
     fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
         self.begin_flush(run)
     }
@@ -147,17 +140,7 @@ impl Image for Qed {
         self.core.is_dirty()
     }
 
-    fn take_freed(&self, _: &mut Vec<Freed>) {}
-
-    fn release(&self, _: &Freed, _: Zeroed) {}
-
     fn close(&self, files: &[&dyn Storage]) -> Result<()> {
-        match files.get(usize::from(FileId::IMAGE.0)) {
-            Some(storage) => self.close_blocking(*storage),
-            None => Err(Error::invalid(format!(
-                "{}: closed without its file",
-                self.name
-            ))),
-        }
+        self.close_blocking(own_file(files, &self.name)?)
     }
 }

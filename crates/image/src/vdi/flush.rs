@@ -12,7 +12,6 @@
 use super::Vdi;
 use super::state::State;
 use crate::metadata::extend;
-use crate::raw::barrier_only;
 use crate::{FileId, FlushRun};
 use block::HostOffset;
 use std::sync::atomic::Ordering;
@@ -20,7 +19,7 @@ use std::sync::atomic::Ordering;
 impl Vdi {
     pub(super) fn begin_flush(&self, st: &mut State, run: &mut FlushRun) {
         if !st.is_dirty() {
-            barrier_only(run);
+            run.barrier_only();
             return;
         }
         run.clear();

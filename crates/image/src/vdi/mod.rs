@@ -33,11 +33,10 @@ pub use repair::repair;
 pub use resize::grow;
 
 use crate::contract::{
-    Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Plan, Reserve, Step, Ticket,
-    ZeroMode, ZeroPlan,
+    Description, Extent, FlushRun, Image, Load, Need, Plan, Reserve, Step, Ticket, ZeroMode,
+    ZeroPlan, own_file,
 };
 use crate::metadata::step;
-use crate::raw::not_compressed;
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
 use state::State;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -119,14 +118,8 @@ impl Vdi {
 impl Image for Vdi {
     fn describe(&self) -> Description {
         Description {
-            format: "vdi",
-            size: self.size,
-            cluster_size: self.block_bytes(),
-            backing: None,
-            backing_format: None,
-            data_file: None,
-            read_only_because: None,
             facts: self.facts(),
+            ..Description::new("vdi", self.size, self.block_bytes())
         }
     }
 
@@ -181,10 +174,6 @@ impl Image for Vdi {
         self.end_reserve(&mut self.lock(), reserve, None);
     }
 
-    fn decompress(&self, _: &[u8], _: &mut [u8]) -> Result<()> {
-        Err(not_compressed("vdi"))
-    }
-
     fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
         self.begin_flush(&mut self.lock(), run);
         Ok(())
@@ -199,17 +188,7 @@ impl Image for Vdi {
         self.lock().is_dirty()
     }
 
-    fn take_freed(&self, _: &mut Vec<Freed>) {}
-
-    fn release(&self, _: &Freed, _: Zeroed) {}
-
     fn close(&self, files: &[&dyn Storage]) -> Result<()> {
-        match files.get(usize::from(FileId::IMAGE.0)) {
-            Some(storage) => self.close_blocking(*storage),
-            None => Err(Error::invalid(format!(
-                "{}: closed without its file",
-                self.name
-            ))),
-        }
+        self.close_blocking(own_file(files, &self.name)?)
     }
 }

@@ -15,14 +15,13 @@
 use super::Vhd;
 use super::state::State;
 use crate::metadata::extend;
-use crate::raw::barrier_only;
 use crate::{FileId, FlushRun};
 use block::Result;
 
 impl Vhd {
     pub(super) fn begin_flush(&self, st: &mut State, run: &mut FlushRun) -> Result<()> {
         if !st.is_dirty() {
-            barrier_only(run);
+            run.barrier_only();
             return Ok(());
         }
         run.clear();

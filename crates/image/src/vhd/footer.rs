@@ -124,6 +124,15 @@ impl fmt::Debug for UniqueId {
     }
 }
 
+/// Which field of a footer is the disk's size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SizeFrom {
+    /// The current size.
+    CurrentSize,
+    /// The geometry.
+    Geometry,
+}
+
 /// A footer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footer {
@@ -270,7 +279,21 @@ impl Footer {
     ///
     /// [`block::ErrorKind::Unsupported`] for more than 2040 GiB.
     pub fn disk_bytes(&self) -> Result<u64> {
-        let (sectors, what) = match self.size_is_current() {
+        self.disk_bytes_by(None)
+    }
+
+    /// As [`disk_bytes`](Self::disk_bytes), where `said` overrules what the creator means; not a geometry that says nothing.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn disk_bytes_by(&self, said: Option<SizeFrom>) -> Result<u64> {
+        let current = match said {
+            None => self.size_is_current(),
+            Some(SizeFrom::CurrentSize) => true,
+            Some(SizeFrom::Geometry) => self.geometry == Geometry::MAX,
+        };
+        let (sectors, what) = match current {
             true => (self.current_size / 512, "current size at byte 48"),
             false => (self.geometry.sectors(), "geometry at byte 56"),
         };

@@ -34,7 +34,7 @@ mod tables;
 
 pub use batmap::Batmap;
 pub use create::{CreateOptions, create};
-pub use footer::{COOKIE, DiskType, EPOCH, FOOTER_BYTES, Footer, UniqueId};
+pub use footer::{COOKIE, DiskType, EPOCH, FOOTER_BYTES, Footer, SizeFrom, UniqueId};
 pub use geometry::{Geometry, MAX_SECTORS, size_of_new};
 pub use header::{BLOCK_BYTES, BLOCKS_MAX, HEADER_BYTES, Header, LOCATORS, Locator};
 pub use link::{empty, set_parent};
@@ -43,11 +43,10 @@ pub use open::{Layout, OpenOptions, fixed_footer, mend};
 pub use resize::grow;
 
 use crate::contract::{
-    Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Parent, Plan, Reserve, Step,
-    Ticket, ZeroMode, ZeroPlan,
+    Description, Extent, FlushRun, Image, Load, Need, Parent, Plan, Reserve, Step, Ticket,
+    ZeroMode, ZeroPlan, own_file,
 };
 use crate::metadata::step;
-use crate::raw::not_compressed;
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
 use state::State;
 use std::ops::Range;
@@ -154,9 +153,6 @@ impl Vhd {
 impl Image for Vhd {
     fn describe(&self) -> Description {
         Description {
-            format: "vhd",
-            size: self.size,
-            cluster_size: self.block_bytes,
             backing: self
                 .parent
                 .as_ref()
@@ -165,9 +161,9 @@ impl Image for Vhd {
                 let raw = parent.unique_ids.is_empty();
                 if raw { "raw" } else { "vhd" }.to_owned()
             }),
-            data_file: None,
             read_only_because: self.lacks.clone(),
             facts: self.facts(),
+            ..Description::new("vhd", self.size, self.block_bytes)
         }
     }
 
@@ -230,10 +226,6 @@ impl Image for Vhd {
         self.end_reserve(&mut self.lock(), reserve, None);
     }
 
-    fn decompress(&self, _: &[u8], _: &mut [u8]) -> Result<()> {
-        Err(not_compressed("vhd"))
-    }
-
     fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
         self.begin_flush(&mut self.lock(), run)
     }
@@ -247,17 +239,7 @@ impl Image for Vhd {
         self.lock().is_dirty()
     }
 
-    fn take_freed(&self, _: &mut Vec<Freed>) {}
-
-    fn release(&self, _: &Freed, _: Zeroed) {}
-
     fn close(&self, files: &[&dyn Storage]) -> Result<()> {
-        match files.get(usize::from(FileId::IMAGE.0)) {
-            Some(storage) => self.close_blocking(*storage),
-            None => Err(Error::invalid(format!(
-                "{}: closed without its file",
-                self.name
-            ))),
-        }
+        self.close_blocking(own_file(files, &self.name)?)
     }
 }

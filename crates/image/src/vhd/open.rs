@@ -5,7 +5,7 @@
 //! refused: a guest can write a footer where its disk begins, or where a crash left its data at the end of the file.
 
 use super::batmap::Batmap;
-use super::footer::{COOKIE, DiskType, EPOCH, FOOTER_BYTES, Footer, UniqueId};
+use super::footer::{COOKIE, DiskType, EPOCH, FOOTER_BYTES, Footer, SizeFrom, UniqueId};
 use super::header::{HEADER_BYTES, Header};
 use super::state::State;
 use super::tables::{NONE, Tables};
@@ -33,6 +33,8 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Most bytes for bitmaps of blocks that are there in part; 16 MiB when absent.
     pub cache_bytes: Option<u64>,
+    /// Which field is the disk's size, whatever the image's creator means by them.
+    pub size_from: Option<SizeFrom>,
 }
 
 /// What the structures of a file say, before anything is believed of its blocks.
@@ -66,10 +68,19 @@ impl Layout {
     /// [`block::ErrorKind::Corrupt`] where neither footer is sound or the header is not,
     /// [`block::ErrorKind::Unsupported`] for what no code here knows.
     pub fn read(file: &dyn Storage) -> Result<Self> {
-        Self::read_unnamed(file).map_err(|error| error.within(file.name()))
+        Self::read_sized(file, None)
     }
 
-    fn read_unnamed(file: &dyn Storage) -> Result<Self> {
+    /// As [`read`](Self::read), with the disk's size from where it is said.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn read_sized(file: &dyn Storage, size_from: Option<SizeFrom>) -> Result<Self> {
+        Self::read_unnamed(file, size_from).map_err(|error| error.within(file.name()))
+    }
+
+    fn read_unnamed(file: &dyn Storage, size_from: Option<SizeFrom>) -> Result<Self> {
         let file_bytes = file.len()?;
         let end_at = file_bytes.checked_sub(FOOTER_BYTES as u64).ok_or_else(|| {
             Error::corrupt(format!("of {file_bytes} bytes: too short for a VHD image"))
@@ -96,7 +107,7 @@ impl Layout {
             (Err(damaged), Ok(copy)) if !fixed(&copy) => (copy, Some(damaged.to_string()), None),
             (Err(error), _) => return Err(error),
         };
-        let disk_bytes = footer.disk_bytes()?;
+        let disk_bytes = footer.disk_bytes_by(size_from)?;
         let header = match footer.disk_type {
             DiskType::Fixed => {
                 if disk_bytes > end_at {
@@ -283,7 +294,7 @@ impl Vhd {
     /// As [`Layout::read`]; and [`block::ErrorKind::Corrupt`] where a block lies behind the end of the file, or, for
     /// writing, on another or on a table.
     pub fn open(file: &dyn Storage, options: &OpenOptions) -> Result<Self> {
-        let layout = Layout::read(file)?;
+        let layout = Layout::read_sized(file, options.size_from)?;
         Self::of(file, layout, options).map_err(|error| error.within(file.name()))
     }
 

@@ -24,7 +24,6 @@ use super::log::{NewEntry, SECTOR};
 use super::state::{Running, State};
 use super::{Guid, MIB, Vhdx};
 use crate::metadata::{carry_out, extend};
-use crate::raw::barrier_only;
 use crate::{FileId, FlushRun};
 use block::{Error, ErrorKind, HostOffset, Result, Storage, align_down};
 use std::sync::atomic::Ordering;
@@ -51,7 +50,7 @@ impl Vhdx {
             return;
         }
         if !st.is_dirty() {
-            barrier_only(run);
+            run.barrier_only();
             st.running = Running::Barrier;
             return;
         }

@@ -46,12 +46,11 @@ pub use region::{Regions, TABLES_AT};
 pub use resize::{grow, repair};
 
 use crate::contract::{
-    Description, Extent, FileId, FlushRun, Freed, Image, Load, Need, Parent, Plan, Reserve, Step,
-    Ticket, ZeroMode, ZeroPlan,
+    Description, Extent, FlushRun, Image, Load, Need, Parent, Plan, Reserve, Step, Ticket,
+    ZeroMode, ZeroPlan, own_file,
 };
 use crate::metadata::bitmaps::Bitmaps;
 use crate::metadata::step;
-use crate::raw::not_compressed;
 use bat::Bat;
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
 use state::State;
@@ -158,17 +157,14 @@ impl Vhdx {
 impl Image for Vhdx {
     fn describe(&self) -> Description {
         Description {
-            format: "vhdx",
-            size: self.size,
-            cluster_size: self.layout.metadata.block_bytes,
             backing: self
                 .parent
                 .as_ref()
                 .map(|p| p.names.first().cloned().unwrap_or_default()),
             backing_format: self.parent.as_ref().map(|_| "vhdx".to_owned()),
-            data_file: None,
             read_only_because: self.lacks.clone(),
             facts: self.facts(),
+            ..Description::new("vhdx", self.size, self.layout.metadata.block_bytes)
         }
     }
 
@@ -231,10 +227,6 @@ impl Image for Vhdx {
         self.end_reserve(&mut self.lock(), reserve, None);
     }
 
-    fn decompress(&self, _: &[u8], _: &mut [u8]) -> Result<()> {
-        Err(not_compressed("vhdx"))
-    }
-
     fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
         self.begin_flush(&mut self.lock(), run);
         Ok(())
@@ -249,17 +241,7 @@ impl Image for Vhdx {
         self.lock().is_dirty()
     }
 
-    fn take_freed(&self, _: &mut Vec<Freed>) {}
-
-    fn release(&self, _: &Freed, _: Zeroed) {}
-
     fn close(&self, files: &[&dyn Storage]) -> Result<()> {
-        match files.get(usize::from(FileId::IMAGE.0)) {
-            Some(storage) => self.close_blocking(*storage),
-            None => Err(Error::invalid(format!(
-                "{}: closed without its file",
-                self.name
-            ))),
-        }
+        self.close_blocking(own_file(files, &self.name)?)
     }
 }

@@ -39,11 +39,10 @@ pub use stream::{Compressor, StreamWriter};
 
 use crate::appended::Appended;
 use crate::contract::{
-    Compressed, Description, Extent as Run, ExtentKind, FileId, FlushRun, Freed, Image, Key, Load,
+    Compressed, Description, Extent as Run, ExtentKind, FileId, FlushRun, Image, Key, Load,
     MetaWrite, Need, Parent, Plan, Reserve, Step, Ticket, ZeroMode, ZeroPlan,
 };
 use crate::metadata::{Walk, carry_out, read_short};
-use crate::raw::not_compressed;
 use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed, align_up, size};
 use header::SECTOR;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -347,14 +346,11 @@ impl Image for Vmdk {
     fn describe(&self) -> Description {
         let grains = self.cores().map(|core| core.layout().cluster());
         Description {
-            format: "vmdk",
-            size: self.size,
-            cluster_size: grains.max().unwrap_or(1),
             backing: self.descriptor.parent.clone(),
             backing_format: self.descriptor.parent.as_ref().map(|_| "vmdk".to_owned()),
-            data_file: None,
             read_only_because: self.lacks.clone(),
             facts: self.facts(),
+            ..Description::new("vmdk", self.size, grains.max().unwrap_or(1))
         }
     }
 
@@ -508,7 +504,9 @@ impl Image for Vmdk {
             .iter()
             .any(|e| matches!(e.kind, Kind::Compressed(_)));
         if !compressed {
-            return Err(not_compressed("these vmdk"));
+            return Err(Error::corrupt(
+                "these vmdk images have no compressed clusters",
+            ));
         }
         stream::unpack(self.markers, input, output)
     }
@@ -556,10 +554,6 @@ impl Image for Vmdk {
         let wanted = |cid: &Cid| cid.state.load(Ordering::Acquire) == CID_WANTED;
         self.cid.as_ref().is_some_and(wanted) || self.cores().any(Appended::is_dirty)
     }
-
-    fn take_freed(&self, _: &mut Vec<Freed>) {}
-
-    fn release(&self, _: &Freed, _: Zeroed) {}
 
     fn close(&self, files: &[&dyn Storage]) -> Result<()> {
         if self.read_only {
