@@ -24,6 +24,9 @@ pub(crate) trait Backend {
 
     /// The answer to the query `tag`, which ended well.
     fn take_status(&mut self, tag: u64) -> Vec<StatusExtent>;
+
+    /// Lets the device have what was started, before the worker's turn would.
+    fn push(&mut self);
 }
 
 /// A disk queue and the engine that it works with, for one step.
@@ -50,6 +53,10 @@ impl Backend for AtDisk<'_> {
 
     fn take_status(&mut self, tag: u64) -> Vec<StatusExtent> {
         self.queue.take_status(tag)
+    }
+
+    fn push(&mut self) {
+        self.engine.push();
     }
 }
 

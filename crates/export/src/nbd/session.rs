@@ -161,13 +161,11 @@ impl Session for NbdSession {
             queue,
             engine: cx.engine(),
         };
-        // Replies first: they free slots and memory for new requests.
-        let mut worked = self.connection.deliver(&mut at_disk, fd);
+        let mut worked = self.connection.deliver_first(&mut at_disk, fd);
         at_disk.queue.notified(None);
         worked |= self.connection.receive(&mut at_disk, fd);
         at_disk.queue.advance(at_disk.engine);
-        // What the disk had in memory, and refusals, are answered in the same turn.
-        worked |= self.connection.deliver(&mut at_disk, fd);
+        worked |= self.connection.deliver_last(&mut at_disk, fd);
         // What is sent wakes its receiver.
         at_disk.queue.notified(None);
         if self.hurry && self.connection.blocked() {

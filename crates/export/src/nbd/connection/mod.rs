@@ -25,7 +25,7 @@ use super::{
     reply::{Head, Subject},
     request::{Limits, Work},
 };
-use std::{collections::VecDeque, os::fd::BorrowedFd};
+use std::{collections::VecDeque, ops::Range, os::fd::BorrowedFd};
 
 /// Requests of one connection that may be in flight: what the Linux client sends at most by default.
 pub(crate) const DEPTH: u16 = 128;
@@ -46,6 +46,12 @@ const EXTENTS_MAX: usize = 256;
 const STATUS_BYTES_MAX: u64 = 4 << 30;
 /// Reads from here on ask first whether there is anything but zeros.
 const PROBE_BYTES: u64 = 64 << 10;
+/// So far ahead is asked where reads follow each other.
+const PROBE_AHEAD: u64 = 64 << 20;
+/// Replies of so many bytes are long: copying them takes as long as a device needs for a request.
+const LONG_BYTES: usize = 128 << 10;
+/// Bytes of one `sendmsg`, to within a reply: what ended meanwhile and new requests have their turn then.
+const SEND_BYTES: usize = 256 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -132,6 +138,9 @@ pub(crate) struct Connection {
     at_disk: usize,
     /// When the worker was woken for what is received next; 0: it was not.
     woken_ns: u64,
+    /// Where the last probe found data: reads within it need none. What others trim meanwhile is read as the zeros
+    /// that it is, and only not sent as a hole.
+    data: Range<u64>,
 }
 
 impl Connection {
@@ -171,6 +180,7 @@ impl Connection {
             waiting: VecDeque::with_capacity(depth),
             at_disk: 0,
             woken_ns: 0,
+            data: 0..0,
         }
     }
 
@@ -244,7 +254,7 @@ impl Connection {
         self.blocked && !self.replies.is_empty()
     }
 
-    /// Whether [`Connection::receive`] or [`Connection::deliver`] would get further without anything
+    /// Whether [`Connection::receive`], [`Connection::deliver_first`] would get further without anything
     /// happening before.
     pub(crate) fn has_work(&self) -> bool {
         // What stalled lies in the staging area, so its end is work without anything to receive.
@@ -261,10 +271,27 @@ impl Connection {
         }
     }
 
-    /// Takes what the disk finished and sends all replies that there are. Says whether there was anything.
-    pub(crate) fn deliver(&mut self, backend: &mut impl Backend, fd: BorrowedFd<'_>) -> bool {
+    /// Before requests are taken: what the disk finished, and its replies. Their client waits for them, and they free
+    /// slots and memory. Long ones wait for [`Self::deliver_last`]. Says whether there was anything.
+    pub(crate) fn deliver_first(&mut self, backend: &mut impl Backend, fd: BorrowedFd<'_>) -> bool {
         let worked = self.reap(backend);
-        self.transmit(fd) | worked
+        worked | (!self.has_long_replies() && self.transmit(fd))
+    }
+
+    /// After requests were taken: what the disk had in memory, refusals, and long replies. The device works while these
+    /// are copied. Says whether there was anything.
+    pub(crate) fn deliver_last(&mut self, backend: &mut impl Backend, fd: BorrowedFd<'_>) -> bool {
+        let worked = self.reap(backend);
+        if self.has_long_replies() {
+            backend.push();
+        }
+        worked | self.transmit(fd)
+    }
+
+    /// Whether copying the replies that there are takes its time.
+    fn has_long_replies(&self) -> bool {
+        let payloads = self.replies.iter().map(|slot| self.slots[*slot].payload);
+        !self.blocked && payloads.sum::<usize>() >= LONG_BYTES
     }
 }
 

@@ -1,16 +1,19 @@
-//! From the slots to the socket: as many replies as there are with one `sendmsg`.
+//! From the slots to the socket: as many replies as there are with one `sendmsg`; long ones one at a time.
 
-use super::{Connection, SEND_PIECES};
+use super::{Connection, SEND_BYTES, SEND_PIECES};
 use crate::nbd::wire::{self, Transfer};
 use std::{io::IoSlice, os::fd::BorrowedFd};
 
 impl Connection {
+    /// Sends the replies that there are, or [`SEND_BYTES`] of them. Says whether there were any.
     pub(super) fn transmit(&mut self, fd: BorrowedFd<'_>) -> bool {
         let mut worked = false;
-        while !self.replies.is_empty() && !self.blocked {
+        let mut left = SEND_BYTES;
+        while !self.replies.is_empty() && !self.blocked && left > 0 {
             match self.send(fd) {
                 Transfer::Bytes(bytes) => {
                     worked = true;
+                    left = left.saturating_sub(bytes);
                     self.advance(bytes);
                 }
                 Transfer::WouldBlock => self.blocked = true,
@@ -23,8 +26,12 @@ impl Connection {
     pub(super) fn send(&self, fd: BorrowedFd<'_>) -> Transfer {
         let mut pieces = [IoSlice::new(&[]); SEND_PIECES];
         let mut count = 0;
+        let mut bytes = 0;
         let mut skip = self.sent;
         for &slot in self.replies.iter().take(SEND_PIECES / 2) {
+            if bytes >= SEND_BYTES {
+                break;
+            }
             let entry = &self.slots[slot];
             for part in [entry.head.bytes(), &self.loans.bytes(slot)[..entry.payload]] {
                 let passed = skip.min(part.len());
@@ -32,6 +39,7 @@ impl Connection {
                 if passed < part.len() {
                     pieces[count] = IoSlice::new(&part[passed..]);
                     count += 1;
+                    bytes += part.len() - passed;
                 }
             }
         }

@@ -29,6 +29,10 @@ pub(super) struct Fake {
     pub(super) fail: Option<GuestError>,
     /// Requests that are held at most; more are refused.
     pub(super) table: usize,
+    /// What was asked of block status: first byte, length.
+    asked: Vec<(u64, u64)>,
+    /// At each push, how many requests were held.
+    pushed: Vec<usize>,
 }
 
 /// Each sector is full of its number, modulo 251, plus one.
@@ -116,10 +120,12 @@ impl Backend for Fake {
         Ok(())
     }
 
-    fn block_status(&mut self, _at: GuestOffset, _len: u64, max: usize, tag: u64) -> bool {
+    fn block_status(&mut self, at: GuestOffset, len: u64, max: usize, tag: u64) -> bool {
         if self.held.len() >= self.table {
             return false;
         }
+        assert!(len > 0 && at.0 + len <= SIZE);
+        self.asked.push((at.0, len));
         self.held.push_back((tag, Held::Status(max)));
         true
     }
@@ -131,6 +137,10 @@ impl Backend for Fake {
     fn take_status(&mut self, tag: u64) -> Vec<StatusExtent> {
         let index = self.status.iter().position(|(t, _)| *t == tag);
         self.status.swap_remove(index.expect("an answer")).1
+    }
+
+    fn push(&mut self) {
+        self.pushed.push(self.held.len());
     }
 }
 
@@ -200,9 +210,10 @@ impl Rig {
         self.connection.readable();
         self.connection.writable();
         loop {
-            self.connection.deliver(&mut self.disk, self.server.as_fd());
-            self.connection.receive(&mut self.disk, self.server.as_fd());
-            self.connection.deliver(&mut self.disk, self.server.as_fd());
+            let fd = self.server.as_fd();
+            self.connection.deliver_first(&mut self.disk, fd);
+            self.connection.receive(&mut self.disk, fd);
+            self.connection.deliver_last(&mut self.disk, fd);
             if !self.connection.has_work() {
                 break;
             }
@@ -390,6 +401,90 @@ fn a_trim_with_fua_is_flushed() {
     rig.disk.answer(false);
     assert_eq!(rig.take(), simple(0, 1));
     assert_eq!(rig.disk.ops, [Op::Discard, Op::Flush]);
+}
+
+#[test]
+fn reads_of_data_that_is_known_ask_nothing() {
+    let mut rig = rig(Style::Structured);
+    let data = |blocks| StatusExtent {
+        len: blocks * PROBE_BYTES,
+        allocated: true,
+        zero: false,
+    };
+    let mut read = |block: u64, known| {
+        rig.disk.extents = vec![data(known)];
+        rig.send(cmd::READ, 0, 1, block * PROBE_BYTES, PROBE_BYTES);
+        rig.turn();
+        if rig
+            .disk
+            .held
+            .iter()
+            .any(|(_, held)| matches!(held, Held::Status(_)))
+        {
+            rig.disk.answer(false);
+        }
+        let reply = rig.answer_and_take();
+        assert_eq!(chunk_of(&reply, 1).0, chunk::OFFSET_DATA);
+        let from = (block * PROBE_BYTES) as usize;
+        assert_eq!(
+            chunk_of(&reply, 1).1[8..],
+            rig.disk.bytes[from..][..PROBE_BYTES as usize]
+        );
+        std::mem::take(&mut rig.disk.asked)
+    };
+    // What follows known data asks for more, what lies in it for nothing, what lies elsewhere for itself.
+    let all = SIZE - PROBE_BYTES;
+    assert_eq!(read(0, 1), [(0, PROBE_BYTES)]);
+    assert_eq!(read(1, 2), [(PROBE_BYTES, all.min(PROBE_AHEAD))]);
+    assert_eq!(read(2, 1), []);
+    assert_eq!(read(1, 1), []);
+    assert_eq!(read(5, 1), [(5 * PROBE_BYTES, PROBE_BYTES)]);
+    // There may be a hole now.
+    rig.send(cmd::TRIM, 0, 2, 0, 4096);
+    rig.answer_and_take();
+    rig.disk.extents = vec![StatusExtent {
+        zero: true,
+        allocated: false,
+        ..data(1)
+    }];
+    rig.send(cmd::READ, 0, 3, 5 * PROBE_BYTES, PROBE_BYTES);
+    rig.turn();
+    rig.disk.answer(false);
+    assert_eq!(chunk_of(&rig.take(), 3).0, chunk::OFFSET_HOLE);
+}
+
+#[test]
+fn the_device_works_while_long_replies_are_copied() {
+    let mut rig = rig(Style::Simple);
+    rustix::net::sockopt::set_socket_send_buffer_size(&rig.server, 4 << 20).unwrap();
+    let long = LONG_BYTES as u64;
+    for cookie in 1..=6 {
+        rig.send(cmd::READ, 0, cookie, 0, long);
+    }
+    rig.turn();
+    rig.disk.answer_all();
+    rig.send(cmd::READ, 0, 7, 0, 4096);
+    let fd = rig.server.as_fd();
+    rig.connection.readable();
+    assert!(rig.connection.deliver_first(&mut rig.disk, fd));
+    assert_eq!(rig.connection.replies.len(), 6, "nothing was sent yet");
+    assert!(rig.connection.receive(&mut rig.disk, fd));
+    rig.connection.deliver_last(&mut rig.disk, fd);
+    assert_eq!(rig.disk.pushed, [1], "the new request went before");
+    // And not all of them at once: what the device ends meanwhile has its turn.
+    assert_eq!(rig.connection.replies.len(), 6 - SEND_BYTES / LONG_BYTES);
+    assert!(rig.connection.has_work());
+    rig.disk.answer_all();
+    let mut sent = rig.take();
+    for _ in 0..5 {
+        sent.extend(rig.take());
+    }
+    assert_eq!(sent.len() as u64, 6 * (long + 16) + 4096 + 16);
+    // Short ones are sent at once, and nothing is pushed for them.
+    rig.disk.pushed.clear();
+    rig.send(cmd::READ, 0, 8, 0, 4096);
+    assert_eq!(rig.answer_and_take().len(), 4096 + 16);
+    assert!(rig.disk.pushed.is_empty());
 }
 
 #[test]
@@ -632,7 +727,8 @@ fn level_triggered_events_of_a_stalled_connection_are_told_apart() {
     assert!(rig.connection.stalled());
     assert!(!rig.connection.readable(), "nothing can be done with it");
     rig.disk.answer_all();
-    rig.connection.deliver(&mut rig.disk, rig.server.as_fd());
+    rig.connection
+        .deliver_first(&mut rig.disk, rig.server.as_fd());
     assert!(rig.connection.has_work());
 }
 

@@ -1,6 +1,6 @@
 //! At the disk: starting work, and making replies of what ended.
 
-use super::{Connection, EXTENTS_MAX, PROBE_BYTES, Phase, STATUS_BYTES_MAX, State};
+use super::{Connection, EXTENTS_MAX, PROBE_AHEAD, PROBE_BYTES, Phase, STATUS_BYTES_MAX, State};
 use crate::nbd::{
     lend::{Backend, Seen},
     reply,
@@ -14,7 +14,11 @@ impl Connection {
         let entry = &mut self.slots[slot];
         let seen = entry.seen;
         let (at, len) = (entry.subject.offset, entry.len);
-        let probe = matches!(work, Work::Read { whole: false }) && len >= PROBE_BYTES;
+        let known = self.data.start <= at && at.saturating_add(len) <= self.data.end;
+        let probe = matches!(work, Work::Read { whole: false }) && len >= PROBE_BYTES && !known;
+        if matches!(work, Work::Trim { .. } | Work::Zero { .. }) {
+            self.data = 0..0;
+        }
         let op = match work {
             _ if probe => None,
             Work::Status { .. } => None,
@@ -32,7 +36,9 @@ impl Connection {
                     Work::Status { one: false } => EXTENTS_MAX,
                     _ => 1,
                 };
-                let len = len.min(STATUS_BYTES_MAX);
+                let follows = probe && self.data.contains(&at.saturating_sub(1));
+                let len = if follows { len.max(PROBE_AHEAD) } else { len };
+                let len = len.min(STATUS_BYTES_MAX).min(self.limits.size - at);
                 backend.block_status(GuestOffset(at), len, extents_max, slot as u64)
             }
         };
@@ -89,8 +95,14 @@ impl Connection {
         }
         match (phase, done.result) {
             (Phase::Probing, result) => {
+                let at = self.slots[slot].subject.offset;
                 let zero =
                     result.is_ok() && matches!(&extents[..], [e, ..] if e.zero && e.len >= len);
+                if let [first, ..] = &extents[..]
+                    && !first.zero
+                {
+                    self.data = at..at.saturating_add(first.len);
+                }
                 match u32::try_from(len) {
                     Ok(hole) if zero => {
                         let entry = &mut self.slots[slot];
