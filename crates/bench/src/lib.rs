@@ -3,6 +3,7 @@
 //! - [`driver`]: a guest's side of vhost-user-blk, also for tests that need one that misbehaves.
 //! - [`load`]: keeps requests in flight at a server or a file and reports what came back, as a guest's
 //!   driver (vhost-user-blk), an NBD client or a plain program would see it.
+//! - [`breakdown`]: where the time of single requests goes, by the client's clock and the server's.
 //! - [`image`]: requests to an image in this process, without a server.
 //! - [`versus`]: compares servers under such loads, in turn, and holds the ratios against bars.
 //!
@@ -11,6 +12,7 @@
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod breakdown;
 pub mod driver;
 pub mod image;
 pub mod load;

@@ -35,6 +35,7 @@ mod serve;
 mod signals;
 mod snapshot;
 mod systemd;
+mod trace;
 
 use args::{BenchCommand, Cli, Command};
 use clap::Parser;
@@ -88,6 +89,7 @@ fn main() -> ExitCode {
         Command::Amend(args) => done(amend::run(args)),
         Command::Resize(args) => done(resize::run(args)),
         Command::Serve(args) => done(serve::run(args)),
+        Command::Trace(args) => done(trace::run(args)),
         Command::QemuImg(args) => return qemu_img::run(&args.arguments),
         Command::Bench(args) => match &args.what {
             BenchCommand::Image(args) => done(bench_image::run(args)),

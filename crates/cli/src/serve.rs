@@ -17,6 +17,7 @@ use anyhow::{Context, Result};
 use block::size;
 use disk::{Chain, ChainOptions, Disk, DiskOptions};
 use export::{
+    control::{self, Told},
     nbd::{self, Nbd},
     vhost_user::{self, VhostUser},
     worker::{Polling, Worker, WorkerHandle, WorkerOptions},
@@ -139,6 +140,14 @@ fn serve(
         ready.push_str(&ready_line(one, &listening, engine));
         exports.push(listening);
     }
+    let told = served.iter().map(|one| Told {
+        file: one.spec.file.clone(),
+        disk: one.disk.clone(),
+    });
+    let control = match &args.control {
+        Some(path) => Some(control::Server::start(path, told.collect())?),
+        None => None,
+    };
     // Only when all listen: who sees the first line may connect to any.
     print(&ready)?;
     systemd::notify("READY=1")?;
@@ -150,6 +159,7 @@ fn serve(
         tracing::warn!(%error, "cannot tell systemd");
     }
     drop(exports);
+    drop(control);
     Ok(())
 }
 

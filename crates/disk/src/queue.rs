@@ -28,8 +28,9 @@ use crate::{
 use block::{Error, GuestError, GuestOffset, Op, Result, limits};
 use image::Freed;
 use io::{Engine, FileSlot, Io, Waker};
+use probe::probe;
 use std::{collections::VecDeque, sync::Arc};
-use trace::Stamps;
+use trace::{Operation, Stamps};
 
 /// How a queue is made.
 #[derive(Clone, Debug)]
@@ -280,6 +281,18 @@ impl DiskQueue {
             ..Stamps::default()
         };
         slot.error = checked.err();
+        let key = self.stats.key();
+        probe!(diskplane, taken, key, request.tag, request.seen_ns);
+        let operation = Operation::from(request.op) as u64;
+        probe!(
+            diskplane,
+            parsed,
+            key,
+            request.tag,
+            operation,
+            request.at.0,
+            request.len
+        );
         let id = slot.id(index);
         self.start(engine, index);
         let slot = &mut self.slots[index as usize];
@@ -288,6 +301,7 @@ impl DiskQueue {
             // Read anew for each: mapping is what differs between requests of a batch.
             self.mapped_ns = now_ns();
             slot.stamps.mapped = self.mapped_ns;
+            probe!(diskplane, mapped, key, slot.tag);
             self.batch.push(id);
         }
         self.start_early(engine);
@@ -444,11 +458,12 @@ impl DiskQueue {
         self.epochs.rest();
         self.advance_retired(engine);
         if !self.batch.is_empty() {
-            let now = self.now();
+            let (now, key) = (self.now(), self.stats.key());
             for id in self.batch.drain(..) {
                 let slot = &mut self.slots[id.index as usize];
                 if slot.generation == id.generation {
                     slot.stamps.submitted = now;
+                    probe!(diskplane, submitted, key, slot.tag);
                 }
             }
         }
@@ -572,6 +587,7 @@ impl DiskQueue {
             slot.error.get_or_insert(error);
         }
         if slot.state == State::Running && slot.pending == 0 {
+            probe!(diskplane, device_done, self.stats.key(), slot.tag);
             self.settle(index);
         }
     }
@@ -624,6 +640,8 @@ impl DiskQueue {
                 match slot.task {
                     Task::Op(op) => {
                         slot.stamps.completed = now;
+                        let status = trace::Status::from(result) as u64;
+                        probe!(diskplane, completed, self.stats.key(), tag, status);
                         self.ended.push(Ended {
                             op,
                             at: slot.at.0,

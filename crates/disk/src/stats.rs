@@ -103,6 +103,11 @@ impl QueueStats {
         self.live.load(Relaxed)
     }
 
+    /// A number that no other queue of this process has while it lives: how probes tell queues apart.
+    pub fn key(&self) -> u64 {
+        std::ptr::from_ref(self).addr() as u64
+    }
+
     /// Its queue left.
     pub fn end(&self) {
         self.live.store(false, Relaxed);
@@ -125,6 +130,15 @@ impl QueueStats {
         let stages_ns = stamps.times();
         let total_ns = stages_ns.total();
         self.latencies.add(operation, &stages_ns, total_ns);
+        probe::probe!(
+            diskplane,
+            notified,
+            self.key(),
+            operation as u64,
+            ended.at,
+            ended.bytes,
+            total_ns
+        );
         if !self.traces() {
             return;
         }

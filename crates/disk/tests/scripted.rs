@@ -222,7 +222,7 @@ fn a_key_that_is_woken_while_its_waiter_loads_is_waited_for_again() {
     let ends = table.ends();
     assert_eq!(table.hand_out(&ends[..1]), [0]);
     table.submit(Op::Read, 2 * UNIT, UNIT, 2);
-    assert_eq!(table.hand_out(&ends[1..]), []);
+    assert_eq!(table.hand_out(&ends[1..]), [0u64; 0]);
     let ends = table.ends();
     let mut done = table.hand_out(&ends);
     done.sort_unstable();
@@ -255,16 +255,16 @@ fn a_copy_that_waited_for_room_and_is_zeros_goes_on() {
 fn a_write_goes_on_where_only_what_it_overwrites_cannot_be_read() {
     let mut table = Table::new(2, |at, _| fragment(at));
     table.submit(Op::Write { fua: false }, UNIT, UNIT, 0);
-    assert_eq!(table.hand_out(&[]), []);
+    assert_eq!(table.hand_out(&[]), [0u64; 0]);
     // Three units that are no neighbours in the file: what is before, what is overwritten, what is behind.
     let mut ends = table.ends();
     assert_eq!(ends.len(), 3);
     ends[1].errno = 5;
-    assert_eq!(table.hand_out(&ends), []);
+    assert_eq!(table.hand_out(&ends), [0u64; 0]);
     for what in ["before", "behind"] {
         let ends = table.ends();
         assert_eq!(ends.len(), 1, "what is {what} is read alone");
-        assert_eq!(table.hand_out(&ends), []);
+        assert_eq!(table.hand_out(&ends), [0u64; 0]);
     }
     let ends = table.ends();
     assert_eq!(table.hand_out(&ends), [0]);
@@ -277,7 +277,7 @@ fn a_write_fails_where_what_it_needs_cannot_be_read() {
     table.hand_out(&[]);
     let mut ends = table.ends();
     ends.iter_mut().for_each(|end| end.errno = 5);
-    assert_eq!(table.hand_out(&ends), []);
+    assert_eq!(table.hand_out(&ends), [0u64; 0]);
     let mut ends = table.ends();
     assert_eq!(ends.len(), 1);
     ends[0].errno = 5;

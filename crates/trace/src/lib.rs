@@ -12,11 +12,33 @@
 //! - [`Slowest`]: the slowest requests since the queue began.
 //! - [`Histograms`]: counts per operation and stage.
 //! - [`Breakdown`]: where time went in a run, as the study in [`breakdown`] does it.
+//! - [`chrome`]: entries as a file that Perfetto and Chrome open.
+//! - [`control`]: what a server and who watches it say to each other.
+
+//!
+//! # Probes
+//!
+//! Static tracepoints (USDT, provider `diskplane`) for `bpftrace`, `perf` and SystemTap: a no-op each until somebody attaches.
+//! QUEUE is a number that only that queue has, TAG its request's; operation and status are numbered as [`Operation`] and [`Status`]
+//! list them.
+//!
+//! | probe | arguments |
+//! |---|---|
+//! | `kicked` | number of the virtqueue, or of the NBD session |
+//! | `taken` | QUEUE, TAG, nanoseconds of the monotonic clock |
+//! | `parsed` | QUEUE, TAG, operation, offset, bytes |
+//! | `mapped` | QUEUE, TAG; not where it ended in memory |
+//! | `submitted` | QUEUE, TAG; likewise |
+//! | `device_done` | QUEUE, TAG; also for the parts of a copy-on-write |
+//! | `completed` | QUEUE, TAG, status |
+//! | `notified` | QUEUE, operation, offset, bytes, nanoseconds in all |
 
 #![forbid(unsafe_code)]
 
 pub mod breakdown;
 mod cell;
+pub mod chrome;
+pub mod control;
 mod entry;
 mod histogram;
 mod ring;

@@ -3,7 +3,7 @@
 mod drive;
 mod file;
 mod latency;
-mod nbd;
+pub(crate) mod nbd;
 mod plan;
 mod run;
 pub(crate) mod turns;

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 pub struct Cell {
     /// How it is named on the command line.
     pub name: &'static str,
-    /// The line of the table in issue 4 ("Ahead of every peer on the data path"), or of issue 5 ("Speed"), that it stands for.
+    /// The line of the table in issue 4 ("Ahead of every peer on the data path"), of issue 5 ("Speed") or of issue 6 ("Where latency
+    /// goes"), that it stands for.
     pub line: &'static str,
     /// What it shows, in a sentence or two.
     pub meaning: &'static str,
@@ -76,6 +77,8 @@ pub const RANDWRITE: Load = Load {
 pub enum Server {
     /// `diskplane serve --vhost-user`.
     Diskplane,
+    /// The same without records of its requests (`--trace-ring 0`).
+    DiskplaneUntraced,
     /// `diskplane serve --nbd`.
     DiskplaneNbd,
     /// `qemu-storage-daemon` over vhost-user-blk, with each of its engines.

@@ -43,7 +43,9 @@ pub(super) fn possible(cell: &Cell) -> bool {
             && there
             && match side.server {
                 // It takes locks.
-                Server::Diskplane | Server::DiskplaneNbd => ours.insert(image),
+                Server::Diskplane | Server::DiskplaneUntraced | Server::DiskplaneNbd => {
+                    ours.insert(image)
+                }
                 // Two writers of one table would not do.
                 Server::Qsd | Server::QemuNbd => image.format() == "raw",
                 Server::Fio => true,

@@ -155,7 +155,7 @@ pub(super) fn start(
     let ready = work.join("ready.pid");
     let _ = fs::remove_file(&ready);
     let mut command = match side.server {
-        Server::Diskplane | Server::DiskplaneNbd => {
+        Server::Diskplane | Server::DiskplaneUntraced | Server::DiskplaneNbd => {
             diskplane(programs, images, side, files, &sockets)
         }
         Server::Qsd | Server::QemuNbd => {
@@ -179,14 +179,16 @@ pub(super) fn start(
         }
     };
     let name = match side.server {
-        Server::Diskplane | Server::DiskplaneNbd => "diskplane",
+        Server::Diskplane | Server::DiskplaneUntraced | Server::DiskplaneNbd => "diskplane",
         Server::Qsd => "qemu-storage-daemon",
         Server::QemuNbd => "qemu-nbd",
         _ => "spdk",
     };
     let mut process = Process::start(name, &mut command, work)?;
     process.wait_ready(|process| match side.server {
-        Server::Diskplane | Server::DiskplaneNbd => process.stdout().ends_with('\n'),
+        Server::Diskplane | Server::DiskplaneUntraced | Server::DiskplaneNbd => {
+            process.stdout().ends_with('\n')
+        }
         // They write their pid files when everything is set up.
         Server::Qsd | Server::QemuNbd => {
             fs::read_to_string(&ready).is_ok_and(|text| text.ends_with('\n'))
@@ -200,7 +202,10 @@ pub(super) fn start(
     Ok(Running {
         targets: targets.collect(),
         command: words(&command),
-        has_statistics: matches!(side.server, Server::Diskplane | Server::DiskplaneNbd),
+        has_statistics: matches!(
+            side.server,
+            Server::Diskplane | Server::DiskplaneUntraced | Server::DiskplaneNbd
+        ),
         killed: side.server == Server::Spdk,
         process,
     })
@@ -265,6 +270,9 @@ fn diskplane(
             "--cache",
             if programs.direct { "none" } else { "writeback" },
         ]);
+    if side.server == Server::DiskplaneUntraced {
+        command.args(["--trace-ring", "0"]);
+    }
     if side.image == Image::ScatteredFile {
         command.arg("--read-only");
     }

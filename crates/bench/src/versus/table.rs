@@ -11,7 +11,7 @@ use crate::load::{Flushes, Pattern};
 use Metric::{
     BarriersPerFlush, CpuUs, IdlePercent, InDevice, Iops, MemoryMib, P50Us, P99Us, Pairs,
 };
-use Server::{Diskplane, DiskplaneNbd, Fio, QemuNbd, Qsd, Spdk};
+use Server::{Diskplane, DiskplaneNbd, DiskplaneUntraced, Fio, QemuNbd, Qsd, Spdk};
 
 /// Bytes of a cluster.
 const CLUSTER: u64 = 64 << 10;
@@ -99,6 +99,9 @@ pub fn all() -> impl Iterator<Item = &'static Cell> {
     CELLS.iter().chain(COMMANDS)
 }
 
+/// Records are always on: they may cost 2 % of what is there without them.
+const TRACE_BARS: &[Bar] = &[at_least(Iops, "untraced", 0.98), shown(CpuUs, "untraced")];
+
 /// Every cell with servers.
 pub const CELLS: &[Cell] = &[
     Cell {
@@ -124,6 +127,30 @@ pub const CELLS: &[Cell] = &[
             side("spdk", Spdk, Image::Null),
         ],
         bars: &[at_least(Iops, "qsd", 2.5), at_least(Iops, "spdk", 0.9)],
+        cores: 2,
+    },
+    Cell {
+        name: "trace-null",
+        line: "rings of stage timestamps",
+        meaning: "What it costs to note the stages of each request, where nothing else costs anything: a disk of zeros, beside the same server with --trace-ring 0.",
+        load: RANDREAD,
+        sides: &[
+            side("diskplane", Diskplane, Image::Null),
+            side("untraced", DiskplaneUntraced, Image::Null),
+        ],
+        bars: TRACE_BARS,
+        cores: 2,
+    },
+    Cell {
+        name: "trace-raw",
+        line: "rings of stage timestamps",
+        meaning: "The same with a raw file that was written full.",
+        load: RANDREAD,
+        sides: &[
+            side("diskplane", Diskplane, Image::Raw),
+            side("untraced", DiskplaneUntraced, Image::Raw),
+        ],
+        bars: TRACE_BARS,
         cores: 2,
     },
     Cell {
@@ -536,8 +563,8 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    /// The beginnings of the lines of the issue's table, and of the two requirements below it; then those of issue 5.
-    const LINES: [&str; 21] = [
+    /// The beginnings of the lines of the issue's table, and of the two requirements below it; then those of issue 5, and one of issue 6.
+    const LINES: [&str; 22] = [
         "`null` (path alone), sleeping driver",
         "`null`, `--poll` on both sides",
         "raw preallocated, random read / write",
@@ -559,6 +586,7 @@ mod tests {
         "compressed zstd/zlib",
         "`check` of a 1 TiB-virtual qcow2",
         "`map`/`measure`/`compare`",
+        "rings of stage timestamps",
     ];
 
     #[test]
@@ -629,6 +657,7 @@ mod tests {
         for (name, expected) in [
             ("null", &["Iops ≥ 2.5", "CpuUs ≤ 0.35"][..]),
             ("null-poll", &["Iops ≥ 2.5", "Iops ≥ 0.9"]),
+            ("trace-null", &["Iops ≥ 0.98"]),
             (
                 "raw-randwrite",
                 &["Iops ≥ 1.2", "Iops ≥ 0.95", "CpuUs ≤ 0.65"],

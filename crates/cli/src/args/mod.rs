@@ -12,7 +12,7 @@ pub use look::*;
 pub use make::*;
 pub use serve::*;
 
-use crate::{bench_image, bench_load::Load, bench_versus::Versus, bitmap::Bitmap};
+use crate::{bench_image, bench_load::Load, bench_versus::Versus, bitmap::Bitmap, trace::Trace};
 use block::{Result, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use image::Format;
@@ -64,6 +64,8 @@ pub enum Command {
     Serve(Serve),
     /// Measure disks and servers
     Bench(Bench),
+    /// Show where the time of requests goes
+    Trace(Trace),
     /// Do what qemu-img does, with its command line, output and exit codes (also under that name)
     #[command(name = "qemu-img", disable_help_flag = true)]
     QemuImg(QemuImg),

@@ -84,9 +84,12 @@ pub struct Serve {
     /// The image's external data file, whatever name the image has for it
     #[arg(long, value_name = "PATH")]
     pub data_file: Option<PathBuf>,
+    /// Tell whoever may connect to this Unix socket (mode 0600) how the disks do: for `trace`
+    #[arg(long, value_name = "SOCK")]
+    pub control: Option<PathBuf>,
     /// Requests that each queue remembers with the times of their stages, for `trace`: 64 bytes each, rounded up to a power
     /// of two; 0 for none
-    #[arg(long, value_name = "N", default_value_t = trace::RING_ENTRIES_DEFAULT, value_parser = clap::value_parser!(u32).range(0..=i64::from(trace::RING_ENTRIES_MAX)))]
+    #[arg(long, value_name = "N", default_value_t = ::trace::RING_ENTRIES_DEFAULT, value_parser = clap::value_parser!(u32).range(0..=i64::from(::trace::RING_ENTRIES_MAX)))]
     pub trace_ring: u32,
     /// Print statistics to stderr at the end (and, as always, on SIGUSR1): table, or json for one line per disk
     #[arg(long, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "table")]

@@ -196,7 +196,7 @@ impl Acceptor {
         };
         let mut fds = vec![
             PollFd::new(&self.shared.wake, PollFlags::IN),
-            PollFd::new(&self.listener.socket, listens),
+            PollFd::new(&self.listener, listens),
         ];
         fds.extend(
             self.pending
@@ -232,7 +232,7 @@ impl Acceptor {
     fn accept(&mut self) {
         for _ in 0..ACCEPTS_MAX {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket = match accept_with(&self.listener.socket, flags) {
+            let socket = match accept_with(&self.listener, flags) {
                 Ok(socket) => socket,
                 Err(Errno::AGAIN) => return,
                 // Clients that were gone before they were taken.

@@ -1,18 +1,12 @@
 //! Where a server listens.
 
-use block::{Context, Error, ErrorKind, Result};
+use crate::socket::Socket;
+use block::{Context, Error, Result};
 use std::{
-    fmt, fs,
-    io::ErrorKind as IoKind,
+    fmt,
     net::TcpListener,
-    os::{
-        fd::OwnedFd,
-        unix::{
-            fs::{FileTypeExt, MetadataExt},
-            net::{UnixListener, UnixStream},
-        },
-    },
-    path::{Path, PathBuf},
+    os::fd::{AsFd, BorrowedFd},
+    path::PathBuf,
     str::FromStr,
 };
 
@@ -68,11 +62,15 @@ impl fmt::Display for NbdAddress {
 /// A listening socket, non-blocking; removes its file, if it has one, at the end.
 #[derive(Debug)]
 pub(crate) struct Listener {
-    pub socket: OwnedFd,
+    socket: Bound,
     /// Where it really listens.
     pub address: NbdAddress,
-    /// Device and inode of the socket's file.
-    file: Option<(u64, u64)>,
+}
+
+#[derive(Debug)]
+enum Bound {
+    Unix(Socket),
+    Tcp(TcpListener),
 }
 
 impl Listener {
@@ -80,14 +78,10 @@ impl Listener {
     pub(crate) fn bind(address: &NbdAddress) -> Result<Listener> {
         match address {
             NbdAddress::Unix(path) => {
-                let listener = bind_unix(path).map_err(|e| e.within(address))?;
-                listener
-                    .set_nonblocking(true)
-                    .context(|| address.to_string())?;
+                let socket = Socket::bind(path, None).map_err(|e| e.within(address))?;
                 Ok(Listener {
-                    socket: listener.into(),
+                    socket: Bound::Unix(socket),
                     address: address.clone(),
-                    file: identity(path),
                 })
             }
             NbdAddress::Tcp(host, port) => {
@@ -96,62 +90,31 @@ impl Listener {
                     .context(|| format!("listen on {address}"))?;
                 let at = listener.local_addr().context(|| address.to_string())?;
                 Ok(Listener {
-                    socket: listener.into(),
+                    socket: Bound::Tcp(listener),
                     address: NbdAddress::Tcp(host.clone(), at.port()),
-                    file: None,
                 })
             }
         }
     }
 }
 
-impl Drop for Listener {
-    fn drop(&mut self) {
-        // Only the file that is ours: somebody may have put another in its place.
-        if let NbdAddress::Unix(path) = &self.address
-            && self.file.is_some()
-            && identity(path) == self.file
-            && let Err(error) = fs::remove_file(path)
-        {
-            tracing::warn!(%error, "cannot remove {}", path.display());
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            Bound::Unix(socket) => socket.listener.as_fd(),
+            Bound::Tcp(listener) => listener.as_fd(),
         }
-    }
-}
-
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    let data = fs::symlink_metadata(path).ok()?;
-    data.file_type()
-        .is_socket()
-        .then(|| (data.dev(), data.ino()))
-}
-
-fn bind_unix(path: &Path) -> Result<UnixListener> {
-    let first = match UnixListener::bind(path) {
-        Err(error) if error.kind() == IoKind::AddrInUse => error,
-        other => return other.context(|| "listen"),
-    };
-    if identity(path).is_none() {
-        return Err(Error::os(
-            "listen: there is a file that is no socket",
-            first,
-        ));
-    }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(Error::new(
-            ErrorKind::Locked,
-            "another process listens on this socket",
-        )),
-        Err(error) if error.kind() == IoKind::ConnectionRefused => {
-            fs::remove_file(path).context(|| "remove the socket that a past process left")?;
-            UnixListener::bind(path).context(|| "listen")
-        }
-        Err(error) => Err(Error::os("the socket is in use", error)),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use block::ErrorKind;
+    use std::{
+        fs,
+        os::unix::net::{UnixListener, UnixStream},
+    };
 
     #[test]
     fn addresses_are_read_and_written() {

@@ -139,6 +139,7 @@ impl Session for NbdSession {
             self.connection.writable();
             return;
         }
+        probe::probe!(diskplane, kicked, cx.session());
         self.connection.woken(cx.woken_ns());
         if !self.connection.readable() {
             // There is no room for what it says: look at the socket again when there is.

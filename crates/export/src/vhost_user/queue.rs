@@ -484,6 +484,7 @@ impl Session for Queue {
             self.break_down(format_args!("{error}"));
             let _ = cx.unwatch(self.kick.as_fd(), KICK);
         }
+        probe::probe!(diskplane, kicked, self.index);
         if self.kicked_ns == 0 {
             self.kicked_ns = cx.woken_ns();
         }

@@ -1,20 +1,17 @@
 //! The socket, its control thread, and one client after another.
 
 use super::{Options, device::Device};
-use crate::worker::WorkerHandle;
-use block::{Context, Error, Result};
+use crate::{socket::Socket, worker::WorkerHandle};
+use block::{Context, Result};
 use disk::Disk;
 use io::EventFd;
 use rustix::event::{PollFd, PollFlags, poll};
 use std::{
-    fs, io as std_io,
+    io as std_io,
     net::Shutdown,
     os::{
         fd::{AsFd, BorrowedFd},
-        unix::{
-            fs::{FileTypeExt, MetadataExt},
-            net::{UnixListener, UnixStream},
-        },
+        unix::net::UnixStream,
     },
     path::{Path, PathBuf},
     sync::{
@@ -63,8 +60,8 @@ impl Server {
         workers: &[WorkerHandle],
         options: Options,
     ) -> Result<Self> {
-        let listener = listen(path)?;
-        let bound = fs::symlink_metadata(path).context(|| path.display().to_string())?;
+        let named = || format!("vhost-user socket {}", path.display());
+        let socket = Socket::bind(path, None).context(named)?;
         let shared = Arc::new(Shared {
             stopping: AtomicBool::new(false),
             stop: EventFd::new()?,
@@ -74,9 +71,7 @@ impl Server {
         let first = NEXT_WORKER.fetch_add(queues, Ordering::Relaxed);
         let control = Control {
             shared: shared.clone(),
-            listener,
-            path: path.to_owned(),
-            inode: (bound.dev(), bound.ino()),
+            socket,
             disk,
             options,
             workers: (0..queues)
@@ -128,35 +123,9 @@ impl Drop for Server {
     }
 }
 
-/// Binds `path`; a socket there that nobody listens on is removed first.
-fn listen(path: &Path) -> Result<UnixListener> {
-    let named = || format!("vhost-user socket {}", path.display());
-    match fs::symlink_metadata(path) {
-        Ok(meta) if !meta.file_type().is_socket() => {
-            return Err(Error::invalid("a file that is not a socket is there")).context(named);
-        }
-        Ok(_) => match UnixStream::connect(path) {
-            Err(e) if e.kind() == std_io::ErrorKind::ConnectionRefused => {
-                fs::remove_file(path).context(named)?;
-            }
-            Err(e) => return Err(e).context(named),
-            Ok(_) => {
-                return Err(Error::invalid("another process serves on it")).context(named);
-            }
-        },
-        Err(_) => {}
-    }
-    let listener = UnixListener::bind(path).context(named)?;
-    listener.set_nonblocking(true).context(named)?;
-    Ok(listener)
-}
-
 struct Control {
     shared: Arc<Shared>,
-    listener: UnixListener,
-    path: PathBuf,
-    /// Device and inode of the socket's file: only that one is removed in the end.
-    inode: (u64, u64),
+    socket: Socket,
     disk: Arc<Disk>,
     options: Options,
     workers: Vec<WorkerHandle>,
@@ -164,8 +133,8 @@ struct Control {
 
 impl Control {
     fn main(self) {
-        while self.wait(self.listener.as_fd()) {
-            match self.listener.accept() {
+        while self.wait(self.socket.listener.as_fd()) {
+            match self.socket.listener.accept() {
                 Ok((stream, _)) => self.serve(stream),
                 Err(e)
                     if matches!(
@@ -176,15 +145,10 @@ impl Control {
                     ) => {}
                 Err(e) => {
                     // Out of descriptors, most likely: they may come back, spinning does not help.
-                    tracing::warn!("accept on {}: {e}", self.path.display());
+                    tracing::warn!("accept on {}: {e}", self.socket.path().display());
                     thread::sleep(Duration::from_millis(100));
                 }
             }
-        }
-        let ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|meta| (meta.dev(), meta.ino()) == self.inode);
-        if ours && let Err(e) = fs::remove_file(&self.path) {
-            tracing::warn!("cannot remove {}: {e}", self.path.display());
         }
     }
 
@@ -224,7 +188,10 @@ impl Control {
             }
         };
         *self.shared.client() = Some(to_shut);
-        tracing::debug!("vhost-user client on {} connected", self.path.display());
+        tracing::debug!(
+            "vhost-user client on {} connected",
+            self.socket.path().display()
+        );
         let device = Device::new(
             self.disk.clone(),
             self.options.clone(),
@@ -241,7 +208,7 @@ impl Control {
                     if !self.shared.stopping.load(Ordering::Acquire) {
                         tracing::warn!(
                             "vhost-user client on {} is disconnected: {error}",
-                            self.path.display()
+                            self.socket.path().display()
                         );
                     }
                     break;

@@ -72,7 +72,7 @@ pub(crate) fn run(spec: &Spec, text: &str, turns: Option<&Turns>) -> Result<Repo
 }
 
 /// The export that `text` names: a URI, or the socket alone.
-fn uri(text: &str) -> Result<Uri> {
+pub(crate) fn uri(text: &str) -> Result<Uri> {
     match text.strip_prefix("unix:").filter(|path| !path.is_empty()) {
         Some(path) => Ok(Uri {
             server: Server::Unix(path.into()),

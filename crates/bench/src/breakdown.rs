@@ -1,0 +1,353 @@
+//! The breakdown of the latency study ([`trace::breakdown`]): requests one after the other at a server, each timed here
+//! and, stage by stage, by the server; both read the same clock of the machine.
+
+use crate::{
+    driver::{BUFFERS, FLUSH, IN, Machine, OUT, Piece, RAM, Ring, Setup, feature},
+    load::{self, Target},
+};
+use block::{Context, Error, ErrorKind, Result, size};
+use disk::now_ns;
+use nbd::{Client, Options};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::{os::fd::AsFd, path::Path};
+use trace::{Breakdown, Entry, Operation, RING_ENTRIES_MAX, breakdown::Sample};
+
+/// Bytes of a request at most.
+pub const BLOCK_BYTES_MAX: u64 = 4 << 20;
+/// How long a request may take.
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 60,
+    tv_nsec: 0,
+};
+
+/// What is done.
+#[derive(Clone, Copy, Debug)]
+pub struct Protocol {
+    /// [`Operation::Read`], [`Operation::Write`] or [`Operation::Flush`].
+    pub operation: Operation,
+    /// At random offsets; otherwise one behind the other.
+    pub random: bool,
+    /// Bytes of a request, a multiple of 512 and [`BLOCK_BYTES_MAX`] at most.
+    pub block_bytes: u64,
+    /// Requests of a run, at most as many as a server can remember ([`RING_ENTRIES_MAX`]).
+    pub requests: usize,
+    /// Fastest, and slowest, requests of a run that are left out.
+    pub dropped: usize,
+    /// Runs that are averaged.
+    pub runs: usize,
+    /// Requests before the first run, which do not count: the study found that there is a time of warming up.
+    pub warm_up: usize,
+}
+
+impl Default for Protocol {
+    /// The study's, of 4 KiB.
+    fn default() -> Self {
+        Self {
+            operation: Operation::Read,
+            random: false,
+            block_bytes: 4096,
+            requests: 100,
+            dropped: 10,
+            runs: 10,
+            warm_up: 100,
+        }
+    }
+}
+
+impl Protocol {
+    fn check(&self) -> Result<()> {
+        let wrong = |what: String| Err(Error::invalid(what));
+        if !matches!(
+            self.operation,
+            Operation::Read | Operation::Write | Operation::Flush
+        ) {
+            return wrong(format!("{} cannot be asked for here", self.operation));
+        }
+        if self.block_bytes == 0
+            || !self.block_bytes.is_multiple_of(512)
+            || self.block_bytes > BLOCK_BYTES_MAX
+        {
+            return wrong(format!(
+                "requests of {} bytes: multiples of 512 up to {} are possible",
+                self.block_bytes,
+                size::human(BLOCK_BYTES_MAX)
+            ));
+        }
+        if self.runs == 0
+            || self.requests == 0
+            || self.requests.max(self.warm_up) > RING_ENTRIES_MAX as usize
+        {
+            return wrong(format!(
+                "{} runs of {} requests: at least one of each, and {RING_ENTRIES_MAX} requests at most",
+                self.runs, self.requests
+            ));
+        }
+        if self.dropped.saturating_mul(2) >= self.requests {
+            return wrong(format!(
+                "without the {} fastest and the {} slowest of {} requests none is left",
+                self.dropped, self.dropped, self.requests
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Does what `protocol` says at the server `target`, over one queue or connection, and averages. `entries(n)` gives the next `n`
+/// requests of that queue, as the server noted them: since the last call, or at first since it was begun.
+///
+/// # Errors
+///
+/// The protocol or the target cannot be done; a request fails or takes a minute; what the server noted is not what was asked.
+pub fn measure(
+    target: &Target,
+    protocol: &Protocol,
+    entries: &mut dyn FnMut(usize) -> Result<Vec<Entry>>,
+) -> Result<Breakdown> {
+    protocol.check()?;
+    let mut client: Box<dyn Client1> = match target {
+        Target::VhostUser(socket) => Box::new(Vhost::connect(socket, protocol)?),
+        Target::Nbd(uri) => Box::new(NbdClient::connect(uri, protocol)?),
+        Target::File { path, .. } => {
+            return Err(Error::invalid(format!(
+                "{}: a breakdown is of a server",
+                path.display()
+            )));
+        }
+    };
+    let places = client.capacity() / protocol.block_bytes;
+    if places == 0 && protocol.operation != Operation::Flush {
+        return Err(Error::invalid(format!(
+            "the disk has {} bytes, less than a request",
+            client.capacity()
+        )));
+    }
+    let mut place = Places {
+        count: places.max(1),
+        next: 0,
+        random: protocol.random.then_some(0x9e37_79b9_7f4a_7c15),
+    };
+    let mut runs = Vec::with_capacity(protocol.runs);
+    let warm_up = (protocol.warm_up > 0).then_some(protocol.warm_up);
+    let lengths = std::iter::repeat_n(protocol.requests, protocol.runs);
+    for (number, requests) in warm_up.into_iter().chain(lengths).enumerate() {
+        let mut timings = Vec::with_capacity(requests);
+        for _ in 0..requests {
+            let at = match protocol.operation {
+                Operation::Flush => 0,
+                _ => place.take() * protocol.block_bytes,
+            };
+            timings.push((at, client.request(at)?));
+        }
+        let noted = entries(requests)?;
+        if noted.len() != requests {
+            return Err(Error::new(
+                ErrorKind::Io,
+                format!("the server noted {} of {requests} requests", noted.len()),
+            ));
+        }
+        let mut samples = Vec::with_capacity(requests);
+        for (entry, (at, (began, ended))) in noted.iter().zip(timings) {
+            if (entry.operation, entry.offset) != (protocol.operation, at) {
+                return Err(Error::new(
+                    ErrorKind::Io,
+                    format!(
+                        "a {} at {at} was asked for, and the server noted a {} at {}: is somebody else at it?",
+                        protocol.operation, entry.operation, entry.offset
+                    ),
+                ));
+            }
+            samples.push(Sample::with_client(entry, began, ended));
+        }
+        if warm_up.is_none() || number > 0 {
+            runs.push(samples);
+        }
+    }
+    Breakdown::new(&runs, protocol.dropped).ok_or_else(|| Error::invalid("no request is left"))
+}
+
+/// Where requests go, in blocks.
+struct Places {
+    count: u64,
+    next: u64,
+    /// State of a generator (xorshift64).
+    random: Option<u64>,
+}
+
+impl Places {
+    fn take(&mut self) -> u64 {
+        match &mut self.random {
+            None => {
+                let place = self.next % self.count;
+                self.next += 1;
+                place
+            }
+            Some(state) => {
+                *state ^= *state << 13;
+                *state ^= *state >> 7;
+                *state ^= *state << 17;
+                *state % self.count
+            }
+        }
+    }
+}
+
+/// A client with one request at a time.
+trait Client1 {
+    /// Bytes of the disk.
+    fn capacity(&self) -> u64;
+
+    /// Makes the request at `at` and waits for its end: when it began and ended, in nanoseconds of [`now_ns`].
+    fn request(&mut self, at: u64) -> Result<(u64, u64)>;
+}
+
+struct Vhost {
+    machine: Machine,
+    ring: Ring,
+    capacity: u64,
+    kind: u32,
+    bytes: u32,
+    name: String,
+}
+
+const HEADER: u64 = BUFFERS;
+const STATUS: u64 = BUFFERS + 64;
+const DATA: u64 = BUFFERS + 4096;
+
+impl Vhost {
+    fn connect(socket: &Path, protocol: &Protocol) -> Result<Self> {
+        let name = socket.display().to_string();
+        let named = || name.clone();
+        let ram_bytes = (DATA - RAM + protocol.block_bytes).next_multiple_of(2 << 20);
+        let setup = Setup {
+            ram_bytes,
+            ..Setup::default()
+        };
+        let mut machine = Machine::start(socket, setup).context(named)?;
+        let kind = match protocol.operation {
+            Operation::Write => OUT,
+            Operation::Flush => FLUSH,
+            _ => IN,
+        };
+        if kind == OUT && machine.features & feature::RO != 0 {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("{name}: the disk is read-only"),
+            ));
+        }
+        let config = machine.frontend.get_config(0, 8).context(named)?;
+        let config: [u8; 8] = config.try_into().unwrap_or_default();
+        let ring = machine.queues.pop().map(|queue| queue.into_ring());
+        let ring = ring.ok_or_else(|| Error::invalid("no queue"))?;
+        // At most 4 MiB.
+        let bytes = protocol.block_bytes as u32;
+        Ok(Self {
+            machine,
+            ring,
+            capacity: u64::from_le_bytes(config).saturating_mul(512),
+            kind,
+            bytes,
+            name,
+        })
+    }
+
+    /// Sleeps until the device calls.
+    fn wait(&mut self) -> Result<()> {
+        let mut fds = [
+            PollFd::from_borrowed_fd(self.ring.call_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.ring.err_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.machine.frontend.as_fd(), PollFlags::RDHUP),
+        ];
+        let why = match poll(&mut fds, Some(&PATIENCE)) {
+            Err(rustix::io::Errno::INTR) => return Ok(()),
+            Err(e) => return Err(Error::os(&self.name, e.into())),
+            Ok(_) if !fds[0].revents().is_empty() => {
+                return self.ring.wait_call().context(|| self.name.clone());
+            }
+            Ok(0) => "the server did not answer for a minute",
+            Ok(_) if !fds[1].revents().is_empty() => "the server found the ring broken",
+            Ok(_) => "the server has gone",
+        };
+        Err(Error::new(ErrorKind::Io, format!("{}: {why}", self.name)))
+    }
+}
+
+impl Client1 for Vhost {
+    fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    fn request(&mut self, at: u64) -> Result<(u64, u64)> {
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&self.kind.to_le_bytes());
+        header[8..].copy_from_slice(&(at / 512).to_le_bytes());
+        self.machine.ram.write(HEADER, &header);
+        self.machine.ram.write(STATUS, &[0xff]);
+        let data = Piece {
+            at: DATA,
+            len: self.bytes,
+            device_writes: self.kind == IN,
+        };
+        let all = [Piece::read(HEADER, 16), data, Piece::write(STATUS, 1)];
+        let flush = [all[0], all[2]];
+        let pieces: &[Piece] = if self.kind == FLUSH { &flush } else { &all };
+        let ring = &self.ring;
+        // Three descriptors at most, and always the same.
+        ring.write_chain(pieces, |i| ring.descriptor_at(i as u16), |i| i as u16);
+        let began = now_ns();
+        self.ring.make_available(0);
+        self.ring.kick().context(|| self.name.clone())?;
+        while self.ring.pop_used().is_none() {
+            if self.ring.enable_call() {
+                self.wait()?;
+            }
+        }
+        let ended = now_ns();
+        let mut status = [0xff];
+        self.machine.ram.read_into(STATUS, &mut status);
+        if status != [0] {
+            return Err(Error::new(
+                ErrorKind::Io,
+                format!(
+                    "{}: the request at {at} ended with status {}",
+                    self.name, status[0]
+                ),
+            ));
+        }
+        Ok((began, ended))
+    }
+}
+
+struct NbdClient {
+    client: Client,
+    operation: Operation,
+    buffer: Vec<u8>,
+}
+
+impl NbdClient {
+    fn connect(uri: &str, protocol: &Protocol) -> Result<Self> {
+        let uri = load::nbd::uri(uri)?;
+        // At most 4 MiB.
+        let buffer = vec![0x5a; protocol.block_bytes as usize];
+        Ok(Self {
+            client: Client::connect(&uri, &Options::default())?,
+            operation: protocol.operation,
+            buffer,
+        })
+    }
+}
+
+impl Client1 for NbdClient {
+    fn capacity(&self) -> u64 {
+        self.client.export().size
+    }
+
+    fn request(&mut self, at: u64) -> Result<(u64, u64)> {
+        let began = now_ns();
+        match self.operation {
+            Operation::Write => self.client.write(at, &self.buffer)?,
+            Operation::Flush => self.client.flush()?,
+            _ => self.client.read(at, &mut self.buffer)?,
+        }
+        Ok((began, now_ns()))
+    }
+}
