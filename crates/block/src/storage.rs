@@ -81,6 +81,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// behind the end.
     fn range_at(&self, offset: u64) -> Result<Option<Range>>;
 
+    /// Whether it is as long as it is: a device, or a disk of a server. Its length cannot be set to another one.
+    fn is_fixed(&self) -> bool {
+        false
+    }
+
     /// The file descriptor, where there is one: for what the kernel does between two files (`copy_file_range`).
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         None

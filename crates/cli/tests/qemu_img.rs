@@ -413,6 +413,9 @@ fn encrypted_targets_are_written_with_the_key_they_were_made_with() {
         "qemu-img create -f luks -o key-secret=t n 1M",
         "qemu-img convert -n -O qcow2 a.raw a.qcow2",
         "qemu-img convert -O raw a.luks b.raw",
+        // What it is can be seen without.
+        &format!("qemu-img info --image-opts {opened}"),
+        &format!("qemu-img map --image-opts {opened}"),
     ];
     same(&lines);
 }
@@ -422,6 +425,11 @@ fn sizes_are_what_was_asked_for() {
     same(&[
         "qemu-img create -q -f raw a.raw 5000001",
         "qemu-img resize -f raw a.raw +100",
+        // Data up to an end within a sector.
+        "truncate -s 1048575 end.raw",
+        "qemu-io -f raw -c write_-P_7_983040_65024 end.raw",
+        "dd if=/dev/urandom of=end.raw bs=1 seek=1048000 count=575 conv=notrunc status=none",
+        "qemu-img map --output=json -f raw end.raw",
         "stat -c %s a.raw",
         "qemu-img resize -f raw a.raw --shrink -- -100",
         "stat -c %s a.raw",

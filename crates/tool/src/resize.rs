@@ -139,6 +139,11 @@ fn raw(
             "preallocation=metadata: {format} has no metadata; it can be off, falloc or full"
         )));
     }
+    if file.is_fixed() && new != old {
+        return Err(Error::unsupported(format!(
+            "a device, and a disk of a server, is as long as it is, {old} bytes: it can be resized only where it is made"
+        )));
+    }
     file.set_len(base + new)?;
     if new > old {
         // A signal ends the process.

@@ -85,6 +85,9 @@ pub fn chain_and_options(
     if how.write {
         named.refuse_writing().map_err(could_not)?;
     }
+    if !how.allow_locked {
+        named.need_secrets().map_err(could_not)?;
+    }
     if named.passphrases.is_empty() {
         named.passphrases.clone_from(&how.passphrases);
     }
@@ -152,9 +155,19 @@ struct Named {
     read_only: bool,
     cache: Option<Cache>,
     server: nbd::Options,
+    /// A secret that it names and that nobody has given.
+    lacks: Option<String>,
 }
 
 impl Named {
+    /// Refuses to go on without the secrets that are named: who only looks at the tables needs none.
+    fn need_secrets(&self) -> Result<()> {
+        match &self.lacks {
+            Some(id) => Err(anyhow!("No secret with id '{id}'")),
+            None => Ok(()),
+        }
+    }
+
     /// Refuses to open for writing what is said to be for reading only, or where others may be writing too.
     fn refuse_writing(&self) -> Result<()> {
         match (self.read_only, self.force_share) {
@@ -197,6 +210,7 @@ impl Named {
                 read_only: false,
                 cache: None,
                 server: open::server(),
+                lacks: None,
             });
         }
         let said = ImageOptions::parse(name.text).map_err(could_not)?;
@@ -209,12 +223,13 @@ impl Named {
                     .join("\n")
             );
         }
-        let secret = |id: &String| {
-            objects
-                .find(id)
-                .map_err(|_| could_not(anyhow!("No secret with id '{id}'")))
-        };
-        let passphrases = said.secrets.iter().map(secret).collect::<Result<_>>()?;
+        let (mut passphrases, mut lacks) = (Vec::new(), None);
+        for id in &said.secrets {
+            match objects.find(id) {
+                Ok(secret) => passphrases.push(secret),
+                Err(_) => lacks = lacks.or_else(|| Some(id.clone())),
+            }
+        }
         let server = said.server();
         Ok(Self {
             path: said.path,
@@ -229,6 +244,7 @@ impl Named {
             read_only: said.read_only,
             cache: said.cache,
             server,
+            lacks,
         })
     }
 }
@@ -390,6 +406,9 @@ fn reason(text: &str, error: &block::Error, directory: Option<&Path>, write: boo
         Some(found) => found,
         None => text.split_once(": ").unwrap_or(("", text)),
     };
+    if let Ok(export) = nbd::Uri::parse(name) {
+        return of_server(&export, error, why);
+    }
     let name = match directory {
         Some(directory) => directory.join(name).display().to_string(),
         None => name.to_owned(),
@@ -408,6 +427,26 @@ fn reason(text: &str, error: &block::Error, directory: Option<&Path>, write: boo
         ErrorKind::Denied if why.contains("os error") => {
             format!("Could not open '{name}': {}", without_number(why))
         }
+        _ => in_qemus_words(why),
+    }
+}
+
+/// As [`reason`], of a disk of a server.
+fn of_server(export: &nbd::Uri, error: &block::Error, why: &str) -> String {
+    use nbd::uri::Server;
+    if error.kind() == ErrorKind::ReadOnly {
+        return "Could not open image: Permission denied".to_owned();
+    }
+    let server = match &export.server {
+        Server::Unix(path) => path.display().to_string(),
+        Server::Tcp(host, port) => format!("{host}:{port}"),
+    };
+    // The address stands between "connecting" and why that failed.
+    match why
+        .starts_with("connecting")
+        .then(|| why.rsplit(": ").next())
+    {
+        Some(Some(why)) => format!("Failed to connect to '{server}': {}", without_number(why)),
         _ => in_qemus_words(why),
     }
 }
@@ -497,6 +536,7 @@ pub fn shared_file(
     let could_not = |why: Error| anyhow!("Could not open '{}': {why}", name.text);
     let mut named = Named::of(name, objects)?;
     named.force_share |= force_share;
+    named.need_secrets().map_err(could_not)?;
     if access == Access::Write {
         named.refuse_writing().map_err(could_not)?;
     }

@@ -132,6 +132,14 @@ pub fn run(args: &Resize) -> Result<u8> {
             _ => "The new size must be a multiple of 512",
         });
     }
+    let fixed = layer.files.first().filter(|file| file.is_fixed());
+    if let Some(file) = fixed.filter(|_| format == Format::Raw && new != old) {
+        match crate::open::at_server(file.path()) {
+            Some(_) => bail!("Cannot resize NBD nodes"),
+            None if new > old => bail!("Cannot grow device files"),
+            None => bail!("Cannot resize device files"),
+        }
+    }
     match format {
         Format::Vmdk => bail!("Image format driver does not support resize"),
         Format::Qed if new < old => bail!("Shrinking images is currently not supported"),

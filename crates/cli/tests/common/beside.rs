@@ -74,14 +74,16 @@ fn normal(text: &str) -> String {
 #[track_caller]
 pub fn same(lines: &[&str]) {
     let (theirs, ours) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    same_in(theirs.path(), ours.path(), lines);
+}
+
+/// As [`same`], in folders in which there is the same.
+#[track_caller]
+pub fn same_in(theirs: &Path, ours: &Path, lines: &[&str]) {
     let mut wrong = String::new();
     for line in lines {
-        let want = outcome(&["qemu-img"], theirs.path(), line);
-        let found = outcome(
-            &[env!("CARGO_BIN_EXE_diskplane"), "qemu-img"],
-            ours.path(),
-            line,
-        );
+        let want = outcome(&["qemu-img"], theirs, line);
+        let found = outcome(&[env!("CARGO_BIN_EXE_diskplane"), "qemu-img"], ours, line);
         if want != found {
             wrong.push_str(&format!(
                 "=== {line}\n--- qemu-img\n{want}\n--- diskplane qemu-img\n{found}\n"

@@ -22,6 +22,10 @@ impl Storage for File {
         File::len(self)
     }
 
+    fn is_fixed(&self) -> bool {
+        File::is_fixed(self)
+    }
+
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let len = buf.len() as u64;
         let got = self
