@@ -227,11 +227,6 @@ fn parse(text: &str) -> Option<(Metrics, Value)> {
     Some((metrics, short))
 }
 
-/// Whether fio is there.
-pub(super) fn missing(error: &Error) -> bool {
-    error.kind() == ErrorKind::NotFound
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

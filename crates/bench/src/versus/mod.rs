@@ -257,6 +257,7 @@ impl Bench<'_> {
             watch(Event::Status(&format!("{}: {what}", cell.name)))
         });
         if let Err(error) = prepared {
+            process::goes_on();
             return Ok(failed(cell, "skipped", &error));
         }
         let mut series: Vec<Series> = Vec::new();
@@ -290,7 +291,10 @@ impl Bench<'_> {
                     in_turns::round(&self.programs, &self.images, cell, &entrants, times, seed);
                 taken = match round {
                     Ok(taken) => taken.into_iter(),
-                    Err(error) => return Ok(failed(cell, "failed", &error)),
+                    Err(error) => {
+                        process::goes_on();
+                        return Ok(failed(cell, "failed", &error));
+                    }
                 };
             }
             for one in &mut series {
@@ -319,6 +323,7 @@ impl Bench<'_> {
                         equal[one.side] = equal[one.side].take().or(sample.seen);
                     }
                     Err(error) if one.side == 0 => {
+                        process::goes_on();
                         let what = match error.kind() {
                             ErrorKind::Unsupported => "not supported",
                             _ => "failed",
@@ -326,11 +331,11 @@ impl Bench<'_> {
                         return Ok(failed(cell, what, &error));
                     }
                     Err(error) => {
+                        process::goes_on();
                         one.rounds.push(None);
-                        one.failed = Some(if fio::missing(&error) {
-                            "not installed".to_owned()
-                        } else {
-                            error.to_string()
+                        one.failed = Some(match process::is_missing(&error) {
+                            true => "not installed".to_owned(),
+                            false => error.to_string(),
                         });
                     }
                 }

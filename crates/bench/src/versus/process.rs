@@ -40,6 +40,9 @@ struct Leftovers {
     folders: Vec<PathBuf>,
 }
 
+/// How an error of [`Process::start`] begins.
+const CANNOT_START: &str = "cannot start ";
+
 static LEFTOVERS: Mutex<Leftovers> = Mutex::new(Leftovers {
     pids: Vec::new(),
     folders: Vec::new(),
@@ -65,6 +68,21 @@ pub fn abort() {
         let _ = remove_folder(&folder);
     }
     std::mem::forget(left);
+}
+
+/// Comes back unless [`abort`] was called: then what just failed did so because of that, and nobody is to hear of it.
+pub(super) fn goes_on() {
+    drop(leftovers());
+}
+
+/// Whether the program that could not be started is not there: of other files that are missing this is not said.
+pub(super) fn is_missing(error: &Error) -> bool {
+    error.kind() == ErrorKind::NotFound && error.to_string().contains(CANNOT_START)
+}
+
+/// The program is not there.
+pub(super) fn missing(program: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("{CANNOT_START}{program}"))
 }
 
 /// Removes a file. What it holds is first made unwritten space: where a file system discards freed space at once,
@@ -156,7 +174,7 @@ impl Process {
         let mut left = leftovers();
         let child = command
             .spawn()
-            .context(|| format!("cannot start {}", command.get_program().display()))?;
+            .context(|| format!("{CANNOT_START}{}", command.get_program().display()))?;
         left.pids.push(child.id());
         Ok(Self {
             name: name.to_owned(),
@@ -352,7 +370,26 @@ mod tests {
 
         let mut missing = Command::new("/no/such/program");
         let error = Process::start("none", &mut missing, dir.path()).unwrap_err();
+        assert!(is_missing(&error), "{error}");
+        // What went away in the middle is no program that was never there.
+        let mut there = shell("true");
+        let error = Process::start("none", &mut there, &dir.path().join("gone")).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
+        assert!(!is_missing(&error), "{error}");
+    }
+
+    #[test]
+    fn nothing_fails_for_being_aborted() {
+        let aborted = leftovers();
+        let (say, heard) = std::sync::mpsc::channel();
+        let run = thread::spawn(move || {
+            goes_on();
+            say.send(()).unwrap();
+        });
+        assert!(heard.recv_timeout(Duration::from_millis(50)).is_err());
+        drop(aborted);
+        run.join().unwrap();
+        heard.recv().unwrap();
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::{
     cell::{Image, Polling, Server, Side},
     command,
     image::{Images, NULL},
-    process::Process,
+    process::{self, Process},
 };
 use crate::load::Target;
 use block::{Context, Error, ErrorKind, Result};
@@ -408,7 +408,7 @@ impl Qemu<'_> {
 /// SPDK's target with a null device: no huge pages, one core, spinning.
 fn spdk(programs: &Programs, work: &Path, sockets: &[PathBuf]) -> Result<Command> {
     let Some(program) = &programs.spdk else {
-        return Err(Error::new(ErrorKind::NotFound, "spdk_tgt is not installed"));
+        return Err(process::missing("spdk_tgt"));
     };
     let (Some(socket), config) = (sockets[0].file_name(), work.join("spdk.json")) else {
         return Err(Error::invalid("no socket"));
