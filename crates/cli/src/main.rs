@@ -19,6 +19,7 @@ mod create;
 mod dd;
 mod disks;
 mod encrypt;
+mod hint;
 mod image_opts;
 mod info;
 mod keys;
@@ -126,7 +127,9 @@ fn log(default: &str) {
 /// Says why a command failed.
 fn complain(error: &anyhow::Error) {
     // It may have names in it that somebody else made, of files too.
-    eprintln!("diskplane: {}", block::plain(&format!("{error:#}")));
+    let text = format!("{error:#}");
+    let hint = hint::of(&text).map_or(String::new(), |hint| format!(": {hint}"));
+    eprintln!("diskplane: {}{}", block::plain(&text), block::plain(&hint));
 }
 
 /// Whether a command failed since a signal stopped its work.
