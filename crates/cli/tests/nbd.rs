@@ -515,7 +515,7 @@ fn the_sizes_of_a_servers_blocks_are_kept() {
     command.arg(
         "driver=blkdebug,align=4096,max-transfer=65536,image.driver=file,image.filename=b.raw",
     );
-    let _server = peer(command.current_dir(dir), &socket);
+    let server = peer(command.current_dir(dir), &socket);
     let uri = "nbd+unix:///disk?socket=s";
     good(
         dir,
@@ -543,6 +543,7 @@ fn the_sizes_of_a_servers_blocks_are_kept() {
     // Tables of an image, which are written as they come.
     good(dir, &["convert", "-q", "-O", "qcow2", "a.raw", uri]);
     good(dir, &["snapshot", "-q", "-c", "s", uri]);
+    drop(server);
     qemu::check("qcow2", dir.join("b.raw"));
     qemu::compare("qcow2", dir.join("b.raw"), "raw", dir.join("a.raw"));
 }

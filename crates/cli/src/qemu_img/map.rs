@@ -45,7 +45,6 @@ pub fn run(args: &Map) -> Result<u8> {
     let name = args.image.spec.name(file);
     let how = How {
         force_share: args.force_share,
-        allow_locked: true,
         ..How::default()
     };
     let chain = open::chain(&name, &how, &args.image.spec.objects)?;
