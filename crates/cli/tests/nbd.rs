@@ -345,10 +345,7 @@ fn images_at_a_server_are_changed_as_qemu_img_changes_them() {
     let options =
         |name: &str| format!("server.type=unix,server.path=DIR/{name}.qemu-nbd,export=disk");
     let (b, t, r) = (uri("b"), uri("t"), uri("r"));
-    let json = format!(
-        "json:{{\"driver\":\"raw\",\"file\":{{\"driver\":\"nbd\",\"server\":{{\"type\":\"unix\",\"path\":\"DIR/t.qemu-nbd\"}},\
-         \"export\":\"disk\",\"open-timeout\":1,\"reconnect-delay\":1}}}}"
-    );
+    let json = r#"json:{"driver":"raw","file":{"driver":"nbd","server":{"type":"unix","path":"DIR/t.qemu-nbd"},"export":"disk","open-timeout":1,"reconnect-delay":1}}"#;
     let lines = [
         // A server's disk is as long as it is.
         format!("qemu-img resize -f raw {b} 16M"),
