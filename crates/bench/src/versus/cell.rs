@@ -28,6 +28,8 @@ pub struct Cell {
 pub struct Load {
     /// Which requests.
     pub pattern: Pattern,
+    /// Percent of reads in the mixed patterns.
+    pub reads: u8,
     /// Bytes of a request.
     pub block: u64,
     /// Requests in flight per queue.
@@ -55,6 +57,7 @@ pub const NONE: Load = Load {
 /// 4 KiB reads at random, 32 in flight.
 pub const RANDREAD: Load = Load {
     pattern: Pattern::RandRead,
+    reads: 70,
     block: 4 << 10,
     depth: 32,
     flushes: Flushes::Never,

@@ -77,7 +77,8 @@ impl Job<'_> {
             .args(["--name=versus", "--ioengine=io_uring", "--thread"])
             .args(["--allow_file_create=0", "--fallocate=none"])
             .args(["--randrepeat=0"])
-            .args(["--output-format=json", "--rwmixread=50"])
+            .arg("--output-format=json")
+            .arg(format!("--rwmixread={}", self.load.reads))
             .arg(format!(
                 "--filename={}",
                 self.file.to_string_lossy().replace(':', "\\:")

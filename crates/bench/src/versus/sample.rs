@@ -154,7 +154,7 @@ pub(super) fn specs(
     let (start, len) = side.image.range(images.sizes());
     let of_target = |(n, target): (u64, &load::Target)| Spec {
         pattern: load.pattern,
-        read_percent: 70,
+        read_percent: load.reads,
         block_bytes: load.block,
         depth: load.depth,
         queues: u32::from(side.queues),

@@ -73,8 +73,13 @@ const MIXED: Load = Load {
     depth: 8,
     ..RANDREAD
 };
+const MIXED_128: Load = Load {
+    depth: 128,
+    ..MIXED
+};
 const COPIES: Load = Load {
     pattern: Pattern::RandRw,
+    reads: 50,
     block: CLUSTER,
     ..RANDREAD
 };
@@ -446,13 +451,18 @@ pub const CELLS: &[Cell] = &[
     Cell {
         name: "disks-16",
         line: "16 disks, one process",
-        meaning: "16 raw disks of one process on one I/O thread, random 70 % reads 8 deep on each, beside 16 exports of one qemu-storage-daemon.",
+        meaning: "16 raw disks of one process on one I/O thread, random 70 % reads 8 deep on each, beside 16 exports of one qemu-storage-daemon. fio's requests of that kind on one file, 128 in flight, say what the device has to give.",
         load: MIXED,
         sides: &[
             side("diskplane", Diskplane, Image::Several(16)),
             side("qsd", Qsd, Image::Several(16)),
+            side("device", Fio, Image::Raw).load(MIXED_128),
         ],
-        bars: &[at_least(Iops, "qsd", 1.3), at_most(CpuUs, "qsd", 0.7)],
+        bars: &[
+            at_least(Iops, "qsd", 1.3),
+            at_most(CpuUs, "qsd", 0.7),
+            shown(Iops, "device"),
+        ],
         cores: 2,
     },
     Cell {
