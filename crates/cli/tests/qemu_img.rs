@@ -366,6 +366,8 @@ fn who_is_locked_out_hears_of_the_lock_that_qemu_names() {
         for line in [
             "qemu-img create -q -f qcow2 a.qcow2 1M",
             "qemu-img create -q -f qcow2 -b a.qcow2 -F qcow2 o.qcow2",
+            "qemu-img create -q -f raw a.raw 1M",
+            "qemu-img create -q -f qcow2 -b a.raw -F raw r.qcow2",
         ] {
             outcome(&["qemu-img"], dir.path(), line);
         }
@@ -373,7 +375,21 @@ fn who_is_locked_out_hears_of_the_lock_that_qemu_names() {
             lock: io::Lock::Write,
             ..io::OpenOptions::default()
         };
-        held.push(io::File::open(&dir.path().join("a.qcow2"), &options).unwrap());
+        for name in ["a.qcow2", "a.raw"] {
+            held.push(io::File::open(&dir.path().join(name), &options).unwrap());
+        }
+    }
+    // A raw image is read while others write it, but not copied.
+    for line in [
+        "qemu-img info -f raw a.raw",
+        "qemu-img map --output=json a.raw",
+        "qemu-img compare a.raw r.qcow2",
+        "qemu-img convert -O raw a.raw b.raw",
+        "qemu-img info --backing-chain r.qcow2",
+    ] {
+        let want = outcome(&["qemu-img"], theirs.path(), line);
+        let found = outcome(&program, ours.path(), line).replace("[DIR/", "[");
+        assert_eq!(found, want, "{line}");
     }
     for line in [
         "qemu-img info a.qcow2",
@@ -406,6 +422,12 @@ fn encrypted_targets_are_written_with_the_key_they_were_made_with() {
         &format!("qemu-img convert {secret} -O luks -o key-secret=s,iter-time=10 a.raw a.luks"),
         &format!("env qemu-img compare {secret} --image-opts {volume} {plain}"),
         // Without a key nothing is made, and an image that is there not opened.
+        "qemu-img map a.qcow2",
+        "qemu-img check a.qcow2",
+        "qemu-img measure -O raw a.qcow2",
+        "qemu-img map -f luks a.luks",
+        "qemu-img check -f luks a.luks",
+        "qemu-img measure -O raw -f luks a.luks",
         "qemu-img convert -O qcow2 -o encrypt.format=luks a.raw n",
         "qemu-img convert -O luks a.raw n",
         "qemu-img convert -O qcow2 -o encrypt.format=luks,encrypt.key-secret=t a.raw n",
@@ -640,4 +662,15 @@ fn sizes_of_vhd_images_and_extents_of_vmdk_images_are_told_as_by_qemu_img() {
         "qemu-img map DIR/f.vmdk",
         "qemu-img resize f.vmdk 2M",
     ]);
+}
+
+#[test]
+fn what_qemu_img_does_not_do_is_not_done_in_its_place() {
+    let mut lines = Vec::new();
+    for (format, name) in [("vpc", "a.vhd"), ("vdi", "a.vdi"), ("vhdx", "a.vhdx")] {
+        lines.push(format!("qemu-img create -q -f {format} {name} 8M"));
+        lines.push(format!("qemu-img resize -f {format} {name} 16M"));
+    }
+    lines.push("qemu-img check a.vhd".to_owned());
+    same(&lines.iter().map(String::as_str).collect::<Vec<_>>());
 }

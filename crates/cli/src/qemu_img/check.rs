@@ -1,7 +1,7 @@
 //! `qemu-img check`.
 
 use super::line::usage;
-use super::open::{self};
+use super::open::{self, How};
 use super::spec::{Image, Output};
 use super::value;
 use crate::check::NO_CHECKS;
@@ -72,7 +72,18 @@ pub fn run(args: &Check) -> Result<u8> {
              replayed\nTo replay the log, run:\nqemu-img check -r all '{file}'"
         ));
     }
+    if is_encrypted(&*storage, format) {
+        // As QEMU, which opens it with its key or not at all. It is open already, and locked.
+        let how = How {
+            force_share: true,
+            without_backing: true,
+            ..How::default()
+        };
+        open::chain(&name, &how, &args.image.spec.objects)?;
+    }
     let report = match format {
+        // Ours does: diskplane check.
+        Format::Vhd => None,
         Format::Vmdk => {
             // With the lock that all of its files get.
             let path = storage.path().to_owned();
@@ -252,6 +263,16 @@ fn human(report: &Report) -> String {
         text.push_str(&format!("Image end offset: {}\n", report.image_end_offset));
     }
     text
+}
+
+/// Whether an image's data are encrypted.
+fn is_encrypted(file: &dyn block::Storage, format: Format) -> bool {
+    match format {
+        Format::Luks => true,
+        // What is wrong with a header is said by the check.
+        Format::Qcow2 => image::qcow2::Header::read(file).is_ok_and(|h| h.crypt_method != 0),
+        _ => false,
+    }
 }
 
 #[cfg(test)]

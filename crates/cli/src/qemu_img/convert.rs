@@ -312,6 +312,7 @@ fn open_source(args: &Convert, file: &str, cache: Cache) -> Result<Chain> {
     };
     let how = How {
         force_share: args.force_share,
+        alone: true,
         cache,
         ..How::default()
     };

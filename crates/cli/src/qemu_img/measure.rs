@@ -66,8 +66,6 @@ pub fn run(args: &Measure) -> Result<u8> {
     }
     let how = How {
         force_share: args.force_share,
-        // Nothing of its data is read.
-        allow_locked: true,
         snapshot: args.snapshot.clone(),
         ..How::default()
     };

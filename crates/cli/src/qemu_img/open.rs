@@ -36,6 +36,8 @@ pub struct How {
     pub write: bool,
     /// `-U`.
     pub force_share: bool,
+    /// Nobody may write it meanwhile, even where it is raw.
+    pub alone: bool,
     /// How the host caches it.
     pub cache: Cache,
     /// Leave what it lies on closed.
@@ -131,6 +133,7 @@ pub fn chain_and_options(
         read_only: !how.write,
         cache,
         force_share: named.force_share,
+        shares_raw: !how.alone,
         snapshot: how.snapshot.clone(),
         without_backing: how.without_backing,
         allow_locked: how.allow_locked,

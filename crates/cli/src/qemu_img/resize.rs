@@ -141,7 +141,9 @@ pub fn run(args: &Resize) -> Result<u8> {
         }
     }
     match format {
-        Format::Vmdk => bail!("Image format driver does not support resize"),
+        Format::Vmdk | Format::Vhd | Format::Vhdx | Format::Vdi => {
+            bail!("Image format driver does not support resize")
+        }
         Format::Qed if new < old => bail!("Shrinking images is currently not supported"),
         _ => {}
     }

@@ -97,6 +97,8 @@ pub struct ChainOptions {
     pub direct_fallback: bool,
     /// Read although another process may be writing (no locks). Needs `read_only`.
     pub force_share: bool,
+    /// Raw images are read while others write them, as QEMU's tools do: they have no metadata that could be read half done.
+    pub shares_raw: bool,
     /// Directories, besides each image's own, below which backing and data files may lie; and names of NBD exports that
     /// images may lie on.
     pub allow_backing: Vec<PathBuf>,
@@ -365,11 +367,19 @@ fn open_data_file(
     Ok(())
 }
 
+/// The lock of who reads an image, whose format may be known.
+fn lock_of_reader(options: &ChainOptions, format: Option<Format>) -> Lock {
+    match format {
+        Some(Format::Raw) if options.shares_raw => Lock::Read { share_write: true },
+        _ => SHARED,
+    }
+}
+
 fn open_active(path: &Path, keys: &mut Keys<'_>, seen: &mut Seen) -> Result<Layer> {
     let options = keys.options;
     let lock = match (options.force_share, options.read_only) {
         (true, _) => Lock::None,
-        (false, true) => SHARED,
+        (false, true) => lock_of_reader(options, options.format),
         (false, false) => Lock::Write,
     };
     let file = match server::name(path) {
@@ -505,7 +515,7 @@ fn open_backing(
     let options = keys.options;
     let lock = match options.force_share {
         true => Lock::None,
-        false => SHARED,
+        false => lock_of_reader(options, format),
     };
     let file = open_named(&path, options, true, lock)?;
     let format = match format {

@@ -65,16 +65,7 @@ impl Qcow2 {
         if let Some(key) = st.tickets.busy_within(start, start + count) {
             return Err(Halt::Wait(key));
         }
-        st.admit()?;
-        if st.tickets.is_full() {
-            return Err(Halt::Busy);
-        }
-        let place = self.place(cluster);
-        self.writable_table(st, &place)?;
-        let place = self.place(cluster);
-        let l2_frame = self.l2_frame(st, &place)?;
-        // It must not leave before the commit.
-        st.cache.pin(l2_frame);
+        let (place, l2_frame) = self.pinned_slice(st, cluster)?;
         let old = self.held_by(l2_frame, place.index, cluster);
         let given = old.and_then(|old| self.give_bytes(st, old, len).map(|given| (old, given)));
         let (old, (offset, new)) = match given {

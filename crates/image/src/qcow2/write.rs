@@ -80,12 +80,9 @@ impl Qcow2 {
         }
     }
 
-    pub(super) fn plan_allocating(&self, st: &mut State, at: GuestOffset, len: u64) -> Ask<Plan> {
-        let g = &self.geometry;
-        let cluster = at.0 >> g.cluster_bits;
-        if let Some(key) = st.tickets.busy(at.0 >> g.unit_bits) {
-            return Err(Halt::Wait(key));
-        }
+    /// Where the entry of `cluster` is, in a table that may be changed, where there is room for an allocation. Its
+    /// frame is pinned: it must not leave while the rest is looked for, nor before the commit.
+    pub(super) fn pinned_slice(&self, st: &mut State, cluster: u64) -> Ask<(Place, u32)> {
         st.admit()?;
         if st.tickets.is_full() {
             return Err(Halt::Busy);
@@ -94,8 +91,17 @@ impl Qcow2 {
         self.writable_table(st, &place)?;
         let place = self.place(cluster);
         let frame = self.l2_frame(st, &place)?;
-        // It must not leave while the rest is looked for, nor before the commit.
         st.cache.pin(frame);
+        Ok((place, frame))
+    }
+
+    pub(super) fn plan_allocating(&self, st: &mut State, at: GuestOffset, len: u64) -> Ask<Plan> {
+        let g = &self.geometry;
+        let cluster = at.0 >> g.cluster_bits;
+        if let Some(key) = st.tickets.busy(at.0 >> g.unit_bits) {
+            return Err(Halt::Wait(key));
+        }
+        let (place, frame) = self.pinned_slice(st, cluster)?;
         let plan = match g.extended() {
             true => self.plan_at_extended(st, at, len, frame, &place),
             false => self.plan_at(st, at, len, frame, &place),
