@@ -5,6 +5,8 @@
 //!   driver (vhost-user-blk), an NBD client or a plain program would see it.
 //! - [`breakdown`]: where the time of single requests goes, by the client's clock and the server's.
 //! - [`image`]: requests to an image in this process, without a server.
+//! - [`experiment`]: the background's studies, with what they found beside what is found here.
+//! - [`record`]: what every measurement leaves; [`compare`]: two runs of them; [`report`]: pages and charts.
 //! - [`versus`]: compares servers under such loads, in turn, and holds the ratios against bars.
 //!
 //! A figure is worth what its surroundings are: reports carry everything that was asked for, and comparisons
@@ -13,7 +15,16 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod breakdown;
+pub mod compare;
 pub mod driver;
+pub mod experiment;
 pub mod image;
 pub mod load;
+pub mod machine;
+pub mod metric;
+pub mod peer;
+pub mod record;
+pub mod report;
+mod sampling;
+pub mod statistics;
 pub mod versus;

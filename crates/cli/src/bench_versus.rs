@@ -52,7 +52,7 @@ pub struct Versus {
     pub list: bool,
 }
 
-fn seconds(text: &str) -> Result<Duration> {
+pub(crate) fn seconds(text: &str) -> Result<Duration> {
     let seconds: f64 = text.parse()?;
     if !(0.01..=3600.0).contains(&seconds) {
         bail!("it must be 0.01 to 3600");
@@ -67,7 +67,10 @@ pub fn run(args: &Versus) -> Result<()> {
         return print(&report::list(&cells));
     }
     // Before anything starts a thread, so that all of them leave these signals to the one that waits for them.
-    stop_on_signals(Signals::block()?)?;
+    stop_on_signals(
+        Signals::block()?,
+        "samples that were taken are in the results",
+    )?;
     let options = options(args)?;
     if !args.json {
         print(&report::head())?;
@@ -116,13 +119,13 @@ pub fn run(args: &Versus) -> Result<()> {
 }
 
 /// Ends the process on SIGINT or SIGTERM, after everything that runs or lies around on its behalf.
-fn stop_on_signals(mut signals: Signals) -> Result<()> {
+pub(crate) fn stop_on_signals(mut signals: Signals, then: &'static str) -> Result<()> {
     thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
             while matches!(signals.wait(), Ok(Signal::Statistics)) {}
-            versus::abort();
-            eprintln!("\ndiskplane: stopped; servers and images of the run are gone");
+            bench::machine::process::abort();
+            eprintln!("\ndiskplane: stopped; servers and images of the run are gone; {then}");
             process::exit(INTERRUPTED);
         })
         .context("start a thread for signals")?;

@@ -7,8 +7,11 @@
 
 mod amend;
 mod args;
+mod bench_compare;
 mod bench_image;
 mod bench_load;
+mod bench_report;
+mod bench_run;
 mod bench_versus;
 mod bitmap;
 mod check;
@@ -96,6 +99,10 @@ fn main() -> ExitCode {
             BenchCommand::Image(args) => done(bench_image::run(args)),
             BenchCommand::Load(args) => done(bench_load::run(args)),
             BenchCommand::Versus(args) => done(bench_versus::run(args)),
+            BenchCommand::Run(args) => done(bench_run::run(args)),
+            BenchCommand::Report(args) => done(bench_report::run(args)),
+            BenchCommand::Compare(args) => done(bench_compare::run(args)),
+            BenchCommand::Csv(args) => done(bench_compare::table(args)),
         },
     };
     match outcome {

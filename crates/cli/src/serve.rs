@@ -221,6 +221,7 @@ fn chain_options(args: &args::Serve, spec: &DiskSpec) -> Result<ChainOptions> {
         format: spec.format,
         read_only: spec.read_only,
         cache: args.cache,
+        cache_bytes: args.metadata_cache,
         // Who asks for an engine by name wants what it was chosen for, or to be told.
         direct_fallback: args.aio == Aio::Auto,
         allow_backing: args.allow_backing.clone(),

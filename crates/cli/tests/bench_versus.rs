@@ -52,7 +52,7 @@ fn a_small_run_has_every_sample_and_a_verdict() {
     let output = versus(dir.root(), &args).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let run = records(&output, "run");
-    assert_eq!((run.len(), &run[0]["schema"]), (1, &Value::from(1)));
+    assert_eq!((run.len(), &run[0]["schema"]), (1, &Value::from(2)));
     assert!(run[0]["host"]["kernel"].is_string() && run[0]["samples"] == 1);
     let samples = records(&output, "sample");
     let sides: Vec<_> = samples
@@ -68,6 +68,14 @@ fn a_small_run_has_every_sample_and_a_verdict() {
             (&0.into(), &0.into())
         );
         assert!(sample["metrics"]["cpu-us"].as_f64() > Some(0.0), "{sample}");
+        // All requests are in the histogram, and in the heat map.
+        let latency = sample["latency"].as_array().unwrap();
+        let in_all: u64 = latency.iter().filter_map(|bucket| bucket[1].as_u64()).sum();
+        assert_eq!(Some(in_all), report["reads"].as_u64());
+        let rows = sample["timeline"]["rows"].as_array().unwrap();
+        let cells = rows.iter().flat_map(|row| row.as_array().unwrap());
+        let in_time: u64 = cells.filter_map(|cell| cell[1].as_u64()).sum();
+        assert_eq!(in_time, in_all);
     }
     let cells = records(&output, "cell");
     assert_eq!(cells.len(), 1);

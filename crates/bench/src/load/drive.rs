@@ -1,7 +1,7 @@
 //! One queue's loop: keep requests in flight, count what ends.
 
 use super::{
-    Latencies,
+    Latencies, Timeline,
     plan::{Kind, Plan, Request},
 };
 use block::{Error, ErrorKind, Result};
@@ -56,6 +56,8 @@ pub(crate) struct Outcome {
     pub read_latency: Latencies,
     pub write_latency: Latencies,
     pub flush_latency: Latencies,
+    /// Of reads and writes.
+    pub timeline: Timeline,
     pub kicks: u64,
     pub calls: u64,
     /// When the last request ended.
@@ -92,6 +94,7 @@ impl Outcome {
         self.read_latency.merge(&other.read_latency);
         self.write_latency.merge(&other.write_latency);
         self.flush_latency.merge(&other.flush_latency);
+        self.timeline.merge(&other.timeline);
         self.kicks += other.kicks;
         self.calls += other.calls;
         self.last = self.last.max(other.last);
@@ -111,6 +114,9 @@ pub(crate) fn drive(
 ) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     let mut began = Instant::now();
+    let mut origin = began;
+    // What was measured in turns before this one.
+    let mut earlier = Duration::ZERO;
     let mut slots = vec![(Kind::Read, began); depth];
     let mut ended = Vec::with_capacity(depth);
     let mut in_flight = 0;
@@ -123,9 +129,11 @@ pub(crate) fn drive(
         let state = phase.load(Ordering::Relaxed);
         if measuring && matches!(state, RAMP | REST) {
             measuring = false;
+            earlier += origin.elapsed();
             outcome.notified(before, client.notifications());
         } else if !measuring && matches!(state, MEASURE | STOP) {
             measuring = true;
+            origin = Instant::now();
             before = client.notifications();
             let flying = |kind: &Kind| u64::from(*kind != Kind::Flush);
             let busy = slots.iter().enumerate().filter(|(i, _)| !ready.contains(i));
@@ -176,6 +184,10 @@ pub(crate) fn drive(
             let (kind, since) = slots[slot];
             if measuring {
                 outcome.count(kind, now - since, ok);
+                if kind != Kind::Flush {
+                    let at = earlier + now.saturating_duration_since(origin);
+                    outcome.timeline.add(at, now - since);
+                }
             }
             ready.push(slot);
         }

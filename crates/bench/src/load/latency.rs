@@ -1,19 +1,19 @@
 //! Latencies of many requests.
 
-use hdrhistogram::Histogram;
+use super::Histogram;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// A histogram of latencies from 1 ns to one hour, three significant digits.
 #[derive(Clone, Debug)]
-pub struct Latencies(Histogram<u64>);
+pub struct Latencies(hdrhistogram::Histogram<u64>);
 
 const LONGEST_NS: u64 = 3_600_000_000_000;
 
 impl Default for Latencies {
     fn default() -> Self {
         // The bounds are constants that the library accepts.
-        Self(Histogram::new_with_bounds(1, LONGEST_NS, 3).expect("valid bounds"))
+        Self(hdrhistogram::Histogram::new_with_bounds(1, LONGEST_NS, 3).expect("valid bounds"))
     }
 }
 
@@ -27,6 +27,12 @@ impl Latencies {
     /// Counts all of `other`'s requests too.
     pub fn merge(&mut self, other: &Self) {
         self.0.add(&other.0).expect("equal bounds");
+    }
+
+    /// In the form that is stored.
+    pub fn histogram(&self) -> Histogram {
+        let values = self.0.iter_recorded();
+        Histogram::of(values.map(|v| (v.value_iterated_to(), v.count_at_value())))
     }
 
     /// The figures of a report.
@@ -83,6 +89,10 @@ mod tests {
         assert!((p.p50_us - 500.0).abs() < 1.0, "{p:?}");
         assert!((p.p99_us - 990.0).abs() < 2.0, "{p:?}");
         assert!((p.mean_us - 500.5).abs() < 1.0, "{p:?}");
+        let stored = one.histogram();
+        assert_eq!(stored.count(), 1000);
+        let median = stored.quantile_us(0.5).unwrap();
+        assert!((500.0..517.0).contains(&median), "{median}");
         assert_eq!(Latencies::default().percentiles(), Percentiles::default());
     }
 }

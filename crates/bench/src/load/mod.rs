@@ -2,15 +2,19 @@
 
 mod drive;
 mod file;
+mod histogram;
 mod latency;
 pub(crate) mod nbd;
 mod plan;
 mod run;
+pub mod timeline;
 pub(crate) mod turns;
 pub(crate) mod usage;
 mod vhost;
 
+pub use histogram::Histogram;
 pub use latency::{Latencies, Percentiles};
+pub use timeline::Timeline;
 
 use block::Result;
 use serde::{Deserialize, Serialize};
@@ -222,10 +226,20 @@ pub struct Report {
     /// CPU time of [`Spec::server_pids`], user and system, in microseconds per read or write (per flush if there are only
     /// those).
     pub server_cpu_us_per_io: Option<f64>,
+    /// Of that the part in user mode; the rest is the kernel's. From the kernel's ticks of 10 ms.
+    pub server_user_us_per_io: Option<f64>,
     /// CPU time of this process, the same way.
     pub client_cpu_us_per_io: f64,
+    /// Of that the part in user mode.
+    pub client_user_us_per_io: f64,
     /// Voluntary and involuntary context switches of the servers per request.
     pub server_switches_per_io: Option<f64>,
     /// Resident memory of the servers at the end, in bytes.
     pub server_rss_bytes: Option<u64>,
+    /// All latencies of reads and writes; in records beside the report, not in it.
+    #[serde(skip)]
+    pub histogram: Histogram,
+    /// When they were how long, likewise.
+    #[serde(skip)]
+    pub timeline: timeline::Stored,
 }

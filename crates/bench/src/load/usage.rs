@@ -78,10 +78,49 @@ fn rss_in(status: &str) -> Option<u64> {
         .checked_mul(1024)
 }
 
+/// CPU time in the kernel's ticks of 1/100 s: how it divides, not how much it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ticks {
+    pub user: u64,
+    pub system: u64,
+}
+
+impl Ticks {
+    /// Of a process, with threads that have ended.
+    fn of(pid: u32) -> Self {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        Self::parse(&stat).unwrap_or_default()
+    }
+
+    fn since(self, before: Self) -> Self {
+        Self {
+            user: self.user.saturating_sub(before.user),
+            system: self.system.saturating_sub(before.system),
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.user += other.user;
+        self.system += other.system;
+    }
+
+    /// PID (NAME) STATE …; the name may hold anything, user and system time are fields 14 and 15.
+    fn parse(stat: &str) -> Option<Self> {
+        let mut fields = stat.rsplit_once(") ")?.1.split(' ').skip(11);
+        let mut next = || fields.next()?.parse().ok();
+        Some(Self {
+            user: next()?,
+            system: next()?,
+        })
+    }
+}
+
 /// What the servers have used so far.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Usage {
     pub server_cpu: Duration,
+    pub server_ticks: Ticks,
+    pub client_ticks: Ticks,
     pub server_switches: u64,
     pub client_cpu: Duration,
 }
@@ -93,11 +132,13 @@ impl Usage {
     pub(crate) fn now(pids: &[u32]) -> Result<Self> {
         let mut usage = Self {
             client_cpu: own_cpu(),
+            client_ticks: Ticks::of(std::process::id()),
             ..Self::default()
         };
         for pid in pids {
             usage.server_cpu += cpu(*pid)?;
             usage.server_switches += switches(*pid)?;
+            usage.server_ticks.add(Ticks::of(*pid));
         }
         Ok(usage)
     }
@@ -108,6 +149,8 @@ impl Usage {
             server_cpu: self.server_cpu.saturating_sub(before.server_cpu),
             server_switches: self.server_switches.saturating_sub(before.server_switches),
             client_cpu: self.client_cpu.saturating_sub(before.client_cpu),
+            server_ticks: self.server_ticks.since(before.server_ticks),
+            client_ticks: self.client_ticks.since(before.client_ticks),
         }
     }
 
@@ -115,6 +158,8 @@ impl Usage {
         self.server_cpu += other.server_cpu;
         self.server_switches += other.server_switches;
         self.client_cpu += other.client_cpu;
+        self.server_ticks.add(other.server_ticks);
+        self.client_ticks.add(other.client_ticks);
     }
 }
 
@@ -147,5 +192,12 @@ mod tests {
         let status = "Name:\tx\nVmRSS:\t    1234 kB\nvoluntary_ctxt_switches:\t150\nnonvoluntary_ctxt_switches:\t12\n";
         assert_eq!(switches_in(status), 162);
         assert_eq!(rss_in(status), Some(1234 << 10));
+        let stat = "7 (a) b) S 1 7 7 0 -1 4194304 100 0 0 0 250 31 0 0 20 0 1 0";
+        let ticks = Ticks {
+            user: 250,
+            system: 31,
+        };
+        assert_eq!(Ticks::parse(stat), Some(ticks));
+        assert_eq!(Ticks::parse("7 (x) S 1"), None);
     }
 }

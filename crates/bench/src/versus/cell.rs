@@ -3,6 +3,8 @@
 use crate::load::{Flushes, Pattern};
 use serde::{Deserialize, Serialize};
 
+pub use crate::metric::Metric;
+
 /// One comparison: a load on several sides in turn, and what the first side must reach.
 #[derive(Clone, Debug)]
 pub struct Cell {
@@ -96,6 +98,16 @@ pub enum Server {
     Tool,
     /// The same by `qemu-img`, with each set of options that a knowing user may give it.
     QemuImg,
+}
+
+impl Server {
+    /// Whether it is `diskplane serve`.
+    pub fn is_ours(self) -> bool {
+        matches!(
+            self,
+            Self::Diskplane | Self::DiskplaneUntraced | Self::DiskplaneNbd
+        )
+    }
 }
 
 /// What a command does with closed images.
@@ -236,68 +248,6 @@ impl Side {
     pub const fn job(mut self, job: Job) -> Self {
         self.job = Some(job);
         self
-    }
-}
-
-/// What a sample says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Metric {
-    /// Reads and writes per second.
-    Iops,
-    /// Pairs of a read and a write per second: half of [`Metric::Iops`].
-    Pairs,
-    /// Server CPU, microseconds per read or write.
-    CpuUs,
-    /// Median latency, microseconds.
-    P50Us,
-    /// 99th percentile of the latency, microseconds.
-    P99Us,
-    /// `fdatasync` calls per flush that was acknowledged (diskplane only).
-    BarriersPerFlush,
-    /// Anonymous memory of the server process, MiB: no guest memory, no program text.
-    MemoryMib,
-    /// Server CPU while clients rest, percent of a core.
-    IdlePercent,
-    /// Requests that the block device below had at a time, on average: [`Metric::Iops`] times the time that it took for
-    /// each (Little's law). Less than the load's depth by those that were on their way.
-    InDevice,
-    /// CPU that neither the server nor the load used, percent of a core: other processes, and the hypervisor's other guests.
-    OthersPercent,
-    /// How often a command could run in a second, one after the other: 1 / [`Metric::ElapsedS`].
-    Runs,
-    /// Seconds from a command's start to its end.
-    ElapsedS,
-    /// CPU that a command used, seconds of user and system time.
-    CpuS,
-    /// Most memory that a command had resident at a time (`VmHWM`), MiB.
-    PeakMib,
-}
-
-impl Metric {
-    /// For the head of a table.
-    pub fn title(self) -> &'static str {
-        match self {
-            Self::Iops => "IOPS",
-            Self::Pairs => "read+write pairs/s",
-            Self::CpuUs => "CPU µs/IO",
-            Self::P50Us => "p50 µs",
-            Self::P99Us => "p99 µs",
-            Self::BarriersPerFlush => "barriers/flush",
-            Self::MemoryMib => "memory MiB",
-            Self::IdlePercent => "idle CPU %",
-            Self::InDevice => "in device",
-            Self::OthersPercent => "others' CPU %",
-            Self::Runs => "runs/s",
-            Self::ElapsedS => "elapsed s",
-            Self::CpuS => "CPU s",
-            Self::PeakMib => "peak MiB",
-        }
-    }
-
-    /// Whether more is better.
-    pub fn more_is_better(self) -> bool {
-        matches!(self, Self::Iops | Self::Pairs | Self::InDevice | Self::Runs)
     }
 }
 

@@ -10,9 +10,11 @@ use super::{
     others::Watch,
     process::{Process, remove_file},
     sample::Sample,
-    server::{Programs, words},
 };
-use crate::load::usage;
+use crate::{
+    load::usage,
+    peer::{Programs, words},
+};
 use block::{Context, Error, ErrorKind, Result, size};
 use serde_json::json;
 use std::{
@@ -109,8 +111,8 @@ fn run(
             (Metric::PeakMib, peak),
             (Metric::OthersPercent, others.max(0.0)),
         ]),
-        seen: None,
         detail: json!({ "command": words(&command), "target-bytes": written }),
+        ..Sample::default()
     })
 }
 

@@ -5,9 +5,11 @@ use super::{
     judge::Metrics,
     process::Process,
     sample::Times,
-    server,
 };
-use crate::load::{Pattern, turns::Turn, usage};
+use crate::{
+    load::{Pattern, turns::Turn, usage},
+    peer,
+};
 use block::{Context, Error, ErrorKind, Result};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -119,7 +121,7 @@ impl InTurns {
         process.wait_ready(|process| transferred(process.pid()).is_ok_and(|bytes| bytes > 0))?;
         let fio = Self {
             process,
-            words: server::words(&command),
+            words: peer::words(&command),
             block: job.load.block,
             bytes: 0,
             measured: Duration::ZERO,

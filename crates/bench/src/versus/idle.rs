@@ -1,19 +1,21 @@
 //! Clients that are connected and rest.
 
-use super::{cell::Metric, judge::Metrics, sample::anonymous_mib, server::Running};
 use crate::{
     driver::{BUFFERS, Machine, RAM, Setup},
     load::{Target, usage},
+    metric::{Metric, Metrics},
+    peer::Running,
+    sampling::{Measured, anonymous_mib},
 };
 use block::{Context, Error, Result};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::{thread, time::Duration, time::Instant};
 
 /// How long a connection is left alone before it counts as resting.
 const SETTLE: Duration = Duration::from_millis(300);
 
 /// Connects a driver to each disk, has it started, and measures what the server costs while all of them rest.
-pub(super) fn rest(running: &Running, duration: Duration) -> Result<(Metrics, Value)> {
+pub(super) fn rest(running: &Running, duration: Duration) -> Result<Measured> {
     let setup = Setup {
         ram_bytes: (BUFFERS - RAM).next_multiple_of(2 << 20),
         ..Setup::default()
@@ -39,5 +41,9 @@ pub(super) fn rest(running: &Running, duration: Duration) -> Result<(Metrics, Va
         (Metric::MemoryMib, anonymous_mib(running.pid())?),
     ]);
     let detail = json!([{ "connected": machines.len(), "cpu_us": used.as_micros() as u64 }]);
-    Ok((metrics, detail))
+    Ok(Measured {
+        metrics,
+        reports: detail,
+        ..Measured::default()
+    })
 }

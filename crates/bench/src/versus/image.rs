@@ -1,31 +1,24 @@
 //! The images of a run: made when first needed, new ones for each sample where writes make them grow.
 
 use super::{
-    cell::{Image, Load, RANDWRITE},
+    cell::Image,
     half,
     process::{Folder, Process, remove_file},
     scattered::{self, Scattered},
     table::{SCATTER, SPARSE_SCATTER},
 };
-use crate::load::{self, Pattern, Spec, Target};
+use crate::{load::Target, machine::device::settle, sampling};
 use block::{Context, Error, ErrorKind, Result, size};
 use rustix::fs::{FallocateFlags, fallocate};
 use std::{
     fs::{self, File, OpenOptions},
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::Command,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// Bytes that must stay free on the host.
 pub(super) const SPARE: u64 = 2 << 30;
-/// How long filling a file may take before it is called stuck.
-const FILL_LIMIT: Duration = Duration::from_secs(600);
-/// How long the device is waited for before a sample.
-const SETTLE_LIMIT: Duration = Duration::from_secs(10);
-/// How fast a small write is stable on a device that has nothing else to do.
-const SETTLED: Duration = Duration::from_millis(25);
 const TOOL_LIMIT: Duration = Duration::from_secs(120);
 
 /// Sizes of the images.
@@ -49,9 +42,8 @@ pub struct Sizes {
 
 /// Virtual size of an image that grows.
 pub const GROWING: u64 = 64 << 30;
-/// Bytes of each of many small disks, and of the null disk.
+/// Bytes of each of many small disks.
 const SMALL: u64 = 1 << 20;
-pub const NULL: u64 = 64 << 30;
 
 const SCATTERED: Scattered = Scattered {
     virtual_bytes: 1 << 40,
@@ -271,28 +263,9 @@ impl Images {
         Ok(stat.f_bavail * stat.f_frsize)
     }
 
-    /// Waits until the device has digested what came before, so that no sample pays for the one before it: until
-    /// writing a little and making it stable is fast twice in a row, or for [`SETTLE_LIMIT`].
+    /// Waits until the device has digested what came before, so that no sample pays for the one before it.
     pub(super) fn settle(&self) -> Result<()> {
-        let path = self.work.path().join("settle");
-        let named = || path.display().to_string();
-        let file = File::create(&path).context(named)?;
-        let began = Instant::now();
-        let mut fast = 0;
-        while fast < 2 && began.elapsed() < SETTLE_LIMIT {
-            let since = Instant::now();
-            file.write_all_at(&[1; 4096], 0).context(named)?;
-            file.sync_all().context(named)?;
-            rustix::fs::syncfs(&file)
-                .map_err(std::io::Error::from)
-                .context(named)?;
-            fast = if since.elapsed() < SETTLED {
-                fast + 1
-            } else {
-                0
-            };
-        }
-        Ok(())
+        settle(self.work.path())
     }
 
     /// Removes an image's files, unless they are to be kept.
@@ -420,14 +393,14 @@ impl Images {
             engine: "io_uring".into(),
             direct: true,
         };
-        fill(target, bytes).or_else(|_| {
+        sampling::fill(&target, bytes).or_else(|_| {
             // Where the file system has no O_DIRECT, or the kernel no io_uring.
             let target = Target::File {
                 path: part.clone(),
                 engine: "threads".into(),
                 direct: false,
             };
-            fill(target, bytes)
+            sampling::fill(&target, bytes)
         })?;
         fs::rename(&part, path).context(named)
     }
@@ -448,7 +421,7 @@ impl Images {
             .arg(&socket);
         let mut server = Process::start("fill", &mut command, self.work.path())?;
         server.wait_ready(|server| server.stdout().ends_with('\n'))?;
-        fill(Target::VhostUser(socket), self.sizes.full)?;
+        sampling::fill(&Target::VhostUser(socket), self.sizes.full)?;
         server.stop()?;
         fs::rename(&part, path).context(|| part.display().to_string())
     }
@@ -474,29 +447,4 @@ fn preallocated(path: &Path, bytes: u64) -> Result<File> {
         .map_err(std::io::Error::from)
         .context(named)?;
     Ok(file)
-}
-
-/// Writes the whole of a target once, in order.
-fn fill(target: Target, bytes: u64) -> Result<()> {
-    const BLOCK: u64 = 256 << 10;
-    let Load { depth, .. } = RANDWRITE;
-    let spec = Spec {
-        pattern: Pattern::Write,
-        block_bytes: BLOCK,
-        depth: depth / 4,
-        ios_max: Some(bytes / BLOCK),
-        duration: FILL_LIMIT,
-        ..Spec::new(target)
-    };
-    let report = load::run(&spec)?;
-    if report.errors > 0 || report.bytes < bytes {
-        return Err(Error::new(
-            ErrorKind::Io,
-            format!(
-                "filling wrote {} of {bytes} bytes, {} requests failed",
-                report.bytes, report.errors
-            ),
-        ));
-    }
-    Ok(())
 }

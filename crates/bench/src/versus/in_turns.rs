@@ -11,11 +11,16 @@ use super::{
     image::Images,
     others::Watch,
     sample::{self, Sample, Times},
-    server::{self, Programs, Running, Seen},
+    sides,
 };
-use crate::load::{
-    self, Report,
-    turns::{Caller, Turn, turns},
+use crate::{
+    load::{
+        self, Report,
+        turns::{Caller, Turn, turns},
+    },
+    metric::{Metric, Metrics},
+    peer::{self, Programs, Running, Seen},
+    sampling,
 };
 use block::{Context, Error, ErrorKind, Result};
 use std::{
@@ -23,7 +28,7 @@ use std::{
     fs,
     path::PathBuf,
     thread::{self, Scope, ScopedJoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// How long a turn is counted, and how long it runs before.
@@ -143,21 +148,14 @@ impl Place<'_> {
     ) -> Result<One<'scope>> {
         let (programs, images, side) = (self.programs, self.images, self.side);
         let files = images.files(side.image)?;
-        let work = Work::default();
+        let work = (Work::default(), Duration::ZERO);
         if side.server == Server::Fio {
             let job = sample::fio_job(programs, images, side, load, &files)?;
             let fio = fio::InTurns::start(&job, &self.folder)?;
-            return Ok(One::Fio(fio, work));
+            return Ok(One::Fio(Box::new(fio), work));
         }
-        let running = server::start(
-            programs,
-            images,
-            side,
-            self.engine,
-            &files,
-            &self.folder,
-            true,
-        )?;
+        let setup = sides::setup(programs, images, side, self.engine, &files, true);
+        let running = peer::start(programs, &self.folder, &setup)?;
         let seen = running.seen(&files, side.queues)?;
         let specs = sample::specs(load, side, images, &running, times, seed);
         let (callers, loads) = specs
@@ -179,9 +177,18 @@ impl Place<'_> {
     }
 }
 
+/// What the device did in turns that were measured, and how long these were.
+type Done = (Work, Duration);
+
+/// Adds what the device did to the figures of a load.
+fn add_work(metrics: &mut Metrics, (work, time): Done) {
+    let iops = metrics.get(&Metric::Iops).copied();
+    metrics.extend(work.figures(time, iops));
+}
+
 /// One who takes part, at work.
 enum One<'scope> {
-    Fio(fio::InTurns, Work),
+    Fio(Box<fio::InTurns>, Done),
     Server(Box<Served<'scope>>),
 }
 
@@ -192,13 +199,13 @@ struct Served<'scope> {
     loads: Vec<ScopedJoinHandle<'scope, Result<Report>>>,
     /// Percent of a core that others used, summed over this many turns.
     others: (f64, u32),
-    work: Work,
+    work: Done,
 }
 
 impl One<'_> {
     fn turn(&mut self, turn: Turn, device: &Device) -> Result<()> {
-        let before = device.work();
-        let work = match self {
+        let (began, before) = (Instant::now(), device.work());
+        let (work, time) = match self {
             Self::Fio(fio, work) => {
                 fio.turn(turn)?;
                 work
@@ -210,6 +217,7 @@ impl One<'_> {
         };
         if !turn.measure.is_zero() {
             work.add(device.work().since(before));
+            *time += began.elapsed();
         }
         Ok(())
     }
@@ -218,11 +226,11 @@ impl One<'_> {
         match self {
             Self::Fio(fio, work) => {
                 let (mut metrics, detail) = fio.end()?;
-                sample::in_device(&mut metrics, work);
+                add_work(&mut metrics, work);
                 Ok(Sample {
                     metrics,
-                    seen: None,
                     detail,
+                    ..Sample::default()
                 })
             }
             Self::Server(served) => served.end(),
@@ -255,9 +263,14 @@ impl Served<'_> {
         };
         let reports: Vec<Result<Report>> = self.loads.into_iter().map(join).collect();
         let reports: Result<Vec<Report>> = reports.into_iter().collect();
-        let measured = reports.and_then(|reports| sample::figures(&reports, self.running.pid()));
-        let others = self.others.0 / f64::from(self.others.1.max(1));
-        sample::finish(self.running, self.seen, measured, others, self.work)
+        let mut measured =
+            reports.and_then(|reports| sampling::figures(&reports, Some(self.running.pid())));
+        if let Ok(measured) = &mut measured {
+            let others = self.others.0 / f64::from(self.others.1.max(1));
+            measured.metrics.insert(Metric::OthersPercent, others);
+            add_work(&mut measured.metrics, self.work);
+        }
+        sample::finish(self.running, self.seen, measured)
     }
 }
 

@@ -4,17 +4,10 @@ use super::{
     cell::{Against, Bar, Cell, Limit, Metric, Server},
     statistics::{Figure, Summary, median, ratios},
 };
+use crate::record;
 use serde::Serialize;
-use std::collections::BTreeMap;
 
-/// Samples that lie this far apart, in parts of their median, call the machine noisy.
-const NOISY: f64 = 0.4;
-
-/// Percent of a core that others may use before the reader is told: the kernel's own threads take some.
-const OTHERS: f64 = 40.0;
-
-/// What one sample said.
-pub type Metrics = BTreeMap<Metric, f64>;
+pub use crate::metric::Metrics;
 
 /// The samples of one side with one engine, a place per round.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -168,26 +161,13 @@ pub fn judge(cell: &Cell, series: &[Series], cores: usize) -> Outcome {
             outcome.notes.push(format!("{name}: {why}"));
         }
         let metric = primary(cell, one.side);
-        if let Some(summary) = Summary::of(&one.values(metric))
-            && !one.set_aside
-            && summary.count > 1
-            && summary.spread() > NOISY
-        {
-            outcome.notes.push(format!(
-                "noisy: the {} of {name} lie {:.0} % apart",
-                metric.title(),
-                summary.spread() * 100.0
-            ));
+        if !one.set_aside {
+            let noise = record::noise(&name, metric, &one.values(metric));
+            outcome.notes.extend(noise);
         }
     }
-    let others = series.iter().flat_map(|s| s.values(Metric::OthersPercent));
-    let others: Vec<f64> = others.filter(|percent| *percent > OTHERS).collect();
-    if let Some(most) = others.iter().copied().reduce(f64::max) {
-        outcome.notes.push(format!(
-            "the machine was not idle: others used up to {most:.0} % of a core during {} samples",
-            others.len()
-        ));
-    }
+    let samples = series.iter().flat_map(|s| s.rounds.iter().flatten());
+    outcome.notes.extend(record::restless(samples));
     outcome
 }
 

@@ -13,55 +13,45 @@
 //!
 //! # Results
 //!
-//! `DIR/versus-SECONDS.jsonl` holds one JSON object per line, told apart by `record`:
-//!
-//! - `run`: `schema` (1), `seconds` since 1970, `command`, `host` ([`Host`]), `samples`, `ramp_s` and `duration_s` of
-//!   a sample, `sizes` of the images in bytes;
-//! - `sample`: `cell`, `side`, `engine`, `round`, `metrics` (by name: `iops`, `cpu-us` …, see [`Metric`]), `seen` (the
-//!   server's files, their sizes, whether all are open with `O_DIRECT`, its queues) and `detail`: the server's
-//!   command line and the whole [`crate::load::Report`] of each disk with its load, or what fio said;
-//! - `cell`: the [`Outcome`] with every figure, interval and verdict.
+//! `DIR/versus-SECONDS.jsonl` holds the [records](crate::record) of the run; its `cell` lines are [`Outcome`]s with every
+//! figure, interval and verdict.
 
 pub mod cell;
 mod command;
 mod commands;
-mod device;
 mod fio;
 mod half;
-mod host;
 mod idle;
 mod image;
 mod in_turns;
 mod judge;
-mod others;
-mod pre_exec;
-mod process;
 pub mod report;
 mod sample;
 pub mod scattered;
-mod server;
-pub mod statistics;
+mod sides;
 pub mod table;
 
 pub use cell::{Cell, Metric};
-pub use host::Host;
 pub use image::Sizes;
 pub use judge::{Judgement, Outcome, Series, Verdict};
-pub use process::abort;
 
+use crate::{
+    machine::{Host, device, others, process},
+    peer::{self, Programs},
+    record::{self, Record},
+    statistics,
+};
 use block::{Context, Error, ErrorKind, Result};
 use cell::{Image, Server};
 use image::Images;
-use rustix::fs::{FlockOperation, flock};
 use sample::Times;
-use serde_json::{Value, json};
-use server::Programs;
+use serde_json::Value;
 use std::{
     collections::BTreeSet,
     fs::{self, File},
     io::Write,
-    path::{Path, PathBuf},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    path::PathBuf,
+    time::Duration,
 };
 use table::all;
 
@@ -144,17 +134,15 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Event<'_>)) -> Result<Run> {
     let dir = &options.dir;
     fs::create_dir_all(dir).context(|| dir.display().to_string())?;
     let dir = &fs::canonicalize(dir).context(|| dir.display().to_string())?;
-    let _lock = lock(dir)?;
+    let _lock = process::lock(dir)?;
     let images = Images::new(&options.diskplane, dir, options.keep, options.sizes)?;
     let programs = Programs {
         diskplane: options.diskplane.clone(),
-        direct: has_o_direct(images.work()),
+        direct: process::has_o_direct(images.work()),
         spdk: find("spdk_tgt"),
     };
     let host = Host::look(dir);
-    let seconds = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs());
+    let seconds = record::now();
     let results = dir.join(format!("versus-{seconds}.jsonl"));
     let mut file = File::create(&results).context(|| results.display().to_string())?;
     let mut bench = Bench {
@@ -162,24 +150,31 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Event<'_>)) -> Result<Run> {
         programs,
         images,
         cores: host.cores,
-        record: &mut |value, watch| {
+        record: &mut |record, watch| {
+            let value = serde_json::to_value(record).unwrap_or_default();
             watch(Event::Record(&value));
             writeln!(file, "{value}").context(|| results.display().to_string())
         },
         watch,
     };
-    let head = json!({
-        "record": "run", "schema": 1, "seconds": seconds, "command": options.command, "host": host,
-        "samples": options.samples, "ramp_s": options.ramp.as_secs_f64(),
-        "duration_s": options.duration.as_secs_f64(), "sizes": options.sizes,
-    });
+    let head = Record::Run(Box::new(record::Run {
+        schema: record::SCHEMA,
+        experiment: "versus".to_owned(),
+        seconds,
+        command: options.command.clone(),
+        host: host.clone(),
+        samples: options.samples,
+        ramp_s: options.ramp.as_secs_f64(),
+        duration_s: options.duration.as_secs_f64(),
+        quick: false,
+        sizes: serde_json::to_value(options.sizes).unwrap_or_default(),
+    }));
     (bench.record)(head, bench.watch)?;
     let mut outcomes = Vec::with_capacity(cells.len());
     for (n, cell) in cells.iter().enumerate() {
         let outcome = bench.cell(cell)?;
-        let mut value = serde_json::to_value(&outcome).unwrap_or_default();
-        value["record"] = "cell".into();
-        (bench.record)(value, bench.watch)?;
+        let value = serde_json::to_value(&outcome).unwrap_or_default();
+        (bench.record)(Record::Cell(value), bench.watch)?;
         (bench.watch)(Event::Cell(cell, &outcome));
         outcomes.push(outcome);
         // Images that no later cell needs make room.
@@ -196,22 +191,6 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Event<'_>)) -> Result<Run> {
     })
 }
 
-/// One run in a folder at a time: they would remove each other's images.
-fn lock(dir: &Path) -> Result<File> {
-    let path = dir.join("lock");
-    let file = File::create(&path).context(|| path.display().to_string())?;
-    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-        Error::new(
-            ErrorKind::Locked,
-            format!(
-                "{}: another comparison runs there; give another --dir",
-                dir.display()
-            ),
-        )
-    })?;
-    Ok(file)
-}
-
 fn needs(cell: &Cell) -> BTreeSet<Image> {
     cell.sides
         .iter()
@@ -226,17 +205,7 @@ fn find(program: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// Whether files in `dir` can be opened with `O_DIRECT`.
-fn has_o_direct(dir: &Path) -> bool {
-    use rustix::fs::{Mode, OFlags, open};
-    let path = dir.join("direct");
-    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
-    let can = open(&path, flags, Mode::from_raw_mode(0o600)).is_ok();
-    let _ = fs::remove_file(path);
-    can
-}
-
-type Record<'a> = dyn FnMut(Value, &mut dyn FnMut(Event<'_>)) -> Result<()> + 'a;
+type Writer<'a> = dyn FnMut(Record, &mut dyn FnMut(Event<'_>)) -> Result<()> + 'a;
 
 struct Bench<'a> {
     options: &'a Options,
@@ -244,7 +213,7 @@ struct Bench<'a> {
     images: Images,
     cores: usize,
     /// Writes a line of the results file.
-    record: &'a mut Record<'a>,
+    record: &'a mut Writer<'a>,
     watch: &'a mut dyn FnMut(Event<'_>),
 }
 
@@ -262,13 +231,13 @@ impl Bench<'_> {
         }
         let mut series: Vec<Series> = Vec::new();
         for (side, of) in cell.sides.iter().enumerate() {
-            series.extend(server::variants(of).iter().map(|engine| Series {
+            series.extend(sides::variants(of).iter().map(|engine| Series {
                 side,
                 engine,
                 ..Series::default()
             }));
         }
-        let mut equal: Vec<Option<server::Seen>> = vec![None; cell.sides.len()];
+        let mut equal: Vec<Option<peer::Seen>> = vec![None; cell.sides.len()];
         let together = in_turns::possible(cell);
         for round in 0..self.options.samples {
             let times = Times {
@@ -311,14 +280,23 @@ impl Bench<'_> {
                 });
                 match sample {
                     Ok(sample) => {
-                        (self.record)(
-                            json!({
-                                "record": "sample", "cell": cell.name, "side": side.name, "engine": one.engine,
-                                "round": round, "in_turns": together, "metrics": sample.metrics, "seen": sample.seen,
-                                "detail": sample.detail,
-                            }),
-                            self.watch,
-                        )?;
+                        let record = Record::Sample(Box::new(record::Sample {
+                            cell: cell.name.to_owned(),
+                            side: side.name.to_owned(),
+                            engine: one.engine.to_owned(),
+                            round,
+                            seconds: record::now(),
+                            seed,
+                            in_turns: together,
+                            axes: Vec::new(),
+                            metrics: sample.metrics.clone(),
+                            seen: sample.seen.clone(),
+                            latency: sample.latency,
+                            timeline: sample.timeline,
+                            stages: sample.stages,
+                            detail: sample.detail,
+                        }));
+                        (self.record)(record, self.watch)?;
                         one.rounds.push(Some(sample.metrics));
                         equal[one.side] = equal[one.side].take().or(sample.seen);
                     }
@@ -383,7 +361,7 @@ fn set_aside(cell: &Cell, series: &mut [Series]) {
 }
 
 /// Says whether what ought to be equal is.
-fn compare(cell: &Cell, seen: &[Option<server::Seen>], outcome: &mut Outcome) {
+fn compare(cell: &Cell, seen: &[Option<peer::Seen>], outcome: &mut Outcome) {
     let (Some(ours), Some(first)) = (&seen[0], cell.sides.first()) else {
         return;
     };
@@ -482,7 +460,7 @@ mod tests {
     fn sides_that_differ_are_told() {
         let cell = all().find(|c| c.name == "raw-randread").unwrap();
         let seen = |direct, bytes| {
-            Some(server::Seen {
+            Some(peer::Seen {
                 files: vec!["full.raw".to_owned()],
                 bytes: vec![bytes],
                 direct,
@@ -501,14 +479,5 @@ mod tests {
             compare(cell, &[seen(true, 5), other, None], &mut outcome);
             assert_eq!(outcome.notes.len(), 1, "{outcome:?}");
         }
-    }
-
-    #[test]
-    fn two_runs_do_not_share_a_folder() {
-        let dir = tempfile::tempdir().unwrap();
-        let first = lock(dir.path()).unwrap();
-        assert_eq!(lock(dir.path()).unwrap_err().kind(), ErrorKind::Locked);
-        drop(first);
-        lock(dir.path()).unwrap();
     }
 }

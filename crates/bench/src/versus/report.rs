@@ -5,6 +5,7 @@ use super::{
     judge::{Judgement, Outcome, Verdict},
     statistics::{Figure, Summary},
 };
+use crate::metric::number;
 use std::fmt::Write;
 
 /// What stands in each column.
@@ -203,37 +204,11 @@ fn row(judgement: &Judgement) -> Row {
     }
 }
 
-/// A figure in three digits.
-pub fn number(metric: Metric, value: f64) -> String {
-    match metric {
-        Metric::Iops | Metric::Pairs if value >= 1e6 => format!("{:.2} M", value / 1e6),
-        Metric::Iops | Metric::Pairs if value >= 1e4 => format!("{:.1} k", value / 1e3),
-        Metric::Iops | Metric::Pairs => format!("{value:.0}"),
-        _ if value.abs() >= 100.0 => format!("{value:.0}"),
-        _ if value.abs() >= 10.0 => format!("{value:.1}"),
-        _ => format!("{value:.2}"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::versus::{judge::Series, judge::judge, table::CELLS};
     use std::collections::BTreeMap;
-
-    #[test]
-    fn figures_have_three_digits() {
-        for (metric, value, expected) in [
-            (Metric::Iops, 1_060_000.0, "1.06 M"),
-            (Metric::Iops, 55_140.0, "55.1 k"),
-            (Metric::Iops, 812.3, "812"),
-            (Metric::CpuUs, 5.125, "5.12"),
-            (Metric::P50Us, 88.42, "88.4"),
-            (Metric::P50Us, 512.7, "513"),
-        ] {
-            assert_eq!(number(metric, value), expected);
-        }
-    }
 
     #[test]
     fn a_result_is_one_line_per_bar() {

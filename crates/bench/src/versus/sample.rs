@@ -6,17 +6,22 @@
 use super::{
     cell::{Cell, Image, Load, Metric, Server, Side},
     command,
-    device::{Device, Work},
+    device::Device,
     fio,
     image::Images,
     judge::Metrics,
     others::Watch,
-    server::{self, Programs, Running, Seen},
+    sides,
 };
-use crate::load::{self, Report, Spec};
-use block::{Context, Error, ErrorKind, Result};
+use crate::{
+    load::{Histogram, Spec, Target, timeline},
+    peer::{self, Programs, Running, Seen},
+    record::Stages,
+    sampling::{self, Measured},
+};
+use block::{Error, Result};
 use serde_json::{Value, json};
-use std::{fs, path::PathBuf, thread, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 /// How long to run.
 #[derive(Clone, Copy, Debug)]
@@ -26,10 +31,14 @@ pub(super) struct Times {
 }
 
 /// What a sample brought.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Sample {
     pub metrics: Metrics,
     pub seen: Option<Seen>,
+    /// All latencies, where there was a load of ours.
+    pub latency: Histogram,
+    pub timeline: timeline::Stored,
+    pub stages: BTreeMap<String, Stages>,
     /// For the record: the command and everything that was reported.
     pub detail: Value,
 }
@@ -56,71 +65,70 @@ pub(super) fn take(
         ramp: times.ramp + Duration::from_secs_f64(load.warm),
         ..times
     };
-    let device = Device::below(images.work());
-    let before = device.work();
+    let device = Device::below(images.work()).watch();
     if side.server == Server::Fio {
         let job = fio_job(programs, images, side, &load, &files)?;
         let (mut metrics, detail) = fio::run(&job, times, images.work())?;
-        in_device(&mut metrics, device.work().since(before));
+        device.add_to(&mut metrics);
         if side.image.fresh() {
             images.remove(side.image);
         }
         return Ok(Sample {
             metrics,
-            seen: None,
             detail,
+            ..Sample::default()
         });
     }
-    let work = images.work();
-    let running = server::start(programs, images, side, engine, &files, work, false)?;
+    let setup = sides::setup(programs, images, side, engine, &files, false);
+    let running = peer::start(programs, images.work(), &setup)?;
     let seen = running.seen(&files, side.queues)?;
     let watch = Watch::begin(running.pid());
-    let measured = if load.idle {
+    let mut measured = if load.idle {
         super::idle::rest(&running, times.duration)
     } else {
         let specs = specs(&load, side, images, &running, times, seed);
-        run_all(&specs).and_then(|reports| figures(&reports, running.pid()))
+        sampling::run_all(&specs)
+            .and_then(|reports| sampling::figures(&reports, Some(running.pid())))
     };
-    let others = watch.others_percent();
-    let sample = finish(running, seen, measured, others, device.work().since(before));
+    if let Ok(measured) = &mut measured {
+        watch.add_to(&mut measured.metrics);
+        device.add_to(&mut measured.metrics);
+    }
+    let sample = finish(running, seen, measured);
     if side.image.fresh() {
         images.remove(side.image);
     }
     sample
 }
 
-/// Stops a server after its load, and takes the figures together. `others` is CPU, `work` the device's.
-pub(super) fn finish(
-    running: Running,
-    seen: Seen,
-    measured: Result<(Metrics, Value)>,
-    others: f64,
-    work: Work,
-) -> Result<Sample> {
-    let (mut metrics, reports) = match measured {
+/// Stops a server after its load, and takes the figures together.
+pub(super) fn finish(running: Running, seen: Seen, measured: Result<Measured>) -> Result<Sample> {
+    let Measured {
+        mut metrics,
+        latency,
+        timeline,
+        reports,
+    } = match measured {
         Ok(measured) => measured,
         Err(error) => return Err(running.failed(&error)),
     };
-    metrics.insert(Metric::OthersPercent, others);
-    in_device(&mut metrics, work);
     let detail = json!({ "command": running.command, "reports": reports });
     let has_statistics = running.has_statistics;
     let words = running.stop()?;
-    if has_statistics && let Some(ratio) = barriers_per_flush(&words) {
-        metrics.insert(Metric::BarriersPerFlush, ratio);
+    let mut stages = BTreeMap::new();
+    if has_statistics {
+        let ratio = sampling::barriers_per_flush(&words);
+        metrics.extend(ratio.map(|ratio| (Metric::BarriersPerFlush, ratio)));
+        stages = sampling::stages(&words);
     }
     Ok(Sample {
         metrics,
         seen: Some(seen),
+        latency,
+        timeline,
+        stages,
         detail,
     })
-}
-
-pub(super) fn in_device(metrics: &mut Metrics, work: Work) {
-    let iops = metrics.get(&Metric::Iops);
-    if let Some(requests) = iops.and_then(|iops| work.at_a_time(*iops)) {
-        metrics.insert(Metric::InDevice, requests);
-    }
 }
 
 /// What fio is to do as `side`.
@@ -152,7 +160,7 @@ pub(super) fn specs(
     seed: u64,
 ) -> Vec<Spec> {
     let (start, len) = side.image.range(images.sizes());
-    let of_target = |(n, target): (u64, &load::Target)| Spec {
+    let of_target = |(n, target): (u64, &Target)| Spec {
         pattern: load.pattern,
         read_percent: load.reads,
         block_bytes: load.block,
@@ -171,113 +179,4 @@ pub(super) fn specs(
         ..Spec::new(target.clone())
     };
     (0..).zip(&running.targets).map(of_target).collect()
-}
-
-/// Runs loads at the same time.
-fn run_all(specs: &[Spec]) -> Result<Vec<Report>> {
-    if let [spec] = specs {
-        return Ok(vec![load::run(spec)?]);
-    }
-    thread::scope(|scope| {
-        let threads: Vec<_> = specs
-            .iter()
-            .map(|spec| scope.spawn(|| load::run(spec)))
-            .collect();
-        let join = |thread: thread::ScopedJoinHandle<'_, Result<Report>>| {
-            let panicked = || Err(Error::new(ErrorKind::Io, "a load panicked"));
-            thread.join().unwrap_or_else(|_| panicked())
-        };
-        threads.into_iter().map(join).collect()
-    })
-}
-
-/// The figures of loads that ran at the same time against one server.
-pub(super) fn figures(reports: &[Report], pid: u32) -> Result<(Metrics, Value)> {
-    let errors: u64 = reports.iter().map(|r| r.errors).sum();
-    if errors > 0 {
-        return Err(Error::new(
-            ErrorKind::Io,
-            format!("{errors} requests failed"),
-        ));
-    }
-    let iops: f64 = reports.iter().map(|r| r.iops).sum();
-    if iops <= 0.0 {
-        return Err(Error::new(ErrorKind::Io, "no request ended"));
-    }
-    let mean = |of: fn(&Report) -> f64| reports.iter().map(of).sum::<f64>() / reports.len() as f64;
-    let mut metrics = Metrics::from([
-        (Metric::Iops, iops),
-        (Metric::P50Us, mean(|r| r.latency.p50_us)),
-        (Metric::P99Us, mean(|r| r.latency.p99_us)),
-        (Metric::MemoryMib, anonymous_mib(pid)?),
-    ]);
-    // Each report divides the same server's time by its own requests.
-    let rates: Vec<f64> = reports
-        .iter()
-        .filter_map(|r| Some(r.server_cpu_us_per_io? * r.iops))
-        .collect();
-    if !rates.is_empty() {
-        let us_per_second = rates.iter().sum::<f64>() / rates.len() as f64;
-        metrics.insert(Metric::CpuUs, us_per_second / iops);
-    }
-    let reports = serde_json::to_value(reports).unwrap_or_default();
-    Ok((metrics, reports))
-}
-
-/// Anonymous memory of a process: the guest's memory is shared and the program's text is a file's, so neither counts.
-pub(super) fn anonymous_mib(pid: u32) -> Result<f64> {
-    let path = PathBuf::from(format!("/proc/{pid}/status"));
-    let status = fs::read_to_string(&path).context(|| path.display().to_string())?;
-    let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
-    let kib = line.and_then(|l| l.split_whitespace().next()?.parse::<f64>().ok());
-    kib.map(|kib| kib / 1024.0)
-        .ok_or_else(|| Error::new(ErrorKind::Io, format!("{}: no RssAnon", path.display())))
-}
-
-/// From the statistics that `serve --stats=json` ends with.
-fn barriers_per_flush(words: &str) -> Option<f64> {
-    let lines = words
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let statistics = lines
-        .filter_map(|mut line| Some(line.get_mut("statistics")?.take()))
-        .next_back()?;
-    let operations = statistics["operations"].as_array()?;
-    let flush = operations.iter().find(|o| o["operation"] == "flush")?;
-    let flushes = flush["count"].as_f64().filter(|n| *n > 0.0)?;
-    Some(statistics["barriers"].as_f64()? / flushes)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn loads_at_the_same_time_share_the_servers_time() {
-        // Two loads of 1000 and 3000 I/Os a second; the server used 0.1 s of CPU a second.
-        let report = |iops: f64| Report {
-            iops,
-            server_cpu_us_per_io: Some(100_000.0 / iops),
-            ..Report::default()
-        };
-        let (metrics, _) = figures(&[report(1000.0), report(3000.0)], std::process::id()).unwrap();
-        assert_eq!(metrics[&Metric::Iops], 4000.0);
-        assert!((metrics[&Metric::CpuUs] - 25.0).abs() < 1e-9);
-        assert!(metrics[&Metric::MemoryMib] > 0.0);
-        let failed = Report {
-            errors: 1,
-            ..report(1.0)
-        };
-        assert!(figures(&[failed], std::process::id()).is_err());
-        assert!(figures(&[Report::default()], std::process::id()).is_err());
-    }
-
-    #[test]
-    fn barriers_are_counted_from_the_statistics() {
-        let words = "diskplane: note: something\n\
-            {\"disk\":\"x\",\"statistics\":{\"operations\":[{\"operation\":\"write\",\"count\":9},\
-            {\"operation\":\"flush\",\"count\":8}],\"commits\":2,\"barriers\":4}}\n";
-        assert_eq!(barriers_per_flush(words), Some(0.5));
-        assert_eq!(barriers_per_flush("nothing"), None);
-    }
 }

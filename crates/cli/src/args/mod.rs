@@ -12,7 +12,16 @@ pub use look::*;
 pub use make::*;
 pub use serve::*;
 
-use crate::{bench_image, bench_load::Load, bench_versus::Versus, bitmap::Bitmap, trace::Trace};
+use crate::{
+    bench_compare::{Compare as CompareRuns, Csv},
+    bench_image,
+    bench_load::Load,
+    bench_report::ReportArgs,
+    bench_run::RunArgs,
+    bench_versus::Versus,
+    bitmap::Bitmap,
+    trace::Trace,
+};
 use block::{Result, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use image::Format;
@@ -123,6 +132,14 @@ pub enum BenchCommand {
     Load(Load),
     /// Compare diskplane with its peers and with bare metal, cell by cell
     Versus(Versus),
+    /// Repeat one of the studies that diskplane carries, beside what it found
+    Run(RunArgs),
+    /// Make a page, charts and a summary of a run's records
+    Report(ReportArgs),
+    /// Say what got faster or slower from one run to another, and how sure that is
+    Compare(CompareRuns),
+    /// Print the samples of a run as a table (CSV)
+    Csv(Csv),
 }
 
 pub(crate) fn bytes(text: &str) -> Result<u64> {
@@ -167,5 +184,9 @@ mod tests {
         assert!(parse(&["disk", "--nbd", "unix:/run/s"]).is_ok());
         assert!(parse(&["disk", "--vhost-user", "/run/s", "--queues", "0"]).is_err());
         assert!(parse(&["disk", "--vhost-user", "/run/s", "--aio", "posix"]).is_err());
+        for mode in ["none", "unsafe", "direct-unsafe"] {
+            assert!(parse(&["disk", "--vhost-user", "/run/s", "--cache", mode]).is_ok());
+        }
+        assert!(parse(&["disk", "--vhost-user", "/run/s", "--cache", "off"]).is_err());
     }
 }

@@ -1,7 +1,8 @@
 //! `serve`.
 
-use super::format;
+use super::{bytes, format};
 use crate::{disks::DiskArgument, secret::Keys};
+use block::Result;
 use clap::{ArgGroup, Args, ValueEnum};
 use export::nbd::NbdAddress;
 use image::Format;
@@ -25,6 +26,14 @@ pub enum Stats {
     Table,
     /// One line of JSON per disk: {"disk": FILE, "statistics": {…}}
     Json,
+}
+
+/// QEMU's names, and ours for what it has none for.
+fn cache(text: &str) -> Result<Cache> {
+    match text {
+        "direct-unsafe" => Ok(Cache::DirectUnsafe),
+        _ => text.parse(),
+    }
 }
 
 /// `serve`.
@@ -59,9 +68,13 @@ pub struct Serve {
     /// How I/O is submitted: auto, threads, native or io_uring
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<Aio>)]
     pub aio: Aio,
-    /// How the host caches: none, writeback, writethrough, directsync or unsafe
-    #[arg(long, value_name = "MODE", default_value = "writeback", value_parser = str::parse::<Cache>)]
+    /// How the host caches: none, writeback, writethrough, directsync or unsafe; or direct-unsafe, which is none
+    /// with flushes ignored: a crash of the host loses data
+    #[arg(long, value_name = "MODE", default_value = "writeback", value_parser = cache)]
     pub cache: Cache,
+    /// Most memory for each image's metadata cache [default: what covers the disk, 64M at most]
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub metadata_cache: Option<u64>,
     /// Refuse writes
     #[arg(long)]
     pub read_only: bool,

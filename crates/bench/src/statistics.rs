@@ -23,12 +23,21 @@ pub struct Summary {
     pub max: f64,
     /// Median distance from the median.
     pub mad: f64,
+    /// The mean.
+    #[serde(default)]
+    pub mean: f64,
+    /// The standard deviation of the samples (divided by their number less one; 0 for a single one).
+    #[serde(default)]
+    pub deviation: f64,
 }
 
 impl Summary {
     /// Of some samples; `None` without any.
     pub fn of(samples: &[f64]) -> Option<Self> {
         let median = median(samples)?;
+        let count = samples.len() as f64;
+        let mean = samples.iter().sum::<f64>() / count;
+        let squares: f64 = samples.iter().map(|s| (s - mean).powi(2)).sum();
         let distances: Vec<f64> = samples.iter().map(|s| (s - median).abs()).collect();
         Some(Self {
             count: samples.len(),
@@ -36,6 +45,8 @@ impl Summary {
             min: samples.iter().copied().fold(f64::INFINITY, f64::min),
             max: samples.iter().copied().fold(f64::NEG_INFINITY, f64::max),
             mad: median_of(distances),
+            mean,
+            deviation: (squares / (count - 1.0).max(1.0)).sqrt(),
         })
     }
 
@@ -106,24 +117,52 @@ pub fn ratios(of: &[f64], to: &[f64]) -> Vec<f64> {
         .collect()
 }
 
+/// The ratio of the medians of two series that were not taken in turn, with its 95 % interval: both are drawn again,
+/// independently. `None` where one of them has no samples or the divisor's median is zero.
+pub fn ratio_of_medians(of: &[f64], to: &[f64]) -> Option<Figure> {
+    let divided = |of: f64, to: f64| (to > 0.0).then_some(of / to);
+    let middle = divided(median(of)?, median(to)?)?;
+    let (of_ends, to_ends) = (Summary::of(of)?, Summary::of(to)?);
+    let mut random = SEED;
+    let mut draws: Vec<f64> = (0..DRAWS)
+        .filter_map(|_| divided(redrawn(of, &mut random), redrawn(to, &mut random)))
+        .collect();
+    let (low, high) = middle_95(&mut draws)?;
+    Some(Figure {
+        rounds: of.len().min(to.len()),
+        median: middle,
+        low,
+        high,
+        min: divided(of_ends.min, to_ends.max)?,
+        max: divided(of_ends.max, to_ends.min).unwrap_or(f64::MAX),
+    })
+}
+
+const SEED: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// The middle 95 % of the medians of redrawn rounds. The draws are the same for the same rounds.
 fn interval(rounds: &[f64]) -> (f64, f64) {
-    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut medians: Vec<f64> = (0..DRAWS)
-        .map(|_| {
-            let drawn = rounds.iter().map(|_| {
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
-                // The low bits of a xorshift are its weak ones.
-                rounds[((random >> 32) as usize) % rounds.len()]
-            });
-            median_of(drawn.collect())
-        })
-        .collect();
-    medians.sort_by(f64::total_cmp);
-    let cut = DRAWS / 40;
-    (medians[cut], medians[DRAWS - 1 - cut])
+    let mut random = SEED;
+    let mut medians: Vec<f64> = (0..DRAWS).map(|_| redrawn(rounds, &mut random)).collect();
+    // There are draws.
+    middle_95(&mut medians).unwrap_or_default()
+}
+
+fn redrawn(rounds: &[f64], random: &mut u64) -> f64 {
+    let drawn = rounds.iter().map(|_| {
+        *random ^= *random << 13;
+        *random ^= *random >> 7;
+        *random ^= *random << 17;
+        // The low bits of a xorshift are its weak ones.
+        rounds[((*random >> 32) as usize) % rounds.len()]
+    });
+    median_of(drawn.collect())
+}
+
+fn middle_95(draws: &mut [f64]) -> Option<(f64, f64)> {
+    draws.sort_by(f64::total_cmp);
+    let cut = draws.len() / 40;
+    Some((*draws.get(cut)?, *draws.get(draws.len() - 1 - cut)?))
 }
 
 #[cfg(test)]
@@ -149,6 +188,10 @@ mod tests {
         let summary = Summary::of(&[8.0, 10.0, 13.0]).unwrap();
         assert_eq!((summary.min, summary.max), (8.0, 13.0));
         assert_eq!(summary.spread(), 0.5);
+        let summary = Summary::of(&[2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0]).unwrap();
+        assert_eq!(summary.mean, 5.0);
+        assert!((summary.deviation - (32.0_f64 / 7.0).sqrt()).abs() < 1e-12);
+        assert_eq!(Summary::of(&[3.0]).unwrap().deviation, 0.0);
     }
 
     #[test]
@@ -160,6 +203,16 @@ mod tests {
         assert_eq!((figure.median, figure.low, figure.high), (2.0, 2.0, 2.0));
         assert_eq!(ratios(&ours, &[0.0, 100.0]), [2.0]);
         assert_eq!(Figure::of(&[]), None);
+    }
+
+    #[test]
+    fn series_that_were_not_taken_in_turn_are_drawn_apart() {
+        let figure = ratio_of_medians(&[20.0, 22.0, 18.0], &[10.0, 11.0, 9.0]).unwrap();
+        assert_eq!((figure.median, figure.rounds), (2.0, 3));
+        assert!(figure.low < 2.0 && figure.high > 2.0, "{figure:?}");
+        assert!(figure.min <= figure.low && figure.high <= figure.max);
+        assert_eq!(ratio_of_medians(&[1.0], &[0.0]), None);
+        assert_eq!(ratio_of_medians(&[], &[1.0]), None);
     }
 
     #[test]

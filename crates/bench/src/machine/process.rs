@@ -1,11 +1,11 @@
 //! Servers as children, and the folder in which everything temporary lies. Nothing of either outlives the run:
 //! not a normal end, not an error (drop), not ^C ([`abort`]), and servers not even SIGKILL.
 
-use super::pre_exec;
+use super::{mount, pre_exec};
 use block::{Context, Error, ErrorKind, Result};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    fs::{FallocateFlags, fallocate},
+    fs::{FallocateFlags, FlockOperation, Mode, OFlags, fallocate, flock, open},
     io::Errno,
     process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
 };
@@ -71,23 +71,23 @@ pub fn abort() {
 }
 
 /// Comes back unless [`abort`] was called: then what just failed did so because of that, and nobody is to hear of it.
-pub(super) fn goes_on() {
+pub(crate) fn goes_on() {
     drop(leftovers());
 }
 
 /// Whether the program that could not be started is not there: of other files that are missing this is not said.
-pub(super) fn is_missing(error: &Error) -> bool {
+pub(crate) fn is_missing(error: &Error) -> bool {
     error.kind() == ErrorKind::NotFound && error.to_string().contains(CANNOT_START)
 }
 
 /// The program is not there.
-pub(super) fn missing(program: &str) -> Error {
+pub(crate) fn missing(program: &str) -> Error {
     Error::new(ErrorKind::NotFound, format!("{CANNOT_START}{program}"))
 }
 
 /// Removes a file. What it holds is first made unwritten space: where a file system discards freed space at once,
 /// each of ten thousand written extents costs a discard of its own, half a minute in all; so they are one.
-pub(super) fn remove_file(path: &Path) -> io::Result<()> {
+pub(crate) fn remove_file(path: &Path) -> io::Result<()> {
     if let Ok(file) = File::options().write(true).open(path)
         && let Ok(meta) = file.metadata()
         // Filling the holes of a sparse file would not make it simpler.
@@ -106,6 +106,9 @@ pub(super) fn remove_file(path: &Path) -> io::Result<()> {
 }
 
 fn remove_folder(folder: &Path) -> io::Result<()> {
+    if let Err(error) = mount::release(folder) {
+        return Err(io::Error::other(error.to_string()));
+    }
     for entry in fs::read_dir(folder)?.flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_file()) {
             remove_file(&entry.path())?;
@@ -114,13 +117,38 @@ fn remove_folder(folder: &Path) -> io::Result<()> {
     fs::remove_dir_all(folder)
 }
 
-/// A folder that is removed with everything in it.
+/// One run in a folder at a time: they would remove each other's images.
+pub(crate) fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join("lock");
+    let file = File::create(&path).context(|| path.display().to_string())?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        Error::new(
+            ErrorKind::Locked,
+            format!(
+                "{}: another run is at work there; give another folder (--dir, --out)",
+                dir.display()
+            ),
+        )
+    })?;
+    Ok(file)
+}
+
+/// Whether files in `dir` can be opened with `O_DIRECT`.
+pub(crate) fn has_o_direct(dir: &Path) -> bool {
+    let path = dir.join("direct");
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
+    let can = open(&path, flags, Mode::from_raw_mode(0o600)).is_ok();
+    let _ = fs::remove_file(path);
+    can
+}
+
+/// A folder that is removed with everything in it, also with what is mounted there.
 #[derive(Debug)]
-pub(super) struct Folder(PathBuf);
+pub(crate) struct Folder(PathBuf);
 
 impl Folder {
     /// Makes `path`; what an earlier run left there is removed.
-    pub(super) fn create(path: PathBuf) -> Result<Self> {
+    pub(crate) fn create(path: PathBuf) -> Result<Self> {
         let mut left = leftovers();
         if path.exists() {
             remove_folder(&path).context(|| format!("{}: remove", path.display()))?;
@@ -130,7 +158,7 @@ impl Folder {
         Ok(Self(path))
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 }
@@ -150,7 +178,7 @@ impl Drop for Folder {
 
 /// A child process. Dropping it kills it.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(crate) struct Process {
     name: String,
     child: Child,
     out: PathBuf,
@@ -160,7 +188,7 @@ pub(super) struct Process {
 
 impl Process {
     /// Starts `command`; what it prints goes to files `NAME.out` and `NAME.err` in `folder`.
-    pub(super) fn start(name: &str, command: &mut Command, folder: &Path) -> Result<Self> {
+    pub(crate) fn start(name: &str, command: &mut Command, folder: &Path) -> Result<Self> {
         let (out, err) = (
             folder.join(format!("{name}.out")),
             folder.join(format!("{name}.err")),
@@ -185,22 +213,22 @@ impl Process {
         })
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// What it printed on standard error so far.
-    pub(super) fn stderr(&self) -> String {
+    pub(crate) fn stderr(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.err).unwrap_or_default()).into_owned()
     }
 
     /// What it printed on standard output so far.
-    pub(super) fn stdout(&self) -> String {
+    pub(crate) fn stdout(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.out).unwrap_or_default()).into_owned()
     }
 
     /// Waits until `ready` says so; an error with the server's words when it ends before.
-    pub(super) fn wait_ready(&mut self, mut ready: impl FnMut(&Self) -> bool) -> Result<()> {
+    pub(crate) fn wait_ready(&mut self, mut ready: impl FnMut(&Self) -> bool) -> Result<()> {
         let deadline = Instant::now() + READY_LIMIT;
         while !ready(self) {
             if let Some(status) = self.try_wait()? {
@@ -216,7 +244,7 @@ impl Process {
 
     /// Waits until it has ended, at most `limit`, and leaves it to be waited for: what the kernel knows of it is
     /// still there. `look` is called now and then.
-    pub(super) fn linger(&self, limit: Duration, mut look: impl FnMut(u32)) -> Result<()> {
+    pub(crate) fn linger(&self, limit: Duration, mut look: impl FnMut(u32)) -> Result<()> {
         let named = || format!("wait for {}", self.name);
         let lost = |error: Errno| io::Error::from(error);
         let pid = Pid::from_child(&self.child);
@@ -238,7 +266,7 @@ impl Process {
     }
 
     /// Waits for its end, at most `limit`.
-    pub(super) fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+    pub(crate) fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = self.try_wait()? {
@@ -252,7 +280,7 @@ impl Process {
     }
 
     /// SIGKILL; an error when it had ended before.
-    pub(super) fn kill(mut self) -> Result<String> {
+    pub(crate) fn kill(mut self) -> Result<String> {
         self.still_runs()?;
         let words = self.stderr();
         drop(self);
@@ -260,12 +288,12 @@ impl Process {
     }
 
     /// Whether it has not ended.
-    pub(super) fn runs(&mut self) -> Result<bool> {
+    pub(crate) fn runs(&mut self) -> Result<bool> {
         Ok(self.try_wait()?.is_none())
     }
 
     /// Sends it `signal`, unless it has ended.
-    pub(super) fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         // Not waited for: the number is the child's.
         if self.ended.is_none() {
             let _ = kill_process(Pid::from_child(&self.child), signal);
@@ -280,7 +308,7 @@ impl Process {
     }
 
     /// SIGTERM, and then a good end in time.
-    pub(super) fn stop(mut self) -> Result<String> {
+    pub(crate) fn stop(mut self) -> Result<String> {
         self.still_runs()?;
         self.signal(Signal::TERM);
         let status = self.wait(STOP_LIMIT)?;
@@ -306,7 +334,7 @@ impl Process {
     }
 
     /// An error with the last words of the process.
-    pub(super) fn failed(&self, what: &str) -> Error {
+    pub(crate) fn failed(&self, what: &str) -> Error {
         let words = self.stderr();
         let words = words.trim();
         let start = words.ceil_char_boundary(words.len().saturating_sub(WORDS_MAX));
@@ -410,5 +438,14 @@ mod tests {
         assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
         drop(folder);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn two_runs_do_not_share_a_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = lock(dir.path()).unwrap();
+        assert_eq!(lock(dir.path()).unwrap_err().kind(), ErrorKind::Locked);
+        drop(first);
+        lock(dir.path()).unwrap();
     }
 }

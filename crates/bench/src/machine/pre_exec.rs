@@ -5,7 +5,7 @@ use std::{io, mem::MaybeUninit, os::unix::process::CommandExt, process::Command,
 
 /// Makes `command` start with no signal blocked (this process may have blocked some to read them, and a mask is
 /// inherited: a server would not hear SIGTERM) and be killed when the thread that started it ends, however it ends.
-pub(super) fn tie(command: &mut Command) {
+pub(crate) fn tie(command: &mut Command) {
     let in_child = || {
         set_parent_process_death_signal(Some(Signal::KILL))?;
         let mut none = MaybeUninit::<libc::sigset_t>::uninit();

@@ -1,6 +1,6 @@
 //! What a figure depends on: the machine, the kernel, the file system, the versions.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::{
     fs,
     os::unix::fs::MetadataExt,
@@ -9,7 +9,8 @@ use std::{
 };
 
 /// The surroundings of a run.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 #[allow(missing_docs)]
 pub struct Host {
     pub kernel: String,

@@ -1,0 +1,240 @@
+//! What an experiment is made of, as data.
+
+use crate::{
+    metric::Metric,
+    versus::cell::{Load, Polling, RANDREAD, Server},
+};
+use serde::Serialize;
+
+/// A study that one command repeats.
+#[derive(Clone, Debug)]
+pub struct Experiment {
+    /// `E0` …
+    pub name: &'static str,
+    /// A line.
+    pub title: &'static str,
+    /// Which document it repeats.
+    pub source: &'static str,
+    /// What is measured, and how that differs from the document.
+    pub meaning: &'static str,
+    /// The cells, in the order in which they run.
+    pub cells: Vec<Cell>,
+    /// What the document found.
+    pub findings: Vec<Finding>,
+    /// What its bars show.
+    pub figures: &'static [Metric],
+    /// Bytes of a disk in a full run, and in a quick one.
+    pub disk_bytes: (u64, u64),
+}
+
+/// One load on several sides in turn.
+#[derive(Clone, Debug)]
+pub struct Cell {
+    /// Its name: letters, digits and dashes.
+    pub name: String,
+    /// Where it stands: names of factors and their values here.
+    pub axes: Vec<(String, String)>,
+    /// The load.
+    pub load: Load,
+    /// Who takes part.
+    pub sides: Vec<Side>,
+    /// It is part of a quick run.
+    pub quick: bool,
+}
+
+/// How a side is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// The file itself, by one of our engines.
+    Bare,
+    /// A server.
+    Served(Server),
+}
+
+/// What a file holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Format {
+    /// The disk as it is.
+    Raw,
+    /// qcow2 with clusters of 64 KiB.
+    Qcow2,
+    /// QED.
+    Qed,
+    /// A dynamic VHD.
+    Vhd,
+}
+
+impl Format {
+    /// As `create -f` and `serve -f` name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Qed => "qed",
+            Self::Vhd => "vhd",
+        }
+    }
+
+    /// As QEMU names it.
+    pub fn of_qemu(self) -> &'static str {
+        match self {
+            Self::Vhd => "vpc",
+            other => other.name(),
+        }
+    }
+}
+
+/// How much of it is allocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum State {
+    /// All of it, and written.
+    Full,
+    /// All of it by `fallocate`, and never written before.
+    Falloc,
+    /// All of it as zeros that were written.
+    Zeroed,
+    /// Nothing: a new file for each sample that writes.
+    Growing,
+}
+
+/// Where it lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Place {
+    /// In the run's folder.
+    Here,
+    /// On ext4 on a loop device.
+    Ext4,
+    /// On XFS on a loop device.
+    Xfs,
+}
+
+/// A file of an experiment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Image {
+    /// What it holds.
+    pub format: Format,
+    /// How much of it there is.
+    pub state: State,
+    /// Where.
+    pub place: Place,
+    /// Disks of this kind that are served at once.
+    pub disks: u8,
+}
+
+/// A raw file that was written full.
+pub const RAW: Image = Image {
+    format: Format::Raw,
+    state: State::Full,
+    place: Place::Here,
+    disks: 1,
+};
+/// A qcow2 image that was written full, in order.
+pub const QCOW2: Image = Image {
+    format: Format::Qcow2,
+    ..RAW
+};
+
+/// One of those that are compared.
+#[derive(Clone, Debug)]
+pub struct Side {
+    /// How tables and charts name it.
+    pub name: String,
+    /// How it is reached.
+    pub how: How,
+    /// With what.
+    pub image: Image,
+    /// How I/O is submitted.
+    pub engine: &'static str,
+    /// Queues or connections.
+    pub queues: u16,
+    /// I/O threads (of diskplane).
+    pub io_threads: u16,
+    /// How it waits.
+    pub polling: Polling,
+    /// Files are open with `O_DIRECT`.
+    pub direct: bool,
+    /// Flushes are ignored.
+    pub drops_flushes: bool,
+    /// Bytes of the metadata cache; by itself where not given.
+    pub table_cache: Option<u64>,
+    /// Bytes of an entry of it (peers).
+    pub table_entry: Option<u64>,
+}
+
+/// A side with defaults: one queue, `O_DIRECT`, flushes honoured.
+pub fn side(name: impl Into<String>, how: How, image: Image) -> Side {
+    Side {
+        name: name.into(),
+        how,
+        image,
+        engine: match how {
+            How::Served(Server::Qsd | Server::QemuNbd) => "io_uring",
+            _ => "auto",
+        },
+        queues: 1,
+        io_threads: 1,
+        polling: Polling::Default,
+        direct: true,
+        drops_flushes: false,
+        table_cache: None,
+        table_entry: None,
+    }
+}
+
+/// One 4 KiB read at a time, at random.
+pub const ONE_READ: Load = Load {
+    depth: 1,
+    ..RANDREAD
+};
+
+/// A figure of a side of a cell, or that by the figure of another side of the same cell.
+#[derive(Clone, Debug, Serialize)]
+pub struct Term {
+    /// The cell.
+    pub cell: String,
+    /// The side.
+    pub side: String,
+    /// Divided by this side's, where given.
+    pub over: Option<String>,
+    /// The figure.
+    pub metric: Metric,
+}
+
+/// What a document says of two terms.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Claim {
+    /// The first is more than the second.
+    More,
+    /// The first is less than the second.
+    Less,
+    /// They differ by this part at most.
+    Equal(f64),
+    /// The first is not less than the second by more than this part.
+    NotLess(f64),
+}
+
+/// Something that a document found.
+#[derive(Clone, Debug, Serialize)]
+pub struct Finding {
+    /// In a sentence.
+    pub says: String,
+    /// The first term.
+    pub left: Term,
+    /// The second; the number 1 where there is none.
+    pub right: Option<Term>,
+    /// How they stand to each other.
+    pub claim: Claim,
+    /// The first by the second as published, where figures were.
+    pub published: Option<f64>,
+}
+
+/// The term of a figure.
+pub fn term(cell: &str, side: &str, metric: Metric) -> Term {
+    Term {
+        cell: cell.to_owned(),
+        side: side.to_owned(),
+        over: None,
+        metric,
+    }
+}

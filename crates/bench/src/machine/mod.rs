@@ -1,0 +1,10 @@
+//! The machine that measurements run on: what it is, what else it does meanwhile, and what they leave on it.
+
+pub(crate) mod device;
+pub mod host;
+pub(crate) mod mount;
+pub(crate) mod others;
+mod pre_exec;
+pub mod process;
+
+pub use host::Host;

@@ -1,0 +1,187 @@
+//! File systems on loop devices, and their end.
+//!
+//! What is attached and mounted below a folder of ours is known from the kernel, not from a list of ours: so a run that was
+//! killed in between leaves nothing that the next one would not find.
+
+use block::{Context, Error, ErrorKind, Result};
+use std::{
+    ffi::OsStr,
+    fs,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+/// Where `sbin` is not in a user's path.
+const SBIN: [&str; 2] = ["/usr/sbin", "/sbin"];
+
+/// Attaches a file to a free loop device that bypasses the page cache.
+///
+/// # Errors
+///
+/// Not root, no loop devices, or what `losetup` said.
+pub(crate) fn attach(file: &Path) -> Result<PathBuf> {
+    let mut command = tool("losetup");
+    command
+        .args(["--find", "--show", "--direct-io=on"])
+        .arg(file);
+    let device = run(command)?;
+    let device = device.trim();
+    if !device.starts_with("/dev/") {
+        return Err(Error::new(
+            ErrorKind::Io,
+            format!("losetup named no device: '{device}'"),
+        ));
+    }
+    Ok(device.into())
+}
+
+/// Makes a file system of that kind (`ext4` or `xfs`) on a device, and mounts it.
+///
+/// # Errors
+///
+/// Not root, the tool is not installed, or what it said.
+pub(crate) fn mount_new(device: &Path, kind: &str, point: &Path) -> Result<()> {
+    let mut make = tool(&format!("mkfs.{kind}"));
+    match kind {
+        // All of it now, not in the background while something is measured.
+        "ext4" => make.args(["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"]),
+        _ => make.args(["-q", "-f"]),
+    };
+    make.arg(device);
+    run(make)?;
+    fs::create_dir_all(point).context(|| point.display().to_string())?;
+    let mut mount = tool("mount");
+    mount
+        .args(["-t", kind, "-o", "noatime"])
+        .arg(device)
+        .arg(point);
+    run(mount).map(drop)
+}
+
+/// Unmounts what is mounted below a folder, the deepest first, and detaches loop devices whose file lies there.
+///
+/// # Errors
+///
+/// Something could not be undone: the last reason. All else was.
+pub(crate) fn release(folder: &Path) -> Result<()> {
+    let Ok(folder) = fs::canonicalize(folder) else {
+        return Ok(());
+    };
+    let mut outcome = Ok(());
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut points: Vec<PathBuf> = mounts
+        .lines()
+        .filter_map(|line| Some(unescaped(line.split(' ').nth(4)?)))
+        .filter(|point| point.starts_with(&folder))
+        .collect();
+    points.sort_by_key(|point| std::cmp::Reverse(point.as_os_str().len()));
+    for point in points {
+        let unmount = |how: &[&str]| {
+            let mut command = tool("umount");
+            command.args(how).arg(&point);
+            run(command).map(drop)
+        };
+        // Files there may still be open in this process, which is about to end: then it goes with them.
+        outcome = unmount(&[]).or_else(|_| unmount(&["--lazy"])).and(outcome);
+    }
+    for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+        let Ok(file) = fs::read(entry.path().join("loop/backing_file")) else {
+            continue;
+        };
+        if Path::new(OsStr::from_bytes(&file)).starts_with(&folder) {
+            let mut command = tool("losetup");
+            let device = Path::new("/dev").join(entry.file_name());
+            command.arg("--detach").arg(device);
+            outcome = run(command).map(drop).and(outcome);
+        }
+    }
+    outcome
+}
+
+/// A path of `/proc/self/mountinfo`: blanks and backslashes are octal there.
+fn unescaped(text: &str) -> PathBuf {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        let octal = (*first == b'\\')
+            .then(|| tail.get(..3))
+            .flatten()
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        match octal {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &tail[3..];
+            }
+            None => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    OsStr::from_bytes(&bytes).into()
+}
+
+fn tool(name: &str) -> Command {
+    let found = SBIN.iter().map(|folder| Path::new(folder).join(name));
+    let path = found.into_iter().find(|path| path.is_file());
+    let mut command = Command::new(path.unwrap_or_else(|| name.into()));
+    command.stdin(Stdio::null());
+    command
+}
+
+/// Runs a tool; what it printed.
+fn run(mut command: Command) -> Result<String> {
+    let name = command.get_program().display().to_string();
+    let output = command.output().context(|| name.clone())?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let words = String::from_utf8_lossy(&output.stderr);
+    let words = words.trim().replace('\n', "; ");
+    let root = rustix::process::geteuid().is_root();
+    let hint = if root { "" } else { " (this needs root)" };
+    Err(Error::new(
+        match root {
+            true => ErrorKind::Io,
+            false => ErrorKind::Unsupported,
+        },
+        format!("{name} failed ({}){hint}: {words}", output.status),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_mounts_are_read() {
+        assert_eq!(unescaped("/a\\040b\\134c"), Path::new("/a b\\c"));
+        assert_eq!(unescaped("/a\\04"), Path::new("/a\\04"));
+        assert_eq!(unescaped("/a\\999"), Path::new("/a\\999"));
+    }
+
+    #[test]
+    fn what_is_mounted_below_a_folder_is_found_and_undone() {
+        let dir = tempfile::tempdir().unwrap();
+        // Nothing is there: nothing happens.
+        release(dir.path()).unwrap();
+        release(&dir.path().join("none")).unwrap();
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let file = dir.path().join("a file.img");
+        fs::File::create(&file).unwrap().set_len(64 << 20).unwrap();
+        // A machine without loop devices says so.
+        let Ok(device) = attach(&file) else { return };
+        let point = dir.path().join("mount point");
+        mount_new(&device, "ext4", &point).unwrap();
+        fs::write(point.join("x"), "y").unwrap();
+        release(dir.path()).unwrap();
+        assert!(!point.join("x").exists());
+        let name = device.file_name().unwrap();
+        let backing = Path::new("/sys/block").join(name).join("loop/backing_file");
+        let still = fs::read_to_string(backing).unwrap_or_default();
+        assert!(!still.contains("a file.img"), "{still}");
+    }
+}

@@ -1,0 +1,161 @@
+//! Whether the machine was ours while a sample was taken, and what its kernel did.
+
+use crate::{
+    load::usage,
+    metric::{Metric, Metrics},
+};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+/// Ticks of `/proc/stat` per second (`USER_HZ`, the same on all machines).
+const TICKS: f64 = 100.0;
+
+/// Counters of the machine, at a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Kernel {
+    /// Seconds of all cores that were not idle.
+    busy_s: f64,
+    /// Of these, those that the hypervisor gave to others.
+    stolen_s: f64,
+    interrupts: u64,
+    /// Pages from another node than wished; `None` where there is one node.
+    misses: Option<u64>,
+}
+
+/// CPU time of the machine and of those who take part, at a moment.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Watch {
+    began: Instant,
+    kernel: Kernel,
+    load: f64,
+    own: Duration,
+    server: u32,
+    server_used: Duration,
+}
+
+impl Watch {
+    /// From now on; `server` is the process that is measured.
+    pub(crate) fn begin(server: u32) -> Self {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let stat = read("/proc/stat");
+        let several = std::path::Path::new("/sys/devices/system/node/node1").exists();
+        Self {
+            began: Instant::now(),
+            kernel: Kernel::parse(&stat, &several.then(|| read("/proc/vmstat"))),
+            load: load_average(&read("/proc/loadavg")),
+            own: usage::own_cpu(),
+            server,
+            server_used: usage::cpu(server).unwrap_or_default(),
+        }
+    }
+
+    /// CPU time that neither we nor the server used since, in percent of one core: other processes, the kernel's own
+    /// threads, and what the hypervisor gave to others.
+    pub(crate) fn others_percent(&self) -> f64 {
+        self.others(&Self::begin(self.server))
+    }
+
+    fn others(&self, now: &Self) -> f64 {
+        let ours =
+            now.own.saturating_sub(self.own) + now.server_used.saturating_sub(self.server_used);
+        let others = (now.kernel.busy_s - self.kernel.busy_s - ours.as_secs_f64()).max(0.0);
+        others / self.seconds() * 100.0
+    }
+
+    fn seconds(&self) -> f64 {
+        self.began.elapsed().as_secs_f64().max(1e-3)
+    }
+
+    /// Adds what the machine did since to the figures of a load.
+    pub(crate) fn add_to(&self, metrics: &mut Metrics) {
+        let now = Self::begin(self.server);
+        let seconds = self.seconds();
+        metrics.insert(Metric::OthersPercent, self.others(&now));
+        metrics.insert(Metric::LoadAverage, self.load);
+        let stolen = (now.kernel.stolen_s - self.kernel.stolen_s).max(0.0);
+        metrics.insert(Metric::StealPercent, stolen / seconds * 100.0);
+        let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / seconds;
+        let interrupts = rate(now.kernel.interrupts, self.kernel.interrupts);
+        if let Some(iops) = metrics.get(&Metric::Iops).filter(|iops| **iops > 0.0) {
+            metrics.insert(Metric::Interrupts, interrupts / iops);
+        }
+        if let (Some(now), Some(before)) = (now.kernel.misses, self.kernel.misses) {
+            metrics.insert(Metric::NumaMisses, rate(now, before));
+        }
+    }
+}
+
+impl Kernel {
+    /// From `/proc/stat` and, where there are several nodes, `/proc/vmstat`.
+    fn parse(stat: &str, vmstat: &Option<String>) -> Self {
+        let line = |name: &str| {
+            let mut lines = stat.lines();
+            lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
+        };
+        // user nice system IDLE IOWAIT irq softirq STEAL; guests are part of user.
+        let ticks: Vec<f64> = line("cpu")
+            .unwrap_or_default()
+            .split_whitespace()
+            .take(8)
+            .filter_map(|ticks| ticks.parse().ok())
+            .collect();
+        let busy = ticks.iter().enumerate();
+        let busy: f64 = busy
+            .filter(|(n, _)| !matches!(n, 3 | 4))
+            .map(|(_, t)| t)
+            .sum();
+        let first = |text: &str| text.split_whitespace().next()?.parse().ok();
+        Self {
+            busy_s: busy / TICKS,
+            stolen_s: ticks.get(7).copied().unwrap_or_default() / TICKS,
+            interrupts: line("intr").and_then(first).unwrap_or_default(),
+            misses: vmstat.as_ref().and_then(|text| {
+                let mut lines = text.lines();
+                first(lines.find_map(|line| line.strip_prefix("numa_miss "))?)
+            }),
+        }
+    }
+}
+
+fn load_average(text: &str) -> f64 {
+    let first = text.split_whitespace().next();
+    first.and_then(|load| load.parse().ok()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn idle_time_is_not_busy() {
+        let stat =
+            "cpu  100 10 20 9999 999 1 2 67 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\nintr 4321 0 9 0\n";
+        let kernel = Kernel::parse(stat, &Some("numa_hit 5\nnuma_miss 17\n".to_owned()));
+        let expected = Kernel {
+            busy_s: 2.0,
+            stolen_s: 0.67,
+            interrupts: 4321,
+            misses: Some(17),
+        };
+        assert_eq!(kernel, expected);
+        assert_eq!(Kernel::parse("", &None), Kernel::default());
+        assert_eq!(load_average("1.25 0.9 0.8 2/300 12\n"), 1.25);
+    }
+
+    #[test]
+    fn what_the_machine_did_is_told() {
+        let watch = Watch::begin(std::process::id());
+        let mut metrics = Metrics::from([(Metric::Iops, 10.0)]);
+        watch.add_to(&mut metrics);
+        for metric in [
+            Metric::OthersPercent,
+            Metric::LoadAverage,
+            Metric::StealPercent,
+            Metric::Interrupts,
+        ] {
+            assert!(metrics[&metric] >= 0.0, "{metrics:?}");
+        }
+    }
+}

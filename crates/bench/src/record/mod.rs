@@ -1,0 +1,189 @@
+//! What a measurement leaves: one schema for comparisons and experiments, JSON lines, told apart by `record`.
+//!
+//! - `run` ([`Run`]): when, with what command, on what machine; first in the file, and again when a run is resumed;
+//! - `sample` ([`Sample`]): one side of a cell once: every [`Metric`] by its name, all latencies as a histogram and over
+//!   time, times of stages, what the server had open, its command line and whole reports;
+//! - `cell`: a comparison's [`Outcome`](crate::versus::Outcome), or what an experiment says of a cell ([`crate::experiment`]);
+//! - `failure` ([`Failure`]): a side of a cell that could not be measured, and why;
+//! - other kinds are ignored by those who do not know them.
+//!
+//! Readers of a schema read earlier ones; fields are only added. [`csv()`] makes a table of the samples.
+
+mod csv;
+mod noise;
+mod store;
+
+pub use csv::csv;
+pub use noise::{NOISY, noise, restless};
+pub use store::{Set, append, read};
+
+use crate::{
+    load::{Histogram, timeline},
+    machine::Host,
+    metric::{Metric, Metrics},
+    peer::Seen,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::{
+    collections::BTreeMap,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// [`Run::schema`] of what is written. 2 added `experiment`, `seconds`, `axes`, `latency`, `timeline` and `stages`.
+pub const SCHEMA: u32 = 2;
+
+/// A line.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "record", rename_all = "kebab-case")]
+pub enum Record {
+    /// The surroundings of what follows.
+    Run(Box<Run>),
+    /// A measurement.
+    Sample(Box<Sample>),
+    /// What is said of a cell.
+    Cell(Value),
+    /// A side of a cell could not be measured.
+    Failure(Failure),
+    /// Something else.
+    #[serde(other)]
+    Other,
+}
+
+/// The surroundings.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Run {
+    /// [`SCHEMA`] of the writer.
+    pub schema: u32,
+    /// `versus`, or the experiment's name.
+    pub experiment: String,
+    /// When it began, seconds since 1970.
+    pub seconds: u64,
+    /// The command line, without where things lie on the machine.
+    pub command: String,
+    /// The machine.
+    pub host: Host,
+    /// Samples of each side that were asked for.
+    pub samples: usize,
+    /// Seconds of load before each measurement.
+    pub ramp_s: f64,
+    /// Seconds of each measurement.
+    pub duration_s: f64,
+    /// Fewer cells, shorter samples.
+    pub quick: bool,
+    /// Sizes of the images in bytes, by name.
+    pub sizes: Value,
+}
+
+/// One side of a cell, measured once.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Sample {
+    /// The cell's name.
+    pub cell: String,
+    /// The side's.
+    pub side: String,
+    /// Its I/O engine; `auto` where there is no choice or it chose itself.
+    pub engine: String,
+    /// From 0. Samples of a round were taken one after the other, and are compared with each other.
+    pub round: usize,
+    /// All sides were up at the same time and had turns of a tenth of a second, instead of a sample one after the other.
+    pub in_turns: bool,
+    /// When it ended, seconds since 1970.
+    pub seconds: u64,
+    /// Seed of the load.
+    pub seed: u64,
+    /// Where the cell stands in its experiment: names of its factors and their values here.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub axes: Vec<(String, String)>,
+    /// The figures.
+    pub metrics: Metrics,
+    /// The server's files, their sizes, whether all are open with `O_DIRECT`, its queues.
+    pub seen: Option<Seen>,
+    /// All latencies of reads and writes.
+    pub latency: Histogram,
+    /// When they were how long; of several disks the first one's.
+    pub timeline: timeline::Stored,
+    /// Mean times of diskplane's stages by operation.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub stages: BTreeMap<String, Stages>,
+    /// The server's command line and the whole [`crate::load::Report`] of each disk with its load, or what fio said.
+    pub detail: Value,
+}
+
+/// Mean times of a request's stages in diskplane, microseconds (see [`disk::OpStatistics`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Stages {
+    /// Requests.
+    pub count: u64,
+    /// Seen in the ring to mapped.
+    pub map_us: f64,
+    /// Mapped to submitted with the rest of its batch.
+    pub submit_us: f64,
+    /// At the device.
+    pub device_us: f64,
+    /// Device done to completed.
+    pub complete_us: f64,
+    /// Completed to the client told.
+    pub notify_us: f64,
+}
+
+impl Stages {
+    /// Names and times of the stages, in their order.
+    pub fn parts(&self) -> [(&'static str, f64); 5] {
+        [
+            ("map", self.map_us),
+            ("submit", self.submit_us),
+            ("device", self.device_us),
+            ("complete", self.complete_us),
+            ("notify", self.notify_us),
+        ]
+    }
+
+    /// All stages together.
+    pub fn total_us(&self) -> f64 {
+        self.parts().iter().map(|(_, us)| us).sum()
+    }
+
+    /// Makes these the means of both.
+    pub fn add(&mut self, other: &Self) {
+        let count = self.count.saturating_add(other.count);
+        let weigh = |a: f64, b: f64| {
+            (a * self.count as f64 + b * other.count as f64) / (count as f64).max(1.0)
+        };
+        *self = Self {
+            count,
+            map_us: weigh(self.map_us, other.map_us),
+            submit_us: weigh(self.submit_us, other.submit_us),
+            device_us: weigh(self.device_us, other.device_us),
+            complete_us: weigh(self.complete_us, other.complete_us),
+            notify_us: weigh(self.notify_us, other.notify_us),
+        };
+    }
+}
+
+/// A side that could not be measured.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// The cell's name.
+    pub cell: String,
+    /// The side's.
+    pub side: String,
+    /// The reason.
+    pub why: String,
+}
+
+impl Sample {
+    /// A figure of it.
+    pub fn metric(&self, metric: Metric) -> Option<f64> {
+        self.metrics.get(&metric).copied()
+    }
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}

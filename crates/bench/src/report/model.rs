@@ -1,0 +1,232 @@
+//! What a report says, as data: it is embedded in the page, and every number on the page is one of these.
+
+use crate::{
+    experiment::{self, Experiment, Judged},
+    load::{Histogram, timeline},
+    metric::Metric,
+    record::{Failure, NOISY, Run, Sample, Set, Stages, noise, restless},
+    statistics::{Figure, Summary},
+};
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// A report.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Model {
+    /// The experiment's name, or `versus`.
+    pub name: String,
+    /// A line.
+    pub title: String,
+    /// Which document it repeats; empty without one.
+    pub source: String,
+    /// What is measured.
+    pub meaning: String,
+    /// The run, and each time that it went on.
+    pub runs: Vec<Run>,
+    /// Cells, as they ran.
+    pub cells: Vec<Cell>,
+    /// What was published beside what was found.
+    pub findings: Vec<Judged>,
+    /// What could not be measured.
+    pub failures: Vec<Failure>,
+    /// What the reader has to know: noise, other work of the machine, sides that are not what was asked for.
+    pub notes: Vec<String>,
+    /// Figures that are drawn as bars.
+    #[serde(skip)]
+    pub figures: Vec<Metric>,
+}
+
+/// A cell.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Cell {
+    /// Its name.
+    pub name: String,
+    /// Its factors.
+    pub axes: Vec<(String, String)>,
+    /// Its sides, as they ran.
+    pub sides: Vec<Side>,
+}
+
+/// One side of a cell.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Side {
+    /// Its name, with its engine where it has several.
+    pub name: String,
+    /// Every figure.
+    pub figures: BTreeMap<Metric, Drawn>,
+    /// Latencies of all rounds.
+    pub latency: Histogram,
+    /// Latency over time in the round whose IOPS are the middle ones.
+    pub timeline: timeline::Stored,
+    /// Mean times of stages by operation, of all rounds.
+    pub stages: BTreeMap<String, Stages>,
+}
+
+/// A figure: of the rounds, the interval of their median, and the usual.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Drawn {
+    /// Rounds, their median, its 95 % interval, the lowest and the highest.
+    #[serde(flatten)]
+    pub figure: Figure,
+    /// Their mean.
+    pub mean: f64,
+    /// Their standard deviation.
+    pub deviation: f64,
+}
+
+impl Model {
+    /// Of the records of a run.
+    pub fn of(set: &Set) -> Self {
+        let first = set.runs.first();
+        let name = first.map_or_else(String::new, |run| run.experiment.clone());
+        let known: Option<Experiment> = experiment::find(&name).ok();
+        let mut model = Self {
+            title: match &known {
+                Some(known) => known.title.to_owned(),
+                None => "Comparison with peers".to_owned(),
+            },
+            source: known
+                .as_ref()
+                .map_or_else(String::new, |e| e.source.to_owned()),
+            meaning: known
+                .as_ref()
+                .map_or_else(String::new, |e| e.meaning.to_owned()),
+            figures: match &known {
+                Some(known) => known.figures.to_vec(),
+                None => vec![Metric::Iops, Metric::CpuUs, Metric::P50Us, Metric::Runs],
+            },
+            findings: known.map_or_else(Vec::new, |e| experiment::judge(&e.findings, set)),
+            runs: set.runs.clone(),
+            cells: cells(set),
+            name,
+            ..Self::default()
+        };
+        // What failed once may have been measured later.
+        for failure in &set.failures {
+            let measured = set
+                .samples
+                .iter()
+                .any(|s| s.cell == failure.cell && s.side == failure.side);
+            if !measured && !model.failures.contains(failure) {
+                model.failures.push(failure.clone());
+            }
+        }
+        model.notes = notes(set, &model.cells);
+        model
+    }
+
+    /// The metrics of all sides that have values.
+    pub fn has(&self, metric: Metric) -> bool {
+        let mut sides = self.cells.iter().flat_map(|cell| &cell.sides);
+        sides.any(|side| side.figures.contains_key(&metric))
+    }
+}
+
+/// Noisy sides that are named one by one.
+const NOISY_MAX: usize = 6;
+
+fn notes(set: &Set, cells: &[Cell]) -> Vec<String> {
+    let mut notes = restless(set.samples.iter().map(|s| &s.metrics));
+    let mut noisy = Vec::new();
+    let sides: usize = cells.iter().map(|cell| cell.sides.len()).sum();
+    for cell in cells {
+        for side in &cell.sides {
+            let values: Vec<f64> = set
+                .samples
+                .iter()
+                .filter(|s| s.cell == cell.name && label(s) == side.name)
+                .filter_map(|s| s.metric(Metric::Iops))
+                .collect();
+            let name = format!("{}, {}", cell.name, side.name);
+            noisy.extend(noise(&name, Metric::Iops, &values));
+        }
+    }
+    match noisy.len() {
+        0..=NOISY_MAX => notes.extend(noisy),
+        many => notes.push(format!(
+            "noisy: in {many} of {sides} places the IOPS of the rounds lie more than {:.0} % of their median apart",
+            NOISY * 100.0
+        )),
+    }
+    for cell in &set.cells {
+        for note in cell["notes"].as_array().into_iter().flatten() {
+            let name = cell["cell"].as_str().unwrap_or_default();
+            notes.push(format!("{name}: {}", note.as_str().unwrap_or_default()));
+        }
+    }
+    notes.dedup();
+    notes
+}
+
+fn label(sample: &Sample) -> String {
+    // Experiments have a side for each engine; comparisons tell them apart by it.
+    match sample.engine.as_str() {
+        "auto" | "" => sample.side.clone(),
+        _ if !sample.axes.is_empty() => sample.side.clone(),
+        engine => format!("{} ({engine})", sample.side),
+    }
+}
+
+fn cells(set: &Set) -> Vec<Cell> {
+    let mut cells: Vec<Cell> = Vec::new();
+    let mut samples: BTreeMap<(usize, usize), Vec<&Sample>> = BTreeMap::new();
+    for sample in &set.samples {
+        let at = cells.iter().position(|cell| cell.name == sample.cell);
+        let at = at.unwrap_or_else(|| {
+            cells.push(Cell {
+                name: sample.cell.clone(),
+                axes: sample.axes.clone(),
+                sides: Vec::new(),
+            });
+            cells.len() - 1
+        });
+        let name = label(sample);
+        let sides = &mut cells[at].sides;
+        let side = sides.iter().position(|side| side.name == name);
+        let side = side.unwrap_or_else(|| {
+            sides.push(Side {
+                name,
+                ..Side::default()
+            });
+            sides.len() - 1
+        });
+        samples.entry((at, side)).or_default().push(sample);
+    }
+    for ((cell, side), samples) in samples {
+        let side = &mut cells[cell].sides[side];
+        let mut values: BTreeMap<Metric, Vec<f64>> = BTreeMap::new();
+        for sample in &samples {
+            for (metric, value) in &sample.metrics {
+                values.entry(*metric).or_default().push(*value);
+            }
+            side.latency.merge(&sample.latency);
+            for (operation, stages) in &sample.stages {
+                side.stages
+                    .entry(operation.clone())
+                    .or_default()
+                    .add(stages);
+            }
+        }
+        side.figures = values
+            .into_iter()
+            .filter_map(|(metric, values)| {
+                let summary = Summary::of(&values)?;
+                let figure = Figure::of(&values)?;
+                Some((
+                    metric,
+                    Drawn {
+                        figure,
+                        mean: summary.mean,
+                        deviation: summary.deviation,
+                    },
+                ))
+            })
+            .collect();
+        let mut order: Vec<&&Sample> = samples.iter().collect();
+        let iops = |sample: &Sample| sample.metric(Metric::Iops).unwrap_or_default();
+        order.sort_by(|a, b| iops(a).total_cmp(&iops(b)));
+        let middle = order.get(order.len() / 2);
+        side.timeline = middle.map_or_else(timeline::Stored::default, |s| s.timeline.clone());
+    }
+    cells
+}

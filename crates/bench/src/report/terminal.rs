@@ -1,0 +1,126 @@
+//! A summary for the terminal: bars of block characters, and verdicts.
+
+use super::model::{Cell, Model};
+use crate::metric::{Metric, number};
+use std::fmt::Write;
+
+/// Characters of a bar.
+const WIDTH: usize = 32;
+/// Eighths of a character.
+const PARTS: [char; 8] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉'];
+
+/// Each cell's first figure as bars, then findings and notes.
+pub fn terminal(model: &Model) -> String {
+    let mut text = String::new();
+    for cell in &model.cells {
+        bars(&mut text, model, cell);
+    }
+    for judged in &model.findings {
+        let _ = writeln!(text, "{:<13} {}", judged.verdict, judged.finding.says);
+        let _ = writeln!(text, "{:<13} {}", "", judged.why);
+    }
+    for failure in &model.failures {
+        let _ = writeln!(
+            text,
+            "· not measured: {}, {}: {}",
+            failure.cell, failure.side, failure.why
+        );
+    }
+    for note in &model.notes {
+        let _ = writeln!(text, "· {note}");
+    }
+    text
+}
+
+fn bars(text: &mut String, model: &Model, cell: &Cell) {
+    let has = |metric: &&Metric| cell.sides.iter().any(|s| s.figures.contains_key(metric));
+    let Some(metric) = model.figures.iter().find(has).copied() else {
+        return;
+    };
+    let value = |metric| move |side: &super::Side| Some(side.figures.get(&metric)?.figure.median);
+    let most = cell
+        .sides
+        .iter()
+        .filter_map(value(metric))
+        .fold(0.0, f64::max);
+    let name = cell.sides.iter().map(|s| s.name.chars().count()).max();
+    let name = name.unwrap_or_default();
+    let _ = writeln!(text, "{}: {}", cell.name, metric.title());
+    for side in &cell.sides {
+        let Some(drawn) = side.figures.get(&metric) else {
+            continue;
+        };
+        let mut line = format!(
+            "  {:<name$} {:<WIDTH$} {:>8}",
+            side.name,
+            bar(drawn.figure.median / most),
+            number(metric, drawn.figure.median)
+        );
+        for (other, unit) in [(Metric::P50Us, "µs"), (Metric::CpuUs, "CPU µs/IO")] {
+            if let Some(value) = value(other)(side).filter(|_| other != metric) {
+                let _ = write!(line, "  {:>7} {unit}", number(other, value));
+            }
+        }
+        let _ = writeln!(text, "{line}");
+    }
+    text.push('\n');
+}
+
+/// A bar of this part (0 to 1) of the width.
+fn bar(part: f64) -> String {
+    let part = if part.is_finite() {
+        part.clamp(0.0, 1.0)
+    } else {
+        0.0
+    };
+    let eighths = (part * (WIDTH * 8) as f64).round() as usize;
+    let mut bar = "█".repeat(eighths / 8);
+    if !eighths.is_multiple_of(8) {
+        bar.push(PARTS[eighths % 8]);
+    }
+    bar
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::{Run, Sample, Set};
+
+    #[test]
+    fn bars_are_as_long_as_their_values() {
+        assert_eq!(bar(1.0).chars().count(), WIDTH);
+        assert_eq!(bar(0.5), "█".repeat(WIDTH / 2));
+        assert_eq!(bar(1.0 / 64.0), "▌");
+        for odd in [f64::NAN, -1.0, 0.0, f64::INFINITY] {
+            assert_eq!(bar(odd), "");
+        }
+    }
+
+    #[test]
+    fn every_side_has_a_line_and_every_finding_two() {
+        let sample = |side: &str, iops| Sample {
+            cell: "randwrite".to_owned(),
+            side: side.to_owned(),
+            metrics: [(Metric::Iops, iops), (Metric::CpuUs, 2.0)].into(),
+            axes: vec![("load".to_owned(), "randwrite".to_owned())],
+            ..Sample::default()
+        };
+        let set = Set {
+            runs: vec![Run {
+                experiment: "E0".to_owned(),
+                ..Run::default()
+            }],
+            samples: vec![sample("qsd F", 2000.0), sample("qsd default", 1000.0)],
+            ..Set::default()
+        };
+        let model = Model::of(&set);
+        let text = terminal(&model);
+        assert_eq!(text.lines().count(), 4 + 2 * model.findings.len(), "{text}");
+        let line = text.lines().nth(1).unwrap();
+        assert!(
+            line.contains(&"█".repeat(WIDTH)) && line.contains("2.00 CPU µs/IO"),
+            "{line}"
+        );
+        assert!(text.contains("undecided"), "{text}");
+    }
+}

@@ -1,0 +1,75 @@
+//! `diskplane bench report`: pages, charts and a summary of a run's records.
+
+use crate::print;
+use anyhow::{Context, Result};
+use bench::{
+    record::{self, Set},
+    report::{Model, chart::svg::standalone, html, terminal},
+};
+use clap::Args;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// `bench report`.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Runs are files of records (versus-….jsonl, records.jsonl) or the folders that hold them."
+)]
+pub struct ReportArgs {
+    /// Where the page goes [default: report.html beside the records]
+    #[arg(short, long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Also write each chart as a file into this folder
+    #[arg(long, value_name = "DIR")]
+    pub svg: Option<PathBuf>,
+    /// Print no summary
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// A file of records, or the folder that holds it
+    pub run: PathBuf,
+}
+
+/// Reports on a run.
+pub fn run(args: &ReportArgs) -> Result<()> {
+    let set = record::read(&args.run)?;
+    report(&set, args.out.as_deref(), args.svg.as_deref(), args.quiet)
+}
+
+/// Writes the page and the charts of some records, and prints a summary of them.
+pub fn report(set: &Set, out: Option<&Path>, svg: Option<&Path>, quiet: bool) -> Result<()> {
+    let model = Model::of(set);
+    let (page, charts) = html(&model)?;
+    let beside = set.path.with_file_name("report.html");
+    let out = out.unwrap_or(&beside);
+    write(out, &page)?;
+    if let Some(folder) = svg {
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        for chart in &charts {
+            let path = folder.join(format!("{}.svg", chart.name));
+            write(&path, &standalone(&chart.svg))?;
+        }
+    }
+    if quiet {
+        return Ok(());
+    }
+    let text = format!(
+        "{}records: {}\nreport: {}\n",
+        terminal(&model),
+        set.path.display(),
+        out.display()
+    );
+    // Names in it may be of somebody else's making.
+    let lines: Vec<String> = text.split('\n').map(block::plain).collect();
+    print(&lines.join("\n"))
+}
+
+/// Under another name until it is whole.
+fn write(path: &Path, text: &str) -> Result<()> {
+    let mut part = path.as_os_str().to_owned();
+    part.push(".part");
+    let part = PathBuf::from(part);
+    fs::write(&part, text).with_context(|| part.display().to_string())?;
+    fs::rename(&part, path).with_context(|| path.display().to_string())
+}

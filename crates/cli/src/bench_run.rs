@@ -1,0 +1,169 @@
+//! `diskplane bench run`: the background's studies.
+
+use crate::{bench_report, bench_versus::stop_on_signals, print, signals::Signals};
+use anyhow::{Context, Result, bail};
+use bench::{
+    experiment::{self, Event, Experiment, Options, Progress},
+    record::Set,
+};
+use clap::{ArgGroup, Args};
+use std::{
+    fmt::Write as _,
+    io::{IsTerminal, Write as _},
+    path::PathBuf,
+    time::Duration,
+};
+
+/// A quick run takes so long at most, with what it sets up and takes down.
+const QUICK: Duration = Duration::from_secs(570);
+
+/// `bench run`.
+#[derive(Args, Debug)]
+#[command(
+    group(ArgGroup::new("extent").args(["quick", "full"])),
+    after_help = "A run that was stopped goes on where it was when it is started again with the same --out and options. \
+                  File systems on loop devices need root; without, cells that want them say so."
+)]
+pub struct RunArgs {
+    /// E0 (metadata cache), E1 (native or threads) or E3 (where the latency goes)
+    #[arg(value_name = "EXPERIMENT")]
+    pub experiment: String,
+    /// Fewer cells, shorter samples on smaller images: 10 minutes at most (the default)
+    #[arg(long)]
+    pub quick: bool,
+    /// Every cell
+    #[arg(long)]
+    pub full: bool,
+    /// Only cells whose names match, * standing for anything; also such as --quick leaves out
+    #[arg(long, value_name = "PATTERN")]
+    pub cells: Option<String>,
+    /// Rounds: samples of each side of a cell, taken in turn [default: 5, with --quick as many as there is time for]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub samples: Option<u16>,
+    /// Seconds that each sample measures [default: 2, with --quick 0.5]
+    #[arg(long, value_name = "S", value_parser = crate::bench_versus::seconds)]
+    pub seconds: Option<Duration>,
+    /// Bytes of a disk [default: what the experiment says]
+    #[arg(long, value_name = "SIZE", value_parser = crate::args::bytes)]
+    pub disk: Option<u64>,
+    /// Where images (gone afterwards), records and the report go [default: the experiment's name]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Also write each chart as a file into this folder
+    #[arg(long, value_name = "DIR")]
+    pub svg: Option<PathBuf>,
+    /// Show the cells and their sides, and do nothing
+    #[arg(long)]
+    pub list: bool,
+}
+
+/// Runs an experiment and reports on it.
+pub fn run(args: &RunArgs) -> Result<()> {
+    let experiment = experiment::find(&args.experiment)?;
+    if args.list {
+        return print(&experiment::list(&experiment));
+    }
+    let options = options(args, &experiment)?;
+    // Before anything starts a thread, so that all of them leave these signals to the one that waits for them.
+    stop_on_signals(
+        Signals::block()?,
+        "what was measured is kept: the same command goes on with it",
+    )?;
+    let set = drive(&experiment, &options)?;
+    bench_report::report(&set, None, args.svg.as_deref(), false)
+}
+
+fn drive(experiment: &Experiment, options: &Options) -> Result<Set> {
+    let terminal = std::io::stderr().is_terminal();
+    let run = experiment::run(experiment, options, &mut |event| {
+        let mut err = std::io::stderr().lock();
+        // A line that cannot be shown is no reason to stop.
+        let _ = match event {
+            Event::Progress(progress) if terminal => {
+                write!(err, "\r\x1b[K{}", line(&progress)).and_then(|()| err.flush())
+            }
+            Event::Note(note) if terminal => writeln!(err, "\r\x1b[K{}", block::plain(note)),
+            Event::Note(note) => writeln!(err, "{}", block::plain(note)),
+            Event::Progress(progress) => {
+                tracing::info!("{}", line(&progress));
+                Ok(())
+            }
+            Event::Sample(_) => Ok(()),
+        };
+    });
+    if terminal {
+        eprint!("\r\x1b[K");
+    }
+    Ok(run?)
+}
+
+/// Cell, what is done, how far, time left, the last result; in the width of a terminal, mostly.
+fn line(progress: &Progress<'_>) -> String {
+    let minutes = progress.left.as_secs() / 60;
+    let seconds = progress.left.as_secs() % 60;
+    let mut text = format!(
+        "{}: {} ({}/{}, {minutes}:{seconds:02} left)",
+        progress.cell,
+        progress.what,
+        progress.done + 1,
+        progress.total.max(progress.done + 1)
+    );
+    if let Some(last) = progress.last {
+        let _ = write!(text, " · {last}");
+    }
+    block::plain(&text)
+}
+
+fn options(args: &RunArgs, experiment: &Experiment) -> Result<Options> {
+    let quick = !args.full;
+    let (full_bytes, quick_bytes) = experiment.disk_bytes;
+    let disk_bytes = args
+        .disk
+        .unwrap_or(if quick { quick_bytes } else { full_bytes });
+    if !(16 << 20..=1 << 40).contains(&disk_bytes) || !disk_bytes.is_multiple_of(1 << 20) {
+        bail!("--disk: it must be 16M to 1T, and a multiple of 1M");
+    }
+    let (duration, ramp) = match quick {
+        true => (Duration::from_millis(500), Duration::from_millis(100)),
+        false => (Duration::from_secs(2), Duration::from_millis(400)),
+    };
+    let duration = args.seconds.unwrap_or(duration);
+    Ok(Options {
+        diskplane: std::env::current_exe().context("find this executable")?,
+        dir: args
+            .out
+            .clone()
+            .unwrap_or_else(|| experiment.name.to_lowercase().into()),
+        cells: args.cells.clone(),
+        samples: args.samples.map_or(5, usize::from),
+        duration,
+        ramp: ramp.min(duration),
+        quick,
+        // Who says how many has said how long.
+        limit: (quick && args.samples.is_none()).then_some(QUICK),
+        disk_bytes,
+        command: command(args, experiment),
+    })
+}
+
+/// The command line, without where things lie on this machine.
+fn command(args: &RunArgs, experiment: &Experiment) -> String {
+    let mut text = format!(
+        "diskplane bench run {} {}",
+        experiment.name,
+        if args.full { "--full" } else { "--quick" }
+    );
+    if let Some(pattern) = &args.cells {
+        let _ = write!(text, " --cells '{pattern}'");
+    }
+    if let Some(samples) = args.samples {
+        let _ = write!(text, " --samples {samples}");
+    }
+    if let Some(seconds) = args.seconds {
+        let _ = write!(text, " --seconds {}", seconds.as_secs_f64());
+    }
+    if let Some(bytes) = args.disk {
+        let _ = write!(text, " --disk {bytes}");
+    }
+    text
+}

@@ -1,0 +1,257 @@
+//! `diskplane bench run` from outside: its records, going on after an interruption, and what it leaves behind.
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use std::{
+    fs,
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+use testkit::TempDir;
+
+fn bench(dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")));
+    command.args(["bench", "run"]).args(args);
+    command.args(["--disk", "16M", "--out"]).arg(dir);
+    command
+}
+
+fn records(dir: &Path, kind: &str) -> Vec<Value> {
+    let text = fs::read_to_string(dir.join("records.jsonl")).unwrap_or_default();
+    let lines = text.lines().filter(|line| line.ends_with('}'));
+    let records = lines.map(|line| serde_json::from_str::<Value>(line).unwrap());
+    records.filter(|record| record["record"] == kind).collect()
+}
+
+fn sides(dir: &Path) -> Vec<String> {
+    let samples = records(dir, "sample");
+    let name = |sample: &Value| sample["side"].as_str().unwrap().to_owned();
+    samples.iter().map(name).collect()
+}
+
+/// Nothing of a run is mounted or attached, no image is left.
+#[track_caller]
+fn assert_gone(dir: &Path) {
+    assert!(!dir.join("work").exists());
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(dir.to_str().unwrap()), "{mounts}");
+    for entry in fs::read_dir("/sys/block").unwrap().flatten() {
+        let file = fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
+        assert!(!file.contains(dir.to_str().unwrap()), "{file}");
+    }
+}
+
+const PATHS: [&str; 7] = [
+    "bare metal",
+    "diskplane raw",
+    "diskplane qcow2",
+    "diskplane raw, NBD",
+    "qsd raw",
+    "qsd qcow2",
+    "qemu-nbd raw",
+];
+
+#[test]
+fn every_path_is_measured_in_turn_and_what_is_there_is_not_taken_again() {
+    let dir = TempDir::new();
+    let dir = dir.path("e3 out");
+    let args = ["e3", "--cells", "read-64k", "--seconds", "0.05"];
+    let run = |samples: &str| {
+        let mut command = bench(&dir, &args);
+        command.args(["--samples", samples]).output().unwrap()
+    };
+    // The first round, and one that a killed run had not finished writing.
+    let output = run("1");
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(sides(&dir), PATHS);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        text.contains("not measured") && text.contains("117 MB/s"),
+        "{text}"
+    );
+    let path = dir.join("records.jsonl");
+    let whole = fs::read(&path).unwrap();
+    fs::write(&path, [&whole[..], b"{\"record\":\"sample\",\"ce"].concat()).unwrap();
+
+    let output = run("2");
+    assert!(output.status.success(), "{output:?}");
+    assert!(fs::read(&path).unwrap().starts_with(&whole));
+    assert_eq!(sides(&dir), [PATHS, PATHS].concat());
+    let samples = records(&dir, "sample");
+    let rounds: Vec<_> = samples
+        .iter()
+        .map(|s| s["round"].as_u64().unwrap())
+        .collect();
+    assert_eq!(rounds, [[0; 7], [1; 7]].concat());
+    for sample in &samples {
+        let figure = |name: &str| sample["metrics"][name].as_f64().unwrap();
+        let mb_s = figure("iops") * 65536.0 / 1e6;
+        assert!((figure("mb-s") - mb_s).abs() < mb_s * 1e-3, "{sample}");
+        assert!(figure("cpu-us") > 0.0 && figure("p9999-us") >= figure("p50-us"));
+        let count: u64 = sample["latency"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(|b| b[1].as_u64())
+            .sum();
+        assert_eq!(
+            Some(count),
+            sample["detail"]["reports"][0]["reads"].as_u64()
+        );
+        let ours = sample["side"].as_str().unwrap().starts_with("diskplane");
+        assert_eq!(
+            sample["stages"]["read"]["device_us"].as_f64() > Some(0.0),
+            ours,
+            "{sample}"
+        );
+        assert_eq!(sample["axes"][1][1], "65536");
+    }
+    assert_eq!(records(&dir, "run").len(), 2);
+    let page = fs::read_to_string(dir.join("report.html")).unwrap();
+    assert!(page.contains("data-side=\"diskplane qcow2\"") && page.ends_with("</html>\n"));
+    // The same page of the same records, and its charts.
+    let again = dir.join("again.html");
+    let mut report = Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")));
+    report
+        .args(["bench", "report", "-q", "-o"])
+        .arg(&again)
+        .arg("--svg")
+        .arg(dir.join("svg"));
+    let output = report.arg(&dir).output().unwrap();
+    assert!(
+        output.status.success() && output.stdout.is_empty(),
+        "{output:?}"
+    );
+    assert_eq!(fs::read_to_string(again).unwrap(), page);
+    let chart = fs::read_to_string(dir.join("svg/percentiles-read-64k.svg")).unwrap();
+    assert!(
+        chart.starts_with("<svg ") && chart.contains("<style>"),
+        "{chart}"
+    );
+    assert_gone(&dir);
+
+    // Other options make other figures: they do not belong into the same file.
+    let output = bench(&dir, &["E3", "--seconds", "0.06"]).output().unwrap();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        words.contains("another --seconds: give another --out"),
+        "{words}"
+    );
+    let output = bench(&dir, &["E3", "--cells", "nil"]).output().unwrap();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(words.contains("no cell of E3 is called 'nil'"), "{words}");
+}
+
+#[test]
+fn a_metadata_cache_is_bounded_as_its_row_says() {
+    let dir = TempDir::new();
+    let dir = dir.path("e0");
+    let args = [
+        "E0",
+        "--cells",
+        "ioping-write",
+        "--seconds",
+        "0.02",
+        "--samples",
+        "1",
+    ];
+    let output = bench(&dir, &args).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(records(&dir, "failure"), [] as [Value; 0]);
+    let samples = records(&dir, "sample");
+    let command = |side: &str| {
+        let sample = samples.iter().find(|s| s["side"] == side).unwrap();
+        sample["detail"]["command"].to_string()
+    };
+    let f = command("qsd F");
+    for part in [
+        "l2-cache-size=8388608,l2-cache-entry-size=8192",
+        "cache.direct=off,cache.no-flush=on",
+    ] {
+        assert!(f.contains(part), "{f}");
+    }
+    let g = command("diskplane G");
+    assert!(g.contains("direct-unsafe") && g.contains("8388608"), "{g}");
+    let auto = command("diskplane auto");
+    assert!(!auto.contains("--metadata-cache"), "{auto}");
+    // What was asked for is what was seen.
+    for cell in records(&dir, "cell") {
+        assert_eq!(cell["notes"], Value::Array(Vec::new()), "{cell}");
+    }
+    assert_gone(&dir);
+}
+
+/// A run under way; killed when dropped.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts a run that has a file system on a loop device, and returns when a server of it serves an image there.
+fn started(dir: &Path) -> Running {
+    let args = [
+        "E1",
+        "--cells",
+        "write-qcow2-ext4",
+        "--seconds",
+        "100",
+        "--samples",
+        "1",
+    ];
+    let mut command = bench(dir, &args);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut run = Running(command.spawn().unwrap());
+    let deadline = Instant::now() + Duration::from_secs(120);
+    let served = || {
+        let ready = fs::read_to_string(dir.join("work/ready.pid")).unwrap_or_default();
+        ready.ends_with('\n') && dir.join("work/ext4/lost+found").exists()
+    };
+    while !served() {
+        assert!(run.0.try_wait().unwrap().is_none(), "it ended");
+        assert!(Instant::now() < deadline, "no server");
+        thread::sleep(Duration::from_millis(5));
+    }
+    run
+}
+
+#[test]
+fn stopped_or_killed_nothing_stays_mounted() {
+    if !rustix::process::geteuid().is_root() || !Path::new("/dev/loop-control").exists() {
+        return;
+    }
+    let dir = TempDir::new();
+    let stopped = dir.path("stopped");
+    let mut run = started(&stopped);
+    kill_process(Pid::from_child(&run.0), Signal::INT).unwrap();
+    assert_eq!(run.0.wait().unwrap().code(), Some(130));
+    assert_gone(&stopped);
+
+    let killed = dir.path("killed");
+    let mut run = started(&killed);
+    run.0.kill().unwrap();
+    run.0.wait().unwrap();
+    assert!(killed.join("work/ext4/lost+found").exists());
+    // The next run finds it, does its own, and leaves nothing.
+    let args = [
+        "E3",
+        "--cells",
+        "read-1m",
+        "--seconds",
+        "0.02",
+        "--samples",
+        "1",
+    ];
+    let output = bench(&killed, &args).output().unwrap();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(words.contains("another experiment"), "{words}");
+    fs::remove_file(killed.join("records.jsonl")).unwrap();
+    let output = bench(&killed, &args).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_gone(&killed);
+}
