@@ -496,8 +496,7 @@ impl File {
             Err(e) => return Err(e.into()),
         }
         match rustix::fs::seek(&self.fd, SeekFrom::Hole(offset)) {
-            // What ends within a sector is data to the sector's end, as QEMU has it.
-            Ok(hole) if hole > offset => Ok((hole.next_multiple_of(512).min(len), true)),
+            Ok(hole) if hole > offset => Ok((hole.min(len), true)),
             // The file changed between the two calls.
             Ok(_) | Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP) => Ok((len, true)),
             Err(e) => Err(e.into()),
