@@ -397,6 +397,21 @@ pub fn written(bytes: &[u8]) -> Result<()> {
     write(&storage(bytes))
 }
 
+/// Compresses the cluster at `at` where it is; and gives a place for it up.
+fn pack(storage: &Arc<Memory>, driver: &mut Driver, at: u64) -> Result<()> {
+    let cluster = Header::read(&**storage)?.cluster_size();
+    let at = at / cluster * cluster;
+    let mut packed = Vec::new();
+    if !driver
+        .packer()?
+        .pack(&vec![7; cluster as usize], &mut packed)
+    {
+        return Ok(());
+    }
+    drop(driver.place_packed(at, packed.len() as u32)?);
+    driver.write_packed(at, &packed)
+}
+
 fn write(storage: &Arc<Memory>) -> Result<()> {
     let mut driver = driver(storage, false)?;
     let size = driver.size();
@@ -406,6 +421,7 @@ fn write(storage: &Arc<Memory>) -> Result<()> {
         results.push(driver.write(at, &vec![nth as u8; len as usize]));
         results.push(driver.write_zeroes(at, len, nth % 2 == 0));
         results.push(driver.write(at, &[9; 1]));
+        results.push(pack(storage, &mut driver, at));
         results.push(driver.discard(at, len));
         if nth % 3 == 0 {
             results.push(driver.flush());
