@@ -58,10 +58,9 @@ fn entries_agree_with_the_driver() {
         assert!(told <= ended, "{entry:?} {ended}");
         let sample = Sample::with_client(entry, began, ended);
         assert_eq!(sample.total_ns(), ended - began);
-        assert!(entry.stages_ns[Stage::Parse] > 0, "{entry:?}");
     }
-    // Who is found awake is not kicked, and who is found waiting need not be called.
-    for stage in [Stage::Ring, Stage::Notify] {
+    // Who is found awake is not kicked, who is found waiting need not be called, and who is fast is looked at less.
+    for stage in [Stage::Ring, Stage::Parse, Stage::Notify] {
         assert!(
             found.iter().any(|entry| entry.stages_ns[stage] > 0),
             "{stage}"

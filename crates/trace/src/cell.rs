@@ -36,9 +36,14 @@ impl Cell {
         self.sequence.store(version * 2 - 1, Relaxed);
         // No word is seen before the odd number is.
         fence(Release);
-        for (to, from) in self.words.iter().zip(words) {
-            to.store(*from, Relaxed);
-        }
+        let [a, b, c, d, e, f, g] = &self.words;
+        a.store(words[0], Relaxed);
+        b.store(words[1], Relaxed);
+        c.store(words[2], Relaxed);
+        d.store(words[3], Relaxed);
+        e.store(words[4], Relaxed);
+        f.store(words[5], Relaxed);
+        g.store(words[6], Relaxed);
         self.sequence.store(version * 2, Release);
     }
 

@@ -49,6 +49,7 @@ impl Ring {
     }
 
     /// How many entries it keeps.
+    #[inline]
     pub fn capacity(&self) -> usize {
         self.cells.len()
     }
@@ -59,6 +60,7 @@ impl Ring {
     }
 
     /// How many entries were ever written.
+    #[inline]
     pub fn written(&self) -> u64 {
         self.written.load(Acquire)
     }

@@ -15,8 +15,9 @@ pub enum Stage {
     /// others that came with it counts. What came while the server was looking anyway arrived, as far as it can know,
     /// when it looked.
     Ring,
-    /// Reading it from there and checking it. In a batch the clock is read once for each request; for all but the first
-    /// of a batch this counts as [`Stage::Map`].
+    /// Reading it from there and checking it. Only where that costs next to nothing the clock is read for it: for the
+    /// first request of a batch of a virtqueue that comes 4 microseconds or more after the one before it. For others this
+    /// counts as [`Stage::Map`].
     Parse,
     /// Asking the formats where its bytes are or go.
     Map,
@@ -28,7 +29,7 @@ pub enum Stage {
     Commit,
     /// Its answer into the ring or socket.
     Complete,
-    /// Telling the guest (`call`).
+    /// Telling the guest (`call`); where batches come faster, as above, it counts as [`Stage::Complete`].
     Notify,
 }
 
@@ -107,6 +108,7 @@ pub struct Stamps {
 impl Stamps {
     /// How long each stage took. One that the request did not go through, or whose end was seen before its
     /// beginning, took no time: the sum is always the time from the first stamp to the last.
+    #[inline]
     pub fn times(&self) -> Times {
         let ends = [
             self.taken,
@@ -120,14 +122,17 @@ impl Stamps {
         ];
         let mut times = Times::default();
         let mut last = self.begin();
-        for (time, end) in times.0.iter_mut().zip(ends) {
-            *time = end.saturating_sub(last);
-            last = last.max(end);
+        // By index, which is unrolled: every request that ends comes by here.
+        #[allow(clippy::needless_range_loop)]
+        for stage in 0..STAGES {
+            times.0[stage] = ends[stage].saturating_sub(last);
+            last = last.max(ends[stage]);
         }
         times
     }
 
     /// The first stamp.
+    #[inline]
     pub fn begin(&self) -> u64 {
         // Who cannot say when a request arrived saw it when it was taken.
         match self.arrived {
@@ -144,6 +149,7 @@ pub struct Times(pub [u64; STAGES]);
 
 impl Times {
     /// All stages together.
+    #[inline]
     pub fn total(&self) -> u64 {
         self.0.iter().fold(0, |sum, ns| sum.saturating_add(*ns))
     }

@@ -34,6 +34,10 @@ use std::{
 /// The key under which the kick is watched.
 const KICK: u32 = 1;
 
+/// Batches that come faster have the clock read as rarely as can be: a look takes some 25 ns, two of them a hundredth of
+/// this.
+const LOOK_NS: u64 = 4000;
+
 /// Everything that a queue needs to start.
 pub(super) struct Setup {
     /// Its number, for messages.
@@ -119,6 +123,9 @@ pub(super) struct Queue {
     /// Slots whose request the disk had no room for.
     refused: Vec<u16>,
     kick: EventFd,
+    /// When the last batch was taken, and whether the clock is read for its stages one by one.
+    batch_ns: u64,
+    looks: bool,
     /// When the worker was woken by a kick whose requests were not taken yet; 0: it was not.
     kicked_ns: u64,
     call: Option<EventFd>,
@@ -178,6 +185,8 @@ impl Queue {
             free: (0..setup.size).rev().collect(),
             refused: Vec::with_capacity(usize::from(setup.size)),
             kick: setup.kick,
+            batch_ns: 0,
+            looks: false,
             kicked_ns: 0,
             call: setup.call,
             err: setup.err,
@@ -263,6 +272,9 @@ impl Queue {
                 any = true;
                 stamps.taken_ns = disk::now_ns();
                 stamps.is_first = true;
+                let since = stamps.taken_ns.saturating_sub(self.batch_ns);
+                self.batch_ns = stamps.taken_ns;
+                self.looks = since >= LOOK_NS && self.disk.as_ref().is_some_and(DiskQueue::traces);
                 stamps.arrived_ns = match self.kicked_ns {
                     // Looked at without being asked: it is not known when it came.
                     0 => stamps.taken_ns,
@@ -300,8 +312,8 @@ impl Queue {
         slot.head = head;
         slot.written = 0;
         slot.segment_count = 0;
-        // The clock is asked once for each request, when it is mapped; one that comes alone can afford another.
-        let look = stamps.is_first && self.disk.as_ref().is_some_and(DiskQueue::traces);
+        // The clock is read once for each request, when it is mapped; where they come slowly there is time for another look.
+        let look = stamps.is_first && self.looks;
         let parsed_ns = if look { disk::now_ns() } else { 0 };
         match task {
             Task::Answer { status, written } => {
@@ -434,12 +446,9 @@ impl Queue {
         }
         let mut told_ns = None;
         if wanted {
-            let looks = |disk: &DiskQueue| disk.traces() && disk.has_ended();
-            told_ns = self
-                .disk
-                .as_ref()
-                .filter(|disk| looks(disk))
-                .map(|_| disk::now_ns());
+            if self.looks && self.disk.as_ref().is_some_and(DiskQueue::has_ended) {
+                told_ns = Some(disk::now_ns());
+            }
             self.notify();
         }
         if let Some(disk) = &mut self.disk {
