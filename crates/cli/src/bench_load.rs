@@ -52,6 +52,13 @@ pub struct Load {
     /// Spin for completions instead of sleeping
     #[arg(long)]
     pub poll: bool,
+    /// Reads and writes per second, at even distances, whatever has ended until then (open loop; needs --poll): a
+    /// latency counts from when its request was due, so that a server which falls behind is seen to
+    #[arg(long, value_name = "N")]
+    pub rate: Option<f64>,
+    /// Random requests are for some places more often than for others: for the k-th most wanted one in proportion to 1/k^THETA
+    #[arg(long, value_name = "THETA")]
+    pub zipf: Option<f64>,
     /// When each of the requests in flight is a flush: never, each (after each of its writes), or after N of them
     #[arg(long, value_name = "never|each|N", default_value = "never", value_parser = flushes)]
     pub flush: Flushes,
@@ -184,6 +191,8 @@ fn spec(args: &Load) -> Result<Spec> {
         ramp: args.ramp,
         ios_max: args.ios,
         poll: args.poll,
+        rate: args.rate,
+        zipf: args.zipf,
         ring_entries: args.ring,
         indirect: !args.no_indirect,
         event_index: !args.no_event_index,

@@ -101,9 +101,35 @@ impl Outcome {
     }
 }
 
+/// How many requests are due now, the next one of them since `due`.
+fn are_due(now: Instant, due: Instant, interval: Duration) -> usize {
+    match now.checked_duration_since(due) {
+        Some(late) => {
+            let more = late.as_nanos() / interval.as_nanos().max(1);
+            usize::try_from(more)
+                .unwrap_or(usize::MAX)
+                .saturating_add(1)
+        }
+        None => 0,
+    }
+}
+
+/// Waits until `due`, or for a while: the end of the load is looked for in between. A sleep ends late, so the last part of it
+/// is spent awake.
+fn wait_until(due: Instant) {
+    const AWAKE: Duration = Duration::from_micros(200);
+    const LONGEST: Duration = Duration::from_millis(10);
+    let left = due.saturating_duration_since(Instant::now());
+    match left.checked_sub(AWAKE) {
+        Some(sleep) => std::thread::sleep(sleep.min(LONGEST)),
+        None => std::hint::spin_loop(),
+    }
+}
+
 /// Keeps `depth` requests in flight until `phase` says [`STOP`] or `ios_max` reads and writes were counted,
 /// and until all of them have ended. When it says [`REST`] and none is in flight, `rest` is called, which returns at
-/// the next turn; with `false` where there is none.
+/// the next turn; with `false` where there is none. Where the plan has a rate, requests begin when they are due instead, as far
+/// as `depth` allows, and their latency counts from then.
 pub(crate) fn drive(
     client: &mut impl Client,
     plan: &mut Plan,
@@ -125,6 +151,9 @@ pub(crate) fn drive(
     // Reads and writes that may still be asked for.
     let mut left = u64::MAX;
     let mut ready: Vec<usize> = (0..depth).collect();
+    let pace = plan.interval();
+    // When the next request is due, where they do not wait for each other.
+    let mut due = began;
     loop {
         let state = phase.load(Ordering::Relaxed);
         if measuring && matches!(state, RAMP | REST) {
@@ -142,7 +171,11 @@ pub(crate) fn drive(
         }
         // Taken before the first is submitted: a server that polls may answer before the last is.
         let now = Instant::now();
-        let usable = if state == REST { 0 } else { ready.len() };
+        let usable = match (state, pace) {
+            (REST, _) => 0,
+            (RAMP | MEASURE, Some(interval)) => are_due(now, due, interval).min(ready.len()),
+            _ => ready.len(),
+        };
         for slot in ready.drain(..usable) {
             let request = match plan.flush(slot) {
                 Some(flush) if state != STOP => flush,
@@ -153,11 +186,18 @@ pub(crate) fn drive(
                 _ => continue,
             };
             client.submit(slot, request)?;
-            slots[slot] = (request.kind, now);
+            slots[slot] = (request.kind, pace.map_or(now, |_| due));
+            due += pace.unwrap_or_default();
             in_flight += 1;
         }
         if in_flight == 0 {
             if state == REST && rest() {
+                began = Instant::now();
+                due = began;
+                continue;
+            }
+            if pace.is_some() && left > 0 && matches!(state, RAMP | MEASURE) {
+                wait_until(due);
                 began = Instant::now();
                 continue;
             }
@@ -199,4 +239,83 @@ pub(crate) fn drive(
         outcome.notified(before, client.notifications());
     }
     Ok(outcome)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::load::{
+        Spec, Target,
+        plan::{Geometry, Places},
+    };
+
+    /// Answers at once, but for one time when it takes long.
+    #[derive(Default)]
+    struct Stalling {
+        waiting: Vec<usize>,
+        answered: u32,
+    }
+
+    impl Client for Stalling {
+        fn submit(&mut self, slot: usize, _: Request) -> Result<()> {
+            self.waiting.push(slot);
+            Ok(())
+        }
+
+        fn send(&mut self) -> Result<()> {
+            Ok(())
+        }
+
+        fn reap(&mut self, ended: &mut Vec<Ended>) -> Result<()> {
+            self.answered += 1;
+            if self.answered == 10 {
+                std::thread::sleep(Duration::from_millis(40));
+            }
+            let slots = self.waiting.drain(..);
+            ended.extend(slots.map(|slot| Ended { slot, ok: true }));
+            Ok(())
+        }
+
+        fn notifications(&self) -> (u64, u64) {
+            (0, 0)
+        }
+    }
+
+    /// Requests of a hundred that took more than 5 ms, where the server stalled for 40 ms once.
+    fn slow(rate: Option<f64>) -> u64 {
+        let spec = Spec {
+            rate,
+            poll: true,
+            depth: 1,
+            ..Spec::new(Target::VhostUser("none".into()))
+        };
+        spec.check().unwrap();
+        let disk = Geometry {
+            capacity: 1 << 20,
+            read_only: false,
+            flushes: true,
+            block_bytes: 512,
+        };
+        let mut plan = Plan::new(&spec, Places::new(&spec, &disk).unwrap(), 0);
+        let phase = AtomicU8::new(MEASURE);
+        let mut client = Stalling::default();
+        let outcome = drive(&mut client, &mut plan, 1, Some(100), &phase, || false).unwrap();
+        assert_eq!(outcome.reads, 100);
+        let histogram = outcome.read_latency.histogram();
+        let slow = histogram.buckets().iter().filter(|(ns, _)| *ns > 5_000_000);
+        slow.map(|(_, count)| count).sum()
+    }
+
+    #[test]
+    fn a_stall_is_felt_by_all_requests_that_were_due_meanwhile() {
+        // Who waits for the answer before asking again sees one slow request; a machine that is busy makes it more.
+        assert!(slow(None) >= 1);
+        // At one a millisecond some 35 are more than 5 ms late.
+        assert!(slow(Some(1000.0)) >= 30);
+        let (now, ms) = (Instant::now(), Duration::from_millis);
+        assert_eq!(are_due(now, now + ms(1), ms(1)), 0);
+        assert_eq!(are_due(now, now, ms(1)), 1);
+        assert_eq!(are_due(now + ms(5), now, ms(2)), 3);
+        assert_eq!(are_due(now + ms(5), now, Duration::ZERO), 5_000_001);
+    }
 }

@@ -11,6 +11,7 @@ pub mod timeline;
 pub(crate) mod turns;
 pub(crate) mod usage;
 mod vhost;
+mod zipf;
 
 pub use histogram::Histogram;
 pub use latency::{Latencies, Percentiles};
@@ -153,6 +154,14 @@ pub struct Spec {
     pub ios_max: Option<u64>,
     /// Spin for completions instead of sleeping.
     pub poll: bool,
+    /// Reads and writes per second of all queues together, at even distances, whatever has ended until then (open loop): a
+    /// latency counts from when its request was due, also where it had to wait for one of [`Self::depth`] places. `None`: as
+    /// fast as [`Self::depth`] requests at a time go.
+    #[serde(default)]
+    pub rate: Option<f64>,
+    /// Random patterns ask for places by Zipf's law with this exponent. `None`: all alike.
+    #[serde(default)]
+    pub zipf: Option<f64>,
     /// Entries of a virtqueue: a power of two.
     pub ring_entries: u16,
     /// Use indirect descriptors where offered (vhost-user).
@@ -183,6 +192,8 @@ impl Spec {
             ramp: Duration::ZERO,
             ios_max: None,
             poll: false,
+            rate: None,
+            zipf: None,
             ring_entries: 128,
             indirect: true,
             event_index: true,

@@ -1,7 +1,8 @@
 //! Which request comes next: offsets, the mix of reads and writes, flushes.
 
-use super::{Flushes, Pattern, Spec};
+use super::{Flushes, Pattern, Spec, zipf::Zipf};
 use block::{Error, Result, size};
+use std::time::Duration;
 
 /// What a request does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +99,24 @@ impl Spec {
                 "--flush is about writes, and this load has none: choose another --rw".into(),
             );
         }
+        if let Some(rate) = self.rate {
+            if !(0.001..=1e8).contains(&rate) {
+                return wrong(format!("--rate {rate}: it is 0.001 to 100000000"));
+            }
+            if !self.poll || self.flushes != Flushes::Never {
+                return wrong(
+                    "--rate: a thread that sleeps until something ends is late for the next request: give --poll, and no --flush".into(),
+                );
+            }
+        }
+        if let Some(theta) = self.zipf {
+            if !(0.01..=10.0).contains(&theta) {
+                return wrong(format!("--zipf {theta}: it is 0.01 to 10"));
+            }
+            if matches!(self.pattern, Pattern::Read | Pattern::Write | Pattern::Rw) {
+                return wrong("--zipf is about random requests: choose another --rw".into());
+            }
+        }
         if self.ios_max == Some(0) || (self.duration.is_zero() && self.ios_max.is_none()) {
             return wrong("nothing is asked for: give --seconds or --ios".into());
         }
@@ -179,6 +198,8 @@ pub(crate) struct Plan {
     /// Writes of a slot between two flushes; `u32::MAX`: no flushes.
     writes_per_flush: u32,
     random: u64,
+    zipf: Option<Zipf>,
+    interval: Option<Duration>,
     next: u64,
     /// Writes of each slot since its last flush.
     unflushed: Vec<u32>,
@@ -201,6 +222,10 @@ impl Plan {
                 Flushes::AfterEachWrite => 1,
                 Flushes::Every(writes) => writes,
             },
+            zipf: spec.zipf.map(|theta| Zipf::new(places.count, theta)),
+            interval: spec
+                .rate
+                .map(|rate| Duration::from_secs_f64(f64::from(spec.queues) / rate)),
             random: spec.seed ^ u64::from(queue).wrapping_mul(0xa076_1d64_78bd_642f),
             next: first as u64,
             unflushed: vec![0; spec.depth as usize],
@@ -218,6 +243,11 @@ impl Plan {
     /// A number below `limit`.
     fn below(&mut self, limit: u64) -> u64 {
         ((u128::from(self.random()) * u128::from(limit)) >> 64) as u64
+    }
+
+    /// The time between two requests, where they do not wait for each other.
+    pub(crate) fn interval(&self) -> Option<Duration> {
+        self.interval
     }
 
     /// The flush that `slot` sends next, if it is due.
@@ -249,7 +279,11 @@ impl Plan {
             self.next = (index + 1) % self.places.count;
             index
         } else {
-            self.below(self.places.count)
+            match self.zipf {
+                // 53 bits are what a float keeps.
+                Some(zipf) => zipf.draw(|| (self.random() >> 11) as f64 / (1_u64 << 53) as f64),
+                None => self.below(self.places.count),
+            }
         };
         Request {
             kind,
@@ -322,6 +356,22 @@ mod tests {
     }
 
     #[test]
+    fn hot_places_are_asked_for_more_often() {
+        let spec = Spec {
+            zipf: Some(1.0),
+            ..spec(Pattern::RandRead)
+        };
+        let mut plan = plan(&spec, 0);
+        let mut hits = vec![0_u32; 256];
+        for _ in 0..10_000 {
+            hits[(plan.next(0).offset / 4096) as usize] += 1;
+        }
+        // One in 6.1 (the 256th harmonic number) is for the most wanted.
+        assert!((1400..1900).contains(&hits[0]), "{}", hits[0]);
+        assert!(hits.iter().filter(|n| **n > 0).count() > 200);
+    }
+
+    #[test]
     fn queues_and_seeds_differ_and_repeat() {
         let offsets = |seed, queue| {
             let spec = Spec {
@@ -355,7 +405,17 @@ mod tests {
     fn what_cannot_be_is_refused_with_what_to_do() {
         let base = spec(Pattern::RandWrite);
         type Change = fn(&mut Spec);
-        let cases: [(Change, &str); 14] = [
+        let cases: [(Change, &str); 18] = [
+            (|s| s.rate = Some(0.0), "--rate 0"),
+            (|s| s.rate = Some(100.0), "give --poll"),
+            (|s| s.zipf = Some(f64::NAN), "--zipf NaN"),
+            (
+                |s| {
+                    s.zipf = Some(1.0);
+                    s.pattern = Pattern::Write;
+                },
+                "choose another --rw",
+            ),
             (|s| s.block_bytes = 100, "--bs 100"),
             (|s| s.block_bytes = 1 << 40, "--bs 1 TiB"),
             (|s| s.depth = 0, "--depth 0"),
