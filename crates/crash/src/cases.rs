@@ -371,7 +371,7 @@ const WORKLOADS: &[Workload] = &[
     },
     Workload {
         name: "link",
-        script: "storm 20 len=64k; link 20; crash; storm 5; link 300; crash; storm 10; rebase; crash; link none; crash; storm 10",
+        script: "storm 20 len=64k; link 20; crash; storm 5; link 300; crash; storm 10; rebase; crash; rebase; link none; crash; storm 10",
         images: &[
             "vhd cluster_size=8k size=512k over vhd cluster_size=4k size=400k filled",
             "vhd cluster_size=64k size=512k backing",
