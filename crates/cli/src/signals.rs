@@ -28,6 +28,26 @@ pub enum Signal {
 #[derive(Debug)]
 pub struct Signals(File);
 
+/// Blocks `signals` for this thread and those that it starts from now on.
+fn hold(signals: &[i32]) -> Result<libc::sigset_t> {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: `sigemptyset` initialises the set that it is given, and the others only read
+    // or change an initialised one.
+    let set = unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        for signal in signals {
+            libc::sigaddset(set.as_mut_ptr(), *signal);
+        }
+        set.assume_init()
+    };
+    // SAFETY: `set` is initialised, and a null pointer for the old mask is allowed.
+    let code = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, ptr::null_mut()) };
+    if code != 0 {
+        return Err(io::Error::from_raw_os_error(code)).context("block signals");
+    }
+    Ok(set)
+}
+
 impl Signals {
     /// Blocks the signals of a server, SIGTERM, SIGINT and SIGUSR1, for this thread and those that it starts from now
     /// on, so that they wait to be read here. To be called before any thread is started.
@@ -36,21 +56,7 @@ impl Signals {
     }
 
     fn block_these(signals: &[i32]) -> Result<Self> {
-        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: `sigemptyset` initialises the set that it is given, and the others only read
-        // or change an initialised one.
-        let set = unsafe {
-            libc::sigemptyset(set.as_mut_ptr());
-            for signal in signals {
-                libc::sigaddset(set.as_mut_ptr(), *signal);
-            }
-            set.assume_init()
-        };
-        // SAFETY: `set` is initialised, and a null pointer for the old mask is allowed.
-        let code = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, ptr::null_mut()) };
-        if code != 0 {
-            return Err(io::Error::from_raw_os_error(code)).context("block signals");
-        }
+        let set = hold(signals)?;
         // SAFETY: -1 asks for a new descriptor; `set` is initialised.
         let fd = unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC) };
         if fd < 0 {
@@ -93,14 +99,8 @@ pub fn progress_wanted() -> bool {
 /// From now on SIGUSR1 ends nothing: it waits for [`stop_on_signals`]. To be called first of all: whoever starts a command
 /// may ask how far it is before that has begun.
 pub fn hold_progress() {
-    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: `sigemptyset` initialises the set, the others read or change an initialised one; a null pointer for
-    // the old mask is allowed.
-    unsafe {
-        libc::sigemptyset(set.as_mut_ptr());
-        libc::sigaddset(set.as_mut_ptr(), libc::SIGUSR1);
-        libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), ptr::null_mut());
-    }
+    // A mask that cannot be set leaves the signal what it was.
+    let _ = hold(&[libc::SIGUSR1]);
 }
 
 /// From now on SIGINT, SIGTERM and SIGHUP, where this process does not ignore them, ask for the end of the work: it
