@@ -309,19 +309,18 @@ impl Statistics {
             stalls: total(|q| &q.stalls),
         };
         for operation in Operation::ALL {
-            let of = |stage| {
-                let mut sum = Snapshot::default();
-                for queue in queues.clone() {
-                    sum.merge(&queue.latencies.snapshot(operation, stage));
-                }
-                sum
-            };
-            let whole = of(None);
+            let mut whole = Snapshot::default();
+            for queue in queues.clone() {
+                whole.merge(&queue.latencies.snapshot(operation, None));
+            }
             if whole.count == 0 {
                 continue;
             }
             let rows = || queues.clone().map(|q| &q.rows[operation as usize]);
-            let mean = |stage: Stage| of(Some(stage)).mean_ns();
+            let mean = |stage: Stage| {
+                let sums = queues.clone().map(|q| q.latencies.sum_ns(operation, stage));
+                sums.fold(0, u64::wrapping_add) / whole.count
+            };
             statistics.operations.push(OpStatistics {
                 operation: operation.name(),
                 count: whole.count,

@@ -133,6 +133,11 @@ impl Histograms {
         }
     }
 
+    /// Nanoseconds of a stage of an operation, of all its requests.
+    pub fn sum_ns(&self, operation: Operation, stage: Stage) -> u64 {
+        self.sums[operation as usize][stage as usize].get()
+    }
+
     /// What was counted of an operation: of a stage, or for `None` of the whole. Without [stages](Self::new) a stage
     /// has its sum and no buckets.
     pub fn snapshot(&self, operation: Operation, stage: Option<Stage>) -> Snapshot {
