@@ -2,12 +2,11 @@
 //!
 //! With `--json` one object: `spec`, the whole [`Spec`] with its defaults, and `report`, the whole [`Report`].
 
-use crate::{args::bytes, print};
+use crate::{args::bytes, print, table};
 use anyhow::{Result, bail};
 use bench::load::{self, Flushes, Pattern, Percentiles, Report, Spec, Target};
 use block::size;
 use clap::{ArgGroup, Args, ValueEnum};
-use comfy_table::{CellAlignment, Table, presets};
 use io::Aio;
 use serde::Serialize;
 use std::{fmt::Write as _, path::PathBuf, time::Duration};
@@ -218,9 +217,7 @@ fn text(spec: &Spec, report: &Report) -> String {
     if report.errors > 0 {
         let _ = writeln!(text, "{} requests FAILED", report.errors);
     }
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
-    table.set_header([
+    let header = [
         "latency in µs",
         "count",
         "min",
@@ -231,7 +228,8 @@ fn text(spec: &Spec, report: &Report) -> String {
         "p99.9",
         "p99.99",
         "max",
-    ]);
+    ];
+    let mut table = table::headed(&header, 1);
     for (name, latency) in [
         ("reads", &report.read_latency),
         ("writes", &report.write_latency),
@@ -241,12 +239,7 @@ fn text(spec: &Spec, report: &Report) -> String {
             table.add_row(row(name, latency));
         }
     }
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    for line in table.lines() {
-        let _ = writeln!(text, "{}", line.trim());
-    }
+    text.push_str(&table::text(&table));
     let _ = writeln!(
         text,
         "per request: {:.3} notifications to the server, {:.3} back",

@@ -14,10 +14,10 @@ use crate::args::{bytes, format};
 use crate::open::{self, Access};
 use crate::print;
 use crate::secret::Objects;
+use crate::table;
 use anyhow::{Result, bail};
 use block::{Storage, size};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command};
-use comfy_table::{Table, presets};
 use image::Format;
 use image::qcow2::bitmap::Entry;
 use io::File;
@@ -281,14 +281,12 @@ fn table(bitmaps: &[Listed]) -> String {
     if bitmaps.is_empty() {
         return "no bitmaps\n".into();
     }
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    let mut table = table::bare();
     for Listed { entry, dirty_bytes } in bitmaps {
         let dirty = dirty_bytes.map_or(String::new(), |n| format!("{} dirty", size::human(n)));
         table.add_row([entry.name(), describe(entry), dirty]);
     }
-    let lines: Vec<String> = table.lines().map(|l| l.trim().to_owned()).collect();
-    lines.join("\n") + "\n"
+    table::text(&table)
 }
 
 #[cfg(test)]

@@ -20,10 +20,9 @@
 //! | `bitmaps` | array of objects with `name`, `granularity` (bytes) and `flags` (`in-use`, `auto`); absent where there are none |
 //! | `engine` | object with `name` and `reason`: what `--aio auto` picks for the file; the active image only |
 
-use crate::{args, bitmap, encrypt::Shown, open, print, snapshot};
+use crate::{args, bitmap, encrypt::Shown, open, print, snapshot, table};
 use anyhow::Result;
 use block::{plain, size};
-use comfy_table::{Table, presets};
 use disk::chain::{Chain, ChainOptions, Layer};
 use image::{Description, Format};
 use io::{Aio, FileKind};
@@ -215,15 +214,13 @@ fn table(entry: &Entry) -> String {
             .as_ref()
             .map(|e| format!("{}: {}", e.name, e.reason)),
     );
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    let mut table = table::bare();
     for (name, value) in rows {
         table.add_row([name, &plain(&value)]);
     }
-    let lines: Vec<String> = table.lines().map(|l| l.trim().to_owned()).collect();
     let snapshots = match entry.snapshots.is_empty() {
         true => String::new(),
         false => format!("snapshots\n{}", snapshot::table(&entry.snapshots)),
     };
-    lines.join("\n") + "\n" + &snapshots
+    table::text(&table) + &snapshots
 }

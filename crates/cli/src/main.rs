@@ -39,6 +39,7 @@ mod serve;
 mod signals;
 mod snapshot;
 mod systemd;
+mod table;
 mod trace;
 
 use args::{BenchCommand, Cli, Command};

@@ -13,10 +13,9 @@
 //! | `disk-size` | ours: bytes of the disk then; absent where the image does not say |
 
 use crate::open::{self, Access};
-use crate::{args, print};
+use crate::{args, print, table};
 use anyhow::{Context as _, Result, bail};
 use block::{Storage, plain, size};
-use comfy_table::{Table, presets};
 use image::Format;
 use image::qcow2::snapshot::{self, NewSnapshot, Snapshot};
 use serde::Serialize;
@@ -124,8 +123,7 @@ pub fn table(entries: &[Entry]) -> String {
     if entries.is_empty() {
         return String::new();
     }
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    let mut table = table::bare();
     table.add_row(["id", "name", "VM state", "date (UTC)", "VM clock", "disk"]);
     for entry in entries {
         table.add_row([
@@ -137,8 +135,7 @@ pub fn table(entries: &[Entry]) -> String {
             entry.disk_size.map(size::human).unwrap_or_default(),
         ]);
     }
-    let lines: Vec<String> = table.lines().map(|l| l.trim().to_owned()).collect();
-    lines.join("\n") + "\n"
+    table::text(&table)
 }
 
 /// `2026-11-21 10:08:30`.

@@ -1,11 +1,7 @@
 //! `trace breakdown`: in which stages the time of requests goes.
 
-use super::{
-    Asked, Breakdown as Args, Over, Server,
-    show::{lines, new_table},
-    us,
-};
-use crate::print;
+use super::{Asked, Breakdown as Args, Over, Server, us};
+use crate::{print, table};
 use ::trace::{Breakdown, Entry, Operation, RING_ENTRIES_DEFAULT, breakdown::Sample};
 use anyhow::{Context, Result, bail, ensure};
 use bench::{
@@ -321,7 +317,7 @@ fn text(answer: &Answer) -> String {
         breakdown.dropped,
         breakdown.dropped
     ));
-    let mut table = new_table(&["part", "mean µs", "±", "share", ""], 1);
+    let mut table = table::headed(&["part", "mean µs", "±", "share", ""], 1);
     if let Some(column) = table.column_mut(4) {
         column.set_cell_alignment(comfy_table::CellAlignment::Left);
     }
@@ -343,5 +339,5 @@ fn text(answer: &Answer) -> String {
         String::new(),
         String::new(),
     ]);
-    head + &lines(&table)
+    head + &table::indented(&table)
 }

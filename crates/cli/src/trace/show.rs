@@ -1,13 +1,12 @@
 //! What a server remembers: its last requests, its slowest, and the latencies of all.
 
 use super::{Dump, Histogram, Perfetto, Server, Slowest, us};
-use crate::print;
+use crate::{print, table};
 use ::trace::{
     Stage,
     control::{Client, DiskInfo, Latencies, Line, Request, Traced},
 };
 use anyhow::{Context, Result, ensure};
-use comfy_table::{CellAlignment, Table, presets};
 use std::{fmt::Write as _, fs::File, io::Write as _, thread, time::Duration};
 
 /// How often a dump that follows looks.
@@ -199,7 +198,7 @@ pub fn slowest(args: &Slowest) -> Result<()> {
     ];
     header.extend(Stage::ALL.map(Stage::name));
     header.push("total");
-    let mut table = new_table(&header, 7);
+    let mut table = table::headed(&header, 7);
     for Traced { disk, queue, entry } in &all {
         let mut row = vec![
             disk.to_string(),
@@ -214,7 +213,7 @@ pub fn slowest(args: &Slowest) -> Result<()> {
         row.push(us(entry.total_ns() as f64));
         table.add_row(row);
     }
-    print(&format!("{}stages in µs\n", lines(&table)))
+    print(&format!("{}stages in µs\n", table::indented(&table)))
 }
 
 /// `trace histogram`.
@@ -246,7 +245,7 @@ pub fn histogram(args: &Histogram) -> Result<()> {
             "p99.99",
             "max",
         ];
-        let mut table = new_table(&header, 2);
+        let mut table = table::headed(&header, 2);
         for one in all.iter().filter(|one| one.disk == disk.disk) {
             let new = operation.replace(one.operation) != Some(one.operation);
             let mut row = vec![
@@ -265,28 +264,10 @@ pub fn histogram(args: &Histogram) -> Result<()> {
             }));
             table.add_row(row);
         }
-        text.push_str(&lines(&table));
+        text.push_str(&table::indented(&table));
     }
     text.push_str(
         "µs since the disk is served; percentiles are upper edges of buckets of an eighth\n",
     );
     print(&text)
-}
-
-pub(super) fn new_table(header: &[&str], left: usize) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
-    table.set_header(header.iter().copied());
-    for column in table.column_iter_mut().skip(left) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
-}
-
-pub(super) fn lines(table: &Table) -> String {
-    let mut text = String::new();
-    for line in table.lines() {
-        let _ = writeln!(text, "{}", line.trim_end());
-    }
-    text
 }

@@ -1,11 +1,7 @@
 //! `trace watch`: what each disk did since the last look.
 
-use super::{
-    Watch,
-    show::{lines, new_table},
-    us,
-};
-use crate::print;
+use super::{Watch, us};
+use crate::{print, table};
 use ::trace::{
     Operation, Snapshot, Stage,
     control::{Client, Line, Request},
@@ -46,12 +42,12 @@ pub fn run(args: &Watch) -> Result<()> {
             "disk", "image", "read/s", "write/s", "other/s", "MB/s in", "MB/s out", "mean", "p99",
             "ring", "parse", "map", "submit", "device", "commit", "complete", "notify",
         ];
-        let mut table = new_table(&header, 2);
+        let mut table = table::headed(&header, 2);
         for (disk, now) in now.iter().filter(|(disk, _)| args.server.is_asked(**disk)) {
             let before = last.get(disk).cloned().unwrap_or_default();
             table.add_row(row(*disk, now, &before));
         }
-        let text = lines(&table);
+        let text = table::indented(&table);
         print(&match terminal {
             // To the top, and nothing of the last look behind it.
             true => format!(
