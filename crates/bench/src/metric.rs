@@ -155,6 +155,14 @@ impl Metric {
             Self::Iops | Self::Pairs | Self::InDevice | Self::Runs | Self::MbS
         )
     }
+
+    /// Which way is better, for the head of a chart.
+    pub fn better(self) -> &'static str {
+        match self.more_is_better() {
+            true => "more is better",
+            false => "less is better",
+        }
+    }
 }
 
 /// A figure in three digits.

@@ -3,11 +3,18 @@
 use crate::{
     load::{self, Histogram, Pattern, Report, Spec, Target, timeline},
     metric::{Metric, Metrics},
-    record::Stages,
+    peer::{Running, Seen},
+    record::{Sample, Stages},
 };
 use block::{Context, Error, ErrorKind, Result};
-use serde_json::Value;
-use std::{collections::BTreeMap, fs, path::PathBuf, thread, time::Duration};
+use serde_json::{Value, json};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::PathBuf,
+    thread::{self, ScopedJoinHandle},
+    time::Duration,
+};
 
 /// How long filling a file may take before it is called stuck.
 const FILL_LIMIT: Duration = Duration::from_secs(900);
@@ -52,15 +59,52 @@ pub(crate) fn run_all(specs: &[Spec]) -> Result<Vec<Report>> {
         return Ok(vec![load::run(spec)?]);
     }
     thread::scope(|scope| {
-        let threads: Vec<_> = specs
-            .iter()
-            .map(|spec| scope.spawn(|| load::run(spec)))
-            .collect();
-        let join = |thread: thread::ScopedJoinHandle<'_, Result<Report>>| {
-            let panicked = || Err(Error::new(ErrorKind::Io, "a load panicked"));
-            thread.join().unwrap_or_else(|_| panicked())
-        };
-        threads.into_iter().map(join).collect()
+        join(
+            specs
+                .iter()
+                .map(|spec| scope.spawn(|| load::run(spec)))
+                .collect(),
+        )
+    })
+}
+
+/// Waits for all loads; what they reported, or the first error.
+pub(crate) fn join(loads: Vec<ScopedJoinHandle<'_, Result<Report>>>) -> Result<Vec<Report>> {
+    let ended = |load: ScopedJoinHandle<'_, Result<Report>>| {
+        let panicked = || Err(Error::new(ErrorKind::Io, "a load panicked"));
+        load.join().unwrap_or_else(|_| panicked())
+    };
+    let reports: Vec<Result<Report>> = loads.into_iter().map(ended).collect();
+    reports.into_iter().collect()
+}
+
+/// Stops a server after its load, and takes together what was measured and what the server says of itself.
+///
+/// # Errors
+///
+/// Those of the load, with the server's words; it did not end well.
+pub(crate) fn finish(running: Running, seen: Seen, measured: Result<Measured>) -> Result<Sample> {
+    let mut measured = match measured {
+        Ok(measured) => measured,
+        Err(error) => return Err(running.failed(&error)),
+    };
+    let detail = json!({ "command": running.command, "reports": measured.reports });
+    let has_statistics = running.has_statistics;
+    let words = running.stop()?;
+    let mut stages = BTreeMap::new();
+    if has_statistics {
+        let ratio = barriers_per_flush(&words).map(|ratio| (Metric::BarriersPerFlush, ratio));
+        measured.metrics.extend(ratio);
+        stages = self::stages(&words);
+    }
+    Ok(Sample {
+        metrics: measured.metrics,
+        seen: Some(seen),
+        latency: measured.latency,
+        timeline: measured.timeline,
+        stages,
+        detail,
+        ..Sample::default()
     })
 }
 
@@ -169,7 +213,7 @@ fn statistics(words: &str) -> impl Iterator<Item = Value> {
 }
 
 /// Barriers for each flush, from a server's last words.
-pub(crate) fn barriers_per_flush(words: &str) -> Option<f64> {
+fn barriers_per_flush(words: &str) -> Option<f64> {
     let statistics = statistics(words).last()?;
     let operations = statistics["operations"].as_array()?;
     let flush = operations.iter().find(|o| o["operation"] == "flush")?;
@@ -179,7 +223,7 @@ pub(crate) fn barriers_per_flush(words: &str) -> Option<f64> {
 
 /// Mean times of the stages of each operation, from a server's last words: over all disks and the server's whole life,
 /// what ran before the measurement included.
-pub(crate) fn stages(words: &str) -> BTreeMap<String, Stages> {
+fn stages(words: &str) -> BTreeMap<String, Stages> {
     let mut all: BTreeMap<String, Stages> = BTreeMap::new();
     for statistics in statistics(words) {
         for operation in statistics["operations"].as_array().into_iter().flatten() {

@@ -432,19 +432,11 @@ impl Runner<'_> {
             _ => 0,
         };
         Spec {
-            pattern: load.pattern,
-            read_percent: load.reads,
-            block_bytes: load.block,
-            depth: load.depth,
-            queues: u32::from(side.queues),
-            flushes: load.flushes,
-            stride_bytes: load.stride,
             duration: self.options.duration,
             ramp: self.options.ramp + Duration::from_secs_f64(load.warm),
             ios_max: (grows > 0).then(|| self.lab.growth / grows),
-            poll: load.poll,
             seed,
-            ..Spec::new(target)
+            ..load.spec(target, side.queues)
         }
     }
 
@@ -526,33 +518,14 @@ impl Runner<'_> {
             })
             .collect();
         let watch = Watch::begin(running.pid());
-        let measured = sampling::run_all(&specs)
+        let mut measured = sampling::run_all(&specs)
             .and_then(|reports| sampling::figures(&reports, Some(running.pid())));
-        let mut measured = match measured {
-            Ok(measured) => measured,
-            Err(error) => return Err(running.failed(&error)),
-        };
-        watch.add_to(&mut measured.metrics);
-        let command = running.command.clone();
-        let ours = running.has_statistics;
-        let words = running.stop()?;
-        let mut stages = BTreeMap::new();
-        if ours {
-            stages = sampling::stages(&words);
-            let ratio = sampling::barriers_per_flush(&words);
-            measured
-                .metrics
-                .extend(ratio.map(|ratio| (Metric::BarriersPerFlush, ratio)));
+        if let Ok(measured) = &mut measured {
+            watch.add_to(&mut measured.metrics);
         }
-        Ok(Sample {
-            metrics: measured.metrics,
-            seen: Some(seen),
-            latency: measured.latency,
-            timeline: measured.timeline,
-            stages,
-            detail: json!({ "command": command, "specs": specs, "reports": measured.reports }),
-            ..Sample::default()
-        })
+        let mut sample = sampling::finish(running, seen, measured)?;
+        sample.detail["specs"] = json!(specs);
+        Ok(sample)
     }
 }
 

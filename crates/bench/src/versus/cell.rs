@@ -1,6 +1,6 @@
 //! What is compared, as data: cells, their sides and their bars.
 
-use crate::load::{Flushes, Pattern};
+use crate::load::{Flushes, Pattern, Spec, Target};
 use serde::{Deserialize, Serialize};
 
 pub use crate::metric::Metric;
@@ -48,6 +48,23 @@ pub struct Load {
     pub warm: f64,
     /// No requests at all: clients connect and rest.
     pub idle: bool,
+}
+
+impl Load {
+    /// It on `target`, through `queues` queues; how long, where and with which seed is left to say.
+    pub(crate) fn spec(&self, target: Target, queues: u16) -> Spec {
+        Spec {
+            pattern: self.pattern,
+            read_percent: self.reads,
+            block_bytes: self.block,
+            depth: self.depth,
+            queues: u32::from(queues),
+            flushes: self.flushes,
+            stride_bytes: self.stride,
+            poll: self.poll,
+            ..Spec::new(target)
+        }
+    }
 }
 
 /// No load: the sides are commands.

@@ -9,11 +9,11 @@ use super::{
     judge::Metrics,
     others::Watch,
     process::{Process, remove_file},
-    sample::Sample,
 };
 use crate::{
     load::usage,
     peer::{Programs, words},
+    record::Sample,
 };
 use block::{Context, Error, ErrorKind, Result, size};
 use serde_json::json;

@@ -10,7 +10,7 @@ use super::{
     fio,
     image::Images,
     others::Watch,
-    sample::{self, Sample, Times},
+    sample::{self, Times},
     sides,
 };
 use crate::{
@@ -20,9 +20,10 @@ use crate::{
     },
     metric::{Metric, Metrics},
     peer::{self, Programs, Running, Seen},
+    record::Sample,
     sampling,
 };
-use block::{Context, Error, ErrorKind, Result};
+use block::{Context, Result};
 use std::{
     collections::BTreeSet,
     fs,
@@ -257,20 +258,14 @@ impl Served<'_> {
     fn end(self) -> Result<Sample> {
         // That ends the loads.
         drop(self.callers);
-        let join = |load: ScopedJoinHandle<'_, Result<Report>>| {
-            let panicked = || Err(Error::new(ErrorKind::Io, "a load panicked"));
-            load.join().unwrap_or_else(|_| panicked())
-        };
-        let reports: Vec<Result<Report>> = self.loads.into_iter().map(join).collect();
-        let reports: Result<Vec<Report>> = reports.into_iter().collect();
-        let mut measured =
-            reports.and_then(|reports| sampling::figures(&reports, Some(self.running.pid())));
+        let mut measured = sampling::join(self.loads)
+            .and_then(|reports| sampling::figures(&reports, Some(self.running.pid())));
         if let Ok(measured) = &mut measured {
             let others = self.others.0 / f64::from(self.others.1.max(1));
             measured.metrics.insert(Metric::OthersPercent, others);
             add_work(&mut measured.metrics, self.work);
         }
-        sample::finish(self.running, self.seen, measured)
+        sampling::finish(self.running, self.seen, measured)
     }
 }
 

@@ -280,6 +280,7 @@ impl Bench<'_> {
                 });
                 match sample {
                     Ok(sample) => {
+                        let (metrics, seen) = (sample.metrics.clone(), sample.seen.clone());
                         let record = Record::Sample(Box::new(record::Sample {
                             cell: cell.name.to_owned(),
                             side: side.name.to_owned(),
@@ -288,17 +289,11 @@ impl Bench<'_> {
                             seconds: record::now(),
                             seed,
                             in_turns: together,
-                            axes: Vec::new(),
-                            metrics: sample.metrics.clone(),
-                            seen: sample.seen.clone(),
-                            latency: sample.latency,
-                            timeline: sample.timeline,
-                            stages: sample.stages,
-                            detail: sample.detail,
+                            ..sample
                         }));
                         (self.record)(record, self.watch)?;
-                        one.rounds.push(Some(sample.metrics));
-                        equal[one.side] = equal[one.side].take().or(sample.seen);
+                        one.rounds.push(Some(metrics));
+                        equal[one.side] = equal[one.side].take().or(seen);
                     }
                     Err(error) if one.side == 0 => {
                         process::goes_on();

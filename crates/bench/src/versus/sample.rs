@@ -4,24 +4,22 @@
 //! accounted for by thread, and a child would only add its start to each of hundreds of short samples.
 
 use super::{
-    cell::{Cell, Image, Load, Metric, Server, Side},
+    cell::{Cell, Image, Load, Server, Side},
     command,
     device::Device,
     fio,
     image::Images,
-    judge::Metrics,
     others::Watch,
     sides,
 };
 use crate::{
-    load::{Histogram, Spec, Target, timeline},
-    peer::{self, Programs, Running, Seen},
-    record::Stages,
-    sampling::{self, Measured},
+    load::{Spec, Target},
+    peer::{self, Programs, Running},
+    record::Sample,
+    sampling,
 };
 use block::{Error, Result};
-use serde_json::{Value, json};
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 /// How long to run.
 #[derive(Clone, Copy, Debug)]
@@ -30,20 +28,7 @@ pub(super) struct Times {
     pub duration: Duration,
 }
 
-/// What a sample brought.
-#[derive(Debug, Default)]
-pub(super) struct Sample {
-    pub metrics: Metrics,
-    pub seen: Option<Seen>,
-    /// All latencies, where there was a load of ours.
-    pub latency: Histogram,
-    pub timeline: timeline::Stored,
-    pub stages: BTreeMap<String, Stages>,
-    /// For the record: the command and everything that was reported.
-    pub detail: Value,
-}
-
-/// Takes one.
+/// Takes one: what was measured, and not yet of which round.
 pub(super) fn take(
     programs: &Programs,
     images: &Images,
@@ -94,41 +79,11 @@ pub(super) fn take(
         watch.add_to(&mut measured.metrics);
         device.add_to(&mut measured.metrics);
     }
-    let sample = finish(running, seen, measured);
+    let sample = sampling::finish(running, seen, measured);
     if side.image.fresh() {
         images.remove(side.image);
     }
     sample
-}
-
-/// Stops a server after its load, and takes the figures together.
-pub(super) fn finish(running: Running, seen: Seen, measured: Result<Measured>) -> Result<Sample> {
-    let Measured {
-        mut metrics,
-        latency,
-        timeline,
-        reports,
-    } = match measured {
-        Ok(measured) => measured,
-        Err(error) => return Err(running.failed(&error)),
-    };
-    let detail = json!({ "command": running.command, "reports": reports });
-    let has_statistics = running.has_statistics;
-    let words = running.stop()?;
-    let mut stages = BTreeMap::new();
-    if has_statistics {
-        let ratio = sampling::barriers_per_flush(&words);
-        metrics.extend(ratio.map(|ratio| (Metric::BarriersPerFlush, ratio)));
-        stages = sampling::stages(&words);
-    }
-    Ok(Sample {
-        metrics,
-        seen: Some(seen),
-        latency,
-        timeline,
-        stages,
-        detail,
-    })
 }
 
 /// What fio is to do as `side`.
@@ -161,22 +116,14 @@ pub(super) fn specs(
 ) -> Vec<Spec> {
     let (start, len) = side.image.range(images.sizes());
     let of_target = |(n, target): (u64, &Target)| Spec {
-        pattern: load.pattern,
-        read_percent: load.reads,
-        block_bytes: load.block,
-        depth: load.depth,
-        queues: u32::from(side.queues),
-        flushes: load.flushes,
-        stride_bytes: load.stride,
         start_bytes: start,
         range_bytes: len,
         duration: times.duration,
         ramp: times.ramp,
         ios_max: (load.grows > 0).then(|| images.sizes().growth / load.grows),
-        poll: load.poll,
         seed: seed + n,
         server_pids: vec![running.pid()],
-        ..Spec::new(target.clone())
+        ..load.spec(target.clone(), side.queues)
     };
     (0..).zip(&running.targets).map(of_target).collect()
 }

@@ -28,11 +28,7 @@ pub fn bars(model: &Model, metric: Metric) -> Option<Chart> {
     let title = format!(
         "{} ({}), median and 95 % interval",
         metric.title(),
-        if metric.more_is_better() {
-            "more is better"
-        } else {
-            "less is better"
-        }
+        metric.better()
     );
     let mut svg = Svg::default();
     svg.text(0.0, 16.0, Anchor::Start, "head", &title);

@@ -69,11 +69,7 @@ fn over(cells: &[&Cell], load: &str, metric: Metric) -> Option<Chart> {
     let title = format!(
         "{} of {load} over the size of requests ({})",
         metric.title(),
-        if metric.more_is_better() {
-            "more is better"
-        } else {
-            "less is better"
-        }
+        metric.better()
     );
     let mut svg = Svg::default();
     svg.text(0.0, 16.0, Anchor::Start, "head", &title);
