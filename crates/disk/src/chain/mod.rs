@@ -456,7 +456,6 @@ fn tell_mended(file: &File, done: Option<String>) {
     }
 }
 
-/// Opens what the user said that `above` lies on.
 /// A disk of nothing in the place of an image.
 fn null_layer(null: Null, path: &Path) -> Layer {
     Layer {
@@ -468,6 +467,7 @@ fn null_layer(null: Null, path: &Path) -> Layer {
     }
 }
 
+/// Opens what the user said that `above` lies on.
 fn open_said(
     above: &Layer,
     (path, format, part): (&Path, Option<Format>, Option<Part>),

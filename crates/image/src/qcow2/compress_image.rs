@@ -14,7 +14,7 @@
 //! was not finished shows no format.
 
 use super::create::{CreateOptions, encode, forget};
-use super::entry::{COMPRESSED, COPIED, HOST_END_MAX, SECTOR, ZERO, compressed_shift};
+use super::entry::{COPIED, HOST_END_MAX, ZERO, compressed_end, compressed_entry};
 use super::{Compression, HOST_OFFSET_END, Header, REFCOUNT_TABLE_BYTES_MAX};
 use block::{Context, Error, ErrorKind, Result, Storage, size};
 use std::collections::BTreeMap;
@@ -142,14 +142,12 @@ impl<'a> ImageWriter<'a> {
         }
         self.begin(guest)?;
         let offset = self.place(len)?;
-        let end = offset + len;
-        let shift = compressed_shift(self.header.cluster_bits);
-        if end > 1 << shift.min(56) {
+        let cluster_bits = self.header.cluster_bits;
+        if offset + len > compressed_end(cluster_bits) {
             return Err(self.full());
         }
         self.store(offset, packed);
-        let sectors = (end - 1) / SECTOR - offset / SECTOR;
-        self.set_entry(guest, COMPRESSED | sectors << shift | offset, 0);
+        self.set_entry(guest, compressed_entry(cluster_bits, offset, len), 0);
         self.settle()
     }
 

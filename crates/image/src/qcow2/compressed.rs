@@ -16,7 +16,7 @@
 //! What is left of a host cluster when the image was opened is not found again.
 
 use super::alloc::Piece;
-use super::entry::{COMPRESSED, Entry, HOST_END_MAX, SECTOR, compressed_shift};
+use super::entry::{HOST_END_MAX, compressed_end, compressed_entry, refcount_max};
 use super::header::HOST_OFFSET_END;
 use super::pending::Pending;
 use super::state::{Ask, Deref, Halt, State};
@@ -75,8 +75,6 @@ impl Qcow2 {
                 return Err(halt);
             }
         };
-        let shift = compressed_shift(g.cluster_bits);
-        let sectors = (offset + len - 1) / SECTOR - offset / SECTOR;
         let pending = Pending {
             start,
             count,
@@ -88,7 +86,7 @@ impl Qcow2 {
             counted: true,
             independent: false,
             old,
-            packed: Some(COMPRESSED | sectors << shift | offset),
+            packed: Some(compressed_entry(g.cluster_bits, offset, len)),
         };
         let Some(ticket) = st.tickets.add(pending) else {
             // `is_full` was asked under the same lock.
@@ -116,14 +114,7 @@ impl Qcow2 {
         let entry = (self.geometry)
             .decode(self.l2_raw(frame, index))
             .map_err(|bad| self.bad_l2(cluster, bad))?;
-        Ok(match entry {
-            Entry::Unallocated | Entry::Zero { host: None, .. } => None,
-            Entry::Data { host, .. }
-            | Entry::Zero {
-                host: Some(host), ..
-            } => Some(self.compressed_clusters(host, 1)),
-            Entry::Compressed { offset, len } => Some(self.compressed_clusters(offset, len)),
-        })
+        Ok(self.clusters_of(entry))
     }
 
     /// Finds `len` bytes, and counts the host clusters that they touch. Their refcounts and those of `old` are pinned.
@@ -175,7 +166,7 @@ impl Qcow2 {
             (Some(_), Some(tail)) => tail,
             _ => piece.first << g.cluster_bits,
         };
-        let end = 1u64 << compressed_shift(g.cluster_bits).min(56);
+        let end = compressed_end(g.cluster_bits);
         if offset + len > end.min(HOST_OFFSET_END).min(HOST_END_MAX) {
             self.take_back(st, piece);
             if let Some(shared) = shared {
@@ -218,10 +209,7 @@ impl Qcow2 {
 
     /// Whether the refcount of `host` can be raised, and is not 0.
     fn may_count_once_more(&self, st: &mut State, host: u64) -> Ask<bool> {
-        let most = match self.geometry.refcount_order {
-            6 => u64::MAX,
-            order => (1 << (1 << order)) - 1,
-        };
+        let most = refcount_max(self.geometry.refcount_order);
         let count = self.refcount_of(st, host)?;
         Ok(count > 0 && count < most)
     }

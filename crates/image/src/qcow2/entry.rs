@@ -229,8 +229,31 @@ impl Geometry {
 
 /// The bit of a compressed cluster's entry from which on the further 512-byte sectors are counted; below is the offset.
 #[inline]
-pub(super) fn compressed_shift(cluster_bits: u32) -> u32 {
+fn compressed_shift(cluster_bits: u32) -> u32 {
     62 - (cluster_bits - 8)
+}
+
+/// The first byte of a file that a compressed cluster's entry cannot point at any more.
+#[inline]
+pub(super) fn compressed_end(cluster_bits: u32) -> u64 {
+    1 << compressed_shift(cluster_bits).min(56)
+}
+
+/// The entry of a cluster that was packed into `len` bytes, at least one, which lie at `offset` and end at
+/// [`compressed_end`] at most.
+#[inline]
+pub(super) fn compressed_entry(cluster_bits: u32, offset: u64, len: u64) -> u64 {
+    let sectors = (offset + len - 1) / SECTOR - offset / SECTOR;
+    COMPRESSED | sectors << compressed_shift(cluster_bits) | offset
+}
+
+/// Largest refcount in a width of 2^`order` bits.
+#[inline]
+pub(super) fn refcount_max(order: u32) -> u64 {
+    match order {
+        6.. => u64::MAX,
+        order => (1 << (1u32 << order)) - 1,
+    }
 }
 
 /// Where the data of a compressed cluster's entry lie, and how many bytes it is to the end of

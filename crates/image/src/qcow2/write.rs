@@ -80,6 +80,18 @@ impl Qcow2 {
         }
     }
 
+    /// Host clusters that an entry refers to.
+    pub(super) fn clusters_of(&self, entry: Entry) -> Option<Deref> {
+        match entry {
+            Entry::Unallocated | Entry::Zero { host: None, .. } => None,
+            Entry::Data { host, .. }
+            | Entry::Zero {
+                host: Some(host), ..
+            } => Some(self.compressed_clusters(host, 1)),
+            Entry::Compressed { offset, len } => Some(self.compressed_clusters(offset, len)),
+        }
+    }
+
     /// Where the entry of `cluster` is, in a table that may be changed, where there is room for an allocation. Its
     /// frame is pinned: it must not leave while the rest is looked for, nor before the commit.
     pub(super) fn pinned_slice(&self, st: &mut State, cluster: u64) -> Ask<(Place, u32)> {
@@ -186,17 +198,10 @@ impl Qcow2 {
                 };
                 return self.ticket(st, pending, at, len, Fill::Zero, false);
             }
-            Entry::Data { host, .. } => {
-                (1, Fill::Existing, Some(self.compressed_clusters(host, 1)))
+            Entry::Data { .. } | Entry::Compressed { .. } => {
+                (1, Fill::Existing, self.clusters_of(entry))
             }
-            Entry::Zero {
-                host: Some(host), ..
-            } => (1, Fill::Zero, Some(self.compressed_clusters(host, 1))),
-            Entry::Compressed { offset, len } => (
-                1,
-                Fill::Existing,
-                Some(self.compressed_clusters(offset, len)),
-            ),
+            Entry::Zero { host: Some(_), .. } => (1, Fill::Zero, self.clusters_of(entry)),
             Entry::Zero { host: None, .. } => {
                 let same = |_, e: Entry| matches!(e, Entry::Zero { host: None, .. });
                 (like(&same), Fill::Zero, None)

@@ -130,7 +130,6 @@ impl Qcow2 {
             Entry::Zero { .. } if g.data_file => return Change::Keep,
             Entry::Unallocated if discard || !g.has_backing => return Change::Keep,
             Entry::Zero { host: None, .. } => return Change::Keep,
-            Entry::Unallocated => None,
             Entry::Zero { host: Some(_), .. } if keep => return Change::Keep,
             Entry::Data { copied: true, .. } if keep && flag => {
                 return Change::To(raw | ZERO, Bitmap::NONE, None);
@@ -138,11 +137,7 @@ impl Qcow2 {
             Entry::Data { host, copied: true } if !flag && (keep || g.has_backing && !discard) => {
                 return Change::Other(self.zero_in_place(host, len));
             }
-            Entry::Data { host, .. }
-            | Entry::Zero {
-                host: Some(host), ..
-            } => Some(self.compressed_clusters(host, 1)),
-            Entry::Compressed { offset, len } => Some(self.compressed_clusters(offset, len)),
+            entry => self.clusters_of(entry),
         };
         match (g.has_backing, flag) {
             (false, _) => Change::To(0, Bitmap::NONE, old),

@@ -32,6 +32,7 @@ pub use snapshot::{
 };
 pub use table::{Fault, Faults, L1Entry, L2Entry, Target};
 
+use super::entry::refcount_max;
 use super::features;
 use super::header::Header;
 
@@ -79,10 +80,7 @@ impl Layout {
 
     /// Largest refcount that fits.
     pub fn refcount_max(&self) -> u64 {
-        match self.refcount_order {
-            6.. => u64::MAX,
-            order => (1 << (1u32 << order)) - 1,
-        }
+        refcount_max(self.refcount_order)
     }
 
     /// 64-bit words of an L2 entry.
