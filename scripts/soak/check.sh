@@ -9,4 +9,4 @@ export CHECK_ROUNDS=${CHECK_ROUNDS:-100}
 export CHECK_SEED=${CHECK_SEED:-$((RANDOM * 30))}
 # The images are small and written often.
 [[ -n "${TMPDIR:-}" || ! -d /dev/shm ]] || export TMPDIR=/dev/shm
-exec "${CARGO:-cargo}" test --release --locked -p tool --test differential damaged -- --nocapture "$@"
+exec "${CARGO:-cargo}" test --release --locked -p tool --test it differential::damaged -- --nocapture "$@"

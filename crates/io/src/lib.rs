@@ -15,7 +15,7 @@
 //!
 //! [`choose`] picks an engine for some files and says why, [`open_engine`] makes it. To add an engine,
 //! implement `runner::Backend` (how steps reach the kernel, how their end is seen, how the
-//! thread sleeps) and add it to [`EngineKind`]; `tests/conformance.rs` then runs it beside the others.
+//! thread sleeps) and add it to [`EngineKind`]; `tests/it/conformance.rs` then runs it beside the others.
 //!
 //! Memory is lent to an engine through raw pointers ([`Engine::stage`]). Unsafe code is in the modules
 //! that pass these on or call the kernel (`sys`, `memory`, `pool`, `native`, `uring`), and where `queue`

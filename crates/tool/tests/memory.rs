@@ -1,6 +1,6 @@
 //! Memory of a check: bounded, and what it costs when there is little.
 
-#[allow(dead_code)]
+#[allow(dead_code, unused_imports)]
 mod common;
 
 use common::{Rng, damage_of, open, qemu_check};

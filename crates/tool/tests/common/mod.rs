@@ -4,9 +4,7 @@ pub mod damage;
 pub mod kinds;
 pub mod reader;
 
-#[allow(unused_imports)]
 pub use damage::{damage, damage_of};
-#[allow(unused_imports)]
 pub use kinds::{KINDS, Kind, make};
 
 use block::Storage;

@@ -1,0 +1,42 @@
+//! The program as its users call it.
+//!
+//! One program: the linker takes longer than most of the tests.
+
+#[path = "../common/beside.rs"]
+mod beside;
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../../../disk/tests/peer/mod.rs"]
+mod peer;
+
+mod bench_compare;
+mod bench_run;
+mod bench_versus;
+mod bitmap;
+mod chains;
+mod changing;
+mod check;
+mod command_line;
+mod compare;
+mod convert;
+mod convert_corners;
+mod convert_options;
+mod dirty;
+mod encryption;
+mod headers;
+mod hostile_names;
+mod image_opts;
+mod luks;
+mod nbd;
+mod overlays;
+mod parallels;
+mod qed;
+mod qemu_img;
+mod qemu_img_options;
+mod served;
+mod snapshot;
+mod trace;
+mod vdi;
+mod vhd;
+mod vhdx;
+mod vmdk;
