@@ -108,12 +108,12 @@ pub(crate) fn finish(running: Running, seen: Seen, measured: Result<Measured>) -
     })
 }
 
-/// The figures of loads that ran at the same time against one server, or without any.
+/// The figures of loads that ran at the same time, against one server, against one each, or without any.
 ///
 /// # Errors
 ///
 /// Requests failed, none ended, the server is gone.
-pub(crate) fn figures(reports: &[Report], pid: Option<u32>) -> Result<Measured> {
+pub(crate) fn figures(reports: &[Report], pids: &[u32]) -> Result<Measured> {
     let errors: u64 = reports.iter().map(|r| r.errors).sum();
     if errors > 0 {
         return Err(Error::new(
@@ -137,16 +137,18 @@ pub(crate) fn figures(reports: &[Report], pid: Option<u32>) -> Result<Measured> 
         (Metric::MaxUs, mean(|r| r.latency.max_us)),
         (Metric::MbS, reports.iter().map(|r| r.mb_s).sum()),
     ]);
-    if let Some(pid) = pid {
-        metrics.insert(Metric::MemoryMib, anonymous_mib(pid)?);
+    if !pids.is_empty() {
+        let all: Result<Vec<f64>> = pids.iter().map(|pid| anonymous_mib(*pid)).collect();
+        metrics.insert(Metric::MemoryMib, all?.iter().sum());
     }
-    // Each report divides the same process's time by its own requests.
+    // Each report divides its process's time by its own requests: all the same one's, or each another one's.
+    let processes = pids.len().max(1) as f64;
     let shared = |of: fn(&Report) -> Option<f64>| {
         let rates: Vec<f64> = reports
             .iter()
             .filter_map(|r| Some(of(r)? * r.iops))
             .collect();
-        let us_per_second = rates.iter().sum::<f64>() / rates.len() as f64;
+        let us_per_second = rates.iter().sum::<f64>() / rates.len() as f64 * processes;
         (!rates.is_empty()).then_some(us_per_second / iops)
     };
     let cpu = [
@@ -155,7 +157,7 @@ pub(crate) fn figures(reports: &[Report], pid: Option<u32>) -> Result<Measured> 
         (Metric::Switches, shared(|r| r.server_switches_per_io)),
         (
             Metric::ClientCpuUs,
-            shared(|r| Some(r.client_cpu_us_per_io)),
+            shared(|r| Some(r.client_cpu_us_per_io)).map(|us| us / processes),
         ),
     ];
     metrics.extend(cpu.into_iter().filter_map(|(m, v)| Some((m, v?))));
@@ -259,8 +261,8 @@ mod tests {
             server_cpu_us_per_io: Some(100_000.0 / iops),
             ..Report::default()
         };
-        let pid = Some(std::process::id());
-        let metrics = figures(&[report(1000.0), report(3000.0)], pid)
+        let pid = std::process::id();
+        let metrics = figures(&[report(1000.0), report(3000.0)], &[pid])
             .unwrap()
             .metrics;
         assert_eq!(metrics[&Metric::Iops], 4000.0);
@@ -271,8 +273,11 @@ mod tests {
             ..report(1.0)
         };
         assert!((metrics[&Metric::CpuPercent] - 10.0).abs() < 1e-9);
-        assert!(figures(&[failed], pid).is_err());
-        assert!(figures(&[Report::default()], None).is_err());
+        // Each with a server of its own, of which each used as much.
+        let own = figures(&[report(1000.0), report(3000.0)], &[pid, pid]).unwrap();
+        assert!((own.metrics[&Metric::CpuUs] - 50.0).abs() < 1e-9);
+        assert!(figures(&[failed], &[pid]).is_err());
+        assert!(figures(&[Report::default()], &[]).is_err());
     }
 
     #[test]

@@ -454,7 +454,7 @@ impl Runner<'_> {
             .collect();
         let watch = Watch::begin(std::process::id());
         let reports = sampling::run_all(&specs)?;
-        let mut measured = sampling::figures(&reports, None)?;
+        let mut measured = sampling::figures(&reports, &[])?;
         // There is no server: what the requests cost is ours, generator and all.
         if let Some(us) = measured.metrics.get(&Metric::ClientCpuUs).copied() {
             measured.metrics.insert(Metric::CpuUs, us);
@@ -519,7 +519,7 @@ impl Runner<'_> {
             .collect();
         let watch = Watch::begin(running.pid());
         let mut measured = sampling::run_all(&specs)
-            .and_then(|reports| sampling::figures(&reports, Some(running.pid())));
+            .and_then(|reports| sampling::figures(&reports, &[running.pid()]));
         if let Ok(measured) = &mut measured {
             watch.add_to(&mut measured.metrics);
         }

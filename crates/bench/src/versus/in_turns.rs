@@ -259,7 +259,7 @@ impl Served<'_> {
         // That ends the loads.
         drop(self.callers);
         let mut measured = sampling::join(self.loads)
-            .and_then(|reports| sampling::figures(&reports, Some(self.running.pid())));
+            .and_then(|reports| sampling::figures(&reports, &[self.running.pid()]));
         if let Ok(measured) = &mut measured {
             let others = self.others.0 / f64::from(self.others.1.max(1));
             measured.metrics.insert(Metric::OthersPercent, others);

@@ -72,8 +72,7 @@ pub(super) fn take(
         super::idle::rest(&running, times.duration)
     } else {
         let specs = specs(&load, side, images, &running, times, seed);
-        sampling::run_all(&specs)
-            .and_then(|reports| sampling::figures(&reports, Some(running.pid())))
+        sampling::run_all(&specs).and_then(|reports| sampling::figures(&reports, &[running.pid()]))
     };
     if let Ok(measured) = &mut measured {
         watch.add_to(&mut measured.metrics);
