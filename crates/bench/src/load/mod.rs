@@ -6,6 +6,7 @@ mod histogram;
 mod latency;
 pub(crate) mod nbd;
 mod plan;
+mod random;
 mod run;
 pub mod timeline;
 pub(crate) mod turns;
@@ -15,6 +16,7 @@ mod zipf;
 
 pub use histogram::Histogram;
 pub use latency::{Latencies, Percentiles};
+pub(crate) use random::Random;
 pub use timeline::Timeline;
 
 use block::Result;

@@ -1,6 +1,6 @@
 //! Which request comes next: offsets, the mix of reads and writes, flushes.
 
-use super::{Flushes, Pattern, Spec, zipf::Zipf};
+use super::{Flushes, Pattern, Random, Spec, zipf::Zipf};
 use block::{Error, Result, size};
 use std::time::Duration;
 
@@ -197,7 +197,7 @@ pub(crate) struct Plan {
     read_percent: u64,
     /// Writes of a slot between two flushes; `u32::MAX`: no flushes.
     writes_per_flush: u32,
-    random: u64,
+    random: Random,
     zipf: Option<Zipf>,
     interval: Option<Duration>,
     next: u64,
@@ -226,23 +226,10 @@ impl Plan {
             interval: spec
                 .rate
                 .map(|rate| Duration::from_secs_f64(f64::from(spec.queues) / rate)),
-            random: spec.seed ^ u64::from(queue).wrapping_mul(0xa076_1d64_78bd_642f),
+            random: Random::new(spec.seed ^ u64::from(queue).wrapping_mul(0xa076_1d64_78bd_642f)),
             next: first as u64,
             unflushed: vec![0; spec.depth as usize],
         }
-    }
-
-    /// SplitMix64.
-    fn random(&mut self) -> u64 {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.random ^ (self.random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `limit`.
-    fn below(&mut self, limit: u64) -> u64 {
-        ((u128::from(self.random()) * u128::from(limit)) >> 64) as u64
     }
 
     /// The time between two requests, where they do not wait for each other.
@@ -268,7 +255,7 @@ impl Plan {
         let read = match self.read_percent {
             0 => false,
             100 => true,
-            percent => self.below(100) < percent,
+            percent => self.random.below(100) < percent,
         };
         let kind = if read { Kind::Read } else { Kind::Write };
         if kind == Kind::Write && self.writes_per_flush != u32::MAX {
@@ -281,8 +268,8 @@ impl Plan {
         } else {
             match self.zipf {
                 // 53 bits are what a float keeps.
-                Some(zipf) => zipf.draw(|| (self.random() >> 11) as f64 / (1_u64 << 53) as f64),
-                None => self.below(self.places.count),
+                Some(zipf) => zipf.draw(|| self.random.part()),
+                None => self.random.below(self.places.count),
             }
         };
         Request {

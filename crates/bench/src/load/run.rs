@@ -5,7 +5,7 @@ use super::{
     drive::{self, Client, MEASURE, Outcome, RAMP, REST, STOP},
     plan::{Places, Plan},
     turns::Turns,
-    usage::{self, Ticks, Usage},
+    usage::{self, Usage},
 };
 use block::{Error, Result};
 use std::{
@@ -242,10 +242,6 @@ fn report(spec: &Spec, total: &Outcome, seconds: Duration, used: Usage) -> Resul
     let with_pids = !spec.server_pids.is_empty();
     let mut both = total.read_latency.clone();
     both.merge(&total.write_latency);
-    let user = |ticks: Ticks, total: f64| match ticks.user + ticks.system {
-        0 => 0.0,
-        all => total * ticks.user as f64 / all as f64,
-    };
     let (server_cpu, client_cpu) = (cpu(used.server_cpu), cpu(used.client_cpu));
     let mut rss = 0;
     for pid in &spec.server_pids {
@@ -267,9 +263,9 @@ fn report(spec: &Spec, total: &Outcome, seconds: Duration, used: Usage) -> Resul
         kicks_per_io: total.kicks as f64 / requests,
         calls_per_io: total.calls as f64 / requests,
         server_cpu_us_per_io: with_pids.then_some(server_cpu),
-        server_user_us_per_io: with_pids.then(|| user(used.server_ticks, server_cpu)),
+        server_user_us_per_io: with_pids.then(|| used.server_ticks.user_part() * server_cpu),
         client_cpu_us_per_io: client_cpu,
-        client_user_us_per_io: user(used.client_ticks, client_cpu),
+        client_user_us_per_io: used.client_ticks.user_part() * client_cpu,
         server_switches_per_io: with_pids.then(|| used.server_switches as f64 / requests),
         server_rss_bytes: with_pids.then_some(rss),
         histogram: both.histogram(),

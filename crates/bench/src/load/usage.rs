@@ -92,6 +92,14 @@ impl Ticks {
         Self::parse(&stat).unwrap_or_default()
     }
 
+    /// The part in user mode.
+    pub(crate) fn user_part(self) -> f64 {
+        match self.user + self.system {
+            0 => 0.0,
+            all => self.user as f64 / all as f64,
+        }
+    }
+
     fn since(self, before: Self) -> Self {
         Self {
             user: self.user.saturating_sub(before.user),
