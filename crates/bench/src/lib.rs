@@ -7,6 +7,7 @@
 //! - [`image`]: requests to an image in this process, without a server.
 //! - [`experiment`]: the background's studies, with what they found beside what is found here.
 //! - [`record`]: what every measurement leaves; [`compare`]: two runs of them; [`report`]: pages and charts.
+//! - [`simulated`]: block devices that are models: a rotating disk, a flash drive, RAID0.
 //! - [`versus`]: compares servers under such loads, in turn, and holds the ratios against bars.
 //!
 //! A figure is worth what its surroundings are: reports carry everything that was asked for, and comparisons
@@ -26,5 +27,6 @@ pub mod peer;
 pub mod record;
 pub mod report;
 mod sampling;
+pub mod simulated;
 pub mod statistics;
 pub mod versus;

@@ -8,6 +8,7 @@
 mod amend;
 mod args;
 mod bench_compare;
+mod bench_device;
 mod bench_image;
 mod bench_load;
 mod bench_report;
@@ -76,7 +77,8 @@ fn main() -> ExitCode {
     // What qemu-img does not say, scripts do not expect.
     log(match &cli.command {
         Command::QemuImg(_) => "error",
-        _ => "warn",
+        // FUSE's library warns of what programs may well ask for and nobody needs.
+        _ => "warn,fuser=error",
     });
     let outcome = match &cli.command {
         Command::Create(args) => done(create::run(args)),
@@ -99,6 +101,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => match &args.what {
             BenchCommand::Image(args) => done(bench_image::run(args)),
             BenchCommand::Load(args) => done(bench_load::run(args)),
+            BenchCommand::Device(args) => done(bench_device::run(args)),
             BenchCommand::Versus(args) => done(bench_versus::run(args)),
             BenchCommand::Run(args) => done(bench_run::run(args)),
             BenchCommand::Report(args) => done(bench_report::run(args)),

@@ -59,7 +59,34 @@ pub(crate) fn mount_new(device: &Path, kind: &str, point: &Path) -> Result<()> {
     run(mount).map(drop)
 }
 
-/// Unmounts what is mounted below a folder, the deepest first, and detaches loop devices whose file lies there.
+/// Unmounts a file system; where files are open there, it goes when they do.
+///
+/// # Errors
+///
+/// What the tool said.
+pub(crate) fn unmount(point: &Path) -> Result<()> {
+    let how = |how: &[&str]| {
+        let mut command = tool("umount");
+        command.args(how).arg(point);
+        run(command).map(drop)
+    };
+    // Files there may still be open in this process, which is about to end: then it goes with them.
+    how(&[]).or_else(|_| how(&["--lazy"]))
+}
+
+/// Frees a loop device.
+///
+/// # Errors
+///
+/// What the tool said.
+pub(crate) fn detach(device: &Path) -> Result<()> {
+    let mut command = tool("losetup");
+    command.arg("--detach").arg(device);
+    run(command).map(drop)
+}
+
+/// Unmounts what is mounted below a folder, the deepest first, and detaches loop devices whose file lies there. What is
+/// mounted from a loop device goes before that, and that before the FUSE file system that may have its file.
 ///
 /// # Errors
 ///
@@ -70,33 +97,36 @@ pub(crate) fn release(folder: &Path) -> Result<()> {
     };
     let mut outcome = Ok(());
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut points: Vec<PathBuf> = mounts
+    let mut points: Vec<(bool, PathBuf)> = mounts
         .lines()
-        .filter_map(|line| Some(unescaped(line.split(' ').nth(4)?)))
-        .filter(|point| point.starts_with(&folder))
+        .filter_map(mounted)
+        .filter(|(_, point)| point.starts_with(&folder))
         .collect();
-    points.sort_by_key(|point| std::cmp::Reverse(point.as_os_str().len()));
-    for point in points {
-        let unmount = |how: &[&str]| {
-            let mut command = tool("umount");
-            command.args(how).arg(&point);
-            run(command).map(drop)
-        };
-        // Files there may still be open in this process, which is about to end: then it goes with them.
-        outcome = unmount(&[]).or_else(|_| unmount(&["--lazy"])).and(outcome);
+    points.sort_by_key(|(_, point)| std::cmp::Reverse(point.as_os_str().len()));
+    let (fuse, others): (Vec<_>, Vec<_>) = points.into_iter().partition(|(is_fuse, _)| *is_fuse);
+    for (_, point) in others {
+        outcome = unmount(&point).and(outcome);
     }
     for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
         let Ok(file) = fs::read(entry.path().join("loop/backing_file")) else {
             continue;
         };
         if Path::new(OsStr::from_bytes(&file)).starts_with(&folder) {
-            let mut command = tool("losetup");
-            let device = Path::new("/dev").join(entry.file_name());
-            command.arg("--detach").arg(device);
-            outcome = run(command).map(drop).and(outcome);
+            outcome = detach(&Path::new("/dev").join(entry.file_name())).and(outcome);
         }
     }
+    for (_, point) in fuse {
+        outcome = unmount(&point).and(outcome);
+    }
     outcome
+}
+
+/// Of a line of `/proc/self/mountinfo`: whether it is FUSE, and where.
+fn mounted(line: &str) -> Option<(bool, PathBuf)> {
+    let point = unescaped(line.split(' ').nth(4)?);
+    // Optional fields end with a dash, the kind follows.
+    let kind = line.split(" - ").nth(1)?.split(' ').next()?;
+    Some((kind == "fuse" || kind.starts_with("fuse."), point))
 }
 
 /// A path of `/proc/self/mountinfo`: blanks and backslashes are octal there.
@@ -159,6 +189,11 @@ mod tests {
         assert_eq!(unescaped("/a\\040b\\134c"), Path::new("/a b\\c"));
         assert_eq!(unescaped("/a\\04"), Path::new("/a\\04"));
         assert_eq!(unescaped("/a\\999"), Path::new("/a\\999"));
+        let line = "61 29 0:52 / /w/a\\040b rw,nosuid shared:3 - fuse.diskplane diskplane rw";
+        assert_eq!(mounted(line), Some((true, "/w/a b".into())));
+        let line = "61 29 7:0 / /w rw - ext4 /dev/loop0 rw";
+        assert_eq!(mounted(line), Some((false, "/w".into())));
+        assert_eq!(mounted("61 29"), None);
     }
 
     #[test]

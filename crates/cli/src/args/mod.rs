@@ -14,6 +14,7 @@ pub use serve::*;
 
 use crate::{
     bench_compare::{Compare as CompareRuns, Csv},
+    bench_device::DeviceArgs,
     bench_image,
     bench_load::Load,
     bench_report::ReportArgs,
@@ -130,6 +131,8 @@ pub enum BenchCommand {
     Image(bench_image::Image),
     /// Put load on a server or a file, and report what came back
     Load(Load),
+    /// Mount a device that is a model: a rotating disk, flash, RAID0 over several
+    Device(DeviceArgs),
     /// Compare diskplane with its peers and with bare metal, cell by cell
     Versus(Versus),
     /// Repeat one of the studies that diskplane carries, beside what it found

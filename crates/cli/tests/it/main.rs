@@ -10,6 +10,7 @@ mod common;
 mod peer;
 
 mod bench_compare;
+mod bench_device;
 mod bench_run;
 mod bench_versus;
 mod bitmap;
