@@ -6,6 +6,7 @@
 //! - [`breakdown`]: where the time of single requests goes, by the client's clock and the server's.
 //! - [`image`]: requests to an image in this process, without a server.
 //! - [`experiment`]: the background's studies, with what they found beside what is found here.
+//! - [`ffsb`]: load on a file system, as the studies of virtual disks made it.
 //! - [`record`]: what every measurement leaves; [`compare`]: two runs of them; [`report`]: pages and charts.
 //! - [`simulated`]: block devices that are models: a rotating disk, a flash drive, RAID0.
 //! - [`versus`]: compares servers under such loads, in turn, and holds the ratios against bars.
@@ -19,6 +20,7 @@ pub mod breakdown;
 pub mod compare;
 pub mod driver;
 pub mod experiment;
+pub mod ffsb;
 pub mod image;
 pub mod load;
 pub mod machine;

@@ -9,6 +9,7 @@ mod amend;
 mod args;
 mod bench_compare;
 mod bench_device;
+mod bench_ffsb;
 mod bench_image;
 mod bench_load;
 mod bench_report;
@@ -101,6 +102,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => match &args.what {
             BenchCommand::Image(args) => done(bench_image::run(args)),
             BenchCommand::Load(args) => done(bench_load::run(args)),
+            BenchCommand::Ffsb(args) => done(bench_ffsb::run(args)),
             BenchCommand::Device(args) => done(bench_device::run(args)),
             BenchCommand::Versus(args) => done(bench_versus::run(args)),
             BenchCommand::Run(args) => done(bench_run::run(args)),

@@ -15,6 +15,7 @@ pub use serve::*;
 use crate::{
     bench_compare::{Compare as CompareRuns, Csv},
     bench_device::DeviceArgs,
+    bench_ffsb::FfsbArgs,
     bench_image,
     bench_load::Load,
     bench_report::ReportArgs,
@@ -131,6 +132,8 @@ pub enum BenchCommand {
     Image(bench_image::Image),
     /// Put load on a server or a file, and report what came back
     Load(Load),
+    /// Put load on a file system, as the studies of virtual disks did (FFSB's scenarios)
+    Ffsb(FfsbArgs),
     /// Mount a device that is a model: a rotating disk, flash, RAID0 over several
     Device(DeviceArgs),
     /// Compare diskplane with its peers and with bare metal, cell by cell
