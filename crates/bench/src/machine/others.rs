@@ -25,19 +25,19 @@ struct Kernel {
 }
 
 /// CPU time of the machine and of those who take part, at a moment.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Watch {
     began: Instant,
     kernel: Kernel,
     load: f64,
     own: Duration,
-    server: u32,
-    server_used: Duration,
+    servers: Vec<u32>,
+    servers_used: Duration,
 }
 
 impl Watch {
-    /// From now on; `server` is the process that is measured.
-    pub(crate) fn begin(server: u32) -> Self {
+    /// From now on; `servers` are the processes that take part besides this one.
+    pub(crate) fn begin(servers: &[u32]) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let stat = read("/proc/stat");
         let several = std::path::Path::new("/sys/devices/system/node/node1").exists();
@@ -46,20 +46,23 @@ impl Watch {
             kernel: Kernel::parse(&stat, &several.then(|| read("/proc/vmstat"))),
             load: load_average(&read("/proc/loadavg")),
             own: usage::own_cpu(),
-            server,
-            server_used: usage::cpu(server).unwrap_or_default(),
+            servers: servers.to_vec(),
+            servers_used: servers
+                .iter()
+                .map(|pid| usage::cpu(*pid).unwrap_or_default())
+                .sum(),
         }
     }
 
     /// CPU time that neither we nor the server used since, in percent of one core: other processes, the kernel's own
     /// threads, and what the hypervisor gave to others.
     pub(crate) fn others_percent(&self) -> f64 {
-        self.others(&Self::begin(self.server))
+        self.others(&Self::begin(&self.servers))
     }
 
     fn others(&self, now: &Self) -> f64 {
         let ours =
-            now.own.saturating_sub(self.own) + now.server_used.saturating_sub(self.server_used);
+            now.own.saturating_sub(self.own) + now.servers_used.saturating_sub(self.servers_used);
         let others = (now.kernel.busy_s - self.kernel.busy_s - ours.as_secs_f64()).max(0.0);
         others / self.seconds() * 100.0
     }
@@ -70,7 +73,7 @@ impl Watch {
 
     /// Adds what the machine did since to the figures of a load.
     pub(crate) fn add_to(&self, metrics: &mut Metrics) {
-        let now = Self::begin(self.server);
+        let now = Self::begin(&self.servers);
         let seconds = self.seconds();
         metrics.insert(Metric::OthersPercent, self.others(&now));
         metrics.insert(Metric::LoadAverage, self.load);
@@ -146,7 +149,7 @@ mod tests {
 
     #[test]
     fn what_the_machine_did_is_told() {
-        let watch = Watch::begin(std::process::id());
+        let watch = Watch::begin(&[]);
         let mut metrics = Metrics::from([(Metric::Iops, 10.0)]);
         watch.add_to(&mut metrics);
         for metric in [

@@ -88,7 +88,7 @@ fn run(
     for file in sources(job, images, file) {
         warm(&file)?;
     }
-    let watch = Watch::begin(std::process::id());
+    let watch = Watch::begin(&[]);
     let began = Instant::now();
     let mut process = Process::start("command", &mut command, images.work())?;
     let mut peak = 0.0_f64;

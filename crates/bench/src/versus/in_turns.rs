@@ -241,7 +241,7 @@ impl One<'_> {
 
 impl Served<'_> {
     fn turn(&mut self, turn: Turn) -> Result<()> {
-        let watch = Watch::begin(self.running.pid());
+        let watch = Watch::begin(&[self.running.pid()]);
         for caller in &self.callers {
             caller.go(turn)?;
         }

@@ -67,7 +67,7 @@ pub(super) fn take(
     let setup = sides::setup(programs, images, side, engine, &files, false);
     let running = peer::start(programs, images.work(), &setup)?;
     let seen = running.seen(&files, side.queues)?;
-    let watch = Watch::begin(running.pid());
+    let watch = Watch::begin(&[running.pid()]);
     let mut measured = if load.idle {
         super::idle::rest(&running, times.duration)
     } else {
