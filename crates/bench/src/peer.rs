@@ -56,6 +56,8 @@ pub(crate) struct Setup<'a> {
     pub direct: bool,
     /// Flushes are acknowledged and not carried out.
     pub drops_flushes: bool,
+    /// Each write is made durable before it is acknowledged.
+    pub writethrough: bool,
     /// The images are only read.
     pub read_only: bool,
     /// Others have the files open too: QEMU takes no locks then.
@@ -75,6 +77,12 @@ impl Setup<'_> {
     /// `--cache` in QEMU's and our names.
     fn cache(&self) -> Result<&'static str> {
         let ours = self.server.is_ours();
+        if self.writethrough {
+            return Ok(match self.direct {
+                true => "directsync",
+                false => "writethrough",
+            });
+        }
         Ok(match (self.direct, self.drops_flushes) {
             (true, false) => "none",
             (false, false) => "writeback",

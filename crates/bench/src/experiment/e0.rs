@@ -1,8 +1,8 @@
 //! E0: the cache study of SMAPIv3 and qemu-dp (document 000).
 
 use super::plan::{
-    Cell, Claim, Experiment, Finding, Format, How, Image, ONE_READ, QCOW2, RAW, Side, State, side,
-    term,
+    Cell, Claim, Experiment, Finding, Format, How, Image, Medium, ONE_READ, Place, QCOW2, RAW,
+    Side, State, System, side, term,
 };
 use crate::{
     load::Pattern,
@@ -108,8 +108,39 @@ fn cell(name: &str, load: Load, quick: bool) -> Cell {
         name: name.to_owned(),
         axes: vec![("load".to_owned(), name.to_owned())],
         load,
+        files: None,
         sides: sides(),
         quick,
+    }
+}
+
+/// RAID0 of so many flash drives, with a file system, as the document's had it.
+fn striped(members: u8) -> Cell {
+    let place = Place {
+        medium: Medium::Striped(members),
+        system: System::Ext4,
+    };
+    let on = |image: Image| Image { place, ..image };
+    Cell {
+        name: format!("randwrite-raid{members}"),
+        axes: vec![
+            ("load".to_owned(), "randwrite".to_owned()),
+            ("disks".to_owned(), members.to_string()),
+        ],
+        load: RANDWRITE,
+        files: None,
+        sides: vec![
+            Side {
+                drops_flushes: true,
+                table_cache: DEFAULT.0,
+                table_entry: DEFAULT.1,
+                ..side("qsd default", How::Served(Server::Qsd), on(DISK))
+            },
+            side("diskplane auto", How::Served(Server::Diskplane), on(DISK)),
+            side("VHD, O_DIRECT", How::Served(Server::Diskplane), on(VHD)),
+            side("bare metal", How::Bare, on(BARE)),
+        ],
+        quick: members != 2,
     }
 }
 
@@ -121,7 +152,7 @@ pub(super) fn experiment() -> Experiment {
         claim,
         published: None,
     };
-    let findings = vec![
+    let mut findings = vec![
         more(
             "Random write is better with F (8 MiB in entries of 8 KiB, buffered, flushes dropped) than with the default",
             "qsd F",
@@ -156,6 +187,40 @@ pub(super) fn experiment() -> Experiment {
             Claim::NotLess(0.05),
         ),
     ];
+    for (members, side, says, claim) in [
+        (
+            2,
+            "qsd default",
+            "qemu-dp scales well with RAID0 of 2 disks",
+            Claim::More,
+        ),
+        (
+            4,
+            "qsd default",
+            "qemu-dp scales well with RAID0 of 4 disks",
+            Claim::More,
+        ),
+        (
+            4,
+            "VHD, O_DIRECT",
+            "RAID0 does not improve the throughput of tapdisk (VHD)",
+            Claim::Equal(0.15),
+        ),
+        (
+            4,
+            "diskplane auto",
+            "(Ours: diskplane scales with RAID0 of 4 disks)",
+            Claim::More,
+        ),
+    ] {
+        findings.push(Finding {
+            says: says.to_owned(),
+            left: term(&format!("randwrite-raid{members}"), side, Metric::Iops),
+            right: Some(term("randwrite-raid1", side, Metric::Iops)),
+            claim,
+            published: None,
+        });
+    }
     Experiment {
         name: "E0",
         title: "The metadata cache of qcow2",
@@ -164,7 +229,8 @@ pub(super) fn experiment() -> Experiment {
                   document's sizes of the L2 cache and of its entries, O_DIRECT, and flushes dropped or honoured. qsd \
                   stands for qemu-dp, diskplane's VHD, new for each sample, for tapdisk. The data are preallocated and unwritten at first: \
                   reading them costs the device nothing, so that what is seen is the tables. The document's device was \
-                  an Optane; its RAID0 of 2 and 4 disks needs as many devices and is not repeated here.",
+                  an Optane. Its RAID0 of 2 and 4 disks is over simulated flash (diskplane bench device) that does one request at a time in \
+                  500 µs, with ext4 on it, beside one such disk.",
         cells: vec![
             cell("randwrite", RANDWRITE, true),
             cell("ioping", ONE_READ, true),
@@ -177,6 +243,9 @@ pub(super) fn experiment() -> Experiment {
                 },
                 false,
             ),
+            striped(1),
+            striped(2),
+            striped(4),
         ],
         findings,
         figures: &[Metric::Iops, Metric::P50Us, Metric::CpuUs],

@@ -52,6 +52,7 @@ fn cell(kind: &str, bytes: u64, pattern: Pattern, quick: bool) -> Cell {
             block: bytes,
             ..ONE_AT_A_TIME
         },
+        files: None,
         sides: paths(),
         quick,
     }
@@ -74,6 +75,7 @@ fn disks(count: u8) -> Cell {
             pattern: Pattern::RandRead,
             ..ONE_AT_A_TIME
         },
+        files: None,
         sides: vec![
             side("bare metal", How::Bare, image),
             side("diskplane raw", How::Served(Server::Diskplane), image),
@@ -101,6 +103,7 @@ fn queues(count: u16) -> Cell {
             ("queues".to_owned(), count.to_string()),
         ],
         load: RANDREAD,
+        files: None,
         sides: vec![
             own(side("bare metal", How::Bare, RAW)),
             own(side("diskplane raw", How::Served(Server::Diskplane), RAW)),

@@ -1,6 +1,6 @@
 //! What an experiment works with: places, and the images in them. All of it lies below `DIR/work` and is gone afterwards.
 
-use super::plan::{Format, Image, Place, State};
+use super::plan::{Format, Image, Medium, Place, State, System};
 use crate::{
     machine::{
         mount,
@@ -19,6 +19,21 @@ use std::{
     time::Duration,
 };
 
+/// What simulated flash does: slow enough that the devices are what limits, on any host.
+const FLASH: [&str; 8] = [
+    "--model",
+    "flash",
+    "--read-us",
+    "500",
+    "--write-us",
+    "500",
+    "--channels",
+    "1",
+];
+/// The rotating disk: with so small a write cache that a sample of half a second sees the platter.
+const ROTATING: [&str; 4] = ["--model", "hdd-7200", "--write-cache", "1M"];
+/// Sizes of devices: a chunk of each of eight.
+const DEVICE_GRAIN: u64 = 1 << 20;
 /// Bytes that stay free on the host.
 const SPARE: u64 = 2 << 30;
 /// How long making an image may take.
@@ -31,12 +46,16 @@ const FILE_SYSTEM: u64 = 512 << 20;
 pub(super) struct Lab {
     programs: Programs,
     work: Folder,
+    /// Simulated devices, by place; after the folder, whose end unmounts them.
+    devices: BTreeMap<Place, Process>,
     disk_bytes: u64,
     /// Bytes by which an image may grow in a sample.
     pub growth: u64,
     /// What there is to put on each place at a time.
     needs: BTreeMap<Place, u64>,
     ready: BTreeSet<Place>,
+    /// File systems that were made in images, by the image's file.
+    pub formatted: BTreeSet<PathBuf>,
     made: BTreeSet<Image>,
 }
 
@@ -52,10 +71,12 @@ impl Lab {
         let mut lab = Self {
             programs: programs.clone(),
             work: Folder::create(dir.join("work"))?,
+            devices: BTreeMap::new(),
             disk_bytes,
             growth,
             needs: BTreeMap::new(),
             ready: BTreeSet::new(),
+            formatted: BTreeSet::new(),
             made: BTreeSet::new(),
         };
         for image in images {
@@ -74,22 +95,35 @@ impl Lab {
 
     /// The folder of a place.
     pub fn folder(&self, place: Place) -> PathBuf {
-        match place {
-            Place::Here => self.work().to_owned(),
-            Place::Ext4 => self.work().join("ext4"),
-            Place::Xfs => self.work().join("xfs"),
+        match (place.medium, place.system) {
+            (Medium::Own, System::None) => self.work().to_owned(),
+            (_, System::None) => self.device_folder(place).join("device/mount"),
+            _ => self.work().join(place.name()),
         }
     }
 
-    fn bytes(&self, image: Image) -> u64 {
+    fn device_folder(&self, place: Place) -> PathBuf {
+        self.work().join(format!("{}.device", place.name()))
+    }
+
+    /// Bytes of each disk of an image.
+    pub fn bytes(&self, image: Image) -> u64 {
         self.disk_bytes / u64::from(image.disks.max(1))
+    }
+
+    /// Whether the file is there already, since it is the device.
+    fn is_device(place: Place) -> bool {
+        place.medium != Medium::Own && place.system == System::None
     }
 
     fn host_bytes(&self, image: Image) -> u64 {
         match image.state {
             // Random writes touch each of its blocks of 2 MiB before long.
             State::Growing if image.format == Format::Vhd => self.disk_bytes + (64 << 20),
-            State::Growing => self.growth + (256 << 20),
+            // All of a disk of the device's size.
+            _ if Self::is_device(image.place) => self.disk_bytes,
+            State::Growing | State::Hollow => self.growth + (256 << 20),
+            State::Overlay => self.growth + self.disk_bytes + (256 << 20),
             _ => self.disk_bytes + (self.disk_bytes >> 8) + (64 << 20),
         }
     }
@@ -105,14 +139,18 @@ impl Lab {
             image.disks.max(1)
         )
         .to_lowercase();
-        let paths: Vec<PathBuf> = (0..image.disks.max(1))
-            .map(|n| folder.join(format!("{name}-{n}.img")))
-            .collect();
-        let fresh = image.state == State::Growing;
+        let paths: Vec<PathBuf> = match Self::is_device(image.place) {
+            true => vec![folder.join("disk")],
+            false => (0..image.disks.max(1))
+                .map(|n| folder.join(format!("{name}-{n}.img")))
+                .collect(),
+        };
+        let fresh = matches!(image.state, State::Growing | State::Overlay | State::Hollow);
         if self.made.contains(&image) && !fresh {
             return Ok(paths);
         }
-        if !self.made.contains(&image) {
+        // A device is as large as it is.
+        if !self.made.contains(&image) && !Self::is_device(image.place) {
             self.room(&folder, self.host_bytes(image))?;
         }
         say(&format!(
@@ -122,9 +160,10 @@ impl Lab {
             size::human(self.bytes(image))
         ));
         for path in &paths {
-            if path.exists() {
+            if !Self::is_device(image.place) && path.exists() {
                 remove_file(path).context(|| path.display().to_string())?;
             }
+            self.formatted.remove(path);
             self.make(image, path)?;
         }
         self.made.insert(image);
@@ -136,6 +175,9 @@ impl Lab {
         let gone: Vec<Image> = self.made.difference(later).copied().collect();
         for image in gone {
             self.made.remove(&image);
+            if Self::is_device(image.place) {
+                continue;
+            }
             let prefix = format!(
                 "{}-{:?}-{}-",
                 image.format.name(),
@@ -180,44 +222,79 @@ impl Lab {
         Ok(())
     }
 
-    /// Has a place's file system made and mounted.
+    /// Has a place's device and file system made and mounted.
     fn settle_place(&mut self, place: Place, say: &mut dyn FnMut(&str)) -> Result<()> {
-        let kind = match place {
-            Place::Here => return Ok(()),
-            Place::Ext4 => "ext4",
-            Place::Xfs => "xfs",
-        };
-        if self.ready.contains(&place) {
+        if place == Place::HERE || self.ready.contains(&place) {
             return Ok(());
         }
-        let bytes = self.needs.get(&place).copied().unwrap_or_default() + FILE_SYSTEM;
+        let kind = match place.system {
+            System::NfsExt4 | System::NfsXfs => return Err(without_nfs()),
+            System::Ext4 => "ext4",
+            System::Xfs => "xfs",
+            System::None => "",
+        };
+        let own = if kind.is_empty() { 0 } else { FILE_SYSTEM };
+        let bytes = self.needs.get(&place).copied().unwrap_or_default() + own;
+        let bytes = bytes.next_multiple_of(DEVICE_GRAIN);
         self.room(self.work(), bytes)?;
         say(&format!(
-            "making {kind} of {} on a loop device",
+            "making {} of {}",
+            place.name(),
             size::human(bytes)
         ));
-        let file = self.work().join(format!("{kind}.loop"));
-        let named = || file.display().to_string();
-        let loop_file = File::create(&file).context(named)?;
-        // Blocks that are there: else each write of a sample would have the host's file system find some first.
-        rustix::fs::fallocate(
-            &loop_file,
-            rustix::fs::FallocateFlags::empty(),
-            0,
-            bytes.next_multiple_of(1 << 20),
-        )
-        .map_err(std::io::Error::from)
-        .context(named)?;
-        drop(loop_file);
-        let device = mount::attach(&file)?;
-        mount::mount_new(&device, kind, &self.folder(place))?;
+        let file = match place.medium {
+            Medium::Own => self.preallocated(&place.name(), bytes)?,
+            medium => self.device(place, medium, bytes)?,
+        };
+        if !kind.is_empty() {
+            let device = mount::attach(&file)?;
+            mount::make(&device, kind)?;
+            mount::mount(&device, kind, &self.folder(place), true)?;
+        }
         self.ready.insert(place);
         Ok(())
+    }
+
+    /// A file whose blocks are there: else each write of a sample would have the host's file system find some first.
+    fn preallocated(&self, name: &str, bytes: u64) -> Result<PathBuf> {
+        let path = self.work().join(format!("{name}.loop"));
+        let named = || path.display().to_string();
+        let file = File::create(&path).context(named)?;
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes)
+            .map_err(std::io::Error::from)
+            .context(named)?;
+        Ok(path)
+    }
+
+    /// A simulated device: a process of its own, whose CPU time is not the server's nor the load's.
+    fn device(&mut self, place: Place, medium: Medium, bytes: u64) -> Result<PathBuf> {
+        let mut command = Command::new(&self.programs.diskplane);
+        command.args(["bench", "device", "--size", &bytes.to_string()]);
+        match medium {
+            Medium::Striped(members) => command
+                .args(["--members", &members.to_string()])
+                .args(FLASH),
+            _ => command.args(ROTATING),
+        };
+        command.arg(self.device_folder(place));
+        let name = format!("device-{}", place.name());
+        let mut process = Process::start(&name, &mut command, self.work())?;
+        process.wait_ready(|process| process.stdout().ends_with('\n'))?;
+        self.devices.insert(place, process);
+        Ok(self.device_folder(place).join("device/mount/disk"))
     }
 
     fn make(&self, image: Image, path: &Path) -> Result<()> {
         let bytes = self.bytes(image);
         let format = image.format.name();
+        if Self::is_device(image.place) {
+            return match (image.format, image.state) {
+                (Format::Raw, State::Full) => self.fill(path, "raw", bytes),
+                _ => Err(Error::unsupported(format!(
+                    "a device without a file system has no {format} image"
+                ))),
+            };
+        }
         let mut options: Vec<&str> = vec!["create", "-q", "-f", format];
         match (image.format, image.state) {
             // It has no such option; a growing file is the nearest thing.
@@ -231,7 +308,18 @@ impl Lab {
             _ => {}
         }
         let mut command = Command::new(&self.programs.diskplane);
-        command.args(options).arg(path).arg(bytes.to_string());
+        command.args(options);
+        if let Some(base) = self.base(image) {
+            if !base.exists() {
+                let file = File::create(&base).context(|| base.display().to_string())?;
+                file.set_len(bytes).context(|| base.display().to_string())?;
+                if image.state == State::Overlay {
+                    self.fill(&base, "raw", bytes)?;
+                }
+            }
+            command.arg("-b").arg(base).args(["-F", "raw"]);
+        }
+        command.arg(path).arg(bytes.to_string());
         let mut process = Process::start("create", &mut command, self.work())?;
         let status = process.wait(LIMIT)?;
         if !status.success() {
@@ -240,7 +328,21 @@ impl Lab {
         if image.state != State::Full {
             return Ok(());
         }
-        // Through diskplane, so that an image's clusters lie in order.
+        self.fill(path, format, bytes)
+    }
+
+    /// The raw file below an overlay.
+    pub fn base(&self, image: Image) -> Option<PathBuf> {
+        let name = match image.state {
+            State::Overlay => "base-full.raw",
+            State::Hollow => "base-empty.raw",
+            _ => return None,
+        };
+        Some(self.folder(image.place).join(name))
+    }
+
+    /// Writes all of it through diskplane, so that an image's clusters lie in order.
+    fn fill(&self, path: &Path, format: &str, bytes: u64) -> Result<()> {
         let files = [path.to_owned()];
         let setup = Setup {
             server: Server::Diskplane,
@@ -253,6 +355,7 @@ impl Lab {
             polling: Polling::Default,
             direct: self.programs.direct,
             drops_flushes: false,
+            writethrough: false,
             read_only: false,
             shared: false,
             table_cache: None,
@@ -268,4 +371,16 @@ impl Lab {
         }
         server.stop().map(drop)
     }
+}
+
+/// Why there are no rows on NFS.
+fn without_nfs() -> Error {
+    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let known = known.lines().any(|line| line.trim().ends_with("nfs4"));
+    Error::unsupported(match known {
+        false => "not here: this kernel has no NFS",
+        true => {
+            "not here: NFS servers are not set up by diskplane; mount one, and give --out a folder on it for the rows without it"
+        }
+    })
 }

@@ -11,6 +11,7 @@ mod e1;
 mod e3;
 mod finding;
 mod lab;
+mod mounted;
 pub mod plan;
 mod run;
 
@@ -22,7 +23,11 @@ use block::{Error, Result};
 
 /// Every experiment.
 pub fn all() -> Vec<Experiment> {
-    vec![e0::experiment(), e1::experiment(), e3::experiment()]
+    vec![
+        e0::experiment(),
+        e1::experiment(),
+        e3::experiment(),
+    ]
 }
 
 /// The experiment of that name, in upper or lower case.

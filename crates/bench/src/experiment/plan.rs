@@ -1,6 +1,7 @@
 //! What an experiment is made of, as data.
 
 use crate::{
+    ffsb::Scenario,
     metric::Metric,
     versus::cell::{Load, Polling, RANDREAD, Server},
 };
@@ -34,8 +35,10 @@ pub struct Cell {
     pub name: String,
     /// Where it stands: names of factors and their values here.
     pub axes: Vec<(String, String)>,
-    /// The load.
+    /// The load, where it is one on disks.
     pub load: Load,
+    /// The load, where it is one on a file system.
+    pub files: Option<Files>,
     /// Who takes part.
     pub sides: Vec<Side>,
     /// It is part of a quick run.
@@ -49,6 +52,37 @@ pub enum How {
     Bare,
     /// A server.
     Served(Server),
+    /// As a file system: the file itself (without a server), or what an NBD server has, on a loop device.
+    Mounted(Option<Server>),
+}
+
+/// A load on a file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Files {
+    /// What threads do.
+    pub scenario: Scenario,
+    /// How many.
+    pub threads: usize,
+}
+
+/// How a file system is set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Client {
+    /// Which: ext4 or XFS.
+    pub system: System,
+    /// The device is flushed where the journal needs it.
+    pub barriers: bool,
+    /// I/O scheduler of the loop device; the kernel's choice where not given.
+    pub scheduler: Option<&'static str>,
+}
+
+impl Client {
+    /// ext4 as it comes.
+    pub const EXT4: Self = Self {
+        system: System::Ext4,
+        barriers: true,
+        scheduler: None,
+    };
 }
 
 /// What a file holds.
@@ -95,17 +129,90 @@ pub enum State {
     Zeroed,
     /// Nothing: a new file for each sample that writes.
     Growing,
+    /// Nothing: a new file for each sample over a raw one that was written full.
+    Overlay,
+    /// Nothing: a new file for each sample over an empty raw one.
+    Hollow,
 }
 
-/// Where it lies.
+/// What its bytes lie on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Place {
-    /// In the run's folder.
-    Here,
-    /// On ext4 on a loop device.
+pub enum Medium {
+    /// What the run's folder lies on.
+    Own,
+    /// A simulated disk of 7200 turns a minute.
+    Rotating,
+    /// RAID0 over so many simulated flash drives.
+    Striped(u8),
+}
+
+/// What is between the medium and the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum System {
+    /// Nothing: the file is the device; on the run's own medium it is a file in the folder.
+    None,
+    /// ext4 on a loop device.
     Ext4,
-    /// On XFS on a loop device.
+    /// XFS on a loop device.
     Xfs,
+    /// ext4 on a loop device, mounted again over NFS.
+    NfsExt4,
+    /// XFS on a loop device, mounted again over NFS.
+    NfsXfs,
+}
+
+/// Where a file lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// On what.
+    pub medium: Medium,
+    /// In what.
+    pub system: System,
+}
+
+impl Place {
+    /// In the run's folder.
+    pub const HERE: Self = Self {
+        medium: Medium::Own,
+        system: System::None,
+    };
+
+    /// A medium of ours with a file system.
+    pub const fn own(system: System) -> Self {
+        Self {
+            medium: Medium::Own,
+            system,
+        }
+    }
+
+    /// The rotating disk with a file system, or itself.
+    pub const fn rotating(system: System) -> Self {
+        Self {
+            medium: Medium::Rotating,
+            system,
+        }
+    }
+
+    /// How folders and notes name it.
+    pub fn name(self) -> String {
+        let system = match self.system {
+            System::None => "",
+            System::Ext4 => "ext4",
+            System::Xfs => "xfs",
+            System::NfsExt4 => "nfs-ext4",
+            System::NfsXfs => "nfs-xfs",
+        };
+        let medium = match self.medium {
+            Medium::Own => String::new(),
+            Medium::Rotating => "hdd".to_owned(),
+            Medium::Striped(n) => format!("raid{n}"),
+        };
+        match (&medium[..], system) {
+            ("", system) => system.to_owned(),
+            (medium, "") => medium.to_owned(),
+            (medium, system) => format!("{medium}-{system}"),
+        }
+    }
 }
 
 /// A file of an experiment.
@@ -117,7 +224,7 @@ pub struct Image {
     pub state: State,
     /// Where.
     pub place: Place,
-    /// Disks of this kind that are served at once.
+    /// Disks of this kind that are served at once, each with a part of the bytes.
     pub disks: u8,
 }
 
@@ -125,7 +232,7 @@ pub struct Image {
 pub const RAW: Image = Image {
     format: Format::Raw,
     state: State::Full,
-    place: Place::Here,
+    place: Place::HERE,
     disks: 1,
 };
 /// A qcow2 image that was written full, in order.
@@ -155,6 +262,12 @@ pub struct Side {
     pub direct: bool,
     /// Flushes are ignored.
     pub drops_flushes: bool,
+    /// Each write is made durable before it is acknowledged.
+    pub writethrough: bool,
+    /// Each disk has a server of its own.
+    pub server_each: bool,
+    /// The file system, where there is one on the disk.
+    pub client: Client,
     /// Bytes of the metadata cache; by itself where not given.
     pub table_cache: Option<u64>,
     /// Bytes of an entry of it (peers).
@@ -168,7 +281,9 @@ pub fn side(name: impl Into<String>, how: How, image: Image) -> Side {
         how,
         image,
         engine: match how {
-            How::Served(Server::Qsd | Server::QemuNbd) => "io_uring",
+            How::Served(Server::Qsd | Server::QemuNbd) | How::Mounted(Some(Server::QemuNbd)) => {
+                "io_uring"
+            }
             _ => "auto",
         },
         queues: 1,
@@ -176,6 +291,9 @@ pub fn side(name: impl Into<String>, how: How, image: Image) -> Side {
         polling: Polling::Default,
         direct: true,
         drops_flushes: false,
+        writethrough: false,
+        server_each: false,
+        client: Client::EXT4,
         table_cache: None,
         table_entry: None,
     }

@@ -21,7 +21,7 @@ use crate::{
         process,
     },
     metric::{Metric, number},
-    peer::{self, Programs, Setup},
+    peer::{self, Programs, Running, Seen, Setup},
     record::{self, Failure, Record, Sample, Set},
     sampling,
     versus::cell::Server,
@@ -267,9 +267,9 @@ fn open(path: &Path, header: &record::Run) -> Result<(File, Set)> {
     Ok((file, set))
 }
 
-struct Runner<'a> {
-    options: &'a Options,
-    lab: Lab,
+pub(super) struct Runner<'a> {
+    pub(super) options: &'a Options,
+    pub(super) lab: Lab,
     file: File,
     watch: &'a mut dyn FnMut(Event<'_>),
     began: Instant,
@@ -411,8 +411,12 @@ impl Runner<'_> {
         let mut sample = match side.how {
             How::Bare => self.bare(cell, side, &files, seed)?,
             How::Served(server) => self.served(cell, side, server, &files, seed, notes)?,
+            // It has its own, from when its files are there.
+            How::Mounted(server) => self.mounted(cell, side, server, &files, seed, notes)?,
         };
-        device.add_to(&mut sample.metrics);
+        if !matches!(side.how, How::Mounted(_)) {
+            device.add_to(&mut sample.metrics);
+        }
         Ok(Sample {
             cell: cell.name.clone(),
             side: side.name.clone(),
@@ -428,7 +432,9 @@ impl Runner<'_> {
     fn spec(&self, cell: &Cell, side: &Side, target: Target, seed: u64) -> Spec {
         let load = &cell.load;
         let grows = match side.image.state {
-            State::Growing if side.image.format != Format::Vhd => load.block.max(64 << 10),
+            State::Growing | State::Overlay | State::Hollow if side.image.format != Format::Vhd => {
+                load.block.max(64 << 10)
+            }
             _ => 0,
         };
         Spec {
@@ -452,7 +458,7 @@ impl Runner<'_> {
                 self.spec(cell, side, target, seed + n)
             })
             .collect();
-        let watch = Watch::begin(std::process::id());
+        let watch = Watch::begin(&[]);
         let reports = sampling::run_all(&specs)?;
         let mut measured = sampling::figures(&reports, &[])?;
         // There is no server: what the requests cost is ours, generator and all.
@@ -479,9 +485,66 @@ impl Runner<'_> {
         seed: u64,
         notes: &mut BTreeSet<String>,
     ) -> Result<Sample> {
+        let writes = !matches!(cell.load.pattern, Pattern::Read | Pattern::RandRead);
+        // Sixteen virtual machines have a server each, or one has sixteen disks.
+        let groups: Vec<&[PathBuf]> = match side.server_each {
+            true => files.chunks(1).collect(),
+            false => vec![files],
+        };
+        let mut servers = Vec::new();
+        for (n, files) in groups.into_iter().enumerate() {
+            let work = match n {
+                0 => self.lab.work().to_owned(),
+                n => self.lab.work().join(format!("server-{n}")),
+            };
+            fs::create_dir_all(&work).context(|| work.display().to_string())?;
+            servers.push(self.start(side, server, files, writes, &work, notes)?);
+        }
+        let targets = servers.iter().flat_map(|(running, _)| {
+            let pid = running.pid();
+            running.targets.iter().map(move |target| (pid, target))
+        });
+        let specs: Vec<Spec> = (0..)
+            .zip(targets)
+            .map(|(n, (pid, target))| Spec {
+                server_pids: vec![pid],
+                ..self.spec(cell, side, target.clone(), seed + n)
+            })
+            .collect();
+        let pids: Vec<u32> = servers.iter().map(|(running, _)| running.pid()).collect();
+        let watch = Watch::begin(&pids);
+        let mut measured =
+            sampling::run_all(&specs).and_then(|reports| sampling::figures(&reports, &pids));
+        if let Ok(measured) = &mut measured {
+            watch.add_to(&mut measured.metrics);
+        }
+        let mut sample = Err(Error::invalid("no server"));
+        for (running, seen) in servers {
+            // What is measured belongs to all of them, and goes with the first.
+            let own = std::mem::replace(&mut measured, Ok(sampling::Measured::default()));
+            let finished = sampling::finish(running, seen, own);
+            sample = match sample {
+                Ok(first) => finished.map(|_| first),
+                Err(_) => finished,
+            };
+        }
+        let mut sample = sample?;
+        sample.detail["specs"] = json!(specs);
+        Ok(sample)
+    }
+
+    /// Starts a side's server on files, and looks at it.
+    pub(super) fn start(
+        &self,
+        side: &Side,
+        server: Server,
+        files: &[PathBuf],
+        writes: bool,
+        work: &Path,
+        notes: &mut BTreeSet<String>,
+    ) -> Result<(Running, Seen)> {
         let of_qemu = matches!(server, Server::Qsd | Server::QemuNbd);
         let direct = side.direct && self.lab.programs().direct;
-        let writes = !matches!(cell.load.pattern, Pattern::Read | Pattern::RandRead);
         let setup = Setup {
             server,
             files,
@@ -489,19 +552,24 @@ impl Runner<'_> {
                 true => side.image.format.of_qemu(),
                 false => side.image.format.name(),
             },
-            backing: None,
+            // QEMU finds it by the image; we open only what is allowed.
+            backing: match of_qemu {
+                true => None,
+                false => self.lab.base(side.image),
+            },
             engine: side.engine,
             queues: side.queues,
             io_threads: side.io_threads,
             polling: side.polling,
             direct,
             drops_flushes: side.drops_flushes,
+            writethrough: side.writethrough,
             read_only: !writes,
             shared: false,
             table_cache: side.table_cache,
             table_entry: side.table_entry,
         };
-        let running = peer::start(self.lab.programs(), self.lab.work(), &setup)?;
+        let running = peer::start(self.lab.programs(), work, &setup)?;
         let seen = running.seen(files, side.queues)?;
         if seen.direct != direct {
             notes.insert(format!(
@@ -510,22 +578,7 @@ impl Runner<'_> {
                 if seen.direct { "on" } else { "off" }
             ));
         }
-        let specs: Vec<Spec> = (0..)
-            .zip(&running.targets)
-            .map(|(n, target)| Spec {
-                server_pids: vec![running.pid()],
-                ..self.spec(cell, side, target.clone(), seed + n)
-            })
-            .collect();
-        let watch = Watch::begin(running.pid());
-        let mut measured = sampling::run_all(&specs)
-            .and_then(|reports| sampling::figures(&reports, &[running.pid()]));
-        if let Ok(measured) = &mut measured {
-            watch.add_to(&mut measured.metrics);
-        }
-        let mut sample = sampling::finish(running, seen, measured)?;
-        sample.detail["specs"] = json!(specs);
-        Ok(sample)
+        Ok((running, seen))
     }
 }
 
@@ -561,11 +614,17 @@ pub fn list(experiment: &Experiment) -> String {
         let quick = if cell.quick { "" } else { " (--full)" };
         let _ = writeln!(
             text,
-            "{:<24} {} of {}, depth {}{quick}",
+            "{:<24} {}{quick}",
             cell.name,
-            format!("{:?}", cell.load.pattern).to_lowercase(),
-            size::human(cell.load.block),
-            cell.load.depth
+            match cell.files {
+                Some(files) => format!("{}, {} threads", files.scenario.name(), files.threads),
+                None => format!(
+                    "{} of {}, depth {}",
+                    format!("{:?}", cell.load.pattern).to_lowercase(),
+                    size::human(cell.load.block),
+                    cell.load.depth
+                ),
+            }
         );
         for side in &cell.sides {
             let _ = writeln!(text, "{:<26} {}", "", side.name);

@@ -14,7 +14,7 @@ mod run;
 mod set;
 mod work;
 
-pub use run::run;
+pub use run::{Prepared, prepare, run};
 
 use crate::{load::Report, record::Sample, sampling};
 use block::{Error, Result, size};
@@ -148,6 +148,10 @@ pub struct Spec {
     pub ramp: Duration,
     /// End after so many blocks.
     pub ios_max: Option<u64>,
+    /// Files of the set are holes: what is written takes new blocks of the file system.
+    pub sparse: bool,
+    /// A set that is there is as it was made, also a mail server's: an overlay over a disk that has it.
+    pub pristine: bool,
     /// Seed of what is picked.
     pub seed: u64,
     /// Processes whose CPU time counts as the server's.
@@ -181,6 +185,8 @@ impl Spec {
             duration: Duration::from_secs(5),
             ramp: Duration::ZERO,
             ios_max: None,
+            sparse: false,
+            pristine: false,
             seed: 1,
             server_pids: Vec::new(),
         }

@@ -25,19 +25,42 @@ use std::{
 ///
 /// What is asked for does not go together; the file system is too small, or fails: with the file, and where in it.
 pub fn run(spec: &Spec) -> Result<Outcome> {
+    prepare(spec)?.run()
+}
+
+/// A load whose files are there.
+#[derive(Debug)]
+pub struct Prepared<'a>(Shared<'a>);
+
+/// Makes the files that are not there.
+///
+/// # Errors
+///
+/// As [`run()`].
+pub fn prepare(spec: &Spec) -> Result<Prepared<'_>> {
     spec.check()?;
-    let shared = Shared {
+    Ok(Prepared(Shared {
         spec,
         set: Set::ready(spec)?,
         phase: AtomicU8::new(if spec.ramp.is_zero() { MEASURE } else { RAMP }),
         left: AtomicU64::new(spec.ios_max.unwrap_or(u64::MAX)),
         space: AtomicU64::new(0),
-    };
-    let outcome = drive(&shared);
-    let swept = shared.set.sweep();
-    let outcome = outcome?;
-    swept?;
-    Ok(outcome)
+    }))
+}
+
+impl Prepared<'_> {
+    /// Runs the load, and removes what it created beside its files.
+    ///
+    /// # Errors
+    ///
+    /// As [`run()`].
+    pub fn run(self) -> Result<Outcome> {
+        let outcome = drive(&self.0);
+        let swept = self.0.set.sweep();
+        let outcome = outcome?;
+        swept?;
+        Ok(outcome)
+    }
 }
 
 fn drive(shared: &Shared<'_>) -> Result<Outcome> {

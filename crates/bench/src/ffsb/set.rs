@@ -16,6 +16,8 @@ use std::{
     },
 };
 
+/// The same mails for every load.
+const MAIL_SEED: u64 = 1;
 /// Bytes of a write when files are made.
 const PIECE: u64 = 1 << 20;
 
@@ -33,6 +35,7 @@ struct Made {
     files: usize,
     file_bytes: u64,
     directories: usize,
+    sparse: bool,
     seed: u64,
 }
 
@@ -72,13 +75,14 @@ impl Set {
             files: spec.files,
             file_bytes: spec.file_bytes,
             directories: if mail { spec.directories } else { 1 },
-            seed: if mail { spec.seed } else { 0 },
+            sparse: spec.sparse,
+            seed: if mail { MAIL_SEED } else { 0 },
         };
         let note = set.root.join("set.json");
         // A mail server leaves another set than it found.
         let has = fs::read_to_string(&note).ok();
         let has: Option<Made> = has.and_then(|text| serde_json::from_str(&text).ok());
-        let keeps = has == Some(made) && !mail;
+        let keeps = has == Some(made) && (!mail || spec.pristine);
         let mut random = Random::new(made.seed);
         let sizes: Vec<u64> = (0..spec.files)
             .map(|_| match mail {
@@ -87,7 +91,7 @@ impl Set {
             })
             .collect();
         if !keeps {
-            set.make(&sizes, made.directories)?;
+            set.make(&sizes, made)?;
             let text = serde_json::to_string(&made).unwrap_or_default();
             fs::write(&note, text).context(|| note.display().to_string())?;
         }
@@ -111,7 +115,12 @@ impl Set {
         Ok(())
     }
 
-    fn make(&self, sizes: &[u64], directories: usize) -> Result<()> {
+    fn make(&self, sizes: &[u64], made: Made) -> Result<()> {
+        let Made {
+            directories,
+            sparse,
+            ..
+        } = made;
         let kind = self.root.join(self.kind());
         let _ = fs::remove_file(self.root.join("set.json"));
         for old in ["data", "mail"] {
@@ -126,7 +135,7 @@ impl Set {
         let stat = rustix::fs::statvfs(&self.root).map_err(std::io::Error::from);
         let stat = stat.context(|| self.root.display().to_string())?;
         let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-        if total > free {
+        if total > free && !sparse {
             return Err(Error::new(
                 ErrorKind::NoSpace,
                 format!(
@@ -152,6 +161,10 @@ impl Set {
             // What ends within a block goes through the page cache.
             let direct = self.direct && bytes.is_multiple_of(GRAIN);
             let file = open(&path, OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC, direct)?;
+            if sparse {
+                file.set_len(*bytes).context(named)?;
+                continue;
+            }
             let mut at = 0;
             while at < *bytes {
                 let piece = (*bytes - at).min(PIECE);

@@ -36,27 +36,71 @@ pub(crate) fn attach(file: &Path) -> Result<PathBuf> {
     Ok(device.into())
 }
 
-/// Makes a file system of that kind (`ext4` or `xfs`) on a device, and mounts it.
+/// Makes a file system of that kind (`ext4` or `xfs`) on a device.
 ///
 /// # Errors
 ///
 /// Not root, the tool is not installed, or what it said.
-pub(crate) fn mount_new(device: &Path, kind: &str, point: &Path) -> Result<()> {
+pub(crate) fn make(device: &Path, kind: &str) -> Result<()> {
     let mut make = tool(&format!("mkfs.{kind}"));
     match kind {
-        // All of it now, not in the background while something is measured.
-        "ext4" => make.args(["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"]),
-        _ => make.args(["-q", "-f"]),
+        // All of it now, not in the background while something is measured; and what is preallocated below stays so.
+        "ext4" => make.args([
+            "-q",
+            "-F",
+            "-E",
+            "nodiscard,lazy_itable_init=0,lazy_journal_init=0",
+        ]),
+        _ => make.args(["-q", "-f", "-K"]),
     };
     make.arg(device);
-    run(make)?;
+    run(make).map(drop)
+}
+
+/// Mounts a device's file system; without `barriers` its journal does not flush the device.
+///
+/// # Errors
+///
+/// Not root, or what the tool said; XFS cannot be without barriers.
+pub(crate) fn mount(device: &Path, kind: &str, point: &Path, barriers: bool) -> Result<()> {
+    let options = match (barriers, kind) {
+        (true, _) => "noatime",
+        (false, "ext4") => "noatime,nobarrier",
+        (false, _) => {
+            return Err(Error::unsupported(format!(
+                "{kind} has no option to be without barriers (since Linux 4.19)"
+            )));
+        }
+    };
     fs::create_dir_all(point).context(|| point.display().to_string())?;
     let mut mount = tool("mount");
     mount
-        .args(["-t", kind, "-o", "noatime"])
+        .args(["-t", kind, "-o", options])
         .arg(device)
         .arg(point);
     run(mount).map(drop)
+}
+
+/// Chooses a block device's I/O scheduler.
+///
+/// # Errors
+///
+/// The kernel does not have it: which it has.
+pub(crate) fn schedule(device: &Path, scheduler: &str) -> Result<()> {
+    let name = device.file_name().unwrap_or_default();
+    let path = Path::new("/sys/block").join(name).join("queue/scheduler");
+    let named = || path.display().to_string();
+    let has = fs::read_to_string(&path).context(named)?;
+    if !has
+        .split_whitespace()
+        .any(|own| own.trim_matches(['[', ']']) == scheduler)
+    {
+        return Err(Error::unsupported(format!(
+            "not here: this kernel has no I/O scheduler {scheduler}, but {}",
+            has.trim()
+        )));
+    }
+    fs::write(&path, scheduler).context(named)
 }
 
 /// Unmounts a file system; where files are open there, it goes when they do.
@@ -210,7 +254,17 @@ mod tests {
         // A machine without loop devices says so.
         let Ok(device) = attach(&file) else { return };
         let point = dir.path().join("mount point");
-        mount_new(&device, "ext4", &point).unwrap();
+        make(&device, "ext4").unwrap();
+        mount(&device, "ext4", &point, false).unwrap();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let ours = mounts.lines().find(|line| line.contains("mount\\040point"));
+        assert!(ours.unwrap().contains("nobarrier"), "{ours:?}");
+        let error = schedule(&device, "elevator").unwrap_err().to_string();
+        assert!(
+            error.contains("no I/O scheduler elevator") && error.contains("none"),
+            "{error}"
+        );
+        schedule(&device, "none").unwrap();
         fs::write(point.join("x"), "y").unwrap();
         release(dir.path()).unwrap();
         assert!(!point.join("x").exists());

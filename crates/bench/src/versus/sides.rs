@@ -41,6 +41,7 @@ pub(super) fn setup<'a>(
         polling: side.polling,
         direct: programs.direct,
         drops_flushes: false,
+        writethrough: false,
         read_only: side.image == Image::ScatteredFile,
         shared,
         table_cache: None,
