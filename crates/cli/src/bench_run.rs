@@ -22,10 +22,11 @@ const QUICK: Duration = Duration::from_secs(570);
 #[command(
     group(ArgGroup::new("extent").args(["quick", "full"])),
     after_help = "A run that was stopped goes on where it was when it is started again with the same --out and options. \
-                  File systems on loop devices need root; without, cells that want them say so."
+                  File systems on loop devices and simulated disks need root, E2 also nbdfuse (libnbd); without, cells that want \
+                  them say so."
 )]
 pub struct RunArgs {
-    /// E0 (metadata cache), E1 (native or threads) or E3 (where the latency goes)
+    /// E0 (metadata cache), E1 (native or threads), E2 (file systems on virtual disks) or E3 (where the latency goes)
     #[arg(value_name = "EXPERIMENT")]
     pub experiment: String,
     /// Fewer cells, shorter samples on smaller images: 10 minutes at most (the default)

@@ -8,6 +8,7 @@
 
 mod e0;
 mod e1;
+mod e2;
 mod e3;
 mod finding;
 mod lab;
@@ -26,6 +27,7 @@ pub fn all() -> Vec<Experiment> {
     vec![
         e0::experiment(),
         e1::experiment(),
+        e2::experiment(),
         e3::experiment(),
     ]
 }
@@ -86,7 +88,7 @@ mod tests {
         }
         assert_eq!(find("e3").unwrap().name, "E3");
         let error = find("E9").unwrap_err().to_string();
-        assert!(error.contains("'E9'; there are E0, E1, E3"), "{error}");
+        assert!(error.contains("'E9'; there are E0, E1, E2, E3"), "{error}");
     }
 
     #[test]

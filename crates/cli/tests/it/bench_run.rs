@@ -12,10 +12,32 @@ use std::{
 use testkit::TempDir;
 
 fn bench(dir: &Path, args: &[&str]) -> Command {
+    on_disks_of("16M", dir, args)
+}
+
+fn on_disks_of(disk: &str, dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")));
     command.args(["bench", "run"]).args(args);
-    command.args(["--disk", "16M", "--out"]).arg(dir);
+    command.args(["--disk", disk, "--out"]).arg(dir);
     command
+}
+
+/// One short sample of each side of a cell; its samples, and nothing is left.
+fn cell(dir: &Path, experiment: &str, cell: &str, disk: &str) -> Vec<Value> {
+    let args = ["--seconds", "0.1", "--samples", "1", "--cells", cell];
+    let mut command = on_disks_of(disk, dir, &[&[experiment], &args[..]].concat());
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_gone(dir);
+    records(dir, "sample")
+}
+
+/// Whether this machine lets us attach, mount and simulate.
+fn can_mount() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    root && ["/dev/loop-control", "/dev/fuse"]
+        .iter()
+        .all(|path| Path::new(path).exists())
 }
 
 fn records(dir: &Path, kind: &str) -> Vec<Value> {
@@ -183,6 +205,86 @@ fn a_metadata_cache_is_bounded_as_its_row_says() {
     assert_gone(&dir);
 }
 
+#[test]
+fn a_simulated_disk_is_a_device_and_nfs_says_why_it_is_not_there() {
+    if !can_mount() {
+        return;
+    }
+    let dir = TempDir::new();
+    let (bare, system) = (dir.path("bare"), dir.path("system"));
+    let samples = cell(&bare, "E1", "randread-raw-hdd", "16M");
+    assert_eq!(records(&bare, "failure"), [] as [Value; 0]);
+    assert_eq!(samples.len(), 7);
+    for sample in &samples {
+        assert_eq!(sample["seen"]["files"][0], "disk", "{sample}");
+        assert_eq!(sample["seen"]["bytes"][0], 16 << 20, "{sample}");
+        assert_eq!(sample["seen"]["direct"], true, "{sample}");
+    }
+    // With a file system, and sixteen machines with a server each.
+    let samples = cell(&system, "E1", "randwrite-raw-hdd-ext4-16vms", "256M");
+    assert_eq!(records(&system, "failure"), [] as [Value; 0]);
+    assert_eq!(samples.len(), 7);
+    for sample in &samples {
+        let reports = sample["detail"]["reports"].as_array().unwrap();
+        assert_eq!(reports.len(), 16, "{sample}");
+        let specs = sample["detail"]["specs"].as_array().unwrap();
+        let pids: std::collections::BTreeSet<_> = specs
+            .iter()
+            .map(|spec| spec["server_pids"][0].as_u64())
+            .collect();
+        assert_eq!(pids.len(), 16, "{sample}");
+    }
+    let nfs = dir.path("nfs");
+    assert_eq!(cell(&nfs, "E1", "read-raw-nfs-xfs", "16M").len(), 0);
+    let failures = records(&nfs, "failure");
+    assert_eq!(failures.len(), 7);
+    let why = failures[0]["why"].as_str().unwrap();
+    assert!(why.starts_with("not here: "), "{why}");
+}
+
+#[test]
+fn file_systems_on_disks_are_loaded() {
+    let nbdfuse = Command::new("nbdfuse").arg("--version").output();
+    if !can_mount() || nbdfuse.is_err() {
+        return;
+    }
+    let dir = TempDir::new();
+    for (n, (name, sides)) in [
+        ("random-writes-1-growing", 8),
+        ("mail-server-8-backing", 7),
+        ("seq-reads-256k-1-full", 7),
+        ("toggle-barriers", 4),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let run = dir.path(n.to_string());
+        let samples = cell(&run, "E2", name, "128M");
+        assert_eq!(records(&run, "failure"), [] as [Value; 0], "{name}");
+        assert_eq!(samples.len(), sides, "{name}");
+        for sample in &samples {
+            assert!(sample["metrics"]["mb-s"].as_f64() > Some(0.0), "{sample}");
+            assert!(sample["detail"]["files"].is_object(), "{sample}");
+            let spec = &sample["detail"]["specs"][0];
+            let of_state = (name.contains("growing"), name.contains("backing"));
+            let seen = (spec["sparse"] == true, spec["pristine"] == true);
+            // Raw disks have no overlays.
+            let seen = match sample["side"].as_str() {
+                Some("bare metal" | "qemu raw" | "diskplane raw") => (seen.0, of_state.1),
+                _ => seen,
+            };
+            assert_eq!(seen, of_state, "{sample}");
+            // Bare metal has no server.
+            let served = sample["side"] != "bare metal";
+            assert_eq!(
+                sample["seen"]["direct"].as_bool(),
+                served.then_some(true),
+                "{sample}"
+            );
+        }
+    }
+}
+
 /// A run under way; killed when dropped.
 struct Running(Child);
 
@@ -222,7 +324,7 @@ fn started(dir: &Path) -> Running {
 
 #[test]
 fn stopped_or_killed_nothing_stays_mounted() {
-    if !rustix::process::geteuid().is_root() || !Path::new("/dev/loop-control").exists() {
+    if !can_mount() {
         return;
     }
     let dir = TempDir::new();
