@@ -145,6 +145,16 @@ fn what_is_no_device_is_refused() {
     let dir = TempDir::new();
     let run = dir.path("run");
     let small = dir.path("small");
+    let theirs = dir.path("home/device/letter");
+    fs::create_dir_all(theirs.parent().unwrap()).unwrap();
+    fs::write(&theirs, "dear").unwrap();
+    let output = command(&dir.path("home"), &[]).output().unwrap();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        words.contains("letter: it is not of a simulated device"),
+        "{words}"
+    );
+    assert_eq!(fs::read(&theirs).unwrap(), b"dear");
     fs::write(&small, [0; 100]).unwrap();
     let small = small.to_str().unwrap();
     for (args, says) in [
