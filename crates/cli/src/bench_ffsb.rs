@@ -2,7 +2,9 @@
 //!
 //! With `--json` an array of objects, one for each scenario and number of threads: `spec` and `outcome`, whole.
 
-use crate::{args::bytes, bench_versus::seconds, print, table};
+use crate::{
+    args::bytes, bench_load::seconds as seconds_or_none, bench_versus::seconds, print, table,
+};
 use anyhow::{Context, Result};
 use bench::{
     ffsb::{self, Outcome, Scenario, Spec},
@@ -55,7 +57,7 @@ pub struct FfsbArgs {
     #[arg(long, value_name = "S", default_value = "5", value_parser = seconds)]
     pub seconds: Duration,
     /// How long to run before
-    #[arg(long, value_name = "S", default_value = "0.5", value_parser = seconds)]
+    #[arg(long, value_name = "S", default_value = "0.5", value_parser = seconds_or_none)]
     pub ramp: Duration,
     /// End each after so many blocks
     #[arg(long, value_name = "N")]

@@ -112,7 +112,7 @@ pub enum Asked {
     RandRw,
 }
 
-fn seconds(text: &str) -> Result<Duration> {
+pub(crate) fn seconds(text: &str) -> Result<Duration> {
     let seconds: f64 = text.parse()?;
     if !(0.0..=1e6).contains(&seconds) {
         bail!("it must be 0 to 1000000");
