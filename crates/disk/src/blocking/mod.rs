@@ -20,8 +20,8 @@ pub use apart::{Fragment, Placed, read};
 
 use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed};
 use image::{
-    Allocation, ExtentKind, Fill, FlushRun, Freed, Image, Load, Need, Plan, Step, ZeroMode,
-    ZeroPlan,
+    Allocation, ExtentKind, Fill, FlushRun, Freed, Image, Load, Need, Plan, Reserve, Step,
+    ZeroMode, ZeroPlan,
 };
 use members::{Members, read_padded};
 use std::sync::Arc;
@@ -281,11 +281,12 @@ impl Driver {
         depth: usize,
         mut ask: impl FnMut(&dyn Image) -> Result<Step<T>>,
     ) -> Result<Option<T>> {
+        let mut refused = None;
         for _ in 0..NEEDS_MAX {
             let image = Arc::clone(&self.members.member(depth)?.image);
             match ask(image.as_ref())? {
                 Step::Done(answer) => return Ok(Some(answer)),
-                Step::Need(need) => self.satisfy(depth, image.as_ref(), need)?,
+                Step::Need(need) => self.satisfy(depth, image.as_ref(), need, &mut refused)?,
                 Step::Wait(_) => return Ok(None),
             }
         }
@@ -294,7 +295,13 @@ impl Driver {
         )))
     }
 
-    fn satisfy(&mut self, depth: usize, image: &dyn Image, need: Need) -> Result<()> {
+    fn satisfy(
+        &mut self,
+        depth: usize,
+        image: &dyn Image,
+        need: Need,
+        refused: &mut Option<u64>,
+    ) -> Result<()> {
         match need {
             Need::Load(load) => {
                 let bytes = self.load(depth, &load).inspect_err(|_| {
@@ -302,23 +309,39 @@ impl Driver {
                 })?;
                 image.loaded(&load, &bytes)
             }
-            Need::Reserve(reserve) => {
-                let file = self.members.file(depth, reserve.file);
-                match file.and_then(|f| f.allocate(reserve.offset.0, reserve.len)) {
-                    Ok(zeroed) => {
-                        image.reserved(&reserve, zeroed);
-                        Ok(())
-                    }
-                    Err(error) => {
-                        image.reserve_failed(&reserve);
-                        Err(error)
-                    }
-                }
-            }
+            Need::Reserve(reserve) => self.reserve(depth, image, &reserve, refused),
             Need::Commit if depth == 0 => self.flush(),
             Need::Commit => Err(Error::corrupt(format!(
                 "image {depth} of the chain is read only, but wants to be flushed"
             ))),
+        }
+    }
+
+    /// Reserves space. Where the host has not that much, less may do: the format is asked again, unless it asks for as
+    /// much as `refused`, the bytes that the host refused before.
+    fn reserve(
+        &self,
+        depth: usize,
+        image: &dyn Image,
+        reserve: &Reserve,
+        refused: &mut Option<u64>,
+    ) -> Result<()> {
+        let file = self.members.file(depth, reserve.file);
+        match file.and_then(|f| f.allocate(reserve.offset.0, reserve.len)) {
+            Ok(zeroed) => {
+                image.reserved(reserve, zeroed);
+                *refused = None;
+                Ok(())
+            }
+            Err(error) => {
+                image.reserve_failed(reserve);
+                let less = refused.is_none_or(|refused| reserve.len < refused);
+                *refused = Some(reserve.len);
+                match error.kind() {
+                    ErrorKind::NoSpace if less => Ok(()),
+                    _ => Err(error),
+                }
+            }
         }
     }
 

@@ -39,8 +39,11 @@ pub(super) struct Space {
     /// Fewer free clusters than this, and more are reserved before they are lacking. 0 after a failure,
     /// until somebody needs them.
     low: u64,
+    /// Bytes to reserve at once.
     grow: u64,
     grow_max: u64,
+    /// The host refused a reservation: no more is asked for than is lacking, until it gives that.
+    scarce: bool,
     /// New space does not read as zeros: there is no place for tables in it.
     unfit: bool,
 }
@@ -58,6 +61,7 @@ impl Space {
             low: 0,
             grow: GROW_START.min(grow_max),
             grow_max,
+            scarce: false,
             unfit: false,
         }
     }
@@ -129,7 +133,7 @@ impl Appended {
     /// Takes up to `want` free clusters that follow one another, at least one.
     pub(super) fn alloc(&self, st: &mut State, want: u64) -> Ask<Run> {
         let Some(run) = st.space.take(want) else {
-            return Err(self.reserve(st, want));
+            return Err(self.reserve(st, want, 1));
         };
         if st.space.is_low() {
             self.ahead.store(true, Ordering::Relaxed);
@@ -146,15 +150,15 @@ impl Appended {
                 "{}: has no place for a table: new space of its file does not read as zeros",
                 self.name
             )))),
-            None => Err(self.reserve(st, count)),
+            None => Err(self.reserve(st, count, count)),
         }
     }
 
-    /// Has space behind the end reserved.
-    fn reserve(&self, st: &mut State, clusters: u64) -> Halt {
+    /// Has space behind the end reserved, for `clusters`, of which `least` help too.
+    fn reserve(&self, st: &mut State, clusters: u64, least: u64) -> Halt {
         match &st.space.reserving {
             Some(reserve) => Halt::Wait(reserve.key),
-            None => match self.start_reserve(st, clusters) {
+            None => match self.start_reserve(st, clusters, least) {
                 Ok(reserve) => Halt::Need(Need::Reserve(reserve)),
                 Err(halt) => halt,
             },
@@ -165,16 +169,17 @@ impl Appended {
     pub(super) fn reserve_ahead(&self, st: &mut State) -> Option<Reserve> {
         match st.space.is_low() {
             // At the end of what a file can be there is nothing to foresee.
-            true => self.start_reserve(st, 1).ok(),
+            true => self.start_reserve(st, 1, 1).ok(),
             false => None,
         }
     }
 
-    fn start_reserve(&self, st: &mut State, clusters: u64) -> Ask<Reserve> {
+    fn start_reserve(&self, st: &mut State, clusters: u64, least: u64) -> Ask<Reserve> {
         let bits = self.layout.cluster_bits;
-        let count = (st.space.grow >> bits).max(clusters);
+        let wanted = if st.space.scarce { least } else { clusters };
+        let count = (st.space.grow >> bits).max(wanted);
         let room = (self.file_bytes_max >> bits).saturating_sub(st.space.end);
-        if clusters > room {
+        if least > room {
             let most = size::human(self.file_bytes_max);
             return Err(Halt::Fail(Error::new(
                 ErrorKind::NoSpace,
@@ -205,7 +210,9 @@ impl Appended {
         let damaged = self.damaged.load(Ordering::Acquire);
         let Some(zeroed) = zeroed.filter(|_| !damaged) else {
             st.space.low = 0;
-            st.space.grow = (st.space.grow / 2).max(GROW_MIN.min(st.space.grow_max));
+            // Whoever needs it asks for less, down to what is lacking.
+            st.space.grow = reserve.len / 2;
+            st.space.scarce = true;
             return;
         };
         let count = reserve.len >> self.layout.cluster_bits;
@@ -216,7 +223,8 @@ impl Appended {
             .store(st.space.end << self.layout.cluster_bits, Ordering::Release);
         // Enough for the time that a reservation takes; not so much that small images grow for nothing.
         st.space.low = count / 4;
-        st.space.grow = (st.space.grow * 2).min(st.space.grow_max);
+        st.space.grow = (reserve.len * 2).min(st.space.grow_max);
+        st.space.scarce = false;
         st.space.unfit |= !zeroed;
         st.space.add(Run {
             first,

@@ -60,8 +60,11 @@ pub(super) struct Space {
     /// Fewer free clusters than this, and more are reserved before they are lacking. 0 after a
     /// failure, until somebody needs them.
     low: u64,
+    /// Bytes to reserve at once.
     grow: u64,
     grow_max: u64,
+    /// The host refused a reservation: no more is asked for than is lacking, until it gives that.
+    scarce: bool,
     /// Next cluster to scan, and where scanning ends.
     scan: u64,
     scan_end: u64,
@@ -89,6 +92,7 @@ impl Space {
             low: 0,
             grow: GROW_START.min(grow_max),
             grow_max,
+            scarce: false,
             scan: 0,
             scan_end: end,
             scan_budget: SCAN_PER_GROWTH,
@@ -310,14 +314,14 @@ impl Qcow2 {
         let plan = self.table_plan(st, first)?;
         let fits = |r: &Run| r.first >= first && r.count >= plan.1;
         let Some(index) = st.space.runs.iter().position(fits) else {
-            return self.reserve(st, plan.1);
+            return self.reserve(st, plan.1, plan.1);
         };
         let Some(run) = st.space.runs.get(index).copied() else {
             return Ok(());
         };
         let plan = self.table_plan(st, run.first)?;
         if run.count < plan.1 {
-            return self.reserve(st, plan.1);
+            return self.reserve(st, plan.1, plan.1);
         }
         let used = self.move_table(st, run.first, plan, run.zeroed)?;
         st.space.cut(index, used);
@@ -336,7 +340,7 @@ impl Qcow2 {
                 return Ok(());
             }
         }
-        self.reserve(st, want)
+        self.reserve(st, want, 1)
     }
 
     /// Scans one slice of refcounts. `true` when it found something.
@@ -390,11 +394,13 @@ impl Qcow2 {
         Ok(found)
     }
 
-    /// Has space behind the end reserved: always halts.
-    fn reserve(&self, st: &mut State, clusters: u64) -> Ask<()> {
+    /// Has space behind the end reserved, for `clusters`, of which `least` help too: always halts.
+    fn reserve(&self, st: &mut State, clusters: u64, least: u64) -> Ask<()> {
         match &st.space.reserving {
             Some(reserve) => Err(Halt::Wait(reserve.key)),
-            None => Err(Halt::Need(Need::Reserve(self.start_reserve(st, clusters)?))),
+            None => Err(Halt::Need(Need::Reserve(
+                self.start_reserve(st, clusters, least)?,
+            ))),
         }
     }
 
@@ -402,15 +408,18 @@ impl Qcow2 {
     pub(super) fn reserve_ahead(&self, st: &mut State) -> Option<Reserve> {
         match st.space.is_low() {
             // At the end of what a file can be there is nothing to foresee.
-            true => self.start_reserve(st, 0).ok(),
+            true => self.start_reserve(st, 0, 1).ok(),
             false => None,
         }
     }
 
-    fn start_reserve(&self, st: &mut State, clusters: u64) -> Ask<Reserve> {
+    fn start_reserve(&self, st: &mut State, clusters: u64, least: u64) -> Ask<Reserve> {
         let bits = self.geometry.cluster_bits;
-        // One more for a refcount block, one for an L2 table.
-        let count = (st.space.grow >> bits).max(clusters + 2);
+        let count = (st.space.grow >> bits).max(match st.space.scarce {
+            true => least,
+            // One more for a refcount block, one for an L2 table.
+            false => clusters + 2,
+        });
         let limit = (HOST_OFFSET_END >> bits).saturating_sub(st.space.end);
         if count > limit {
             return Err(Halt::Fail(Error::new(
@@ -437,7 +446,9 @@ impl Qcow2 {
         st.space.reserving = None;
         let Some(zeroed) = zeroed else {
             st.space.low = 0;
-            st.space.grow = (st.space.grow / 2).max(GROW_MIN.min(st.space.grow_max));
+            // Whoever needs it asks for less, down to what is lacking.
+            st.space.grow = reserve.len / 2;
+            st.space.scarce = true;
             // There may be space inside that no scan has seen yet.
             st.space.scan_first = true;
             return;
@@ -447,7 +458,8 @@ impl Qcow2 {
         st.space.end += count;
         // Enough for the time that a reservation takes; not so much that small images grow for nothing.
         st.space.low = count / 4;
-        st.space.grow = (st.space.grow * 2).min(st.space.grow_max);
+        st.space.grow = (reserve.len * 2).min(st.space.grow_max);
+        st.space.scarce = false;
         st.space.add(Run {
             first,
             count,
