@@ -5,7 +5,7 @@
 //! reading it. Where a run of bytes lies in a file as it is, [`Run::place`] says where: what two disks have in the
 //! same place is the same, and can be copied from file to file.
 
-use block::{Error, RangeKind, Result, Storage};
+use block::{Error, Result, Storage};
 use disk::{
     Chain,
     blocking::{Driver, Fragment},
@@ -346,7 +346,7 @@ impl Part<'_> {
                 None => run.zero = true,
                 Some(range) => {
                     run.len = run.len.min(range.len.max(1));
-                    run.zero = range.kind == RangeKind::Hole;
+                    run.zero = range.kind.is_zero();
                 }
             }
             run.data = !run.zero;

@@ -5,7 +5,8 @@
 //! must be zeros or allocated there is made so, and at last the header gets the size ([`set_size`]): until then
 //! nobody sees any of it.
 //!
-//! *Shrinking* is one commit: what lies behind the new end is not referred to any more.
+//! *Shrinking* is one commit: what lies behind the new end is not referred to any more. A second one drops refcount blocks
+//! that count nothing any more.
 
 use super::bitmap;
 use super::check::{Layout, Target};
@@ -140,7 +141,12 @@ pub fn shrink(editor: &mut Editor, new: u64) -> Result<()> {
     }
     bitmap::resize(editor, &mut header, new)?;
     editor.set_header(header)?;
-    editor.commit()
+    editor.commit()?;
+    // Apart from that: only now it is known which are left with nothing.
+    match editor.drop_idle_blocks()? {
+        true => editor.commit(),
+        false => Ok(()),
+    }
 }
 
 /// Gives up what the L2 table at `at` refers to from entry `from` on. Returns its L1 entry, or `None` where

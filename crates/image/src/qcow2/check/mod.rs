@@ -27,8 +27,8 @@ pub use bitmap::{
 };
 pub use refcount::{Block, BlockFault, block_at, each_refcount, set_refcount};
 pub use snapshot::{
-    SNAPSHOT_BYTES, SNAPSHOT_EXTRA_BYTES, SNAPSHOT_EXTRA_BYTES_MAX, SNAPSHOT_TABLE_BYTES_MAX,
-    Snapshot,
+    NO_ICOUNT, SNAPSHOT_BYTES, SNAPSHOT_EXTRA_BYTES, SNAPSHOT_EXTRA_BYTES_KNOWN,
+    SNAPSHOT_EXTRA_BYTES_MAX, SNAPSHOT_TABLE_BYTES_MAX, Snapshot,
 };
 pub use table::{Fault, Faults, L1Entry, L2Entry, Target};
 

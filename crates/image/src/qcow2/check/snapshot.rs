@@ -12,6 +12,10 @@ use crate::qcow2::{read_u32, read_u64};
 pub const SNAPSHOT_BYTES: usize = 40;
 /// Extra data that an entry of a version 3 image must have.
 pub const SNAPSHOT_EXTRA_BYTES: u32 = 16;
+/// Bytes of extra data that are known, and that QEMU writes: size of the VM state, of the disk, count of instructions.
+pub const SNAPSHOT_EXTRA_BYTES_KNOWN: u32 = 24;
+/// In place of the count of instructions: they were not counted.
+pub const NO_ICOUNT: u64 = u64::MAX;
 /// Most extra data that QEMU opens an image with; more is cut off by a repair.
 pub const SNAPSHOT_EXTRA_BYTES_MAX: u32 = 1024;
 /// Largest snapshot table (QEMU's limit); a repair drops the snapshots behind.
@@ -59,12 +63,10 @@ impl Snapshot {
         false
     }
 
-    /// The extra data's length once repaired: enough for a version 3 image, and what QEMU accepts.
+    /// The extra data's length once repaired: all that QEMU writes, and what it accepts.
     pub fn sound_extra_len(&self) -> u32 {
-        match self.extra_len {
-            len if len < SNAPSHOT_EXTRA_BYTES => SNAPSHOT_EXTRA_BYTES,
-            len => len.min(SNAPSHOT_EXTRA_BYTES_MAX),
-        }
+        self.extra_len
+            .clamp(SNAPSHOT_EXTRA_BYTES_KNOWN, SNAPSHOT_EXTRA_BYTES_MAX)
     }
 
     /// The entry with sound extra data, as it is written: `bytes` is the whole entry (or what the
@@ -92,11 +94,13 @@ impl Snapshot {
             let state = u64::from(read_u32(bytes, 32).unwrap_or(0));
             out.truncate(fixed_at + SNAPSHOT_BYTES);
             out.extend_from_slice(&state.to_be_bytes());
-        } else if kept < SNAPSHOT_EXTRA_BYTES {
-            out.truncate(fixed_at + SNAPSHOT_BYTES + 8);
         }
-        if kept < SNAPSHOT_EXTRA_BYTES {
-            out.extend_from_slice(&disk_size.to_be_bytes());
+        // What is there of a field that is not whole counts for nothing.
+        for (at, value) in [(8, disk_size), (16, NO_ICOUNT)] {
+            if kept < at + 8 {
+                out.truncate(fixed_at + SNAPSHOT_BYTES + at as usize);
+                out.extend_from_slice(&value.to_be_bytes());
+            }
         }
         let mut part = |from: u64, len: usize| {
             let from = usize::try_from(from).unwrap_or(usize::MAX);
@@ -136,13 +140,15 @@ mod tests {
     #[test]
     fn extra_data_are_made_sound() {
         let long = [9; 1500];
-        let state_and_disk = [77u64.to_be_bytes(), 4096u64.to_be_bytes()].concat();
-        let own_state = [[1; 8], 4096u64.to_be_bytes()].concat();
+        let state_and_disk = [77u64.to_be_bytes(), 4096u64.to_be_bytes(), [0xff; 8]].concat();
+        let own_state = [[1; 8], 4096u64.to_be_bytes(), [0xff; 8]].concat();
         for (extra, want) in [
             (&[][..], &state_and_disk[..]),
             (&[5; 3], &state_and_disk),
             (&[1; 8], &own_state),
             (&[1; 12], &own_state),
+            (&[2; 16], &[[2; 16].to_vec(), vec![0xff; 8]].concat()),
+            (&[2; 23], &[[2; 16].to_vec(), vec![0xff; 8]].concat()),
             (&[2; 24], &[2; 24]),
             (&long, &long[..1024]),
         ] {

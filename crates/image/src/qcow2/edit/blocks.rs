@@ -221,7 +221,8 @@ impl Blocks {
             self.new.resize(index + 1, 0);
             self.old.resize(index + 1, 0);
         }
-        if self.moves(block) {
+        // One that was to be dropped is needed again.
+        if self.moves(block) && self.new_at(block) != 0 {
             return Ok(());
         }
         self.hold(storage, block)?;
@@ -266,6 +267,43 @@ impl Blocks {
         let used = |index: &u64| value_at(bytes, *index, layout.refcount_order) != 0;
         let index = (0..end).rev().find(used);
         Ok(index.map(|index| (block << layout.block_bits()) + index))
+    }
+
+    /// Whether `block`, which lies where it did, counts nothing, but for its own cluster perhaps.
+    fn is_idle(&mut self, storage: &dyn Storage, block: u64) -> Result<bool> {
+        let (at, layout) = (self.new_at(block), self.layout);
+        if matches!(at, 0 | HOMELESS) || self.moves(block) {
+            return Ok(false);
+        }
+        let own = at >> layout.cluster_bits;
+        let own = (self.index_of(own) == block).then(|| self.within(own));
+        let bytes = &self.hold(storage, block)?.bytes;
+        let per_word = 64 >> layout.refcount_order;
+        let mut used = bytes
+            .chunks_exact(8)
+            .enumerate()
+            .filter(|(_, word)| **word != [0; 8]);
+        // At most one word has something, and of that only the cluster's own.
+        let first = used.next().map(|(word, _)| word as u64 * per_word);
+        let more = used.next().is_some();
+        let mut counted = first.into_iter().flat_map(|first| first..first + per_word);
+        let others =
+            |index: u64| Some(index) != own && value_at(bytes, index, layout.refcount_order) != 0;
+        Ok(!more && !counted.any(others))
+    }
+
+    /// Drops a block that counts nothing. Returns where it is.
+    pub(super) fn drop_idle(&mut self, storage: &dyn Storage, block: u64) -> Result<Option<u64>> {
+        if !self.is_idle(storage, block)? {
+            return Ok(None);
+        }
+        let at = self.new_at(block);
+        self.settle(block, 0);
+        self.queue.retain(|held| *held != block);
+        if let Some(slot) = self.slot(block) {
+            *slot = None;
+        }
+        Ok(Some(at))
     }
 
     /// Gives the homeless `block` the place `at`.

@@ -248,6 +248,30 @@ impl Editor<'_> {
         Ok(())
     }
 
+    /// Drops the refcount blocks that count nothing: what they counted is gone. `true`: there is something to commit.
+    ///
+    /// # Errors
+    ///
+    /// What reading refcount blocks fails with.
+    pub(in crate::qcow2) fn drop_idle_blocks(&mut self) -> Result<bool> {
+        self.attempt(|editor| {
+            let bits = editor.layout.cluster_bits;
+            for block in 0..editor.blocks.old.len() as u64 {
+                let Some(at) = editor.blocks.drop_idle(editor.storage, block)? else {
+                    continue;
+                };
+                if editor.blocks.index_of(at >> bits) == block {
+                    // Its own refcount is gone with it.
+                    note_freed(&mut editor.freed, at, 1 << bits);
+                } else {
+                    editor.count(at >> bits, 1, -1)?;
+                    editor.house()?;
+                }
+            }
+            Ok(editor.blocks.changed())
+        })
+    }
+
     /// Finds new places for the blocks that change. A place has a refcount itself, perhaps in one
     /// more block; but a block counts far more clusters than one, so this ends.
     pub(super) fn house(&mut self) -> Result<()> {

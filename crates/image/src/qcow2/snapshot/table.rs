@@ -2,7 +2,7 @@
 //! `check::snapshot`.
 
 use crate::qcow2::check::{
-    SNAPSHOT_BYTES, SNAPSHOT_EXTRA_BYTES, SNAPSHOT_EXTRA_BYTES_MAX, SNAPSHOT_TABLE_BYTES_MAX,
+    NO_ICOUNT, SNAPSHOT_BYTES, SNAPSHOT_EXTRA_BYTES_MAX, SNAPSHOT_TABLE_BYTES_MAX,
     Snapshot as Fixed,
 };
 use crate::qcow2::close::read_short;
@@ -12,8 +12,6 @@ use block::{Error, Result, Storage};
 
 /// Bytes of the table that are read at once.
 const READ_BYTES: usize = 16 << 10;
-/// Extra data as QEMU writes them: VM state size, disk size, instruction count.
-const EXTRA_BYTES: usize = 24;
 
 /// An internal snapshot: what the table says of it. Sizes are bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,9 +40,6 @@ pub struct Snapshot {
 impl Snapshot {
     /// A new snapshot's entry.
     pub(super) fn new(id: u64, name: &[u8], disk_size: u64) -> Self {
-        let mut extra = vec![0; 8];
-        extra.extend_from_slice(&disk_size.to_be_bytes());
-        extra.resize(EXTRA_BYTES, 0);
         Self {
             l1_offset: 0,
             l1_size: 0,
@@ -54,7 +49,7 @@ impl Snapshot {
             date_nsec: 0,
             vm_clock_nsec: 0,
             vm_state_size_32: 0,
-            extra,
+            extra: extra(0, disk_size),
         }
     }
 
@@ -80,7 +75,7 @@ impl Snapshot {
 
     /// Instructions that the VM had executed; `None` if it was not counted.
     pub fn icount(&self) -> Option<u64> {
-        read_u64(&self.extra, 16).filter(|count| *count != u64::MAX)
+        read_u64(&self.extra, 16).filter(|count| *count != NO_ICOUNT)
     }
 
     /// The number that QEMU takes its id for.
@@ -219,7 +214,16 @@ pub(super) fn read(storage: &dyn Storage, header: &Header) -> Result<(Vec<Snapsh
     Ok((snapshots, reader.taken))
 }
 
-/// The bytes of a table of `snapshots`. Entries that lack what version 3 demands get it; `disk_size` is the image's.
+/// Extra data as QEMU writes them, of a VM that counts no instructions.
+fn extra(vm_state_size: u64, disk_size: u64) -> Vec<u8> {
+    let fields = [vm_state_size, disk_size, NO_ICOUNT];
+    fields
+        .iter()
+        .flat_map(|field| field.to_be_bytes())
+        .collect()
+}
+
+/// The bytes of a table of `snapshots`. Entries that lack extra data which QEMU writes get them; `disk_size` is the image's.
 pub(super) fn encode(snapshots: &[Snapshot], disk_size: u64) -> Result<Vec<u8>> {
     if snapshots.len() as u64 > u64::from(SNAPSHOTS_MAX) {
         return Err(Error::invalid(format!(
@@ -229,9 +233,12 @@ pub(super) fn encode(snapshots: &[Snapshot], disk_size: u64) -> Result<Vec<u8>> 
     let mut out = Vec::new();
     for snapshot in snapshots {
         let mut sound = snapshot.clone();
-        if sound.extra.len() < SNAPSHOT_EXTRA_BYTES as usize {
-            sound.extra = sound.vm_state_size().to_be_bytes().to_vec();
-            sound.extra.extend_from_slice(&disk_size.to_be_bytes());
+        let lacking = extra(
+            sound.vm_state_size(),
+            sound.disk_size().unwrap_or(disk_size),
+        );
+        if sound.extra.len() < lacking.len() {
+            sound.extra = lacking;
         }
         sound.encode(&mut out)?;
         if out.len() as u64 > SNAPSHOT_TABLE_BYTES_MAX {
