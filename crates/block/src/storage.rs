@@ -11,6 +11,18 @@ pub enum RangeKind {
     Data,
     /// A hole: reads as zeros and takes no space.
     Hole,
+    /// Reads as zeros, and takes space.
+    Zero,
+    /// Takes no space, and may read as anything: so a server says of a part that the disk below it has, or, where its dirty
+    /// bitmap is asked for, of what is dirty.
+    Absent,
+}
+
+impl RangeKind {
+    /// Whether it reads as zeros.
+    pub fn is_zero(self) -> bool {
+        matches!(self, RangeKind::Hole | RangeKind::Zero)
+    }
 }
 
 /// A run of bytes of one [`RangeKind`].

@@ -219,11 +219,14 @@ fn one(chain: &Chain, driver: &mut Driver, start: u64, len: u64) -> Result<Entry
                 match file.range_at(offset.0)? {
                     Some(range) => {
                         entry.length = len.min(range.len);
-                        entry.data = range.kind == RangeKind::Data;
+                        entry.zero = range.kind.is_zero();
+                        entry.data = matches!(range.kind, RangeKind::Data | RangeKind::Zero);
+                        if range.kind == RangeKind::Absent {
+                            (entry.present, entry.offset) = (false, None);
+                        }
                     }
-                    None => entry.data = false,
+                    None => (entry.data, entry.zero) = (false, true),
                 }
-                entry.zero = !entry.data;
             }
         }
         ExtentKind::Compressed(_) => entry.compressed = true,

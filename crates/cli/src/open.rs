@@ -50,6 +50,17 @@ pub fn server() -> nbd::Options {
     nbd::Options {
         cancelled: Some(signals::are_caught),
         silence: NBD_SILENCE.get().copied().unwrap_or(own.silence),
+        reconnect_for: Some(Duration::ZERO),
+        ..own
+    }
+}
+
+/// How NBD servers are waited for, of which options said so much.
+fn waiting(said: &nbd::Options) -> nbd::Options {
+    let own = server();
+    nbd::Options {
+        open_for: said.open_for,
+        reconnect_for: said.reconnect_for.or(own.reconnect_for),
         ..own
     }
 }
@@ -116,10 +127,7 @@ fn known(path: &Path, format: Option<Format>, file: Arc<File>) -> Result<(Arc<Fi
 /// Opens an image and all below it.
 pub fn chain(spec: &str, options: &ChainOptions) -> block::Result<Chain> {
     let options = ChainOptions {
-        server: nbd::Options {
-            open_for: options.server.open_for,
-            ..server()
-        },
+        server: waiting(&options.server),
         ..options.clone()
     };
     io::wait_for_lock(|| Chain::open(spec, &options))
@@ -237,11 +245,7 @@ pub fn alone(
         (_, true) => Access::ReadUnlocked,
         (access, false) => access,
     };
-    let server = nbd::Options {
-        open_for: options.server.open_for,
-        ..server()
-    };
-    let file = file_of(&path, access, &server)?;
+    let file = file_of(&path, access, &waiting(&options.server))?;
     let (file, format) = known(&path, options.format, file)?;
     Ok(Alone { path, file, format })
 }

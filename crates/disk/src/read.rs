@@ -247,9 +247,8 @@ impl DiskQueue {
                         Ok(Some(range)) => {
                             let run = (range.offset + range.len).saturating_sub(offset.0);
                             len = len.min(run.max(1));
-                            if range.kind == RangeKind::Hole {
-                                (allocated, zero) = (false, true);
-                            }
+                            zero = range.kind.is_zero();
+                            allocated = matches!(range.kind, RangeKind::Data | RangeKind::Zero);
                         }
                         Ok(None) => (allocated, zero) = (false, true),
                         Err(_) => {}

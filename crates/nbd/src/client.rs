@@ -3,11 +3,11 @@
 
 use crate::connection::{Ask, Connection, Extent, Take};
 use crate::handshake::{self, Export};
-use crate::proto::{STATE_ZERO, Style, cmd, cmd_flag, transmission_flag as flag};
+use crate::proto::{STATE_HOLE, STATE_ZERO, Style, cmd, cmd_flag, transmission_flag as flag};
 use crate::socket::Wait;
 use crate::uri::Uri;
-use block::{Context as _, Error, ErrorKind, Result, align_down};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use block::{Error, ErrorKind, RangeKind, Result, align_down};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// Connections to a server that takes several for one disk.
@@ -22,6 +22,8 @@ const RANGE_BYTES_MAX: u64 = 1 << 30;
 const SILENCE: Duration = Duration::from_secs(120);
 /// An answer about fewer bytes is a small one.
 const STATUS_BYTES: u64 = 64 << 10;
+/// QEMU's context whose states count the images from the top that must be asked: as it does, more than two are two.
+const DEPTH: &str = "qemu:allocation-depth";
 /// Small answers one after the other that are believed: who goes on so is not asked byte by byte through a disk.
 const SMALL_ANSWERS_MAX: u32 = 1024;
 
@@ -34,6 +36,11 @@ pub struct Options {
     pub silence: Option<Duration>,
     /// For how long connecting is tried again where it fails: not at all.
     pub open_for: Duration,
+    /// For how long requests wait for another connection where one breaks, as QEMU's `reconnect-delay` has it: those that had
+    /// no answer are put again, and a server that comes back is taken to have kept what it has answered. Zero: of a disk
+    /// that was only read, a connection that the server ended is replaced once for each request. Absent: none is replaced,
+    /// all that follow fail.
+    pub reconnect_for: Option<Duration>,
 }
 
 impl Default for Options {
@@ -42,6 +49,7 @@ impl Default for Options {
             cancelled: None,
             silence: Some(SILENCE),
             open_for: Duration::ZERO,
+            reconnect_for: None,
         }
     }
 }
@@ -68,6 +76,8 @@ impl Options {
 
 /// An export of a server, open.
 ///
+/// Errors of requests do not name the export: whoever asks for it as for a file says which one, and what was asked.
+///
 /// What was written is durable when a flush that began afterwards has ended, as in a file; where the server has no
 /// flush, but writes that are durable (`FUA`), all are that; where it has neither, it keeps nothing back.
 #[derive(Debug)]
@@ -76,15 +86,24 @@ pub struct Client {
     name: String,
     options: Options,
     export: Export,
-    first: Connection,
-    further: [OnceLock<Connection>; CONNECTIONS_MAX - 1],
-    /// Whoever holds it may open the next one; false: there are no more.
-    opening: Mutex<bool>,
+    /// At most [`CONNECTIONS_MAX`]; where those that broke come back, one at least.
+    connections: Mutex<Vec<Arc<Connection>>>,
+    /// Whoever holds it may open the next one.
+    opening: Mutex<Opening>,
     /// What the last answer says of what lies behind the range that was asked for.
     known: Mutex<Known>,
 }
 
-/// Ranges one behind the other, each with whether it reads as zeros.
+/// What of opening connections is known.
+#[derive(Debug)]
+struct Opening {
+    /// The server may give further ones.
+    more: bool,
+    /// Since when there has been none.
+    none_since: Option<Instant>,
+}
+
+/// Ranges one behind the other, each with its state.
 #[derive(Debug, Default)]
 struct Known {
     start: u64,
@@ -96,22 +115,34 @@ struct Known {
 }
 
 impl Known {
-    /// The end of what is at `offset`, and whether it is zeros. Neighbours of the same kind are one.
-    fn at(&self, offset: u64) -> Option<(u64, bool)> {
+    /// The end of what is at `offset`, and what it is. Neighbours of the same kind are one.
+    fn at(&self, offset: u64) -> Option<(u64, RangeKind)> {
         let mut at = self.start;
-        let mut found: Option<(u64, bool)> = None;
+        let mut found: Option<(u64, RangeKind)> = None;
         for extent in &self.extents {
             let end = at.saturating_add(extent.len);
-            let zero = extent.state & u64::from(STATE_ZERO) != 0;
+            let is = kind_of(extent.state);
             match &mut found {
-                Some((last, kind)) if *kind == zero => *last = end,
+                Some((last, kind)) if *kind == is => *last = end,
                 Some(_) => break,
-                None if at <= offset && offset < end => found = Some((end, zero)),
+                None if at <= offset && offset < end => found = Some((end, is)),
                 None => {}
             }
             at = end;
         }
         found
+    }
+}
+
+/// What a state of `base:allocation` says. Of other contexts QEMU takes the same bits so: what is clean in a dirty bitmap is
+/// shown as data, what is dirty is not.
+fn kind_of(state: u64) -> RangeKind {
+    let has = |bit: u32| state & u64::from(bit) != 0;
+    match (has(STATE_HOLE), has(STATE_ZERO)) {
+        (false, false) => RangeKind::Data,
+        (false, true) => RangeKind::Zero,
+        (true, true) => RangeKind::Hole,
+        (true, false) => RangeKind::Absent,
     }
 }
 
@@ -148,12 +179,42 @@ impl Client {
             uri: uri.clone(),
             name,
             options: *options,
-            first: Connection::new(socket, export, options.wait()),
+            connections: Mutex::new(vec![Arc::new(Connection::new(
+                socket,
+                export,
+                options.wait(),
+            ))]),
             export,
-            further: [const { OnceLock::new() }; CONNECTIONS_MAX - 1],
-            opening: Mutex::new(export.has(flag::CAN_MULTI_CONN)),
+            opening: Mutex::new(Opening {
+                more: export.has(flag::CAN_MULTI_CONN),
+                none_since: None,
+            }),
             known: Mutex::default(),
         })
+    }
+
+    /// As [`Client::connect`]; where somebody has it open already, the same: many a server takes one client.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::connect`].
+    pub fn shared(uri: &Uri, options: &Options) -> Result<Arc<Self>> {
+        static OPEN: Mutex<Vec<Weak<Client>>> = Mutex::new(Vec::new());
+        let mut open = lock(&OPEN);
+        open.retain(|client| client.strong_count() > 0);
+        let mut there = open.iter().filter_map(Weak::upgrade);
+        if let Some(client) = there.find(|client| client.uri == *uri && !client.is_broken()) {
+            return Ok(client);
+        }
+        let client = Arc::new(Self::connect(uri, options)?);
+        open.push(Arc::downgrade(&client));
+        Ok(client)
+    }
+
+    /// Whether no request can succeed any more.
+    fn is_broken(&self) -> bool {
+        let connections = lock(&self.connections);
+        self.options.reconnect_for.is_none() && connections.iter().all(|open| open.is_broken())
     }
 
     /// The export's name, as a URI.
@@ -167,42 +228,121 @@ impl Client {
     }
 
     /// The connection with the fewest requests; another one where all have many.
-    fn connection(&self) -> &Connection {
-        let further = self.further.iter().map_while(OnceLock::get);
-        let open = std::iter::once(&self.first).chain(further);
-        let idle = open.map(|c| (c.in_flight(), c)).min_by_key(|(n, _)| *n);
-        let (in_flight, connection) = idle.unwrap_or((0, &self.first));
-        if in_flight < IN_FLIGHT {
-            return connection;
+    fn connection(&self) -> Option<Arc<Connection>> {
+        let open = lock(&self.connections).clone();
+        let in_flight = open.into_iter().map(|c| (c.in_flight(), c));
+        let (in_flight, connection) = in_flight.min_by_key(|(n, _)| *n)?;
+        match in_flight < IN_FLIGHT {
+            true => Some(connection),
+            false => self.another().or(Some(connection)),
         }
-        self.another().unwrap_or(connection)
     }
 
     /// A further connection, where the server gives one. One thread tries, the others go on.
-    fn another(&self) -> Option<&Connection> {
-        let mut more = self.opening.try_lock().ok().filter(|more| **more)?;
-        let next = self.further.iter().find(|slot| slot.get().is_none());
-        let opened = next.and_then(|slot| {
-            let (socket, export) =
-                handshake::open(&self.uri, &self.options.handshake(Some(FURTHER_TIME))).ok()?;
-            // Not another disk by that name.
-            let same = Export {
-                allocation: self.export.allocation,
-                ..export
-            };
-            if same != self.export || export.allocation.is_some() != same.allocation.is_some() {
-                return None;
-            }
-            slot.set(Connection::new(socket, export, self.options.wait()))
-                .ok()?;
-            slot.get()
-        });
-        *more = opened.is_some();
+    fn another(&self) -> Option<Arc<Connection>> {
+        let mut opening = self.opening.try_lock().ok().filter(|o| o.more)?;
+        let many = lock(&self.connections).len() >= CONNECTIONS_MAX;
+        let opened = match many {
+            true => None,
+            false => self.open_again(Some(FURTHER_TIME)).ok(),
+        };
+        opening.more = opened.is_some();
         opened
     }
 
-    fn at(&self, what: &str, offset: u64, len: u64) -> String {
-        format!("{}: {what} {len} bytes at byte {offset}", self.name)
+    /// Opens a connection more, to the same disk.
+    fn open_again(&self, time: Option<Duration>) -> Result<Arc<Connection>> {
+        let (socket, export) = handshake::open(&self.uri, &self.options.handshake(time))?;
+        // Not another disk by that name.
+        let same = Export {
+            allocation: self.export.allocation,
+            ..export
+        };
+        if same != self.export || export.allocation.is_some() != same.allocation.is_some() {
+            return Err(Error::corrupt(
+                "the server has another disk, or another server that one, by that name now",
+            ));
+        }
+        let connection = Arc::new(Connection::new(socket, export, self.options.wait()));
+        lock(&self.connections).push(Arc::clone(&connection));
+        Ok(connection)
+    }
+
+    /// Puts a request, on another connection where one breaks.
+    fn ask(&self, ask: &Ask<'_>, mut take: Take<'_>) -> Result<()> {
+        let mut until = None;
+        loop {
+            let Some(connection) = self.connection() else {
+                let none = Error::new(ErrorKind::Io, "there is no connection to the server");
+                self.reconnect(until, none)?;
+                continue;
+            };
+            let error = match connection.ask(ask, take.anew()) {
+                Err(error) if connection.is_broken() => error,
+                done => return done,
+            };
+            let delay = match self.options.reconnect_for {
+                Some(Duration::ZERO) if lock(&self.known).changes > 0 => None,
+                Some(Duration::ZERO) => connection.is_gone().then_some(Duration::ZERO),
+                delay => delay,
+            };
+            let Some(delay) = delay.filter(|_| error.kind() != ErrorKind::Interrupted) else {
+                return Err(error);
+            };
+            lock(&self.connections).retain(|open| !Arc::ptr_eq(open, &connection));
+            drop(connection);
+            match until {
+                Some(until) if Instant::now() >= until => return Err(error),
+                _ => {}
+            }
+            until = until.or(Some(Instant::now() + delay));
+            self.reconnect(until, error)?;
+        }
+    }
+
+    /// Waits for a connection, `until` then at most, and not for longer than that has been waited for; whoever comes later tries
+    /// once. `error`: why there is none.
+    fn reconnect(&self, until: Option<Instant>, error: Error) -> Result<()> {
+        let mut opening = lock(&self.opening);
+        if !lock(&self.connections).is_empty() {
+            return Ok(());
+        }
+        let since = *opening.none_since.get_or_insert_with(Instant::now);
+        let delay = self.options.reconnect_for.unwrap_or_default();
+        let given_up = since + delay;
+        let wait = Wait {
+            until: Some(until.map_or(given_up, |until| until.min(given_up))),
+            ..self.options.wait()
+        };
+        loop {
+            let time = wait
+                .until
+                .map(|end| end.saturating_duration_since(Instant::now()));
+            match self.open_again(time.map(|time| time.max(FURTHER_TIME))) {
+                Ok(_) => {
+                    *opening = Opening {
+                        more: self.export.has(flag::CAN_MULTI_CONN),
+                        none_since: None,
+                    };
+                    return Ok(());
+                }
+                Err(failed) if !is_passing(&failed) => {
+                    return Err(failed.within("connecting again"));
+                }
+                Err(_) => {}
+            }
+            match wait.pause() {
+                Ok(()) => {}
+                Err(stopped) if stopped.kind() == ErrorKind::Interrupted => return Err(stopped),
+                Err(_) => {
+                    let tried = match delay.is_zero() {
+                        true => "connecting again failed".to_owned(),
+                        false => format!("connecting again failed for {} s", delay.as_secs_f32()),
+                    };
+                    return Err(error.within(tried));
+                }
+            }
+        }
     }
 
     /// Bytes of a read or write at most.
@@ -236,8 +376,7 @@ impl Client {
                 len,
                 data: &[],
             };
-            (self.connection().ask(&ask, Take::Data(piece)))
-                .context(|| self.at("reading", at, len))?;
+            self.ask(&ask, Take::Data(piece))?;
             at += len;
         }
         Ok(())
@@ -258,8 +397,7 @@ impl Client {
                 offset: at,
                 len,
                 data: piece,
-            })
-            .context(|| self.at("writing", at, len))?;
+            })?;
             at += len;
         }
         Ok(())
@@ -274,7 +412,7 @@ impl Client {
     }
 
     fn change(&self, ask: &Ask<'_>) -> Result<()> {
-        let done = self.connection().ask(ask, Take::Nothing);
+        let done = self.ask(ask, Take::Nothing);
         // What was said of it before is not so any more; what is said meanwhile may not be.
         let mut known = lock(&self.known);
         known.changes += 1;
@@ -299,7 +437,7 @@ impl Client {
             data: &[],
         };
         // Of a server with several connections it covers all of them.
-        (self.first.ask(&ask, Take::Nothing)).context(|| format!("{}: flushing", self.name))
+        self.ask(&ask, Take::Nothing)
     }
 
     /// Has the server make a range zeros: whole blocks within the export. `unmap`: it may give back its space. `fast`: if
@@ -329,7 +467,6 @@ impl Client {
                 len,
                 data: &[],
             })
-            .context(|| self.at("zeroing", offset, len))
         })
     }
 
@@ -353,7 +490,7 @@ impl Client {
             });
             match told {
                 Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
-                told => told.context(|| self.at("discarding", offset, len)),
+                told => told,
             }
         })
     }
@@ -368,18 +505,18 @@ impl Client {
         Ok(())
     }
 
-    /// The end of what begins at `offset` and is one kind, at most `len` bytes further, and whether it is known to read as
-    /// zeros. Where the server has no block status, or does not answer it, nothing is known of all of it.
+    /// The end of what begins at `offset` and is one kind, at most `len` bytes further, and which. Where the server has no
+    /// block status, or does not answer it, all of it is data.
     ///
     /// # Errors
     ///
     /// As [`Client::read`].
-    pub fn run(&self, offset: u64, len: u64) -> Result<(u64, bool)> {
+    pub fn run(&self, offset: u64, len: u64) -> Result<(u64, RangeKind)> {
         let end = offset.saturating_add(len);
         if self.export.allocation.is_none() {
-            return Ok((end, false));
+            return Ok((end, RangeKind::Data));
         }
-        let cut = |(to, zero): (u64, bool)| (to.min(end), zero);
+        let cut = |(to, kind): (u64, RangeKind)| (to.min(end), kind);
         let (changes, small) = {
             let known = lock(&self.known);
             if let Some(found) = known.at(offset) {
@@ -390,7 +527,7 @@ impl Client {
         let start = align_down(offset, self.export.block_min.into());
         let asked = self.range().min(self.export.size.saturating_sub(start));
         if asked == 0 {
-            return Ok((end, false));
+            return Ok((end, RangeKind::Data));
         }
         let mut extents = Vec::new();
         let ask = Ask {
@@ -400,12 +537,16 @@ impl Client {
             len: asked,
             data: &[],
         };
-        match self.connection().ask(&ask, Take::Status(&mut extents)) {
+        match self.ask(&ask, Take::Status(&mut extents)) {
             // It may be said of the disk, and not of a part of it.
             Err(error) if error.kind() == ErrorKind::Unsupported => {
-                return Ok(cut((start + asked, false)));
+                return Ok(cut((start + asked, RangeKind::Data)));
             }
-            done => done.context(|| self.at("asking for the state of", start, asked))?,
+            done => done?,
+        }
+        if self.uri.context.as_deref() == Some(DEPTH) {
+            let states = extents.iter_mut().map(|extent| &mut extent.state);
+            states.for_each(|depth| *depth = (*depth).min(2));
         }
         let said = extents.iter().map(|extent| extent.len);
         let said = said.fold(0, u64::saturating_add);
@@ -426,7 +567,7 @@ impl Client {
             small,
         };
         // The first is longer than what was cut off to align: a server counts in its blocks.
-        let first = found.at(offset).map_or((end, false), cut);
+        let first = found.at(offset).map_or((end, RangeKind::Data), cut);
         let mut known = lock(&self.known);
         if known.changes == changes {
             *known = found;
@@ -480,7 +621,7 @@ impl io::Remote for Client {
         Client::discard(self, offset, len)
     }
 
-    fn run(&self, offset: u64, len: u64) -> Result<(u64, bool)> {
+    fn run(&self, offset: u64, len: u64) -> Result<(u64, RangeKind)> {
         Client::run(self, offset, len)
     }
 }

@@ -51,6 +51,20 @@ pub(crate) enum Take<'a> {
     Status(&'a mut Vec<Extent>),
 }
 
+impl Take<'_> {
+    /// The same, for one of several attempts: what one before brought is gone.
+    pub(crate) fn anew(&mut self) -> Take<'_> {
+        match self {
+            Take::Nothing => Take::Nothing,
+            Take::Data(buf) => Take::Data(buf),
+            Take::Status(extents) => {
+                extents.clear();
+                Take::Status(extents)
+            }
+        }
+    }
+}
+
 /// A part of the export, as the server describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Extent {
@@ -93,6 +107,8 @@ struct Table {
     reading: bool,
     /// Why the connection is of no use any more.
     broken: Option<(ErrorKind, String)>,
+    /// The server ended it.
+    gone: bool,
 }
 
 impl Table {
@@ -152,6 +168,7 @@ impl Connection {
                 mark: (0, Instant::now()),
                 reading: false,
                 broken: None,
+                gone: false,
             }),
             turns: [const { Condvar::new() }; SLOTS],
             free: Condvar::new(),
@@ -162,6 +179,16 @@ impl Connection {
     pub(crate) fn in_flight(&self) -> usize {
         let table = lock(&self.table);
         table.slots.iter().filter(|s| **s != Slot::Free).count()
+    }
+
+    /// Whether it is of no use any more.
+    pub(crate) fn is_broken(&self) -> bool {
+        lock(&self.table).broken.is_some()
+    }
+
+    /// Whether the server ended it.
+    pub(crate) fn is_gone(&self) -> bool {
+        lock(&self.table).gone
     }
 
     /// Sends a request and waits for the answer.
@@ -427,6 +454,7 @@ impl Connection {
         let mut table = lock(&self.table);
         if table.broken.is_none() {
             table.broken = Some((error.kind(), error.to_string()));
+            table.gone = self.socket.is_gone();
         }
         drop(table);
         self.socket.shutdown();

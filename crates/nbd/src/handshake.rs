@@ -41,7 +41,7 @@ pub struct Export {
     pub block_min: u32,
     /// Bytes of a read or write at most, at least `block_min`.
     pub block_max: u32,
-    /// The id of `base:allocation`, where it was asked for and is there.
+    /// The id of `base:allocation`, or of the context in its place, where it was asked for and is there.
     pub allocation: Option<u32>,
 }
 
@@ -55,7 +55,7 @@ impl Export {
 /// How to negotiate.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
-    /// Ask for block status (`base:allocation`).
+    /// Ask for block status (`base:allocation`, or [`Uri::context`]).
     pub allocation: bool,
     /// How long the handshake may take; absent: 20 seconds.
     pub time: Option<Duration>,
@@ -79,7 +79,20 @@ pub fn open(uri: &Uri, options: &Options) -> Result<(Socket, Export)> {
         ..Wait::default()
     };
     let socket = Socket::connect(&uri.server, &wait)?;
-    match negotiate(&socket, &uri.export, options.allocation, &wait) {
+    let context = uri.context.as_deref().unwrap_or(ALLOCATION);
+    let context = options.allocation.then_some(context);
+    let agreed = negotiate(&socket, &uri.export, context, &wait);
+    let agreed = agreed.and_then(|export| match (&uri.context, export.allocation) {
+        (Some(context), None) if options.allocation => Err(Error::new(
+            ErrorKind::NotFound,
+            format!(
+                "requested x-dirty-bitmap {} not found",
+                block::plain(context)
+            ),
+        )),
+        _ => Ok(export),
+    });
+    match agreed {
         Ok(export) => Ok((socket, export)),
         Err(error) => {
             // As it is proper; nobody waits for a server that does not take it.
@@ -125,7 +138,8 @@ struct Dialogue<'a> {
     wait: &'a Wait,
 }
 
-fn negotiate(socket: &Socket, name: &str, allocation: bool, wait: &Wait) -> Result<Export> {
+/// `context`: what block status is asked for.
+fn negotiate(socket: &Socket, name: &str, context: Option<&str>, wait: &Wait) -> Result<Export> {
     let dialogue = Dialogue { socket, wait };
     let no_zeroes = dialogue.greet().context(|| "greeting")?;
     let style = if dialogue.agree(opt::EXTENDED_HEADERS)? {
@@ -144,8 +158,8 @@ fn negotiate(socket: &Socket, name: &str, allocation: bool, wait: &Wait) -> Resu
         block_max: PAYLOAD_BYTES_MAX,
         allocation: None,
     };
-    if allocation && style != Style::Simple {
-        export.allocation = dialogue.set_meta_context(name)?;
+    if let Some(context) = context.filter(|_| style != Style::Simple) {
+        export.allocation = dialogue.set_meta_context(name, context)?;
     }
     dialogue.go(name, no_zeroes, &mut export)?;
     let (min, max) = (export.block_min, export.block_max);
@@ -211,17 +225,17 @@ impl Dialogue<'_> {
         Ok(self.ask(option, &[], |_, _| Ok(()))?.is_ok())
     }
 
-    /// The id of `base:allocation`, where the server has it.
-    fn set_meta_context(&self, name: &str) -> Result<Option<u32>> {
+    /// The id of `context`, where the server has it.
+    fn set_meta_context(&self, name: &str, context: &str) -> Result<Option<u32>> {
         let mut data = Vec::new();
         put_string(&mut data, name)?;
         data.extend(1u32.to_be_bytes());
-        put_string(&mut data, ALLOCATION)?;
+        put_string(&mut data, context)?;
         let mut id = None;
         let answer = self.ask(opt::SET_META_CONTEXT, &data, |kind, bytes| {
             let mut fields = Fields(bytes);
             match (kind, fields.u32()) {
-                (rep::META_CONTEXT, Some(number)) if fields.0 == ALLOCATION.as_bytes() => {
+                (rep::META_CONTEXT, Some(number)) if fields.0 == context.as_bytes() => {
                     id = Some(number);
                     Ok(())
                 }
@@ -400,7 +414,7 @@ mod tests {
         let (socket, mut server) = Socket::pair();
         server.write_all(&script.concat()).unwrap();
         server.shutdown(std::net::Shutdown::Write).unwrap();
-        let found = negotiate(&socket, "disk", true, &Wait::default());
+        let found = negotiate(&socket, "disk", Some(ALLOCATION), &Wait::default());
         drop(socket);
         let mut said = Vec::new();
         // Where the client left something unread, the end is an error.
@@ -567,14 +581,14 @@ mod tests {
             cancelled: None,
             ..Wait::default()
         };
-        let error = negotiate(&socket, "", false, &wait).unwrap_err();
+        let error = negotiate(&socket, "", None, &wait).unwrap_err();
         assert!(error.to_string().contains("does not answer"), "{error}");
         let wait = Wait {
             until: None,
             cancelled: Some(|| true),
             ..Wait::default()
         };
-        let error = negotiate(&socket, "", false, &wait).unwrap_err();
+        let error = negotiate(&socket, "", None, &wait).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Interrupted);
     }
 

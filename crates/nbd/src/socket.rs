@@ -315,6 +315,16 @@ impl Socket {
         Ok(())
     }
 
+    /// Whether the other end has ended the connection, and all that it said before was read.
+    pub fn is_gone(&self) -> bool {
+        let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+        match recv(&self.0, &mut [0; 1], flags) {
+            Ok((_, bytes)) => bytes == 0,
+            Err(Errno::AGAIN | Errno::INTR) => false,
+            Err(_) => true,
+        }
+    }
+
     /// Ends the connection for whoever waits at it, too.
     pub fn shutdown(&self) {
         // One that is gone is shut.

@@ -38,6 +38,9 @@ pub struct Uri {
     pub server: Server,
     /// The export's name; empty: the server's default.
     pub export: String,
+    /// The context whose block status is asked for in place of `base:allocation`: QEMU's `x-dirty-bitmap`, as in
+    /// `qemu:dirty-bitmap:NAME`. In a name it is `x-dirty-bitmap=` behind the `?`.
+    pub context: Option<String>,
 }
 
 /// Where a server listens.
@@ -93,6 +96,10 @@ impl Uri {
         if uri.export.len() > STRING_BYTES_MAX {
             return Err(wrong("the export's name has more than 4096 bytes"));
         }
+        let context = uri.context.as_ref().map_or(0, String::len);
+        if context > STRING_BYTES_MAX {
+            return Err(wrong("x-dirty-bitmap has more than 4096 bytes"));
+        }
         Ok(uri)
     }
 
@@ -103,12 +110,15 @@ impl Uri {
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
         let export = decode(path).ok_or("its export has a % that is no byte of UTF-8")?;
-        let mut socket = None;
+        let (mut socket, mut context) = (None, None);
         for (key, value) in query.split('&').filter_map(|pair| pair.split_once('=')) {
             match key {
                 "socket" => {
                     let path = decode(value).filter(|path| !path.is_empty());
                     socket = Some(path.ok_or("socket= is empty, or has a % that is no byte")?);
+                }
+                "x-dirty-bitmap" => {
+                    context = Some(decode(value).ok_or("x-dirty-bitmap= has a % that is no byte")?);
                 }
                 key if key.starts_with("tls-") => {
                     return Err("it asks for TLS, which this client lacks");
@@ -131,7 +141,11 @@ impl Uri {
                 Server::Tcp(host, port.unwrap_or(PORT))
             }
         };
-        Ok(Self { server, export })
+        Ok(Self {
+            server,
+            export,
+            context,
+        })
     }
 
     /// What comes behind `nbd:`.
@@ -145,15 +159,18 @@ impl Uri {
                 (_, None) => return Err("a port comes behind the host: nbd:HOST:PORT"),
             },
         };
-        let export = export.to_owned();
-        Ok(Self { server, export })
+        Ok(Self {
+            server,
+            export: export.to_owned(),
+            context: None,
+        })
     }
 
     /// Two numbers that no other export has, and no file.
     pub fn identity(&self) -> (u64, u64) {
         let half = |which: u8| {
             let mut hasher = DefaultHasher::new();
-            (which, self).hash(&mut hasher);
+            (which, &self.server, &self.export).hash(&mut hasher);
             hasher.finish()
         };
         // Numbers of devices have half as many bits.
@@ -237,7 +254,7 @@ impl fmt::Display for Uri {
                 }
                 encode(self.export.as_bytes(), f)?;
                 f.write_str("?socket=")?;
-                encode(path.as_os_str().as_bytes(), f)
+                encode(path.as_os_str().as_bytes(), f)?;
             }
             Server::Tcp(host, port) => {
                 match host.contains(':') {
@@ -251,9 +268,17 @@ impl fmt::Display for Uri {
                 if !self.export.is_empty() {
                     f.write_str("/")?;
                 }
-                encode(self.export.as_bytes(), f)
+                encode(self.export.as_bytes(), f)?;
             }
         }
+        let Some(context) = &self.context else {
+            return Ok(());
+        };
+        f.write_str(match self.server {
+            Server::Unix(_) => "&x-dirty-bitmap=",
+            Server::Tcp(..) => "?x-dirty-bitmap=",
+        })?;
+        encode(context.as_bytes(), f)
     }
 }
 
@@ -293,9 +318,20 @@ mod tests {
         ] {
             let export = export.to_owned();
             let uri = Uri::parse(text).unwrap();
-            assert_eq!(uri, Uri { server, export }, "{text}");
+            let context = None;
+            let want = Uri {
+                server,
+                export,
+                context,
+            };
+            assert_eq!(uri, want, "{text}");
             assert!(is_name(text));
             assert_eq!(Uri::parse(&uri.to_string()).unwrap(), uri, "{uri}");
+            // With another context it is another name of the same disk.
+            let context = Some("qemu:dirty-bitmap:a&b?".to_owned());
+            let dirty = Uri { context, ..want };
+            assert_eq!(Uri::parse(&dirty.to_string()).unwrap(), dirty, "{dirty}");
+            assert_eq!(dirty.identity(), uri.identity());
         }
     }
 

@@ -4,6 +4,8 @@
 //! A server here says all that it has to say at once: a client asks for one thing after the other, so that the cookies of
 //! its requests are known beforehand.
 
+use block::Storage as _;
+use io::File;
 use nbd::proto::{
     ALLOCATION, EXTENDED_REPLY_MAGIC, INIT_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, REPLY_DONE,
     SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, Style, chunk, handshake_flag, info, opt, rep,
@@ -14,7 +16,7 @@ use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -70,6 +72,11 @@ fn blocks(min: u64, preferred: u64, max: u64) -> Vec<u8> {
 
 /// What a sound server says up to the transmission.
 fn handshake(style: Style) -> Vec<Vec<u8>> {
+    handshake_of(style, SIZE)
+}
+
+/// The same, of an export of so many bytes.
+fn handshake_of(style: Style, size: u64) -> Vec<Vec<u8>> {
     let agree = |option, on| match on {
         true => answer(option, rep::ACK, &[]),
         false => answer(option, rep::ERR_UNSUP, b"no"),
@@ -86,7 +93,7 @@ fn handshake(style: Style) -> Vec<Vec<u8>> {
         script.push(answer(opt::SET_META_CONTEXT, rep::META_CONTEXT, &context));
         script.push(answer(opt::SET_META_CONTEXT, rep::ACK, &[]));
     }
-    script.push(answer(opt::GO, rep::INFO, &export(SIZE)));
+    script.push(answer(opt::GO, rep::INFO, &export(size)));
     script.push(answer(opt::GO, rep::INFO, &blocks(512, 4096, 65536)));
     script.push(answer(opt::GO, rep::ACK, &[]));
     script
@@ -156,15 +163,21 @@ fn session(style: Style) -> Vec<u8> {
 }
 
 /// Does something of everything, one after the other.
-fn use_it(client: &Client) -> block::Result<()> {
+fn use_it(disk: &File) -> block::Result<()> {
     let mut buf = [0; 512];
-    client.read(4096, &mut buf)?;
+    disk.read_at(4096, &mut buf)?;
     assert_eq!(buf, [9; 512]);
-    client.run(0, SIZE)?;
-    client.write(0, &buf)?;
-    client.zero(0, 4096, true, false)?;
-    client.discard(4096, 4096)?;
-    client.flush()
+    disk.range_at(0)?;
+    disk.write_at(0, &buf)?;
+    disk.write_zeroes(0, 4096, true)?;
+    disk.discard(4096, 4096)?;
+    disk.sync()
+}
+
+/// What is at `uri`, in the place of a file.
+fn disk(uri: &Uri, options: &Options) -> block::Result<Arc<File>> {
+    let client = Arc::new(Client::connect(uri, options)?);
+    File::remote(&uri.to_string(), client, &io::OpenOptions::default())
 }
 
 /// A listening socket, and a thread that says to whoever connects what it is told next, and then no more.
@@ -195,14 +208,17 @@ impl Stage {
 
     fn play(&self, script: Vec<u8>) -> block::Result<()> {
         self.say.send(script).unwrap();
-        let client = Client::connect(&self.uri, &Options::default())?;
-        use_it(&client)
+        use_it(&*disk(&self.uri, &Options::default())?)
     }
 
     /// Plays what must fail; returns what is said of it.
     fn fails(&self, what: &str, script: Vec<u8>) -> String {
         let error = self.play(script).expect_err(what).to_string();
-        assert!(error.contains(&self.uri.to_string()), "{what}: {error}");
+        assert_eq!(
+            error.matches(&self.uri.to_string()).count(),
+            1,
+            "{what}: {error}"
+        );
         error
     }
 }
@@ -256,8 +272,9 @@ fn any_wrong_byte_is_survived() {
                     Ok(Err(error)) => {
                         noticed += 1;
                         let text = error.to_string();
-                        assert!(
-                            text.contains(&stage.uri.to_string()),
+                        assert_eq!(
+                            text.matches(&stage.uri.to_string()).count(),
+                            1,
                             "{style:?} {at}: {text}"
                         );
                     }
@@ -449,8 +466,8 @@ fn block_status_byte_by_byte_does_not_go_on_for_ever() {
     let client = Client::connect(&uri, &Options::default()).unwrap();
     let (mut at, mut zeros) = (0, 0);
     while at < SIZE {
-        let (end, zero) = client.run(at, SIZE - at).unwrap();
-        zeros += if zero { end - at } else { 0 };
+        let (end, kind) = client.run(at, SIZE - at).unwrap();
+        zeros += if kind.is_zero() { end - at } else { 0 };
         at = end;
     }
     drop(client);
@@ -473,15 +490,15 @@ fn silence_in_the_middle_of_anything_ends() {
         silence: Some(Duration::from_millis(50)),
         ..Options::default()
     };
-    let client = Client::connect(&uri, &options).unwrap();
-    let error = client.read(0, &mut [0; 512]).unwrap_err().to_string();
-    assert!(error.contains(&uri.to_string()), "{error}");
+    let disk = disk(&uri, &options).unwrap();
+    let error = disk.read_at(0, &mut [0; 512]).unwrap_err().to_string();
+    assert_eq!(error.matches(&uri.to_string()).count(), 1, "{error}");
     assert!(
         error.contains("reading 512 bytes at byte 0: the server has been silent for 0.05 s"),
         "{error}"
     );
     // It is over: what comes late is not taken for an answer to anything.
-    let again = client.flush().unwrap_err().to_string();
+    let again = disk.sync().unwrap_err().to_string();
     assert!(again.contains("has been silent"), "{again}");
 }
 
@@ -526,4 +543,105 @@ fn connecting_is_tried_again_for_as_long_as_was_said() {
     let nowhere = Uri::parse("nbd+unix:///?socket=nowhere").unwrap();
     let error = Client::connect(&nowhere, &stopped).unwrap_err();
     assert_eq!(error.kind(), block::ErrorKind::Interrupted);
+}
+
+/// A server whose connections each end as `scripts` do, one after the other: what it says at once, and then no more. Returns
+/// how many have come.
+fn scripted(dir: &Path, scripts: Vec<Vec<u8>>) -> (Uri, mpsc::Receiver<()>) {
+    let path = dir.join("again");
+    let listener = UnixListener::bind(&path).unwrap();
+    let (come, came) = mpsc::channel();
+    thread::spawn(move || {
+        for script in scripts {
+            let (mut stream, _) = listener.accept().unwrap();
+            come.send(()).unwrap();
+            if stream.write_all(&script).is_ok() {
+                let _ = stream.shutdown(Shutdown::Write);
+                drain(stream);
+            }
+        }
+    });
+    let uri = format!("nbd+unix:///disk?socket={}", path.display());
+    (Uri::parse(&uri).unwrap(), came)
+}
+
+#[test]
+fn requests_wait_for_a_connection_that_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let again = Options {
+        reconnect_for: Some(Duration::from_secs(100)),
+        ..Options::default()
+    };
+    let style = Style::Structured;
+    let hello = || handshake(style).concat();
+    let data = [&0u64.to_be_bytes()[..], &[5; 512]].concat();
+    // The first ends before it answers, one refuses, one breaks within the payload, and one answers.
+    let answered = [hello(), reply(style, 1, chunk::OFFSET_DATA, &data)].concat();
+    let half = answered[..answered.len() - 100].to_vec();
+    let scripts = vec![hello(), Vec::new(), half, answered.clone()];
+    let (uri, came) = scripted(dir.path(), scripts);
+    let disk = disk(&uri, &again).unwrap();
+    let mut buf = [0; 512];
+    disk.read_at(0, &mut buf).unwrap();
+    assert_eq!(buf, [5; 512]);
+    drop(disk);
+    assert_eq!(came.iter().count(), 4);
+
+    // Without a delay a disk that is only read is connected to once more, by each request; after a write it is not.
+    let dir = tempfile::tempdir().unwrap();
+    let written = [hello(), reply(style, 1, chunk::NONE, &[])].concat();
+    let scripts = vec![
+        hello(),
+        answered.clone(),
+        hello(),
+        hello(),
+        written,
+        answered.clone(),
+    ];
+    let (uri, _came) = scripted(dir.path(), scripts);
+    let once = Options {
+        reconnect_for: Some(Duration::ZERO),
+        ..Options::default()
+    };
+    let disk = self::disk(&uri, &once).unwrap();
+    disk.read_at(0, &mut buf).unwrap();
+    // The one that answered has ended; the two that follow answer nothing.
+    let error = disk.read_at(0, &mut buf).unwrap_err().to_string();
+    assert!(error.contains("closed the connection"), "{error}");
+    disk.write_at(0, &buf).unwrap();
+    let error = disk.read_at(0, &mut buf).unwrap_err().to_string();
+    assert!(error.contains("closed the connection"), "{error}");
+
+    // Another disk by that name is none that is waited for; and nobody waits who did not ask for it.
+    for (options, next, says) in [
+        (
+            again,
+            handshake_of(style, SIZE * 2).concat(),
+            "another disk",
+        ),
+        (Options::default(), hello(), "closed the connection"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (uri, _came) = scripted(dir.path(), vec![hello(), next, answered.clone()]);
+        let disk = self::disk(&uri, &options).unwrap();
+        let error = disk.read_at(0, &mut buf).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+
+    // Each waits as long as was said, and no longer; whoever comes afterwards tries once.
+    let dir = tempfile::tempdir().unwrap();
+    let (uri, _came) = scripted(dir.path(), vec![hello()]);
+    let short = Options {
+        reconnect_for: Some(Duration::from_millis(300)),
+        ..Options::default()
+    };
+    let disk = self::disk(&uri, &short).unwrap();
+    for _ in 0..2 {
+        let error = disk.read_at(0, &mut buf).unwrap_err().to_string();
+        assert!(
+            error.contains("connecting again failed for 0.3 s"),
+            "{error}"
+        );
+        assert_eq!(error.matches(&uri.to_string()).count(), 1, "{error}");
+    }
 }

@@ -69,6 +69,8 @@ pub struct ImageOptions {
     pub notes: Vec<String>,
     /// For how long connecting to NBD servers is tried again: `open-timeout`, the longest that is said.
     pub open_for: Duration,
+    /// For how long requests wait for a connection to come back: `reconnect-delay`, the longest that is said.
+    pub reconnect_for: Duration,
 }
 
 /// Whether `text` names an image by JSON.
@@ -81,6 +83,7 @@ impl ImageOptions {
     pub fn server(&self) -> ::nbd::Options {
         ::nbd::Options {
             open_for: self.open_for,
+            reconnect_for: Some(self.reconnect_for),
             ..crate::open::server()
         }
     }
@@ -131,10 +134,12 @@ impl ImageOptions {
             image.read_only |= node.is_on(key)?;
         }
         for (key, value) in &node.0 {
-            let name = key.rsplit('.').next();
-            if name == Some("open-timeout") {
-                image.open_for = image.open_for.max(node::seconds(key, value)?);
-            }
+            let longest = match key.rsplit('.').next() {
+                Some("open-timeout") => &mut image.open_for,
+                Some("reconnect-delay") => &mut image.reconnect_for,
+                _ => continue,
+            };
+            *longest = node::seconds(key, value)?.max(*longest);
         }
         for key in ["offset", "size", "encrypt.key-secret", "key-secret"] {
             let value = node.0.get(key).map(|value| (key.to_owned(), value.clone()));

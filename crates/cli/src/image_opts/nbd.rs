@@ -17,17 +17,22 @@ impl Node {
         if self.0.contains_key("tls-creds") || self.0.contains_key("tls-hostname") {
             bail!("TLS to NBD servers is not supported: leave out tls-creds and tls-hostname");
         }
-        // The first counts for all servers ([`ImageOptions::open_for`]); nobody connects again later.
+        // They count for all servers ([`ImageOptions::server`]).
         for key in ["open-timeout", "reconnect-delay"] {
             self.take(key)
                 .map(|value| seconds(key, &value))
                 .transpose()?;
         }
+        let context = self.take("x-dirty-bitmap");
         self.look_at_file()?;
         self.finish("Block protocol 'nbd' doesn't support the option")?;
         let server = match (kind.as_deref(), path, host, port) {
             (None, None, None, None) => match filename {
-                Some(name) => return Ok(name),
+                Some(name) if context.is_none() => return Ok(name),
+                Some(name) => {
+                    let uri = Uri::parse(&name)?;
+                    return Ok(Uri { context, ..uri }.to_string());
+                }
                 None => bail!("NBD server address missing"),
             },
             _ if filename.is_some() => {
@@ -54,6 +59,11 @@ impl Node {
             }
             (Some(kind), ..) => bail!("Invalid parameter '{kind}'"),
         };
-        Ok(Uri { server, export }.to_string())
+        Ok(Uri {
+            server,
+            export,
+            context,
+        }
+        .to_string())
     }
 }

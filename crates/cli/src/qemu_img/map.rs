@@ -125,6 +125,11 @@ fn json(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
 /// The names of each image's files with data, by their numbers, as they lead to each other.
 fn names(file: &Path, chain: &Chain) -> Result<Vec<Vec<String>>> {
     let mut name = file.display().to_string();
+    // Which of its contexts was asked for is no part of an export's name.
+    if let Ok(export) = nbd::Uri::parse(&name) {
+        let context = None;
+        name = nbd::Uri { context, ..export }.to_string();
+    }
     let mut names = Vec::new();
     for layer in &chain.layers {
         let description = layer.image.describe();

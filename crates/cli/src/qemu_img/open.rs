@@ -440,6 +440,9 @@ fn of_server(export: &nbd::Uri, error: &block::Error, why: &str) -> String {
     if error.kind() == ErrorKind::ReadOnly {
         return "Could not open image: Permission denied".to_owned();
     }
+    if why.contains("requested x-dirty-bitmap") {
+        return "Could not open image: Invalid argument".to_owned();
+    }
     let server = match &export.server {
         Server::Unix(path) => path.display().to_string(),
         Server::Tcp(host, port) => format!("{host}:{port}"),

@@ -629,3 +629,158 @@ fn a_server_that_goes_or_hangs_leaves_nothing_half_done() {
     );
     assert_eq!(nothing(), None);
 }
+
+/// Starts qemu-nbd for what `args` name, as export `disk`.
+fn qemu_nbd(dir: &Path, name: &str, args: &[&str]) -> Served {
+    let socket = dir.join(format!("{name}.qemu-nbd"));
+    let mut command = Command::new("qemu-nbd");
+    command.current_dir(dir);
+    command.args(["-t", "-e", "4", "-x", "disk", "-k"]);
+    Served::Peer(peer(command.arg(&socket).args(args), &socket))
+}
+
+/// Other contexts in the place of `base:allocation`: bits are taken as QEMU takes them.
+#[test]
+fn a_dirty_bitmap_of_a_server_is_shown_as_qemu_img_shows_it() {
+    let folders = [TempDir::new(), TempDir::new()];
+    let mut servers = Vec::new();
+    for dir in &folders {
+        qemu::create("qcow2", dir.path("base"), "4M");
+        qemu::io("qcow2", dir.path("base"), &["write -P 1 0 2M"]);
+        qemu::create_overlay(dir.path("top"), "base", "qcow2");
+        qemu_img(dir.root(), &["bitmap", "--add", "top", "b0"]);
+        qemu::io("qcow2", dir.path("top"), &["write -P 2 1M 2M"]);
+        let args = ["-r", "-A", "-f", "qcow2", "-B", "b0", "top"];
+        servers.push(qemu_nbd(dir.root(), "top", &args));
+    }
+    let node = "server.type=unix,server.path=DIR/top.qemu-nbd,export=disk";
+    let below = node.replace("server.", "file.server.");
+    let below = below.replace("export", "file.export");
+    let with = |context: &str| {
+        let json = "qemu-img map --output=json --image-opts";
+        [
+            format!("{json} driver=nbd,{node},x-dirty-bitmap={context}"),
+            format!("qemu-img map --image-opts driver=nbd,{node},x-dirty-bitmap={context}"),
+            format!("{json} driver=raw,file.driver=nbd,{below},file.x-dirty-bitmap={context}"),
+        ]
+    };
+    let contexts = [
+        "qemu:dirty-bitmap:b0",
+        "qemu:allocation-depth",
+        "base:allocation",
+        "qemu:dirty-bitmap:other",
+    ];
+    let mut lines: Vec<String> = contexts.into_iter().flat_map(with).collect();
+    lines.push(format!(
+        "qemu-img map --output=json --image-opts driver=nbd,{node}"
+    ));
+    let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
+    beside::same_in(folders[0].root(), folders[1].root(), &lines);
+}
+
+/// What a server cannot read is zeros, is told, and ends a copy that is not to salvage. (qemu-nbd ends the connection where it
+/// cannot read: qemu-img takes much more for lost then.)
+#[test]
+fn what_a_server_cannot_read_is_salvaged() {
+    let dir = TempDir::new();
+    let mut lost = raw(dir.root(), "base.raw");
+    qemu_img(
+        dir.root(),
+        &["convert", "-O", "qcow2", "base.raw", "a.qcow2"],
+    );
+    // Of the image, a sector within its first cluster of data.
+    let mut servers = Vec::new();
+    for (name, sectors) in [("base.raw", [2053, 4000]), ("a.qcow2", [641, 641])] {
+        let errors = sectors.map(|sector| format!("event=none,iotype=read,sector={sector}"));
+        let errors = errors.iter().enumerate().flat_map(|(n, error)| {
+            let options = error.split(',');
+            options.map(move |option| format!("inject-error.{n}.{option}"))
+        });
+        let errors: Vec<String> = errors.collect();
+        let errors = errors.join(",");
+        let node = format!("driver=blkdebug,image.driver=file,image.filename={name},{errors}");
+        let args = ["-r", "--image-opts", &node];
+        servers.push(qemu_nbd(dir.root(), name, &args));
+    }
+    let name = |image: &str| {
+        let socket = dir.path(format!("{image}.qemu-nbd"));
+        qemu::nbd_unix_uri(socket).replace(":///", ":///disk")
+    };
+    let base = name("base.raw");
+    let text = refused(
+        dir.root(),
+        &["convert", "-f", "raw", "-O", "raw", &base, "x"],
+    );
+    assert_eq!(text.matches("base.raw.qemu-nbd").count(), 1, "{text}");
+    assert!(!dir.path("x").exists());
+    let salvage = [
+        "convert",
+        "-m",
+        "1",
+        "--salvage",
+        "--json",
+        "-O",
+        "raw",
+        "-f",
+    ];
+    let told = good(dir.root(), &[&salvage[..], &["raw", &base, "x"]].concat());
+    assert_eq!(json(&told)["unreadable-bytes"], 1024, "{told}");
+    let told = good(
+        dir.root(),
+        &[&salvage[..], &["qcow2", &name("a.qcow2"), "y"]].concat(),
+    );
+    assert_eq!(json(&told)["unreadable-bytes"], 512, "{told}");
+    let whole = lost.clone();
+    for sector in [2053, 4000] {
+        lost[sector * 512..][..512].fill(0);
+    }
+    assert!(fs::read(dir.path("x")).unwrap() == lost);
+    let differ = fs::read(dir.path("y")).unwrap();
+    let differ = differ.chunks(512).zip(whole.chunks(512));
+    assert_eq!(differ.filter(|(a, b)| a != b).count(), 1);
+}
+
+/// A server that ends and is there again is waited for, by those who asked for that.
+#[test]
+fn a_copy_goes_on_when_its_server_is_back() {
+    let dir = TempDir::new();
+    raw(dir.root(), "base.raw");
+    let args = ["-f", "raw", "base.raw"];
+    let server = qemu_nbd(dir.root(), "s", &args);
+    let node = "driver=nbd,server.type=unix,server.path=s.qemu-nbd,export=disk,reconnect-delay=100";
+    let mut copy = Command::new(binary());
+    copy.current_dir(dir.root())
+        .args(["convert", "-q", "-r", "4M", "--image-opts"]);
+    let mut copy = copy.args([node, "-O", "raw", "copy"]).spawn().unwrap();
+    // Something has been copied: it is in the middle.
+    let part = dir.path(format!(".copy.{}.part", copy.id()));
+    while fs::metadata(&part).map_or(0, |part| std::os::unix::fs::MetadataExt::blocks(&part)) == 0 {
+        assert!(copy.try_wait().unwrap().is_none(), "it has ended already");
+        thread::sleep(Duration::from_millis(5));
+    }
+    drop(server);
+    fs::remove_file(dir.path("s.qemu-nbd")).unwrap();
+    let _server = qemu_nbd(dir.root(), "s", &args);
+    assert!(copy.wait().unwrap().success());
+    qemu::compare("raw", dir.path("base.raw"), "raw", dir.path("copy"));
+}
+
+/// Many a server takes one client: an export that is named twice is opened once.
+#[test]
+fn an_overlay_is_rebased_onto_the_export_below_it() {
+    let dir = TempDir::new();
+    raw(dir.root(), "base.raw");
+    let socket = dir.path("one");
+    let mut command = Command::new("qemu-nbd");
+    command.args(["-t", "-e", "1", "-f", "raw", "-x", "disk", "-k"]);
+    let _server = peer(command.arg(&socket).arg(dir.path("base.raw")), &socket);
+    let name = qemu::nbd_unix_uri(&socket).replace(":///", ":///disk");
+    good(
+        dir.root(),
+        &[
+            "create", "-q", "-f", "qcow2", "-b", &name, "-F", "raw", "top",
+        ],
+    );
+    let drop_in = ["qemu-img", "rebase", "-b", &name, "-F", "raw", "top"];
+    good(dir.root(), &drop_in);
+}

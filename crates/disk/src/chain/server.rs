@@ -64,6 +64,6 @@ pub fn open_export(
 }
 
 fn connect(uri: &Uri, options: &io::OpenOptions, server: &nbd::Options) -> Result<Arc<File>> {
-    let client = Arc::new(Client::connect(uri, server)?);
+    let client = Client::shared(uri, server)?;
     File::remote(&uri.to_string(), client, options)
 }

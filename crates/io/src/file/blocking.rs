@@ -2,7 +2,7 @@
 
 use super::{File, FileKind, Lacks};
 use crate::{gate::ExclusiveGuard, gate::SharedGuard, memory::AlignedBuf, sys};
-use block::{Error, ErrorKind, align_down, align_up};
+use block::{Error, ErrorKind, RangeKind, align_down, align_up};
 use rustix::{
     fs::{FallocateFlags, SeekFrom},
     io::Errno,
@@ -479,14 +479,23 @@ impl File {
     }
 
     /// End of the data or hole that begins at `offset` (less than `len`), and which it is.
-    pub(crate) fn sparse_run(&self, offset: u64, len: u64) -> io::Result<(u64, bool)> {
-        if let Some(sim) = &self.sim {
-            return Ok(sim.sparse_run(offset, len));
-        }
+    pub(crate) fn sparse_run(&self, offset: u64, len: u64) -> io::Result<(u64, RangeKind)> {
         if let Some(remote) = self.at_server() {
-            let (end, zero) = remote.run(offset, len - offset)?;
-            return Ok((end, !zero));
+            return Ok(remote.run(offset, len - offset)?);
         }
+        let (end, data) = match &self.sim {
+            Some(sim) => sim.sparse_run(offset, len),
+            None => self.seek_run(offset, len)?,
+        };
+        let kind = match data {
+            true => RangeKind::Data,
+            false => RangeKind::Hole,
+        };
+        Ok((end, kind))
+    }
+
+    /// The same of a file of the host, and whether it is data.
+    fn seek_run(&self, offset: u64, len: u64) -> io::Result<(u64, bool)> {
         match rustix::fs::seek(&self.fd, SeekFrom::Data(offset)) {
             Ok(data) if data > offset => return Ok((data.min(len), false)),
             Ok(_) => {}

@@ -1,7 +1,7 @@
 //! A disk that is no file of this host, as a [`File`]: a server has it.
 
 use super::{Alignment, File, FileKind, OpenOptions};
-use block::{Error, ErrorKind, Result};
+use block::{Error, ErrorKind, RangeKind, Result};
 use std::{fmt, path::PathBuf, sync::Arc};
 
 /// A disk of a fixed size that is reached by calls, which block. Any number of threads may make them at a time. Offsets and
@@ -40,9 +40,8 @@ pub trait Remote: Send + Sync + fmt::Debug {
     /// The range is not needed.
     fn discard(&self, offset: u64, len: u64) -> Result<()>;
 
-    /// The end of what begins at `offset` and is one kind, at most `len` bytes further, and whether it is known to read
-    /// as zeros.
-    fn run(&self, offset: u64, len: u64) -> Result<(u64, bool)>;
+    /// The end of what begins at `offset` and is one kind, at most `len` bytes further, and which.
+    fn run(&self, offset: u64, len: u64) -> Result<(u64, RangeKind)>;
 }
 
 impl File {

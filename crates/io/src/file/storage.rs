@@ -1,7 +1,7 @@
 //! [`block::Storage`] on a [`File`].
 
 use super::{File, GateHeld};
-use block::{Context, Error, Range, RangeKind, Result, Storage, Zeroed};
+use block::{Context, Error, Range, Result, Storage, Zeroed};
 use std::os::fd::{AsFd, BorrowedFd};
 
 impl File {
@@ -81,17 +81,13 @@ impl Storage for File {
         if offset >= len {
             return Ok(None);
         }
-        let (end, data) = self
+        let (end, kind) = self
             .sparse_run(offset, len)
             .context(|| self.at("mapping", offset, len - offset))?;
         Ok(Some(Range {
             offset,
             len: end - offset,
-            kind: if data {
-                RangeKind::Data
-            } else {
-                RangeKind::Hole
-            },
+            kind,
         }))
     }
 

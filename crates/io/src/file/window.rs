@@ -1,7 +1,7 @@
 //! A part of a file, for reading, as a [`File`] of its own: an image that lies in an archive.
 
 use super::{File, FileKind, OpenOptions, Remote};
-use block::{Error, Result, Storage};
+use block::{Error, RangeKind, Result, Storage};
 use std::sync::Arc;
 
 /// The `size` bytes of `file` from `offset` on.
@@ -89,14 +89,15 @@ impl Remote for Window {
         read_only()
     }
 
-    fn run(&self, offset: u64, len: u64) -> Result<(u64, bool)> {
+    fn run(&self, offset: u64, len: u64) -> Result<(u64, RangeKind)> {
         let found = self.file.range_at(self.offset + offset)?;
-        let (run, hole) = found.map_or((len, false), |range| {
-            (range.len, range.kind == block::RangeKind::Hole)
-        });
+        let (run, kind) = found.map_or((len, RangeKind::Data), |range| (range.len, range.kind));
         // A hole of a file reads as zeros; one of a device need not.
-        let zero = hole && self.file.kind() == FileKind::Regular;
-        Ok((offset + run.clamp(1, len), zero))
+        let kind = match self.file.kind() {
+            FileKind::Regular => kind,
+            _ => RangeKind::Data,
+        };
+        Ok((offset + run.clamp(1, len), kind))
     }
 }
 
@@ -124,7 +125,7 @@ mod tests {
         assert_eq!(read, bytes[3910..4010]);
         assert!(window.read_at(3901, &mut read).is_err());
         let range = window.range_at(1).unwrap().unwrap();
-        assert_eq!((range.len, range.kind), (3999, block::RangeKind::Data));
+        assert_eq!((range.len, range.kind), (3999, RangeKind::Data));
         let rest = File::window(Arc::clone(&file), 4990, None).unwrap();
         assert_eq!(rest.len().unwrap(), 10);
         for (offset, size) in [(1, 5000), (u64::MAX, 2), (5001, 0)] {

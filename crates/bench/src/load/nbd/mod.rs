@@ -77,6 +77,7 @@ pub(crate) fn uri(text: &str) -> Result<Uri> {
         Some(path) => Ok(Uri {
             server: Server::Unix(path.into()),
             export: String::new(),
+            context: None,
         }),
         None => Uri::parse(text),
     }
