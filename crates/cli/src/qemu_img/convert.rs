@@ -3,7 +3,7 @@
 use super::create_options::Said;
 use super::line;
 use super::open::{self, How, Name};
-use super::progress::Progress;
+use super::progress::{Progress, Steps};
 use super::spec::Shown;
 use super::{create, create_options};
 use crate::open::Access;
@@ -12,6 +12,7 @@ use crate::secret::Objects;
 use crate::{print, signals};
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
+use disk::blocking::Driver;
 use disk::chain::Chain;
 use image::{Format, qcow2};
 use io::Cache;
@@ -126,8 +127,23 @@ pub struct Copy<'a> {
     pub compress: bool,
     /// Bytes in a second.
     pub rate: Option<u64>,
-    /// Show how far it is.
-    pub progress: bool,
+    /// Show how far it is: the source once more.
+    pub progress: Option<Source<'a>>,
+}
+
+/// A copy that was not made.
+#[derive(Debug)]
+pub struct Failed {
+    /// Why.
+    pub why: anyhow::Error,
+    /// What was written of it is no image that can be opened.
+    torn: bool,
+}
+
+impl From<anyhow::Error> for Failed {
+    fn from(why: anyhow::Error) -> Self {
+        Self { why, torn: false }
+    }
 }
 
 /// Copies a disk.
@@ -211,13 +227,23 @@ pub fn run(args: &Convert) -> Result<u8> {
         image_opts: args.target_image_opts,
         compress: args.compress,
         rate: numbers.rate,
-        progress: args.shown.progress(),
+        progress: match args.shown.progress() {
+            true => Some(Source::join(&chains.iter().collect::<Vec<_>>())?),
+            false => None,
+        },
     };
-    let packs = |options: &Options| args.compress || options.packs_always(format);
-    match options.filter(packs) {
-        Some(options) => compressed(copy, &options)?,
-        None => copy.run(&entries, &args.objects)?,
+    let packs = |options: &&Options| args.compress || options.packs_always(format);
+    let copied = match options.as_ref().filter(packs) {
+        Some(options) => compressed(copy, options),
+        None => copy.run(&entries, &args.objects),
+    };
+    if let (Err(Failed { why, torn: true }), Some(options)) = (&copied, &options) {
+        // As qemu-img's, what is left can be opened. What matters is why: this may fail for the same reason.
+        if create::write(file, format, options).is_err() {
+            bail!("{why}\nqemu-img: '{file}' is no image now: remove it");
+        }
     }
+    copied.map_err(|failed| failed.why)?;
     let name = Name {
         text: file,
         format: Some(format.qemu_name()).filter(|_| !args.target_image_opts),
@@ -546,7 +572,27 @@ pub fn reads_as_zeros(file: &str, format: Format) -> bool {
 
 impl Copy<'_> {
     /// Copies into the image, which is there, and is to get the `bitmaps` afterwards.
-    pub fn run(self, bitmaps: &[qcow2::bitmap::Entry], objects: &Objects) -> Result<()> {
+    pub fn run(self, bitmaps: &[qcow2::bitmap::Entry], objects: &Objects) -> Result<(), Failed> {
+        let (chain, mut driver) = self.open(bitmaps, objects)?;
+        let cluster_size = open::active(&chain)?.image.describe().cluster_size;
+        // Zeros that are not written would show what the backing file has.
+        let blank = self.blank && (self.options.base.is_some() || chain.layers.len() < 2);
+        let target = Target::Image {
+            driver: &mut driver,
+            blank,
+            cluster_size,
+            resume: false,
+            packs: self.compress,
+        };
+        let copied = work(self.source, target, &self.options, self.rate, self.progress);
+        // What was written stays, as in QEMU, and the image is a sound one.
+        let closed = driver.close().map_err(anyhow::Error::from);
+        let torn = closed.is_err();
+        copied.and(closed).map_err(|why| Failed { why, torn })
+    }
+
+    /// Opens the target, which must be fit for it.
+    fn open(&self, bitmaps: &[qcow2::bitmap::Entry], objects: &Objects) -> Result<(Chain, Driver)> {
         let name = Name {
             text: self.file,
             format: Some(self.format.qemu_name()).filter(|_| !self.image_opts),
@@ -562,39 +608,31 @@ impl Copy<'_> {
         if self.compress && open::active(&chain)?.format != Format::Qcow2 {
             bail!("Compression not supported for this file format");
         }
-        let mut driver = chain.driver()?;
-        let cluster_size = open::active(&chain)?.image.describe().cluster_size;
-        // Zeros that are not written would show what the backing file has.
-        let blank = self.blank && (self.options.base.is_some() || chain.layers.len() < 2);
-        let target = Target::Image {
-            driver: &mut driver,
-            blank,
-            cluster_size,
-            resume: false,
-            packs: self.compress,
-        };
-        let copied = work(self.source, target, &self.options, self.rate, self.progress);
-        // What was written stays, as in QEMU, and the image is a sound one.
-        let closed = driver.close();
-        copied?;
-        Ok(closed?)
+        let driver = chain.driver()?;
+        Ok((chain, driver))
     }
 }
 
 /// Copies into a new image with compressed clusters.
-fn compressed(copy: Copy<'_>, options: &Options) -> Result<()> {
+fn compressed(copy: Copy<'_>, options: &Options) -> Result<(), Failed> {
     // Before the target is touched.
+    refuse_to_pack(options)?;
+    let torn = |why| Failed { why, torn: true };
+    let file = crate::create::emptied(create::path(copy.file), copy.how.cache)?;
+    let writer = options.sequential(copy.format, &*file);
+    let writer = writer.map_err(|error| torn(error.into()))?;
+    let target = Target::Compressed { writer };
+    work(copy.source, target, &copy.options, copy.rate, copy.progress).map_err(torn)
+}
+
+fn refuse_to_pack(options: &Options) -> Result<()> {
     if options.preallocation != Preallocation::Off {
         bail!("Compression and preallocation not supported at the same time");
     }
     if let Some(name) = &options.qcow2.data_file {
         bail!("Compression and an external data file ({name}) not supported at the same time");
     }
-    let file = crate::create::emptied(create::path(copy.file), copy.how.cache)?;
-    let target = Target::Compressed {
-        writer: options.sequential(copy.format, &*file)?,
-    };
-    work(copy.source, target, &copy.options, copy.rate, copy.progress)
+    Ok(())
 }
 
 fn work(
@@ -602,11 +640,15 @@ fn work(
     target: Target<'_>,
     options: &ConvertOptions<'_>,
     rate: Option<u64>,
-    shown: bool,
+    shown: Option<Source<'_>>,
 ) -> Result<()> {
     let stop = signals::stop_on_signals()?;
-    let mut progress = Progress::new(source.size(), shown);
-    let mut tell = |done| progress.set(done);
+    let mut steps = shown.map(Steps::new).transpose()?;
+    let mut progress = Progress::new(source.size(), steps.is_some());
+    let mut tell = |done| match &mut steps {
+        Some(steps) => steps.reached(done, &mut progress),
+        None => progress.set(done),
+    };
     let mut work = Work::new(stop, &mut tell);
     work.rate = rate;
     let report = convert(source, target, options, &mut work)?;

@@ -83,8 +83,9 @@ pub fn run(args: &Dd) -> Result<u8> {
         image_opts: false,
         compress: false,
         rate: None,
-        progress: false,
+        progress: None,
     };
-    copy.run(&[], &args.spec.objects)?;
+    copy.run(&[], &args.spec.objects)
+        .map_err(|failed| failed.why)?;
     Ok(0)
 }

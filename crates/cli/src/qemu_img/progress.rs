@@ -1,9 +1,68 @@
 //! How far a command is, with `-p`, or once for each SIGUSR1 on stderr: as qemu-img writes it.
 
+use anyhow::Result;
 use std::io::Write as _;
+use tool::source::Source;
 
 /// Percent between two lines.
 const STEP: f64 = 1.0;
+/// Bytes of data after which there may be a line.
+const CHUNK_BYTES: u64 = 2 << 20;
+
+/// How far a copy is, as qemu-img counts: of the source's data, in the pieces that it would copy.
+#[derive(Debug)]
+pub struct Steps<'a> {
+    source: Source<'a>,
+    /// Up to here the data are counted.
+    at: u64,
+    done: u64,
+    total: u64,
+}
+
+impl<'a> Steps<'a> {
+    /// Counts the data of `source`, whose map is looked through for that.
+    ///
+    /// # Errors
+    ///
+    /// What reading its tables fails with.
+    pub fn new(mut source: Source<'a>) -> Result<Self> {
+        let (mut at, mut total) = (0, 0);
+        while at < source.size() {
+            let run = source.run(at, source.size() - at)?;
+            at += run.len;
+            total += if run.zero { 0 } else { run.len };
+        }
+        Ok(Self {
+            source,
+            at: 0,
+            done: 0,
+            total,
+        })
+    }
+
+    /// All before `end` is copied: tells `progress` of each piece.
+    pub fn reached(&mut self, end: u64, progress: &mut Progress) {
+        while self.at < end {
+            let left = self.source.size() - self.at;
+            // Whoever copies finds out why it cannot be read.
+            let Ok(run) = self.source.run(self.at, left) else {
+                return;
+            };
+            let len = match run.zero {
+                true => run.len,
+                false => run.len.min(CHUNK_BYTES),
+            };
+            if self.at + len > end {
+                return;
+            }
+            self.at += len;
+            if !run.zero {
+                self.done += len;
+                progress.percent(self.done as f64 * 100.0 / self.total.max(1) as f64);
+            }
+        }
+    }
+}
 
 /// Writes `    (12.34/100%)` over itself.
 #[derive(Debug)]
@@ -31,10 +90,15 @@ impl Progress {
             0 => 100.0,
             bytes => done.min(bytes) as f64 * 100.0 / bytes as f64,
         };
+        self.percent(percent);
+    }
+
+    fn percent(&mut self, percent: f64) {
         if crate::signals::progress_wanted() {
             eprintln!("    ({percent:.2}/100%)");
         }
-        if self.shown.is_none_or(|shown| percent - shown >= STEP) {
+        // All is shown, also where that was shown before.
+        if percent >= 100.0 || self.shown.is_none_or(|shown| percent - shown > STEP) {
             self.show(percent);
         }
     }
