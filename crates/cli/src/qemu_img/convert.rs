@@ -3,7 +3,7 @@
 use super::create_options::Said;
 use super::line;
 use super::open::{self, How, Name};
-use super::progress::{Progress, Steps};
+use super::progress::{CHUNK_BYTES, Progress, Steps};
 use super::spec::Shown;
 use super::{create, create_options};
 use crate::open::Access;
@@ -127,8 +127,8 @@ pub struct Copy<'a> {
     pub compress: bool,
     /// Bytes in a second.
     pub rate: Option<u64>,
-    /// Show how far it is: the source once more.
-    pub progress: Option<Source<'a>>,
+    /// Show how far it is.
+    pub progress: Option<Steps<'a>>,
 }
 
 /// A copy that was not made.
@@ -228,7 +228,14 @@ pub fn run(args: &Convert) -> Result<u8> {
         compress: args.compress,
         rate: numbers.rate,
         progress: match args.shown.progress() {
-            true => Some(Source::join(&chains.iter().collect::<Vec<_>>())?),
+            true => {
+                let chunk = match &options {
+                    Some(options) if args.compress => options.qcow2.cluster_size,
+                    _ => CHUNK_BYTES,
+                };
+                let source = Source::join(&chains.iter().collect::<Vec<_>>())?;
+                Some(Steps::new(source, chunk, numbers.sparse == 0)?)
+            }
             false => None,
         },
     };
@@ -640,10 +647,9 @@ fn work(
     target: Target<'_>,
     options: &ConvertOptions<'_>,
     rate: Option<u64>,
-    shown: Option<Source<'_>>,
+    mut steps: Option<Steps<'_>>,
 ) -> Result<()> {
     let stop = signals::stop_on_signals()?;
-    let mut steps = shown.map(Steps::new).transpose()?;
     let mut progress = Progress::new(source.size(), steps.is_some());
     let mut tell = |done| match &mut steps {
         Some(steps) => steps.reached(done, &mut progress),

@@ -6,13 +6,17 @@ use tool::source::Source;
 
 /// Percent between two lines.
 const STEP: f64 = 1.0;
-/// Bytes of data after which there may be a line.
-const CHUNK_BYTES: u64 = 2 << 20;
+/// Bytes that qemu-img copies at once.
+pub const CHUNK_BYTES: u64 = 2 << 20;
 
 /// How far a copy is, as qemu-img counts: of the source's data, in the pieces that it would copy.
 #[derive(Debug)]
 pub struct Steps<'a> {
     source: Source<'a>,
+    /// Bytes of a piece at most.
+    chunk: u64,
+    /// Zeros are written, too.
+    zeros: bool,
     /// Up to here the data are counted.
     at: u64,
     done: u64,
@@ -20,20 +24,23 @@ pub struct Steps<'a> {
 }
 
 impl<'a> Steps<'a> {
-    /// Counts the data of `source`, whose map is looked through for that.
+    /// Counts the data of `source`, whose map is looked through for that, and with `zeros` the zeros. A piece has `chunk`
+    /// bytes at most.
     ///
     /// # Errors
     ///
     /// What reading its tables fails with.
-    pub fn new(mut source: Source<'a>) -> Result<Self> {
+    pub fn new(mut source: Source<'a>, chunk: u64, zeros: bool) -> Result<Self> {
         let (mut at, mut total) = (0, 0);
         while at < source.size() {
             let run = source.run(at, source.size() - at)?;
             at += run.len;
-            total += if run.zero { 0 } else { run.len };
+            total += if run.zero && !zeros { 0 } else { run.len };
         }
         Ok(Self {
             source,
+            chunk,
+            zeros,
             at: 0,
             done: 0,
             total,
@@ -48,15 +55,16 @@ impl<'a> Steps<'a> {
             let Ok(run) = self.source.run(self.at, left) else {
                 return;
             };
-            let len = match run.zero {
-                true => run.len,
-                false => run.len.min(CHUNK_BYTES),
+            let counts = !run.zero || self.zeros;
+            let len = match counts {
+                true => run.len.min(self.chunk),
+                false => run.len,
             };
             if self.at + len > end {
                 return;
             }
             self.at += len;
-            if !run.zero {
+            if counts {
                 self.done += len;
                 progress.percent(self.done as f64 * 100.0 / self.total.max(1) as f64);
             }

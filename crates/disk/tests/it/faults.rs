@@ -208,10 +208,10 @@ fn run(seed: u64, backing: bool, fails_at: u64, model: &mut Model) -> (Vec<u8>, 
         assert!(error.to_string().contains("injected"), "close: {error}");
     }
     if file.failed.lock().unwrap().is_some() && before_close > fails_at {
-        // Holes may be missing without anybody being told; nothing else.
+        // Holes may be missing without anybody being told, and where there is not so much room less may do; nothing else.
         let what = file.failed.lock().unwrap().unwrap();
         assert!(
-            failures == 1 || what == "write_zeroes",
+            failures == 1 || matches!(what, "write_zeroes" | "allocate"),
             "{what} was swallowed"
         );
     }
