@@ -282,7 +282,7 @@ mod tests {
     #[test]
     fn all_of_an_entry_is_kept() {
         let mut snapshots = Vec::new();
-        for (n, extra) in [16, 24, 40, 1024].into_iter().enumerate() {
+        for (n, extra) in [24, 32, 40, 1024].into_iter().enumerate() {
             snapshots.push(Snapshot {
                 l1_offset: 0x3_0000,
                 l1_size: 7,
@@ -300,7 +300,7 @@ mod tests {
         assert_eq!(read_back, snapshots);
         assert_eq!(len.next_multiple_of(8), table.len() as u64);
         assert_eq!(snapshots[2].vm_state_size(), 0x0001_0203_0405_0607);
-        assert_eq!(snapshots[0].icount(), None);
+        assert_eq!(snapshots[0].icount(), Some(0x1011_1213_1415_1617));
         assert_eq!(snapshots[3].number(), 3);
     }
 
@@ -314,6 +314,7 @@ mod tests {
         let (new, _) = read(&file(&table), &header(1)).unwrap();
         assert_eq!(new[0].vm_state_size(), 77);
         assert_eq!(new[0].disk_size(), Some(8192));
+        assert_eq!((new[0].icount(), new[0].extra.len()), (None, 24));
         old.extra = new[0].extra.clone();
         assert_eq!(new[0], old);
     }
