@@ -37,7 +37,7 @@ pub enum Metric {
     ElapsedS,
     /// CPU that a command used, seconds of user and system time.
     CpuS,
-    /// Most memory that a command had resident at a time (`VmHWM`), MiB.
+    /// Most memory that a command, or a server since it was started, had resident at a time (`VmHWM`), MiB.
     PeakMib,
     /// 10^6 bytes read and written per second.
     MbS,
@@ -57,12 +57,23 @@ pub enum Metric {
     CpuSystemUs,
     /// CPU of the load's generator, microseconds per read or write.
     ClientCpuUs,
+    /// [`Metric::ClientCpuUs`] in user mode.
+    ClientUserUs,
+    /// [`Metric::ClientCpuUs`] in the kernel.
+    ClientSystemUs,
     /// Server CPU in percent of a core, for each MB/s.
     CpuPercentPerMb,
     /// Server CPU in percent of a core.
     CpuPercent,
     /// Context switches of the server per request.
     Switches,
+    /// System calls of the server per request, counted in a short load of its own after the one that is timed; absent where
+    /// the kernel does not let them be counted.
+    Syscalls,
+    /// Page faults of the server per request.
+    PageFaults,
+    /// Those of them that waited for a device.
+    MajorFaults,
     /// KiB of a read at the block device, on average.
     DeviceReadKib,
     /// KiB of a write at the block device, on average.
@@ -75,6 +86,12 @@ pub enum Metric {
     Interrupts,
     /// Pages per second that came from another node than wished (`numa_miss`); absent where there is one node.
     NumaMisses,
+    /// Pages per second that other nodes got here for want of their own (`numa_foreign`); likewise.
+    NumaForeign,
+    /// Pages per second that a process got on a node on which it does not run (`numa_other`); likewise.
+    NumaOther,
+    /// Pages per second that the kernel moved from node to node (`numa_pages_migrated`); likewise.
+    NumaMigrated,
     /// CPU that the hypervisor gave to others, percent of a core.
     StealPercent,
     /// Processes that ran or waited to, when the sample began (`/proc/loadavg`, the last minute).
@@ -108,15 +125,23 @@ impl Metric {
             Self::CpuUserUs => "CPU user µs/IO",
             Self::CpuSystemUs => "CPU system µs/IO",
             Self::ClientCpuUs => "client CPU µs/IO",
+            Self::ClientUserUs => "client user µs/IO",
+            Self::ClientSystemUs => "client system µs/IO",
             Self::CpuPercentPerMb => "CPU % per MB/s",
             Self::CpuPercent => "CPU %",
             Self::Switches => "context switches/IO",
+            Self::Syscalls => "system calls/IO",
+            Self::PageFaults => "page faults/IO",
+            Self::MajorFaults => "major faults/IO",
             Self::DeviceReadKib => "device read KiB",
             Self::DeviceWriteKib => "device write KiB",
             Self::DeviceMergedPercent => "device merged %",
             Self::DeviceBusyPercent => "device busy %",
             Self::Interrupts => "interrupts/IO",
             Self::NumaMisses => "NUMA misses/s",
+            Self::NumaForeign => "NUMA foreign/s",
+            Self::NumaOther => "NUMA other/s",
+            Self::NumaMigrated => "NUMA migrated/s",
             Self::StealPercent => "stolen CPU %",
             Self::LoadAverage => "load average",
         }
@@ -143,6 +168,9 @@ impl Metric {
                 | Self::StealPercent
                 | Self::LoadAverage
                 | Self::NumaMisses
+                | Self::NumaForeign
+                | Self::NumaOther
+                | Self::NumaMigrated
                 | Self::Interrupts
                 | Self::CpuPercent
         )

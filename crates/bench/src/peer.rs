@@ -105,8 +105,8 @@ pub(crate) struct Running {
     pub targets: Vec<Target>,
     /// How it was started.
     pub command: Vec<String>,
-    /// The statistics that a stopped diskplane prints.
-    pub has_statistics: bool,
+    /// The control socket of a diskplane, which prints its statistics when it is stopped.
+    pub control: Option<PathBuf>,
     /// It is killed at the end: SPDK's target waits for seconds for a session that its client has left.
     killed: bool,
 }
@@ -125,6 +125,11 @@ pub struct Seen {
 }
 
 impl Running {
+    /// Where the load of disk `n` looks for the times of stages: the first one's asks for all disks.
+    pub(crate) fn control_of(&self, n: u64) -> Option<PathBuf> {
+        self.control.clone().filter(|_| n == 0)
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.process.pid()
     }
@@ -194,11 +199,12 @@ pub(crate) fn start(programs: &Programs, work: &Path, setup: &Setup<'_>) -> Resu
     for socket in &sockets {
         let _ = fs::remove_file(socket);
     }
-    let ready = work.join("ready.pid");
+    let (ready, control) = (work.join("ready.pid"), work.join("control"));
     let _ = fs::remove_file(&ready);
+    let _ = fs::remove_file(&control);
     let (name, mut command) = match setup.server {
         Server::Diskplane | Server::DiskplaneUntraced | Server::DiskplaneNbd => {
-            ("diskplane", diskplane(programs, setup, &sockets)?)
+            ("diskplane", diskplane(programs, setup, &sockets, &control)?)
         }
         Server::Qsd => ("qemu-storage-daemon", qsd(setup, &sockets, &ready)),
         Server::QemuNbd => ("qemu-nbd", qemu_nbd(setup, &sockets, &ready)?),
@@ -223,7 +229,7 @@ pub(crate) fn start(programs: &Programs, work: &Path, setup: &Setup<'_>) -> Resu
     Ok(Running {
         targets: targets.collect(),
         command: words(&command),
-        has_statistics: setup.server.is_ours(),
+        control: setup.server.is_ours().then_some(control),
         killed: setup.server == Server::Spdk,
         process,
     })
@@ -249,9 +255,15 @@ fn joined(parts: &[&dyn AsRef<OsStr>]) -> OsString {
     all
 }
 
-fn diskplane(programs: &Programs, setup: &Setup<'_>, sockets: &[PathBuf]) -> Result<Command> {
+fn diskplane(
+    programs: &Programs,
+    setup: &Setup<'_>,
+    sockets: &[PathBuf],
+    control: &Path,
+) -> Result<Command> {
     let mut command = Command::new(&programs.diskplane);
     command.arg("serve").arg("--stats=json");
+    command.arg("--control").arg(control);
     let nbd = setup.server == Server::DiskplaneNbd;
     match (setup.files, sockets) {
         ([_, _, ..], _) => {

@@ -4,17 +4,19 @@ use crate::{
     load::{self, Histogram, Pattern, Report, Spec, Target, timeline},
     metric::{Metric, Metrics},
     peer::{Running, Seen},
-    record::{Sample, Stages},
+    record::Sample,
 };
-use block::{Context, Error, ErrorKind, Result};
+use block::{Error, ErrorKind, Result};
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
-    fs,
-    path::PathBuf,
     thread::{self, ScopedJoinHandle},
     time::Duration,
 };
+use trace::Totals;
+
+/// How long system calls are counted.
+const COUNTED: Duration = Duration::from_millis(150);
 
 /// How long filling a file may take before it is called stuck.
 const FILL_LIMIT: Duration = Duration::from_secs(900);
@@ -25,6 +27,8 @@ pub(crate) struct Measured {
     pub metrics: Metrics,
     pub latency: Histogram,
     pub timeline: timeline::Stored,
+    /// What requests spent in the server's stages, by operation.
+    pub stages: BTreeMap<String, Totals>,
     /// The reports, for the record.
     pub reports: Value,
 }
@@ -89,20 +93,18 @@ pub(crate) fn finish(running: Running, seen: Seen, measured: Result<Measured>) -
         Err(error) => return Err(running.failed(&error)),
     };
     let detail = json!({ "command": running.command, "reports": measured.reports });
-    let has_statistics = running.has_statistics;
+    let has_statistics = running.control.is_some();
     let words = running.stop()?;
-    let mut stages = BTreeMap::new();
     if has_statistics {
         let ratio = barriers_per_flush(&words).map(|ratio| (Metric::BarriersPerFlush, ratio));
         measured.metrics.extend(ratio);
-        stages = self::stages(&words);
     }
     Ok(Sample {
         metrics: measured.metrics,
         seen: Some(seen),
         latency: measured.latency,
         timeline: measured.timeline,
-        stages,
+        stages: measured.stages,
         detail,
         ..Sample::default()
     })
@@ -112,7 +114,7 @@ pub(crate) fn finish(running: Running, seen: Seen, measured: Result<Measured>) -
 ///
 /// # Errors
 ///
-/// Requests failed, none ended, the server is gone.
+/// Requests failed, or none ended.
 pub(crate) fn figures(reports: &[Report], pids: &[u32]) -> Result<Measured> {
     let errors: u64 = reports.iter().map(|r| r.errors).sum();
     if errors > 0 {
@@ -137,12 +139,18 @@ pub(crate) fn figures(reports: &[Report], pids: &[u32]) -> Result<Measured> {
         (Metric::MaxUs, mean(|r| r.latency.max_us)),
         (Metric::MbS, reports.iter().map(|r| r.mb_s).sum()),
     ]);
-    if !pids.is_empty() {
-        let all: Result<Vec<f64>> = pids.iter().map(|pid| anonymous_mib(*pid)).collect();
-        metrics.insert(Metric::MemoryMib, all?.iter().sum());
-    }
     // Each report divides its process's time by its own requests: all the same one's, or each another one's.
-    let processes = pids.len().max(1) as f64;
+    let processes = pids.len().max(1);
+    let memory = |of: fn(&Report) -> Option<u64>| {
+        let each: Vec<u64> = reports.iter().filter_map(of).take(processes).collect();
+        (!each.is_empty()).then(|| mib(each.iter().sum()))
+    };
+    let memory = [
+        (Metric::MemoryMib, memory(|r| r.server_anonymous_bytes)),
+        (Metric::PeakMib, memory(|r| r.server_peak_bytes)),
+    ];
+    metrics.extend(memory.into_iter().filter_map(|(m, v)| Some((m, v?))));
+    let processes = processes as f64;
     let shared = |of: fn(&Report) -> Option<f64>| {
         let rates: Vec<f64> = reports
             .iter()
@@ -155,20 +163,34 @@ pub(crate) fn figures(reports: &[Report], pids: &[u32]) -> Result<Measured> {
         (Metric::CpuUs, shared(|r| r.server_cpu_us_per_io)),
         (Metric::CpuUserUs, shared(|r| r.server_user_us_per_io)),
         (Metric::Switches, shared(|r| r.server_switches_per_io)),
+        (Metric::PageFaults, shared(|r| r.server_faults_per_io)),
+        (
+            Metric::MajorFaults,
+            shared(|r| r.server_major_faults_per_io),
+        ),
         (
             Metric::ClientCpuUs,
             shared(|r| Some(r.client_cpu_us_per_io)).map(|us| us / processes),
+        ),
+        (
+            Metric::ClientUserUs,
+            shared(|r| Some(r.client_user_us_per_io)).map(|us| us / processes),
         ),
     ];
     metrics.extend(cpu.into_iter().filter_map(|(m, v)| Some((m, v?))));
     derive(&mut metrics);
     let mut latency = Histogram::default();
+    let mut stages: BTreeMap<String, Totals> = BTreeMap::new();
     for report in reports {
         latency.merge(&report.histogram);
+        for (operation, totals) in &report.stages {
+            stages.entry(operation.clone()).or_default().add(totals);
+        }
     }
     Ok(Measured {
         metrics,
         latency,
+        stages,
         timeline: reports
             .first()
             .map(|r| r.timeline.clone())
@@ -177,33 +199,65 @@ pub(crate) fn figures(reports: &[Report], pids: &[u32]) -> Result<Measured> {
     })
 }
 
+/// Bytes as MiB.
+pub(crate) fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
 /// Adds the figures that follow from others.
 pub(crate) fn derive(metrics: &mut Metrics) {
     let of = |metric: Metric| metrics.get(&metric).copied();
     let percent = of(Metric::CpuUs)
         .zip(of(Metric::Iops))
         .map(|(us, iops)| us * iops / 1e4);
-    let system = of(Metric::CpuUs)
-        .zip(of(Metric::CpuUserUs))
-        .map(|(all, user)| (all - user).max(0.0));
+    let rest = |all: Metric, user: Metric| Some((of(all)? - of(user)?).max(0.0));
+    let system = rest(Metric::CpuUs, Metric::CpuUserUs);
+    let client = rest(Metric::ClientCpuUs, Metric::ClientUserUs);
     let mb_s = of(Metric::MbS).filter(|mb_s| *mb_s > 0.0);
     let per_mb = percent.zip(mb_s).map(|(percent, mb_s)| percent / mb_s);
     let derived = [
         (Metric::CpuPercent, percent),
         (Metric::CpuSystemUs, system),
+        (Metric::ClientSystemUs, client),
         (Metric::CpuPercentPerMb, per_mb),
     ];
     metrics.extend(derived.into_iter().filter_map(|(m, v)| Some((m, v?))));
 }
 
-/// Anonymous memory of a process: the guest's memory is shared and the program's text is a file's, so neither counts.
-pub(crate) fn anonymous_mib(pid: u32) -> Result<f64> {
-    let path = PathBuf::from(format!("/proc/{pid}/status"));
-    let status = fs::read_to_string(&path).context(|| path.display().to_string())?;
-    let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
-    let kib = line.and_then(|l| l.split_whitespace().next()?.parse::<f64>().ok());
-    kib.map(|kib| kib / 1024.0)
-        .ok_or_else(|| Error::new(ErrorKind::Io, format!("{}: no RssAnon", path.display())))
+/// System calls of a server per request, from short loads like `specs`; nothing where the kernel does not let them be counted,
+/// or where loads change what they find.
+///
+/// # Errors
+///
+/// Those of the load.
+pub(crate) fn syscalls(specs: &[Spec]) -> Result<Option<(Metric, f64)>> {
+    if specs.iter().any(|spec| spec.ios_max.is_some()) {
+        return Ok(None);
+    }
+    // Of those that have the same server one counts.
+    let first = |n: usize, pids: &[u32]| specs[..n].iter().all(|spec| spec.server_pids != pids);
+    let counting = specs.iter().cloned().enumerate().map(|(n, spec)| Spec {
+        count_syscalls: first(n, &spec.server_pids),
+        control: None,
+        ramp: Duration::from_millis(20),
+        duration: COUNTED,
+        ..spec
+    });
+    let reports = match run_all(&counting.collect::<Vec<_>>()) {
+        Ok(reports) => reports,
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            tracing::debug!("{error}");
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    let requests = |r: &Report| (r.reads + r.writes + r.flushes) as f64;
+    let all: f64 = reports.iter().map(requests).sum();
+    let calls = reports
+        .iter()
+        .filter_map(|r| Some(r.server_syscalls_per_io? * requests(r)));
+    let calls = calls.reduce(|a, b| a + b).filter(|_| all > 0.0);
+    Ok(calls.map(|calls| (Metric::Syscalls, calls / all)))
 }
 
 /// The statistics that `serve --stats=json` ends with, a disk each.
@@ -223,32 +277,6 @@ fn barriers_per_flush(words: &str) -> Option<f64> {
     Some(statistics["barriers"].as_f64()? / flushes)
 }
 
-/// Mean times of the stages of each operation, from a server's last words: over all disks and the server's whole life,
-/// what ran before the measurement included.
-fn stages(words: &str) -> BTreeMap<String, Stages> {
-    let mut all: BTreeMap<String, Stages> = BTreeMap::new();
-    for statistics in statistics(words) {
-        for operation in statistics["operations"].as_array().into_iter().flatten() {
-            let us = |field: &str| operation[field].as_f64().unwrap_or_default() / 1000.0;
-            let (Some(name), Some(count)) = (
-                operation["operation"].as_str(),
-                operation["count"].as_u64().filter(|count| *count > 0),
-            ) else {
-                continue;
-            };
-            all.entry(name.to_owned()).or_default().add(&Stages {
-                count,
-                map_us: us("map_ns"),
-                submit_us: us("submit_ns"),
-                device_us: us("device_ns"),
-                complete_us: us("complete_ns"),
-                notify_us: us("notify_ns"),
-            });
-        }
-    }
-    all
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -259,15 +287,24 @@ mod tests {
         let report = |iops: f64| Report {
             iops,
             server_cpu_us_per_io: Some(100_000.0 / iops),
+            server_anonymous_bytes: Some(3 << 20),
+            stages: [(
+                "read".to_owned(),
+                Totals {
+                    count: 5,
+                    ..Totals::default()
+                },
+            )]
+            .into(),
             ..Report::default()
         };
         let pid = std::process::id();
-        let metrics = figures(&[report(1000.0), report(3000.0)], &[pid])
-            .unwrap()
-            .metrics;
+        let measured = figures(&[report(1000.0), report(3000.0)], &[pid]).unwrap();
+        let metrics = measured.metrics;
         assert_eq!(metrics[&Metric::Iops], 4000.0);
         assert!((metrics[&Metric::CpuUs] - 25.0).abs() < 1e-9);
-        assert!(metrics[&Metric::MemoryMib] > 0.0);
+        assert_eq!(metrics[&Metric::MemoryMib], 3.0);
+        assert_eq!(measured.stages["read"].count, 10);
         let failed = Report {
             errors: 1,
             ..report(1.0)
@@ -276,6 +313,7 @@ mod tests {
         // Each with a server of its own, of which each used as much.
         let own = figures(&[report(1000.0), report(3000.0)], &[pid, pid]).unwrap();
         assert!((own.metrics[&Metric::CpuUs] - 50.0).abs() < 1e-9);
+        assert_eq!(own.metrics[&Metric::MemoryMib], 6.0);
         assert!(figures(&[failed], &[pid]).is_err());
         assert!(figures(&[Report::default()], &[]).is_err());
     }
@@ -287,21 +325,5 @@ mod tests {
             {\"operation\":\"flush\",\"count\":8}],\"commits\":2,\"barriers\":4}}\n";
         assert_eq!(barriers_per_flush(words), Some(0.5));
         assert_eq!(barriers_per_flush("nothing"), None);
-        assert_eq!(stages(words)["write"].count, 9);
-    }
-
-    #[test]
-    fn stages_of_several_disks_are_weighed_by_their_requests() {
-        let line = |count: u64, ns: u64| {
-            format!(
-                "{{\"disk\":\"x\",\"statistics\":{{\"operations\":[{{\"operation\":\"read\",\
-                 \"count\":{count},\"map_ns\":1000,\"device_ns\":{ns}}}]}}}}\n"
-            )
-        };
-        let all = stages(&[line(1, 100_000), line(3, 20_000), line(0, 1)].concat());
-        let read = &all["read"];
-        assert_eq!((read.count, read.map_us, read.device_us), (4, 1.0, 40.0));
-        assert_eq!(read.total_us(), 41.0);
-        assert!(stages("{\"statistics\": 7}\n").is_empty());
     }
 }

@@ -3,6 +3,7 @@
 use bench::load::{self, Flushes, Pattern, Report, Spec, Target};
 use disk::{Chain, ChainOptions, Disk, DiskOptions};
 use export::{
+    control,
     nbd::{self, Nbd, NbdAddress},
     vhost_user::{self, VhostUser},
     worker::{Worker, WorkerHandle, WorkerOptions},
@@ -219,6 +220,45 @@ fn time_ends_a_load_and_a_ramp_does_not_count() {
         assert!(report.server_cpu_us_per_io.unwrap() > 0.0);
         assert!(report.server_rss_bytes.unwrap() > 0);
     }
+}
+
+/// What the server says of its stages is of the requests that were measured, and of no others.
+#[test]
+fn stages_are_those_of_the_measurement() {
+    let served = serve(false);
+    let told = control::Told {
+        file: "disk.raw".into(),
+        disk: served.disk.clone(),
+    };
+    let socket = served.dir.path("control");
+    let _control = control::Server::start(&socket, vec![told]).unwrap();
+    for target in served.targets() {
+        // Before it.
+        let before = served.counts();
+        load::run(&count(target.clone(), Pattern::RandWrite, 50)).unwrap();
+        served.assert_grown(before, [0, 50, 0]);
+        let spec = Spec {
+            control: Some(socket.clone()),
+            server_pids: vec![std::process::id()],
+            ..count(target, Pattern::RandRead, 500)
+        };
+        let before = served.counts();
+        let report = load::run(&spec).unwrap();
+        served.assert_grown(before, [500, 0, 0]);
+        // The last of them is counted after it was answered.
+        let read = report.stages["read"];
+        assert!((469..=500).contains(&read.count), "{read:?}");
+        assert!(read.sum_ns[trace::Stage::Device] > 0, "{read:?}");
+        assert!(!report.stages.contains_key("write"));
+        assert!(report.server_peak_bytes >= report.server_anonymous_bytes);
+        assert_eq!(report.server_syscalls_per_io, None);
+    }
+    let spec = Spec {
+        control: Some(served.dir.path("vhost")),
+        ..count(served.targets()[0].clone(), Pattern::RandRead, 5)
+    };
+    let error = load::run(&spec).unwrap_err().to_string();
+    assert!(error.contains("control socket"), "{error}");
 }
 
 #[test]

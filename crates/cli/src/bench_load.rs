@@ -3,6 +3,7 @@
 //! With `--json` one object: `spec`, the whole [`Spec`] with its defaults, and `report`, the whole [`Report`].
 
 use crate::{args::bytes, print, table};
+use ::trace::Stage;
 use anyhow::{Result, bail};
 use bench::load::{self, Flushes, Pattern, Percentiles, Report, Spec, Target};
 use block::size;
@@ -76,6 +77,12 @@ pub struct Load {
     /// Report the CPU time of this server process; may be given many times
     #[arg(long, value_name = "PID")]
     pub pid: Vec<u32>,
+    /// Count the system calls of --pid's processes; each takes longer for it (needs perf_event_open and tracefs)
+    #[arg(long, requires = "pid")]
+    pub syscalls: bool,
+    /// The server's control socket (diskplane serve --control): report the time that requests spend in its stages
+    #[arg(long, value_name = "SOCK", conflicts_with = "file")]
+    pub control: Option<PathBuf>,
     /// With --file: auto, threads, native or io_uring
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<Aio>, requires = "file")]
     pub engine: Aio,
@@ -197,6 +204,8 @@ fn spec(args: &Load) -> Result<Spec> {
         event_index: !args.no_event_index,
         seed: args.seed,
         server_pids: args.pid.clone(),
+        count_syscalls: args.syscalls,
+        control: args.control.clone(),
         ..base
     })
 }
@@ -253,14 +262,47 @@ fn text(spec: &Spec, report: &Report) -> String {
     if let Some(cpu) = report.server_cpu_us_per_io {
         let _ = write!(text, ", server {cpu:.2} µs");
     }
-    if let Some(switches) = report.server_switches_per_io {
-        let _ = write!(text, " with {switches:.3} context switches");
-    }
-    if let Some(rss) = report.server_rss_bytes {
-        let _ = write!(text, ", {} resident", size::human(rss));
-    }
     text.push('\n');
+    let per_request = [
+        ("system calls", report.server_syscalls_per_io),
+        ("context switches", report.server_switches_per_io),
+        ("page faults", report.server_faults_per_io),
+    ];
+    let per_request = per_request
+        .into_iter()
+        .filter_map(|(name, count)| Some(format!("{:.3} {name}", count?)));
+    let per_request: Vec<String> = per_request.collect();
+    if !per_request.is_empty() {
+        let _ = writeln!(text, "server, per request: {}", per_request.join(", "));
+    }
+    if let (Some(rss), Some(peak)) = (report.server_rss_bytes, report.server_peak_bytes) {
+        let _ = writeln!(
+            text,
+            "server's memory: {} resident, {} at most",
+            size::human(rss),
+            size::human(peak)
+        );
+    }
+    text.push_str(&stages(report));
     text
+}
+
+/// The server's stages, where it was asked for them.
+fn stages(report: &Report) -> String {
+    if report.stages.is_empty() {
+        return String::new();
+    }
+    let mut header = vec!["server's stages in µs", "count"];
+    header.extend(Stage::ALL.map(Stage::name));
+    header.push("total");
+    let mut table = table::headed(&header, 1);
+    for (operation, totals) in &report.stages {
+        let mut row = vec![operation.clone(), totals.count.to_string()];
+        row.extend(Stage::ALL.map(|stage| format!("{:.1}", totals.mean_us(stage))));
+        row.push(format!("{:.1}", totals.total_us()));
+        table.add_row(row);
+    }
+    table::text(&table)
 }
 
 fn row(name: &str, p: &Percentiles) -> Vec<String> {

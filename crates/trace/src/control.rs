@@ -18,10 +18,12 @@ use crate::{
     entry::{Entry, Operation},
     histogram::Snapshot,
     stage::Stage,
+    totals::Totals,
 };
 use block::{Context, Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use std::{
+    collections::BTreeMap,
     io::{BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
@@ -72,6 +74,8 @@ pub enum Request {
     },
     /// Latencies of each disk since it is served, by operation and stage: [`Line::Histogram`] each.
     Histograms,
+    /// What requests of each disk spent in each stage since it is served, by operation: [`Line::Totals`] each.
+    Totals,
 }
 
 fn all() -> usize {
@@ -88,6 +92,7 @@ pub enum Line {
     Statistics(DiskStatistics),
     Entry(Traced),
     Histogram(Latencies),
+    Totals(OfOperation),
     End(End),
     /// Why a request was not answered.
     Error(String),
@@ -171,6 +176,18 @@ pub struct Latencies {
     /// The counts.
     #[serde(flatten)]
     pub latencies: Snapshot,
+}
+
+/// The requests of a disk's operation, and the time that they spent in each stage.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OfOperation {
+    /// Its disk.
+    pub disk: usize,
+    /// Which operation.
+    pub operation: Operation,
+    /// The sums.
+    #[serde(flatten)]
+    pub totals: Totals,
 }
 
 /// The last line of an answer.
@@ -313,6 +330,18 @@ impl Client {
             }
         })?;
         Ok((entries, end))
+    }
+
+    /// What requests of all disks spent in each stage since these are served, by operation; operations that did not occur
+    /// are left out.
+    pub fn totals(&mut self) -> Result<BTreeMap<Operation, Totals>> {
+        let mut totals: BTreeMap<Operation, Totals> = BTreeMap::new();
+        self.ask(&Request::Totals, &mut |line| {
+            if let Line::Totals(of) = line {
+                totals.entry(of.operation).or_default().add(&of.totals);
+            }
+        })?;
+        Ok(totals)
     }
 
     /// The next line; `None` for one of a kind that is not known.

@@ -10,7 +10,7 @@
 //! - [`Stage`], [`Stamps`], [`Entry`]: the words. The stages of an entry add up to its whole time, exactly.
 //! - [`Ring`]: the last so many entries of a queue, written by its thread with plain stores and read by anybody at any time.
 //! - [`Slowest`]: the slowest requests since the queue began.
-//! - [`Histograms`]: counts per operation and stage.
+//! - [`Histograms`]: counts per operation and stage; [`Totals`]: their sums.
 //! - [`Breakdown`]: where time went in a run, as the study in [`breakdown`] does it.
 //! - [`chrome`]: entries as a file that Perfetto and Chrome open.
 //! - [`control`]: what a server and who watches it say to each other.
@@ -44,6 +44,7 @@ mod histogram;
 mod ring;
 mod slowest;
 mod stage;
+mod totals;
 
 pub use breakdown::Breakdown;
 pub use entry::{Entry, Operation, Status};
@@ -51,3 +52,4 @@ pub use histogram::{Counter, Histograms, Snapshot};
 pub use ring::{RING_ENTRIES_DEFAULT, RING_ENTRIES_MAX, Read, Ring};
 pub use slowest::{SLOWEST_MAX, Slowest};
 pub use stage::{STAGES, Stage, Stamps, Times};
+pub use totals::Totals;

@@ -409,8 +409,8 @@ impl Runner<'_> {
         let folder = self.lab.folder(side.image.place);
         let device = Device::below(&folder).watch();
         let mut sample = match side.how {
-            How::Bare => self.bare(cell, side, &files, seed)?,
-            How::Served(server) => self.served(cell, side, server, &files, seed, notes)?,
+            How::Bare => self.bare(cell, side, &files, (round, seed))?,
+            How::Served(server) => self.served(cell, side, server, &files, (round, seed), notes)?,
             // It has its own, from when its files are there.
             How::Mounted(server) => self.mounted(cell, side, server, &files, seed, notes)?,
         };
@@ -446,7 +446,13 @@ impl Runner<'_> {
         }
     }
 
-    fn bare(&self, cell: &Cell, side: &Side, files: &[PathBuf], seed: u64) -> Result<Sample> {
+    fn bare(
+        &self,
+        cell: &Cell,
+        side: &Side,
+        files: &[PathBuf],
+        (round, seed): (usize, u64),
+    ) -> Result<Sample> {
         let specs: Vec<Spec> = (0..)
             .zip(files)
             .map(|(n, path)| {
@@ -467,6 +473,14 @@ impl Runner<'_> {
             sampling::derive(&mut measured.metrics);
         }
         watch.add_to(&mut measured.metrics);
+        if round == 0 {
+            let own = specs.iter().cloned().map(|spec| Spec {
+                server_pids: vec![std::process::id()],
+                ..spec
+            });
+            let own: Vec<Spec> = own.collect();
+            measured.metrics.extend(sampling::syscalls(&own)?);
+        }
         Ok(Sample {
             metrics: measured.metrics,
             latency: measured.latency,
@@ -482,7 +496,7 @@ impl Runner<'_> {
         side: &Side,
         server: Server,
         files: &[PathBuf],
-        seed: u64,
+        (round, seed): (usize, u64),
         notes: &mut BTreeSet<String>,
     ) -> Result<Sample> {
         let writes = !matches!(cell.load.pattern, Pattern::Read | Pattern::RandRead);
@@ -501,13 +515,14 @@ impl Runner<'_> {
             servers.push(self.start(side, server, files, writes, &work, notes)?);
         }
         let targets = servers.iter().flat_map(|(running, _)| {
-            let pid = running.pid();
-            running.targets.iter().map(move |target| (pid, target))
+            let targets = (0..).zip(&running.targets);
+            targets.map(move |(n, target)| (running.pid(), running.control_of(n), target))
         });
         let specs: Vec<Spec> = (0..)
             .zip(targets)
-            .map(|(n, (pid, target))| Spec {
+            .map(|(n, (pid, control, target))| Spec {
                 server_pids: vec![pid],
+                control,
                 ..self.spec(cell, side, target.clone(), seed + n)
             })
             .collect();
@@ -517,6 +532,9 @@ impl Runner<'_> {
             sampling::run_all(&specs).and_then(|reports| sampling::figures(&reports, &pids));
         if let Ok(measured) = &mut measured {
             watch.add_to(&mut measured.metrics);
+            if round == 0 {
+                measured.metrics.extend(sampling::syscalls(&specs)?);
+            }
         }
         let mut sample = Err(Error::invalid("no server"));
         for (running, seen) in servers {

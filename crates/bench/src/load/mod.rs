@@ -8,6 +8,7 @@ pub(crate) mod nbd;
 mod plan;
 mod random;
 mod run;
+mod syscalls;
 pub mod timeline;
 pub(crate) mod turns;
 pub(crate) mod usage;
@@ -21,7 +22,8 @@ pub use timeline::Timeline;
 
 use block::Result;
 use serde::{Deserialize, Serialize};
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use trace::Totals;
 use turns::Turns;
 
 /// Bytes of a request at most.
@@ -174,6 +176,12 @@ pub struct Spec {
     pub seed: u64,
     /// Processes whose CPU time is the server's.
     pub server_pids: Vec<u32>,
+    /// Count the servers' system calls. The kernel takes a longer way through each of them then: what is timed is slower for it.
+    #[serde(default)]
+    pub count_syscalls: bool,
+    /// The control socket of a diskplane server, which is asked for the time that requests spend in its stages.
+    #[serde(default)]
+    pub control: Option<PathBuf>,
 }
 
 impl Spec {
@@ -201,6 +209,8 @@ impl Spec {
             event_index: true,
             seed: 1,
             server_pids: Vec::new(),
+            count_syscalls: false,
+            control: None,
         }
     }
 }
@@ -247,8 +257,26 @@ pub struct Report {
     pub client_user_us_per_io: f64,
     /// Voluntary and involuntary context switches of the servers per request.
     pub server_switches_per_io: Option<f64>,
+    /// System calls of the servers per request, where [`Spec::count_syscalls`] asks for that.
+    #[serde(default)]
+    pub server_syscalls_per_io: Option<f64>,
+    /// Page faults of the servers per request.
+    #[serde(default)]
+    pub server_faults_per_io: Option<f64>,
+    /// Those of them that had to wait for a device.
+    #[serde(default)]
+    pub server_major_faults_per_io: Option<f64>,
     /// Resident memory of the servers at the end, in bytes.
     pub server_rss_bytes: Option<u64>,
+    /// The most that they had resident since they were started, in bytes.
+    #[serde(default)]
+    pub server_peak_bytes: Option<u64>,
+    /// Of their resident memory what is anonymous: the guest's memory is shared, and the program's text is a file's.
+    #[serde(default)]
+    pub server_anonymous_bytes: Option<u64>,
+    /// What requests spent in the server's stages meanwhile, by operation, of all its disks; empty without [`Spec::control`].
+    #[serde(default)]
+    pub stages: BTreeMap<String, Totals>,
     /// All latencies of reads and writes; in records beside the report, not in it.
     #[serde(skip)]
     pub histogram: Histogram,

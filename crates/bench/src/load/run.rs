@@ -5,7 +5,7 @@ use super::{
     drive::{self, Client, MEASURE, Outcome, RAMP, REST, STOP},
     plan::{Places, Plan},
     turns::Turns,
-    usage::{self, Usage},
+    usage::{Memory, Usage, Watched},
 };
 use block::{Error, Result};
 use std::{
@@ -103,18 +103,19 @@ fn conduct(
         drop(gates);
         return Err(error);
     }
+    let mut watched = Watched::of(spec)?;
     if let Some(turns) = turns {
-        let (seconds, used) = in_turns(spec, phase, gates, &mut hall, turns)?;
+        let (seconds, used) = in_turns(&mut watched, phase, gates, &mut hall, turns)?;
         return report(spec, &hall.total, seconds, used);
     }
-    let mut before = Usage::now(&spec.server_pids)?;
+    let mut before = watched.now()?;
     let mut began = Instant::now();
     for gate in gates {
         let _ = gate.send(());
     }
     if !spec.ramp.is_zero() {
         hall.wait(Some(began + spec.ramp));
-        before = Usage::now(&spec.server_pids).unwrap_or(before);
+        before = watched.now().unwrap_or(before);
         began = Instant::now();
         phase.store(MEASURE, Ordering::Relaxed);
     }
@@ -125,7 +126,7 @@ fn conduct(
     if let Some(error) = hall.failure {
         return Err(error);
     }
-    let after = Usage::now(&spec.server_pids)?;
+    let after = watched.now()?;
     let seconds = hall
         .total
         .last
@@ -135,7 +136,7 @@ fn conduct(
 
 /// Runs when `turns` says so, until there are no more; what was measured, and used meanwhile.
 fn in_turns(
-    spec: &Spec,
+    watched: &mut Watched<'_>,
     phase: &AtomicU8,
     gates: Vec<Sender<()>>,
     hall: &mut Hall<'_>,
@@ -150,13 +151,13 @@ fn in_turns(
         }
         hall.wait(Some(Instant::now() + turn.ramp));
         if !turn.measure.is_zero() {
-            let before = Usage::now(&spec.server_pids)?;
+            let before = watched.now()?;
             let began = Instant::now();
             phase.store(MEASURE, Ordering::Relaxed);
             hall.wait(Some(began + turn.measure));
             phase.store(REST, Ordering::Relaxed);
             measured += began.elapsed();
-            used.add(&Usage::now(&spec.server_pids)?.since(&before));
+            used.add(&watched.now()?.since(&before));
         }
         phase.store(REST, Ordering::Relaxed);
         hall.wait_for_rest();
@@ -243,10 +244,14 @@ fn report(spec: &Spec, total: &Outcome, seconds: Duration, used: Usage) -> Resul
     let mut both = total.read_latency.clone();
     both.merge(&total.write_latency);
     let (server_cpu, client_cpu) = (cpu(used.server_cpu), cpu(used.client_cpu));
-    let mut rss = 0;
+    let mut memory = Memory::default();
     for pid in &spec.server_pids {
-        rss += usage::rss(*pid)?;
+        let of = Memory::of(*pid)?;
+        memory.resident += of.resident;
+        memory.peak += of.peak;
+        memory.anonymous += of.anonymous;
     }
+    let per_request = |count: u64| count as f64 / requests;
     Ok(Report {
         seconds,
         reads: total.reads,
@@ -266,8 +271,14 @@ fn report(spec: &Spec, total: &Outcome, seconds: Duration, used: Usage) -> Resul
         server_user_us_per_io: with_pids.then(|| used.server_ticks.user_part() * server_cpu),
         client_cpu_us_per_io: client_cpu,
         client_user_us_per_io: used.client_ticks.user_part() * client_cpu,
-        server_switches_per_io: with_pids.then(|| used.server_switches as f64 / requests),
-        server_rss_bytes: with_pids.then_some(rss),
+        server_switches_per_io: with_pids.then(|| per_request(used.server_switches)),
+        server_syscalls_per_io: used.syscalls.map(per_request),
+        server_faults_per_io: with_pids.then(|| per_request(used.server_ticks.faults)),
+        server_major_faults_per_io: with_pids.then(|| per_request(used.server_ticks.major_faults)),
+        server_rss_bytes: with_pids.then_some(memory.resident),
+        server_peak_bytes: with_pids.then_some(memory.peak),
+        server_anonymous_bytes: with_pids.then_some(memory.anonymous),
+        stages: used.stages,
         histogram: both.histogram(),
         timeline: total.timeline.store(),
     })

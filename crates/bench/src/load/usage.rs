@@ -1,7 +1,9 @@
 //! What processes have used so far. Unsafe code: the clocks of other processes.
 
+use super::{Spec, syscalls::Syscalls};
 use block::{Context, Error, Result};
-use std::time::Duration;
+use std::{collections::BTreeMap, path::Path, time::Duration};
+use trace::{Totals, control::Client};
 
 /// CPU time of a process so far, user and system, of threads that have ended too.
 ///
@@ -59,17 +61,39 @@ fn switches_in(status: &str) -> u64 {
     values.sum()
 }
 
-/// Resident memory in bytes.
-pub(crate) fn rss(pid: u32) -> Result<u64> {
-    let path = format!("/proc/{pid}/status");
-    let text = std::fs::read_to_string(&path).context(|| path)?;
-    Ok(rss_in(&text).unwrap_or(0))
+/// Memory of a process, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Memory {
+    /// Resident.
+    pub resident: u64,
+    /// The most that was resident at a time.
+    pub peak: u64,
+    /// Resident and nobody's but its own: no guest's memory, which is shared, and no program's text, which is a file's.
+    pub anonymous: u64,
 }
 
-fn rss_in(status: &str) -> Option<u64> {
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+impl Memory {
+    /// # Errors
+    ///
+    /// There is no such process.
+    pub(crate) fn of(pid: u32) -> Result<Self> {
+        let path = format!("/proc/{pid}/status");
+        let text = std::fs::read_to_string(&path).context(|| path)?;
+        Ok(Self::parse(&text))
+    }
+
+    fn parse(status: &str) -> Self {
+        let of = |field| bytes_in(status, field).unwrap_or_default();
+        Self {
+            resident: of("VmRSS:"),
+            peak: of("VmHWM:"),
+            anonymous: of("RssAnon:"),
+        }
+    }
+}
+
+fn bytes_in(status: &str, field: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     line.trim()
         .strip_suffix("kB")?
         .trim()
@@ -78,11 +102,14 @@ fn rss_in(status: &str) -> Option<u64> {
         .checked_mul(1024)
 }
 
-/// CPU time in the kernel's ticks of 1/100 s: how it divides, not how much it is.
+/// What `/proc/PID/stat` counts. CPU time there is in the kernel's ticks of 1/100 s: how it divides, not how much it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ticks {
     pub user: u64,
     pub system: u64,
+    /// Page faults, and those of them that had to wait for a device.
+    pub faults: u64,
+    pub major_faults: u64,
 }
 
 impl Ticks {
@@ -104,56 +131,111 @@ impl Ticks {
         Self {
             user: self.user.saturating_sub(before.user),
             system: self.system.saturating_sub(before.system),
+            faults: self.faults.saturating_sub(before.faults),
+            major_faults: self.major_faults.saturating_sub(before.major_faults),
         }
     }
 
     fn add(&mut self, other: Self) {
         self.user += other.user;
         self.system += other.system;
+        self.faults += other.faults;
+        self.major_faults += other.major_faults;
     }
 
-    /// PID (NAME) STATE …; the name may hold anything, user and system time are fields 14 and 15.
+    /// PID (NAME) STATE …; the name may hold anything. Minor and major faults are fields 10 and 12, each followed by those of
+    /// children, user and system time fields 14 and 15.
     fn parse(stat: &str) -> Option<Self> {
-        let mut fields = stat.rsplit_once(") ")?.1.split(' ').skip(11);
-        let mut next = || fields.next()?.parse().ok();
+        let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
+        // The state is field 3.
+        let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
+        let major_faults = field(12)?;
         Some(Self {
-            user: next()?,
-            system: next()?,
+            user: field(14)?,
+            system: field(15)?,
+            faults: field(10)?.saturating_add(major_faults),
+            major_faults,
         })
     }
 }
 
+/// Those whose use is looked at: the servers, and this process.
+#[derive(Debug)]
+pub(crate) struct Watched<'a> {
+    pids: &'a [u32],
+    syscalls: Option<Syscalls>,
+    control: Option<&'a Path>,
+}
+
+impl<'a> Watched<'a> {
+    /// # Errors
+    ///
+    /// System calls are to be counted and cannot be.
+    pub(crate) fn of(spec: &'a Spec) -> Result<Self> {
+        Ok(Self {
+            pids: &spec.server_pids,
+            syscalls: match spec.count_syscalls {
+                true => Some(Syscalls::of(&spec.server_pids)?),
+                false => None,
+            },
+            control: spec.control.as_deref(),
+        })
+    }
+
+    /// What was used so far.
+    ///
+    /// # Errors
+    ///
+    /// A process is gone, or the control socket is none of a diskplane that is there.
+    pub(crate) fn now(&mut self) -> Result<Usage> {
+        let mut usage = Usage {
+            client_cpu: own_cpu(),
+            client_ticks: Ticks::of(std::process::id()),
+            syscalls: self.syscalls.as_mut().map(Syscalls::count),
+            ..Usage::default()
+        };
+        for pid in self.pids {
+            usage.server_cpu += cpu(*pid)?;
+            usage.server_switches += switches(*pid)?;
+            usage.server_ticks.add(Ticks::of(*pid));
+        }
+        if let Some(control) = self.control {
+            // Anew each time: a server does not wait for long between two questions.
+            let totals = Client::connect(control)?.totals()?.into_iter();
+            usage.stages = totals.map(|(o, t)| (o.name().to_owned(), t)).collect();
+        }
+        Ok(usage)
+    }
+}
+
 /// What the servers have used so far.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Usage {
     pub server_cpu: Duration,
     pub server_ticks: Ticks,
     pub client_ticks: Ticks,
     pub server_switches: u64,
     pub client_cpu: Duration,
+    /// System calls of the servers; `None` where they are not counted.
+    pub syscalls: Option<u64>,
+    /// What requests of the server's disks spent in its stages, by operation.
+    pub stages: BTreeMap<String, Totals>,
 }
 
 impl Usage {
-    /// # Errors
-    ///
-    /// A process is gone.
-    pub(crate) fn now(pids: &[u32]) -> Result<Self> {
-        let mut usage = Self {
-            client_cpu: own_cpu(),
-            client_ticks: Ticks::of(std::process::id()),
-            ..Self::default()
-        };
-        for pid in pids {
-            usage.server_cpu += cpu(*pid)?;
-            usage.server_switches += switches(*pid)?;
-            usage.server_ticks.add(Ticks::of(*pid));
-        }
-        Ok(usage)
-    }
-
     /// What was used between `before` and this.
     pub(crate) fn since(&self, before: &Self) -> Self {
+        let earlier = |operation: &String| before.stages.get(operation).copied();
+        let stages = self.stages.iter().map(|(operation, totals)| {
+            let since = totals.since(&earlier(operation).unwrap_or_default());
+            (operation.clone(), since)
+        });
         Self {
+            stages: stages.filter(|(_, totals)| totals.count > 0).collect(),
+            syscalls: self
+                .syscalls
+                .zip(before.syscalls)
+                .map(|(now, before)| now.saturating_sub(before)),
             server_cpu: self.server_cpu.saturating_sub(before.server_cpu),
             server_switches: self.server_switches.saturating_sub(before.server_switches),
             client_cpu: self.client_cpu.saturating_sub(before.client_cpu),
@@ -168,6 +250,13 @@ impl Usage {
         self.client_cpu += other.client_cpu;
         self.server_ticks.add(other.server_ticks);
         self.client_ticks.add(other.client_ticks);
+        if let Some(more) = other.syscalls {
+            *self.syscalls.get_or_insert(0) += more;
+        }
+        for (operation, totals) in &other.stages {
+            let mine = self.stages.entry(operation.clone()).or_default();
+            mine.add(totals);
+        }
     }
 }
 
@@ -187,7 +276,10 @@ mod tests {
         };
         std::thread::spawn(burn).join().unwrap();
         assert!(cpu(own).unwrap() - before >= Duration::from_millis(20));
-        assert!(rss(own).unwrap() > 100_000);
+        let memory = Memory::of(own).unwrap();
+        assert!(memory.resident > 100_000 && memory.anonymous > 10_000);
+        assert!(memory.peak >= memory.anonymous);
+        assert!(Ticks::of(own).faults > 0);
         assert!(switches(own).unwrap() > 0);
         for none in [0, u32::MAX, i32::MAX as u32] {
             let error = cpu(none).unwrap_err().to_string();
@@ -197,13 +289,21 @@ mod tests {
 
     #[test]
     fn figures_are_found() {
-        let status = "Name:\tx\nVmRSS:\t    1234 kB\nvoluntary_ctxt_switches:\t150\nnonvoluntary_ctxt_switches:\t12\n";
+        let status = "Name:\tx\nVmHWM:\t 2000 kB\nVmRSS:\t    1234 kB\nRssAnon:\t 34 kB\nvoluntary_ctxt_switches:\t150\nnonvoluntary_ctxt_switches:\t12\n";
         assert_eq!(switches_in(status), 162);
-        assert_eq!(rss_in(status), Some(1234 << 10));
-        let stat = "7 (a) b) S 1 7 7 0 -1 4194304 100 0 0 0 250 31 0 0 20 0 1 0";
+        let memory = Memory {
+            resident: 1234 << 10,
+            peak: 2000 << 10,
+            anonymous: 34 << 10,
+        };
+        assert_eq!(Memory::parse(status), memory);
+        assert_eq!(Memory::parse(""), Memory::default());
+        let stat = "7 (a) b) S 1 7 7 0 -1 4194304 100 7 5 9 250 31 0 0 20 0 1 0";
         let ticks = Ticks {
             user: 250,
             system: 31,
+            faults: 105,
+            major_faults: 5,
         };
         assert_eq!(Ticks::parse(stat), Some(ticks));
         assert_eq!(Ticks::parse("7 (x) S 1"), None);

@@ -20,8 +20,33 @@ struct Kernel {
     /// Of these, those that the hypervisor gave to others.
     stolen_s: f64,
     interrupts: u64,
-    /// Pages from another node than wished; `None` where there is one node.
-    misses: Option<u64>,
+    /// Pages between nodes; `None` where there is one node.
+    numa: Option<Numa>,
+}
+
+/// What `/proc/vmstat` counts of pages between nodes (the kernel's Documentation/admin-guide/numastat.rst).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Numa {
+    miss: u64,
+    foreign: u64,
+    other: u64,
+    migrated: u64,
+}
+
+impl Numa {
+    fn parse(vmstat: &str) -> Self {
+        let of = |name: &str| {
+            let mut lines = vmstat.lines().filter_map(|line| line.split_once(' '));
+            let found = lines.find(|(field, _)| *field == name);
+            found.and_then(|(_, value)| value.trim().parse().ok())
+        };
+        Self {
+            miss: of("numa_miss").unwrap_or_default(),
+            foreign: of("numa_foreign").unwrap_or_default(),
+            other: of("numa_other").unwrap_or_default(),
+            migrated: of("numa_pages_migrated").unwrap_or_default(),
+        }
+    }
 }
 
 /// CPU time of the machine and of those who take part, at a moment.
@@ -84,8 +109,13 @@ impl Watch {
         if let Some(iops) = metrics.get(&Metric::Iops).filter(|iops| **iops > 0.0) {
             metrics.insert(Metric::Interrupts, interrupts / iops);
         }
-        if let (Some(now), Some(before)) = (now.kernel.misses, self.kernel.misses) {
-            metrics.insert(Metric::NumaMisses, rate(now, before));
+        if let (Some(now), Some(before)) = (now.kernel.numa, self.kernel.numa) {
+            metrics.extend([
+                (Metric::NumaMisses, rate(now.miss, before.miss)),
+                (Metric::NumaForeign, rate(now.foreign, before.foreign)),
+                (Metric::NumaOther, rate(now.other, before.other)),
+                (Metric::NumaMigrated, rate(now.migrated, before.migrated)),
+            ]);
         }
     }
 }
@@ -114,10 +144,7 @@ impl Kernel {
             busy_s: busy / TICKS,
             stolen_s: ticks.get(7).copied().unwrap_or_default() / TICKS,
             interrupts: line("intr").and_then(first).unwrap_or_default(),
-            misses: vmstat.as_ref().and_then(|text| {
-                let mut lines = text.lines();
-                first(lines.find_map(|line| line.strip_prefix("numa_miss "))?)
-            }),
+            numa: vmstat.as_deref().map(Numa::parse),
         }
     }
 }
@@ -135,12 +162,18 @@ mod tests {
     fn idle_time_is_not_busy() {
         let stat =
             "cpu  100 10 20 9999 999 1 2 67 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\nintr 4321 0 9 0\n";
-        let kernel = Kernel::parse(stat, &Some("numa_hit 5\nnuma_miss 17\n".to_owned()));
+        let vmstat = "numa_hit 5\nnuma_miss 17\nnuma_foreign 3\nnuma_pages_migrated 9\n";
+        let kernel = Kernel::parse(stat, &Some(vmstat.to_owned()));
         let expected = Kernel {
             busy_s: 2.0,
             stolen_s: 0.67,
             interrupts: 4321,
-            misses: Some(17),
+            numa: Some(Numa {
+                miss: 17,
+                foreign: 3,
+                other: 0,
+                migrated: 9,
+            }),
         };
         assert_eq!(kernel, expected);
         assert_eq!(Kernel::parse("", &None), Kernel::default());

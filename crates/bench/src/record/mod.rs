@@ -7,10 +7,11 @@
 //! - `failure` ([`Failure`]): a side of a cell that could not be measured, and why;
 //! - other kinds are ignored by those who do not know them.
 //!
-//! Readers of a schema read earlier ones; fields are only added. [`csv()`] makes a table of the samples.
+//! Readers of a schema read earlier ones, and refuse later ones. [`csv()`] makes a table of the samples.
 
 mod csv;
 mod noise;
+mod older;
 mod store;
 
 pub use csv::csv;
@@ -29,9 +30,11 @@ use std::{
     collections::BTreeMap,
     time::{SystemTime, UNIX_EPOCH},
 };
+use trace::Totals;
 
-/// [`Run::schema`] of what is written. 2 added `experiment`, `seconds`, `axes`, `latency`, `timeline` and `stages`.
-pub const SCHEMA: u32 = 2;
+/// [`Run::schema`] of what is written. 2 added `experiment`, `seconds`, `axes`, `latency`, `timeline` and `stages`. 3 made
+/// `stages` the totals of all eight: those of 2 had the means of five, which are read as totals too.
+pub const SCHEMA: u32 = 3;
 
 /// A line.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -105,62 +108,14 @@ pub struct Sample {
     pub latency: Histogram,
     /// When they were how long; of several disks the first one's.
     pub timeline: timeline::Stored,
-    /// Mean times of diskplane's stages by operation.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub stages: BTreeMap<String, Stages>,
+    /// What requests spent in diskplane's stages while it was measured, by operation, of all disks: from its control socket.
+    #[serde(
+        skip_serializing_if = "BTreeMap::is_empty",
+        deserialize_with = "older::stages"
+    )]
+    pub stages: BTreeMap<String, Totals>,
     /// The server's command line and the whole [`crate::load::Report`] of each disk with its load, or what fio said.
     pub detail: Value,
-}
-
-/// Mean times of a request's stages in diskplane, microseconds (see [`disk::OpStatistics`]).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Stages {
-    /// Requests.
-    pub count: u64,
-    /// Seen in the ring to mapped.
-    pub map_us: f64,
-    /// Mapped to submitted with the rest of its batch.
-    pub submit_us: f64,
-    /// At the device.
-    pub device_us: f64,
-    /// Device done to completed.
-    pub complete_us: f64,
-    /// Completed to the client told.
-    pub notify_us: f64,
-}
-
-impl Stages {
-    /// Names and times of the stages, in their order.
-    pub fn parts(&self) -> [(&'static str, f64); 5] {
-        [
-            ("map", self.map_us),
-            ("submit", self.submit_us),
-            ("device", self.device_us),
-            ("complete", self.complete_us),
-            ("notify", self.notify_us),
-        ]
-    }
-
-    /// All stages together.
-    pub fn total_us(&self) -> f64 {
-        self.parts().iter().map(|(_, us)| us).sum()
-    }
-
-    /// Makes these the means of both.
-    pub fn add(&mut self, other: &Self) {
-        let count = self.count.saturating_add(other.count);
-        let weigh = |a: f64, b: f64| {
-            (a * self.count as f64 + b * other.count as f64) / (count as f64).max(1.0)
-        };
-        *self = Self {
-            count,
-            map_us: weigh(self.map_us, other.map_us),
-            submit_us: weigh(self.submit_us, other.submit_us),
-            device_us: weigh(self.device_us, other.device_us),
-            complete_us: weigh(self.complete_us, other.complete_us),
-            notify_us: weigh(self.notify_us, other.notify_us),
-        };
-    }
 }
 
 /// A side that could not be measured.

@@ -65,6 +65,16 @@ pub fn read(path: &Path) -> Result<Set> {
             break;
         }
         match serde_json::from_slice::<Record>(&line) {
+            Ok(Record::Run(run)) if run.schema > super::SCHEMA => {
+                return Err(Error::unsupported(format!(
+                    "{}: line {number}: the records are of schema {}, this diskplane ({}) knows those up to {}: use the \
+                     version that wrote them",
+                    named(),
+                    run.schema,
+                    env!("CARGO_PKG_VERSION"),
+                    super::SCHEMA
+                )));
+            }
             Ok(record) if line.ends_with(b"\n") => set.push(record),
             // A writer that was stopped in the middle.
             _ if !line.ends_with(b"\n") && read < LINE_MAX => {
@@ -199,5 +209,33 @@ mod tests {
         let set = read(&path).unwrap();
         assert_eq!((set.runs[0].schema, &set.runs[0].host.kernel[..]), (1, "k"));
         assert_eq!(set.samples[0].metric(Metric::Iops), Some(1.0));
+    }
+
+    #[test]
+    fn stages_of_the_second_schema_are_read_and_later_schemas_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("two.jsonl");
+        let old = "{\"record\":\"run\",\"schema\":2}\n\
+                   {\"record\":\"sample\",\"cell\":\"c\",\"side\":\"s\",\"stages\":{\"read\":{\"count\":4,\"map_us\":1.5,\
+                   \"submit_us\":0.5,\"device_us\":80.0,\"complete_us\":2.0,\"notify_us\":1.0}}}\n";
+        fs::write(&path, old).unwrap();
+        let read_back = read(&path).unwrap().samples.remove(0);
+        let stages = &read_back.stages["read"];
+        assert_eq!((stages.count, stages.total_us()), (4, 85.0));
+        assert_eq!(stages.mean_us(trace::Stage::Device), 80.0);
+        // What is written now is read as it was.
+        let again = dir.path().join("three.jsonl");
+        let file = File::create(&again).unwrap();
+        append(&file, &Record::Sample(Box::new(read_back.clone()))).unwrap();
+        assert_eq!(read(&again).unwrap().samples, [read_back]);
+        fs::write(&path, "{\"record\":\"run\",\"schema\":4}\n").unwrap();
+        let error = read(&path).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(
+            error
+                .to_string()
+                .contains("line 1: the records are of schema 4"),
+            "{error}"
+        );
     }
 }

@@ -230,10 +230,11 @@ mod tests {
     use super::*;
     use crate::{
         load::{Latencies, Timeline},
-        record::{Failure, Run, Sample, Set, Stages},
+        record::{Failure, Run, Sample, Set},
     };
     use serde_json::Value;
     use std::time::Duration;
+    use trace::{Stage, Times, Totals};
 
     /// Records of an experiment, with a name in them that would be markup.
     fn set() -> Set {
@@ -291,11 +292,9 @@ mod tests {
                         timeline: timeline.store(),
                         stages: [(
                             "read".to_owned(),
-                            Stages {
+                            Totals {
                                 count: 5,
-                                map_us: 1.0,
-                                device_us: 80.0,
-                                ..Stages::default()
+                                sum_ns: Times([5000, 0, 5000, 0, 400_000, 10_000, 0, 5000]),
                             },
                         )]
                         .into(),
@@ -385,6 +384,17 @@ mod tests {
                 .iter()
                 .any(|chart| chart.name.starts_with("heat-read-64k"))
         );
+        // All stages of the trace, each with its mean.
+        let stages = charts.iter().find(|chart| chart.name == "stages").unwrap();
+        for stage in Stage::ALL {
+            assert!(stages.svg.contains(&format!(">{stage}<")), "{stage}");
+        }
+        assert!(
+            stages.svg.contains("device: 80.00 µs, 94.1 %"),
+            "{}",
+            stages.svg
+        );
+        assert!(stages.svg.contains("commit: 2.00 µs, 2.4 %"));
     }
 
     #[test]

@@ -4,11 +4,12 @@ use crate::{
     experiment::{self, Experiment, Judged},
     load::{Histogram, timeline},
     metric::Metric,
-    record::{Failure, NOISY, Run, Sample, Set, Stages, noise, restless},
+    record::{Failure, NOISY, Run, Sample, Set, noise, restless},
     statistics::{Figure, Summary},
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
+use trace::Totals;
 
 /// A report.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -58,8 +59,8 @@ pub struct Side {
     pub latency: Histogram,
     /// Latency over time in the round whose IOPS are the middle ones.
     pub timeline: timeline::Stored,
-    /// Mean times of stages by operation, of all rounds.
-    pub stages: BTreeMap<String, Stages>,
+    /// What requests spent in diskplane's stages, by operation, in all rounds.
+    pub stages: BTreeMap<String, Totals>,
 }
 
 /// A figure: of the rounds, the interval of their median, and the usual.

@@ -5,7 +5,7 @@ use crate::{
     load::{Target, usage},
     metric::{Metric, Metrics},
     peer::Running,
-    sampling::{Measured, anonymous_mib},
+    sampling::{Measured, mib},
 };
 use block::{Context, Error, Result};
 use serde_json::json;
@@ -38,7 +38,10 @@ pub(super) fn rest(running: &Running, duration: Duration) -> Result<Measured> {
     let percent = used.as_secs_f64() / began.elapsed().as_secs_f64() * 100.0;
     let metrics = Metrics::from([
         (Metric::IdlePercent, percent),
-        (Metric::MemoryMib, anonymous_mib(running.pid())?),
+        (
+            Metric::MemoryMib,
+            mib(usage::Memory::of(running.pid())?.anonymous),
+        ),
     ]);
     let detail = json!([{ "connected": machines.len(), "cpu_us": used.as_micros() as u64 }]);
     Ok(Measured {

@@ -122,6 +122,7 @@ pub(super) fn specs(
         ios_max: (load.grows > 0).then(|| images.sizes().growth / load.grows),
         seed: seed + n,
         server_pids: vec![running.pid()],
+        control: running.control_of(n),
         ..load.spec(target.clone(), side.queues)
     };
     (0..).zip(&running.targets).map(of_target).collect()

@@ -52,7 +52,7 @@ fn a_small_run_has_every_sample_and_a_verdict() {
     let output = versus(dir.root(), &args).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let run = records(&output, "run");
-    assert_eq!((run.len(), &run[0]["schema"]), (1, &Value::from(2)));
+    assert_eq!((run.len(), &run[0]["schema"]), (1, &Value::from(3)));
     assert!(run[0]["host"]["kernel"].is_string() && run[0]["samples"] == 1);
     let samples = records(&output, "sample");
     let sides: Vec<_> = samples

@@ -7,10 +7,10 @@ use std::{
     os::unix::net::UnixStream,
 };
 use trace::{
-    Operation, Stage,
+    Operation, Stage, Totals,
     control::{
-        DiskInfo, DiskStatistics, End, Hello, Latencies, Line, QueueInfo, REQUEST_BYTES_MAX,
-        Request, Traced, VERSION,
+        DiskInfo, DiskStatistics, End, Hello, Latencies, Line, OfOperation, QueueInfo,
+        REQUEST_BYTES_MAX, Request, Traced, VERSION,
     },
 };
 
@@ -161,6 +161,24 @@ fn answer(request: &Request, disks: &[Told], output: &mut impl Write) -> io::Res
                             latencies,
                         };
                         put(output, &Line::Histogram(line))?;
+                    }
+                }
+            }
+        }
+        Request::Totals => {
+            for (disk, told) in disks.iter().enumerate() {
+                for operation in Operation::ALL {
+                    let mut totals = Totals::default();
+                    for stage in Stage::ALL {
+                        totals.note(stage, &told.disk.latencies(operation, Some(stage)));
+                    }
+                    if totals.count > 0 {
+                        let of = OfOperation {
+                            disk,
+                            operation,
+                            totals,
+                        };
+                        put(output, &Line::Totals(of))?;
                     }
                 }
             }

@@ -5,6 +5,7 @@ use super::{
     svg::{Anchor, Scale, Svg, tick},
 };
 use crate::report::model::Model;
+use trace::Stage;
 
 const ROW: f64 = 22.0;
 const LEFT: f64 = 300.0;
@@ -21,10 +22,10 @@ pub fn stack(model: &Model) -> Option<Chart> {
             }
         }
     }
-    let names: Vec<String> = match rows.first() {
-        Some((_, stages)) => stages.parts().map(|(name, _)| name.to_owned()).to_vec(),
-        None => return None,
-    };
+    if rows.is_empty() {
+        return None;
+    }
+    let names = Stage::ALL.map(|stage| stage.name().to_owned());
     let title = "Where the time goes in diskplane: stages of a request, mean".to_owned();
     let mut svg = Svg::default();
     svg.text(0.0, 16.0, Anchor::Start, "head", &title);
@@ -47,7 +48,8 @@ pub fn stack(model: &Model) -> Option<Chart> {
         svg.text(LEFT - 8.0, y + ROW / 2.0 + 4.0, Anchor::End, "", &name);
         let total = stages.total_us();
         let mut before = 0.0;
-        for (n, (stage, us)) in stages.parts().into_iter().enumerate() {
+        for (n, stage) in Stage::ALL.into_iter().enumerate() {
+            let us = stages.mean_us(stage);
             let (from, to) = (
                 scale.at(before / total * 100.0),
                 scale.at((before + us) / total * 100.0),
