@@ -4,17 +4,22 @@
 
 use crate::{args::bytes, print, table};
 use ::trace::Stage;
-use anyhow::{Result, bail};
-use bench::load::{self, Flushes, Pattern, Percentiles, Report, Spec, Target};
+use anyhow::{Context as _, Result, bail, ensure};
+use bench::jobfile;
+use bench::load::{self, Flushes, Pattern, Percentiles, Report, Spec, Target, Verified, Verify};
 use block::size;
 use clap::{ArgGroup, Args, ValueEnum};
 use io::Aio;
 use serde::Serialize;
-use std::{fmt::Write as _, path::PathBuf, time::Duration};
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 /// `bench load`.
 #[derive(Args, Debug)]
-#[command(group(ArgGroup::new("target").args(["vhost_user", "nbd", "file"]).required(true)))]
+#[command(group(ArgGroup::new("target").args(["vhost_user", "nbd", "file", "fio"]).required(true).multiple(true)))]
 pub struct Load {
     /// A vhost-user-blk server that listens on this socket
     #[arg(long, value_name = "SOCK")]
@@ -56,6 +61,18 @@ pub struct Load {
     /// latency counts from when its request was due, so that a server which falls behind is seen to
     #[arg(long, value_name = "N")]
     pub rate: Option<f64>,
+    /// Each of the requests in flight waits for so many microseconds after its answer before it asks again (closed loop; needs
+    /// --poll or --depth 1)
+    #[arg(long, value_name = "US", default_value_t = 0.0)]
+    pub think: f64,
+    /// Blocks carry where they belong and when they were written; whatever is read is compared with that, and at the end all that
+    /// was written is read. What is wrong, stale or torn is told, and fails the command. Writes destroy what is on the disk
+    #[arg(long)]
+    pub verify: bool,
+    /// With --verify: keep what is known of the disk in FILE, which a later load reads and compares first (after a restart or a
+    /// crash of the server)
+    #[arg(long, value_name = "FILE", requires = "verify")]
+    pub state: Option<PathBuf>,
     /// Random requests are for some places more often than for others: for the k-th most wanted one in proportion to 1/k^THETA
     #[arg(long, value_name = "THETA")]
     pub zipf: Option<f64>,
@@ -83,9 +100,16 @@ pub struct Load {
     /// The server's control socket (diskplane serve --control): report the time that requests spend in its stages
     #[arg(long, value_name = "SOCK", conflicts_with = "file")]
     pub control: Option<PathBuf>,
-    /// With --file: auto, threads, native or io_uring
-    #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<Aio>, requires = "file")]
-    pub engine: Aio,
+    /// With --file: auto, threads, native or io_uring. With --file, --nbd or --fio: fio, which has fio itself make the requests
+    #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<Engine>)]
+    pub engine: Engine,
+    /// Run the jobs of a fio job file: at their filename, or where --vhost-user, --nbd or --file says. Options of ordinary block
+    /// jobs are known; others are refused with their line
+    #[arg(long, value_name = "JOBFILE", conflicts_with_all = JOBS_SAY)]
+    pub fio: Option<PathBuf>,
+    /// With --fio: leave out options that are not supported
+    #[arg(long, requires = "fio")]
+    pub ignore_unknown: bool,
     /// With --file: bypass the host's page cache (the default)
     #[arg(long, requires = "file", conflicts_with = "buffered")]
     pub direct: bool,
@@ -104,6 +128,48 @@ pub struct Load {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// What a job file says, and so no option.
+const JOBS_SAY: [&str; 18] = [
+    "rw",
+    "read_percent",
+    "bs",
+    "depth",
+    "queues",
+    "seconds",
+    "ramp",
+    "ios",
+    "rate",
+    "think",
+    "verify",
+    "zipf",
+    "flush",
+    "stride",
+    "start",
+    "range",
+    "seed",
+    "poll",
+];
+
+/// Who makes the requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// We do; to a file by this engine.
+    Ours(Aio),
+    /// fio does.
+    Fio,
+}
+
+impl std::str::FromStr for Engine {
+    type Err = block::Error;
+
+    fn from_str(name: &str) -> block::Result<Self> {
+        match name {
+            "fio" => Ok(Self::Fio),
+            name => name.parse().map(Self::Ours),
+        }
+    }
 }
 
 /// [`Pattern`] by fio's names.
@@ -140,8 +206,14 @@ fn flushes(text: &str) -> Result<Flushes> {
 
 /// Runs the load and prints the report.
 pub fn run(args: &Load) -> Result<()> {
+    if let Some(path) = &args.fio {
+        return jobs(args, path);
+    }
     let spec = spec(args)?;
-    let report = load::run(&spec)?;
+    let report = match args.engine {
+        Engine::Fio => bench::fio::run(&spec)?,
+        Engine::Ours(_) => load::run(&spec)?,
+    };
     if args.json {
         #[derive(Serialize)]
         struct Answer<'a> {
@@ -152,26 +224,141 @@ pub fn run(args: &Load) -> Result<()> {
             spec: &spec,
             report: &report,
         };
-        return print(&crate::json(&answer)?);
+        print(&crate::json(&answer)?)?;
+    } else {
+        print(&text(&spec, &report))?;
     }
-    print(&text(&spec, &report))
+    is_as_written(std::slice::from_ref(&report))
 }
 
-fn spec(args: &Load) -> Result<Spec> {
-    let target = match (&args.vhost_user, &args.nbd, &args.file) {
+/// Whether all that was verified is as it must be.
+fn is_as_written(reports: &[Report]) -> Result<()> {
+    let verified = reports.iter().filter_map(|report| report.verify.as_ref());
+    let bad: u64 = verified.map(Verified::bad).sum();
+    ensure!(
+        bad == 0,
+        "verify: {bad} blocks are not as they must be, or could not be read to see"
+    );
+    Ok(())
+}
+
+/// A job, and what came of it, as `--json` prints them.
+#[derive(Serialize)]
+struct JobAnswer<'a> {
+    name: &'a str,
+    /// Lacks where fio read the file itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    spec: Option<&'a Spec>,
+    report: &'a Report,
+}
+
+/// Runs the jobs of a job file.
+fn jobs(args: &Load, path: &Path) -> Result<()> {
+    let target = target(args)?;
+    if args.engine == Engine::Fio {
+        ensure!(
+            target.is_none(),
+            "--engine fio runs the jobs where their filename says: leave out --vhost-user, --nbd and --file"
+        );
+        let jobs = bench::fio::run_file(path)?;
+        let answers: Vec<JobAnswer<'_>> = jobs
+            .iter()
+            .map(|job| JobAnswer {
+                name: &job.name,
+                spec: None,
+                report: &job.report,
+            })
+            .collect();
+        return say_jobs(args, &answers);
+    }
+    let jobs = jobfile::read(path, target.as_ref(), args.ignore_unknown)?;
+    for note in &jobs.notes {
+        eprintln!("diskplane: note: {}", block::plain(note));
+    }
+    let reports = jobs.run(|group| {
+        let names: Vec<&str> = group.iter().map(|job| job.name.as_str()).collect();
+        tracing::info!("running {}", names.join(", "));
+    })?;
+    let answers: Vec<JobAnswer<'_>> = jobs
+        .jobs
+        .iter()
+        .zip(&reports)
+        .map(|(job, report)| JobAnswer {
+            name: &job.name,
+            spec: Some(&job.spec),
+            report,
+        })
+        .collect();
+    say_jobs(args, &answers)?;
+    is_as_written(&reports)
+}
+
+fn say_jobs(args: &Load, answers: &[JobAnswer<'_>]) -> Result<()> {
+    if args.json {
+        return print(&crate::json(&answers)?);
+    }
+    let mut text = String::new();
+    for answer in answers {
+        let _ = write!(text, "{}: ", block::plain(answer.name));
+        match answer.spec {
+            Some(spec) => text.push_str(&self::text(spec, answer.report)),
+            None => {
+                let _ = write!(
+                    text,
+                    "by fio: {:.0} IOPS, {:.1} MB/s in {:.2} s\n{}",
+                    answer.report.iops,
+                    answer.report.mb_s,
+                    answer.report.seconds,
+                    latencies(answer.report)
+                );
+            }
+        }
+        text.push('\n');
+    }
+    let sum = |of: fn(&Report) -> f64| answers.iter().map(|a| of(a.report)).sum::<f64>();
+    if answers.len() > 1 {
+        let ios = sum(|r| (r.reads + r.writes) as f64);
+        let _ = writeln!(
+            text,
+            "all jobs: {ios:.0} requests, {:.1} MB",
+            sum(|r| r.bytes as f64) / 1e6
+        );
+    }
+    print(&text)
+}
+
+/// Where requests go, as far as the command line says.
+fn target(args: &Load) -> Result<Option<Target>> {
+    let of_files = matches!(args.engine, Engine::Ours(Aio::Only(_)));
+    ensure!(
+        args.file.is_some() || !of_files,
+        "--engine: threads, native and io_uring are ways to a file: give --file"
+    );
+    Ok(Some(match (&args.vhost_user, &args.nbd, &args.file) {
         (Some(socket), None, None) => Target::VhostUser(socket.clone()),
         (None, Some(uri), None) => Target::Nbd(uri.clone()),
         (None, None, Some(path)) => Target::File {
             path: path.clone(),
             engine: match args.engine {
-                Aio::Auto => "auto".into(),
-                Aio::Only(kind) => kind.to_string(),
+                Engine::Ours(Aio::Only(kind)) => kind.to_string(),
+                Engine::Ours(Aio::Auto) | Engine::Fio => "auto".into(),
             },
             direct: !args.buffered,
         },
+        (None, None, None) => return Ok(None),
         _ => bail!("give one of --vhost-user, --nbd and --file"),
-    };
+    }))
+}
+
+fn spec(args: &Load) -> Result<Spec> {
+    let target = target(args)?;
+    let target = target.context("give one of --vhost-user, --nbd, --file and --fio")?;
     let base = Spec::new(target);
+    ensure!(
+        (0.0..=1e9).contains(&args.think),
+        "--think {}: it is 0 to 1000000000",
+        args.think
+    );
     Ok(Spec {
         pattern: match args.rw {
             Asked::Read => Pattern::Read,
@@ -198,6 +385,10 @@ fn spec(args: &Load) -> Result<Spec> {
         ios_max: args.ios,
         poll: args.poll,
         rate: args.rate,
+        think: Duration::from_secs_f64(args.think / 1e6),
+        verify: args.verify.then(|| Verify {
+            state: args.state.clone(),
+        }),
         zipf: args.zipf,
         ring_entries: args.ring,
         indirect: !args.no_indirect,
@@ -226,29 +417,7 @@ fn text(spec: &Spec, report: &Report) -> String {
     if report.errors > 0 {
         let _ = writeln!(text, "{} requests FAILED", report.errors);
     }
-    let header = [
-        "latency in µs",
-        "count",
-        "min",
-        "mean",
-        "p50",
-        "p90",
-        "p99",
-        "p99.9",
-        "p99.99",
-        "max",
-    ];
-    let mut table = table::headed(&header, 1);
-    for (name, latency) in [
-        ("reads", &report.read_latency),
-        ("writes", &report.write_latency),
-        ("flushes", &report.flush_latency),
-    ] {
-        if latency.count > 0 {
-            table.add_row(row(name, latency));
-        }
-    }
-    text.push_str(&table::text(&table));
+    text.push_str(&latencies(report));
     let _ = writeln!(
         text,
         "per request: {:.3} notifications to the server, {:.3} back",
@@ -284,6 +453,35 @@ fn text(spec: &Spec, report: &Report) -> String {
         );
     }
     text.push_str(&stages(report));
+    if let Some(verified) = &report.verify {
+        text.push_str(&found(verified));
+    }
+    text
+}
+
+/// What verifying has found.
+fn found(verified: &Verified) -> String {
+    let mut text = format!(
+        "verified: {} blocks written, {} compared ({} of which nothing was known): {} wrong, {} stale, {} torn",
+        verified.written,
+        verified.checked,
+        verified.unknown,
+        verified.wrong,
+        verified.stale,
+        verified.torn
+    );
+    if verified.unread > 0 {
+        let _ = write!(text, ", {} unreadable", verified.unread);
+    }
+    text.push('\n');
+    for fault in &verified.faults {
+        let _ = writeln!(text, "  {fault}");
+    }
+    let untold = (verified.wrong + verified.stale + verified.torn)
+        .saturating_sub(verified.faults.len() as u64);
+    if untold > 0 {
+        let _ = writeln!(text, "  and {untold} more");
+    }
     text
 }
 
@@ -301,6 +499,33 @@ fn stages(report: &Report) -> String {
         row.extend(Stage::ALL.map(|stage| format!("{:.1}", totals.mean_us(stage))));
         row.push(format!("{:.1}", totals.total_us()));
         table.add_row(row);
+    }
+    table::text(&table)
+}
+
+/// The table of latencies.
+fn latencies(report: &Report) -> String {
+    let header = [
+        "latency in µs",
+        "count",
+        "min",
+        "mean",
+        "p50",
+        "p90",
+        "p99",
+        "p99.9",
+        "p99.99",
+        "max",
+    ];
+    let mut table = table::headed(&header, 1);
+    for (name, latency) in [
+        ("reads", &report.read_latency),
+        ("writes", &report.write_latency),
+        ("flushes", &report.flush_latency),
+    ] {
+        if latency.count > 0 {
+            table.add_row(row(name, latency));
+        }
     }
     table::text(&table)
 }

@@ -3,9 +3,11 @@
 use super::{
     Latencies, Timeline,
     plan::{Kind, Plan, Request},
+    verify::Verifier,
 };
 use block::{Error, ErrorKind, Result};
 use std::{
+    collections::VecDeque,
     sync::atomic::{AtomicU8, Ordering},
     time::{Duration, Instant},
 };
@@ -33,6 +35,12 @@ pub(crate) trait Client {
     /// Adds what has ended to `ended`, waiting for the first. May return with nothing after a while, and does
     /// at least once a second.
     fn reap(&mut self, ended: &mut Vec<Ended>) -> Result<()>;
+
+    /// Puts a block in the place of a slot that is free: what its next write carries, or what its next read begins with.
+    fn put(&mut self, slot: usize, block: &[u8]);
+
+    /// The block that a slot's read has brought.
+    fn get(&mut self, slot: usize, block: &mut [u8]);
 
     /// Notifications to the target and from it so far.
     fn notifications(&self) -> (u64, u64);
@@ -129,7 +137,8 @@ fn wait_until(due: Instant) {
 /// Keeps `depth` requests in flight until `phase` says [`STOP`] or `ios_max` reads and writes were counted,
 /// and until all of them have ended. When it says [`REST`] and none is in flight, `rest` is called, which returns at
 /// the next turn; with `false` where there is none. Where the plan has a rate, requests begin when they are due instead, as far
-/// as `depth` allows, and their latency counts from then.
+/// as `depth` allows, and their latency counts from then; where it has a time to think, each slot rests for that long after an
+/// answer. With a `verifier` blocks are what that says, and a queue that has written flushes at its end.
 pub(crate) fn drive(
     client: &mut impl Client,
     plan: &mut Plan,
@@ -137,6 +146,7 @@ pub(crate) fn drive(
     ios_max: Option<u64>,
     phase: &AtomicU8,
     mut rest: impl FnMut() -> bool,
+    mut verifier: Option<&mut Verifier<'_>>,
 ) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     let mut began = Instant::now();
@@ -151,7 +161,10 @@ pub(crate) fn drive(
     // Reads and writes that may still be asked for.
     let mut left = u64::MAX;
     let mut ready: Vec<usize> = (0..depth).collect();
-    let pace = plan.interval();
+    let (pace, think) = (plan.interval(), plan.think());
+    // Slots that think, and until when.
+    let mut resting: VecDeque<(Instant, usize)> = VecDeque::new();
+    let mut written = false;
     // When the next request is due, where they do not wait for each other.
     let mut due = began;
     loop {
@@ -165,12 +178,16 @@ pub(crate) fn drive(
             origin = Instant::now();
             before = client.notifications();
             let flying = |kind: &Kind| u64::from(*kind != Kind::Flush);
-            let busy = slots.iter().enumerate().filter(|(i, _)| !ready.contains(i));
+            let free = |slot: &usize| ready.contains(slot) || resting.iter().any(|r| r.1 == *slot);
+            let busy = slots.iter().enumerate().filter(|(i, _)| !free(i));
             let transfers: u64 = busy.map(|(_, (kind, _))| flying(kind)).sum();
             left = ios_max.map_or(u64::MAX, |max| max.saturating_sub(transfers));
         }
         // Taken before the first is submitted: a server that polls may answer before the last is.
         let now = Instant::now();
+        while let Some((_, slot)) = resting.pop_front_if(|(until, _)| *until <= now) {
+            ready.push(slot);
+        }
         let usable = match (state, pace) {
             (REST, _) => 0,
             (RAMP | MEASURE, Some(interval)) => are_due(now, due, interval).min(ready.len()),
@@ -185,6 +202,11 @@ pub(crate) fn drive(
                 }
                 _ => continue,
             };
+            let request = match &mut verifier {
+                Some(verifier) => verifier.begin(client, slot, request)?,
+                None => request,
+            };
+            written |= request.kind == Kind::Write;
             client.submit(slot, request)?;
             slots[slot] = (request.kind, pace.map_or(now, |_| due));
             due += pace.unwrap_or_default();
@@ -198,6 +220,14 @@ pub(crate) fn drive(
             }
             if pace.is_some() && left > 0 && matches!(state, RAMP | MEASURE) {
                 wait_until(due);
+                began = Instant::now();
+                continue;
+            }
+            if let Some((until, _)) = resting.front()
+                && left > 0
+                && matches!(state, RAMP | MEASURE)
+            {
+                wait_until(*until);
                 began = Instant::now();
                 continue;
             }
@@ -222,6 +252,9 @@ pub(crate) fn drive(
         in_flight -= ended.len();
         for Ended { slot, ok } in ended.drain(..) {
             let (kind, since) = slots[slot];
+            if let Some(verifier) = &mut verifier {
+                verifier.end(client, slot, ok);
+            }
             if measuring {
                 outcome.count(kind, now - since, ok);
                 if kind != Kind::Flush {
@@ -229,7 +262,10 @@ pub(crate) fn drive(
                     outcome.timeline.add(at, now - since);
                 }
             }
-            ready.push(slot);
+            match think.is_zero() || plan.is_flush_due(slot) {
+                true => ready.push(slot),
+                false => resting.push_back((now + think, slot)),
+            }
         }
         if measuring {
             outcome.last = Some(now);
@@ -238,14 +274,49 @@ pub(crate) fn drive(
     if measuring {
         outcome.notified(before, client.notifications());
     }
+    if let Some(verifier) = verifier
+        && written
+        && plan.can_flush()
+    {
+        flush(client, verifier)?;
+    }
     Ok(outcome)
+}
+
+/// Sends a flush that counts for nothing but what is known of the disk, and waits for it.
+fn flush(client: &mut impl Client, verifier: &mut Verifier<'_>) -> Result<()> {
+    let request = Request {
+        kind: Kind::Flush,
+        offset: 0,
+    };
+    let began = Instant::now();
+    let request = verifier.begin(client, 0, request)?;
+    client.submit(0, request)?;
+    let mut ended = Vec::new();
+    while ended.is_empty() {
+        if began.elapsed() > ANSWER_MAX {
+            let text = format!(
+                "the last flush was not answered for {} s",
+                ANSWER_MAX.as_secs()
+            );
+            return Err(Error::new(ErrorKind::Io, text));
+        }
+        client.send()?;
+        client.reap(&mut ended)?;
+    }
+    let ok = ended.iter().all(|ended| ended.ok);
+    verifier.end(client, 0, ok);
+    match ok {
+        true => Ok(()),
+        false => Err(Error::new(ErrorKind::Io, "the last flush failed")),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::load::{
-        Spec, Target,
+        Against, Spec, Target,
         plan::{Geometry, Places},
     };
 
@@ -276,6 +347,10 @@ mod tests {
             Ok(())
         }
 
+        fn put(&mut self, _: usize, _: &[u8]) {}
+
+        fn get(&mut self, _: usize, _: &mut [u8]) {}
+
         fn notifications(&self) -> (u64, u64) {
             (0, 0)
         }
@@ -296,10 +371,15 @@ mod tests {
             flushes: true,
             block_bytes: 512,
         };
-        let mut plan = Plan::new(&spec, Places::new(&spec, &disk).unwrap(), 0);
+        let mut plan = Plan::new(
+            &spec,
+            Places::new(&spec, &disk).unwrap(),
+            0,
+            Against::default(),
+        );
         let phase = AtomicU8::new(MEASURE);
         let mut client = Stalling::default();
-        let outcome = drive(&mut client, &mut plan, 1, Some(100), &phase, || false).unwrap();
+        let outcome = drive(&mut client, &mut plan, 1, Some(100), &phase, || false, None).unwrap();
         assert_eq!(outcome.reads, 100);
         let histogram = outcome.read_latency.histogram();
         let slow = histogram.buckets().iter().filter(|(ns, _)| *ns > 5_000_000);

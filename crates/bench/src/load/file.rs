@@ -2,12 +2,11 @@
 //! to an engine.
 
 use super::{
-    Report, Spec,
+    By, Report, Spec,
     drive::{Client, Ended},
     fill,
     plan::{Geometry, Kind, Places, Request},
     run::run_queues,
-    turns::Turns,
 };
 use block::{Context, Error, ErrorKind, IoVec, Result};
 use io::{
@@ -24,7 +23,7 @@ pub(crate) fn run(
     path: &Path,
     engine: &str,
     direct: bool,
-    turns: Option<&Turns>,
+    by: By<'_>,
 ) -> Result<Report> {
     let named = || path.display().to_string();
     let aio: Aio = engine.parse()?;
@@ -56,7 +55,7 @@ pub(crate) fn run(
         let file = file.clone();
         move || Bare::new(spec, &file, kind, queue).context(|| file.path().display().to_string())
     });
-    run_queues(spec, places, openers.collect(), turns).context(named)
+    run_queues(spec, places, openers.collect(), by).context(named)
 }
 
 struct Bare {
@@ -143,6 +142,20 @@ impl Client for Bare {
             });
         }
         Ok(())
+    }
+
+    fn put(&mut self, slot: usize, block: &[u8]) {
+        let piece = self.pieces[slot];
+        assert!(block.len() <= piece.len());
+        // SAFETY: the piece is of `self`'s memory and as long, and its slot has no operation.
+        unsafe { std::ptr::copy_nonoverlapping(block.as_ptr(), piece.base(), block.len()) }
+    }
+
+    fn get(&mut self, slot: usize, block: &mut [u8]) {
+        let piece = self.pieces[slot];
+        assert!(block.len() <= piece.len());
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(piece.base(), block.as_mut_ptr(), block.len()) }
     }
 
     fn notifications(&self) -> (u64, u64) {

@@ -24,6 +24,12 @@ impl Latencies {
         self.0.saturating_record(ns.clamp(1, LONGEST_NS));
     }
 
+    /// Counts `count` requests that took as long.
+    pub fn add_many(&mut self, latency: Duration, count: u64) {
+        let ns = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
+        self.0.saturating_record_n(ns.clamp(1, LONGEST_NS), count);
+    }
+
     /// Counts all of `other`'s requests too.
     pub fn merge(&mut self, other: &Self) {
         self.0.add(&other.0).expect("equal bounds");

@@ -12,6 +12,7 @@ mod syscalls;
 pub mod timeline;
 pub(crate) mod turns;
 pub(crate) mod usage;
+mod verify;
 mod vhost;
 mod zipf;
 
@@ -19,12 +20,14 @@ pub use histogram::Histogram;
 pub use latency::{Latencies, Percentiles};
 pub(crate) use random::Random;
 pub use timeline::Timeline;
+pub use verify::{FAULTS_MAX, Fault, Kind as FaultKind, Verified, Verify};
 
 use block::Result;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use trace::Totals;
 use turns::Turns;
+use verify::Ledger;
 
 /// Bytes of a request at most.
 pub const BLOCK_BYTES_MAX: u64 = 32 << 20;
@@ -37,7 +40,8 @@ pub const BUFFER_BYTES_MAX: u64 = 4 << 30;
 
 /// Keeps requests in flight at [`Spec::target`] and reports what came back.
 ///
-/// Writes carry bytes that compress badly and differ from slot to slot; what reads bring is not looked at.
+/// Writes carry bytes that compress badly and differ from slot to slot, and what reads bring is not looked at, unless
+/// [`Spec::verify`] says otherwise.
 /// Requests in flight when the time is over are waited for and count.
 ///
 /// # Errors
@@ -46,20 +50,50 @@ pub const BUFFER_BYTES_MAX: u64 = 4 << 30;
 /// breaks its protocol, vanishes, or answers nothing for a minute. Requests that fail count as
 /// [`Report::errors`] and end nothing.
 pub fn run(spec: &Spec) -> Result<Report> {
-    run_by(spec, None)
+    spec.check()?;
+    match &spec.verify {
+        Some(verify) => verify::run(spec, verify),
+        None => run_on(spec, By::default()),
+    }
+}
+
+/// What goes with a load besides what is asked.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct By<'a> {
+    /// It runs in turns.
+    turns: Option<&'a Turns>,
+    /// It verifies.
+    against: Against<'a>,
+}
+
+/// What a load verifies.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Against<'a> {
+    /// What the disk must hold.
+    ledger: Option<&'a Ledger>,
+    /// The places to read, by number, one after the other; [`Spec::ios_max`] is how many.
+    list: Option<&'a [u64]>,
 }
 
 /// [`run`], in turns where there are some; what is in flight at the end of a turn does not count.
 pub(crate) fn run_by(spec: &Spec, turns: Option<&Turns>) -> Result<Report> {
     spec.check()?;
+    let by = By {
+        turns,
+        ..By::default()
+    };
+    run_on(spec, by)
+}
+
+fn run_on(spec: &Spec, by: By<'_>) -> Result<Report> {
     match &spec.target {
-        Target::VhostUser(socket) => vhost::run(spec, socket, turns),
-        Target::Nbd(uri) => nbd::run(spec, uri, turns),
+        Target::VhostUser(socket) => vhost::run(spec, socket, by),
+        Target::Nbd(uri) => nbd::run(spec, uri, by),
         Target::File {
             path,
             engine,
             direct,
-        } => file::run(spec, path, engine, *direct, turns),
+        } => file::run(spec, path, engine, *direct, by),
     }
 }
 
@@ -163,6 +197,12 @@ pub struct Spec {
     /// fast as [`Self::depth`] requests at a time go.
     #[serde(default)]
     pub rate: Option<f64>,
+    /// How long each of [`Self::depth`] places waits after an answer before it asks again (closed loop).
+    #[serde(default)]
+    pub think: Duration,
+    /// Blocks carry what they are, and reads are compared with what must be there.
+    #[serde(default)]
+    pub verify: Option<Verify>,
     /// Random patterns ask for places by Zipf's law with this exponent. `None`: all alike.
     #[serde(default)]
     pub zipf: Option<f64>,
@@ -203,6 +243,8 @@ impl Spec {
             ios_max: None,
             poll: false,
             rate: None,
+            think: Duration::ZERO,
+            verify: None,
             zipf: None,
             ring_entries: 128,
             indirect: true,
@@ -277,6 +319,9 @@ pub struct Report {
     /// What requests spent in the server's stages meanwhile, by operation, of all its disks; empty without [`Spec::control`].
     #[serde(default)]
     pub stages: BTreeMap<String, Totals>,
+    /// What [`Spec::verify`] has found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify: Option<Verified>,
     /// All latencies of reads and writes; in records beside the report, not in it.
     #[serde(skip)]
     pub histogram: Histogram,

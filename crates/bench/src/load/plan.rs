@@ -1,6 +1,6 @@
 //! Which request comes next: offsets, the mix of reads and writes, flushes.
 
-use super::{Flushes, Pattern, Random, Spec, zipf::Zipf};
+use super::{Against, Flushes, Pattern, Random, Spec, zipf::Zipf};
 use block::{Error, Result, size};
 use std::time::Duration;
 
@@ -109,6 +109,23 @@ impl Spec {
                 );
             }
         }
+        if !self.think.is_zero() {
+            if self.rate.is_some() {
+                return wrong(
+                    "--think waits for answers, and --rate does not: give one of them".into(),
+                );
+            }
+            if self.depth > 1 && !self.poll {
+                return wrong(
+                    "--think: a thread that sleeps until something ends is late for the places that have thought: give --poll, or --depth 1".into(),
+                );
+            }
+        }
+        if self.verify.is_some() && stride < self.block_bytes {
+            return wrong(
+                "--verify: blocks would lie on each other: give no --stride below --bs".into(),
+            );
+        }
         if let Some(theta) = self.zipf {
             if !(0.01..=10.0).contains(&theta) {
                 return wrong(format!("--zipf {theta}: it is 0.01 to 10"));
@@ -130,6 +147,8 @@ pub(crate) struct Places {
     start: u64,
     stride: u64,
     count: u64,
+    /// The disk takes flushes.
+    flushes: bool,
 }
 
 impl Places {
@@ -181,17 +200,50 @@ impl Places {
             start: spec.start_bytes,
             stride,
             count: last / stride + 1,
+            flushes: disk.flushes,
         })
     }
 
-    fn at(&self, index: u64) -> u64 {
+    /// `count` of them from `start` on.
+    #[cfg(test)]
+    pub(crate) fn of(start: u64, stride: u64, count: u64) -> Self {
+        Self {
+            start,
+            stride,
+            count,
+            flushes: true,
+        }
+    }
+
+    /// How many.
+    pub(crate) fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// Whether the disk takes flushes.
+    pub(crate) fn flushes(&self) -> bool {
+        self.flushes
+    }
+
+    /// Which one begins at `offset`.
+    pub(crate) fn index_of(&self, offset: u64) -> u64 {
+        offset.saturating_sub(self.start) / self.stride
+    }
+
+    /// Where one begins.
+    pub(crate) fn at(&self, index: u64) -> u64 {
         self.start + index * self.stride
     }
 }
 
+/// The part of `all` requests that one of so many queues makes.
+pub(crate) fn share(all: u64, queues: u64, queue: u32) -> u64 {
+    all / queues + u64::from(u64::from(queue) < all % queues)
+}
+
 /// What one queue asks, request by request. The same seed asks the same.
 #[derive(Debug)]
-pub(crate) struct Plan {
+pub(crate) struct Plan<'a> {
     places: Places,
     sequential: bool,
     read_percent: u64,
@@ -201,18 +253,28 @@ pub(crate) struct Plan {
     zipf: Option<Zipf>,
     interval: Option<Duration>,
     next: u64,
+    /// The places to ask for, instead of all.
+    list: Option<&'a [u64]>,
+    think: Duration,
     /// Writes of each slot since its last flush.
     unflushed: Vec<u32>,
 }
 
-impl Plan {
-    pub(crate) fn new(spec: &Spec, places: Places, queue: u32) -> Self {
+impl<'a> Plan<'a> {
+    pub(crate) fn new(spec: &Spec, places: Places, queue: u32, against: Against<'a>) -> Self {
         let read_percent = match spec.pattern {
             Pattern::Read | Pattern::RandRead => 100,
             Pattern::Write | Pattern::RandWrite => 0,
             Pattern::Rw | Pattern::RandRw => spec.read_percent,
         };
-        let first = u128::from(places.count) * u128::from(queue) / u128::from(spec.queues.max(1));
+        let queues = u64::from(spec.queues.max(1));
+        let first = match against.list {
+            // Where the queue before it ends.
+            Some(list) => (0..queue)
+                .map(|q| share(list.len() as u64, queues, q))
+                .sum(),
+            None => (u128::from(places.count) * u128::from(queue) / u128::from(queues)) as u64,
+        };
         Self {
             places,
             sequential: matches!(spec.pattern, Pattern::Read | Pattern::Write | Pattern::Rw),
@@ -227,7 +289,9 @@ impl Plan {
                 .rate
                 .map(|rate| Duration::from_secs_f64(f64::from(spec.queues) / rate)),
             random: Random::new(spec.seed ^ u64::from(queue).wrapping_mul(0xa076_1d64_78bd_642f)),
-            next: first as u64,
+            next: first,
+            list: against.list,
+            think: spec.think,
             unflushed: vec![0; spec.depth as usize],
         }
     }
@@ -237,13 +301,27 @@ impl Plan {
         self.interval
     }
 
+    /// Whether the disk takes flushes.
+    pub(crate) fn can_flush(&self) -> bool {
+        self.places.flushes()
+    }
+
+    /// How long a place waits after an answer.
+    pub(crate) fn think(&self) -> Duration {
+        self.think
+    }
+
+    /// Whether `slot` sends a flush next.
+    pub(crate) fn is_flush_due(&self, slot: usize) -> bool {
+        self.unflushed[slot] >= self.writes_per_flush
+    }
+
     /// The flush that `slot` sends next, if it is due.
     pub(crate) fn flush(&mut self, slot: usize) -> Option<Request> {
-        let unflushed = &mut self.unflushed[slot];
-        if *unflushed < self.writes_per_flush {
+        if !self.is_flush_due(slot) {
             return None;
         }
-        *unflushed = 0;
+        self.unflushed[slot] = 0;
         Some(Request {
             kind: Kind::Flush,
             offset: 0,
@@ -260,6 +338,14 @@ impl Plan {
         let kind = if read { Kind::Read } else { Kind::Write };
         if kind == Kind::Write && self.writes_per_flush != u32::MAX {
             self.unflushed[slot] += 1;
+        }
+        if let Some(list) = self.list {
+            let index = list.get(self.next as usize).copied().unwrap_or_default();
+            self.next += 1;
+            return Request {
+                kind,
+                offset: self.places.at(index),
+            };
         }
         let index = if self.sequential {
             let index = self.next;
@@ -298,9 +384,14 @@ mod tests {
         }
     }
 
-    fn plan(spec: &Spec, queue: u32) -> Plan {
+    fn plan(spec: &Spec, queue: u32) -> Plan<'static> {
         spec.check().unwrap();
-        Plan::new(spec, Places::new(spec, &DISK).unwrap(), queue)
+        Plan::new(
+            spec,
+            Places::new(spec, &DISK).unwrap(),
+            queue,
+            Against::default(),
+        )
     }
 
     #[test]
@@ -374,6 +465,25 @@ mod tests {
     }
 
     #[test]
+    fn queues_share_a_list() {
+        let spec = Spec {
+            queues: 2,
+            ..spec(Pattern::Read)
+        };
+        let list = [7, 1, 9, 4, 3];
+        let against = Against {
+            list: Some(&list),
+            ledger: None,
+        };
+        let mut asked = Vec::new();
+        for queue in 0..2 {
+            let mut plan = Plan::new(&spec, Places::new(&spec, &DISK).unwrap(), queue, against);
+            asked.extend((0..share(5, 2, queue)).map(|_| plan.next(0).offset / 4096));
+        }
+        assert_eq!(asked, list);
+    }
+
+    #[test]
     fn each_slot_flushes_after_its_own_writes() {
         let spec = Spec {
             flushes: Flushes::Every(2),
@@ -392,7 +502,26 @@ mod tests {
     fn what_cannot_be_is_refused_with_what_to_do() {
         let base = spec(Pattern::RandWrite);
         type Change = fn(&mut Spec);
-        let cases: [(Change, &str); 18] = [
+        let cases: [(Change, &str); 21] = [
+            (
+                |s| s.think = Duration::from_millis(1),
+                "give --poll, or --depth 1",
+            ),
+            (
+                |s| {
+                    s.think = Duration::from_millis(1);
+                    s.rate = Some(100.0);
+                    s.poll = true;
+                },
+                "give one of them",
+            ),
+            (
+                |s| {
+                    s.verify = Some(crate::load::Verify::default());
+                    s.stride_bytes = Some(512);
+                },
+                "no --stride below --bs",
+            ),
             (|s| s.rate = Some(0.0), "--rate 0"),
             (|s| s.rate = Some(100.0), "give --poll"),
             (|s| s.zipf = Some(f64::NAN), "--zipf NaN"),

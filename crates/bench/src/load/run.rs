@@ -1,11 +1,12 @@
 //! The run as a whole: a thread per queue, ramp, measurement, sum.
 
 use super::{
-    Report, Spec,
+    By, Report, Spec,
     drive::{self, Client, MEASURE, Outcome, RAMP, REST, STOP},
-    plan::{Places, Plan},
+    plan::{self, Places, Plan},
     turns::Turns,
     usage::{Memory, Usage, Watched},
+    verify::Verifier,
 };
 use block::{Error, Result};
 use std::{
@@ -32,7 +33,7 @@ pub(crate) fn run_queues<C, O>(
     spec: &Spec,
     places: Places,
     openers: Vec<O>,
-    turns: Option<&Turns>,
+    by: By<'_>,
 ) -> Result<Report>
 where
     C: Client,
@@ -40,6 +41,10 @@ where
 {
     let phase = AtomicU8::new(if spec.ramp.is_zero() { MEASURE } else { RAMP });
     let queues = openers.len() as u64;
+    let By { turns, against } = by;
+    if let Some(ledger) = against.ledger {
+        ledger.prepare(&places, queues * u64::from(spec.depth))?;
+    }
     thread::scope(|scope| {
         let (tell, hear) = mpsc::channel();
         let mut gates = Vec::new();
@@ -51,9 +56,9 @@ where
             let share = spec
                 .ios_max
                 .filter(|_| turns.is_none())
-                .map(|max| max / queues + u64::from(u64::from(queue) < max % queues));
+                .map(|max| plan::share(max, queues, queue));
             let body = move || {
-                let mut plan = Plan::new(spec, places, queue);
+                let mut plan = Plan::new(spec, places, queue, against);
                 let mut client = open()?;
                 let _ = tell.send(Message::Ready);
                 // Nobody opens the gate when another queue failed.
@@ -62,7 +67,11 @@ where
                 }
                 let rest = || tell.send(Message::Rests).is_ok() && pass.recv().is_ok();
                 let depth = spec.depth as usize;
-                drive::drive(&mut client, &mut plan, depth, share, phase, rest).map(Box::new)
+                let block = spec.block_bytes as usize;
+                let mut verifier = against.ledger.map(|l| Verifier::new(l, block, depth));
+                let verifier = verifier.as_mut();
+                drive::drive(&mut client, &mut plan, depth, share, phase, rest, verifier)
+                    .map(Box::new)
             };
             thread::Builder::new()
                 .name(format!("load-{queue}"))
@@ -279,6 +288,7 @@ fn report(spec: &Spec, total: &Outcome, seconds: Duration, used: Usage) -> Resul
         server_peak_bytes: with_pids.then_some(memory.peak),
         server_anonymous_bytes: with_pids.then_some(memory.anonymous),
         stages: used.stages,
+        verify: None,
         histogram: both.histogram(),
         timeline: total.timeline.store(),
     })

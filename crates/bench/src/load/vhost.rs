@@ -12,12 +12,11 @@
 //! the slot's last request was of another kind.
 
 use super::{
-    Report, Spec,
+    By, Report, Spec,
     drive::{Client, Ended},
     fill,
     plan::{Geometry, Kind, Places, Request},
     run::run_queues,
-    turns::Turns,
 };
 use crate::driver::{self, BUFFERS, Machine, Piece, RAM, Ram, Ring, Setup, feature};
 use block::{Context, Error, ErrorKind, Result};
@@ -44,7 +43,7 @@ const CHAIN: u16 = 3;
 /// How often a polling driver looks before it sees to other things.
 const SPINS: u32 = 1000;
 
-pub(crate) fn run(spec: &Spec, socket: &Path, turns: Option<&Turns>) -> Result<Report> {
+pub(crate) fn run(spec: &Spec, socket: &Path, by: By<'_>) -> Result<Report> {
     let named = || socket.display().to_string();
     let control = (CONTROL_BYTES * u64::from(spec.depth)).next_multiple_of(4096);
     let data = spec.block_bytes.next_multiple_of(4096);
@@ -116,7 +115,7 @@ pub(crate) fn run(spec: &Spec, socket: &Path, turns: Option<&Turns>) -> Result<R
     }
     thread::scope(|scope| {
         let watcher = scope.spawn(|| watch.run(&fate));
-        let report = run_queues(spec, places, openers, turns).context(named);
+        let report = run_queues(spec, places, openers, by).context(named);
         watch.done.write()?;
         // A watcher that cannot watch would leave a vanished server unnoticed.
         match watcher.join() {
@@ -362,6 +361,16 @@ impl Client for Vhost<'_> {
             self.alive()?;
         }
         Ok(())
+    }
+
+    fn put(&mut self, slot: usize, block: &[u8]) {
+        let at = self.layout.data + self.layout.data_bytes * slot as u64;
+        self.ram.write(at, block);
+    }
+
+    fn get(&mut self, slot: usize, block: &mut [u8]) {
+        let at = self.layout.data + self.layout.data_bytes * slot as u64;
+        self.ram.read_into(at, block);
     }
 
     fn notifications(&self) -> (u64, u64) {

@@ -6,12 +6,11 @@
 mod replies;
 
 use super::{
-    Report, Spec,
+    By, Report, Spec,
     drive::{Client, Ended},
     fill,
     plan::{Geometry, Kind, Places, Request},
     run::run_queues,
-    turns::Turns,
 };
 use block::{Context, Error, ErrorKind, Result, size};
 use nbd::{
@@ -37,7 +36,7 @@ const PIECES_MAX: usize = 128;
 /// How often a polling client looks before it sees to other things.
 const SPINS: u32 = 100;
 
-pub(crate) fn run(spec: &Spec, text: &str, turns: Option<&Turns>) -> Result<Report> {
+pub(crate) fn run(spec: &Spec, text: &str, by: By<'_>) -> Result<Report> {
     let uri = uri(text)?;
     let mut connections = Vec::new();
     for number in 1..=spec.queues {
@@ -68,7 +67,7 @@ pub(crate) fn run(spec: &Spec, text: &str, turns: Option<&Turns>) -> Result<Repo
             Ok(Nbd::new(spec, socket, export, queue))
         }
     });
-    run_queues(spec, places, openers.collect(), turns).context(|| text.to_owned())
+    run_queues(spec, places, openers.collect(), by).context(|| text.to_owned())
 }
 
 /// The export that `text` names: a URI, or the socket alone.
@@ -112,7 +111,7 @@ impl Nbd {
     fn new(spec: &Spec, socket: Socket, export: Export, queue: u32) -> Self {
         let (depth, block) = (spec.depth as usize, spec.block_bytes as usize);
         let mut data = Vec::new();
-        if spec.writes() {
+        if spec.writes() || spec.verify.is_some() {
             data.resize(block * depth, 0);
             for (slot, block) in data.chunks_mut(block).enumerate() {
                 fill(block, spec.seed, queue, slot);
@@ -121,7 +120,7 @@ impl Nbd {
         Self {
             socket,
             style: export.style,
-            replies: Replies::new(export.style, depth),
+            replies: Replies::new(export.style, depth, spec.verify.as_ref().map(|_| block)),
             block,
             data,
             out: Vec::with_capacity(depth * 32),
@@ -257,7 +256,7 @@ impl Client for Nbd {
             Kind::Write => (cmd::WRITE, block, 0),
             Kind::Flush => (cmd::FLUSH, 0, 0),
         };
-        self.replies.waiting[slot] = Waiting::new(expected);
+        self.replies.waiting[slot] = Waiting::new(expected, request.offset);
         self.put(command, slot as u64, (request.offset, len));
         let part = Part {
             headers_end: self.out.len(),
@@ -302,6 +301,19 @@ impl Client for Nbd {
             }
         }
         Ok(())
+    }
+
+    fn put(&mut self, slot: usize, block: &[u8]) {
+        self.data[slot * self.block..][..block.len()].copy_from_slice(block);
+        if let Some(kept) = self.replies.kept(slot) {
+            kept.copy_from_slice(block);
+        }
+    }
+
+    fn get(&mut self, slot: usize, block: &mut [u8]) {
+        if let Some(kept) = self.replies.kept(slot) {
+            block.copy_from_slice(kept);
+        }
     }
 
     fn notifications(&self) -> (u64, u64) {

@@ -1,4 +1,5 @@
-//! The stream of replies, cut into headers and payload as it arrives. Payload is counted and dropped.
+//! The stream of replies, cut into headers and payload as it arrives. Payload is counted, and kept only
+//! by a load that verifies.
 
 use block::Result;
 use nbd::{
@@ -15,15 +16,18 @@ pub(super) struct Waiting {
     pub busy: bool,
     /// Bytes that the reply brings in all.
     pub expected: u64,
+    /// Where the request begins on the disk.
+    offset: u64,
     arrived: u64,
     failed: bool,
 }
 
 impl Waiting {
-    pub(super) fn new(expected: u64) -> Self {
+    pub(super) fn new(expected: u64, offset: u64) -> Self {
         Self {
             busy: true,
             expected,
+            offset,
             ..Self::default()
         }
     }
@@ -34,8 +38,22 @@ impl Waiting {
 struct Chunk {
     slot: usize,
     done: bool,
-    /// Payload that follows and is of no interest.
+    /// Its header says that a range reads as zeros.
+    hole: bool,
+    /// Payload that follows.
     payload: u64,
+    content: Content,
+}
+
+/// What a payload is.
+#[derive(Clone, Copy, Debug)]
+enum Content {
+    /// Nothing that anybody keeps.
+    Other,
+    /// The data's offset on the disk, of which so many bytes are there, and then data.
+    Offset([u8; 8], usize),
+    /// Data, for here in the slot's block.
+    Data(u64),
 }
 
 #[derive(Debug)]
@@ -49,10 +67,13 @@ pub(super) struct Replies {
     /// The chunk whose payload is being dropped.
     current: Option<Chunk>,
     pub waiting: Vec<Waiting>,
+    /// Bytes of a slot's block, and all of these, where reads are looked at.
+    keep: Option<(usize, Vec<u8>)>,
 }
 
 impl Replies {
-    pub(super) fn new(style: Style, depth: usize) -> Self {
+    /// For so many slots; with `keep` the data of reads of so many bytes are kept.
+    pub(super) fn new(style: Style, depth: usize, keep: Option<usize>) -> Self {
         Self {
             style,
             buffer: vec![0; BUFFER_BYTES].into(),
@@ -60,7 +81,14 @@ impl Replies {
             to: 0,
             current: None,
             waiting: vec![Waiting::default(); depth],
+            keep: keep.map(|block| (block, vec![0; block * depth])),
         }
+    }
+
+    /// A slot's block, where reads are looked at.
+    pub(super) fn kept(&mut self, slot: usize) -> Option<&mut [u8]> {
+        let (block, all) = self.keep.as_mut()?;
+        all.get_mut(slot * *block..(slot + 1) * *block)
     }
 
     /// Where the next bytes of the stream go; never empty.
@@ -87,6 +115,10 @@ impl Replies {
                     let Some((header, chunk)) = parsed else {
                         return Ok(());
                     };
+                    if let Some((block, all)) = &mut self.keep {
+                        let own = &mut all[chunk.slot * *block..(chunk.slot + 1) * *block];
+                        hole(&bytes[..header], &chunk, &self.waiting, own);
+                    }
                     self.from += header;
                     none.insert(chunk)
                 }
@@ -94,6 +126,12 @@ impl Replies {
             let there = (self.to - self.from) as u64;
             let taken = chunk.payload.min(there);
             chunk.payload -= taken;
+            if let Some((block, all)) = &mut self.keep {
+                let bytes = &self.buffer[self.from..self.from + taken as usize];
+                let own = &mut all[chunk.slot * *block..(chunk.slot + 1) * *block];
+                let offset = self.waiting[chunk.slot].offset;
+                chunk.content.take(bytes, offset, own);
+            }
             self.from += taken as usize;
             if chunk.payload > 0 {
                 return Ok(());
@@ -115,6 +153,48 @@ impl Replies {
     }
 }
 
+impl Content {
+    /// Takes the next bytes of a payload, for the `block` of a request that begins at `offset`.
+    fn take(&mut self, mut bytes: &[u8], offset: u64, block: &mut [u8]) {
+        if let Self::Offset(word, there) = self {
+            let taken = (word.len() - *there).min(bytes.len());
+            word[*there..*there + taken].copy_from_slice(&bytes[..taken]);
+            *there += taken;
+            bytes = &bytes[taken..];
+            if *there == word.len() {
+                *self = Self::Data(u64::from_be_bytes(*word).wrapping_sub(offset));
+            }
+        }
+        if let Self::Data(at) = self {
+            // Data for elsewhere are left out: what they should have replaced shows.
+            let to = usize::try_from(*at).ok();
+            let to = to.and_then(|at| block.get_mut(at..)?.get_mut(..bytes.len()));
+            if let Some(to) = to {
+                to.copy_from_slice(bytes);
+            }
+            *at = at.wrapping_add(bytes.len() as u64);
+        }
+    }
+}
+
+/// Zeroes what a chunk says is a hole, by the end of its header: offset and length.
+fn hole(header: &[u8], chunk: &Chunk, waiting: &[Waiting], block: &mut [u8]) {
+    let (true, Some(tail)) = (chunk.hole, header.last_chunk::<12>()) else {
+        return;
+    };
+    let word = |from: usize, to: usize| {
+        let bytes = tail[from..to].iter();
+        bytes.fold(0_u64, |all, byte| all << 8 | u64::from(*byte))
+    };
+    let at = word(0, 8).wrapping_sub(waiting[chunk.slot].offset);
+    let to = usize::try_from(at)
+        .ok()
+        .zip(usize::try_from(word(8, 12)).ok());
+    if let Some(to) = to.and_then(|(at, len)| block.get_mut(at..)?.get_mut(..len)) {
+        to.fill(0);
+    }
+}
+
 /// The chunk at the front of `bytes` and the bytes of its header, with what of its payload counts; `None` when that is
 /// not all there.
 fn parse(bytes: &[u8], style: Style, waiting: &mut [Waiting]) -> Result<Option<(usize, Chunk)>> {
@@ -129,7 +209,7 @@ fn parse(bytes: &[u8], style: Style, waiting: &mut [Waiting]) -> Result<Option<(
             "a reply to request {cookie}, which is not in flight"
         )));
     };
-    let mut payload = 0;
+    let (mut payload, mut content, mut hole) = (0, Content::Other, false);
     match found.kind {
         Kind::Simple if style == Style::Structured && own.expected > 0 => {
             return Err(broken("a simple reply with data"));
@@ -137,12 +217,14 @@ fn parse(bytes: &[u8], style: Style, waiting: &mut [Waiting]) -> Result<Option<(
         Kind::Simple => {
             own.arrived = own.expected;
             payload = own.expected;
+            content = Content::Data(0);
         }
         Kind::SimpleError(_) => own.failed = true,
         Kind::Nothing => {}
         Kind::Data(len) => {
             own.arrived = own.arrived.saturating_add(len);
             payload = len.saturating_add(8);
+            content = Content::Offset([0; 8], 0);
         }
         Kind::Hole => {
             let Some(len) = bytes.get(header + 8..).and_then(<[u8]>::first_chunk) else {
@@ -150,6 +232,7 @@ fn parse(bytes: &[u8], style: Style, waiting: &mut [Waiting]) -> Result<Option<(
             };
             own.arrived += u64::from(u32::from_be_bytes(*len));
             header += 12;
+            hole = true;
         }
         Kind::Error(len) => {
             own.failed = true;
@@ -169,7 +252,9 @@ fn parse(bytes: &[u8], style: Style, waiting: &mut [Waiting]) -> Result<Option<(
         Chunk {
             slot,
             done,
+            hole,
             payload,
+            content,
         },
     )))
 }
@@ -213,8 +298,8 @@ mod tests {
 
     /// Feeds `stream` in steps of `step` bytes to slots 0 (a read of 4096 bytes), 1 (a write) and 2 (a read).
     fn feed(style: Style, stream: &[u8], step: usize) -> Result<Vec<(usize, bool)>> {
-        let mut replies = Replies::new(style, 3);
-        replies.waiting = [4096, 0, 4096].map(Waiting::new).to_vec();
+        let mut replies = Replies::new(style, 3, None);
+        replies.waiting = [4096, 0, 4096].map(|bytes| Waiting::new(bytes, 0)).to_vec();
         let mut ended = Vec::new();
         for bytes in stream.chunks(step) {
             replies.room()[..bytes.len()].copy_from_slice(bytes);
@@ -288,5 +373,55 @@ mod tests {
             let error = feed(style, &stream, 1 << 16).unwrap_err().to_string();
             assert!(error.contains(names), "{names}: {error}");
         }
+    }
+
+    #[test]
+    fn data_are_kept_where_they_belong_however_they_arrive() {
+        let style = Style::Structured;
+        let data: Vec<u8> = (0..4096_u32).map(|n| (n % 251) as u8 + 1).collect();
+        let at = |offset: u64| offset.to_be_bytes().to_vec();
+        // The second half first, a hole in the first, the rest behind it, and something for elsewhere.
+        let hole = [at(8192), 1024_u32.to_be_bytes().to_vec()].concat();
+        let stream = [
+            chunk(
+                style,
+                0,
+                kind::OFFSET_DATA,
+                1,
+                &[at(8192 + 2048), data[2048..].to_vec()].concat(),
+            ),
+            chunk(style, 0, kind::OFFSET_HOLE, 1, &hole),
+            chunk(
+                style,
+                1,
+                kind::OFFSET_DATA,
+                1,
+                &[at(8192 + 1024), data[1024..2048].to_vec()].concat(),
+            ),
+        ]
+        .concat();
+        let expected = [&[0; 1024], &data[1024..]].concat();
+        for step in [1, 7, 4096] {
+            let mut replies = Replies::new(style, 2, Some(4096));
+            replies.kept(1).unwrap().fill(0xa5);
+            replies.waiting[1] = Waiting::new(4096, 8192);
+            let mut ended = Vec::new();
+            for piece in stream.chunks(step) {
+                replies.room()[..piece.len()].copy_from_slice(piece);
+                let end = |slot, ok| ended.push((slot, ok));
+                replies.arrived(piece.len(), end).unwrap();
+            }
+            assert_eq!(ended, [(1, true)]);
+            assert!(replies.kept(1).unwrap() == expected, "{step}");
+            assert!(replies.kept(0).unwrap().iter().all(|byte| *byte == 0));
+        }
+        // Data for elsewhere change nothing.
+        let mut replies = Replies::new(style, 1, Some(512));
+        replies.waiting[0] = Waiting::new(512, 8192);
+        let stray = [at(0), vec![7; 512]].concat();
+        let stray = chunk(style, 1, kind::OFFSET_DATA, 0, &stray);
+        replies.room()[..stray.len()].copy_from_slice(&stray);
+        replies.arrived(stray.len(), |_, _| {}).unwrap();
+        assert!(replies.kept(0).unwrap().iter().all(|byte| *byte == 0));
     }
 }

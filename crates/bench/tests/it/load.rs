@@ -1,121 +1,17 @@
 //! The load generators against servers of ours in this process, against qemu-nbd, and against what vanishes.
 
+use crate::common;
+
 use bench::load::{self, Flushes, Pattern, Report, Spec, Target};
-use disk::{Chain, ChainOptions, Disk, DiskOptions};
-use export::{
-    control,
-    nbd::{self, Nbd, NbdAddress},
-    vhost_user::{self, VhostUser},
-    worker::{Worker, WorkerHandle, WorkerOptions},
-};
-use io::EngineKind;
+use common::{LEN, count, serve};
+use export::control;
 use std::{
     io::{Read as _, Write as _},
     os::unix::net::{UnixListener, UnixStream},
     process::{Child, Command},
-    sync::Arc,
     time::{Duration, Instant},
 };
 use testkit::TempDir;
-
-const LEN: u64 = 4 << 20;
-
-/// A disk on a vhost-user and an NBD socket, and the file behind it.
-struct Served {
-    dir: TempDir,
-    disk: Arc<Disk>,
-    worker: WorkerHandle,
-    vhost: Option<vhost_user::Server>,
-    nbd: Option<nbd::Server>,
-}
-
-fn serve(read_only: bool) -> Served {
-    let dir = TempDir::new();
-    let path = dir.path("disk.raw");
-    std::fs::write(&path, vec![0; LEN as usize]).unwrap();
-    let chain = ChainOptions {
-        format: Some(image::Format::Raw),
-        read_only,
-        ..ChainOptions::default()
-    };
-    let chain = Chain::open(path.to_str().unwrap(), &chain).unwrap();
-    let options = DiskOptions {
-        read_only,
-        ..DiskOptions::default()
-    };
-    let disk = Disk::new(chain, options).unwrap();
-    let worker = Worker::spawn(WorkerOptions::new(0, EngineKind::Threads)).unwrap();
-    let workers = [worker];
-    let options = vhost_user::Options {
-        queues: 2,
-        ..vhost_user::Options::default()
-    };
-    let vhost = VhostUser::serve(&dir.path("vhost"), disk.clone(), &workers, options).unwrap();
-    let address = NbdAddress::Unix(dir.path("nbd"));
-    let options = nbd::Options::default();
-    let nbd = Nbd::serve(&address, disk.clone(), &workers, options).unwrap();
-    let [worker] = workers;
-    Served {
-        dir,
-        disk,
-        worker,
-        vhost: Some(vhost),
-        nbd: Some(nbd),
-    }
-}
-
-impl Served {
-    fn targets(&self) -> [Target; 2] {
-        let nbd = format!("nbd+unix:///?socket={}", self.dir.path("nbd").display());
-        [Target::VhostUser(self.dir.path("vhost")), Target::Nbd(nbd)]
-    }
-
-    /// Reads, writes and flushes that the disk has ended so far.
-    fn counts(&self) -> [u64; 3] {
-        let statistics = self.disk.statistics();
-        ["read", "write", "flush"].map(|name| {
-            let mut operations = statistics.operations.iter();
-            let found = operations.find(|op| op.operation == name);
-            found.map_or(0, |op| op.count)
-        })
-    }
-
-    /// Waits until the disk has counted what was asked since `before`: it does so after it has answered.
-    #[track_caller]
-    fn assert_grown(&self, before: [u64; 3], asked: [u64; 3]) {
-        let began = Instant::now();
-        loop {
-            let counts = self.counts();
-            let grown = [0, 1, 2].map(|i| counts[i] - before[i]);
-            if grown == asked {
-                return;
-            }
-            assert!(
-                began.elapsed() < Duration::from_secs(20),
-                "{grown:?}, {asked:?} asked"
-            );
-            std::thread::yield_now();
-        }
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        drop(self.vhost.take());
-        drop(self.nbd.take());
-        self.worker.stop();
-    }
-}
-
-/// So many requests, however long they take.
-fn count(target: Target, pattern: Pattern, ios: u64) -> Spec {
-    Spec {
-        pattern,
-        ios_max: Some(ios),
-        duration: Duration::ZERO,
-        ..Spec::new(target)
-    }
-}
 
 #[track_caller]
 fn assert_counts(report: &Report, reads_and_writes: u64, flushes: u64) {

@@ -1,0 +1,380 @@
+//! fio instead of our generators, where it is installed: the same loads, and its figures in the same reports.
+
+use crate::{
+    load::{Flushes, Latencies, Pattern, Percentiles, Report, Spec, Target},
+    machine::process,
+};
+use block::{Context, Error, ErrorKind, Result};
+use serde_json::Value;
+use std::{
+    ffi::OsString,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+/// Characters of fio's words that an error repeats.
+const WORDS_MAX: usize = 600;
+
+/// What one of fio's jobs said.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Its name.
+    pub name: String,
+    /// Its figures. What fio does not tell (notifications, the server's) is 0 or absent.
+    pub report: Report,
+}
+
+/// Has fio run a load.
+///
+/// # Errors
+///
+/// fio cannot do what is asked, is not installed, or failed.
+pub fn run(spec: &Spec) -> Result<Report> {
+    let mut command = Command::new("fio");
+    command.args(arguments(spec)?);
+    let mut jobs = jobs(&mut command)?;
+    match (jobs.pop(), jobs.is_empty()) {
+        (Some(job), true) => Ok(job.report),
+        _ => Err(Error::new(
+            ErrorKind::Io,
+            "fio reported other jobs than were asked for",
+        )),
+    }
+}
+
+/// Has fio run a job file.
+///
+/// # Errors
+///
+/// fio is not installed, or failed.
+pub fn run_file(path: &Path) -> Result<Vec<Job>> {
+    // A name that begins with '-' is a file's all the same.
+    let path = match path.is_absolute() {
+        true => path.to_owned(),
+        false => Path::new(".").join(path),
+    };
+    let mut command = Command::new("fio");
+    command.arg(path);
+    jobs(&mut command)
+}
+
+/// fio's command line for a load.
+fn arguments(spec: &Spec) -> Result<Vec<OsString>> {
+    spec.check()?;
+    let cannot = |what: &str| Err(Error::unsupported(format!("--engine fio: {what}")));
+    if spec.verify.is_some() || spec.poll || spec.stride_bytes.is_some() {
+        return cannot("--verify, --poll and --stride are of our own generators");
+    }
+    if !spec.server_pids.is_empty() || spec.control.is_some() {
+        return cannot("--pid and --control are looked at by our own generators");
+    }
+    if !spec.think.is_zero() && spec.depth > 1 {
+        return cannot("its thinktime holds all requests: give --depth 1");
+    }
+    let mut all: Vec<OsString> = Vec::new();
+    let mut give = |name: &str, value: &dyn std::fmt::Display| {
+        all.push(format!("--{name}={value}").into());
+    };
+    give("name", &"load");
+    give(
+        "rw",
+        &match spec.pattern {
+            Pattern::Read => "read",
+            Pattern::Write => "write",
+            Pattern::Rw => "rw",
+            Pattern::RandRead => "randread",
+            Pattern::RandWrite => "randwrite",
+            Pattern::RandRw => "randrw",
+        },
+    );
+    give("rwmixread", &spec.read_percent);
+    give("bs", &spec.block_bytes);
+    give("iodepth", &spec.depth);
+    give("numjobs", &spec.queues);
+    give("randseed", &spec.seed);
+    give("offset", &spec.start_bytes);
+    if let Some(range) = spec.range_bytes {
+        give("size", &range);
+    }
+    if let Some(ios) = spec.ios_max {
+        if !ios.is_multiple_of(spec.queues.into()) {
+            return cannot("--ios must be a multiple of --queues");
+        }
+        give("number_ios", &(ios / u64::from(spec.queues)));
+    }
+    if !spec.duration.is_zero() {
+        give("runtime", &format!("{}us", spec.duration.as_micros()));
+    }
+    if spec.ios_max.is_none() {
+        give("time_based", &1);
+    } else {
+        // It ends after its size otherwise, though more is asked for.
+        give(
+            "io_size",
+            &(spec
+                .ios_max
+                .unwrap_or_default()
+                .saturating_mul(spec.block_bytes)),
+        );
+    }
+    if !spec.ramp.is_zero() {
+        give("ramp_time", &format!("{}us", spec.ramp.as_micros()));
+    }
+    if let Some(rate) = spec.rate {
+        give("rate_iops", &(rate / f64::from(spec.queues)).ceil());
+    }
+    if !spec.think.is_zero() {
+        give("thinktime", &format!("{}us", spec.think.as_micros()));
+    }
+    if let Some(theta) = spec.zipf {
+        give("random_distribution", &format!("zipf:{theta}"));
+    }
+    match spec.flushes {
+        Flushes::Never => {}
+        Flushes::AfterEachWrite => give("fdatasync", &1),
+        Flushes::Every(writes) => give("fdatasync", &writes),
+    }
+    for flag in ["norandommap", "group_reporting", "thread", "randrepeat=0"] {
+        all.push(format!("--{flag}").into());
+    }
+    all.extend(["--allow_file_create=0", "--fallocate=none"].map(OsString::from));
+    match &spec.target {
+        Target::File {
+            path,
+            engine,
+            direct,
+        } => {
+            let engine = match (engine.as_str(), spec.depth) {
+                ("native", _) => "libaio",
+                ("threads", 1) => "psync",
+                ("threads", _) => "posixaio",
+                _ => "io_uring",
+            };
+            all.push(format!("--ioengine={engine}").into());
+            all.push(format!("--direct={}", u8::from(*direct)).into());
+            // A colon would begin another file.
+            let name = path.to_string_lossy().replace(':', "\\:");
+            all.push(format!("--filename={name}").into());
+        }
+        Target::Nbd(uri) => {
+            let uri = match uri.strip_prefix("unix:") {
+                Some(socket) => format!("nbd+unix:///?socket={socket}"),
+                None => uri.clone(),
+            };
+            all.push("--ioengine=nbd".into());
+            all.push(format!("--uri={uri}").into());
+        }
+        Target::VhostUser(_) => {
+            return cannot("fio has no driver of vhost-user-blk: give --file or --nbd");
+        }
+    }
+    Ok(all)
+}
+
+fn jobs(command: &mut Command) -> Result<Vec<Job>> {
+    command
+        .arg("--output-format=json+")
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped());
+    let output = match command.output() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(process::missing("fio"));
+        }
+        output => output.context(|| "run fio")?,
+    };
+    let words = String::from_utf8_lossy(&output.stderr);
+    let failed = |what: &str| {
+        let words = words.trim();
+        let start = words.ceil_char_boundary(words.len().saturating_sub(WORDS_MAX));
+        let words: Vec<&str> = words[start..].lines().collect();
+        Error::new(ErrorKind::Io, format!("fio {what}: {}", words.join("; ")))
+    };
+    let text = String::from_utf8_lossy(&output.stdout);
+    let jobs = parse(&text);
+    if !output.status.success() {
+        return Err(failed(&format!("ended with {}", output.status)));
+    }
+    jobs.ok_or_else(|| failed("said nothing that can be read"))
+}
+
+/// The jobs in fio's JSON, which notes may precede.
+fn parse(text: &str) -> Option<Vec<Job>> {
+    let all: Value = serde_json::from_str(&text[text.find('{')?..]).ok()?;
+    let jobs = all["jobs"].as_array()?.iter();
+    jobs.map(job).collect()
+}
+
+fn job(job: &Value) -> Option<Job> {
+    let direction = |name: &str| {
+        let of = &job[name];
+        let mut latencies = Latencies::default();
+        for (ns, count) in of["clat_ns"]["bins"].as_object().into_iter().flatten() {
+            let ns = Duration::from_nanos(ns.parse().unwrap_or(0));
+            latencies.add_many(ns, count.as_u64().unwrap_or(0));
+        }
+        (of, latencies)
+    };
+    let (read, mut both) = direction("read");
+    let (write, write_latency) = direction("write");
+    let read_latency = both.percentiles();
+    both.merge(&write_latency);
+    let count = |of: &Value| of["total_ios"].as_u64();
+    let sum = |field: &str| Some(read[field].as_f64()? + write[field].as_f64()?);
+    let (reads, writes) = (count(read)?, count(write)?);
+    let ios = (reads + writes).max(1) as f64;
+    let runtime = |of: &Value| of["runtime"].as_f64().unwrap_or(0.0) / 1000.0;
+    let seconds = runtime(read).max(runtime(write));
+    // Of a core, over the job's whole time; of all copies together the mean.
+    let cpu = |field: &str| job[field].as_f64().unwrap_or(0.0) / 100.0 * seconds * 1e6 / ios;
+    let sync = &job["sync"]["lat_ns"];
+    let us = |value: &Value| value.as_f64().unwrap_or(0.0) / 1000.0;
+    // Its `total_ios` counts those of an asynchronous engine alone.
+    let flushes = sync["N"].as_u64().unwrap_or(0);
+    Some(Job {
+        name: job["jobname"].as_str()?.to_owned(),
+        report: Report {
+            seconds,
+            reads,
+            writes,
+            flushes,
+            errors: u64::from(job["error"].as_i64()? != 0),
+            bytes: read["io_bytes"].as_u64()? + write["io_bytes"].as_u64()?,
+            iops: sum("iops")?,
+            mb_s: sum("bw_bytes")? / 1e6,
+            read_latency,
+            write_latency: write_latency.percentiles(),
+            flush_latency: Percentiles {
+                count: flushes,
+                min_us: us(&sync["min"]),
+                mean_us: us(&sync["mean"]),
+                max_us: us(&sync["max"]),
+                ..Percentiles::default()
+            },
+            latency: both.percentiles(),
+            client_cpu_us_per_io: cpu("usr_cpu") + cpu("sys_cpu"),
+            client_user_us_per_io: cpu("usr_cpu"),
+            histogram: both.histogram(),
+            ..Report::default()
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{jobfile, load};
+
+    fn spec(path: &Path) -> Spec {
+        Spec {
+            pattern: Pattern::RandRw,
+            depth: 1,
+            duration: Duration::ZERO,
+            ios_max: Some(400),
+            ..Spec::new(Target::File {
+                path: path.to_owned(),
+                engine: "threads".into(),
+                direct: false,
+            })
+        }
+    }
+
+    #[test]
+    fn fio_and_we_do_as_much() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a:file");
+        std::fs::write(&path, vec![1; 1 << 20]).unwrap();
+        let spec = spec(&path);
+        let ours = load::run(&spec).unwrap();
+        let theirs = match run(&spec) {
+            Err(error) if process::is_missing(&error) => return eprintln!("not tested: {error}"),
+            report => report.unwrap(),
+        };
+        for report in [&ours, &theirs] {
+            assert_eq!(
+                (report.reads + report.writes, report.bytes),
+                (400, 400 * 4096)
+            );
+            assert_eq!((report.errors, report.latency.count), (0, 400));
+            assert!((230..330).contains(&report.reads), "{}", report.reads);
+        }
+        let flushing = Spec {
+            pattern: Pattern::Write,
+            flushes: Flushes::Every(4),
+            ..spec
+        };
+        let theirs = run(&flushing).unwrap();
+        let ours = load::run(&flushing).unwrap();
+        // It may end with its last write.
+        assert!(theirs.writes == 400 && (99..=100).contains(&theirs.flushes));
+        assert_eq!((ours.writes, ours.flushes), (400, 100));
+    }
+
+    #[test]
+    fn a_job_file_is_the_same_to_both() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, path) = (dir.path().join("disk"), dir.path().join("jobs.fio"));
+        std::fs::write(&file, vec![1; 1 << 20]).unwrap();
+        let text = format!(
+            "[global]\nfilename={}\nsize=512k\nbs=4k\nnorandommap\n[fill]\nrw=write\nfdatasync=16\n\
+             [both]\nstonewall\nrw=randrw\nrwmixread=100\nnumjobs=2\n[part]\nstonewall\nrw=read\noffset=4096\nnumber_ios=9\n",
+            file.display()
+        );
+        std::fs::write(&path, text).unwrap();
+        let jobs = jobfile::read(&path, None, false).unwrap();
+        assert_eq!(jobs.notes, Vec::<String>::new());
+        let ours = jobs.run(|_| {}).unwrap();
+        let theirs = match run_file(&path) {
+            Err(error) if process::is_missing(&error) => return eprintln!("not tested: {error}"),
+            jobs => jobs.unwrap(),
+        };
+        let names =
+            |n: &[(&str, u64, u64, u64)]| n.iter().map(|n| n.0.to_owned()).collect::<Vec<_>>();
+        let short = |name: &str, r: &Report| (name.to_owned(), r.reads, r.writes, r.bytes);
+        let ours: Vec<_> = jobs
+            .jobs
+            .iter()
+            .zip(&ours)
+            .map(|(j, r)| short(&j.name, r))
+            .collect();
+        let theirs: Vec<_> = theirs.iter().map(|j| short(&j.name, &j.report)).collect();
+        assert_eq!(ours, theirs);
+        let expected = [
+            ("fill", 0, 128, 512 << 10),
+            ("both", 128, 0, 512 << 10),
+            ("both", 128, 0, 512 << 10),
+            ("part", 9, 0, 9 * 4096),
+        ];
+        assert_eq!(
+            names(&expected),
+            ours.iter().map(|o| o.0.clone()).collect::<Vec<_>>()
+        );
+        assert_eq!(
+            expected.map(|e| (e.1, e.2, e.3)).to_vec(),
+            ours.iter().map(|o| (o.1, o.2, o.3)).collect::<Vec<_>>()
+        );
+    }
+
+    #[test]
+    fn what_fio_cannot_do_is_said() {
+        let vhost = Spec::new(Target::VhostUser("s".into()));
+        let error = arguments(&vhost).unwrap_err().to_string();
+        assert!(error.contains("no driver of vhost-user-blk"), "{error}");
+        let polling = Spec {
+            poll: true,
+            ..spec(Path::new("x"))
+        };
+        assert!(arguments(&polling).is_err());
+        let three = Spec {
+            queues: 3,
+            ..spec(Path::new("x"))
+        };
+        assert!(
+            arguments(&three)
+                .unwrap_err()
+                .to_string()
+                .contains("multiple of --queues")
+        );
+        assert!(parse("fio: broken").is_none());
+    }
+}

@@ -1,0 +1,5 @@
+//! The load generators against servers.
+
+mod common;
+mod load;
+mod verify;

@@ -1,0 +1,230 @@
+//! `bench load` from outside: verify mode over a restart, job files, fio in our place, what is refused.
+
+use crate::common;
+
+use common::{binary, diskplane, failure, good, refused};
+use serde_json::Value;
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Child, Command, Stdio},
+};
+use testkit::TempDir;
+
+/// A server, killed when the test is over.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn serve(dir: &Path) -> Server {
+    let mut command = Command::new(binary());
+    command
+        .current_dir(dir)
+        .args(["serve", "-f", "qcow2", "d.qcow2", "--vhost-user", "s"])
+        .args(["--control", "c", "--cache", "writeback"])
+        .stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut ready = String::new();
+    let out = child.stdout.take().unwrap();
+    BufReader::new(out).read_line(&mut ready).unwrap();
+    assert!(ready.starts_with("ready"), "{ready}");
+    Server(child)
+}
+
+/// A server that is killed may lose what no flush has covered, and nothing else.
+#[test]
+fn a_restart_after_a_kill_is_verified() {
+    let dir = TempDir::new();
+    let dir = dir.path("").to_owned();
+    good(&dir, &["create", "-q", "-f", "qcow2", "d.qcow2", "8M"]);
+    let load = |rw: &str, more: &[&str]| {
+        let args = [
+            "bench",
+            "load",
+            "--vhost-user",
+            "s",
+            "--verify",
+            "--state",
+            "st",
+            "--rw",
+            rw,
+        ];
+        let args = [&args[..], &["--range", "2M", "--depth", "8"], more].concat();
+        diskplane(&dir, &args)
+    };
+    let server = serve(&dir);
+    let first = load(
+        "randwrite",
+        &["--ios", "1000", "--flush", "7", "--control", "c"],
+    );
+    assert!(first.status.success(), "{first:?}");
+    let text = String::from_utf8(first.stdout).unwrap();
+    assert!(text.contains("verified: 1000 blocks written"), "{text}");
+    assert!(text.contains("0 wrong, 0 stale, 0 torn"), "{text}");
+    // All stages of the server's trace.
+    assert!(
+        text.contains("server's stages in µs") && text.contains("commit"),
+        "{text}"
+    );
+    // SIGKILL.
+    drop(server);
+    let server = serve(&dir);
+    let again = load("randread", &["--ios", "100", "--json"]);
+    assert!(again.status.success(), "{again:?}");
+    let answer: Value = serde_json::from_slice(&again.stdout).unwrap();
+    let verify = &answer["report"]["verify"];
+    assert!(verify["checked"].as_u64() > Some(100), "{verify}");
+    assert_eq!(verify["faults"].as_array().map(Vec::len), Some(0));
+    drop(server);
+    // Somebody else's bytes on the disk.
+    let lie = Command::new("qemu-io")
+        .current_dir(&dir)
+        .args(["-f", "qcow2", "-c", "write -P 7 0 2M", "d.qcow2"])
+        .output()
+        .unwrap();
+    assert!(lie.status.success(), "{lie:?}");
+    let _server = serve(&dir);
+    let output = load("randread", &["--ios", "10"]);
+    let error = failure(&["load"], &output, 1);
+    assert!(error.contains("are not as they must be"), "{error}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("  wrong: at ") && text.contains("bytes that no load wrote is there"),
+        "{text}"
+    );
+    assert!(text.contains("  and "), "{text}");
+}
+
+#[test]
+fn a_job_file_is_run_by_us_and_by_fio() {
+    let dir = TempDir::new();
+    let dir = dir.path("").to_owned();
+    fs::write(dir.join("disk"), vec![1; 1 << 20]).unwrap();
+    let jobs = "[global]\nfilename=disk\nsize=512k\nbs=4k\nnorandommap\n[fill]\nrw=write\nfsync=8\n[check]\nstonewall\nrw=read\nnumjobs=2\n";
+    fs::write(dir.join("jobs.fio"), jobs).unwrap();
+    let counts = |text: &str| {
+        let jobs: Value = serde_json::from_str(text).unwrap();
+        let short = |job: &Value| {
+            let of = |field: &str| job["report"][field].as_u64().unwrap();
+            (
+                job["name"].as_str().unwrap().to_owned(),
+                of("reads"),
+                of("writes"),
+            )
+        };
+        jobs.as_array()
+            .unwrap()
+            .iter()
+            .map(short)
+            .collect::<Vec<_>>()
+    };
+    let ours = counts(&good(
+        &dir,
+        &["bench", "load", "--fio", "jobs.fio", "--json"],
+    ));
+    let expected = [("fill", 0, 128), ("check", 128, 0), ("check", 128, 0)];
+    assert_eq!(
+        ours,
+        expected.map(|(name, reads, writes)| (name.to_owned(), reads, writes))
+    );
+    if Command::new("fio").arg("--version").output().is_ok() {
+        let theirs = good(
+            &dir,
+            &[
+                "bench", "load", "--fio", "jobs.fio", "--engine", "fio", "--json",
+            ],
+        );
+        assert_eq!(counts(&theirs), ours);
+        let args = [
+            "bench",
+            "load",
+            "--file",
+            "disk",
+            "--engine",
+            "fio",
+            "--ios",
+            "50",
+            "--depth",
+            "1",
+            "--buffered",
+        ];
+        let text = good(&dir, &args);
+        assert!(text.contains("reads") && text.contains("50"), "{text}");
+    }
+    let text = good(&dir, &["bench", "load", "--fio", "jobs.fio"]);
+    assert!(
+        text.contains("fill: write of 4 KiB") && text.contains("all jobs: 384 requests"),
+        "{text}"
+    );
+    fs::write(dir.join("jobs.fio"), format!("{jobs}zonemode=zbd\n")).unwrap();
+    let line = refused(&dir, &["bench", "load", "--fio", "jobs.fio"]);
+    assert!(
+        line.contains("jobs.fio, line 13: option 'zonemode' is not supported"),
+        "{line}"
+    );
+    let args = ["bench", "load", "--fio", "jobs.fio", "--ignore-unknown"];
+    let output = diskplane(&dir, &args);
+    assert!(output.status.success(), "{output:?}");
+    assert!(
+        String::from_utf8(output.stderr)
+            .unwrap()
+            .contains("was left out")
+    );
+}
+
+#[test]
+fn what_does_not_go_together_is_refused() {
+    let dir = TempDir::new();
+    let dir = dir.path("").to_owned();
+    fs::write(dir.join("disk"), vec![1; 1 << 20]).unwrap();
+    for (args, says) in [
+        (
+            &["--file", "disk", "--think", "5"][..],
+            "give --poll, or --depth 1",
+        ),
+        (&["--nbd", "unix:x", "--engine", "threads"], "give --file"),
+        (&["--file", "disk", "--nbd", "unix:x"], "give one of"),
+        (
+            &[
+                "--file",
+                "disk",
+                "--engine",
+                "fio",
+                "--verify",
+                "--buffered",
+            ],
+            "of our own generators",
+        ),
+    ] {
+        let line = refused(&dir, &[&["bench", "load"], args].concat());
+        assert!(line.contains(says), "{line}");
+    }
+    let args = [
+        "bench", "load", "--file", "disk", "--fio", "x", "--bs", "8K",
+    ];
+    failure(&args, &diskplane(&dir, &args), 1);
+    // A slot that thinks for 2 ms makes no more than 500 requests a second.
+    let args = [
+        "bench",
+        "load",
+        "--file",
+        "disk",
+        "--buffered",
+        "--depth",
+        "1",
+        "--ios",
+        "40",
+        "--think",
+        "2000",
+        "--json",
+    ];
+    let answer: Value = serde_json::from_str(&good(&dir, &args)).unwrap();
+    assert_eq!(answer["report"]["reads"], 40);
+    assert!(answer["report"]["iops"].as_f64() < Some(530.0), "{answer}");
+}
