@@ -7,7 +7,7 @@ use super::{
 };
 use crate::load::{
     Report,
-    usage::{self, Usage},
+    usage::{Usage, Watched},
 };
 use block::{Error, ErrorKind, Result};
 use std::{
@@ -113,11 +113,12 @@ fn drive(shared: &Shared<'_>) -> Result<Outcome> {
                     .phase
                     .compare_exchange(RAMP, MEASURE, Ordering::Relaxed, Ordering::Relaxed);
         }
-        let before = Usage::now(&spec.server_pids);
+        let mut watched = Watched::pids(&spec.server_pids);
+        let before = watched.now();
         let began = Instant::now();
         wait((!spec.duration.is_zero()).then_some(spec.duration));
         let seconds = began.elapsed().as_secs_f64();
-        let after = Usage::now(&spec.server_pids);
+        let after = watched.now();
         shared.phase.store(STOP, Ordering::Relaxed);
         let mut all = Tally::default();
         let mut failed = None;
@@ -130,7 +131,7 @@ fn drive(shared: &Shared<'_>) -> Result<Outcome> {
         }
         match failed {
             Some(error) => Err(error),
-            None => report(spec, &all, seconds, &after?.since(&before?)),
+            None => report(spec, &all, seconds, after?.since(&before?)),
         }
     })
 }
@@ -151,20 +152,13 @@ impl Tally {
     }
 }
 
-fn report(spec: &Spec, all: &Tally, seconds: f64, used: &Usage) -> Result<Outcome> {
+fn report(spec: &Spec, all: &Tally, seconds: f64, used: Usage) -> Result<Outcome> {
     let seconds = seconds.max(1e-9);
     let blocks = all.reads + all.writes;
     let flush_latency = all.fsync_latency.percentiles();
     let mut both = all.read_latency.clone();
     both.merge(&all.write_latency);
-    let cpu = |time: Duration| time.as_secs_f64() * 1e6 / blocks.max(1) as f64;
-    let (server, client) = (cpu(used.server_cpu), cpu(used.client_cpu));
-    let with_pids = !spec.server_pids.is_empty();
-    let mut rss = 0;
-    for pid in &spec.server_pids {
-        rss += usage::rss(*pid)?;
-    }
-    let report = Report {
+    let mut report = Report {
         seconds,
         reads: all.reads,
         writes: all.writes,
@@ -176,17 +170,12 @@ fn report(spec: &Spec, all: &Tally, seconds: f64, used: &Usage) -> Result<Outcom
         write_latency: all.write_latency.percentiles(),
         flush_latency,
         latency: both.percentiles(),
-        server_cpu_us_per_io: with_pids.then_some(server),
-        server_user_us_per_io: with_pids.then(|| used.server_ticks.user_part() * server),
-        client_cpu_us_per_io: client,
-        client_user_us_per_io: used.client_ticks.user_part() * client,
-        server_switches_per_io: with_pids
-            .then(|| used.server_switches as f64 / blocks.max(1) as f64),
-        server_rss_bytes: with_pids.then_some(rss),
         histogram: both.histogram(),
         timeline: all.timeline.store(),
         ..Report::default()
     };
+    let ios = blocks.max(1) as f64;
+    used.tell(&spec.server_pids, ios, ios, &mut report)?;
     Ok(Outcome {
         report,
         counts: all.counts,

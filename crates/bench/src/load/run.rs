@@ -5,7 +5,7 @@ use super::{
     drive::{self, Client, MEASURE, Outcome, RAMP, REST, STOP},
     plan::{self, Places, Plan},
     turns::Turns,
-    usage::{Memory, Usage, Watched},
+    usage::{Usage, Watched},
     verify::Verifier,
 };
 use block::{Error, Result};
@@ -248,20 +248,9 @@ fn report(spec: &Spec, total: &Outcome, seconds: Duration, used: Usage) -> Resul
         total.flushes.max(1)
     } as f64;
     let bytes = (transfers - total.failed_transfers) * spec.block_bytes;
-    let cpu = |time: Duration| time.as_secs_f64() * 1e6 / ios;
-    let with_pids = !spec.server_pids.is_empty();
     let mut both = total.read_latency.clone();
     both.merge(&total.write_latency);
-    let (server_cpu, client_cpu) = (cpu(used.server_cpu), cpu(used.client_cpu));
-    let mut memory = Memory::default();
-    for pid in &spec.server_pids {
-        let of = Memory::of(*pid)?;
-        memory.resident += of.resident;
-        memory.peak += of.peak;
-        memory.anonymous += of.anonymous;
-    }
-    let per_request = |count: u64| count as f64 / requests;
-    Ok(Report {
+    let mut report = Report {
         seconds,
         reads: total.reads,
         writes: total.writes,
@@ -276,20 +265,10 @@ fn report(spec: &Spec, total: &Outcome, seconds: Duration, used: Usage) -> Resul
         latency: both.percentiles(),
         kicks_per_io: total.kicks as f64 / requests,
         calls_per_io: total.calls as f64 / requests,
-        server_cpu_us_per_io: with_pids.then_some(server_cpu),
-        server_user_us_per_io: with_pids.then(|| used.server_ticks.user_part() * server_cpu),
-        client_cpu_us_per_io: client_cpu,
-        client_user_us_per_io: used.client_ticks.user_part() * client_cpu,
-        server_switches_per_io: with_pids.then(|| per_request(used.server_switches)),
-        server_syscalls_per_io: used.syscalls.map(per_request),
-        server_faults_per_io: with_pids.then(|| per_request(used.server_ticks.faults)),
-        server_major_faults_per_io: with_pids.then(|| per_request(used.server_ticks.major_faults)),
-        server_rss_bytes: with_pids.then_some(memory.resident),
-        server_peak_bytes: with_pids.then_some(memory.peak),
-        server_anonymous_bytes: with_pids.then_some(memory.anonymous),
-        stages: used.stages,
-        verify: None,
         histogram: both.histogram(),
         timeline: total.timeline.store(),
-    })
+        ..Report::default()
+    };
+    used.tell(&spec.server_pids, ios, requests, &mut report)?;
+    Ok(report)
 }

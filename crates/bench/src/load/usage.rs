@@ -1,6 +1,6 @@
 //! What processes have used so far. Unsafe code: the clocks of other processes.
 
-use super::{Spec, syscalls::Syscalls};
+use super::{Report, Spec, syscalls::Syscalls};
 use block::{Context, Error, Result};
 use std::{collections::BTreeMap, path::Path, time::Duration};
 use trace::{Totals, control::Client};
@@ -168,6 +168,15 @@ pub(crate) struct Watched<'a> {
 }
 
 impl<'a> Watched<'a> {
+    /// What `pids` use, and nothing that has to be asked for.
+    pub(crate) fn pids(pids: &'a [u32]) -> Self {
+        Self {
+            pids,
+            syscalls: None,
+            control: None,
+        }
+    }
+
     /// # Errors
     ///
     /// System calls are to be counted and cannot be.
@@ -242,6 +251,46 @@ impl Usage {
             server_ticks: self.server_ticks.since(before.server_ticks),
             client_ticks: self.client_ticks.since(before.client_ticks),
         }
+    }
+
+    /// Says in a report what was used for `ios` reads and writes, `requests` with flushes, and what memory `pids` have now.
+    ///
+    /// # Errors
+    ///
+    /// A process is gone.
+    pub(crate) fn tell(
+        self,
+        pids: &[u32],
+        ios: f64,
+        requests: f64,
+        report: &mut Report,
+    ) -> Result<()> {
+        let cpu = |time: Duration| time.as_secs_f64() * 1e6 / ios;
+        let per_request = |count: u64| count as f64 / requests;
+        report.client_cpu_us_per_io = cpu(self.client_cpu);
+        report.client_user_us_per_io = self.client_ticks.user_part() * cpu(self.client_cpu);
+        report.server_syscalls_per_io = self.syscalls.map(per_request);
+        report.stages = self.stages;
+        if pids.is_empty() {
+            return Ok(());
+        }
+        let mut memory = Memory::default();
+        for pid in pids {
+            let of = Memory::of(*pid)?;
+            memory.resident += of.resident;
+            memory.peak += of.peak;
+            memory.anonymous += of.anonymous;
+        }
+        let (server, ticks) = (cpu(self.server_cpu), self.server_ticks);
+        report.server_cpu_us_per_io = Some(server);
+        report.server_user_us_per_io = Some(ticks.user_part() * server);
+        report.server_switches_per_io = Some(per_request(self.server_switches));
+        report.server_faults_per_io = Some(per_request(ticks.faults));
+        report.server_major_faults_per_io = Some(per_request(ticks.major_faults));
+        report.server_rss_bytes = Some(memory.resident);
+        report.server_peak_bytes = Some(memory.peak);
+        report.server_anonymous_bytes = Some(memory.anonymous);
+        Ok(())
     }
 
     pub(crate) fn add(&mut self, other: &Self) {
