@@ -5,6 +5,7 @@
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod advise;
 mod amend;
 mod args;
 mod bench_compare;
@@ -98,6 +99,7 @@ fn main() -> ExitCode {
         Command::Resize(args) => done(resize::run(args)),
         Command::Serve(args) => done(serve::run(args)),
         Command::Trace(args) => done(trace::run(args)),
+        Command::Advise(args) => done(advise::run(args)),
         Command::QemuImg(args) => return qemu_img::run(&args.arguments),
         Command::Bench(args) => match &args.what {
             BenchCommand::Image(args) => done(bench_image::run(args)),

@@ -13,6 +13,7 @@ pub use make::*;
 pub use serve::*;
 
 use crate::{
+    advise::Advise,
     bench_compare::{Compare as CompareRuns, Csv},
     bench_device::DeviceArgs,
     bench_ffsb::FfsbArgs,
@@ -77,6 +78,8 @@ pub enum Command {
     Bench(Bench),
     /// Show where the time of requests goes
     Trace(Trace),
+    /// Say how to keep and serve images here, and why
+    Advise(Advise),
     /// Do what qemu-img does, with its command line, output and exit codes (also under that name)
     #[command(name = "qemu-img", disable_help_flag = true)]
     QemuImg(QemuImg),

@@ -9,8 +9,10 @@ mod common;
 #[path = "../../../disk/tests/peer/mod.rs"]
 mod peer;
 
+mod advise;
 mod bench_compare;
 mod bench_device;
+mod bench_load;
 mod bench_run;
 mod bench_versus;
 mod bitmap;

@@ -1,0 +1,130 @@
+//! `diskplane advise` from outside: what it says of images that are made for it, and that it writes only where it is told to.
+
+use crate::common;
+
+use common::{good, qemu_img, refused};
+use serde_json::Value;
+use std::fs;
+use testkit::TempDir;
+
+fn topics(answer: &Value) -> Vec<String> {
+    let advice = answer["advice"].as_array().unwrap().iter();
+    let text = |one: &Value| {
+        format!(
+            "{}: {}",
+            one["topic"].as_str().unwrap(),
+            one["do"].as_str().unwrap()
+        )
+    };
+    advice.map(text).collect()
+}
+
+#[test]
+fn advice_follows_from_what_the_image_is() {
+    let dir = TempDir::new();
+    let dir = dir.path("").to_owned();
+    fs::write(dir.join("data"), vec![0x5a; 2 << 20]).unwrap();
+    qemu_img(
+        &dir,
+        &[
+            "convert",
+            "-c",
+            "-f",
+            "raw",
+            "-O",
+            "qcow2",
+            "data",
+            "packed.qcow2",
+        ],
+    );
+    qemu_img(
+        &dir,
+        &[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            "compat=0.10",
+            "base.qcow2",
+            "1T",
+        ],
+    );
+    for (top, below) in [("mid.qcow2", "base.qcow2"), ("top.qcow2", "mid.qcow2")] {
+        qemu_img(
+            &dir,
+            &[
+                "create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", top,
+            ],
+        );
+    }
+    qemu_img(&dir, &["create", "-q", "-f", "vmdk", "d.vmdk", "1G"]);
+    let args = [
+        "advise",
+        "--json",
+        "packed.qcow2",
+        "base.qcow2",
+        "top.qcow2",
+        "d.vmdk",
+    ];
+    let answers: Value = serde_json::from_str(&good(&dir, &args)).unwrap();
+    let has = |n: usize, text: &str| topics(&answers[n]).iter().any(|line| line.contains(text));
+    assert!(has(0, "convert without -c"), "{answers}");
+    assert_eq!(answers[0]["facts"]["compressed"], 2 << 20);
+    assert!(
+        has(1, "compat=1.1") && has(1, "--metadata-cache 134217728"),
+        "{answers}"
+    );
+    assert!(
+        has(2, "fewer images") && has(2, "extended_l2=on"),
+        "{answers}"
+    );
+    assert_eq!(answers[2]["facts"]["chain"], 3);
+    assert!(has(3, "-O qcow2"), "{answers}");
+    for n in 0..4 {
+        assert!(has(n, "--aio auto") && has(n, "--cache "), "{answers}");
+        assert_eq!(answers[n]["measured"], Value::Null);
+    }
+    let line = refused(&dir, &["advise", "none"]);
+    assert!(line.contains("none"), "{line}");
+}
+
+#[test]
+fn it_measures_only_when_asked_and_leaves_nothing() {
+    let dir = TempDir::new();
+    let dir = dir.path("").to_owned();
+    let content = vec![0x5a; 4 << 20];
+    fs::write(dir.join("disk.raw"), &content).unwrap();
+    fs::create_dir(dir.join("w")).unwrap();
+    let args = [
+        "advise",
+        "-f",
+        "raw",
+        "--measure",
+        "--seconds",
+        "1",
+        "--write-test",
+        "w",
+        "--json",
+        "disk.raw",
+    ];
+    let answers: Value = serde_json::from_str(&good(&dir, &args)).unwrap();
+    let measured = &answers[0]["measured"];
+    let rates = measured["rates"].as_array().unwrap();
+    assert!(rates.len() >= 2, "{measured}");
+    assert!(rates.iter().all(|rate| rate["iops"].as_f64() > Some(0.0)));
+    assert!(
+        measured["write"]["flush-us"].as_f64() > Some(0.0),
+        "{measured}"
+    );
+    let based = answers[0]["advice"].as_array().unwrap().iter();
+    assert!(based.filter(|one| one["rests-on"] == "measurement").count() >= 1);
+    assert!(fs::read(dir.join("disk.raw")).unwrap() == content);
+    assert_eq!(fs::read_dir(dir.join("w")).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), 2);
+    let text = good(&dir, &["advise", "-f", "raw", "disk.raw"]);
+    assert!(
+        text.contains("disk.raw: raw of 4 MiB") && text.contains("rests on"),
+        "{text}"
+    );
+}
