@@ -1,6 +1,6 @@
 //! `diskplane create`.
 
-use crate::{args, open, options, options::Options};
+use crate::{args, open, options, options::Options, partial::Partial, signals};
 use anyhow::{Context, Result, bail};
 use block::{ErrorKind, Storage, limits, size};
 use disk::chain::{self, Chain, ChainOptions};
@@ -65,8 +65,7 @@ pub fn run(args: &args::Create) -> Result<()> {
     // Before the file is touched.
     let disk_bytes = options.settle(format, bytes)?;
     options.seal(format, &args.keys)?;
-    // A signal ends the process.
-    write_all(file, format, &options, &Stop::default())?;
+    make(file, format, &options)?;
     let mut line = format!(
         "created {}: {format}, {}",
         file.display(),
@@ -143,6 +142,25 @@ pub fn run(args: &args::Create) -> Result<()> {
         backing.is_some() || options.qcow2.data_file.is_some(),
     );
     Ok(())
+}
+
+/// Makes the image. What takes long, to give it all of its space, has another name until it is complete.
+fn make(file: &Path, format: Format, options: &Options) -> Result<()> {
+    let stop = signals::stop_on_signals()?;
+    let is_new = open::at_server(file).is_none() && fs::symlink_metadata(file).is_err();
+    if !is_new || options.preallocation == Preallocation::Off {
+        return write_all(file, format, options, &stop);
+    }
+    let mut partial = Partial::new(file);
+    if let Some(name) = &options.qcow2.data_file {
+        // The image has another name until it is complete.
+        let data = file.parent().unwrap_or(Path::new("")).join(name);
+        refuse_as_data(file, &data)?;
+        partial.add(data);
+    }
+    let path = partial.path().to_owned();
+    write_all(&path, format, options, &stop).map_err(|error| partial.name(error))?;
+    partial.finish()
 }
 
 /// The formats that new images can have.

@@ -435,7 +435,7 @@ pub fn parse_amend(arguments: &[String]) -> Result<Changes> {
                 names.join(", ")
             );
         };
-        let wrong = || anyhow!("-o {key}={value}: it must be {meaning}");
+        let wrong = || must_be(&key, &value, meaning);
         let image = &mut changes.image;
         match key.as_str() {
             "backing_file" => image.backing = Some(value),
@@ -566,7 +566,7 @@ fn set(options: &mut Options, format: Format, key: &str, value: &str) -> Result<
         let meaning = table(format)
             .find(|(name, _)| *name == key)
             .map_or("something else", |(_, meaning)| meaning);
-        anyhow!("-o {key}={value}: it must be {meaning}")
+        must_be(key, value, meaning)
     };
     match key {
         "adapter_type" => {
@@ -669,6 +669,12 @@ fn switch(value: &str) -> Option<bool> {
         "off" | "no" | "false" => Some(false),
         _ => None,
     }
+}
+
+/// What is wrong with an option's value. Of its meaning the first line: the rest is for who reads the list.
+fn must_be(key: &str, value: &str, meaning: &str) -> anyhow::Error {
+    let meaning = meaning.lines().next().unwrap_or_default();
+    anyhow!("-o {key}={value}: it must be {meaning}")
 }
 
 #[cfg(test)]

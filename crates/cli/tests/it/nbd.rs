@@ -744,13 +744,14 @@ fn what_a_server_cannot_read_is_salvaged() {
 #[test]
 fn a_copy_goes_on_when_its_server_is_back() {
     let dir = TempDir::new();
-    raw(dir.root(), "base.raw");
+    qemu::create("raw", dir.path("base.raw"), "16M");
+    qemu::io("raw", dir.path("base.raw"), &["write -P 9 0 16M"]);
     let args = ["-f", "raw", "base.raw"];
     let server = qemu_nbd(dir.root(), "s", &args);
     let node = "driver=nbd,server.type=unix,server.path=s.qemu-nbd,export=disk,reconnect-delay=100";
     let mut copy = Command::new(binary());
     copy.current_dir(dir.root())
-        .args(["convert", "-q", "-r", "4M", "--image-opts"]);
+        .args(["convert", "-q", "-m", "1", "-r", "8M", "--image-opts"]);
     let mut copy = copy.args([node, "-O", "raw", "copy"]).spawn().unwrap();
     // Something has been copied: it is in the middle.
     let part = dir.path(format!(".copy.{}.part", copy.id()));

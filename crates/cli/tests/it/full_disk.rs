@@ -3,10 +3,7 @@
 //!
 //! A file system of a few MiB, in memory, has all files of a case; a file takes what is left but for so many bytes.
 
-#[allow(dead_code)]
-mod common;
-
-use common::{binary, qemu_img, run};
+use crate::common::{self, binary, qemu_img, run};
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write as _;
@@ -402,8 +399,10 @@ fn what_fits_is_copied_to_the_last_cluster() {
         return;
     };
     let at = small.0.as_path();
-    let content = noise(4 * MIB);
-    fs::write(at.join("noise"), &content).unwrap();
+    fs::write(at.join("noise"), noise(4 * MIB)).unwrap();
+    // Of a large disk much is reserved ahead.
+    let file = fs::File::options().write(true).open(at.join("noise"));
+    file.unwrap().set_len(64 * MIB as u64).unwrap();
     for format in ["qcow2", "qed", "vmdk"] {
         // The data, and a few clusters of tables.
         for (left, fits) in [(4 * MIB + (512 << 10), true), (4 * MIB - 4096, false)] {
