@@ -49,7 +49,8 @@ impl Snapshot {
             date_nsec: 0,
             vm_clock_nsec: 0,
             vm_state_size_32: 0,
-            extra: extra(0, disk_size),
+            // qemu-img has a count of 0 in those that it makes.
+            extra: extra(0, disk_size, 0),
         }
     }
 
@@ -214,9 +215,9 @@ pub(super) fn read(storage: &dyn Storage, header: &Header) -> Result<(Vec<Snapsh
     Ok((snapshots, reader.taken))
 }
 
-/// Extra data as QEMU writes them, of a VM that counts no instructions.
-fn extra(vm_state_size: u64, disk_size: u64) -> Vec<u8> {
-    let fields = [vm_state_size, disk_size, NO_ICOUNT];
+/// Extra data as QEMU writes them.
+fn extra(vm_state_size: u64, disk_size: u64, icount: u64) -> Vec<u8> {
+    let fields = [vm_state_size, disk_size, icount];
     fields
         .iter()
         .flat_map(|field| field.to_be_bytes())
@@ -236,6 +237,7 @@ pub(super) fn encode(snapshots: &[Snapshot], disk_size: u64) -> Result<Vec<u8>> 
         let lacking = extra(
             sound.vm_state_size(),
             sound.disk_size().unwrap_or(disk_size),
+            NO_ICOUNT,
         );
         if sound.extra.len() < lacking.len() {
             sound.extra = lacking;

@@ -243,7 +243,7 @@ fn names_and_ids_are_found_as_qemu_finds_them() {
     assert_eq!(find(&all, "ü").unwrap().id, b"4");
     assert_eq!(all[1].date_sec, 1_700_000_000);
     assert_eq!(all[1].disk_size(), Some(4 << 20));
-    assert_eq!((all[1].vm_state_size(), all[1].icount()), (0, None));
+    assert_eq!((all[1].vm_state_size(), all[1].icount()), (0, Some(0)));
     // Deleting goes by name before it goes by id.
     assert_eq!(delete(&file, "1").unwrap().id, b"3");
     assert_eq!(delete(&file, "1").unwrap().id, b"1");
