@@ -302,7 +302,7 @@ pub(super) fn experiment() -> Experiment {
                   fully allocated, that grow, and that grow over a backing file. The document's guests had virtio-blk; \
                   here the disk of diskplane's NBD server or of qemu-nbd becomes a loop device through nbdfuse, the same for \
                   both, so that what all have in common costs more than there, and gaps are smaller. Bare metal is a \
-                  loop device on the raw file. Growing: a new image for each sample; files that are written at random are \
+                  loop device on the raw file. Growing: a new image for each sample; files that are only written, at random, are \
                   holes at first. The document's qcow2 is that of 2010, and its storage had eight LUNs. virtio against \
                   IDE needs a guest, and is not repeated.",
         cells,

@@ -130,7 +130,8 @@ impl Runner<'_> {
         ffsb::Spec {
             duration: self.options.duration,
             ramp: self.options.ramp,
-            sparse: grows && !creates && files.scenario != ffsb::Scenario::MailServer,
+            // What is read must be there: holes cost nothing.
+            sparse: grows && files.scenario == ffsb::Scenario::RandomWrites,
             pristine: side.image.state == State::Overlay,
             seed,
             // What scenarios of one kind of files have in common is made once.
