@@ -279,6 +279,7 @@ pub fn options_of(format: Format, said: &Said, objects: &Objects, file: &str) ->
     if format == Format::Vdi && said.get("preallocation") == Some("metadata") {
         bail!("Unsupported preallocation mode: metadata");
     }
+    check_backing_format(format, said)?;
     let mut options = options::parse(format, &said.own())?;
     options.overwrite = true;
     options.extended_l2.get_or_insert(false);
@@ -303,6 +304,24 @@ pub fn options_of(format: Format, said: &Said, objects: &Objects, file: &str) ->
     name_key(format, said, objects)?;
     options.seal(format, &keys(objects))?;
     Ok(options)
+}
+
+/// Refuses a backing format that the image cannot have.
+fn check_backing_format(format: Format, said: &Said) -> Result<()> {
+    let Some(name) = said.get("backing_fmt") else {
+        return Ok(());
+    };
+    match format {
+        Format::Vmdk if name != "vmdk" => bail!("backing_file must be a vmdk image"),
+        Format::Vmdk => Ok(()),
+        _ if name.parse::<Format>().is_err() => {
+            bail!("Parameter 'backing-fmt' does not accept value '{name}'")
+        }
+        Format::Qcow2 if said.get("backing_file").is_none() => {
+            bail!("Backing format cannot be used without backing file")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Refuses an encrypted image whose passphrase is not given, before anything is touched.

@@ -115,10 +115,18 @@ pub fn one<'a>(files: &'a [String], lacking: &str) -> Result<&'a str> {
 /// A size: decimal, perhaps with a fraction, and a suffix from `b` to `E`; or hexadecimal.
 pub fn size_of(text: &str) -> Option<u64> {
     let text = text.trim_start();
+    let text = text.strip_prefix('+').unwrap_or(text);
     let hexadecimal = text.strip_prefix("0x").or(text.strip_prefix("0X"));
     match hexadecimal {
         Some(digits) => u64::from_str_radix(digits, 16).ok(),
-        None if text.ends_with("iB") => None,
+        None if text.ends_with("iB") || text.starts_with('+') => None,
+        // `.5M`, of which only the whole part is missing.
+        None if text
+            .strip_prefix('.')
+            .is_some_and(|t| t.starts_with(|c: char| c.is_ascii_digit())) =>
+        {
+            size::parse(&format!("0{text}")).ok()
+        }
         None => size::parse(text).ok(),
     }
 }

@@ -94,6 +94,10 @@ pub fn run(args: &Snapshot) -> Result<u8> {
             _ => could_not("apply", name, &error),
         })?;
     } else if let Some(name) = &args.delete {
+        // By its name alone, unlike in other places: an id in its place deletes nothing.
+        if !(snapshot::list(storage)?.iter()).any(|one| one.name == name.as_bytes()) {
+            bail!("Could not delete snapshot '{name}': snapshot not found");
+        }
         snapshot::delete(storage, name).map_err(|error| match error.kind() {
             ErrorKind::NotFound => {
                 anyhow!("Could not delete snapshot '{name}': snapshot not found")
