@@ -177,6 +177,15 @@ impl Measured {
         (one.iops > 0.0).then(|| deep.iops / one.iops)
     }
 
+    /// Median microseconds of a read that is alone, past the page cache.
+    pub(super) fn median_alone_us(&self) -> Option<f64> {
+        let mut alone = self
+            .rates
+            .iter()
+            .filter(|rate| rate.depth == 1 && rate.direct);
+        alone.next().map(|rate| rate.p50_us)
+    }
+
     /// For people.
     pub(super) fn lines(&self) -> Vec<String> {
         let rates = self.rates.iter().map(|rate| {

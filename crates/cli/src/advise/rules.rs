@@ -12,9 +12,22 @@ const SOME: f64 = 0.1;
 /// How much better a mode must be than the one that facts speak for, before its figure is followed.
 const BETTER: f64 = 1.1;
 
+/// A rotating disk needs milliseconds for a read at random; what answers sooner has no arm, whatever the kernel was told (a virtual
+/// machine's disks are often said to rotate).
+const ARM_US: f64 = 1000.0;
+
 /// All advice on an image.
 pub(super) fn advice(facts: &Facts, measured: Option<&Measured>) -> Vec<Advice> {
     let mut all = Vec::new();
+    let median = measured.and_then(|measured| measured.median_alone_us());
+    let known = Facts {
+        rotational: match median {
+            Some(us) if us < ARM_US => Some(false),
+            _ => facts.rotational,
+        },
+        ..facts.clone()
+    };
+    let facts = &known;
     let mut say = |topic, what: String, because: String, rests_on| {
         all.push(Advice {
             topic,
@@ -427,6 +440,11 @@ mod tests {
             lines.iter().any(|l| l == "queues: serve --queues 1"),
             "{lines:?}"
         );
+        // What answers in a microsecond has no arm.
+        let mut told = plain();
+        told.rotational = Some(true);
+        let arm = |lines: &[String]| lines.iter().any(|l| l.contains("mq-deadline"));
+        assert!(arm(&said(&told, None)) && !arm(&said(&told, Some(&measured))));
         measured.rates[1].iops = 1500.0;
         assert!(said(&plain(), Some(&measured))[0].contains("--aio threads"));
         measured.write = Some(Write {
