@@ -19,7 +19,7 @@ use io::Aio;
 use serde::Serialize;
 use std::{
     fs,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, FileTypeExt},
     path::{Path, PathBuf},
     sync::Arc,
     thread,
@@ -181,6 +181,11 @@ impl Drop for Folder {
 
 /// By the study's protocol, of an image that is served for it.
 fn of_image(args: &Args, file: &str) -> Result<Answer> {
+    let is_socket = fs::metadata(file).is_ok_and(|meta| meta.file_type().is_socket());
+    ensure!(
+        !is_socket,
+        "{file} is a socket, not an image: a running server is asked with --control {file}"
+    );
     let (operation, random) = operation(args.rw.unwrap_or(Asked::Read));
     let protocol = Protocol {
         operation,

@@ -270,3 +270,11 @@ fn probes_are_there() {
     ];
     assert_eq!(names, all);
 }
+
+#[test]
+fn who_names_a_socket_as_an_image_is_told_how_to_ask_it() {
+    let dir = TempDir::new();
+    let _listener = std::os::unix::net::UnixListener::bind(dir.path("s")).unwrap();
+    let line = crate::common::refused(&dir.path(""), &["trace", "breakdown", "s"]);
+    assert!(line.contains("--control s"), "{line}");
+}
