@@ -4,6 +4,7 @@
 //! - [`load`]: keeps requests in flight at a server or a file and reports what came back, as a guest's
 //!   driver (vhost-user-blk), an NBD client or a plain program would see it.
 //! - [`jobfile`]: fio's job files as loads; [`fio`]: fio itself, where it is installed, in place of [`load`].
+//! - [`flame`]: flame graphs of a server under load, through perf.
 //! - [`breakdown`]: where the time of single requests goes, by the client's clock and the server's.
 //! - [`image`]: requests to an image in this process, without a server.
 //! - [`experiment`]: the background's studies, with what they found beside what is found here.
@@ -23,6 +24,7 @@ pub mod driver;
 pub mod experiment;
 pub mod ffsb;
 pub mod fio;
+pub mod flame;
 pub mod image;
 pub mod jobfile;
 pub mod load;

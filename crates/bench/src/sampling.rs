@@ -1,15 +1,18 @@
 //! From a load on a server to the figures of a sample: what comparisons and experiments have in common.
 
 use crate::{
+    flame,
     load::{self, Histogram, Pattern, Report, Spec, Target, timeline},
     metric::{Metric, Metrics},
     peer::{Running, Seen},
     record::Sample,
 };
-use block::{Error, ErrorKind, Result};
+use block::{Context, Error, ErrorKind, Result};
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
+    fs,
+    path::Path,
     thread::{self, ScopedJoinHandle},
     time::Duration,
 };
@@ -17,6 +20,9 @@ use trace::Totals;
 
 /// How long system calls are counted.
 const COUNTED: Duration = Duration::from_millis(150);
+
+/// How long a server is looked at for a flame graph.
+const DRAWN: Duration = Duration::from_secs(1);
 
 /// How long filling a file may take before it is called stuck.
 const FILL_LIMIT: Duration = Duration::from_secs(900);
@@ -258,6 +264,29 @@ pub(crate) fn syscalls(specs: &[Spec]) -> Result<Option<(Metric, f64)>> {
         .filter_map(|r| Some(r.server_syscalls_per_io? * requests(r)));
     let calls = calls.reduce(|a, b| a + b).filter(|_| all > 0.0);
     Ok(calls.map(|calls| (Metric::Syscalls, calls / all)))
+}
+
+/// Draws where the servers `pids` spend its CPU under short loads like `specs`, into `out`; false where loads change what they find.
+///
+/// # Errors
+///
+/// Those of the load, and of [`flame`].
+pub(crate) fn flame(specs: &[Spec], pids: &[u32], out: &Path, title: &str) -> Result<bool> {
+    if specs.iter().any(|spec| spec.ios_max.is_some()) {
+        return Ok(false);
+    }
+    let drawn = specs.iter().cloned().map(|spec| Spec {
+        control: None,
+        ramp: DRAWN / 5,
+        duration: DRAWN,
+        ..spec
+    });
+    let drawn: Vec<Spec> = drawn.collect();
+    if let Some(folder) = out.parent() {
+        fs::create_dir_all(folder).context(|| folder.display().to_string())?;
+    }
+    flame::around(pids, out, title, || run_all(&drawn).map(drop))?;
+    Ok(true)
 }
 
 /// The statistics that `serve --stats=json` ends with, a disk each.

@@ -5,8 +5,8 @@
 use crate::{args::bytes, print, table};
 use ::trace::Stage;
 use anyhow::{Context as _, Result, bail, ensure};
-use bench::jobfile;
 use bench::load::{self, Flushes, Pattern, Percentiles, Report, Spec, Target, Verified, Verify};
+use bench::{flame, jobfile};
 use block::size;
 use clap::{ArgGroup, Args, ValueEnum};
 use io::Aio;
@@ -103,6 +103,9 @@ pub struct Load {
     /// With --file: auto, threads, native or io_uring. With --file, --nbd or --fio: fio, which has fio itself make the requests
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<Engine>)]
     pub engine: Engine,
+    /// Draw where --pid's processes, or with --file this one, spend CPU meanwhile, into FILE.svg (needs perf, which slows them a little)
+    #[arg(long, value_name = "FILE", conflicts_with = "fio")]
+    pub flamegraph: Option<PathBuf>,
     /// Run the jobs of a fio job file: at their filename, or where --vhost-user, --nbd or --file says. Options of ordinary block
     /// jobs are known; others are refused with their line
     #[arg(long, value_name = "JOBFILE", conflicts_with_all = JOBS_SAY)]
@@ -212,7 +215,10 @@ pub fn run(args: &Load) -> Result<()> {
     let spec = spec(args)?;
     let report = match args.engine {
         Engine::Fio => bench::fio::run(&spec)?,
-        Engine::Ours(_) => load::run(&spec)?,
+        Engine::Ours(_) => match &args.flamegraph {
+            Some(out) => flamegraph(args, &spec, out)?,
+            None => load::run(&spec)?,
+        },
     };
     if args.json {
         #[derive(Serialize)]
@@ -229,6 +235,23 @@ pub fn run(args: &Load) -> Result<()> {
         print(&text(&spec, &report))?;
     }
     is_as_written(std::slice::from_ref(&report))
+}
+
+/// Runs the load while perf looks at who serves it.
+fn flamegraph(args: &Load, spec: &Spec, out: &Path) -> Result<Report> {
+    let own = std::process::id();
+    let pids = match (args.pid.as_slice(), &args.file) {
+        ([], Some(_)) => std::slice::from_ref(&own),
+        ([], None) => bail!("--flamegraph: give the server's --pid"),
+        (pids, _) => pids,
+    };
+    let title = format!(
+        "{} of {}, depth {}",
+        format!("{:?}", spec.pattern).to_lowercase(),
+        size::human(spec.block_bytes),
+        spec.depth
+    );
+    Ok(flame::around(pids, out, &title, || load::run(spec))?)
 }
 
 /// Whether all that was verified is as it must be.

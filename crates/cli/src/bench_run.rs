@@ -53,6 +53,9 @@ pub struct RunArgs {
     /// Also write each chart as a file into this folder
     #[arg(long, value_name = "DIR")]
     pub svg: Option<PathBuf>,
+    /// Also draw a flame graph of each server's CPU in DIR/flame (needs perf); the page links to them
+    #[arg(long)]
+    pub flamegraph: bool,
     /// Show the cells and their sides, and do nothing
     #[arg(long)]
     pub list: bool,
@@ -130,6 +133,7 @@ fn options(args: &RunArgs, experiment: &Experiment) -> Result<Options> {
     };
     let duration = args.seconds.unwrap_or(duration);
     Ok(Options {
+        flamegraphs: args.flamegraph,
         diskplane: std::env::current_exe().context("find this executable")?,
         dir: args
             .out

@@ -23,6 +23,7 @@ use crate::{
     metric::{Metric, number},
     peer::{self, Programs, Running, Seen, Setup},
     record::{self, Failure, Record, Sample, Set},
+    report::chart::file_name,
     sampling,
     versus::cell::Server,
 };
@@ -60,6 +61,8 @@ pub struct Options {
     pub quick: bool,
     /// All of it takes so long at most; fewer rounds, then fewer cells, are run to keep that.
     pub limit: Option<Duration>,
+    /// Draw a flame graph of each server.
+    pub flamegraphs: bool,
     /// Bytes of a disk.
     pub disk_bytes: u64,
     /// The command line, for the record.
@@ -536,6 +539,10 @@ impl Runner<'_> {
                 measured.metrics.extend(sampling::syscalls(&specs)?);
             }
         }
+        let drawn = match round == 0 && measured.is_ok() {
+            true => self.flame(cell, side, &specs, &pids, notes),
+            false => None,
+        };
         let mut sample = Err(Error::invalid("no server"));
         for (running, seen) in servers {
             // What is measured belongs to all of them, and goes with the first.
@@ -548,7 +555,32 @@ impl Runner<'_> {
         }
         let mut sample = sample?;
         sample.detail["specs"] = json!(specs);
+        sample.flamegraph = drawn;
         Ok(sample)
+    }
+
+    /// Draws where a side's servers spend CPU, where that is asked for; the picture's name in the run's folder.
+    fn flame(
+        &self,
+        cell: &Cell,
+        side: &Side,
+        specs: &[Spec],
+        pids: &[u32],
+        notes: &mut BTreeSet<String>,
+    ) -> Option<String> {
+        if !self.options.flamegraphs {
+            return None;
+        }
+        let name = format!("flame/{}.svg", file_name(&[&cell.name, &side.name]));
+        let title = format!("{}, {}", cell.name, side.name);
+        match sampling::flame(specs, pids, &self.options.dir.join(&name), &title) {
+            Ok(drawn) => drawn.then_some(name),
+            Err(error) => {
+                process::goes_on();
+                notes.insert(format!("{}: no flame graph: {error}", side.name));
+                None
+            }
+        }
     }
 
     /// Starts a side's server on files, and looks at it.

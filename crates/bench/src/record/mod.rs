@@ -33,7 +33,7 @@ use std::{
 use trace::Totals;
 
 /// [`Run::schema`] of what is written. 2 added `experiment`, `seconds`, `axes`, `latency`, `timeline` and `stages`. 3 made
-/// `stages` the totals of all eight: those of 2 had the means of five, which are read as totals too.
+/// `stages` the totals of all eight: those of 2 had the means of five, which are read as totals too; it added `flamegraph`.
 pub const SCHEMA: u32 = 3;
 
 /// A line.
@@ -114,6 +114,9 @@ pub struct Sample {
         deserialize_with = "older::stages"
     )]
     pub stages: BTreeMap<String, Totals>,
+    /// A flame graph of the server under such a load, by its name beside the records.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flamegraph: Option<String>,
     /// The server's command line and the whole [`crate::load::Report`] of each disk with its load, or what fio said.
     pub detail: Value,
 }

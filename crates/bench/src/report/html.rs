@@ -74,6 +74,7 @@ pub fn html(model: &Model) -> Result<(String, Vec<Chart>), serde_json::Error> {
             escape(&cell.name)
         );
         table(&mut page, cell);
+        flamegraphs(&mut page, cell);
         let own = |chart: &&Chart| chart.cell.as_deref() == Some(&cell.name);
         for chart in charts.iter().filter(own) {
             let _ = writeln!(page, "<figure class=\"wide\">{}</figure>", chart.svg);
@@ -223,6 +224,18 @@ fn table(page: &mut String, cell: &Cell) {
         let _ = writeln!(page, "<td class=\"n\">{rounds}</td></tr>");
     }
     page.push_str("</table></div>\n");
+}
+
+/// Where the servers of a cell spent their CPU.
+fn flamegraphs(page: &mut String, cell: &Cell) {
+    let drawn = cell.sides.iter().filter_map(|side| {
+        let link = escape(side.flamegraph.as_deref()?);
+        Some(format!("<a href=\"{link}\">{}</a>", escape(&side.name)))
+    });
+    let drawn: Vec<String> = drawn.collect();
+    if !drawn.is_empty() {
+        let _ = writeln!(page, "<p>flame graphs: {}</p>", drawn.join(", "));
+    }
 }
 
 #[cfg(test)]
@@ -395,6 +408,18 @@ mod tests {
             stages.svg
         );
         assert!(stages.svg.contains("commit: 2.00 µs, 2.4 %"));
+    }
+
+    #[test]
+    fn flame_graphs_beside_the_page_are_linked_and_nothing_else() {
+        let mut set = set();
+        set.samples[0].flamegraph = Some("flame/read-4k-bare-metal.svg".to_owned());
+        set.samples[3].flamegraph = Some("flame/../../x.svg".to_owned());
+        set.samples[6].flamegraph = Some("javascript:alert(1)".to_owned());
+        let (page, _) = html(&Model::of(&set)).unwrap();
+        let link = "<a href=\"flame/read-4k-bare-metal.svg\">bare metal</a>";
+        assert!(page.contains(link));
+        assert_eq!(page.matches("href=").count(), 1);
     }
 
     #[test]

@@ -59,6 +59,8 @@ pub struct Side {
     pub latency: Histogram,
     /// Latency over time in the round whose IOPS are the middle ones.
     pub timeline: timeline::Stored,
+    /// A flame graph of the server, by its name beside the page.
+    pub flamegraph: Option<String>,
     /// What requests spent in diskplane's stages, by operation, in all rounds.
     pub stages: BTreeMap<String, Totals>,
 }
@@ -168,6 +170,13 @@ fn label(sample: &Sample) -> String {
     }
 }
 
+/// Whether a name of a record is of a picture that a run made there, and leads nowhere else.
+fn is_beside(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    name.strip_prefix("flame/")
+        .is_some_and(|name| name.ends_with(".svg") && name.chars().all(plain))
+}
+
 fn cells(set: &Set) -> Vec<Cell> {
     let mut cells: Vec<Cell> = Vec::new();
     let mut samples: BTreeMap<(usize, usize), Vec<&Sample>> = BTreeMap::new();
@@ -201,6 +210,9 @@ fn cells(set: &Set) -> Vec<Cell> {
                 values.entry(*metric).or_default().push(*value);
             }
             side.latency.merge(&sample.latency);
+            if let Some(name) = sample.flamegraph.as_ref().filter(|name| is_beside(name)) {
+                side.flamegraph = Some(name.clone());
+            }
             for (operation, stages) in &sample.stages {
                 side.stages
                     .entry(operation.clone())

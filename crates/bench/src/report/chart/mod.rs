@@ -69,7 +69,7 @@ const HEAT_CELLS: usize = 8;
 const HEAT_SIDES: usize = 4;
 
 /// A name for files.
-fn file_name(parts: &[&str]) -> String {
+pub(crate) fn file_name(parts: &[&str]) -> String {
     let text = parts.join("-").to_lowercase();
     let keep = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
     let mut name: String = text.chars().map(keep).collect();
