@@ -229,9 +229,12 @@ impl Client {
 
     /// The connection with the fewest requests; another one where all have many.
     fn connection(&self) -> Option<Arc<Connection>> {
-        let open = lock(&self.connections).clone();
-        let in_flight = open.into_iter().map(|c| (c.in_flight(), c));
-        let (in_flight, connection) = in_flight.min_by_key(|(n, _)| *n)?;
+        let (in_flight, connection) = {
+            let open = lock(&self.connections);
+            let idle = open.iter().map(|c| (c.in_flight(), c));
+            let (in_flight, connection) = idle.min_by_key(|(n, _)| *n)?;
+            (in_flight, Arc::clone(connection))
+        };
         match in_flight < IN_FLIGHT {
             true => Some(connection),
             false => self.another().or(Some(connection)),
