@@ -23,6 +23,11 @@ impl RangeKind {
     pub fn is_zero(self) -> bool {
         matches!(self, RangeKind::Hole | RangeKind::Zero)
     }
+
+    /// Whether it takes space.
+    pub fn is_allocated(self) -> bool {
+        matches!(self, RangeKind::Data | RangeKind::Zero)
+    }
 }
 
 /// A run of bytes of one [`RangeKind`].

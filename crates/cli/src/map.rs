@@ -220,7 +220,7 @@ fn one(chain: &Chain, driver: &mut Driver, start: u64, len: u64) -> Result<Entry
                     Some(range) => {
                         entry.length = len.min(range.len);
                         entry.zero = range.kind.is_zero();
-                        entry.data = matches!(range.kind, RangeKind::Data | RangeKind::Zero);
+                        entry.data = range.kind.is_allocated();
                         if range.kind == RangeKind::Absent {
                             (entry.present, entry.offset) = (false, None);
                         }

@@ -6,7 +6,7 @@ use crate::{
     request::{Owner, StatusExtent},
     sub::{Place, Purpose},
 };
-use block::{GuestOffset, RangeKind, Storage};
+use block::{GuestOffset, Storage};
 use image::{Compressed, Extent, ExtentKind, FileId, Step};
 use io::{Engine, IoOp};
 
@@ -248,7 +248,7 @@ impl DiskQueue {
                             let run = (range.offset + range.len).saturating_sub(offset.0);
                             len = len.min(run.max(1));
                             zero = range.kind.is_zero();
-                            allocated = matches!(range.kind, RangeKind::Data | RangeKind::Zero);
+                            allocated = range.kind.is_allocated();
                         }
                         Ok(None) => (allocated, zero) = (false, true),
                         Err(_) => {}
