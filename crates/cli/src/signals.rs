@@ -28,18 +28,22 @@ pub enum Signal {
 #[derive(Debug)]
 pub struct Signals(File);
 
-/// Blocks `signals` for this thread and those that it starts from now on.
-fn hold(signals: &[i32]) -> Result<libc::sigset_t> {
+fn set_of(signals: &[i32]) -> libc::sigset_t {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: `sigemptyset` initialises the set that it is given, and the others only read
     // or change an initialised one.
-    let set = unsafe {
+    unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         for signal in signals {
             libc::sigaddset(set.as_mut_ptr(), *signal);
         }
         set.assume_init()
-    };
+    }
+}
+
+/// Blocks `signals` for this thread and those that it starts from now on.
+fn hold(signals: &[i32]) -> Result<libc::sigset_t> {
+    let set = set_of(signals);
     // SAFETY: `set` is initialised, and a null pointer for the old mask is allowed.
     let code = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, ptr::null_mut()) };
     if code != 0 {
@@ -161,13 +165,10 @@ fn is_ignored(signal: i32) -> bool {
 
 /// Ends the process by `signal`, whose action was never changed.
 fn die_of(signal: i32) {
-    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: `sigemptyset` initialises the set, the others read or change an initialised one; a null pointer for
-    // the old mask is allowed.
+    let set = set_of(&[signal]);
+    // SAFETY: `set` is initialised, and a null pointer for the old mask is allowed.
     unsafe {
-        libc::sigemptyset(set.as_mut_ptr());
-        libc::sigaddset(set.as_mut_ptr(), signal);
-        libc::pthread_sigmask(libc::SIG_UNBLOCK, set.as_ptr(), ptr::null_mut());
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, ptr::null_mut());
         libc::raise(signal);
     }
 }
