@@ -3,6 +3,7 @@
 use super::plan::{Format, Image, Medium, Place, State, System};
 use crate::{
     machine::{
+        file::preallocate,
         mount,
         process::{Folder, Process, remove_file},
     },
@@ -258,11 +259,7 @@ impl Lab {
     /// A file whose blocks are there: else each write of a sample would have the host's file system find some first.
     fn preallocated(&self, name: &str, bytes: u64) -> Result<PathBuf> {
         let path = self.work().join(format!("{name}.loop"));
-        let named = || path.display().to_string();
-        let file = File::create(&path).context(named)?;
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes)
-            .map_err(std::io::Error::from)
-            .context(named)?;
+        preallocate(&path, bytes)?;
         Ok(path)
     }
 

@@ -7,11 +7,14 @@ use super::{
     scattered::{self, Scattered},
     table::{SCATTER, SPARSE_SCATTER},
 };
-use crate::{load::Target, machine::device::settle, sampling};
+use crate::{
+    load::Target,
+    machine::{device::settle, file::preallocate},
+    sampling,
+};
 use block::{Context, Error, ErrorKind, Result, size};
-use rustix::fs::{FallocateFlags, fallocate};
 use std::{
-    fs::{self, File, OpenOptions},
+    fs,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -290,7 +293,7 @@ impl Images {
             let path = &paths[0];
             match image {
                 Image::Growing => self.create(path, &["-f", "qcow2"], Some(GROWING))?,
-                Image::Unwritten => drop(preallocated(path, self.sizes.growth)?),
+                Image::Unwritten => preallocate(path, self.sizes.growth)?,
                 Image::Overlay => self.create_overlay(path, false)?,
                 _ => self.create_overlay(path, true)?,
             }
@@ -387,7 +390,7 @@ impl Images {
     fn make_raw(&self, path: &Path, bytes: u64) -> Result<()> {
         let part = self.part(path);
         let named = || part.display().to_string();
-        drop(preallocated(&part, bytes)?);
+        preallocate(&part, bytes)?;
         let target = Target::File {
             path: part.clone(),
             engine: "io_uring".into(),
@@ -432,19 +435,4 @@ impl Images {
             self.work.path().join(name).with_extension("part")
         })
     }
-}
-
-/// A new file of `bytes` that the file system has allocated.
-fn preallocated(path: &Path, bytes: u64) -> Result<File> {
-    let named = || path.display().to_string();
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(path)
-        .context(named)?;
-    fallocate(&file, FallocateFlags::empty(), 0, bytes)
-        .map_err(std::io::Error::from)
-        .context(named)?;
-    Ok(file)
 }
