@@ -1,7 +1,7 @@
 //! fio instead of our generators, where it is installed: the same loads, and its figures in the same reports.
 
 use crate::{
-    load::{Flushes, Latencies, Pattern, Percentiles, Report, Spec, Target},
+    load::{Flushes, Latencies, Percentiles, Report, Spec, Target},
     machine::process,
 };
 use block::{Context, Error, ErrorKind, Result};
@@ -12,6 +12,14 @@ use std::{
     process::{Command, Stdio},
     time::Duration,
 };
+
+/// What it is told always: threads instead of processes, numbers of the seed that is given, and files as they are.
+pub(crate) const HABITS: [&str; 4] = [
+    "--thread",
+    "--randrepeat=0",
+    "--allow_file_create=0",
+    "--fallocate=none",
+];
 
 /// Characters of fio's words that an error repeats.
 const WORDS_MAX: usize = 600;
@@ -77,17 +85,7 @@ fn arguments(spec: &Spec) -> Result<Vec<OsString>> {
         all.push(format!("--{name}={value}").into());
     };
     give("name", &"load");
-    give(
-        "rw",
-        &match spec.pattern {
-            Pattern::Read => "read",
-            Pattern::Write => "write",
-            Pattern::Rw => "rw",
-            Pattern::RandRead => "randread",
-            Pattern::RandWrite => "randwrite",
-            Pattern::RandRw => "randrw",
-        },
-    );
+    give("rw", &spec.pattern.name());
     give("rwmixread", &spec.read_percent);
     give("bs", &spec.block_bytes);
     give("iodepth", &spec.depth);
@@ -135,10 +133,8 @@ fn arguments(spec: &Spec) -> Result<Vec<OsString>> {
         Flushes::AfterEachWrite => give("fdatasync", &1),
         Flushes::Every(writes) => give("fdatasync", &writes),
     }
-    for flag in ["norandommap", "group_reporting", "thread", "randrepeat=0"] {
-        all.push(format!("--{flag}").into());
-    }
-    all.extend(["--allow_file_create=0", "--fallocate=none"].map(OsString::from));
+    all.extend(["--norandommap", "--group_reporting"].map(OsString::from));
+    all.extend(HABITS.map(OsString::from));
     match &spec.target {
         Target::File {
             path,
@@ -153,9 +149,7 @@ fn arguments(spec: &Spec) -> Result<Vec<OsString>> {
             };
             all.push(format!("--ioengine={engine}").into());
             all.push(format!("--direct={}", u8::from(*direct)).into());
-            // A colon would begin another file.
-            let name = path.to_string_lossy().replace(':', "\\:");
-            all.push(format!("--filename={name}").into());
+            all.push(file_name(path).into());
         }
         Target::Nbd(uri) => {
             let uri = match uri.strip_prefix("unix:") {
@@ -170,6 +164,18 @@ fn arguments(spec: &Spec) -> Result<Vec<OsString>> {
         }
     }
     Ok(all)
+}
+
+/// Which file it is to work on.
+pub(crate) fn file_name(path: &Path) -> String {
+    // A colon would begin another file.
+    let name = path.to_string_lossy().replace(':', "\\:");
+    format!("--filename={name}")
+}
+
+/// Its report as JSON, which notes may precede.
+pub(crate) fn json(text: &str) -> Option<Value> {
+    serde_json::from_str(&text[text.find('{')?..]).ok()
 }
 
 fn jobs(command: &mut Command) -> Result<Vec<Job>> {
@@ -198,9 +204,9 @@ fn jobs(command: &mut Command) -> Result<Vec<Job>> {
     jobs.ok_or_else(|| failed("said nothing that can be read"))
 }
 
-/// The jobs in fio's JSON, which notes may precede.
+/// The jobs in fio's report.
 fn parse(text: &str) -> Option<Vec<Job>> {
-    let all: Value = serde_json::from_str(&text[text.find('{')?..]).ok()?;
+    let all = json(text)?;
     let jobs = all["jobs"].as_array()?.iter();
     jobs.map(job).collect()
 }
@@ -263,7 +269,10 @@ fn job(job: &Value) -> Option<Job> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{jobfile, load};
+    use crate::{
+        jobfile,
+        load::{self, Pattern},
+    };
 
     fn spec(path: &Path) -> Spec {
         Spec {

@@ -247,7 +247,7 @@ fn flamegraph(args: &Load, spec: &Spec, out: &Path) -> Result<Report> {
     };
     let title = format!(
         "{} of {}, depth {}",
-        format!("{:?}", spec.pattern).to_lowercase(),
+        spec.pattern.name(),
         size::human(spec.block_bytes),
         spec.depth
     );
@@ -428,7 +428,7 @@ fn spec(args: &Load) -> Result<Spec> {
 fn text(spec: &Spec, report: &Report) -> String {
     let mut text = format!(
         "{} of {}, depth {}, {} queue{}: {:.0} IOPS, {:.1} MB/s in {:.2} s\n",
-        format!("{:?}", spec.pattern).to_lowercase(),
+        spec.pattern.name(),
         size::human(spec.block_bytes),
         spec.depth,
         spec.queues,

@@ -670,7 +670,7 @@ pub fn list(experiment: &Experiment) -> String {
                 Some(files) => format!("{}, {} threads", files.scenario.name(), files.threads),
                 None => format!(
                     "{} of {}, depth {}",
-                    format!("{:?}", cell.load.pattern).to_lowercase(),
+                    cell.load.pattern.name(),
                     size::human(cell.load.block),
                     cell.load.depth
                 ),

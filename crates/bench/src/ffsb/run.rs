@@ -156,23 +156,16 @@ fn report(spec: &Spec, all: &Tally, seconds: f64, used: Usage) -> Result<Outcome
     let seconds = seconds.max(1e-9);
     let blocks = all.reads + all.writes;
     let flush_latency = all.fsync_latency.percentiles();
-    let mut both = all.read_latency.clone();
-    both.merge(&all.write_latency);
     let mut report = Report {
-        seconds,
-        reads: all.reads,
-        writes: all.writes,
         flushes: flush_latency.count,
-        bytes: all.bytes,
-        iops: blocks as f64 / seconds,
-        mb_s: all.bytes as f64 / seconds / 1e6,
-        read_latency: all.read_latency.percentiles(),
-        write_latency: all.write_latency.percentiles(),
         flush_latency,
-        latency: both.percentiles(),
-        histogram: both.histogram(),
         timeline: all.timeline.store(),
-        ..Report::default()
+        ..Report::counted(
+            seconds,
+            all.bytes,
+            (all.reads, &all.read_latency),
+            (all.writes, &all.write_latency),
+        )
     };
     let ios = blocks.max(1) as f64;
     used.tell(&spec.server_pids, ios, ios, &mut report)?;

@@ -146,6 +146,20 @@ pub enum Pattern {
     RandRw,
 }
 
+impl Pattern {
+    /// Its name, as in JSON: fio's.
+    pub fn name(self) -> &'static str {
+        match self {
+            Pattern::Read => "read",
+            Pattern::Write => "write",
+            Pattern::Rw => "rw",
+            Pattern::RandRead => "randread",
+            Pattern::RandWrite => "randwrite",
+            Pattern::RandRw => "randrw",
+        }
+    }
+}
+
 /// When flushes are sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -328,4 +342,30 @@ pub struct Report {
     /// When they were how long, likewise.
     #[serde(skip)]
     pub timeline: timeline::Stored,
+}
+
+impl Report {
+    /// What follows from counts and latencies alone, of `seconds` that are not zero.
+    pub(crate) fn counted(
+        seconds: f64,
+        bytes: u64,
+        (reads, read_latency): (u64, &Latencies),
+        (writes, write_latency): (u64, &Latencies),
+    ) -> Self {
+        let mut both = read_latency.clone();
+        both.merge(write_latency);
+        Self {
+            seconds,
+            reads,
+            writes,
+            bytes,
+            iops: (reads + writes) as f64 / seconds,
+            mb_s: bytes as f64 / seconds / 1e6,
+            read_latency: read_latency.percentiles(),
+            write_latency: write_latency.percentiles(),
+            latency: both.percentiles(),
+            histogram: both.histogram(),
+            ..Self::default()
+        }
+    }
 }

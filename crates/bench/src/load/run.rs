@@ -248,26 +248,19 @@ fn report(spec: &Spec, total: &Outcome, seconds: Duration, used: Usage) -> Resul
         total.flushes.max(1)
     } as f64;
     let bytes = (transfers - total.failed_transfers) * spec.block_bytes;
-    let mut both = total.read_latency.clone();
-    both.merge(&total.write_latency);
     let mut report = Report {
-        seconds,
-        reads: total.reads,
-        writes: total.writes,
         flushes: total.flushes,
         errors: total.errors,
-        bytes,
-        iops: transfers as f64 / seconds,
-        mb_s: bytes as f64 / seconds / 1e6,
-        read_latency: total.read_latency.percentiles(),
-        write_latency: total.write_latency.percentiles(),
         flush_latency: total.flush_latency.percentiles(),
-        latency: both.percentiles(),
         kicks_per_io: total.kicks as f64 / requests,
         calls_per_io: total.calls as f64 / requests,
-        histogram: both.histogram(),
         timeline: total.timeline.store(),
-        ..Report::default()
+        ..Report::counted(
+            seconds,
+            bytes,
+            (total.reads, &total.read_latency),
+            (total.writes, &total.write_latency),
+        )
     };
     used.tell(&spec.server_pids, ios, requests, &mut report)?;
     Ok(report)

@@ -7,7 +7,8 @@ use super::{
     sample::Times,
 };
 use crate::{
-    load::{Pattern, turns::Turn, usage},
+    fio,
+    load::{turns::Turn, usage},
     peer,
 };
 use block::{Context, Error, ErrorKind, Result};
@@ -65,26 +66,15 @@ pub(super) struct Job<'a> {
 
 impl Job<'_> {
     fn command(&self) -> Command {
-        let rw = match self.load.pattern {
-            Pattern::Read => "read",
-            Pattern::Write => "write",
-            Pattern::Rw => "rw",
-            Pattern::RandRead => "randread",
-            Pattern::RandWrite => "randwrite",
-            Pattern::RandRw => "randrw",
-        };
+        let rw = self.load.pattern.name();
         let block = self.load.block;
         let mut command = Command::new("fio");
         command
-            .args(["--name=versus", "--ioengine=io_uring", "--thread"])
-            .args(["--allow_file_create=0", "--fallocate=none"])
-            .args(["--randrepeat=0"])
+            .args(["--name=versus", "--ioengine=io_uring"])
+            .args(fio::HABITS)
             .arg("--output-format=json")
             .arg(format!("--rwmixread={}", self.load.reads))
-            .arg(format!(
-                "--filename={}",
-                self.file.to_string_lossy().replace(':', "\\:")
-            ))
+            .arg(fio::file_name(self.file))
             .arg(format!("--direct={}", u8::from(self.direct)))
             .arg(match self.load.stride {
                 Some(stride) => format!("--rw={rw}:{}", stride.saturating_sub(block)),
@@ -192,9 +182,9 @@ fn transferred(pid: u32) -> Result<u64> {
         })
 }
 
-/// The figures in fio's JSON. It may print notes before.
+/// The figures in fio's report.
 fn parse(text: &str) -> Option<(Metrics, Value)> {
-    let report: Value = serde_json::from_str(&text[text.find('{')?..]).ok()?;
+    let report = fio::json(text)?;
     let job = report["jobs"].get(0)?;
     if job["error"].as_i64() != Some(0) {
         return None;
