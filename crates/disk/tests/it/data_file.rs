@@ -27,6 +27,24 @@ fn naming(dir: &Path, name: &str) {
     image::qcow2::create(&*file, &options).unwrap();
 }
 
+/// `disk` of 1 MiB, full, with its data in `data`.
+fn make_full(dir: &Path) {
+    qemu_img(
+        dir,
+        &[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            "data_file=data",
+            "disk",
+            "1M",
+        ],
+    );
+    qemu_io(dir, "qcow2", "disk", "write -q -P 7 0 1M\n");
+}
+
 #[test]
 fn only_allowed_names_of_files_are_opened() {
     let scratch = tempfile::tempdir().unwrap();
@@ -107,20 +125,7 @@ fn only_allowed_names_of_files_are_opened() {
 fn a_short_data_file_reads_as_zeros_and_grows() {
     let scratch = tempfile::tempdir().unwrap();
     let dir = scratch.path();
-    qemu_img(
-        dir,
-        &[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-o",
-            "data_file=data",
-            "disk",
-            "1M",
-        ],
-    );
-    qemu_io(dir, "qcow2", "disk", "write -q -P 7 0 1M\n");
+    make_full(dir);
     let data = fs::OpenOptions::new().write(true).open(dir.join("data"));
     data.unwrap().set_len(100 << 10).unwrap();
     let mut driver = open_chain(&dir.join("disk"), &ChainOptions::default())
@@ -147,20 +152,7 @@ fn a_short_data_file_reads_as_zeros_and_grows() {
 fn entries_must_point_at_their_own_place() {
     let scratch = tempfile::tempdir().unwrap();
     let dir = scratch.path();
-    qemu_img(
-        dir,
-        &[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-o",
-            "data_file=data",
-            "disk",
-            "1M",
-        ],
-    );
-    qemu_io(dir, "qcow2", "disk", "write -q -P 7 0 1M\n");
+    make_full(dir);
     let good = fs::read(dir.join("disk")).unwrap();
     let l2 = 0x4_0000;
     const COPIED: u64 = 1 << 63;

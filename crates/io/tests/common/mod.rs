@@ -53,6 +53,17 @@ impl Setup {
     }
 }
 
+impl Setup {
+    /// An engine with a new file. The directory goes last.
+    pub fn begin(self) -> (tempfile::TempDir, Rig, FileSlot) {
+        let dir = scratch();
+        let file = self.file(dir.path(), 1);
+        let mut rig = Rig::new(self.kind);
+        let slot = rig.engine.attach(&file).unwrap();
+        (dir, rig, slot)
+    }
+}
+
 pub fn options(cache: Cache) -> OpenOptions {
     OpenOptions {
         cache,

@@ -253,10 +253,7 @@ fn more_than_fits_is_refused_not_lost() {
 fn bounced_operations_wait_for_memory() {
     let data: Vec<Vec<u8>> = (0..40).map(|i| pattern(i, 300_000)).collect();
     for setup in SETUPS {
-        let dir = scratch();
-        let file = setup.file(dir.path(), 1);
-        let mut rig = Rig::new(setup.kind);
-        let slot = rig.engine.attach(&file).unwrap();
+        let (_dir, mut rig, slot) = setup.begin();
         for (i, d) in data.iter().enumerate() {
             let pieces = vec![Piece::of(d, 1)];
             rig.stage(
@@ -444,10 +441,7 @@ fn a_closed_descriptor_is_not_kept_open() {
 #[test]
 fn polling_does_not_starve_watches() {
     for setup in SETUPS {
-        let dir = scratch();
-        let file = setup.file(dir.path(), 1);
-        let mut rig = Rig::new(setup.kind);
-        let slot = rig.engine.attach(&file).unwrap();
+        let (_dir, mut rig, slot) = setup.begin();
         rig.write(slot, 0, &[1; 4096]);
         rig.finish_ok();
         let fd = EventFd::new().unwrap();

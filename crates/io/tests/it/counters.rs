@@ -21,10 +21,7 @@ fn difference(now: Counters, before: Counters) -> Counters {
 #[test]
 fn a_push_submits_what_is_staged_and_collects_nothing() {
     for setup in SETUPS {
-        let dir = scratch();
-        let file = setup.file(dir.path(), 1);
-        let mut rig = Rig::new(setup.kind);
-        let slot = rig.engine.attach(&file).unwrap();
+        let (_dir, mut rig, slot) = setup.begin();
         rig.write(slot, 0, &pattern(1, 1 << 20));
         rig.finish_ok();
         let before = rig.engine.counters();
@@ -48,10 +45,7 @@ fn a_push_submits_what_is_staged_and_collects_nothing() {
 #[test]
 fn a_batch_is_submitted_with_few_calls() {
     for setup in SETUPS {
-        let dir = scratch();
-        let file = setup.file(dir.path(), 1);
-        let mut rig = Rig::new(setup.kind);
-        let slot = rig.engine.attach(&file).unwrap();
+        let (_dir, mut rig, slot) = setup.begin();
         rig.write(slot, 0, &pattern(1, 1 << 20));
         rig.finish_ok();
         for round in 0..20u64 {
@@ -87,10 +81,7 @@ fn a_batch_is_submitted_with_few_calls() {
 #[test]
 fn idle_polling_makes_no_calls() {
     for setup in SETUPS {
-        let dir = scratch();
-        let file = setup.file(dir.path(), 1);
-        let mut rig = Rig::new(setup.kind);
-        let slot = rig.engine.attach(&file).unwrap();
+        let (_dir, mut rig, slot) = setup.begin();
         rig.write(slot, 0, &[1; 4096]);
         rig.finish_ok();
         // The first turns may still see what the start left.
@@ -134,10 +125,7 @@ fn io_uring_waits_in_the_call_that_submits() {
 #[test]
 fn neighbours_merge_whatever_their_order() {
     for setup in SETUPS {
-        let dir = scratch();
-        let file = setup.file(dir.path(), 1);
-        let mut rig = Rig::new(setup.kind);
-        let slot = rig.engine.attach(&file).unwrap();
+        let (_dir, mut rig, slot) = setup.begin();
         let data = pattern(9, 16 * 4096);
         rig.write(slot, 1 << 20, &data);
         rig.finish_ok();
