@@ -2,7 +2,7 @@
 //! and, stage by stage, by the server; both read the same clock of the machine.
 
 use crate::{
-    driver::{BUFFERS, FLUSH, IN, Machine, OUT, Piece, RAM, Ring, Setup, feature},
+    driver::{BUFFERS, Chain, FLUSH, IN, Machine, OUT, Piece, RAM, Ring, Setup, feature},
     load::{self, Target},
 };
 use block::{Context, Error, ErrorKind, Result, size};
@@ -290,11 +290,9 @@ impl Client1 for Vhost {
         let all = [Piece::read(HEADER, 16), data, Piece::write(STATUS, 1)];
         let flush = [all[0], all[2]];
         let pieces: &[Piece] = if self.kind == FLUSH { &flush } else { &all };
-        let ring = &self.ring;
-        // Three descriptors at most, and always the same.
-        ring.write_chain(pieces, |i| ring.descriptor_at(i as u16), |i| i as u16);
         let began = now_ns();
-        self.ring.make_available(0);
+        // Three descriptors at most.
+        self.ring.offer(0, Chain::Pieces(pieces), false);
         self.ring.kick().context(|| self.name.clone())?;
         while self.ring.pop_used().is_none() {
             if self.ring.enable_call() {

@@ -122,6 +122,9 @@ pub struct Load {
     /// With --vhost-user: entries of a virtqueue
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..))]
     pub ring: u16,
+    /// With --vhost-user: packed virtqueues; else split ones
+    #[arg(long, requires = "vhost_user")]
+    pub packed: bool,
     /// With --vhost-user: no indirect descriptors
     #[arg(long)]
     pub no_indirect: bool,
@@ -414,6 +417,7 @@ fn spec(args: &Load) -> Result<Spec> {
         }),
         zipf: args.zipf,
         ring_entries: args.ring,
+        packed: args.packed,
         indirect: !args.no_indirect,
         event_index: !args.no_event_index,
         seed: args.seed,

@@ -335,7 +335,8 @@ impl Frontend {
         self.tell(code::SET_VRING_ADDR, &payload, &[])
     }
 
-    /// Stops a queue; the entry of the available ring that it would have taken next.
+    /// Stops a queue; where it would have gone on: of a split ring the entry of the available ring, of a packed one two times index
+    /// and wrap counter.
     pub fn get_vring_base(&mut self, index: u32) -> io::Result<u32> {
         let payload = u64::from(index).to_le_bytes();
         self.send(code::GET_VRING_BASE, 0, &payload, &[])?;
@@ -343,13 +344,13 @@ impl Frontend {
         field(&answer, 4, code::GET_VRING_BASE).map(u32::from_le_bytes)
     }
 
-    /// Sets up and enables a queue from entry `base` on.
-    pub fn start_queue(&mut self, queue: &Ring, base: u16) -> io::Result<()> {
+    /// Sets up and enables a queue from `base` on, as [`Frontend::get_vring_base`] gives it.
+    pub fn start_queue(&mut self, queue: &Ring, base: u32) -> io::Result<()> {
         let index = queue.index();
         self.vring(code::SET_VRING_NUM, index, queue.size().into())?;
         let (descriptors, available, used) = queue.user_addresses();
         self.vring_addr(index, descriptors, used, available)?;
-        self.vring(code::SET_VRING_BASE, index, base.into())?;
+        self.vring(code::SET_VRING_BASE, index, base)?;
         self.vring_fd(code::SET_VRING_CALL, index, queue.call_fd())?;
         self.vring_fd(code::SET_VRING_ERR, index, queue.err_fd())?;
         self.vring_fd(code::SET_VRING_KICK, index, queue.kick_fd())?;

@@ -18,7 +18,7 @@ mod ring;
 pub use messages::{Frontend, RegionSpec, code};
 pub use queue::DriverQueue;
 pub use ram::Ram;
-pub use ring::{Piece, RING_BYTES, RING_ENTRIES_MAX, Ring};
+pub use ring::{Chain, Piece, RING_BYTES, RING_ENTRIES_MAX, Ring};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::{io, os::fd::BorrowedFd, path::Path, sync::Arc};
@@ -36,6 +36,7 @@ pub mod feature {
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const PROTOCOL: u64 = 1 << 30;
     pub const VERSION_1: u64 = 1 << 32;
+    pub const PACKED: u64 = 1 << 34;
 }
 
 /// `VIRTIO_BLK_T_IN`: reads.
@@ -78,9 +79,11 @@ pub struct Setup {
     pub queues: u32,
     /// Entries of each.
     pub size: u16,
+    /// Packed rings, which the server must offer; else split ones.
+    pub packed: bool,
     /// Memory: [`BUFFERS`] minus [`RAM`] for the rings, and what the caller needs.
     pub ram_bytes: u64,
-    /// Features to accept, if offered.
+    /// Features to accept, if offered; which rings there are says `packed` alone.
     pub features: u64,
 }
 
@@ -89,6 +92,7 @@ impl Default for Setup {
         Self {
             queues: 1,
             size: 128,
+            packed: false,
             ram_bytes: 16 << 20,
             features: !0,
         }
@@ -106,7 +110,14 @@ impl Machine {
             return Err(io::Error::other(format!("more than {QUEUES_MAX} queues")));
         }
         let mut frontend = Frontend::connect(socket)?;
-        let features = frontend.negotiate(setup.features)?;
+        let wanted = match setup.packed {
+            true => setup.features | feature::PACKED,
+            false => setup.features & !feature::PACKED,
+        };
+        let features = frontend.negotiate(wanted)?;
+        if setup.packed && features & feature::PACKED == 0 {
+            return Err(io::Error::other("the server offers no packed rings"));
+        }
         if setup.queues > 1 && features & feature::PROTOCOL != 0 {
             let offered = frontend.get_queue_num()?;
             if offered < u64::from(setup.queues) {
@@ -121,15 +132,8 @@ impl Machine {
         let mut queues = Vec::new();
         for index in 0..setup.queues {
             let at = RAM + u64::from(index) * RING_BYTES;
-            let queue = DriverQueue::new(
-                ram.clone(),
-                at,
-                index,
-                setup.size,
-                features & feature::EVENT_IDX != 0,
-                features & feature::INDIRECT != 0,
-            )?;
-            frontend.start_queue(&queue, 0)?;
+            let queue = DriverQueue::new(ram.clone(), at, index, setup.size, features)?;
+            frontend.start_queue(&queue, queue.base())?;
             queues.push(queue);
         }
         // An answer means that all before it is done.

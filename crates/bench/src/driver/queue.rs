@@ -1,6 +1,6 @@
 //! Chains of any shape on a [`Ring`], for tests: what goes wrong panics, since that is a test's failure.
 
-use super::{Piece, Ram, Ring, wait_readable};
+use super::{Chain, Piece, Ram, Ring, feature, wait_readable};
 use std::{
     ops::{Deref, DerefMut},
     sync::Arc,
@@ -15,7 +15,7 @@ pub struct DriverQueue {
     ring: Ring,
     indirect: bool,
     free: Vec<u16>,
-    /// Descriptors of the chain at each head.
+    /// Descriptors of the chain at each head; of a packed ring the head alone, which is its number.
     chain: Vec<Vec<u16>>,
 }
 
@@ -34,7 +34,7 @@ impl DerefMut for DriverQueue {
 }
 
 impl DriverQueue {
-    /// A queue whose rings lie at guest address `at`, in 256 KiB.
+    /// A queue whose rings lie at guest address `at`, in 256 KiB, as agreed on in `features`.
     ///
     /// # Errors
     ///
@@ -44,10 +44,10 @@ impl DriverQueue {
         at: u64,
         index: u32,
         size: u16,
-        event_idx: bool,
-        indirect: bool,
+        features: u64,
     ) -> std::io::Result<Self> {
-        let ring = Ring::new(ram, at, index, size, event_idx)?;
+        let ring = Ring::new(ram, at, index, size, features)?;
+        let indirect = features & feature::INDIRECT != 0;
         let room = u64::from(size) * 16 * TABLE_MAX as u64 <= ring.tables().1;
         Ok(Self {
             ring,
@@ -64,24 +64,31 @@ impl DriverQueue {
 
     /// Puts a chain in the available ring, without telling; `None` when there is no room.
     pub fn add(&mut self, pieces: &[Piece]) -> Option<u16> {
-        let head = if self.indirect && pieces.len() <= TABLE_MAX {
+        if self.indirect && pieces.len() <= TABLE_MAX {
             let head = self.free.pop()?;
             let table = self.ring.tables().0 + u64::from(head) * 16 * TABLE_MAX as u64;
-            self.ring
-                .write_chain(pieces, |i| table + 16 * i as u64, |i| i as u16);
-            self.ring.write_indirect(head, table, pieces.len() as u32);
+            self.ring.write_table(table, pieces);
+            let chain = Chain::Table(table, pieces.len() as u32);
+            self.ring.offer(head, chain, false);
             self.chain[usize::from(head)].push(head);
-            head
-        } else {
-            let first = self.free.len().checked_sub(pieces.len())?;
-            let own = &self.free[first..];
-            let head = *own.first()?;
-            self.ring
-                .write_chain(pieces, |i| self.ring.descriptor_at(own[i]), |i| own[i]);
-            self.chain[usize::from(head)].extend_from_slice(own);
-            self.free.truncate(first);
-            head
-        };
+            return Some(head);
+        }
+        if let Some(room) = self.ring.free() {
+            let head = *self
+                .free
+                .last()
+                .filter(|_| pieces.len() <= usize::from(room))?;
+            self.free.pop();
+            self.ring.offer(head, Chain::Pieces(pieces), false);
+            self.chain[usize::from(head)].push(head);
+            return Some(head);
+        }
+        let first = self.free.len().checked_sub(pieces.len())?;
+        let own = &self.free[first..];
+        let head = *own.first()?;
+        self.ring.write_chain(pieces, |i| own[i]);
+        self.chain[usize::from(head)].extend_from_slice(own);
+        self.free.truncate(first);
         self.ring.make_available(head);
         Some(head)
     }

@@ -220,8 +220,11 @@ pub struct Spec {
     /// Random patterns ask for places by Zipf's law with this exponent. `None`: all alike.
     #[serde(default)]
     pub zipf: Option<f64>,
-    /// Entries of a virtqueue: a power of two.
+    /// Entries of a virtqueue: a power of two, unless it is packed.
     pub ring_entries: u16,
+    /// Packed virtqueues, which the server must offer (vhost-user).
+    #[serde(default)]
+    pub packed: bool,
     /// Use indirect descriptors where offered (vhost-user).
     pub indirect: bool,
     /// Use the event index where offered (vhost-user).
@@ -261,6 +264,7 @@ impl Spec {
             verify: None,
             zipf: None,
             ring_entries: 128,
+            packed: false,
             indirect: true,
             event_index: true,
             seed: 1,

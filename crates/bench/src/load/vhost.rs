@@ -9,7 +9,8 @@
 //! ```
 //!
 //! so that a request writes its header and status, its entry in the available ring, and the head's descriptor where
-//! the slot's last request was of another kind.
+//! the slot's last request was of another kind. In a packed ring, where descriptors have no place of their own, it writes them
+//! each time.
 
 use super::{
     By, Report, Spec,
@@ -18,7 +19,7 @@ use super::{
     plan::{Geometry, Kind, Places, Request},
     run::run_queues,
 };
-use crate::driver::{self, BUFFERS, Machine, Piece, RAM, Ram, Ring, Setup, feature};
+use crate::driver::{self, BUFFERS, Chain, Machine, Piece, RAM, Ram, Ring, Setup, feature};
 use block::{Context, Error, ErrorKind, Result};
 use io::EventFd;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -38,7 +39,7 @@ const STATUS: u64 = 16;
 const TABLES: u64 = 64;
 const TABLE_BYTES: u64 = 48;
 /// Descriptors of a chain that is not indirect.
-const CHAIN: u16 = 3;
+const CHAIN_MAX: u16 = 3;
 
 /// How often a polling driver looks before it sees to other things.
 const SPINS: u32 = 1000;
@@ -59,12 +60,13 @@ pub(crate) fn run(spec: &Spec, socket: &Path, by: By<'_>) -> Result<Report> {
     let setup = Setup {
         queues: spec.queues,
         size: spec.ring_entries,
+        packed: spec.packed,
         ram_bytes: ram_bytes.next_multiple_of(2 << 20),
         features,
     };
     let mut machine = Machine::start(socket, setup).context(named)?;
     let indirect = machine.features & feature::INDIRECT != 0;
-    let needed = spec.depth * if indirect { 1 } else { u32::from(CHAIN) };
+    let needed = spec.depth * if indirect { 1 } else { u32::from(CHAIN_MAX) };
     if needed > spec.ring_entries.into() {
         return Err(Error::invalid(format!(
             "--depth {} needs {needed} entries of the ring, which has {}: use --ring {} or a lower --depth",
@@ -237,8 +239,7 @@ impl<'a> Vhost<'a> {
             ram.write(layout.data + layout.data_bytes * slot as u64, &block);
             for kind in [Kind::Read, Kind::Write, Kind::Flush] {
                 let (pieces, count) = layout.pieces(slot, kind);
-                let table = layout.table(slot, kind);
-                ring.write_chain(&pieces[..count], |i| table + 16 * i as u64, |i| i as u16);
+                ring.write_table(layout.table(slot, kind), &pieces[..count]);
             }
         }
         if spec.poll {
@@ -254,26 +255,13 @@ impl<'a> Vhost<'a> {
         }
     }
 
-    /// Makes the descriptors at the head of `slot` those of `kind`.
-    fn describe(&self, slot: usize, head: u16, kind: Kind) {
-        let (pieces, count) = self.layout.pieces(slot, kind);
-        if self.layout.indirect {
-            let table = self.layout.table(slot, kind);
-            self.ring.write_indirect(head, table, count as u32);
-        } else {
-            let at = |i| self.ring.descriptor_at(head + i as u16);
-            self.ring
-                .write_chain(&pieces[..count], at, |i| head + i as u16);
-        }
-    }
-
     /// Takes what the device is done with.
     fn take(&mut self, ended: &mut Vec<Ended>) -> Result<()> {
         while let Some((id, _)) = self.ring.pop_used() {
             let step = if self.layout.indirect {
                 1
             } else {
-                u32::from(CHAIN)
+                u32::from(CHAIN_MAX)
             };
             let slot = (id / step) as usize;
             let known = self
@@ -312,10 +300,7 @@ impl<'a> Vhost<'a> {
 
 impl Client for Vhost<'_> {
     fn submit(&mut self, slot: usize, request: Request) -> Result<()> {
-        let head = slot as u16 * if self.layout.indirect { 1 } else { CHAIN };
-        if self.slots[slot].described != Some(request.kind) {
-            self.describe(slot, head, request.kind);
-        }
+        let described = self.slots[slot].described == Some(request.kind);
         self.slots[slot] = Slot {
             busy: true,
             described: Some(request.kind),
@@ -330,7 +315,14 @@ impl Client for Vhost<'_> {
         let word = u128::from(kind) | u128::from(sector) << 64;
         header[..16].copy_from_slice(&word.to_le_bytes());
         self.ram.write(self.layout.control(slot), &header);
-        self.ring.make_available(head);
+        let (pieces, count) = self.layout.pieces(slot, request.kind);
+        if self.layout.indirect {
+            let chain = Chain::Table(self.layout.table(slot, request.kind), count as u32);
+            self.ring.offer(slot as u16, chain, described);
+        } else {
+            let chain = Chain::Pieces(&pieces[..count]);
+            self.ring.offer(slot as u16 * CHAIN_MAX, chain, described);
+        }
         Ok(())
     }
 
