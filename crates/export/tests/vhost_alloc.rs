@@ -52,7 +52,7 @@ fn the_steady_state_allocates_nothing() {
             eprintln!("{engine} is not measured: {error}");
             continue;
         }
-        for max_ns in [0, 16_000] {
+        for (max_ns, packed) in [(0, false), (16_000, false), (0, true), (16_000, true)] {
             let served = serve(What {
                 spec,
                 engine,
@@ -61,7 +61,11 @@ fn the_steady_state_allocates_nothing() {
                 polling: Polling::Adaptive { max_ns },
                 ..What::default()
             });
-            let mut vm = Machine::start(&served.socket(), Setup::default()).unwrap();
+            let setup = Setup {
+                packed,
+                ..Setup::default()
+            };
+            let mut vm = Machine::start(&served.socket(), setup).unwrap();
             for _ in 0..300 {
                 batch(&mut vm);
             }
@@ -70,7 +74,10 @@ fn the_steady_state_allocates_nothing() {
                 batch(&mut vm);
             }
             let count = ALLOCATOR.count() - before;
-            assert_eq!(count, 0, "{engine}, {spec:?}, polling {max_ns} ns");
+            assert_eq!(
+                count, 0,
+                "{engine}, {spec:?}, polling {max_ns} ns, packed: {packed}"
+            );
         }
     }
 }

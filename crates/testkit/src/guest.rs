@@ -29,6 +29,7 @@ pub struct Disk {
     socket: PathBuf,
     queues: usize,
     reconnect: bool,
+    packed: bool,
 }
 
 impl Disk {
@@ -38,6 +39,7 @@ impl Disk {
             socket: socket.as_ref().to_owned(),
             queues: 1,
             reconnect: false,
+            packed: false,
         }
     }
 
@@ -50,6 +52,12 @@ impl Disk {
     /// Whether QEMU connects again when the server goes away. Without it the guest's requests hang.
     pub fn reconnect(mut self) -> Self {
         self.reconnect = true;
+        self
+    }
+
+    /// Packed virtqueues, if the server offers them.
+    pub fn packed(mut self) -> Self {
+        self.packed = true;
         self
     }
 
@@ -67,8 +75,9 @@ impl Disk {
             ),
             "-device".to_owned(),
             format!(
-                "vhost-user-blk-pci,chardev=c{index},num-queues={}",
-                self.queues
+                "vhost-user-blk-pci,chardev=c{index},num-queues={},packed={}",
+                self.queues,
+                if self.packed { "on" } else { "off" }
             ),
         ]
     }

@@ -9,9 +9,9 @@
 //!   buffer in it is empty, not in memory, in the wrong order, or there are too many: that request fails.
 
 use super::{
-    memory,
-    ring::{Descriptor, Ring},
-    spec::{DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE},
+    memory::{self, GuestMemory},
+    ring::{Buffer, Descriptor, PackedDescriptor, Ring, Split},
+    spec::{DESC_BYTES, DESC_F_NEXT, DESC_F_WRITE},
 };
 use block::{IoVec, limits::REQUEST_SEGMENTS_MAX};
 use std::fmt;
@@ -39,6 +39,41 @@ impl fmt::Display for Fault {
             Fault::Endless => f.write_str("a descriptor chain has a loop or too many links"),
             Fault::Indirect => f.write_str("an indirect descriptor table is malformed"),
         }
+    }
+}
+
+/// An indirect table in the guest's memory.
+struct Table {
+    base: *mut u8,
+    count: u16,
+}
+
+impl Table {
+    /// The table that a descriptor of the ring is. It lasts as long as `memory`.
+    fn new(memory: &GuestMemory, descriptor: Buffer, allowed: bool) -> Result<Self, Fault> {
+        let len = u64::from(descriptor.len);
+        // §2.7.5.3.1, §2.8.7: INDIRECT and NEXT exclude each other.
+        let alone = descriptor.flags & DESC_F_NEXT == 0;
+        if !allowed || !alone || len == 0 || !len.is_multiple_of(DESC_BYTES) {
+            return Err(Fault::Indirect);
+        }
+        let base = memory.range(descriptor.addr, len).ok_or(Fault::Indirect)?;
+        // The links are 16 bits: entries beyond cannot be reached.
+        let count = u16::try_from(len / DESC_BYTES).unwrap_or(u16::MAX);
+        Ok(Self { base, count })
+    }
+
+    #[inline]
+    fn read(&self, index: u16) -> Result<[u8; DESC_BYTES as usize], Fault> {
+        if index >= self.count {
+            return Err(Fault::Index(index));
+        }
+        let mut bytes = [0; DESC_BYTES as usize];
+        let at = self.base.wrapping_add(usize::from(index) * bytes.len());
+        // SAFETY: `index < count`, so these bytes lie in the range that `range` vouched for, and whose memory outlives
+        // the walk that `self` is made for.
+        unsafe { memory::read(at, &mut bytes) };
+        Ok(bytes)
     }
 }
 
@@ -77,26 +112,24 @@ impl Chain {
         };
     }
 
-    /// Follows the chain that starts at descriptor `head` of `ring`. `indirect`: whether the
+    /// Follows the chain that starts at descriptor `head` of a split ring. `indirect`: whether the
     /// driver may use indirect descriptors.
     ///
     /// # Errors
     ///
     /// A [`Fault`] when the queue is beyond help. Never takes more than [`DESCRIPTORS_MAX`] steps.
-    pub fn walk(&mut self, ring: &Ring, head: u16, indirect: bool) -> Result<(), Fault> {
+    pub fn walk_split(&mut self, ring: &Split, head: u16, indirect: bool) -> Result<(), Fault> {
         self.clear();
         let mut index = head;
         for _ in 0..ring.size() {
             let descriptor = ring.descriptor(index).ok_or(Fault::Index(index))?;
-            if descriptor.flags & DESC_F_INDIRECT != 0 {
-                // §2.7.5.3.1: INDIRECT and NEXT exclude each other.
-                if !indirect || descriptor.flags & DESC_F_NEXT != 0 {
-                    return Err(Fault::Indirect);
-                }
-                return self.walk_indirect(ring, descriptor);
+            let buffer = descriptor.buffer();
+            if buffer.is_table() {
+                let table = Table::new(ring.memory(), buffer, indirect)?;
+                return self.walk_table(ring.memory(), &table);
             }
-            self.take(ring, descriptor);
-            if descriptor.flags & DESC_F_NEXT == 0 {
+            self.take(ring.memory(), buffer);
+            if buffer.flags & DESC_F_NEXT == 0 {
                 return Ok(());
             }
             index = descriptor.next;
@@ -104,31 +137,52 @@ impl Chain {
         Err(Fault::Endless)
     }
 
-    fn walk_indirect(&mut self, ring: &Ring, table: Descriptor) -> Result<(), Fault> {
-        let len = u64::from(table.len);
-        if len == 0 || !len.is_multiple_of(DESC_BYTES) {
-            return Err(Fault::Indirect);
+    /// Follows a chain of a packed ring, whose descriptors `read` gives one after the other, and `None` behind the last
+    /// that there can be. Returns the driver's number for it, and how many descriptors of the ring it has.
+    ///
+    /// # Errors
+    ///
+    /// As [`Chain::walk_split`].
+    pub fn walk_packed(
+        &mut self,
+        memory: &GuestMemory,
+        mut read: impl FnMut(u16) -> Option<PackedDescriptor>,
+        indirect: bool,
+    ) -> Result<(u16, u16), Fault> {
+        self.clear();
+        let mut count = 0;
+        loop {
+            let PackedDescriptor { buffer, id } = read(count).ok_or(Fault::Endless)?;
+            count += 1;
+            if buffer.is_table() {
+                let table = Table::new(memory, buffer, indirect)?;
+                // §2.8.7: an entry is followed by the next, and no flag means anything but WRITE.
+                if usize::from(table.count) > DESCRIPTORS_MAX {
+                    return Err(Fault::Endless);
+                }
+                for index in 0..table.count {
+                    let bytes = table.read(index)?;
+                    let flags = u16::from_le_bytes([bytes[14], bytes[15]]) & DESC_F_WRITE;
+                    self.take(memory, Buffer::parse(&bytes, flags));
+                }
+                return Ok((id, count));
+            }
+            self.take(memory, buffer);
+            if buffer.flags & DESC_F_NEXT == 0 {
+                return Ok((id, count));
+            }
         }
-        let base = ring
-            .memory()
-            .range(table.addr, len)
-            .ok_or(Fault::Indirect)?;
-        // The links are 16 bits: entries beyond cannot be reached.
-        let count = u16::try_from(len / DESC_BYTES).unwrap_or(u16::MAX);
+    }
+
+    fn walk_table(&mut self, memory: &GuestMemory, table: &Table) -> Result<(), Fault> {
+        let count = table.count;
         let mut index = 0;
         for _ in 0..usize::from(count).min(DESCRIPTORS_MAX) {
-            if index >= count {
-                return Err(Fault::Index(index));
-            }
-            let mut bytes = [0; DESC_BYTES as usize];
-            let at = base.wrapping_add(usize::from(index) * bytes.len());
-            // SAFETY: `index < count`, so these bytes lie in the range that `range` vouched for.
-            unsafe { memory::read(at, &mut bytes) };
-            let descriptor = Descriptor::parse(&bytes);
-            if descriptor.flags & DESC_F_INDIRECT != 0 {
+            let descriptor = Descriptor::parse(&table.read(index)?);
+            if descriptor.buffer().is_table() {
                 return Err(Fault::Indirect);
             }
-            self.take(ring, descriptor);
+            self.take(memory, descriptor.buffer());
             if descriptor.flags & DESC_F_NEXT == 0 {
                 return Ok(());
             }
@@ -137,8 +191,7 @@ impl Chain {
         Err(Fault::Endless)
     }
 
-    fn take(&mut self, ring: &Ring, descriptor: Descriptor) {
-        let memory = ring.memory();
+    fn take(&mut self, memory: &GuestMemory, descriptor: Buffer) {
         let writable = descriptor.flags & DESC_F_WRITE != 0;
         if descriptor.len == 0 || !writable && self.writable_len > 0 {
             self.malformed = true;

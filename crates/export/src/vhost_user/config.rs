@@ -37,7 +37,8 @@ pub fn features(disk: &Disk) -> u64 {
         | feature::RING_INDIRECT_DESC
         | feature::RING_EVENT_IDX
         | feature::PROTOCOL_FEATURES
-        | feature::VERSION_1;
+        | feature::VERSION_1
+        | feature::RING_PACKED;
     if disk.read_only() {
         bits |= feature::RO;
     } else {

@@ -6,14 +6,13 @@
 //! mapping is given up while a request uses it, and the answer to a message means that it is done.
 
 use super::{
-    Options, config,
-    inflight::{self, Inflight},
+    Options, config, inflight,
     memory::{GuestMemory, REGIONS_MAX, Region, RegionSpec},
-    queue::{self, Queue, Setup, Stopped},
-    ring::RingAddresses,
+    queue::{self, Running, Setup, Stopped},
+    ring::{Packed, Place, RingAddresses},
     spec::feature,
 };
-use crate::worker::{SessionId, WorkerHandle};
+use crate::worker::WorkerHandle;
 use block::limits::QUEUE_DEPTH_MAX;
 use disk::Disk;
 use io::EventFd;
@@ -32,12 +31,13 @@ use vhost::{
 struct Vring {
     size: u16,
     addresses: Option<RingAddresses>,
-    next_avail: u16,
+    /// Where the ring goes on, as [`Stopped`] or the client says; `None` for a new one.
+    base: Option<u32>,
     kick: Option<EventFd>,
     call: Option<EventFd>,
     err: Option<EventFd>,
     enabled: bool,
-    running: Option<SessionId>,
+    running: Option<Running>,
 }
 
 /// A device as one client has set it up.
@@ -85,6 +85,11 @@ impl Device {
         }
     }
 
+    /// Whether its rings are packed.
+    fn packed(&self) -> bool {
+        self.features & feature::RING_PACKED != 0
+    }
+
     fn vring(&mut self, index: u32) -> Result<&mut Vring> {
         let count = self.vrings.len();
         self.vrings
@@ -107,48 +112,53 @@ impl Device {
             return Ok(());
         };
         let inflight = match &self.inflight {
-            Some((region, size)) if vring.size <= *size => {
-                Some(Inflight::new(region.clone(), index, *size).map_err(refuse)?)
-            }
+            Some((region, size)) if vring.size <= *size => Some(inflight::File {
+                region: region.clone(),
+                index,
+                size: *size,
+            }),
             _ => None,
         };
         let setup = Setup {
             index,
             disk: self.disk.clone(),
-            memory: self.memory.clone(),
-            addresses,
-            size: vring.size,
-            next_avail: vring.next_avail,
+            ring: Place {
+                memory: self.memory.clone(),
+                at: addresses,
+                size: vring.size,
+                base: vring.base,
+                event_idx: self.features & feature::RING_EVENT_IDX != 0,
+                inflight,
+            },
             limits: config::limits(&self.disk, &self.options.serial, self.features),
             kick,
             call: copy(&vring.call)?,
             err: copy(&vring.err)?,
-            inflight,
         };
-        let id = self.workers[index]
-            .call_wait(move |cx| cx.add(|cx| Queue::start(setup, cx)))
+        let running = self.workers[index]
+            .call_wait(move |cx| Running::start(setup, cx))
             .and_then(|started| started)
             .map_err(|error| refuse(error.within(format_args!("queue {index}"))))?;
-        vring.running = Some(id);
+        vring.running = Some(running);
         Ok(())
     }
 
     /// Takes a ring off its worker when nothing of it is in flight any more.
     fn stop(&mut self, index: usize) {
         let vring = &mut self.vrings[index];
-        let Some(id) = vring.running.take() else {
+        let Some(running) = vring.running.take() else {
             return;
         };
         let (sender, drained) = mpsc::sync_channel::<Stopped>(1);
         let asked = self.workers[index].call(Box::new(move |cx| {
             // A queue that is gone drops the sender, which ends the wait.
-            cx.with::<Queue, _>(id, |queue, _| queue.drain(sender));
+            running.with(cx, |queue| queue.drain(sender));
         }));
         if let Err(error) = asked {
             tracing::warn!(queue = index, %error, "cannot stop a queue");
         }
         if let Ok(stopped) = drained.recv() {
-            vring.next_avail = stopped.next_avail;
+            vring.base = Some(stopped.base);
         }
     }
 
@@ -211,7 +221,7 @@ impl VhostUserBackendReqHandlerMut for Device {
             self.stop(index);
             let vring = &mut self.vrings[index];
             vring.enabled = false;
-            vring.next_avail = 0;
+            vring.base = None;
         }
         self.disk.set_writeback(self.writeback);
         Ok(())
@@ -239,7 +249,16 @@ impl VhostUserBackendReqHandlerMut for Device {
             self.disk.set_writeback(self.writeback);
         }
         if features != self.features {
-            self.change(|device| device.features = features)?;
+            let other_ring = (features ^ self.features) & feature::RING_PACKED != 0;
+            self.change(|device| {
+                device.features = features;
+                if other_ring {
+                    // Where a ring of the other layout stood means nothing in this one.
+                    for vring in &mut device.vrings {
+                        vring.base = None;
+                    }
+                }
+            })?;
         }
         Ok(())
     }
@@ -270,12 +289,18 @@ impl VhostUserBackendReqHandlerMut for Device {
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
         let limit = self.options.queue_size_max;
+        let packed = self.packed();
         let size = u16::try_from(num)
             .ok()
-            .filter(|size| size.is_power_of_two() && *size <= limit)
+            .filter(|size| (packed || size.is_power_of_two()) && (1..=limit).contains(size))
             .ok_or_else(|| {
+                let any = if packed {
+                    "any number"
+                } else {
+                    "a power of two"
+                };
                 refuse(format!(
-                    "queue {index} of {num} entries: a power of two up to {limit} is possible"
+                    "queue {index} of {num} entries: {any} up to {limit} is possible"
                 ))
             })?;
         self.vring(index)?;
@@ -306,11 +331,12 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
-        let base = u16::try_from(base)
-            .map_err(|_| refuse(format!("queue {index}: base {base} is not 16 bits")))?;
+        if !self.packed() && u16::try_from(base).is_err() {
+            return Err(refuse(format!("queue {index}: base {base} is not 16 bits")));
+        }
         self.vring(index)?;
         self.stop(index as usize);
-        self.vring(index)?.next_avail = base;
+        self.vring(index)?.base = Some(base);
         self.start(index as usize)
     }
 
@@ -320,7 +346,9 @@ impl VhostUserBackendReqHandlerMut for Device {
         let vring = self.vring(index)?;
         // "The ring is stopped": it starts again with the next kick descriptor.
         vring.kick = None;
-        Ok(VhostUserVringState::new(index, u32::from(vring.next_avail)))
+        let base = vring.base;
+        let base = base.unwrap_or(if self.packed() { Packed::START } else { 0 });
+        Ok(VhostUserVringState::new(index, base))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
@@ -342,9 +370,9 @@ impl VhostUserBackendReqHandlerMut for Device {
         let vring = self.vring(index.into())?;
         vring.call = call;
         let (call, running) = (copy(&vring.call)?, vring.running);
-        if let Some(id) = running {
+        if let Some(running) = running {
             let replaced = self.workers[usize::from(index)]
-                .call_wait(move |cx| cx.with::<Queue, _>(id, |queue, _| queue.set_call(call)));
+                .call_wait(move |cx| running.with(cx, |queue| queue.set_call(call)));
             replaced.map_err(refuse)?;
         }
         Ok(())
@@ -355,9 +383,9 @@ impl VhostUserBackendReqHandlerMut for Device {
         let vring = self.vring(index.into())?;
         vring.err = err;
         let (err, running) = (copy(&vring.err)?, vring.running);
-        if let Some(id) = running {
+        if let Some(running) = running {
             let replaced = self.workers[usize::from(index)]
-                .call_wait(move |cx| cx.with::<Queue, _>(id, |queue, _| queue.set_err(err)));
+                .call_wait(move |cx| running.with(cx, |queue| queue.set_err(err)));
             replaced.map_err(refuse)?;
         }
         Ok(())
@@ -456,7 +484,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File)> {
         let (queues, size) = self.check_inflight(inflight)?;
-        let len = inflight::file_bytes(queues, size);
+        let len = inflight::file_bytes(self.packed(), queues, size);
         let make = || -> std::io::Result<File> {
             let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
             let file = File::from(memfd_create("vhost-user-inflight", flags)?);
@@ -476,7 +504,7 @@ impl VhostUserBackendReqHandlerMut for Device {
 
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
         let (queues, size) = self.check_inflight(inflight)?;
-        if inflight.mmap_size < inflight::file_bytes(queues, size) {
+        if inflight.mmap_size < inflight::file_bytes(self.packed(), queues, size) {
             return Err(refuse("the inflight file is too small"));
         }
         let spec = RegionSpec {

@@ -16,8 +16,8 @@
 
 use super::{
     memory,
-    ring::{Descriptor, Ring},
-    spec::{DESC_BYTES, DESC_F_INDIRECT, HEADER_BYTES, HEADER_SECTOR, SECTOR_BYTES},
+    ring::{Buffer, Ring},
+    spec::{DESC_BYTES, HEADER_BYTES, HEADER_SECTOR, SECTOR_BYTES},
 };
 use block::prefetch;
 use std::ptr;
@@ -43,7 +43,7 @@ const NOTHING: Found = Found {
     indirect: false,
 };
 
-/// What was fetched so far: entries of the available ring.
+/// What was fetched so far: entries, as [`Ring::next`] counts them.
 #[derive(Debug)]
 pub struct Lookahead {
     descriptor: u16,
@@ -69,14 +69,14 @@ impl Lookahead {
     /// Fetches for the requests behind the next one. To be called before each [`Ring::pop`]. Tells `expect` where on
     /// the disk the next ones will probably be: a byte offset, which may be any number.
     #[inline]
-    pub fn advance(&mut self, ring: &Ring, expect: impl Fn(u64)) {
+    pub fn advance(&mut self, ring: &impl Ring, expect: impl Fn(u64)) {
         if ring.known() > 1 {
             self.fetch(ring, expect);
         }
     }
 
-    fn fetch(&mut self, ring: &Ring, expect: impl Fn(u64)) {
-        let (next, known) = (ring.next_avail(), ring.known());
+    fn fetch(&mut self, ring: &impl Ring, expect: impl Fn(u64)) {
+        let (next, known) = (ring.next(), ring.known());
         // The entries that a stage has to do now.
         let stage = |done: &mut u16, ahead: u16| {
             let end = next.wrapping_add(ahead.min(known));
@@ -88,7 +88,7 @@ impl Lookahead {
             (0..end.wrapping_sub(from)).map(move |n| from.wrapping_add(n))
         };
         for entry in stage(&mut self.descriptor, DESCRIPTOR_AHEAD) {
-            prefetch(ring.descriptor_at(ring.head(entry)));
+            prefetch(ring.descriptor_at(entry));
         }
         for entry in stage(&mut self.table, TABLE_AHEAD) {
             let found = Self::first(ring, entry);
@@ -119,11 +119,11 @@ impl Lookahead {
     }
 
     /// Where the indirect table or the header of an entry's request lies, if its beginning is in one piece.
-    fn first(ring: &Ring, entry: u16) -> Found {
-        let Some(descriptor) = ring.descriptor(ring.head(entry)) else {
+    fn first(ring: &impl Ring, entry: u16) -> Found {
+        let Some(descriptor) = ring.first(entry) else {
             return NOTHING;
         };
-        let indirect = descriptor.flags & DESC_F_INDIRECT != 0;
+        let indirect = descriptor.is_table();
         let len = if indirect {
             DESC_BYTES
         } else {
@@ -136,11 +136,11 @@ impl Lookahead {
     }
 
     /// Where the header lies to which the first descriptor of the indirect table at `table` points.
-    fn behind(ring: &Ring, table: *mut u8) -> Found {
+    fn behind(ring: &impl Ring, table: *mut u8) -> Found {
         let mut bytes = [0; DESC_BYTES as usize];
         // SAFETY: `first` found so many bytes in the memory of the ring, which keeps them mapped.
         unsafe { memory::read(table, &mut bytes) };
-        let addr = Descriptor::parse(&bytes).addr;
+        let addr = Buffer::parse(&bytes, 0).addr;
         match ring.memory().range(addr, HEADER_BYTES as u64) {
             Some(at) => Found {
                 at,

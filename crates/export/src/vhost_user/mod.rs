@@ -4,7 +4,7 @@
 //!   VMM ── Unix socket ──▶ server   one control thread for each socket
 //!                            └ device    features, memory, rings: what messages set up
 //!   guest ── shared memory ──▶ queue     one session on a worker for each virtqueue (the data path)
-//!                            ├ ring      split virtqueue: indices, descriptors, notifications
+//!                            ├ ring      split or packed virtqueue: indices, descriptors, notifications
 //!                            ├ chain     descriptors to pieces of memory
 //!                            ├ request   header and segments to disk operations
 //!                            └ inflight  what a killed server leaves to the next
@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Messages are parsed by crate `vhost`; rings and requests are our own. Followed are virtio 1.2
-//! (§2.7 split virtqueues, §5.2 block device) and QEMU's `docs/interop/vhost-user.rst`.
+//! (§2.7 split and §2.8 packed virtqueues, §5.2 block device) and QEMU's `docs/interop/vhost-user.rst`.
 //!
 //! Everything from the client is hostile. What it can break is its own: a request that makes
 //! no sense fails; a ring that makes no sense stops (its error descriptor is signalled, and

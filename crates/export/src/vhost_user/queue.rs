@@ -14,14 +14,13 @@
 
 use super::{
     chain::Chain,
-    inflight::Inflight,
     lookahead::Lookahead,
-    memory::{self, GuestMemory},
+    memory,
     request::{self, Limits, SEGMENTS_MAX, Segment, Task},
-    ring::{Ring, RingAddresses},
+    ring::{Packed, Place, Ring, Split},
     spec::{Status, feature},
 };
-use crate::worker::{Cx, Session};
+use crate::worker::{Cx, Session, SessionId};
 use block::{Error, GuestError, GuestOffset, Op, Result};
 use disk::{Disk, DiskQueue, QueueOptions, Request};
 use io::{Completion, EventFd};
@@ -43,22 +42,61 @@ pub(super) struct Setup {
     /// Its number, for messages.
     pub index: usize,
     pub disk: Arc<Disk>,
-    pub memory: Arc<GuestMemory>,
-    pub addresses: RingAddresses,
-    pub size: u16,
-    pub next_avail: u16,
+    pub ring: Place,
     pub limits: Limits,
     pub kick: EventFd,
     pub call: Option<EventFd>,
     pub err: Option<EventFd>,
-    pub inflight: Option<Inflight>,
 }
 
 /// A queue's state when it has stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stopped {
-    /// Entry of the available ring that was not taken yet.
-    pub next_avail: u16,
+    /// Where its ring can go on.
+    pub base: u32,
+}
+
+/// What the control thread asks of a running queue, whatever its ring.
+pub(super) trait Control {
+    /// Replaces the descriptor that tells the driver of finished requests. It is written
+    /// once, since a notification may have gone to the old one.
+    fn set_call(&mut self, call: Option<EventFd>);
+
+    /// Replaces the descriptor that tells the driver of a broken ring.
+    fn set_err(&mut self, err: Option<EventFd>);
+
+    /// Takes nothing more from the ring; when everything taken is done, the queue leaves the
+    /// worker and tells `drained`.
+    fn drain(&mut self, drained: SyncSender<Stopped>);
+}
+
+/// A queue on a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Running {
+    id: SessionId,
+    packed: bool,
+}
+
+impl Running {
+    /// Starts a queue on the worker of `cx`, with the kind of ring that was agreed on.
+    pub fn start(setup: Setup, cx: &mut Cx) -> Result<Self> {
+        let packed = setup.limits.features & feature::RING_PACKED != 0;
+        let id = if packed {
+            cx.add(|cx| Queue::<Packed>::start(setup, cx))?
+        } else {
+            cx.add(|cx| Queue::<Split>::start(setup, cx))?
+        };
+        Ok(Self { id, packed })
+    }
+
+    /// Calls `f` with the queue, on its worker. `None` when it is gone.
+    pub fn with<T>(self, cx: &mut Cx, f: impl FnOnce(&mut dyn Control) -> T) -> Option<T> {
+        if self.packed {
+            cx.with::<Queue<Packed>, _>(self.id, |queue, _| f(queue))
+        } else {
+            cx.with::<Queue<Split>, _>(self.id, |queue, _| f(queue))
+        }
+    }
 }
 
 /// When a request came; nanoseconds of [`disk::now_ns`].
@@ -71,9 +109,9 @@ struct Arrival {
 }
 
 /// A request's place while the disk has it.
-struct Slot {
+struct Slot<H> {
     chain: Chain,
-    head: u16,
+    head: H,
     /// Bytes that a success writes to the guest, the status not counted.
     written: u32,
     /// Discard and write zeroes: the segments, and which of them is under way.
@@ -85,11 +123,11 @@ struct Slot {
     request: Request,
 }
 
-impl Slot {
+impl<H: Default> Slot<H> {
     fn new() -> Self {
         Self {
             chain: Chain::new(),
-            head: 0,
+            head: H::default(),
             written: 0,
             segments: [Segment::default(); SEGMENTS_MAX],
             segment: 0,
@@ -111,14 +149,14 @@ impl Slot {
 }
 
 /// A running virtqueue.
-pub(super) struct Queue {
+pub(super) struct Queue<R: Ring> {
     index: usize,
-    ring: Ring,
+    ring: R,
     lookahead: Lookahead,
     /// There until the queue has stopped.
     disk: Option<DiskQueue>,
     limits: Limits,
-    slots: Box<[Slot]>,
+    slots: Box<[Slot<R::Head>]>,
     free: Vec<u16>,
     /// Slots whose request the disk had no room for.
     refused: Vec<u16>,
@@ -130,9 +168,6 @@ pub(super) struct Queue {
     kicked_ns: u64,
     call: Option<EventFd>,
     err: Option<EventFd>,
-    inflight: Option<Inflight>,
-    /// Heads that a server before us took and did not answer, the oldest last.
-    resume: Vec<u16>,
     /// The ring made no sense: nothing is taken from it any more.
     broken: bool,
     /// Takes nothing more; ends when nothing is in flight.
@@ -140,32 +175,13 @@ pub(super) struct Queue {
     drained: Vec<SyncSender<Stopped>>,
 }
 
-impl Queue {
+impl<R: Ring> Queue<R> {
     /// Starts the queue on the worker of `cx`, as its current session.
-    pub fn start(mut setup: Setup, cx: &mut Cx) -> Result<Self> {
-        let event_idx = setup.limits.features & feature::RING_EVENT_IDX != 0;
-        let mut ring = Ring::new(
-            setup.memory,
-            setup.addresses,
-            setup.size,
-            setup.next_avail,
-            event_idx,
-        )?;
-        let mut resume = Vec::new();
-        if let Some(inflight) = &mut setup.inflight {
-            resume = inflight.recover(ring.published());
-            // More cannot be taken from a ring than it has entries.
-            resume.truncate(usize::from(setup.size));
-            resume.reverse();
-            if !resume.is_empty() {
-                // Everything that was taken and not answered is in `resume`, whatever the
-                // front-end, which only sees the used index, makes of it.
-                let taken = ring.published().wrapping_add(resume.len() as u16);
-                ring.set_next_avail(taken);
-            }
-        }
+    fn start(setup: Setup, cx: &mut Cx) -> Result<Self> {
+        let size = setup.ring.size;
+        let ring = R::new(setup.ring)?;
         let options = QueueOptions {
-            depth: setup.size,
+            depth: size,
             token_base: cx.token_base(),
             waker: cx.waker().clone(),
         };
@@ -181,40 +197,19 @@ impl Queue {
             lookahead: Lookahead::new(),
             disk: Some(disk),
             limits: setup.limits,
-            slots: (0..setup.size).map(|_| Slot::new()).collect(),
-            free: (0..setup.size).rev().collect(),
-            refused: Vec::with_capacity(usize::from(setup.size)),
+            slots: (0..size).map(|_| Slot::new()).collect(),
+            free: (0..size).rev().collect(),
+            refused: Vec::with_capacity(usize::from(size)),
             kick: setup.kick,
             batch_ns: 0,
             looks: false,
             kicked_ns: 0,
             call: setup.call,
             err: setup.err,
-            inflight: setup.inflight,
-            resume,
             broken: false,
             draining: false,
             drained: Vec::new(),
         })
-    }
-
-    /// Replaces the descriptor that tells the driver of finished requests. It is written
-    /// once, since a notification may have gone to the old one.
-    pub fn set_call(&mut self, call: Option<EventFd>) {
-        self.call = call;
-        self.notify();
-    }
-
-    /// Replaces the descriptor that tells the driver of a broken ring.
-    pub fn set_err(&mut self, err: Option<EventFd>) {
-        self.err = err;
-    }
-
-    /// Takes nothing more from the ring; when everything taken is done, the queue leaves the
-    /// worker and tells `drained`.
-    pub fn drain(&mut self, drained: SyncSender<Stopped>) {
-        self.draining = true;
-        self.drained.push(drained);
     }
 
     fn notify(&self) {
@@ -248,18 +243,11 @@ impl Queue {
                     disk.expect(GuestOffset(at));
                 }
             });
-            let head = match self
-                .resume
-                .pop()
-                .map_or_else(|| self.ring.pop(), |h| Ok(Some(h)))
-            {
-                Ok(Some(head)) => head,
+            let entry = match self.ring.pop() {
+                Ok(Some(entry)) => entry,
                 Ok(None) => break,
                 Err(overrun) => {
-                    self.break_down(format_args!(
-                        "available index {} is too far ahead of {}",
-                        overrun.idx, overrun.next
-                    ));
+                    self.break_down(format_args!("{overrun}"));
                     break;
                 }
             };
@@ -282,7 +270,7 @@ impl Queue {
                 };
             }
             self.free.pop();
-            if !self.begin(cx, slot, head, stamps) {
+            if !self.begin(cx, slot, entry, stamps) {
                 // Not in flight, and never to be answered.
                 self.free.push(slot);
                 break;
@@ -292,23 +280,23 @@ impl Queue {
         any
     }
 
-    /// Starts the request at `head`; `false` when the queue broke on it.
-    fn begin(&mut self, cx: &mut Cx, index: u16, head: u16, stamps: Arrival) -> bool {
+    /// Starts the request at `entry`; `false` when the queue broke on it.
+    fn begin(&mut self, cx: &mut Cx, index: u16, entry: R::Entry, stamps: Arrival) -> bool {
         let indirect = self.limits.features & feature::RING_INDIRECT_DESC != 0;
         let slot = &mut self.slots[usize::from(index)];
-        if let Err(fault) = slot.chain.walk(&self.ring, head, indirect) {
-            self.break_down(format_args!("{fault}"));
-            return false;
-        }
+        let head = match self.ring.walk(entry, &mut slot.chain, indirect) {
+            Ok(head) => head,
+            Err(fault) => {
+                self.break_down(format_args!("{fault}"));
+                return false;
+            }
+        };
         let Ok(task) = request::parse(&mut slot.chain, &self.limits, &mut slot.segments) else {
             self.break_down(format_args!(
                 "descriptor chain {head} has no byte for a status"
             ));
             return false;
         };
-        if let Some(inflight) = &mut self.inflight {
-            inflight.take(head);
-        }
         slot.head = head;
         slot.written = 0;
         slot.segment_count = 0;
@@ -428,22 +416,12 @@ impl Queue {
         // one), and `self.ring` keeps it mapped.
         unsafe { memory::write(slot.chain.status, &[status as u8]) };
         self.ring.push(slot.head, slot.written.saturating_add(1));
-        if let Some(inflight) = &mut self.inflight {
-            inflight.done(slot.head);
-        }
         self.free.push(index);
     }
 
     /// Shows the driver what was answered, and calls it if it asked for that.
     fn publish(&mut self) {
-        let before = self.ring.published();
         let wanted = self.ring.publish();
-        let now = self.ring.published();
-        if now != before
-            && let Some(inflight) = &mut self.inflight
-        {
-            inflight.published(now);
-        }
         let mut told_ns = None;
         if wanted {
             if self.looks && self.disk.as_ref().is_some_and(DiskQueue::has_ended) {
@@ -479,14 +457,30 @@ impl Queue {
         }
         for drained in self.drained.drain(..) {
             let _ = drained.try_send(Stopped {
-                next_avail: self.ring.next_avail(),
+                base: self.ring.base(),
             });
         }
         cx.close();
     }
 }
 
-impl Session for Queue {
+impl<R: Ring> Control for Queue<R> {
+    fn set_call(&mut self, call: Option<EventFd>) {
+        self.call = call;
+        self.notify();
+    }
+
+    fn set_err(&mut self, err: Option<EventFd>) {
+        self.err = err;
+    }
+
+    fn drain(&mut self, drained: SyncSender<Stopped>) {
+        self.draining = true;
+        self.drained.push(drained);
+    }
+}
+
+impl<R: Ring> Session for Queue<R> {
     fn ready(&mut self, cx: &mut Cx, _key: u32) {
         // Its value says how many kicks came; what they were for is in the ring.
         if let Err(error) = self.kick.read() {

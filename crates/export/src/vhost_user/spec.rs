@@ -1,4 +1,4 @@
-//! Numbers of the standards: virtio 1.2 §2.7 (split virtqueues), §5.2 (block device), §6
+//! Numbers of the standards: virtio 1.2 §2.7 and §2.8 (split and packed virtqueues), §5.2 (block device), §6
 //! (reserved feature bits), and vhost-user.
 
 /// A descriptor continues at its `next` (virtio 1.2 §2.7.5).
@@ -7,6 +7,10 @@ pub const DESC_F_NEXT: u16 = 1;
 pub const DESC_F_WRITE: u16 = 2;
 /// A descriptor's buffer is a table of descriptors (§2.7.5.3).
 pub const DESC_F_INDIRECT: u16 = 4;
+/// In a packed ring: the driver's wrap counter (§2.8.1).
+pub const DESC_F_AVAIL: u16 = 1 << 7;
+/// In a packed ring: the device's wrap counter.
+pub const DESC_F_USED: u16 = 1 << 15;
 /// Bytes of a descriptor.
 pub const DESC_BYTES: u64 = 16;
 
@@ -14,6 +18,13 @@ pub const DESC_BYTES: u64 = 16;
 pub const AVAIL_F_NO_INTERRUPT: u16 = 1;
 /// In `used.flags`: no notification wanted (§2.7.8).
 pub const USED_F_NO_NOTIFY: u16 = 1;
+
+/// In the flags of an event suppression structure of a packed ring: all notifications are wanted (§2.8.10).
+pub const EVENT_F_ENABLE: u16 = 0;
+/// None is wanted.
+pub const EVENT_F_DISABLE: u16 = 1;
+/// The one for a descriptor is wanted; with [`feature::RING_EVENT_IDX`].
+pub const EVENT_F_DESC: u16 = 2;
 
 /// Feature bits of the block device (§5.2.3), as masks.
 pub mod feature {
@@ -43,6 +54,8 @@ pub mod feature {
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
     /// The device conforms to virtio 1.0 or later (§6).
     pub const VERSION_1: u64 = 1 << 32;
+    /// Packed virtqueues (§6).
+    pub const RING_PACKED: u64 = 1 << 34;
 }
 
 /// Types of requests (§5.2.6).

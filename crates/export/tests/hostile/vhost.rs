@@ -21,11 +21,22 @@ const STEPS_MAX: usize = 96;
 pub fn abuse(socket: &Path, program: &[u8]) {
     let mut program = Program::new(program);
     // A server that has hung up or refuses something ends the program: that is an answer too.
-    let _ = match program.byte() % 4 {
+    let kind = program.byte();
+    let _ = match kind % 4 {
         0 => messages_only(socket, &mut program),
-        queues => machine(socket, &mut program, u32::from(queues)),
+        queues => {
+            let setup = Setup {
+                packed: kind >= 128,
+                ..setup(u32::from(queues))
+            };
+            machine(socket, &mut program, setup)
+        }
     };
-    let mut machine = Machine::start(socket, setup(1)).expect("the server takes the next client");
+    let next = Setup {
+        packed: kind & 64 != 0,
+        ..setup(1)
+    };
+    let mut machine = Machine::start(socket, next).expect("the server takes the next client");
     let (status, data) = machine.request(0, bench::driver::IN, 0, &[], 512);
     assert_eq!(
         (status, data.len()),
@@ -120,8 +131,8 @@ fn region(program: &mut Program, ram: &bench::driver::Ram, payload: &mut Vec<u8>
 }
 
 /// A guest whose rings are sound at first.
-fn machine(socket: &Path, program: &mut Program, queues: u32) -> std::io::Result<()> {
-    let mut machine = Machine::start(socket, setup(queues))?;
+fn machine(socket: &Path, program: &mut Program, setup: Setup) -> std::io::Result<()> {
+    let mut machine = Machine::start(socket, setup)?;
     for _ in 0..STEPS_MAX {
         if program.at_end() {
             break;
@@ -207,9 +218,14 @@ fn machine(socket: &Path, program: &mut Program, queues: u32) -> std::io::Result
                     nth as u32,
                     u32::from(program.byte() % 2),
                 )?,
-                2 => machine
-                    .frontend
-                    .start_queue(&machine.queues[nth], program.u16())?,
+                2 => {
+                    let base = match program.byte() % 4 {
+                        0 => program.u32(),
+                        1 => machine.queues[nth].base(),
+                        _ => program.u16().into(),
+                    };
+                    machine.frontend.start_queue(&machine.queues[nth], base)?;
+                }
                 _ => message(&mut machine.frontend, program, &ram)?,
             },
         }

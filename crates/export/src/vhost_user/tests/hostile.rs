@@ -10,7 +10,7 @@ use crate::vhost_user::{
 use proptest::prelude::*;
 
 /// Addresses near every edge there is.
-fn address() -> impl Strategy<Value = u64> {
+pub fn address() -> impl Strategy<Value = u64> {
     prop_oneof![
         6 => (0u64..0x8000).prop_map(|at| BUFFERS + at),
         2 => (0u64..0x200).prop_map(|at| GUEST + GUEST_LEN - 0x100 + at),
@@ -21,7 +21,7 @@ fn address() -> impl Strategy<Value = u64> {
     ]
 }
 
-fn length() -> impl Strategy<Value = u32> {
+pub fn length() -> impl Strategy<Value = u32> {
     prop_oneof![
         Just(0u32),
         Just(1),
@@ -71,7 +71,7 @@ proptest! {
         guest.table(DESCRIPTORS, &table);
         let ring = guest.ring(true);
         let mut chain = Chain::new();
-        let walked = chain.walk(&ring, head, indirect);
+        let walked = chain.walk_split(&ring, head, indirect);
         let inside = |at: *mut u8, len: usize| {
             [(GUEST, GUEST_LEN), (GUEST + GUEST_LEN, 0x10000)].iter().any(|(start, size)| {
                 let base = guest.memory.range(*start, *size).unwrap().addr();

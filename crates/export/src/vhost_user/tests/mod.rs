@@ -1,12 +1,13 @@
 //! Rings, chains and requests against a guest that writes them by hand.
 
 mod hostile;
+mod packed;
 mod parse;
 mod rings;
 
 use super::{
     memory::{self, GuestMemory, tests::region},
-    ring::{Ring, RingAddresses},
+    ring::{Place, Ring, RingAddresses, Split},
     spec::{DESC_F_NEXT, DESC_F_WRITE},
 };
 use std::sync::Arc;
@@ -91,24 +92,27 @@ impl Guest {
         self.put(AVAILABLE + 2, &entry.wrapping_add(1).to_le_bytes());
     }
 
-    pub fn ring(&self, event_idx: bool) -> Ring {
+    pub fn ring(&self, event_idx: bool) -> Split {
         self.ring_at(event_idx, 0)
     }
 
-    pub fn ring_at(&self, event_idx: bool, next_avail: u16) -> Ring {
+    pub fn ring_at(&self, event_idx: bool, next_avail: u16) -> Split {
+        Split::new(self.place(event_idx, Some(next_avail.into()))).unwrap()
+    }
+
+    pub fn place(&self, event_idx: bool, base: Option<u32>) -> Place {
         let to_user = |at: u64| at - GUEST + USER;
-        let addresses = RingAddresses {
-            descriptors: to_user(DESCRIPTORS),
-            available: to_user(AVAILABLE),
-            used: to_user(USED),
-        };
-        Ring::new(
-            self.memory.clone(),
-            addresses,
-            self.size,
-            next_avail,
+        Place {
+            memory: self.memory.clone(),
+            at: RingAddresses {
+                descriptors: to_user(DESCRIPTORS),
+                available: to_user(AVAILABLE),
+                used: to_user(USED),
+            },
+            size: self.size,
+            base,
             event_idx,
-        )
-        .unwrap()
+            inflight: None,
+        }
     }
 }

@@ -41,7 +41,7 @@ fn segment(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
 fn request_of(guest: &Guest, limits: &Limits) -> (Result<Task, NoStatus>, Chain, Vec<Segment>) {
     let ring = guest.ring(true);
     let mut chain = Chain::new();
-    chain.walk(&ring, 0, true).unwrap();
+    chain.walk_split(&ring, 0, true).unwrap();
     let mut segments = [Segment::default(); SEGMENTS_MAX];
     let task = parse(&mut chain, limits, &mut segments);
     (task, chain, segments.to_vec())
@@ -518,7 +518,7 @@ fn faults_in_the_shape_break_the_queue() {
         guest.table(table, &nested);
         let mut chain = Chain::new();
         assert_eq!(
-            chain.walk(&guest.ring(true), head, true),
+            chain.walk_split(&guest.ring(true), head, true),
             Err(expected),
             "{what}"
         );
@@ -547,8 +547,8 @@ fn indirect_tables_are_followed_when_negotiated() {
     );
     let ring = guest.ring(true);
     let mut chain = Chain::new();
-    chain.walk(&ring, 0, true).unwrap();
+    chain.walk_split(&ring, 0, true).unwrap();
     assert_eq!((chain.readable_len, chain.writable_len), (16, 513));
     assert!(!chain.malformed);
-    assert_eq!(chain.walk(&ring, 0, false), Err(Fault::Indirect));
+    assert_eq!(chain.walk_split(&ring, 0, false), Err(Fault::Indirect));
 }

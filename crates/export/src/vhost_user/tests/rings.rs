@@ -1,7 +1,7 @@
 //! Indices and notifications of a ring.
 
 use super::*;
-use crate::vhost_user::ring::Overrun;
+use crate::vhost_user::ring::{DriverIndex, Overrun};
 
 #[test]
 fn entries_are_taken_once_and_across_the_wrap() {
@@ -16,7 +16,7 @@ fn entries_are_taken_once_and_across_the_wrap() {
             assert_eq!(ring.pop(), Ok(Some(i)));
             assert_eq!(ring.pop(), Ok(None));
         }
-        assert_eq!(ring.next_avail(), start.wrapping_add(9));
+        assert_eq!(ring.base(), u32::from(start.wrapping_add(9)));
     }
 }
 
@@ -29,7 +29,10 @@ fn an_index_too_far_ahead_is_an_overrun() {
     let mut ring = guest.ring(true);
     for idx in [5u16, 0x8000, u16::MAX] {
         guest.put(AVAILABLE + 2, &idx.to_le_bytes());
-        assert_eq!(ring.pop(), Err(Overrun { idx, next: 0 }));
+        assert_eq!(
+            ring.pop(),
+            Err(Overrun::Index(DriverIndex { idx, next: 0 }))
+        );
     }
 }
 
@@ -210,13 +213,23 @@ fn refuses_rings_that_are_not_there() {
             4,
         ),
     ] {
-        let made = Ring::new(guest.memory.clone(), at, size, 0, true);
-        assert!(made.is_err(), "{what}");
+        let place = Place {
+            at,
+            size,
+            ..guest.place(true, None)
+        };
+        assert!(Split::new(place).is_err(), "{what}");
     }
     let exact = RingAddresses {
         descriptors: end - 64,
         available: end - 64 - 14,
         used: (end - 64 - 14 - 38 - 0x10) & !3,
     };
-    assert!(Ring::new(guest.memory.clone(), exact, 4, 0, true).is_ok());
+    let place = |base| Place {
+        at: exact,
+        ..guest.place(true, base)
+    };
+    assert!(Split::new(place(None)).is_ok());
+    assert!(Split::new(place(Some(0xffff))).is_ok());
+    assert!(Split::new(place(Some(0x10000))).is_err());
 }

@@ -1,24 +1,17 @@
-//! Which requests are in flight, in memory that outlives the server. Unsafe code: shared memory.
-//!
-//! A server that is killed leaves requests behind that it took and did not answer. The used index
-//! alone does not tell which, since requests end in any order. So the front-end keeps a file in which
-//! the server notes each (QEMU `docs/interop/vhost-user.rst`, "Inflight I/O tracking"), and
-//! hands it to the next server, which does them again:
+//! The region of a split ring. Unsafe code: shared memory.
 //!
 //! ```text
-//!   queue region   features u64, version u16, desc_num u16, last_batch_head u16, used_idx u16
-//!                  desc_num × { inflight u8, pad[5], next u16, counter u64 }
+//!   features u64, version u16, desc_num u16, last_batch_head u16, used_idx u16
+//!   desc_num × { inflight u8, pad[5], next u16, counter u64 }
 //! ```
 //!
 //! A batch of answers is linked from `last_batch_head` before `used.idx` moves, and its flags are
 //! cleared after. If `used_idx` here is not the ring's, the crash came in between, and the last
 //! batch was answered although its flags say otherwise.
-//!
-//! The file comes from the client, so its contents are as hostile as a ring's. They can
-//! only make a server do the client's own requests again.
 
-use super::memory::Region;
-use block::{Error, Result};
+use super::{File, VERSION, region_bytes};
+use crate::vhost_user::memory::Region;
+use block::Result;
 use std::sync::{
     Arc,
     atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering},
@@ -26,9 +19,6 @@ use std::sync::{
 
 const HEADER_BYTES: u64 = 16;
 const ENTRY_BYTES: u64 = 16;
-/// Keeps queues apart in the cache.
-const ALIGN: u64 = 64;
-const VERSION: u16 = 1;
 
 const VERSION_AT: usize = 8;
 const COUNT_AT: usize = 10;
@@ -36,17 +26,12 @@ const BATCH_HEAD_AT: usize = 12;
 const USED_IDX_AT: usize = 14;
 
 /// Bytes of the region of one queue of `size` entries.
-fn queue_bytes(size: u16) -> u64 {
-    block::align_up(HEADER_BYTES + u64::from(size) * ENTRY_BYTES, ALIGN)
-}
-
-/// Bytes of the file for `queues` queues of `size` entries.
-pub(super) fn file_bytes(queues: u16, size: u16) -> u64 {
-    queue_bytes(size) * u64::from(queues)
+pub(super) fn queue_bytes(size: u16) -> u64 {
+    region_bytes(HEADER_BYTES, ENTRY_BYTES, size)
 }
 
 /// The part of the file that belongs to one queue.
-pub(super) struct Inflight {
+pub(in crate::vhost_user) struct Split {
     /// Keeps the mapping.
     _region: Arc<Region>,
     base: *mut u8,
@@ -57,28 +42,22 @@ pub(super) struct Inflight {
 }
 
 // SAFETY: `base` points into shared memory that `_region` keeps mapped; only atomics go there.
-unsafe impl Send for Inflight {}
+unsafe impl Send for Split {}
 
-impl Inflight {
-    /// The part of queue `index` in a file made for queues of `size` entries.
+impl Split {
+    /// The part of the file that it says.
     ///
     /// # Errors
     ///
     /// When the file is too small for that queue.
-    pub(super) fn new(region: Arc<Region>, index: usize, size: u16) -> Result<Self> {
-        let start = queue_bytes(size).checked_mul(index as u64);
-        let base = start
-            .and_then(|start| region.range(start, queue_bytes(size)))
-            .filter(|base| base.addr().is_multiple_of(ALIGN as usize))
-            .ok_or_else(|| {
-                Error::invalid(format!("the inflight file has no room for queue {index}"))
-            })?;
+    pub(in crate::vhost_user) fn new(file: File) -> Result<Self> {
+        let base = file.part(queue_bytes(file.size))?;
         Ok(Self {
-            _region: region,
+            _region: file.region,
             base,
-            size,
+            size: file.size,
             counter: 0,
-            batch: Vec::with_capacity(usize::from(size)),
+            batch: Vec::with_capacity(usize::from(file.size)),
         })
     }
 
@@ -109,7 +88,7 @@ impl Inflight {
 
     /// What the last server left: the heads that it took and did not answer, oldest first.
     /// `used_idx` is the ring's.
-    pub(super) fn recover(&mut self, used_idx: u16) -> Vec<u16> {
+    pub(in crate::vhost_user) fn recover(&mut self, used_idx: u16) -> Vec<u16> {
         let fresh = self.word(VERSION_AT).load(Ordering::Relaxed) != VERSION
             || self.word(COUNT_AT).load(Ordering::Relaxed) != self.size;
         if fresh {
@@ -143,7 +122,7 @@ impl Inflight {
 
     /// The chain at `head` was taken from the available ring.
     #[inline]
-    pub(super) fn take(&mut self, head: u16) {
+    pub(in crate::vhost_user) fn take(&mut self, head: u16) {
         if head >= self.size {
             return;
         }
@@ -154,7 +133,7 @@ impl Inflight {
 
     /// The chain at `head` is in the used ring, which is not published yet.
     #[inline]
-    pub(super) fn done(&mut self, head: u16) {
+    pub(in crate::vhost_user) fn done(&mut self, head: u16) {
         if head >= self.size || self.batch.len() >= usize::from(self.size) {
             return;
         }
@@ -166,7 +145,7 @@ impl Inflight {
 
     /// The used ring was published up to `used_idx`.
     #[inline]
-    pub(super) fn published(&mut self, used_idx: u16) {
+    pub(in crate::vhost_user) fn published(&mut self, used_idx: u16) {
         while let Some(head) = self.batch.pop() {
             self.flag(head).store(0, Ordering::Release);
         }
@@ -176,17 +155,25 @@ impl Inflight {
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory::tests::region;
     use super::*;
+    use crate::vhost_user::memory::tests::region;
 
     fn file() -> Arc<Region> {
         region(0, 0, 0x1000)
     }
 
+    fn part(region: Arc<Region>, index: usize) -> Result<Split> {
+        Split::new(File {
+            region,
+            index,
+            size: 8,
+        })
+    }
+
     #[test]
     fn what_was_not_answered_comes_back_in_order() {
         let file = file();
-        let mut first = Inflight::new(file.clone(), 1, 8).unwrap();
+        let mut first = part(file.clone(), 1).unwrap();
         assert_eq!(first.recover(5), [0u16; 0]);
         for head in [3, 0, 7, 2] {
             first.take(head);
@@ -194,20 +181,20 @@ mod tests {
         first.done(0);
         first.published(6);
         drop(first);
-        let mut second = Inflight::new(file.clone(), 1, 8).unwrap();
+        let mut second = part(file.clone(), 1).unwrap();
         assert_eq!(second.recover(6), [3, 7, 2]);
         // The count goes on: what comes now is younger.
         second.take(1);
-        let mut third = Inflight::new(file.clone(), 1, 8).unwrap();
+        let mut third = part(file.clone(), 1).unwrap();
         assert_eq!(third.recover(6), [3, 7, 2, 1]);
-        let mut other = Inflight::new(file, 0, 8).unwrap();
+        let mut other = part(file, 0).unwrap();
         assert_eq!(other.recover(0), [0u16; 0], "queue 0 is not queue 1");
     }
 
     #[test]
     fn a_crash_behind_the_publication_repeats_nothing() {
         let file = file();
-        let mut first = Inflight::new(file.clone(), 0, 8).unwrap();
+        let mut first = part(file.clone(), 0).unwrap();
         first.recover(0);
         (0..4).for_each(|head| first.take(head));
         first.done(2);
@@ -215,21 +202,21 @@ mod tests {
         first.done(3);
         first.done(0);
         // The ring's index moved to 3; the crash came before `published`.
-        let mut second = Inflight::new(file.clone(), 0, 8).unwrap();
+        let mut second = part(file.clone(), 0).unwrap();
         assert_eq!(second.recover(3), [1]);
         // Had it not moved, both would be done again.
-        let mut first = Inflight::new(file.clone(), 0, 8).unwrap();
+        let mut first = part(file.clone(), 0).unwrap();
         first.recover(3);
         first.take(0);
         first.done(0);
-        let mut second = Inflight::new(file, 0, 8).unwrap();
+        let mut second = part(file, 0).unwrap();
         assert_eq!(second.recover(3), [1, 0]);
     }
 
     #[test]
     fn garbage_is_bounded() {
         let file = file();
-        let mut inflight = Inflight::new(file.clone(), 0, 8).unwrap();
+        let mut inflight = part(file.clone(), 0).unwrap();
         inflight.recover(0);
         inflight.word(BATCH_HEAD_AT).store(9, Ordering::Relaxed);
         assert_eq!(inflight.recover(u16::MAX), [0u16; 0]);
@@ -239,7 +226,7 @@ mod tests {
         assert_eq!(inflight.recover(7).len(), 7);
         inflight.take(8);
         inflight.done(u16::MAX);
-        assert!(Inflight::new(file.clone(), 40, 8).is_err());
-        assert!(Inflight::new(file, usize::MAX, 8).is_err());
+        assert!(part(file.clone(), 40).is_err());
+        assert!(part(file, usize::MAX).is_err());
     }
 }

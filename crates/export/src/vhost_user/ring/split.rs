@@ -8,9 +8,12 @@
 //!
 //! All fields are little endian. The driver's fields change at any time: each is read once, as an
 //! atomic, and judged after. An index can be anything; the ring's arrays are only ever accessed modulo
-//! the size, and the caller checks descriptor numbers ([`Ring::descriptor`] does).
+//! the size, and the caller checks descriptor numbers ([`Split::descriptor`] does).
 
-use super::{
+use super::{Buffer, Overrun, Place, Ring};
+use crate::vhost_user::{
+    chain::{Chain, Fault},
+    inflight,
     memory::GuestMemory,
     spec::{AVAIL_F_NO_INTERRUPT, DESC_BYTES, USED_F_NO_NOTIFY},
 };
@@ -19,17 +22,6 @@ use std::sync::{
     Arc,
     atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence},
 };
-
-/// Where a front-end says that a ring lies, in its own address space (`VHOST_USER_SET_VRING_ADDR`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RingAddresses {
-    /// The descriptor table.
-    pub descriptors: u64,
-    /// The available ring.
-    pub available: u64,
-    /// The used ring.
-    pub used: u64,
-}
 
 /// A descriptor as it was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +37,16 @@ pub struct Descriptor {
 }
 
 impl Descriptor {
+    /// What it has in common with those of the other layout.
+    #[inline]
+    pub fn buffer(&self) -> Buffer {
+        Buffer {
+            addr: self.addr,
+            len: self.len,
+            flags: self.flags,
+        }
+    }
+
     /// Decodes the 16 bytes of a descriptor.
     pub fn parse(bytes: &[u8; DESC_BYTES as usize]) -> Self {
         let word = u128::from_le_bytes(*bytes);
@@ -59,15 +61,15 @@ impl Descriptor {
 
 /// The driver claims more available entries than the ring has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Overrun {
+pub struct DriverIndex {
     /// `avail.idx` as read.
     pub idx: u16,
     /// The entry that we would take next.
     pub next: u16,
 }
 
-/// A virtqueue in guest memory.
-pub struct Ring {
+/// A split virtqueue in guest memory.
+pub struct Split {
     /// Keeps what the pointers point to mapped.
     memory: Arc<GuestMemory>,
     descriptors: *mut u8,
@@ -85,110 +87,24 @@ pub struct Ring {
     published: u16,
     /// The driver was last asked to notify us.
     notify: bool,
+    inflight: Option<inflight::Split>,
+    /// Heads that a server before us took and did not answer, the oldest last.
+    resume: Vec<u16>,
 }
 
 // SAFETY: the pointers go to shared memory that lives as long as `memory`; one thread uses them at a time.
-unsafe impl Send for Ring {}
+unsafe impl Send for Split {}
 
-impl Ring {
-    /// The ring of `size` entries at `at`, whose entry `next_avail` of the available ring is
-    /// to be taken first.
-    ///
-    /// # Errors
-    ///
-    /// When the size is not a power of two up to 32768, or a part is unaligned or outside the
-    /// guest's memory.
-    pub fn new(
-        memory: Arc<GuestMemory>,
-        at: RingAddresses,
-        size: u16,
-        next_avail: u16,
-        event_idx: bool,
-    ) -> Result<Self> {
-        if !size.is_power_of_two() || size > 1 << 15 {
-            return Err(Error::invalid(format!(
-                "a ring of {size} entries: a power of two up to 32768 is needed"
-            )));
-        }
-        let entries = u64::from(size);
-        let part = |name, at: u64, len, align: u64| {
-            let found = memory
-                .user_range(at, len)
-                .filter(|p| at.is_multiple_of(align) && (p.addr() as u64).is_multiple_of(align));
-            found.ok_or_else(|| {
-                Error::invalid(format!(
-                    "the ring's {name} ({len} bytes at front-end address {at:#x}) is not in the guest's memory \
-                     or not aligned to {align} bytes"
-                ))
-            })
-        };
-        let descriptors = part("descriptor table", at.descriptors, entries * DESC_BYTES, 16)?;
-        let available = part("available ring", at.available, 6 + entries * 2, 2)?;
-        let used = part("used ring", at.used, 6 + entries * 8, 4)?;
-        let mut ring = Self {
-            memory,
-            descriptors,
-            available,
-            used,
-            size,
-            event_idx,
-            next_avail,
-            seen_avail: next_avail,
-            next_used: 0,
-            published: 0,
-            notify: true,
-        };
-        // The used index is nobody's but the ring's: a server that was killed left it there.
-        let used_idx = ring.load(ring.used, 2, Ordering::Relaxed);
-        ring.next_used = used_idx;
-        ring.published = used_idx;
-        ring.start_notify_state();
-        Ok(ring)
-    }
-
-    /// The guest memory that the ring lies in, and its buffers.
-    pub fn memory(&self) -> &Arc<GuestMemory> {
-        &self.memory
-    }
-
+impl Split {
     /// How many entries it has.
     pub fn size(&self) -> u16 {
         self.size
     }
 
-    /// Chains that are known to wait, without looking at the driver's index again.
-    #[inline]
-    pub fn known(&self) -> u16 {
-        self.seen_avail.wrapping_sub(self.next_avail)
-    }
-
     /// What entry `entry` of the available ring says now: anything.
     #[inline]
-    pub fn head(&self, entry: u16) -> u16 {
+    fn head(&self, entry: u16) -> u16 {
         self.load(self.available, 4 + 2 * self.index(entry), Ordering::Relaxed)
-    }
-
-    /// Where descriptor `index`, modulo the table's size, lies.
-    #[inline]
-    pub fn descriptor_at(&self, index: u16) -> *const u8 {
-        self.descriptors
-            .wrapping_add(self.index(index) * DESC_BYTES as usize)
-    }
-
-    /// The entry of the available ring that is next (`last_avail_idx` of vhost).
-    pub fn next_avail(&self) -> u16 {
-        self.next_avail
-    }
-
-    /// The used index as the driver sees it.
-    pub fn published(&self) -> u16 {
-        self.published
-    }
-
-    /// Goes on at another entry of the available ring.
-    pub fn set_next_avail(&mut self, next_avail: u16) {
-        self.next_avail = next_avail;
-        self.seen_avail = next_avail;
     }
 
     #[inline]
@@ -228,35 +144,6 @@ impl Ring {
         }
     }
 
-    /// The head of the next chain that the driver made available.
-    ///
-    /// # Errors
-    ///
-    /// When the driver's index is further ahead than the ring is long.
-    #[inline]
-    pub fn pop(&mut self) -> Result<Option<u16>, Overrun> {
-        if self.next_avail == self.seen_avail {
-            // Acquire: pairs with the driver's barrier between filling entries and moving the
-            // index; what we read of the entries and descriptors comes after.
-            self.seen_avail = self.load(self.available, 2, Ordering::Acquire);
-            let ahead = self.seen_avail.wrapping_sub(self.next_avail);
-            if ahead == 0 {
-                return Ok(None);
-            }
-            if ahead > self.size {
-                let idx = self.seen_avail;
-                self.seen_avail = self.next_avail;
-                return Err(Overrun {
-                    idx,
-                    next: self.next_avail,
-                });
-            }
-        }
-        let head = self.head(self.next_avail);
-        self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(Some(head))
-    }
-
     /// Descriptor `index` of the table; `None` when there is none.
     #[inline]
     pub fn descriptor(&self, index: u16) -> Option<Descriptor> {
@@ -282,11 +169,107 @@ impl Ring {
             next: (high >> 48) as u16,
         })
     }
+}
 
-    /// Puts a chain that is done into the used ring; the driver sees it after [`Ring::publish`].
-    /// `written` is the number of bytes written to its buffers.
+impl Ring for Split {
+    type Entry = u16;
+    type Head = u16;
+
+    fn new(place: Place) -> Result<Self> {
+        let size = place.size;
+        if !size.is_power_of_two() || size > 1 << 15 {
+            return Err(Error::invalid(format!(
+                "a ring of {size} entries: a power of two up to 32768 is needed"
+            )));
+        }
+        let next_avail = u16::try_from(place.base.unwrap_or(0)).map_err(|_| {
+            Error::invalid(format!(
+                "base {:#x} is not 16 bits, as an entry of a split ring is",
+                place.base.unwrap_or(0)
+            ))
+        })?;
+        let entries = u64::from(size);
+        let at = place.at;
+        let descriptors =
+            place.part("descriptor table", at.descriptors, entries * DESC_BYTES, 16)?;
+        let available = place.part("available ring", at.available, 6 + entries * 2, 2)?;
+        let used = place.part("used ring", at.used, 6 + entries * 8, 4)?;
+        let mut ring = Self {
+            memory: place.memory,
+            descriptors,
+            available,
+            used,
+            size,
+            event_idx: place.event_idx,
+            next_avail,
+            seen_avail: next_avail,
+            next_used: 0,
+            published: 0,
+            notify: true,
+            inflight: place.inflight.map(inflight::Split::new).transpose()?,
+            resume: Vec::new(),
+        };
+        // The used index is nobody's but the ring's: a server that was killed left it there.
+        let used_idx = ring.load(ring.used, 2, Ordering::Relaxed);
+        ring.next_used = used_idx;
+        ring.published = used_idx;
+        if let Some(inflight) = &mut ring.inflight {
+            let mut resume = inflight.recover(used_idx);
+            // More cannot be taken from a ring than it has entries.
+            resume.truncate(usize::from(size));
+            resume.reverse();
+            if !resume.is_empty() {
+                // Everything that was taken and not answered is in `resume`, whatever the
+                // front-end, which only sees the used index, makes of it.
+                ring.next_avail = used_idx.wrapping_add(resume.len() as u16);
+                ring.seen_avail = ring.next_avail;
+            }
+            ring.resume = resume;
+        }
+        ring.start_notify_state();
+        Ok(ring)
+    }
+
+    fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
     #[inline]
-    pub fn push(&mut self, head: u16, written: u32) {
+    fn pop(&mut self) -> Result<Option<u16>, Overrun> {
+        if let Some(head) = self.resume.pop() {
+            return Ok(Some(head));
+        }
+        if self.next_avail == self.seen_avail {
+            // Acquire: pairs with the driver's barrier between filling entries and moving the
+            // index; what we read of the entries and descriptors comes after.
+            self.seen_avail = self.load(self.available, 2, Ordering::Acquire);
+            let ahead = self.seen_avail.wrapping_sub(self.next_avail);
+            if ahead == 0 {
+                return Ok(None);
+            }
+            if ahead > self.size {
+                let idx = self.seen_avail;
+                self.seen_avail = self.next_avail;
+                let next = self.next_avail;
+                return Err(Overrun::Index(DriverIndex { idx, next }));
+            }
+        }
+        let head = self.head(self.next_avail);
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Ok(Some(head))
+    }
+
+    #[inline]
+    fn walk(&mut self, head: u16, chain: &mut Chain, indirect: bool) -> Result<u16, Fault> {
+        chain.walk_split(self, head, indirect)?;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.take(head);
+        }
+        Ok(head)
+    }
+
+    #[inline]
+    fn push(&mut self, head: u16, written: u32) {
         let at = self.used.wrapping_add(4 + 8 * self.index(self.next_used));
         // SAFETY: the used ring holds `size` entries and is aligned to 4 bytes (checked in `new`).
         unsafe {
@@ -295,11 +278,13 @@ impl Ring {
                 .store(written.to_le(), Ordering::Relaxed);
         }
         self.next_used = self.next_used.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.done(head);
+        }
     }
 
-    /// Shows the driver everything pushed; whether it wants to be notified.
     #[inline]
-    pub fn publish(&mut self) -> bool {
+    fn publish(&mut self) -> bool {
         let (old, new) = (self.published, self.next_used);
         if old == new {
             return false;
@@ -308,6 +293,9 @@ impl Ring {
         // are visible before the index.
         self.store(self.used, 2, new, Ordering::Release);
         self.published = new;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.published(new);
+        }
         // The driver writes used_event (or the flag) and then looks at the index; we wrote the
         // index and look at used_event now. A full barrier on both sides lets one of us see the other.
         fence(Ordering::SeqCst);
@@ -320,10 +308,10 @@ impl Ring {
         }
     }
 
-    /// Asks the driver not to notify us. With event index, an index just behind what was taken is
-    /// passed only after all others (and [`Ring::enable_notify`] sets it anew long before that).
+    /// With event index, an index just behind what was taken is passed only after all others (and
+    /// [`Ring::enable_notify`] sets it anew long before that).
     #[inline]
-    pub fn disable_notify(&mut self) {
+    fn disable_notify(&mut self) {
         if !self.notify {
             return;
         }
@@ -335,10 +323,8 @@ impl Ring {
         }
     }
 
-    /// Asks the driver to notify us of the next chain. `false` when there is one already,
-    /// of which it may not notify.
     #[inline]
-    pub fn enable_notify(&mut self) -> bool {
+    fn enable_notify(&mut self) -> bool {
         self.notify = true;
         if self.event_idx {
             self.set_avail_event(self.next_avail);
@@ -349,14 +335,29 @@ impl Ring {
         fence(Ordering::SeqCst);
         self.load(self.available, 2, Ordering::Relaxed) == self.next_avail
     }
-}
 
-impl std::fmt::Debug for Ring {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Ring")
-            .field("size", &self.size)
-            .field("next_avail", &self.next_avail)
-            .field("next_used", &self.next_used)
-            .finish_non_exhaustive()
+    fn base(&self) -> u32 {
+        self.next_avail.into()
+    }
+
+    #[inline]
+    fn known(&self) -> u16 {
+        self.seen_avail.wrapping_sub(self.next_avail)
+    }
+
+    #[inline]
+    fn next(&self) -> u16 {
+        self.next_avail
+    }
+
+    #[inline]
+    fn descriptor_at(&self, entry: u16) -> *const u8 {
+        self.descriptors
+            .wrapping_add(self.index(self.head(entry)) * DESC_BYTES as usize)
+    }
+
+    #[inline]
+    fn first(&self, entry: u16) -> Option<Buffer> {
+        Some(self.descriptor(self.head(entry))?.buffer())
     }
 }
