@@ -2,13 +2,22 @@
 //!
 //! What is zeros in both by their maps, and what both have in the same place of the same file (two overlays of one
 //! base), is the same without being read. Behind the shorter disk's end there are zeros.
+//!
+//! Several threads take pieces in the disks' order, by turns at the maps, and read and compare them each for itself. Of what
+//! they find the first on the disk counts, as if one had looked from the beginning: all before it was handed out before.
 
 use crate::source::{Run, Source};
 use crate::work::Work;
 use block::{Error, is_zero};
+use disk::blocking::{self, Fragment};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 
-/// Bytes that are read of each disk at once.
-const PIECE_BYTES: u64 = 1 << 20;
+/// Bytes of each disk that are compared at once: those of both stay in a core's own cache between reading and comparing.
+/// (Of 64 KiB to 2 MiB 128 KiB took the least CPU here, a quarter less than 1 MiB.)
+const PIECE_BYTES: u64 = 128 << 10;
+/// Threads at least, so that one reads while another waits for its disk, and at most.
+const THREADS: (usize, usize) = (2, 8);
 /// What `qemu-img compare` names a difference by.
 const SECTOR: u64 = 512;
 
@@ -62,58 +71,205 @@ pub enum Failure {
 
 /// Compares two disks, up to the first difference. With `strict`, their sizes and what they have allocated count too.
 ///
+/// Progress is where the next piece begins; a few before it may still be read.
+///
 /// # Errors
 ///
 /// What asking, or reading, fails with.
 pub fn compare(
-    mut a: Source<'_>,
-    mut b: Source<'_>,
+    a: Source<'_>,
+    b: Source<'_>,
     strict: bool,
     work: &mut Work<'_>,
 ) -> Result<Outcome, Failure> {
-    let mut outcome = Outcome {
-        sizes: [a.size(), b.size()],
-        ..Outcome::default()
-    };
-    let [size_a, size_b] = outcome.sizes;
-    if strict && size_a != size_b {
-        outcome.difference = Some(Difference::Size);
-        return Ok(outcome);
+    let sizes = [a.size(), b.size()];
+    if strict && sizes[0] != sizes[1] {
+        return Ok(Outcome {
+            sizes,
+            difference: Some(Difference::Size),
+            read: 0,
+        });
     }
-    let end = size_a.max(size_b);
-    let mut pair = Pair {
-        a: Vec::new(),
-        b: Vec::new(),
-    };
-    let mut at = 0;
-    while at < end {
-        work.reached(at).map_err(Failure::Read)?;
-        let here = a.run(at, end - at).map_err(Failure::Map)?;
-        let there = b.run(at, here.len).map_err(Failure::Map)?;
-        let mut len = here.len.min(there.len);
-        if strict && status(&here) != status(&there) {
-            outcome.difference = Some(Difference::Status { at });
-            return Ok(outcome);
-        }
-        let same = here.zero && there.zero || same_place(&here, &there);
-        if !same {
-            len = len.min(PIECE_BYTES);
-            let differs = match (here.zero, there.zero) {
-                (true, _) => pair.against_zeros(&mut b, at, len),
-                (_, true) => pair.against_zeros(&mut a, at, len),
-                _ => pair.against(&mut a, &mut b, at, len),
-            };
-            outcome.read += len * (u64::from(!here.zero) + u64::from(!there.zero));
-            if let Some(nth) = differs.map_err(Failure::Read)? {
-                outcome.difference = Some(Difference::Content { at: at + nth });
-                return Ok(outcome);
+    let end = sizes[0].max(sizes[1]);
+    let walk = Mutex::new(Walk {
+        a,
+        b,
+        strict,
+        work,
+        at: 0,
+        end,
+        read: 0,
+        first: None,
+    });
+    let (least, most) = THREADS;
+    let threads = thread::available_parallelism().map_or(least, |n| n.get().clamp(least, most));
+    thread::scope(|scope| {
+        for _ in 1..threads {
+            let helper = thread::Builder::new().name("compare".into());
+            // With fewer than were wished for it takes longer.
+            if helper.spawn_scoped(scope, || help(&walk)).is_err() {
+                break;
             }
-            work.moved(len).map_err(Failure::Read)?;
         }
-        at += len;
+        help(&walk);
+    });
+    let walk = walk.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let difference = match walk.first {
+        Some((_, Found::Failure(failure))) => return Err(failure),
+        Some((_, Found::Difference(difference))) => Some(difference),
+        None => {
+            (walk.work.progress)(end);
+            None
+        }
+    };
+    Ok(Outcome {
+        sizes,
+        difference,
+        read: walk.read,
+    })
+}
+
+/// What ends the work.
+enum Found {
+    Difference(Difference),
+    Failure(Failure),
+}
+
+/// Both disks, and how far they were handed out.
+struct Walk<'a, 'b, 'w, 'p> {
+    a: Source<'a>,
+    b: Source<'b>,
+    strict: bool,
+    work: &'w mut Work<'p>,
+    at: u64,
+    end: u64,
+    /// Bytes that had to be read, of both together.
+    read: u64,
+    /// What was found nearest to the beginning, and where.
+    first: Option<(u64, Found)>,
+}
+
+impl Walk<'_, '_, '_, '_> {
+    /// Makes `piece` the next that has to be read; `false` when there is none, or something was found before it.
+    fn next(&mut self, piece: &mut Piece) -> bool {
+        while self.first.is_none() && self.at < self.end {
+            match self.step(piece) {
+                Ok(true) => return true,
+                Ok(false) => {}
+                Err(found) => self.found(self.at, found),
+            }
+        }
+        false
     }
-    (work.progress)(end);
-    Ok(outcome)
+
+    /// Goes on to the next piece, or behind what is the same without being read.
+    fn step(&mut self, piece: &mut Piece) -> Result<bool, Found> {
+        let map = |error| Found::Failure(Failure::Map(error));
+        let read = |error| Found::Failure(Failure::Read(error));
+        let at = self.at;
+        self.work.reached(at).map_err(read)?;
+        let here = self.a.run(at, self.end - at).map_err(map)?;
+        let there = self.b.run(at, here.len).map_err(map)?;
+        let len = here.len.min(there.len);
+        if self.strict && status(&here) != status(&there) {
+            return Err(Found::Difference(Difference::Status { at }));
+        }
+        if here.zero && there.zero || same_place(&here, &there) {
+            self.at += len;
+            return Ok(false);
+        }
+        piece.at = at;
+        piece.len = len.min(PIECE_BYTES);
+        self.read += piece
+            .a
+            .find(&mut self.a, &here, at, piece.len)
+            .map_err(read)?;
+        self.read += piece
+            .b
+            .find(&mut self.b, &there, at, piece.len)
+            .map_err(read)?;
+        self.work.moved(piece.len).map_err(read)?;
+        self.at += piece.len;
+        Ok(true)
+    }
+
+    fn found(&mut self, at: u64, found: Found) {
+        if self.first.as_ref().is_none_or(|(first, _)| at < *first) {
+            self.first = Some((at, found));
+        }
+    }
+}
+
+/// A disk's part of a piece.
+#[derive(Default)]
+struct Side {
+    zero: bool,
+    fragments: Vec<Fragment>,
+    bytes: Vec<u8>,
+}
+
+impl Side {
+    /// Learns where `len` bytes of `run` at `at` are; returns how many have to be read.
+    fn find(&mut self, disk: &mut Source<'_>, run: &Run, at: u64, len: u64) -> Result<u64, Error> {
+        self.fragments.clear();
+        self.zero = run.zero;
+        if run.zero {
+            return Ok(0);
+        }
+        disk.locate(at, len, &mut self.fragments)?;
+        Ok(len)
+    }
+
+    /// Reads `len` bytes, unless they are known to be zeros.
+    fn read(&mut self, len: u64) -> Result<(), Error> {
+        if self.zero {
+            return Ok(());
+        }
+        // At most a piece.
+        self.bytes.resize(len as usize, 0);
+        blocking::read(&self.fragments, &mut self.bytes)
+    }
+}
+
+/// Bytes of both disks that are looked at together.
+#[derive(Default)]
+struct Piece {
+    at: u64,
+    len: u64,
+    a: Side,
+    b: Side,
+}
+
+impl Piece {
+    /// Where in it the disks differ first.
+    fn differs(&mut self) -> Result<Option<u64>, Error> {
+        self.a.read(self.len)?;
+        self.b.read(self.len)?;
+        let (a, b) = (&self.a.bytes, &self.b.bytes);
+        Ok(match (self.a.zero, self.b.zero) {
+            (true, _) => unlike_zeros(b),
+            (_, true) => unlike_zeros(a),
+            _ if a == b => None,
+            _ => position(a.iter().zip(b).map(|(a, b)| a != b)),
+        })
+    }
+}
+
+fn lock<'m, W>(walk: &'m Mutex<W>) -> MutexGuard<'m, W> {
+    walk.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Compares pieces until there are no more.
+fn help(walk: &Mutex<Walk<'_, '_, '_, '_>>) {
+    let mut piece = Piece::default();
+    while lock(walk).next(&mut piece) {
+        let found = match piece.differs() {
+            Ok(None) => continue,
+            Ok(Some(nth)) => Found::Difference(Difference::Content { at: piece.at + nth }),
+            Err(error) => Found::Failure(Failure::Read(error)),
+        };
+        lock(walk).found(piece.at, found);
+    }
 }
 
 /// What counts in strict mode.
@@ -128,44 +284,10 @@ fn same_place(a: &Run, b: &Run) -> bool {
     }
 }
 
-/// Bytes of both disks.
-struct Pair {
-    a: Vec<u8>,
-    b: Vec<u8>,
-}
-
-impl Pair {
-    fn against_zeros(
-        &mut self,
-        disk: &mut Source<'_>,
-        at: u64,
-        len: u64,
-    ) -> Result<Option<u64>, Error> {
-        // At most 1 MiB.
-        self.a.resize(len as usize, 0);
-        disk.read(at, &mut self.a)?;
-        Ok(match is_zero(&self.a) {
-            true => None,
-            false => position(self.a.iter().map(|byte| *byte != 0)),
-        })
-    }
-
-    fn against(
-        &mut self,
-        a: &mut Source<'_>,
-        b: &mut Source<'_>,
-        at: u64,
-        len: u64,
-    ) -> Result<Option<u64>, Error> {
-        // At most 1 MiB.
-        self.a.resize(len as usize, 0);
-        self.b.resize(len as usize, 0);
-        a.read(at, &mut self.a)?;
-        b.read(at, &mut self.b)?;
-        Ok(match self.a == self.b {
-            true => None,
-            false => position(self.a.iter().zip(&self.b).map(|(a, b)| a != b)),
-        })
+fn unlike_zeros(bytes: &[u8]) -> Option<u64> {
+    match is_zero(bytes) {
+        true => None,
+        false => position(bytes.iter().map(|byte| *byte != 0)),
     }
 }
 

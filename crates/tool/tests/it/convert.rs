@@ -53,7 +53,7 @@ fn disk(len: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-fn chain(path: &Path, read_only: bool, format: Format) -> Chain {
+pub(super) fn chain(path: &Path, read_only: bool, format: Format) -> Chain {
     let options = ChainOptions {
         format: Some(format),
         read_only,

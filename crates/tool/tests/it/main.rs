@@ -6,6 +6,7 @@
 mod common;
 
 mod changing;
+mod compare;
 mod convert;
 mod differential;
 mod qed;
