@@ -307,8 +307,10 @@ fn diskplane(
     if let Some(folder) = setup.backing.as_deref().and_then(Path::parent) {
         command.arg("--allow-backing").arg(folder);
     }
-    if setup.polling == Polling::Busy {
-        command.arg("--poll");
+    match setup.polling {
+        Polling::Default | Polling::Adaptive => {}
+        Polling::Never => drop(command.args(["--poll-max", "0"])),
+        Polling::Busy => drop(command.arg("--poll")),
     }
     Ok(command)
 }
@@ -316,7 +318,8 @@ fn diskplane(
 fn qsd(setup: &Setup<'_>, sockets: &[PathBuf], ready: &Path) -> Command {
     let mut command = Command::new("qemu-storage-daemon");
     let poll_ns: Option<u64> = match setup.polling {
-        Polling::Default => None,
+        // Without an iothread it never spins.
+        Polling::Default | Polling::Never => None,
         // The default of an iothread.
         Polling::Adaptive => Some(32_768),
         Polling::Busy => Some(1_000_000_000),

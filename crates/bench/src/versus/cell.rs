@@ -195,6 +195,8 @@ pub enum Image {
 pub enum Polling {
     /// As it comes.
     Default,
+    /// It sleeps whenever there is nothing to do.
+    Never,
     /// It spins for a bounded time, then sleeps.
     Adaptive,
     /// It spins always.

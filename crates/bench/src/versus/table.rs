@@ -179,11 +179,11 @@ pub const CELLS: &[Cell] = &[
     Cell {
         name: "latency-sleeping",
         line: "depth 1 read latency, sleeping and adaptive",
-        meaning: "One 4 KiB read at a time of the raw file; servers as they come: qemu-storage-daemon never spins without an iothread, diskplane does so for some microseconds where that has paid.",
+        meaning: "One 4 KiB read at a time of the raw file; servers that never spin: qemu-storage-daemon without an iothread, diskplane with --poll-max 0.",
         load: DEPTH_1,
         sides: &[
-            side("diskplane", Diskplane, Image::Raw),
-            side("qsd", Qsd, Image::Raw),
+            side("diskplane", Diskplane, Image::Raw).polling(Polling::Never),
+            side("qsd", Qsd, Image::Raw).polling(Polling::Never),
         ],
         bars: LATENCY_BARS,
         cores: 2,
