@@ -114,7 +114,7 @@ fn start_workers(
     let polling = if args.poll {
         Polling::Always
     } else {
-        Polling::default()
+        Polling::up_to(args.poll_max)
     };
     for index in 0..usize::from(args.io_threads) {
         workers.push(Worker::spawn(WorkerOptions {

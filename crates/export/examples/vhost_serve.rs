@@ -9,7 +9,7 @@ use block::{Error, Result};
 use disk::{Chain, ChainOptions, Disk, DiskOptions};
 use export::{
     vhost_user::{Options, VhostUser},
-    worker::{POLL_NS_MAX, Polling, Worker, WorkerOptions},
+    worker::{Polling, Worker, WorkerOptions},
 };
 use image::Format;
 use io::Aio;
@@ -20,7 +20,7 @@ fn run() -> Result<()> {
     let [spec, socket, rest @ ..] = &args[..] else {
         return Err(Error::invalid("which image, which socket?"));
     };
-    let (mut aio, mut queues, mut threads, mut poll_ns) = (Aio::Auto, 1, 1, POLL_NS_MAX);
+    let (mut aio, mut queues, mut threads, mut polling) = (Aio::Auto, 1, 1, Polling::default());
     let mut chain = ChainOptions {
         format: (!spec.starts_with("null:")).then_some(Format::Raw),
         cache: io::Cache::None,
@@ -38,7 +38,7 @@ fn run() -> Result<()> {
             "cache" => chain.cache = value.parse()?,
             "queues" => queues = number()? as u16,
             "threads" => threads = number()? as usize,
-            "poll_ns" => poll_ns = number()?,
+            "poll_us" => polling = Polling::up_to(number()?),
             "qcow2" => chain.format = Some(Format::Qcow2),
             _ => return Err(Error::invalid(format!("'{arg}' is not understood"))),
         }
@@ -50,7 +50,7 @@ fn run() -> Result<()> {
     let workers = (0..threads)
         .map(|index| {
             Worker::spawn(WorkerOptions {
-                polling: Polling::Adaptive { max_ns: poll_ns },
+                polling,
                 ..WorkerOptions::new(index, choice.kind)
             })
         })

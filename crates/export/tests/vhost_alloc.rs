@@ -52,13 +52,18 @@ fn the_steady_state_allocates_nothing() {
             eprintln!("{engine} is not measured: {error}");
             continue;
         }
-        for (max_ns, packed) in [(0, false), (16_000, false), (0, true), (16_000, true)] {
+        for (polling, packed) in [
+            (Polling::OFF, false),
+            (Polling::default(), false),
+            (Polling::OFF, true),
+            (Polling::default(), true),
+        ] {
             let served = serve(What {
                 spec,
                 engine,
                 // Linux AIO does nothing but O_DIRECT.
                 cache: io::Cache::None,
-                polling: Polling::Adaptive { max_ns },
+                polling,
                 ..What::default()
             });
             let setup = Setup {
@@ -76,7 +81,7 @@ fn the_steady_state_allocates_nothing() {
             let count = ALLOCATOR.count() - before;
             assert_eq!(
                 count, 0,
-                "{engine}, {spec:?}, polling {max_ns} ns, packed: {packed}"
+                "{engine}, {spec:?}, {polling:?}, packed: {packed}"
             );
         }
     }

@@ -37,6 +37,11 @@ const KICK: u32 = 1;
 /// this.
 const LOOK_NS: u64 = 4000;
 
+/// Answers that were there at once (zeros, cached metadata) are shown to the driver by so many while a batch is taken. A driver
+/// that finds some when it looks does not sleep, and waking it may take longer than a whole batch: measured on `null` at depth 32,
+/// where 1 moves lines between the cores more often and 4 lets the driver sleep more often.
+const PART: u32 = 2;
+
 /// Everything that a queue needs to start.
 pub(super) struct Setup {
     /// Its number, for messages.
@@ -235,7 +240,7 @@ impl<R: Ring> Queue<R> {
         if self.broken || self.draining {
             return false;
         }
-        let mut any = false;
+        let mut taken = 0u32;
         let mut stamps = Arrival::default();
         while let Some(&slot) = self.free.last() {
             self.lookahead.advance(&self.ring, |at| {
@@ -251,13 +256,12 @@ impl<R: Ring> Queue<R> {
                     break;
                 }
             };
-            if any {
+            if taken > 0 {
                 // Until now the server was at the one before.
                 let before = self.disk.as_ref().map_or(0, DiskQueue::mapped_ns);
                 stamps.taken_ns = stamps.taken_ns.max(before);
                 stamps.is_first = false;
             } else {
-                any = true;
                 stamps.taken_ns = disk::now_ns();
                 stamps.is_first = true;
                 let since = stamps.taken_ns.saturating_sub(self.batch_ns);
@@ -275,9 +279,17 @@ impl<R: Ring> Queue<R> {
                 self.free.push(slot);
                 break;
             }
+            taken += 1;
+            if taken.is_multiple_of(PART) && self.deliver(cx) {
+                self.publish();
+            }
+            // Answered slots are free again, and a driver may be as fast as we are: others have their turn.
+            if taken >= self.slots.len() as u32 {
+                break;
+            }
         }
         self.kicked_ns = 0;
-        any
+        taken > 0
     }
 
     /// Starts the request at `entry`; `false` when the queue broke on it.

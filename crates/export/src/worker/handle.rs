@@ -1,6 +1,9 @@
 //! Starting a worker, reaching it from other threads, ending it.
 
-use super::{cx::Cx, poll::Poll};
+use super::{
+    cx::Cx,
+    poll::{For, Poll},
+};
 use block::{Context, Error, ErrorKind, Result};
 use io::{EngineKind, EngineOptions, Events, Wait, Waker};
 use std::{
@@ -15,26 +18,45 @@ use std::{
     time::Duration,
 };
 
-/// Nanoseconds of [`Polling::default`].
-pub const POLL_NS_MAX: u64 = 16_000;
-
 /// When a worker looks for work again rather than sleeping until it is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Polling {
     /// While the next event mostly comes within so many nanoseconds; 0: never.
     Adaptive {
-        /// The longest look, in nanoseconds.
-        max_ns: u64,
+        /// The longest look while operations are in flight, in nanoseconds.
+        device_ns: u64,
+        /// The longest look while only clients are waited for, in nanoseconds.
+        client_ns: u64,
     },
     /// As long as it has a session: a core for the lowest latency.
     Always,
 }
 
-impl Default for Polling {
-    fn default() -> Self {
+impl Polling {
+    /// Sleeps whenever there is nothing to do.
+    pub const OFF: Self = Polling::Adaptive {
+        device_ns: 0,
+        client_ns: 0,
+    };
+
+    /// What [`Polling::default`] is up to.
+    pub const DEFAULT_US: u64 = 32;
+
+    /// Up to `max_us` microseconds for clients, half of that for devices.
+    pub fn up_to(max_us: u64) -> Self {
+        let client_ns = max_us.saturating_mul(1000);
         Polling::Adaptive {
-            max_ns: POLL_NS_MAX,
+            device_ns: client_ns / 2,
+            client_ns,
         }
+    }
+}
+
+impl Default for Polling {
+    /// 32 µs for clients, as QEMU's I/O threads; 16 µs for devices: a fast one's next answer at some depth, and far less
+    /// than a read takes alone.
+    fn default() -> Self {
+        Self::up_to(Self::DEFAULT_US)
     }
 }
 
@@ -223,7 +245,7 @@ impl Worker {
         if asleep {
             sleeps = waker.prepare_sleep();
             if sleeps {
-                self.poll.sleeps();
+                self.poll.sleeps(self.waits_for());
             } else {
                 self.cx.wake_all();
             }
@@ -263,8 +285,16 @@ impl Worker {
                 if worked {
                     self.poll.active(now_ns);
                 }
-                self.poll.goes_on(now_ns)
+                self.poll.goes_on(now_ns, self.waits_for())
             }
+        }
+    }
+
+    fn waits_for(&self) -> For {
+        if self.cx.engine.in_flight() > 0 {
+            For::Device
+        } else {
+            For::Client
         }
     }
 }

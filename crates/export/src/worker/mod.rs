@@ -20,7 +20,7 @@ mod handle;
 mod poll;
 
 pub use cx::{Cx, SessionId};
-pub use handle::{POLL_NS_MAX, Polling, Worker, WorkerHandle, WorkerOptions};
+pub use handle::{Polling, Worker, WorkerHandle, WorkerOptions};
 
 use io::Completion;
 use std::any::Any;

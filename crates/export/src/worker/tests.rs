@@ -54,9 +54,9 @@ struct Rig {
     id: SessionId,
 }
 
-fn rig(max_ns: u64) -> Rig {
+fn rig(polling: Polling) -> Rig {
     let worker = Worker::spawn(WorkerOptions {
-        polling: Polling::Adaptive { max_ns },
+        polling,
         ..WorkerOptions::new(0, EngineKind::Threads)
     })
     .unwrap();
@@ -92,8 +92,8 @@ fn rig(max_ns: u64) -> Rig {
 
 #[test]
 fn events_reach_their_session() {
-    for max_ns in [0, POLL_NS_MAX] {
-        let rig = rig(max_ns);
+    for polling in [Polling::OFF, Polling::default()] {
+        let rig = rig(polling);
         for turn in 1..=200u64 {
             rig.fd.write().unwrap();
             assert_eq!(rig.sums.recv().unwrap(), turn);
@@ -104,7 +104,7 @@ fn events_reach_their_session() {
 
 #[test]
 fn a_call_finds_its_session_by_type() {
-    let rig = rig(0);
+    let rig = rig(Polling::OFF);
     let id = rig.id;
     let sum = rig
         .worker
@@ -121,7 +121,7 @@ fn a_call_finds_its_session_by_type() {
 
 #[test]
 fn a_failed_builder_leaves_no_session() {
-    let rig = rig(0);
+    let rig = rig(Polling::OFF);
     let counts = rig
         .worker
         .call_wait(|cx| {
@@ -222,7 +222,7 @@ fn one_that_always_polls_needs_no_notification_and_sleeps_without_sessions() {
 
 #[test]
 fn a_sleeping_worker_runs_nothing_and_a_wake_runs_all() {
-    let rig = rig(POLL_NS_MAX);
+    let rig = rig(Polling::default());
     // An event and its answer: afterwards the worker goes to sleep at once or soon.
     rig.fd.write().unwrap();
     rig.sums.recv().unwrap();
@@ -305,7 +305,7 @@ fn sessions_that_sleep_hear_of_room_that_others_made() {
 
 #[test]
 fn stop_closes_sessions_and_later_calls_fail() {
-    let rig = rig(0);
+    let rig = rig(Polling::OFF);
     rig.worker.stop();
     assert!(rig.worker.call_wait(|_| ()).is_err());
     // The session is gone, and its sender with it.
@@ -315,7 +315,7 @@ fn stop_closes_sessions_and_later_calls_fail() {
 
 #[test]
 fn calls_run_in_order_from_many_threads() {
-    let rig = rig(POLL_NS_MAX);
+    let rig = rig(Polling::default());
     let counter = Arc::new(AtomicU64::new(0));
     std::thread::scope(|scope| {
         for _ in 0..4 {

@@ -101,12 +101,12 @@ fn a_read_only_disk_offers_and_does_no_writes() {
 #[test]
 fn commands_do_what_they_say() {
     let kinds = [
-        (!0, 0),
-        (!feature::EVENT_IDX, 16_000),
-        (!feature::INDIRECT, 0),
-        (!(feature::EVENT_IDX | feature::INDIRECT), 0),
+        (!0, Polling::OFF),
+        (!feature::EVENT_IDX, Polling::default()),
+        (!feature::INDIRECT, Polling::OFF),
+        (!(feature::EVENT_IDX | feature::INDIRECT), Polling::OFF),
     ];
-    for ((features, max_ns), (packed, size)) in kinds.into_iter().flat_map(|kind| {
+    for ((features, polling), (packed, size)) in kinds.into_iter().flat_map(|kind| {
         [
             (kind, (false, 128)),
             (kind, (true, 128)),
@@ -114,7 +114,7 @@ fn commands_do_what_they_say() {
         ]
     }) {
         let served = serve(What {
-            polling: Polling::Adaptive { max_ns },
+            polling,
             ..What::default()
         });
         let setup = Setup {
@@ -164,14 +164,13 @@ fn commands_do_what_they_say() {
 #[test]
 fn storms_on_several_queues_read_what_was_written() {
     const SECTORS: u64 = 2048;
-    let adaptive = |max_ns| Polling::Adaptive { max_ns };
     for (engine, polling, packed) in [
-        (EngineKind::Threads, adaptive(0), false),
-        (EngineKind::Threads, adaptive(16_000), true),
-        (EngineKind::Native, adaptive(0), false),
+        (EngineKind::Threads, Polling::OFF, false),
+        (EngineKind::Threads, Polling::default(), true),
+        (EngineKind::Native, Polling::OFF, false),
         (EngineKind::Native, Polling::Always, true),
-        (EngineKind::IoUring, adaptive(0), true),
-        (EngineKind::IoUring, adaptive(16_000), false),
+        (EngineKind::IoUring, Polling::OFF, true),
+        (EngineKind::IoUring, Polling::default(), false),
         (EngineKind::IoUring, Polling::Always, false),
         (EngineKind::IoUring, Polling::Always, true),
     ] {

@@ -43,7 +43,7 @@ impl Default for What<'_> {
             workers: 1,
             engine: EngineKind::Threads,
             cache: Cache::Writeback,
-            polling: Polling::Adaptive { max_ns: 0 },
+            polling: Polling::OFF,
             disk: DiskOptions::default(),
             options: Options {
                 serial: "test".into(),
