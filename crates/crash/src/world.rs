@@ -264,6 +264,8 @@ impl World {
             } else if spec.vdi.is_some() {
                 let options = vdi::OpenOptions {
                     read_only: writable != Some(depth),
+                    // As few pages of the map as there may be.
+                    cache_bytes: Some(0),
                 };
                 let image = vdi::Vdi::open(file, &options).context(|| "open")?;
                 (Arc::new(image), Format::Vdi)

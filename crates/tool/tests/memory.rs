@@ -1,12 +1,17 @@
-//! Memory of a check: bounded, and what it costs when there is little.
+//! Memory of a check, and of two large images: bounded; and what it costs when there is little.
 
 #[allow(dead_code, unused_imports)]
 mod common;
 
 use common::{Rng, damage_of, open, qemu_check};
+use disk::{Chain, ChainOptions};
+use image::Format;
 use std::fs;
 use testkit::{TempDir, qemu};
 use tool::check::{CheckOptions, Repair, Report, check};
+use tool::compare::compare;
+use tool::source::Source;
+use tool::work::{Stop, Work};
 
 /// The most memory that this process had, in KiB.
 fn peak_kib() -> u64 {
@@ -72,6 +77,32 @@ fn a_sparse_disk_of_16_tib_takes_less_than_64_mib() {
     assert_eq!((report.corruptions, report.leaks, report.walks), (0, 0, 1));
     assert_eq!(report.allocated_clusters, 512);
     // All of the process: test, libraries and check.
+    let peak = peak_kib();
+    assert!(peak < 64 << 10, "{peak} KiB");
+}
+
+#[test]
+fn two_vdi_images_of_32_tib_are_compared_in_less_than_64_mib() {
+    let dir = TempDir::new();
+    let open = |name: &str| {
+        let path = dir.path(name);
+        qemu::create("vdi", &path, "32T");
+        let options = ChainOptions {
+            format: Some(Format::Vdi),
+            read_only: true,
+            ..ChainOptions::default()
+        };
+        let path = path.to_str().expect("UTF-8");
+        io::wait_for_lock(|| Chain::open(path, &options)).expect("opens")
+    };
+    // Of each the map alone has 128 MiB.
+    let (one, other) = (open("a.vdi"), open("b.vdi"));
+    let source = |chain| Source::new(chain).expect("a source");
+    let mut progress = |_| {};
+    let mut work = Work::new(Stop::default(), &mut progress);
+    let outcome = compare(source(&one), source(&other), false, &mut work).expect("compares");
+    assert_eq!(outcome.difference, None);
+    assert_eq!(outcome.sizes, [32 << 40; 2]);
     let peak = peak_kib();
     assert!(peak < 64 << 10, "{peak} KiB");
 }

@@ -113,7 +113,10 @@ pub(super) fn open_image(
             Arc::new(vhdx::Vhdx::open(storage, &options)?)
         }
         Format::Vdi => {
-            let options = vdi::OpenOptions { read_only };
+            let options = vdi::OpenOptions {
+                read_only,
+                cache_bytes: keys.options.cache_bytes,
+            };
             Arc::new(vdi::Vdi::open(storage, &options)?)
         }
         Format::Luks => {

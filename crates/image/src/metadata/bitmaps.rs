@@ -7,6 +7,9 @@
 //!
 //! Bits change from none to some only, and after what they stand for is there. A frame that changes its owner has an
 //! odd version meanwhile, and another one afterwards: who read it looks again.
+//!
+//! VDI's map is kept so by pages too, whose bits are entries of 32 ([`Bitmaps::entry`], [`Frame::set_entry`]): what is said of
+//! a bit holds for an entry.
 
 use super::{Ask, Halt};
 use crate::{FileId, Key, Load, Need};
@@ -108,6 +111,30 @@ impl Frame {
         }
     }
 
+    /// The little-endian 32-bit entry `index`.
+    fn entry(&self, index: usize) -> Option<u32> {
+        let word = self.words().get(index / 2)?.load(Ordering::Acquire);
+        // The half that comes first on disk is the high one.
+        let bytes = word.to_be_bytes();
+        bytes
+            .as_chunks::<4>()
+            .0
+            .get(index % 2)
+            .map(|half| u32::from_le_bytes(*half))
+    }
+
+    /// Changes the little-endian 32-bit entry `index`. What it leads to is down. One thread at a time.
+    pub(crate) fn set_entry(&self, index: usize, entry: u32) {
+        let Some(word) = self.words().get(index / 2) else {
+            return;
+        };
+        let mut bytes = word.load(Ordering::Relaxed).to_be_bytes();
+        if let Some(half) = bytes.as_chunks_mut::<4>().0.get_mut(index % 2) {
+            *half = entry.to_le_bytes();
+        }
+        word.store(u64::from_be_bytes(bytes), Ordering::Release);
+    }
+
     /// Forgets sectors `first` to before `end`: nobody looks at them.
     pub(crate) fn clear(&self, first: u64, end: u64) {
         for at in first..end {
@@ -183,17 +210,29 @@ impl Bitmaps {
     /// What the image has from sector `first` of a bitmap on and up to `end`. `None` when it is not in memory.
     #[inline]
     pub(crate) fn run(&self, bitmap: u64, first: u64, end: u64) -> Option<Run> {
+        self.look(bitmap, |frame| frame.run(first, end))
+    }
+
+    /// The 32-bit entry `index` of a page. `None` when it is not in memory.
+    #[inline]
+    pub(crate) fn entry(&self, page: u64, index: usize) -> Option<u32> {
+        self.look(page, |frame| frame.entry(index))?
+    }
+
+    /// What a frame says while it is that of `bitmap`; `None` when none is.
+    #[inline]
+    fn look<T>(&self, bitmap: u64, ask: impl FnOnce(&Frame) -> T) -> Option<T> {
         let frame = self.frames.get(self.slot(bitmap)? as usize)?;
         let version = frame.version.load(Ordering::Acquire);
         if version % 2 == 1 || u64::from(frame.bitmap.load(Ordering::Relaxed)) != bitmap {
             return None;
         }
-        let run = frame.run(first, end);
+        let answer = ask(frame);
         if !frame.recent.load(Ordering::Relaxed) {
             frame.recent.store(true, Ordering::Relaxed);
         }
         fence(Ordering::Acquire);
-        (frame.version.load(Ordering::Relaxed) == version).then_some(run)
+        (frame.version.load(Ordering::Relaxed) == version).then_some(answer)
     }
 
     /// The bitmap in a frame as it is on disk, of 4 KiB.
@@ -490,6 +529,32 @@ mod tests {
         // Whoever still holds the old slot sees that it is another's.
         bitmaps.set_slot(0, 0);
         assert_eq!(present(0), None);
+    }
+
+    #[test]
+    fn entries_are_those_of_the_file() {
+        let bitmaps = Bitmaps::new(2, 1, 4 * 32, Order::HighFirst);
+        let mut uses = Uses::new(1);
+        let mut bytes: Vec<u8> = [7u32, 0xffff_fffe, 0x0102_0304, 9]
+            .into_iter()
+            .flat_map(u32::to_le_bytes)
+            .collect();
+        let at = loaded(&mut uses, &bitmaps, 1, &bytes);
+        let entries = |page| {
+            (0..5)
+                .map(|index| bitmaps.entry(page, index))
+                .collect::<Vec<_>>()
+        };
+        let there = [Some(7), Some(0xffff_fffe), Some(0x0102_0304), Some(9), None];
+        assert_eq!(entries(1), there);
+        assert_eq!(entries(0), [None; 5], "not in memory");
+        let frame = bitmaps.frame(at).unwrap();
+        frame.set_entry(1, 0x1112_1314);
+        frame.set_entry(2, 5);
+        bytes[4..12].copy_from_slice(&[0x14, 0x13, 0x12, 0x11, 5, 0, 0, 0]);
+        let mut out = Vec::new();
+        bitmaps.put(at, 16, &mut out);
+        assert_eq!(out, bytes);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   1  the header, which counts the blocks     barrier: this, the guest's data and the file's length are durable
-//!   2  entries of the map                      barrier
+//!   2  pages of the map                        barrier
 //! ```
 //!
 //! A crash before the second barrier leaves blocks that the header counts and nothing refers to: they read as before,
@@ -14,7 +14,6 @@ use super::state::State;
 use crate::metadata::extend;
 use crate::{FileId, FlushRun};
 use block::HostOffset;
-use std::sync::atomic::Ordering;
 
 impl Vdi {
     pub(super) fn begin_flush(&self, st: &mut State, run: &mut FlushRun) {
@@ -29,20 +28,16 @@ impl Vdi {
             run.push(FileId::IMAGE, HostOffset(0), &st.header.to_bytes());
         }
         run.seal();
-        st.map.take(|sector| {
+        for frame in st.uses.dirty() {
+            let Some((page, _)) = st.uses.holds(*frame) else {
+                continue;
+            };
             let start = run.bytes.len();
-            let first = sector * 128;
-            for entry in self.map.get(first..first + 128).unwrap_or_default() {
-                let entry = entry.load(Ordering::Acquire);
-                run.bytes.extend_from_slice(&entry.to_le_bytes());
-            }
-            extend(
-                run,
-                FileId::IMAGE,
-                self.map_offset + sector as u64 * 512,
-                start,
-            );
-        });
+            let len = self.page_bytes(page) as usize;
+            self.pages.put(*frame, len, &mut run.bytes);
+            extend(run, FileId::IMAGE, self.page_offset(page), start);
+        }
+        st.uses.begin_flush();
         run.seal();
     }
 }
@@ -50,7 +45,7 @@ impl Vdi {
 impl State {
     /// What was dirty was written, or is dirty again.
     pub(super) fn end_flush(&mut self, ok: bool) {
-        self.map.end(ok);
+        self.uses.end_flush(ok);
         self.count_dirty |= std::mem::take(&mut self.count_flushing) && !ok;
     }
 }

@@ -33,7 +33,7 @@ const VERSION: u32 = 0x0001_0001;
 /// Bytes of a block, as both VirtualBox and QEMU make them. QEMU opens no others.
 pub const BLOCK_BYTES: u32 = 1 << 20;
 
-/// Most blocks of an image: the map is kept in memory, at 4 bytes each.
+/// Most blocks of an image: a map of 128 MiB, which is read through at each open.
 pub const BLOCKS_MAX: u32 = 32 << 20;
 
 /// Bytes of the header that QEMU writes into the field at byte 0x48.

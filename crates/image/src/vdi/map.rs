@@ -2,32 +2,42 @@
 
 use super::Vdi;
 use super::open::is_there;
-use crate::metadata::{Ask, Growing, STEPS_MAX};
+use super::state::State;
+use crate::metadata::{Ask, Growing, Halt, STEPS_MAX};
 use crate::{Extent, ExtentKind, FileId, Plan, ZeroMode, ZeroPlan};
-use block::{Error, GuestOffset, HostOffset, Result};
-use std::sync::atomic::Ordering;
+use block::{Error, GuestOffset, HostOffset};
 
 impl Vdi {
-    /// Where the data of a block are; `None` for one that is not there.
+    /// Where the data of a block with that entry are; `None` for one that is not there.
     #[inline]
-    fn place(&self, block: u64) -> Option<u64> {
-        let entry = self.map.get(block as usize)?.load(Ordering::Acquire);
+    fn place(&self, entry: u32) -> Option<u64> {
         is_there(entry).then(|| self.data_offset + (u64::from(entry) << self.block_bits))
     }
 
-    /// What the range begins with. Of a block that is not wholly in the file the sectors that are there are mapped.
-    pub(super) fn map_at(&self, at: GuestOffset, len: u64) -> Result<Extent> {
+    /// What the range begins with: as far as the map is in memory, whose first page is asked for where it is not. Of a
+    /// block that is not wholly in the file the sectors that are there are mapped. With `st` under the lock.
+    pub(super) fn map_at(
+        &self,
+        mut st: Option<&mut State>,
+        at: GuestOffset,
+        len: u64,
+    ) -> Ask<Extent> {
         let mut run = Growing::new(at.0, len);
         for _ in 0..STEPS_MAX {
             let within = run.next() & (self.block_bytes() - 1);
             let mut room = (self.block_bytes() - within).min(run.left());
             let block = run.next() >> self.block_bits;
-            let kind = match self.place(block) {
+            let entry = match self.entry(block) {
+                Some(entry) => entry,
+                None if run.len() > 0 => break,
+                None => self.load_entry(st.as_deref_mut(), block)?,
+            };
+            let kind = match self.place(entry) {
                 Some(host) => {
                     let there = self.readable_end.saturating_sub(host + within);
                     match there {
                         0 if run.len() > 0 => break,
-                        0 => return Err(self.behind_the_file(block, host)),
+                        0 => return Err(Halt::Fail(self.behind_the_file(block, host))),
                         there => room = room.min(there),
                     }
                     ExtentKind::Data {
@@ -54,10 +64,10 @@ impl Vdi {
         ))
     }
 
-    /// The plan of a write to blocks that are there. Takes no lock.
+    /// The plan of a write to blocks that are there.
     #[inline]
-    fn plan_here(&self, at: GuestOffset, len: u64) -> Result<Option<Plan>> {
-        let extent = self.map_at(at, len)?;
+    fn plan_here(&self, st: Option<&mut State>, at: GuestOffset, len: u64) -> Ask<Option<Plan>> {
+        let extent = self.map_at(st, at, len)?;
         Ok(match extent.kind {
             ExtentKind::Data { file, offset } => Some(Plan::InPlace {
                 file,
@@ -69,11 +79,11 @@ impl Vdi {
     }
 
     pub(super) fn plan_at(&self, at: GuestOffset, len: u64) -> Ask<Plan> {
-        if let Some(plan) = self.plan_here(at, len)? {
+        if let Some(plan) = self.plan_here(None, at, len)? {
             return Ok(plan);
         }
         let st = &mut *self.lock();
-        if let Some(plan) = self.plan_here(at, len)? {
+        if let Some(plan) = self.plan_here(Some(st), at, len)? {
             return Ok(plan);
         }
         let within = at.0 & (self.block_bytes() - 1);
@@ -82,8 +92,8 @@ impl Vdi {
     }
 
     /// Nothing lies below, so that a block which is not there stays so; another's place is zeroed where it is.
-    pub(super) fn zero_at(&self, at: GuestOffset, len: u64, _: ZeroMode) -> Result<ZeroPlan> {
-        let extent = self.map_at(at, len)?;
+    pub(super) fn zero_at(&self, at: GuestOffset, len: u64, _: ZeroMode) -> Ask<ZeroPlan> {
+        let extent = self.map_at(None, at, len)?;
         Ok(match extent.kind {
             ExtentKind::Data { file, offset } => ZeroPlan::Host {
                 file,

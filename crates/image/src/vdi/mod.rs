@@ -8,6 +8,7 @@
 //! ```
 //!
 //! * `header`: the format. `open`, `create`, `resize`, `repair`.
+//! * `pages`: the map in memory. `holes`: numbers that no block has.
 //! * `state`: what the lock guards; `map`: the questions; `flush`: the order on disk, and why it is safe.
 //!
 //! An entry is 0xffffffff for a block that was never written and 0xfffffffe for one that was discarded; both read as
@@ -20,8 +21,10 @@
 mod create;
 mod flush;
 mod header;
+mod holes;
 mod map;
 mod open;
+mod pages;
 mod repair;
 mod resize;
 mod state;
@@ -36,10 +39,11 @@ use crate::contract::{
     Description, Extent, FlushRun, Image, Load, Need, Plan, Reserve, Step, Ticket, ZeroMode,
     ZeroPlan, own_file,
 };
+use crate::metadata::bitmaps::Bitmaps;
 use crate::metadata::step;
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
 use state::State;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The entry of a block that was never written.
@@ -60,8 +64,8 @@ pub struct Vdi {
     /// Where the last whole sector of the file ends, for reading only; else no block is behind the file's end.
     readable_end: u64,
     read_only: bool,
-    /// The map, in whole sectors. Entries change from none to some only, and after what they stand for is there.
-    map: Vec<AtomicU32>,
+    /// The map, by pages. Entries change from none to some only, and after what they stand for is there.
+    pages: Bitmaps,
     state: Mutex<State>,
     /// There may be something to foresee.
     ahead: AtomicBool,
@@ -128,7 +132,7 @@ impl Image for Vdi {
     }
 
     fn map(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
-        Ok(Step::Done(self.map_at(at, len)?))
+        step(self.map_at(None, at, len))
     }
 
     fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>> {
@@ -154,17 +158,17 @@ impl Image for Vdi {
 
     fn plan_zero(&self, at: GuestOffset, len: u64, mode: ZeroMode) -> Result<Step<ZeroPlan>> {
         self.check_writable()?;
-        Ok(Step::Done(self.zero_at(at, len, mode)?))
+        step(self.zero_at(at, len, mode))
     }
 
-    fn loaded(&self, _: &Load, _: &[u8]) -> Result<()> {
-        Err(Error::invalid(format!(
-            "{}: a load nobody asked for",
-            self.name
-        )))
+    fn loaded(&self, load: &Load, bytes: &[u8]) -> Result<()> {
+        self.end_load(&mut self.lock(), load, Some(bytes))
     }
 
-    fn load_failed(&self, _: &Load) {}
+    fn load_failed(&self, load: &Load) {
+        // Nobody asked for it: nothing to give up.
+        let _ = self.end_load(&mut self.lock(), load, None);
+    }
 
     fn reserved(&self, reserve: &Reserve, zeroed: Zeroed) {
         self.end_reserve(&mut self.lock(), reserve, Some(zeroed));

@@ -1,16 +1,17 @@
 //! Opening, closing, and bringing in order what was not closed.
 //!
-//! The map is read once, when the image is opened. For writing it is judged then: afterwards an entry of a block that is
-//! there leads to a block within the file, and to no other's. For reading each block is judged when it is asked for, so
-//! that one bad entry, or a file whose end is gone, takes nothing from the others.
+//! The map is read through when the image is opened, to see which numbers blocks have. For writing it is judged then:
+//! afterwards an entry of a block that is there leads to a block within the file, and to no other's. For reading each block
+//! is judged when it is asked for, so that one bad entry, or a file whose end is gone, takes nothing from the others.
 
 use super::header::{HEADER_BYTES, Header};
+use super::holes::Holes;
 use super::state::State;
-use super::{FREE, Vdi, ZERO};
+use super::{FREE, Vdi, ZERO, pages};
 use crate::metadata::Space;
 use block::{Context, Error, Result, Storage};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::atomic::AtomicBool;
 
 /// Bytes of the map that are read or written at a time.
 pub(super) const CHUNK: usize = 64 << 10;
@@ -26,6 +27,8 @@ const HOLE_BYTES_MAX: u32 = 2 << 20;
 pub struct OpenOptions {
     /// For reading only.
     pub read_only: bool,
+    /// Memory for the map, in bytes; `None` for the default.
+    pub cache_bytes: Option<u64>,
 }
 
 /// What the header of a file says.
@@ -73,6 +76,22 @@ impl Layout {
     ///
     /// What reading the file fails with.
     pub fn entries(&self, file: &dyn Storage, mut each: impl FnMut(u32, u32)) -> Result<()> {
+        self.each(file, |index, entry| {
+            each(index, entry);
+            Ok(())
+        })
+    }
+
+    /// Hands all entries of the map out in order, until `each` fails.
+    ///
+    /// # Errors
+    ///
+    /// What `each` fails with, and reading the file.
+    pub(super) fn each(
+        &self,
+        file: &dyn Storage,
+        mut each: impl FnMut(u32, u32) -> Result<()>,
+    ) -> Result<()> {
         let mut buffer = vec![0; CHUNK];
         let bytes = u64::from(self.header.blocks) * 4;
         let (mut done, mut index) = (0, 0);
@@ -81,7 +100,7 @@ impl Layout {
             let part = buffer.get_mut(..len).unwrap_or_default();
             file.read_at(u64::from(self.header.map_offset) + done, part)?;
             for entry in part.as_chunks::<4>().0 {
-                each(index, u32::from_le_bytes(*entry));
+                each(index, u32::from_le_bytes(*entry))?;
                 index += 1;
             }
             done += len as u64;
@@ -90,11 +109,9 @@ impl Layout {
     }
 }
 
-/// The map of an image.
+/// What the map of an image says, as a whole.
 #[derive(Debug)]
 pub(super) struct Blocks {
-    /// Its entries, and what follows them in their last sector.
-    pub(super) entries: Vec<u32>,
     /// Blocks that are there.
     pub(super) present: u32,
     /// One more than the highest number of a block.
@@ -112,13 +129,9 @@ impl Blocks {
     ///
     /// What reading the file fails with.
     pub(super) fn read(file: &dyn Storage, layout: &Layout) -> Result<Self> {
-        let header = &layout.header;
-        // At most `BLOCKS_MAX`.
-        let mut entries = Vec::with_capacity((header.map_bytes() / 4) as usize);
         let mut highest: Option<(u32, u32)> = None;
         let (mut present, mut last) = (0, None);
         layout.entries(file, |index, entry| {
-            entries.push(entry);
             if is_there(entry) {
                 present += 1;
                 last = Some(index);
@@ -127,16 +140,7 @@ impl Blocks {
                 }
             }
         })?;
-        let mut rest = [0; 512];
-        let missing = header.map_bytes() / 4 - u64::from(header.blocks);
-        let at = u64::from(header.map_offset) + u64::from(header.blocks) * 4;
-        let there = layout.file_bytes.saturating_sub(at).min(missing * 4) as usize;
-        let rest = rest.get_mut(..(missing * 4) as usize).unwrap_or_default();
-        file.read_at(at, rest.get_mut(..there).unwrap_or_default())?;
-        let rest = rest.as_chunks::<4>().0.iter();
-        entries.extend(rest.map(|entry| u32::from_le_bytes(*entry)));
         Ok(Self {
-            entries,
             present,
             end: highest.map_or(0, |(_, entry)| entry + 1),
             highest,
@@ -166,55 +170,34 @@ impl Blocks {
         )))
     }
 
-    /// The entries of the disk's blocks.
-    pub(super) fn of_disk(&self, header: &Header) -> &[u32] {
-        self.entries
-            .get(..header.blocks as usize)
-            .unwrap_or_default()
-    }
-
-    /// The numbers below [`Blocks::end`] that no block has, the highest first.
+    /// The numbers below [`Blocks::end`] that no block has.
     ///
     /// # Errors
     ///
     /// [`block::ErrorKind::Corrupt`] where a block is not within the file, two blocks have the same number, or one has a
-    /// number that no other program gives: writing would destroy what is there.
-    pub(super) fn holes(&self, layout: &Layout) -> Result<Vec<u32>> {
+    /// number that no other program gives: writing would destroy what is there. What reading the file fails with.
+    pub(super) fn holes(&self, file: &dyn Storage, layout: &Layout) -> Result<Holes> {
         self.check_within(layout)?;
         let header = &layout.header;
         let mut used = vec![0u64; u64::from(header.blocks).div_ceil(64) as usize];
-        let at = |index: usize| header.entry_offset(index as u64);
-        for (index, entry) in self.of_disk(header).iter().enumerate() {
-            if !is_there(*entry) {
-                continue;
+        layout.each(file, |index, entry| {
+            if !is_there(entry) {
+                return Ok(());
             }
-            let word = used.get_mut((entry / 64) as usize);
-            let Some(word) = word.filter(|_| *entry < header.blocks) else {
-                return Err(Error::corrupt(format!(
-                    "block {index}: its entry at byte {:#x} is {entry}, and the disk has {} blocks: run diskplane \
-                     check --repair all",
-                    at(index),
-                    header.blocks
-                )));
+            let fault = match used.get_mut((entry / 64) as usize) {
+                Some(word) if entry < header.blocks && *word >> (entry % 64) & 1 == 0 => {
+                    *word |= 1 << (entry % 64);
+                    return Ok(());
+                }
+                Some(_) if entry < header.blocks => "which another block has too".to_owned(),
+                _ => format!("and the disk has {} blocks", header.blocks),
             };
-            if *word >> (entry % 64) & 1 == 1 {
-                return Err(Error::corrupt(format!(
-                    "block {index}: its entry at byte {:#x} is {entry}, which another block has too: run diskplane check \
-                     --repair all",
-                    at(index)
-                )));
-            }
-            *word |= 1 << (entry % 64);
-        }
-        let is_free = |index: &u32| {
-            let word = used.get((index / 64) as usize).copied().unwrap_or(0);
-            word >> (index % 64) & 1 == 0
-        };
-        let mut holes = Vec::new();
-        if u64::from(self.present) < u64::from(self.end) {
-            holes.extend((0..self.end).rev().filter(is_free));
-        }
-        Ok(holes)
+            Err(Error::corrupt(format!(
+                "block {index}: its entry at byte {:#x} is {entry}, {fault}: run diskplane check --repair all",
+                header.entry_offset(u64::from(index))
+            )))
+        })?;
+        Ok(Holes::not_in(used, self.end))
     }
 }
 
@@ -238,8 +221,8 @@ impl Vdi {
     fn of(file: &dyn Storage, layout: Layout, options: &OpenOptions) -> Result<Self> {
         let blocks = Blocks::read(file, &layout)?;
         let mut holes = match options.read_only {
-            true => Vec::new(),
-            false => blocks.holes(&layout)?,
+            true => Holes::default(),
+            false => blocks.holes(file, &layout)?,
         };
         let Layout { header, file_bytes } = layout;
         let data_offset = u64::from(header.data_offset);
@@ -249,11 +232,12 @@ impl Vdi {
             false => u64::MAX,
         };
         if header.block_bytes > HOLE_BYTES_MAX {
-            holes.clear();
+            holes = Holes::default();
         }
         let used_end = header.block_offset(u64::from(blocks.end));
         let space = Space::new(used_end, file_bytes, u64::from(blocks.present));
-        let state = State::new(&header, blocks.end, holes, space);
+        let (pages, frames) = pages::of(&header, options.cache_bytes);
+        let state = State::new(&header, blocks.end, holes, space, frames);
         Ok(Self {
             name: file.name(),
             size: header.disk_bytes,
@@ -262,7 +246,7 @@ impl Vdi {
             readable_end,
             map_offset: u64::from(header.map_offset),
             read_only: options.read_only,
-            map: blocks.entries.into_iter().map(AtomicU32::new).collect(),
+            pages,
             state: Mutex::new(state),
             ahead: AtomicBool::new(false),
             header,
@@ -291,7 +275,7 @@ pub fn mend(file: &dyn Storage) -> Result<Option<String>> {
     let layout = Layout::read(file)?;
     let named = || file.name();
     let blocks = Blocks::read(file, &layout).context(named)?;
-    blocks.holes(&layout).context(named)?;
+    blocks.holes(file, &layout).context(named)?;
     settle_end(file, &layout, blocks.end).context(named)
 }
 

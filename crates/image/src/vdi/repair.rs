@@ -8,7 +8,9 @@
 //! old place or in its new one, which hold the same.
 
 use super::header::Header;
+use super::holes::Holes;
 use super::open::{Blocks, Layout, is_there, settle_end};
+use crate::metadata::read_short;
 use block::{Context, Result, Storage};
 
 /// Blocks that are moved before their entries are.
@@ -17,56 +19,81 @@ const MOVES_AT_ONCE: usize = 4096;
 /// Bytes that are copied at a time.
 const COPY_BYTES: u64 = 1 << 20;
 
-/// An image whose blocks are moved.
-pub(super) struct Mover<'a> {
-    pub(super) file: &'a dyn Storage,
-    /// As it is in the file.
-    pub(super) header: Header,
-    /// The map as it is in the file, in whole sectors.
-    pub(super) entries: Vec<u32>,
+/// A block that gets another number.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Move {
+    /// Which block of the disk.
+    pub(super) block: u32,
+    /// Its number.
+    pub(super) from: u32,
+    /// A number that no block has.
+    pub(super) to: u32,
 }
 
-impl Mover<'_> {
-    /// Gives each guest block of `moves` the number that stands beside it, which no block has.
-    pub(super) fn carry(&mut self, moves: &[(u32, u32)]) -> Result<()> {
-        for batch in moves.chunks(MOVES_AT_ONCE) {
-            let highest = batch.iter().map(|(_, to)| *to).max().unwrap_or(0);
-            let end = self.header.block_offset(u64::from(highest) + 1);
-            if self.file.len()? < end {
-                self.file.set_len(end)?;
-            }
-            for (block, to) in batch {
-                self.copy(*block, *to)?;
-            }
-            self.file.sync()?;
-            if self.header.allocated <= highest {
-                self.header.allocated = highest + 1;
-                self.file.write_at(0, &self.header.to_bytes())?;
-                self.file.sync()?;
-            }
-            let mut sectors: Vec<u32> = batch.iter().map(|(block, _)| block / 128).collect();
-            for (block, to) in batch {
-                if let Some(entry) = self.entries.get_mut(*block as usize) {
-                    *entry = *to;
-                }
-            }
-            sectors.sort_unstable();
-            sectors.dedup();
-            for sector in sectors {
-                let first = sector as usize * 128;
-                let part = self.entries.get(first..first + 128).unwrap_or_default();
-                let bytes: Vec<u8> = part.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-                let at = u64::from(self.header.map_offset) + first as u64 * 4;
-                self.file.write_at(at, &bytes)?;
-            }
-            self.file.sync()?;
+/// An image whose blocks are moved.
+pub(super) struct Mover<'a> {
+    file: &'a dyn Storage,
+    /// As it is in the file.
+    pub(super) header: Header,
+    waiting: Vec<Move>,
+}
+
+impl<'a> Mover<'a> {
+    pub(super) fn new(file: &'a dyn Storage, header: &Header) -> Self {
+        Self {
+            file,
+            header: header.clone(),
+            waiting: Vec::new(),
         }
-        Ok(())
     }
 
-    fn copy(&self, block: u32, to: u32) -> Result<()> {
-        let entry = self.entries.get(block as usize).copied().unwrap_or(0);
-        let from = self.header.block_offset(u64::from(entry));
+    /// Moves a block, now or with those that come. They come in the order of the disk.
+    pub(super) fn add(&mut self, next: Move) -> Result<()> {
+        self.waiting.push(next);
+        match self.waiting.len() >= MOVES_AT_ONCE {
+            true => self.carry(),
+            false => Ok(()),
+        }
+    }
+
+    /// Moves those that wait.
+    pub(super) fn carry(&mut self) -> Result<()> {
+        let moves = std::mem::take(&mut self.waiting);
+        let Some(highest) = moves.iter().map(|next| next.to).max() else {
+            return Ok(());
+        };
+        let end = self.header.block_offset(u64::from(highest) + 1);
+        if self.file.len()? < end {
+            self.file.set_len(end)?;
+        }
+        for next in &moves {
+            self.copy(next.from, next.to)?;
+        }
+        self.file.sync()?;
+        if self.header.allocated <= highest {
+            self.header.allocated = highest + 1;
+            self.file.write_at(0, &self.header.to_bytes())?;
+            self.file.sync()?;
+        }
+        for sector in moves.chunk_by(|a, b| a.block / 128 == b.block / 128) {
+            let Some(first) = sector.first().map(|next| next.block / 128 * 128) else {
+                continue;
+            };
+            let at = self.header.entry_offset(u64::from(first));
+            let mut bytes = read_short(self.file, at, 512)?;
+            for next in sector {
+                let entries = bytes.as_chunks_mut::<4>().0;
+                if let Some(entry) = entries.get_mut((next.block - first) as usize) {
+                    *entry = next.to.to_le_bytes();
+                }
+            }
+            self.file.write_at(at, &bytes)?;
+        }
+        self.file.sync()
+    }
+
+    fn copy(&self, from: u32, to: u32) -> Result<()> {
+        let from = self.header.block_offset(u64::from(from));
         let to = self.header.block_offset(u64::from(to));
         let block_bytes = u64::from(self.header.block_bytes);
         let mut buffer = vec![0; block_bytes.min(COPY_BYTES) as usize];
@@ -101,32 +128,40 @@ fn move_together(file: &dyn Storage, layout: &Layout) -> Result<()> {
     let blocks = Blocks::read(file, layout)?;
     blocks.check_within(layout)?;
     let count = blocks.present;
-    let mut used = vec![0u64; count.div_ceil(64) as usize];
-    let mut homeless = Vec::new();
-    for (block, entry) in (0..).zip(blocks.of_disk(&layout.header)) {
-        if !is_there(*entry) {
-            continue;
+    let mut taken = vec![0u64; count.div_ceil(64) as usize];
+    layout.entries(file, |_, entry| {
+        if entry < count
+            && let Some(word) = taken.get_mut((entry / 64) as usize)
+        {
+            *word |= 1 << (entry % 64);
         }
-        match used.get_mut((entry / 64) as usize) {
-            Some(word) if *entry < count && *word >> (entry % 64) & 1 == 0 => {
-                *word |= 1 << (entry % 64);
-            }
-            _ => homeless.push(block),
+    })?;
+    // There are as many numbers as blocks, so those are as many as blocks that have none for themselves.
+    let mut free = Holes::not_in(taken, count);
+    let mut kept = vec![0u64; count.div_ceil(64) as usize];
+    let mut mover = Mover::new(file, &layout.header);
+    layout.each(file, |block, entry| {
+        if !is_there(entry) {
+            return Ok(());
         }
-    }
-    let taken = |number: &u32| {
-        let word = used.get((number / 64) as usize).copied().unwrap_or(0);
-        word >> (number % 64) & 1 == 1
-    };
-    let free = (0..count).filter(|number| !taken(number));
-    // There are as many numbers as blocks, so the two are equally many.
-    let moves: Vec<(u32, u32)> = homeless.into_iter().zip(free).collect();
-    let mut mover = Mover {
-        file,
-        header: layout.header.clone(),
-        entries: blocks.entries,
-    };
-    mover.carry(&moves)?;
+        if let Some(word) = kept.get_mut((entry / 64) as usize)
+            && entry < count
+            && *word >> (entry % 64) & 1 == 0
+        {
+            *word |= 1 << (entry % 64);
+            return Ok(());
+        }
+        let Some(to) = free.lowest() else {
+            return Ok(());
+        };
+        free.remove(to);
+        mover.add(Move {
+            block,
+            from: entry,
+            to,
+        })
+    })?;
+    mover.carry()?;
     let layout = Layout {
         header: mover.header,
         file_bytes: file.len()?,

@@ -11,7 +11,7 @@
 
 use super::header::{BLOCKS_MAX, Header, ImageType};
 use super::open::{Blocks, CHUNK, Layout, is_there};
-use super::repair::Mover;
+use super::repair::{Move, Mover};
 use super::{FREE, ZERO};
 use block::{Error, Result, Storage};
 
@@ -48,7 +48,7 @@ fn grow_layout(file: &dyn Storage, layout: &Layout, bytes: u64) -> Result<()> {
         ))
     })?;
     let blocks = Blocks::read(file, layout)?;
-    blocks.holes(layout)?;
+    blocks.holes(file, layout)?;
     let old = header.disk_bytes.div_ceil(block);
     if blocks.last.is_some_and(|last| u64::from(last) >= old) {
         return Err(Error::corrupt(
@@ -64,43 +64,29 @@ fn grow_layout(file: &dyn Storage, layout: &Layout, bytes: u64) -> Result<()> {
     if !fits {
         grown = moved(&grown)?;
     }
-    clear_last(file, header, &blocks)?;
-    let end = blocks.end;
-    let mut mover = Mover {
-        file,
+    clear_last(file, header)?;
+    let shift = make_room(file, layout, &grown, blocks.end)?;
+    // As the blocks are now: moves leave the rest as it is.
+    let moved = Layout {
         header: header.clone(),
-        entries: blocks.entries,
+        file_bytes: file.len()?,
     };
-    let shift = make_room(&mut mover, &grown, end)?;
-    let mut end = end;
+    let mut end = blocks.end;
     if shift > 0 {
-        let there = mover.entries.iter().take(header.blocks as usize);
-        let there = there.filter(|entry| is_there(**entry));
         // None is below `shift` any more.
-        end = there.map(|entry| entry - shift + 1).max().unwrap_or(0);
-    }
-    let mut entries = mover.entries;
-    entries.truncate(header.blocks as usize);
-    for entry in entries.iter_mut().filter(|entry| is_there(**entry)) {
-        *entry -= shift;
+        end = Blocks::read(file, &moved)?.end.saturating_sub(shift);
     }
     // All blocks of a static image are there; the map's new entries are nobody's until the header counts them.
-    for _ in header.blocks..grown.blocks {
-        match grown.image_type {
-            ImageType::Dynamic => entries.push(FREE),
-            ImageType::Static => {
-                entries.push(end);
-                end += 1;
-            }
-        }
+    let first = end;
+    if grown.image_type == ImageType::Static {
+        end += grown.blocks - header.blocks;
     }
     debug_assert!(end < ZERO);
-    entries.resize((grown.map_bytes() / 4) as usize, 0);
     let file_end = grown.block_offset(u64::from(end));
     if file.len()? < file_end {
         file.set_len(file_end)?;
     }
-    write_map(file, header, &grown, &entries)?;
+    write_map(file, &moved, &grown, shift, first)?;
     file.sync()?;
     grown.allocated = end;
     file.write_at(0, &grown.to_bytes())?;
@@ -108,12 +94,16 @@ fn grow_layout(file: &dyn Storage, layout: &Layout, bytes: u64) -> Result<()> {
 }
 
 /// What the last block has behind the disk's end becomes zeros: nobody sees it yet.
-fn clear_last(file: &dyn Storage, header: &Header, blocks: &Blocks) -> Result<()> {
+fn clear_last(file: &dyn Storage, header: &Header) -> Result<()> {
     let block = u64::from(header.block_bytes);
     let within = header.disk_bytes % block;
-    let last = (header.disk_bytes / block) as usize;
-    let entry = blocks.entries.get(last).copied().unwrap_or(FREE);
-    if within == 0 || !is_there(entry) {
+    if within == 0 {
+        return Ok(());
+    }
+    let mut entry = [0; 4];
+    file.read_at(header.entry_offset(header.disk_bytes / block), &mut entry)?;
+    let entry = u32::from_le_bytes(entry);
+    if !is_there(entry) {
         return Ok(());
     }
     let at = header.block_offset(u64::from(entry)) + within;
@@ -139,33 +129,65 @@ fn moved(grown: &Header) -> Result<Header> {
 }
 
 /// Sees to it that no block lies where the map is to be. Returns by how much the numbers of all blocks become less.
-fn make_room(mover: &mut Mover<'_>, grown: &Header, end: u32) -> Result<u32> {
-    let header = &mover.header;
+fn make_room(file: &dyn Storage, layout: &Layout, grown: &Header, end: u32) -> Result<u32> {
+    let header = &layout.header;
     let room = grown.data_offset - header.data_offset;
     // A multiple of the size of a block.
     let shift = room / header.block_bytes;
-    let entries = mover.entries.iter().take(header.blocks as usize);
-    let first = (0..).zip(entries).filter(|(_, entry)| **entry < shift);
-    let moves: Vec<(u32, u32)> = first
-        .map(|(block, _)| block)
-        .zip(end.max(shift)..)
-        .collect();
-    mover.carry(&moves)?;
+    let mut mover = Mover::new(file, header);
+    let mut to = end.max(shift);
+    layout.each(file, |block, from| {
+        if from >= shift {
+            return Ok(());
+        }
+        let next = Move { block, from, to };
+        to += 1;
+        mover.add(next)
+    })?;
+    mover.carry()?;
     Ok(shift)
 }
 
-/// Writes what is new of the map: all of one that has moved.
-fn write_map(file: &dyn Storage, old: &Header, grown: &Header, entries: &[u32]) -> Result<()> {
-    let kept = match grown.map_offset == old.map_offset {
-        // Whole sectors: the last one of the old map has entries of the new.
-        true => old.blocks as usize / 128 * 128,
+/// Writes what is new of the map: all of one that has moved, whose numbers are less by `shift`. New blocks of a static
+/// image have the numbers from `first` on.
+fn write_map(
+    file: &dyn Storage,
+    old: &Layout,
+    grown: &Header,
+    shift: u32,
+    first: u32,
+) -> Result<()> {
+    let header = &old.header;
+    // Whole sectors: the last one of the old map has entries of the new.
+    let kept = match grown.map_offset == header.map_offset {
+        true => header.blocks / 128 * 128,
         false => 0,
     };
-    let mut at = u64::from(grown.map_offset) + kept as u64 * 4;
-    for part in entries.get(kept..).unwrap_or_default().chunks(CHUNK / 4) {
-        let bytes: Vec<u8> = part.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+    let mut at = grown.entry_offset(u64::from(kept));
+    let mut bytes = Vec::with_capacity(CHUNK);
+    let mut put = |entry: Option<u32>| {
+        bytes.extend(entry.map(u32::to_le_bytes).into_iter().flatten());
+        if bytes.len() < CHUNK && entry.is_some() {
+            return Ok(());
+        }
+        bytes.resize(bytes.len().next_multiple_of(512), 0);
         file.write_at(at, &bytes)?;
         at += bytes.len() as u64;
+        bytes.clear();
+        Ok(())
+    };
+    old.each(file, |block, entry| match block < kept {
+        true => Ok(()),
+        false => put(Some(match is_there(entry) {
+            true => entry - shift,
+            false => entry,
+        })),
+    })?;
+    for new in 0..grown.blocks - header.blocks {
+        put(Some(match grown.image_type {
+            ImageType::Dynamic => FREE,
+            ImageType::Static => first + new,
+        }))?;
     }
-    Ok(())
+    put(None)
 }

@@ -2,7 +2,9 @@
 
 use super::Vdi;
 use super::header::Header;
-use crate::metadata::{Ask, Halt, Sectors, Space, Span, Strides, Tickets, key_of};
+use super::holes::Holes;
+use crate::metadata::bitmaps::{Busy, Uses};
+use crate::metadata::{Ask, Halt, Space, Span, Strides, Tickets, key_of};
 use crate::{Allocation, FileId, Fill, Key, Need, Plan, Reserve, Ticket};
 use block::{Error, ErrorKind, GuestOffset, HostOffset, Zeroed};
 use std::sync::atomic::Ordering;
@@ -14,6 +16,8 @@ const KEY_RESERVE: u64 = 4 << 60;
 pub(super) struct Pending {
     pub(super) block: u64,
     pub(super) entry: u32,
+    /// The frame with its entry, pinned.
+    pub(super) frame: u32,
 }
 
 impl Span for Pending {
@@ -27,10 +31,10 @@ impl Span for Pending {
 pub(super) struct State {
     pub(super) tickets: Tickets<Pending>,
     pub(super) space: Space,
-    /// Numbers of blocks that nothing refers to, below the highest in use; the lowest last.
-    pub(super) holes: Vec<u32>,
-    /// Sectors of the map that differ from the file.
-    pub(super) map: Sectors,
+    /// Numbers of blocks that nothing refers to, below the highest in use.
+    pub(super) holes: Holes,
+    /// What the frames with pages of the map are used for.
+    pub(super) uses: Uses,
     /// The header, with the blocks that it is to count.
     pub(super) header: Header,
     /// It counts others in the file.
@@ -42,14 +46,20 @@ pub(super) struct State {
 }
 
 impl State {
-    /// Of an image with numbers below `end` in use.
-    pub(super) fn new(header: &Header, end: u32, holes: Vec<u32>, space: Space) -> Self {
+    /// Of an image with numbers below `end` in use, and so many frames.
+    pub(super) fn new(
+        header: &Header,
+        end: u32,
+        holes: Holes,
+        space: Space,
+        frames: usize,
+    ) -> Self {
         let counted = header.allocated;
         Self {
             tickets: Tickets::new(),
             space,
             holes,
-            map: Sectors::new((header.map_bytes() / 512) as usize),
+            uses: Uses::new(frames),
             header: Header {
                 allocated: counted.max(end),
                 ..header.clone()
@@ -62,7 +72,15 @@ impl State {
     }
 
     pub(super) fn is_dirty(&self) -> bool {
-        self.count_dirty || self.map.any()
+        self.count_dirty || !self.uses.dirty().is_empty()
+    }
+
+    /// What keeps frames busy.
+    pub(super) fn busy(&self) -> Busy {
+        Busy {
+            dirty: self.is_dirty(),
+            ticket: self.tickets.any_key(),
+        }
     }
 }
 
@@ -85,9 +103,15 @@ impl Vdi {
         if let Some(key) = st.tickets.busy(block) {
             return Err(Halt::Wait(key));
         }
-        if let Some(entry) = st.holes.last().copied() {
-            let plan = self.allocate(st, block, entry, within, len)?;
-            st.holes.pop();
+        let frame = self.page_of(st, block)?;
+        if let Some(entry) = st.holes.lowest() {
+            let pending = Pending {
+                block,
+                entry,
+                frame,
+            };
+            let plan = self.allocate(st, pending, within, len)?;
+            st.holes.remove(entry);
             return Ok(plan);
         }
         let at = st.space.next;
@@ -101,14 +125,21 @@ impl Vdi {
         }
         let plan = match at >= st.space.zeros_from {
             true => {
-                self.admit(st, block, entry);
+                self.admit(st, block, entry, frame);
                 Plan::InPlace {
                     file: FileId::IMAGE,
                     offset: HostOffset(at + within),
                     len,
                 }
             }
-            false => self.allocate(st, block, entry, within, len)?,
+            false => {
+                let pending = Pending {
+                    block,
+                    entry,
+                    frame,
+                };
+                self.allocate(st, pending, within, len)?
+            }
         };
         st.space.next = end;
         st.space.blocks += 1;
@@ -135,15 +166,21 @@ impl Vdi {
     }
 
     /// The whole of a block, as an allocation.
-    fn allocate(&self, st: &mut State, block: u64, entry: u32, within: u64, len: u64) -> Ask<Plan> {
+    fn allocate(&self, st: &mut State, pending: Pending, within: u64, len: u64) -> Ask<Plan> {
+        let Pending {
+            block,
+            entry,
+            frame,
+        } = pending;
         let block_bytes = self.block_bytes();
         if st.tickets.is_full() {
             let none = || Halt::Fail(Error::corrupt("no room for an allocation"));
             return Err(st.tickets.any_key().map_or_else(none, Halt::Wait));
         }
-        let Some(ticket) = st.tickets.add(Pending { block, entry }) else {
+        let Some(ticket) = st.tickets.add(pending) else {
             return Err(Halt::Fail(Error::corrupt("no room for an allocation")));
         };
+        st.uses.pin(frame, true);
         Ok(Plan::Allocate(Allocation {
             ticket,
             key: key_of(ticket),
@@ -158,16 +195,12 @@ impl Vdi {
     }
 
     /// The block is the guest's.
-    fn admit(&self, st: &mut State, block: u64, entry: u32) {
+    fn admit(&self, st: &mut State, block: u64, entry: u32, frame: u32) {
         if entry >= st.header.allocated {
             st.header.allocated = entry + 1;
             st.count_dirty = true;
         }
-        // Entries are of 32 bits, two to a word.
-        st.map.mark_entry((block / 2) as usize);
-        if let Some(cell) = self.map.get(block as usize) {
-            cell.store(entry, Ordering::Release);
-        }
+        self.set_entry(st, frame, block, entry);
     }
 
     pub(super) fn end_ticket(&self, st: &mut State, ticket: Ticket, written: bool) {
@@ -175,10 +208,10 @@ impl Vdi {
             debug_assert!(false, "a ticket that is not in flight");
             return;
         };
+        st.uses.pin(pending.frame, false);
         match written {
-            true => self.admit(st, pending.block, pending.entry),
-            // Few fail: the order of the others does not matter.
-            false => st.holes.push(pending.entry),
+            true => self.admit(st, pending.block, pending.entry, pending.frame),
+            false => st.holes.insert(pending.entry),
         }
     }
 

@@ -105,10 +105,16 @@ impl Vhd {
         if let Some(run) = self.tables.run(place.block, first, end) {
             return Ok(run);
         }
-        let frame = match st {
-            Some(st) => self.frame_of(st, place.block)?,
-            None => self.frame_of(&mut self.lock(), place.block)?,
+        // The frame is the bitmap's only as long as the lock is held.
+        let mut guard;
+        let st = match st {
+            Some(st) => st,
+            None => {
+                guard = self.lock();
+                &mut *guard
+            }
         };
+        let frame = self.frame_of(st, place.block)?;
         if self.tables.is_whole(place.block) {
             let sectors = end - first;
             return Ok(Run {

@@ -12,7 +12,7 @@
 //!
 //! # Memory
 //!
-//! A bit for each block of the disk, at most 4 MiB; the map itself when a repair writes: at most 128 MiB.
+//! A bit for each block of the disk, at most 4 MiB; twice that when a repair writes.
 
 use super::tally::{Severity, Tally};
 use super::{CheckOptions, Repair, Report};

@@ -220,7 +220,13 @@ impl Kind {
                 },
             )?),
             Kind::Parallels => Arc::new(Parallels::open(&**file)?),
-            Kind::Vdi => Arc::new(vdi::Vdi::open(&**file, &vdi::OpenOptions { read_only })?),
+            Kind::Vdi => Arc::new(vdi::Vdi::open(
+                &**file,
+                &vdi::OpenOptions {
+                    read_only,
+                    cache_bytes: Some(0),
+                },
+            )?),
             Kind::Vhdx => Arc::new(vhdx::Vhdx::open(
                 &**file,
                 &vhdx::OpenOptions {

@@ -22,7 +22,13 @@ fn disk(bytes: &[u8]) -> Arc<SimDisk> {
 }
 
 fn member(disk: &Arc<SimDisk>, read_only: bool) -> Result<Member> {
-    let image: Arc<dyn Image> = Arc::new(Vdi::open(&**disk, &OpenOptions { read_only })?);
+    let image: Arc<dyn Image> = Arc::new(Vdi::open(
+        &**disk,
+        &OpenOptions {
+            read_only,
+            ..OpenOptions::default()
+        },
+    )?);
     let files: Vec<Arc<dyn Storage>> = vec![disk.clone()];
     Ok(Member { image, files })
 }
