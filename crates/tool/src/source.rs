@@ -89,6 +89,8 @@ pub struct Source<'a> {
     size: u64,
     /// What cannot be read counts as zeros.
     salvage: bool,
+    /// What a file is too short for is noted too: up to here it has been.
+    cut_off: Option<u64>,
     unreadable: Vec<Unreadable>,
     unreadable_bytes: u64,
 }
@@ -104,6 +106,7 @@ impl<'a> Source<'a> {
             parts: Vec::new(),
             size: 0,
             salvage: false,
+            cut_off: None,
             unreadable: Vec::new(),
             unreadable_bytes: 0,
         };
@@ -169,6 +172,14 @@ impl<'a> Source<'a> {
         self
     }
 
+    /// Notes what is read from behind the end of a file that is too short, as what cannot be read: it reads as zeros, without
+    /// an error, where a qcow2 image says that there are data. What is noted is what [`Source::run`] comes by, in order.
+    #[must_use]
+    pub fn noting_cut_off(mut self, note: bool) -> Self {
+        self.cut_off = note.then_some(0);
+        self
+    }
+
     /// Bytes.
     pub fn size(&self) -> u64 {
         self.size
@@ -209,8 +220,29 @@ impl<'a> Source<'a> {
                 data: true,
                 place: None,
             }),
-            found => found,
+            Ok(run) => {
+                if let (Some(noted), Some(place)) = (self.cut_off, &run.place) {
+                    let there = place.file.len()?.saturating_sub(place.offset);
+                    self.note_cut_off(at + there.min(run.len), at + run.len, noted);
+                }
+                Ok(run)
+            }
+            failed => failed,
         }
+    }
+
+    /// Notes that the bytes from `at` to before `end` are not there, but for what was `noted` before.
+    fn note_cut_off(&mut self, at: u64, end: u64, noted: u64) {
+        let at = at.max(noted);
+        if at >= end {
+            return;
+        }
+        self.cut_off = Some(end);
+        self.note(Unreadable {
+            at,
+            len: end - at,
+            error: "its place is behind the end of the file, which is cut off".to_owned(),
+        });
     }
 
     /// How many of `most` bytes from `at` on are known to be zeros.

@@ -214,7 +214,8 @@ impl Copying<'_> {
             (Some(window), [chain]) => Source::window(chain, window.skip, window.len),
             (_, chains) => Source::join(&chains.iter().collect::<Vec<_>>()),
         };
-        Ok(source?.salvaging(self.args.salvage))
+        let salvage = self.args.salvage;
+        Ok(source?.salvaging(salvage).noting_cut_off(salvage))
     }
 
     fn options(&self) -> ConvertOptions<'_> {

@@ -440,6 +440,45 @@ fn what_cannot_be_read_is_zeros_with_salvage() {
     qemu::compare("raw", dir.join("b.raw"), "qcow2", dir.join("b.qcow2"));
 }
 
+#[test]
+fn what_a_cut_off_file_lacks_is_told_with_salvage() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    good(dir, &["create", "a.qcow2", "4M"]);
+    qemu::io("qcow2", dir.join("a.qcow2"), &["write -P 7 0 4M"]);
+    let whole = fs::metadata(dir.join("a.qcow2")).unwrap().len();
+    let file = fs::OpenOptions::new().write(true).open(dir.join("a.qcow2"));
+    file.unwrap().set_len(whole - (1 << 20) - 4096).unwrap();
+    let lost = (1 << 20) + 4096;
+    for target in ["b.raw", "b.qcow2"] {
+        let copy = ["convert", "--salvage", "--json", "a.qcow2", target];
+        let report = json(&good(dir, &copy));
+        assert_eq!(report["unreadable-bytes"], lost);
+        let place = &report["unreadable"][0];
+        assert_eq!(place["offset"], (4 << 20) - lost);
+        assert!(
+            place["error"].as_str().unwrap().contains("cut off"),
+            "{place}"
+        );
+    }
+    qemu::compare("raw", dir.join("b.raw"), "qcow2", dir.join("b.qcow2"));
+    // In qemu-img's place nothing is said, as by qemu-img.
+    let line = [
+        "qemu-img",
+        "convert",
+        "--salvage",
+        "-O",
+        "raw",
+        "a.qcow2",
+        "c.raw",
+    ];
+    let output = run(binary(), dir, &line);
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{output:?}"
+    );
+}
+
 /// Starts a command that a rate makes last for ever, and returns when it has written something.
 fn begin(dir: &Path, args: &[&str], appears: impl Fn(&Path) -> bool) -> Child {
     let mut child = Command::new(binary())

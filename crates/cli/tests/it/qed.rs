@@ -252,3 +252,43 @@ fn the_need_check_bit_is_cleared_by_the_next_writer() {
     let args = ["check", "a.qed"];
     failure(&args, &diskplane(root, &args), 2);
 }
+
+#[test]
+fn of_a_cut_off_cluster_is_salvaged_what_is_there() {
+    let dir = TempDir::new();
+    let root = dir.root();
+    qemu_img(root, &["create", "-q", "-f", "qed", "a.qed", "1M"]);
+    run(
+        "qemu-io",
+        root,
+        &[
+            "-f",
+            "qed",
+            "-c",
+            "write -P 7 0 64k",
+            "-c",
+            "write -P 7 64k 960k",
+            "a.qed",
+        ],
+    );
+    let lost = 65536 + 5 * 512;
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(dir.path("a.qed"))
+        .unwrap();
+    file.set_len(file.metadata().unwrap().len() - lost).unwrap();
+    let error = refused(root, &["convert", "-O", "raw", "a.qed", "a.raw"]);
+    assert!(error.contains("behind the end of the file"), "{error}");
+    for target in ["a.raw", "a.qcow2"] {
+        let report = good(root, &["convert", "--salvage", "--json", "a.qed", target]);
+        assert_eq!(json(&report)["unreadable-bytes"], lost, "{report}");
+    }
+    let bytes = fs::read(dir.path("a.raw")).unwrap();
+    let there = (1 << 20) - lost as usize;
+    assert!(bytes[..there].iter().all(|byte| *byte == 7));
+    assert!(bytes[there..].iter().all(|byte| *byte == 0));
+    qemu_img(
+        root,
+        &["compare", "-f", "raw", "-F", "qcow2", "a.raw", "a.qcow2"],
+    );
+}

@@ -92,14 +92,23 @@ impl Walk for Appended {
             if count == 0 {
                 return Ok(false);
             }
-            let room = (((count as u64) << g.cluster_bits) - skip).min(left);
+            let mut room = (((count as u64) << g.cluster_bits) - skip).min(left);
             let kind = match entry {
                 Ok(Entry::Unallocated) => ExtentKind::Unallocated,
                 Ok(Entry::Zero) => ExtentKind::Zero { host: None },
-                Ok(Entry::Data(host)) => ExtentKind::Data {
-                    file: self.file,
-                    offset: HostOffset(host + skip),
-                },
+                Ok(Entry::Data(host)) => {
+                    if self.cut_off {
+                        room = room.min(self.there(host + skip));
+                    }
+                    match room {
+                        0 if run.len() == 0 => return Err(Bad::Outside),
+                        0 => return Ok(false),
+                        _ => ExtentKind::Data {
+                            file: self.file,
+                            offset: HostOffset(host + skip),
+                        },
+                    }
+                }
                 Err(bad) if run.len() == 0 => return Err(bad),
                 Err(_) => return Ok(false),
             };
@@ -164,7 +173,8 @@ impl Appended {
             return Err(Bad::Misaligned);
         }
         let end = self.end.load(Ordering::Acquire);
-        if raw < self.head_end || raw >= end || end - raw < self.layout.cluster() {
+        let outside = raw < self.head_end || raw >= end;
+        if outside || end - raw < self.layout.cluster() && !self.cut_off {
             let at = raw & !OVERLAP;
             return Err(match raw & OVERLAP != 0 && at < self.end_at_open {
                 true => Bad::Overlap,
@@ -172,6 +182,11 @@ impl Appended {
             });
         }
         Ok(Entry::Data(raw))
+    }
+
+    /// How many bytes the file has from `host` on.
+    fn there(&self, host: u64) -> u64 {
+        self.end.load(Ordering::Acquire).saturating_sub(host)
     }
 
     /// Entry `at`, and for how many it goes on: at least 1, counted up to `most`. 0 behind the slice's end.
@@ -182,7 +197,10 @@ impl Appended {
         let count = match entry {
             // Clusters that follow one another may go on behind the end of the file.
             Ok(Entry::Data(host)) => {
-                let left = (self.end.load(Ordering::Acquire) - host) >> self.layout.cluster_bits;
+                let left = match self.cut_off {
+                    true => self.there(host).div_ceil(self.layout.cluster()),
+                    false => self.there(host) >> self.layout.cluster_bits,
+                };
                 count.min(usize::try_from(left).unwrap_or(count))
             }
             _ => count,
@@ -314,7 +332,7 @@ impl Appended {
     /// nowhere, which ends all changes. Only in a slice of `ours` may it point behind the end at open: wherever the file
     /// ends now, nobody else was given a place there.
     fn judge(&self, places: &Places, raw: u64, ours: bool) -> (u64, bool) {
-        let behind = raw.saturating_add(self.layout.cluster()) > self.end_at_open;
+        let behind = raw.saturating_add(self.layout.cluster()) > self.end_at_open && !self.cut_off;
         match self.decode(raw) {
             Ok(Entry::Data(_)) if behind && !ours => (raw | OVERLAP, true),
             Ok(Entry::Data(host)) if places.holds(host >> self.layout.cluster_bits) => {

@@ -81,6 +81,8 @@ pub(crate) struct Appended {
     end: AtomicU64,
     /// Where it ended when the image was opened: what refers behind it is this process's, or not sound.
     end_at_open: u64,
+    /// The file ends within a cluster, and is only read: of that one the sectors that are there are mapped.
+    cut_off: bool,
     state: Mutex<State>,
     /// There may be something to foresee.
     ahead: AtomicBool,
@@ -116,6 +118,8 @@ pub(crate) struct Setup {
     pub(crate) tables_from: u64,
     /// Up to where clusters are sound: whole clusters.
     pub(crate) end: u64,
+    /// See [`Appended::cut_off`]: then sectors are, up to `end`.
+    pub(crate) cut_off: bool,
     /// The first cluster that the file has nothing of.
     pub(crate) free_from: u64,
     /// Most bytes of the file.
@@ -175,6 +179,7 @@ impl Appended {
             read_only: setup.read_only,
             end: AtomicU64::new(setup.end),
             end_at_open: setup.end,
+            cut_off: setup.cut_off,
             state: Mutex::new(State {
                 cache: Cache::new(frames, &layout),
                 space: Space::new(setup.free_from, layout.size),

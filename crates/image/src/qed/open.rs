@@ -76,8 +76,9 @@ impl Qed {
             super::resize::write_header(storage, &cleared)?;
         }
 
-        // A cluster that the file has a part of is not one (as in QEMU).
-        let end = file_len & !(layout.cluster() - 1);
+        // A cluster that the file has a part of is not one, as in QEMU; but what there is of it is read.
+        let cut_off = read_only.is_some();
+        let unit = if cut_off { 512 } else { layout.cluster() };
         let core = Appended::new(Setup {
             name: name.to_owned(),
             file: FileId::IMAGE,
@@ -90,7 +91,8 @@ impl Qed {
             places,
             head_end: u64::from(header.header_size) << bits,
             tables_from: u64::from(header.header_size) << bits,
-            end,
+            end: file_len & !(unit - 1),
+            cut_off,
             free_from: file_len.div_ceil(layout.cluster()),
             file_bytes_max: limits::DISK_BYTES_MAX,
             has_backing: header.backing.is_some(),

@@ -335,6 +335,7 @@ impl Opener<'_> {
             head_end: tables.head_end,
             tables_from: SECTOR,
             end,
+            cut_off: false,
             free_from: align_up(len.max(tables.head_end), cluster) >> layout.cluster_bits,
             file_bytes_max: SPARSE_FILE_BYTES_MAX,
             has_backing: self.has_backing,
