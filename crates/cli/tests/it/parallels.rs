@@ -176,13 +176,18 @@ fn damage_is_found_and_writing_is_refused() {
             assert!(error.contains(said), "{said}: {error}");
         }
     }
+    // One that was not closed; there is nothing to repair of the other.
+    let mut bytes = sound.clone();
+    put(&mut bytes, 44, 0x746f_6e59);
+    fs::write(dir.path("b.hds"), &bytes).unwrap();
+    good(root, &["check", "--repair", "all", "a.hds"]);
     for (args, said) in [
         (
             &["serve", "a.hds", "--nbd", "unix:s"][..],
             "for reading only",
         ),
         (&["resize", "a.hds", "5M"], "for reading only"),
-        (&["check", "--repair", "all", "a.hds"], "for reading only"),
+        (&["check", "--repair", "all", "b.hds"], "for reading only"),
         (
             &["create", "-f", "parallels", "b.hdd", "1M"],
             "for reading only",

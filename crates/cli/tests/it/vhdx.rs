@@ -3,6 +3,7 @@
 use crate::common;
 
 use common::{diskplane, good, json, qemu_img, refused};
+use serde_json::Value;
 use std::fs;
 use std::process::{Command, Output};
 use testkit::TempDir;
@@ -143,4 +144,39 @@ fn what_qemu_left_in_a_log_is_read_and_repaired() {
         root,
         &["compare", "-f", "vhdx", "-F", "raw", "a.vhdx", "out.raw"],
     );
+}
+
+#[test]
+fn a_disk_of_nothing_can_be_opened_by_qemu() {
+    let dir = TempDir::new();
+    let root = dir.root();
+    good(root, &["create", "a.vhdx", "0"]);
+    qemu_img(root, &["info", "-f", "vhdx", "a.vhdx"]);
+    good(root, &["check", "a.vhdx"]);
+    assert_eq!(
+        json(&good(root, &["info", "--json", "a.vhdx"]))["virtual-size"],
+        0
+    );
+}
+
+#[test]
+fn a_fixed_image_of_qemu_leaks_nothing() {
+    let dir = TempDir::new();
+    let root = dir.root();
+    // Its entries say that the blocks are zeros, though each has its place.
+    qemu_img(
+        root,
+        &[
+            "create",
+            "-q",
+            "-f",
+            "vhdx",
+            "-o",
+            "subformat=fixed",
+            "a.vhdx",
+            "20M",
+        ],
+    );
+    let report = json(&good(root, &["check", "--json", "a.vhdx"]));
+    assert_eq!(report["leaks"], Value::Null, "{report}");
 }

@@ -142,8 +142,13 @@ impl CreateOptions {
             disk_size_at: 0,
         };
         let log = HEAD_BYTES..HEAD_BYTES + self.log_bytes;
-        // At least one entry's sector, also of an empty disk.
-        let table = (metadata.entries() * 8).next_multiple_of(MIB).max(MIB);
+        let entries = match metadata.blocks() {
+            // QEMU takes as many for needed by an empty disk (block/vhdx.c, vhdx_calc_bat_entries), and opens none that
+            // has fewer. Nothing is written there.
+            0 => u64::from(u32::MAX) >> metadata.chunk_bits(),
+            _ => metadata.entries(),
+        };
+        let table = (entries * 8).next_multiple_of(MIB);
         let bat = log.end..log.end + table;
         let items = bat.end..bat.end + MIB;
         Ok(Places {

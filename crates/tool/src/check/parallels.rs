@@ -16,15 +16,11 @@ use image::parallels::{HEADER_BYTES, Header, Place};
 ///
 /// # Errors
 ///
-/// `Corrupt` and `Unsupported` where the header does not say what the image is, `Unsupported` for a repair and for an image
-/// that takes more memory than it may; what reading fails with.
+/// `Corrupt` and `Unsupported` where the header does not say what the image is, `Unsupported` for a repair of what is not sound
+/// and for an image that takes more memory than it may; what reading fails with.
 pub fn check(storage: &dyn Storage, options: &CheckOptions) -> Result<Report> {
     let header = Header::read(storage)?;
     let refuse = |why: String| Error::unsupported(why).within(storage.name());
-    if options.repair != Repair::No {
-        let why = "parallels images are for reading only, and not repaired: convert it into another format";
-        return Err(refuse(why.to_owned()));
-    }
     let mut tally = Tally::default();
     if header.in_use {
         tally.found(Severity::Corruption, 1, || {
@@ -105,6 +101,11 @@ pub fn check(storage: &dyn Storage, options: &CheckOptions) -> Result<Report> {
         tally.found(Severity::Leak, over.div_ceil(cluster_bytes), || {
             format!("space leaked at the end of the image: {over} bytes")
         });
+    }
+    let wrong = tally.errors() + tally.leaks > 0;
+    if wrong && options.repair != Repair::No {
+        let why = "parallels images are for reading only, and not repaired: convert it into another format";
+        return Err(refuse(why.to_owned()));
     }
     Ok(Report {
         corruptions: tally.errors(),

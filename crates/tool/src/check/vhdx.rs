@@ -13,7 +13,7 @@
 use super::tally::{Severity, Tally};
 use super::{CheckOptions, Repair, Report};
 use block::{Error, Result, Storage};
-use image::vhdx::{BlockPlace, Layout, repair};
+use image::vhdx::{BlockPlace, Layout, Metadata, repair};
 
 /// Bytes behind the tables that QEMU leaves free in each new image.
 const ROOM_BYTES: u64 = 4 << 20;
@@ -135,7 +135,7 @@ fn inspect(storage: &dyn Storage, budget: u64) -> Result<Inspected> {
     };
     taken.push((end, u64::MAX, None));
     taken.sort_unstable();
-    spaces(&taken, layout.metadata.block_bytes, &mut tally);
+    spaces(&taken, &layout.metadata, &mut tally);
     let mut report = Report {
         corruptions: tally.errors(),
         leaks: tally.leaks,
@@ -158,7 +158,9 @@ fn inspect(storage: &dyn Storage, budget: u64) -> Result<Inspected> {
 }
 
 /// Looks for blocks that overlap, and for space between what is in use in which a block would have room.
-fn spaces(taken: &[Taken], block_bytes: u64, tally: &mut Tally) {
+fn spaces(taken: &[Taken], metadata: &Metadata, tally: &mut Tally) {
+    // A fixed image has the space of all of its blocks, also of those that its entries call zeros: so QEMU makes it.
+    let (block_bytes, fixed) = (metadata.block_bytes, metadata.fixed);
     let (mut end, mut of): (u64, Option<u64>) = (0, None);
     for (from, to, entry) in taken {
         // Behind the tables, QEMU leaves some room.
@@ -173,7 +175,7 @@ fn spaces(taken: &[Taken], block_bytes: u64, tally: &mut Tally) {
                     )
                 });
             }
-        } else if from - end >= block_bytes && from - end > room {
+        } else if !fixed && from - end >= block_bytes && from - end > room {
             let count = (from - end) / block_bytes;
             tally.found(Severity::Leak, count, || {
                 format!("bytes {end:#x} to {from:#x} of the file: nothing refers to them")
