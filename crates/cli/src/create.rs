@@ -16,6 +16,9 @@ use tool::prealloc::{Preallocation, fill_host};
 use tool::rebase::Link;
 use tool::work::Stop;
 
+/// A disk that is smaller than any file system: somebody forgot a suffix.
+const SMALL_BYTES: u64 = 4096;
+
 /// Links behind one name, at most, as the kernel has it.
 const LINKS_MAX: usize = 40;
 
@@ -64,6 +67,12 @@ pub fn run(args: &args::Create) -> Result<()> {
     }
     // Before the file is touched.
     let disk_bytes = options.settle(format, bytes)?;
+    if bytes < SMALL_BYTES && !args.quiet {
+        eprintln!(
+            "diskplane: warning: a disk of {bytes} bytes, which has {disk_bytes}: sizes are in bytes where they have no \
+             suffix (10G is 10 GiB)"
+        );
+    }
     options.seal(format, &args.keys)?;
     make(file, format, &options)?;
     let mut line = format!(
@@ -164,7 +173,7 @@ fn make(file: &Path, format: Format, options: &Options) -> Result<()> {
 }
 
 /// The formats that new images can have.
-const NEW_NAMES: &str = "raw, qcow2, qed, vhd, vhdx, vdi, vmdk or luks";
+pub const NEW_NAMES: &str = "raw, qcow2, qed, vhd, vhdx, vdi, vmdk or luks";
 
 /// The format that was said (by `flag`), or that a new file's name says.
 pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result<Format> {

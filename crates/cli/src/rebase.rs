@@ -42,8 +42,11 @@ pub fn run(args: &args::Rebase) -> Result<()> {
     };
     if let Some((name, _)) = backing
         && !chain::is_file_name(name)
+        && !nbd::is_name(name)
     {
-        bail!("-b {name}: it has a protocol, only names of files are opened");
+        bail!(
+            "-b {name}: it has a protocol: only files and exports of NBD servers (nbd://…) are opened"
+        );
     }
     let (format, report) = match args.unsafe_mode {
         true => {
@@ -136,7 +139,7 @@ fn overlay(args: &args::Rebase) -> Result<(PathBuf, ChainOptions)> {
 /// The new backing file.
 fn base(args: &args::Rebase, file: &Path, name: &str, format: Format) -> Result<Chain> {
     // A relative name starts at the directory of the image that stores it.
-    let path = file.parent().unwrap_or(Path::new("")).join(name);
+    let path = open::beside(file, name);
     let options = ChainOptions {
         format: Some(format),
         read_only: true,

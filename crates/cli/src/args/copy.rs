@@ -1,6 +1,6 @@
 //! Commands that move disks' content: `convert`, `dd`, `commit` and `rebase`; and `compare`.
 
-use super::{format, rate, sparse};
+use super::{format, new_format, rate, sparse};
 use crate::secret::Keys;
 use clap::Args;
 use image::Format;
@@ -59,7 +59,7 @@ pub struct Convert {
     #[arg(short = 'f', long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
     /// Format of DST: raw, qcow2, qed, vhd, vhdx, vdi, vmdk or luks [default: by DST's extension, .qcow2, .qed, .vhd, .vpc, .vhdx, .vdi, .vmdk, .luks, .raw or .img]
-    #[arg(short = 'O', long, value_name = "FMT", value_parser = format)]
+    #[arg(short = 'O', long, value_name = "FMT", value_parser = new_format)]
     pub target_format: Option<Format>,
     /// Options of DST's format, as key=value,…: `diskplane create -f FMT -o help FILE` lists them
     #[arg(
@@ -105,7 +105,7 @@ pub struct Convert {
     pub salvage: bool,
     /// Keep what is done in DST.part where it is cut off, and go on there the next time. What is there is read and
     /// compared with SRC, and written only where it differs: never a byte of an older SRC. Not kept where the host
-    /// failed to make it durable
+    /// failed to make it durable. Only for raw and qcow2 images that are no device
     #[arg(long, conflicts_with_all = ["compress", "no_create"])]
     pub resume: bool,
     /// How the host caches SRC
@@ -187,7 +187,7 @@ pub struct Dd {
     #[arg(short = 'f', long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
     /// Format of the new image [default: raw]
-    #[arg(short = 'O', long, value_name = "FMT", value_parser = format)]
+    #[arg(short = 'O', long, value_name = "FMT", value_parser = new_format)]
     pub target_format: Option<Format>,
     /// Read the image even while another process writes it
     #[arg(short = 'U', long)]

@@ -1,6 +1,6 @@
 //! Commands about images that do not exist yet: `create` and `measure`.
 
-use super::{Form, bytes, format};
+use super::{Form, bytes, format, new_format};
 use crate::secret::Keys;
 use clap::Args;
 use image::Format;
@@ -13,7 +13,7 @@ pub struct Create {
     #[arg(short, long)]
     pub quiet: bool,
     /// Format of the new image: raw, qcow2, qed, vhd, vhdx, vdi, vmdk or luks [default: by FILE's extension, .qcow2, .qed, .vhd, .vpc, .vhdx, .vdi, .vmdk, .luks, .raw or .img]
-    #[arg(short, long, value_name = "FMT", value_parser = format)]
+    #[arg(short, long, value_name = "FMT", value_parser = new_format)]
     pub format: Option<Format>,
     /// Options of the format, as key=value,…: `-o help` lists them
     #[arg(short, long = "option", value_name = "K=V,…")]

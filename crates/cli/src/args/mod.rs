@@ -25,6 +25,7 @@ use crate::{
     bitmap::Bitmap,
     trace::Trace,
 };
+use anyhow::anyhow;
 use block::{Result, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use image::Format;
@@ -174,6 +175,17 @@ fn rate(text: &str) -> Result<u64> {
 
 pub(crate) fn format(text: &str) -> Result<Format> {
     text.parse()
+}
+
+/// The format of a new image. What is read only is refused later, by its name.
+fn new_format(text: &str) -> anyhow::Result<Format> {
+    text.parse().map_err(|_| {
+        anyhow!(
+            "format '{}' is not supported: {}",
+            block::plain(text),
+            crate::create::NEW_NAMES
+        )
+    })
 }
 
 #[cfg(test)]

@@ -287,7 +287,7 @@ fn only_the_name_changes_in_unsafe_mode() {
     for (args, says) in [
         (&["-u", "-b", &long, "-F", "raw"][..], "it has 1 to 1023"),
         (&["-b", "moved"], "say its format with -F"),
-        (&["-b", "nbd://x", "-F", "raw"], "protocol"),
+        (&["-b", "ssh://x", "-F", "raw"], "protocol"),
         (&["-b", "absent", "-F", "raw"], "absent"),
         (&["-b", "", "-F", "raw"], "there is no format"),
     ] {

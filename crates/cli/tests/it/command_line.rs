@@ -491,3 +491,40 @@ fn a_signal_has_progress_told_and_ends_nothing() {
         fs::read(dir.join("b.raw")).unwrap()
     );
 }
+
+#[test]
+fn sizes_without_a_suffix_and_formats_that_are_not_made_are_told() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    let output = common::run(common::binary(), dir, &["create", "a.qcow2", "10"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    assert!(
+        said.contains("warning: a disk of 10 bytes, which has 512: ") && said.lines().count() == 1,
+        "{said}"
+    );
+    for quiet in [
+        &["create", "-q", "b.qcow2", "10"][..],
+        &["create", "c.qcow2", "10M"],
+    ] {
+        let output = common::run(common::binary(), dir, quiet);
+        assert!(
+            output.status.success() && output.stderr.is_empty(),
+            "{output:?}"
+        );
+    }
+    for line in [
+        ["create", "-f", "foo", "x", "1M"],
+        ["convert", "-O", "foo", "a.qcow2", "x"],
+        ["dd", "-O", "foo", "if=a.qcow2", "of=x"],
+    ] {
+        let output = common::run(common::binary(), dir, &line);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success(), "{said}");
+        assert!(
+            said.contains("raw, qcow2, qed, vhd, vhdx, vdi, vmdk or luks"),
+            "{said}"
+        );
+        assert!(!said.contains("luks or parallels"), "{said}");
+    }
+}

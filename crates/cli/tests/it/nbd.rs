@@ -784,4 +784,16 @@ fn an_overlay_is_rebased_onto_the_export_below_it() {
     );
     let drop_in = ["qemu-img", "rebase", "-b", &name, "-F", "raw", "top"];
     good(dir.root(), &drop_in);
+    let own = [
+        "rebase",
+        "-q",
+        "--allow-backing",
+        &name,
+        "-b",
+        &name,
+        "-F",
+        "raw",
+        "top",
+    ];
+    good(dir.root(), &own);
 }
