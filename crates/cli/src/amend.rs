@@ -48,6 +48,8 @@ pub struct Changes {
     pub size: Option<u64>,
     /// The disk may become smaller.
     pub shrink: bool,
+    /// A downgrade may take the persistent bitmaps with it; else it is refused while there are some.
+    pub drop_bitmaps: bool,
     /// Some were said without `encrypt.`, as those of a luks image.
     pub bare: bool,
     /// `encrypt.*`, in the order given.
@@ -113,6 +115,15 @@ pub fn apply(
     check::mend(storage, Format::Qcow2)?;
     let header = Header::read(storage)?;
     header.check_known().map_err(|e| e.within(&name))?;
+    let header =
+        match changes.drop_bitmaps && changes.image.version == Some(2) && header.version > 2 {
+            // qemu-img leaves them where version 2 has no place for them, and nobody finds them again.
+            true if tool::bitmap::remove_all(storage)? > 0 => {
+                eprintln!("qemu-img: warning: version 2 images have no bitmaps: they are removed");
+                Header::read(storage)?
+            }
+            _ => header,
+        };
     changes
         .image
         .validate(&header)

@@ -86,20 +86,22 @@ pub fn list(storage: &dyn Storage) -> Result<Vec<Listed>> {
 }
 
 /// Removes all bitmaps of the image in `storage`, which nobody else may use. All of them are gone afterwards, or none.
+/// Returns how many there were.
 ///
 /// # Errors
 ///
 /// As [`list`], and what writing fails with.
-pub fn remove_all(storage: &dyn Storage) -> Result<()> {
+pub fn remove_all(storage: &dyn Storage) -> Result<usize> {
     let entries = bitmap::list(storage)?;
     if entries.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
     let mut bitmaps = Bitmaps::open(storage)?;
-    for entry in entries {
+    for entry in &entries {
         bitmaps.remove(entry.raw_name())?;
     }
-    bitmaps.commit()
+    bitmaps.commit()?;
+    Ok(entries.len())
 }
 
 /// What becomes of bitmaps that are not sound when all are copied.

@@ -45,6 +45,10 @@ pub struct ImageOptions {
     pub format: Option<Format>,
     /// Of a raw one, the part of its file.
     pub part: Option<Part>,
+    /// The option that says which part, where its format is to be found out: only a raw one has it.
+    pub part_key: Option<&'static str>,
+    /// The first option that says what it lies on.
+    pub backing_key: Option<String>,
     /// The part of its file that the image is in: `file.driver=raw` with an offset or size.
     pub window: Option<Part>,
     /// Secrets that are passphrases, from the top.
@@ -151,6 +155,17 @@ impl ImageOptions {
         if node.is_on("cache.no-flush")? {
             image.cache = Some(Cache::Unsafe);
         }
+        let is_backing = |key: &&String| *key == "backing" || key.starts_with("backing.");
+        image.backing_key = node
+            .0
+            .iter()
+            .find(|(key, value)| is_backing(key) && !value.is_empty())
+            .map(|(key, _)| key.clone());
+        if node.0.get("backing").is_some_and(String::is_empty) {
+            image.notes.push(
+                "Use of \"backing\": \"\" is deprecated; use \"backing\": null instead".to_owned(),
+            );
+        }
         let mut below = Some(node);
         while let Some(node) = below.take() {
             if image.below.len() > limits::CHAIN_LENGTH_MAX {
@@ -184,6 +199,7 @@ impl ImageOptions {
                 node.finish(&format!(
                     "Block protocol '{protocol}' doesn't support the option"
                 ))?;
+                node::check_kind(protocol, &name)?;
                 (name, Some(Format::Raw))
             }
             Some("nbd") => (node.nbd()?, Some(Format::Raw)),
@@ -198,8 +214,15 @@ impl ImageOptions {
         if window.is_some() && !first {
             bail!("only the first image of a chain can be in a part of a file");
         }
+        let keys = ["offset", "size"];
+        let part_key = keys.into_iter().find(|key| node.0.contains_key(*key));
         let part = match format {
             Some(Format::Raw) => node.part()?,
+            // If it is found to be raw.
+            None if first => {
+                self.part_key = part_key;
+                node.part()?
+            }
             _ => None,
         };
         if format == Some(Format::Vhd) {

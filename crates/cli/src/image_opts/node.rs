@@ -7,6 +7,7 @@ use disk::chain::Part;
 use image::Format;
 use image::vhd::SizeFrom;
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileTypeExt as _;
 use std::time::Duration;
 
 /// What the options say of one image.
@@ -187,7 +188,8 @@ impl Node {
 
     /// The name of a file that is named by what is said of its protocol; `what` it is to the image.
     pub fn protocol(mut self, what: &str) -> Result<String> {
-        let mut driver = self.take("driver").unwrap_or_else(|| "file".to_owned());
+        let mut said = self.take("driver");
+        let mut driver = said.clone().unwrap_or_else(|| "file".to_owned());
         // Bytes as they are, of what is below.
         while driver == "raw" {
             self.look(&ALL, &[])?;
@@ -195,7 +197,8 @@ impl Node {
             self.finish(&format!(
                 "{what}.driver=raw: only the file of the first image is a part of one, and only once; no"
             ))?;
-            driver = below.take("driver").unwrap_or_else(|| "file".to_owned());
+            said = below.take("driver");
+            driver = said.clone().unwrap_or_else(|| "file".to_owned());
             self = below;
         }
         match driver.as_str() {
@@ -210,9 +213,12 @@ impl Node {
             }
             _ => bail!("Unknown driver '{driver}'"),
         }
-        let Some(name) = self.take("filename") else {
+        let Some(name) = self.take("filename").filter(|name| !name.is_empty()) else {
             bail!("The '{driver}' block driver requires a file name");
         };
+        if let Some(driver) = &said {
+            check_kind(driver, &name)?;
+        }
         self.look_at_file()?;
         self.finish(&format!(
             "Block protocol '{driver}' doesn't support the option"
@@ -299,6 +305,25 @@ impl Node {
             Some(key) => Err(anyhow!("{why} '{key}'")),
             None => Ok(()),
         }
+    }
+}
+
+/// Refuses the file `name` where it is none that the protocol `driver`, which was said, is for.
+pub fn check_kind(driver: &str, name: &str) -> Result<()> {
+    // One that is not there is told when it is opened.
+    let Ok(there) = std::fs::metadata(name) else {
+        return Ok(());
+    };
+    let kind = there.file_type();
+    let is_device = kind.is_block_device() || kind.is_char_device();
+    match driver {
+        "host_device" if !is_device => {
+            bail!("'host_device' driver requires '{name}' to be either a character or block device")
+        }
+        "file" if !kind.is_file() => {
+            bail!("'file' driver requires '{name}' to be a regular file")
+        }
+        _ => Ok(()),
     }
 }
 

@@ -75,6 +75,7 @@ pub fn run(args: &Amend) -> Result<u8> {
     let mut changes = options::parse_amend(&pairs).map_err(|error| in_qemus_words(error, None))?;
     // As qemu-img does, without being asked for it.
     changes.shrink = true;
+    changes.drop_bitmaps = true;
     let opened = ChainOptions {
         format: Some(format),
         read_only: false,
@@ -84,18 +85,7 @@ pub fn run(args: &Amend) -> Result<u8> {
     let slot = said.iter().find(|(name, _)| *name == "encrypt.keyslot");
     let slot = slot.map(|(_, slot)| slot.as_str());
     let progress = Progress::new(1, args.shown.progress());
-    let apply = || crate::amend::apply(&path, &changes, objects, args.force, &opened);
-    let amended = match apply() {
-        // qemu-img leaves them, and says of them that they are of no use: then they may as well go.
-        Err(error) if error.to_string().contains("has persistent bitmaps") => {
-            eprintln!("qemu-img: warning: version 2 images have no bitmaps: they are removed");
-            let file = crate::open::file(&path, Access::Write)?;
-            tool::bitmap::remove_all(&*file)?;
-            drop(file);
-            apply()
-        }
-        amended => amended,
-    };
+    let amended = crate::amend::apply(&path, &changes, objects, args.force, &opened);
     amended.map_err(|error| {
         let text = format!("{error:#}");
         let own = text.strip_prefix(&format!("{}: ", path.display()));

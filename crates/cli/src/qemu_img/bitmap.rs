@@ -5,6 +5,7 @@ use super::spec::Spec;
 use crate::bitmap::Actions;
 use crate::open::Access;
 use anyhow::{Result, anyhow, bail};
+use block::ErrorKind;
 use clap::Args;
 use image::Format;
 use tool::bitmap::Action;
@@ -70,6 +71,7 @@ pub fn run(args: &Bitmap) -> Result<u8> {
         open::file(&name, Access::Read, &args.spec.objects)
     });
     let source = source.transpose()?;
+    open::need_key(&name, &*storage, format, &args.spec.objects)?;
     let first = actions.first().map_or("add", said);
     let failed = |operation: &str, why: &dyn std::fmt::Display| {
         anyhow!("Operation {operation} on bitmap {bitmap} failed: {why}")
@@ -86,7 +88,15 @@ pub fn run(args: &Bitmap) -> Result<u8> {
     crate::check::mend(&*storage, format)?;
     let below = match &source {
         Some((file, Format::Qcow2)) => Some(&**file as &dyn block::Storage),
-        Some((_, other)) => bail!("a {other} image has no bitmaps to merge"),
+        // It has no bitmaps.
+        Some(_) => {
+            let sought = actions.iter().find_map(|action| match action {
+                Action::Merge { source } => Some(String::from_utf8_lossy(source)),
+                _ => None,
+            });
+            let why = format!("Dirty bitmap '{}' not found", sought.unwrap_or_default());
+            return Err(failed("merge", &why));
+        }
         None => None,
     };
     // One by one, as qemu-img does: those before the one that fails stay done.
@@ -98,7 +108,7 @@ pub fn run(args: &Bitmap) -> Result<u8> {
             std::slice::from_ref(&action),
             below,
         )
-        .map_err(|error| failed(operation, &in_qemus_words(&action, bitmap, &error)))?;
+        .map_err(|error| failed(operation, &in_qemus_words(&action, file, bitmap, &error)))?;
     }
     Ok(0)
 }
@@ -115,26 +125,27 @@ fn said(action: &Action) -> &'static str {
     }
 }
 
-fn in_qemus_words(action: &Action, bitmap: &str, error: &block::Error) -> String {
+fn in_qemus_words(action: &Action, file: &str, bitmap: &str, error: &block::Error) -> String {
     let text = error.to_string();
-    let source = match action {
-        Action::Merge { source } => String::from_utf8_lossy(source).into_owned(),
-        _ => bitmap.to_owned(),
-    };
     match action {
+        Action::Add { .. } if text.contains("the name of a bitmap has") => match bitmap {
+            "" => "Bitmap name cannot be empty".to_owned(),
+            _ => "Bitmap name is too long".to_owned(),
+        },
+        Action::Add { .. } if text.contains("of version 2 has no bitmaps") => format!(
+            "Can't make bitmap '{bitmap}' persistent in '{file}': Cannot store dirty bitmaps in qcow2 v2 files"
+        ),
         Action::Add { .. } if text.contains("has a bitmap") => {
             format!("Bitmap already exists: {bitmap}")
         }
         Action::Add { .. } if text.contains("a granularity of") => {
             "Granularity must be power of 2 and at least 512".to_owned()
         }
-        _ if text.contains("no such bitmap") => {
-            let missing = if text.contains(&format!("'{bitmap}'")) {
-                bitmap
-            } else {
-                &source
-            };
-            format!("Dirty bitmap '{missing}' not found")
+        _ if error.kind() == ErrorKind::NotFound => {
+            let missing = text
+                .rsplit_once("has no bitmap ")
+                .map_or("", |(_, name)| name);
+            format!("Dirty bitmap {missing} not found")
         }
         _ if text.contains("inconsistent") => {
             format!("Bitmap '{bitmap}' is inconsistent and cannot be used")

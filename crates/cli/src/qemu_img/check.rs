@@ -1,7 +1,7 @@
 //! `qemu-img check`.
 
 use super::line::usage;
-use super::open::{self, How};
+use super::open;
 use super::spec::{Image, Output};
 use super::value;
 use crate::check::NO_CHECKS;
@@ -72,18 +72,12 @@ pub fn run(args: &Check) -> Result<u8> {
              replayed\nTo replay the log, run:\nqemu-img check -r all '{file}'"
         ));
     }
-    if is_encrypted(&*storage, format) {
-        // As QEMU, which opens it with its key or not at all. It is open already, and locked.
-        let how = How {
-            force_share: true,
-            without_backing: true,
-            ..How::default()
-        };
-        open::chain(&name, &how, &args.image.spec.objects)?;
-    }
+    open::need_key(&name, &*storage, format, &args.image.spec.objects)?;
     let report = match format {
         // Ours does: diskplane check.
         Format::Vhd => None,
+        // It checks these, and repairs none.
+        Format::Vdi | Format::Vmdk if repair != Repair::No => None,
         Format::Vmdk => {
             // With the lock that all of its files get.
             let path = storage.path().to_owned();
@@ -101,16 +95,16 @@ pub fn run(args: &Check) -> Result<u8> {
     for line in findings(&report, &*storage, format, repair) {
         eprintln!("{line}");
     }
-    // QEMU tells of a file's end only in these formats, and of a VDI image's blocks nothing.
+    // QEMU tells of a file's end only in these formats, and of the clusters of others nothing.
     match format {
         Format::Qcow2 | Format::Parallels => {}
-        Format::Vdi => {
+        Format::Qed => report.image_end_offset = 0,
+        _ => {
             report.image_end_offset = 0;
             report.total_clusters = 0;
             report.allocated_clusters = 0;
             report.fragmented_clusters = 0;
         }
-        _ => report.image_end_offset = 0,
     }
     let repaired = report.leaks_fixed + report.corruptions_fixed > 0;
     if repaired && !as_json && !args.quiet {
@@ -263,16 +257,6 @@ fn human(report: &Report) -> String {
         text.push_str(&format!("Image end offset: {}\n", report.image_end_offset));
     }
     text
-}
-
-/// Whether an image's data are encrypted.
-fn is_encrypted(file: &dyn block::Storage, format: Format) -> bool {
-    match format {
-        Format::Luks => true,
-        // What is wrong with a header is said by the check.
-        Format::Qcow2 => image::qcow2::Header::read(file).is_ok_and(|h| h.crypt_method != 0),
-        _ => false,
-    }
 }
 
 #[cfg(test)]

@@ -353,7 +353,7 @@ pub fn passphrases(options: &Options, objects: &Objects) -> Result<Vec<Arc<Passp
 }
 
 /// What is wrong with the options of an image, as QEMU says it.
-fn own_words(format: Format, error: anyhow::Error) -> anyhow::Error {
+pub fn own_words(format: Format, error: anyhow::Error) -> anyhow::Error {
     let text = error.to_string();
     if text.starts_with("a disk of") && text.contains("is too large") {
         let hint = match format {
@@ -364,6 +364,19 @@ fn own_words(format: Format, error: anyhow::Error) -> anyhow::Error {
             "The image size is too large for file format '{}'{hint}",
             format.qemu_name()
         );
+    }
+    if format == Format::Qed {
+        if text.starts_with("cluster_size is") {
+            return anyhow!(
+                "QED cluster size must be within range [4096, 67108864] and power of 2"
+            );
+        }
+        if text.starts_with("table_size is") {
+            return anyhow!("QED table size must be within range [1, 16] and power of 2");
+        }
+    }
+    if format == Format::Vhdx && text.starts_with("blocks of ") {
+        return anyhow!("Block size must be a power of two");
     }
     let known = [
         (

@@ -4,7 +4,7 @@
 //! The table may know formats that diskplane cannot make (yet): whether it can is up to [`image::Format`].
 
 use anyhow::{Result, anyhow, bail};
-use image::Format;
+use image::{Format, vmdk};
 use std::collections::BTreeMap;
 
 /// What an option's value is.
@@ -531,7 +531,8 @@ impl Said {
     ///
     /// In QEMU's words, with its name for the option.
     pub fn check_choices(&self) -> Result<()> {
-        let choices: [(&str, &str, &[&str]); 3] = [
+        let choices: [(&str, &str, &[&str]); 4] = [
+            ("encrypt.format", "format", &["aes", "luks"]),
             (
                 "preallocation",
                 "preallocation",
@@ -548,7 +549,18 @@ impl Said {
                 _ => {}
             }
         }
-        Ok(())
+        let Some(value) = self.get("subformat") else {
+            return Ok(());
+        };
+        match self.format.as_str() {
+            "vmdk" if vmdk::Subformat::of_name(value).is_none() => {
+                bail!("invalid parameter value: {value}")
+            }
+            "vpc" | "vhdx" if !matches!(value, "dynamic" | "fixed") => {
+                bail!("Parameter 'subformat' does not accept value '{value}'")
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether the format has the option `name`.

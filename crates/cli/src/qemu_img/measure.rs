@@ -104,7 +104,13 @@ pub fn run(args: &Measure) -> Result<u8> {
         chain.as_ref(),
         source.as_mut(),
         &mut work,
-    )?;
+    );
+    let measured = measured.map_err(|error| {
+        let error = create::own_words(format, error);
+        // Here qemu-img does not say of which format.
+        let of_it = format!(" for file format '{}'", format.qemu_name());
+        anyhow!("{}", error.to_string().replace(&of_it, ""))
+    })?;
     let Some(measured) = measured else {
         bail!("Block driver '{target}' does not support size measurement");
     };

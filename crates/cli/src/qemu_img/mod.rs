@@ -159,12 +159,22 @@ fn begin(arguments: &[OsString]) -> Result<(String, &[OsString]), Ended> {
     }
 }
 
+/// Says that nothing is traced, as QEMU does of an event that it does not have. What a pattern finds it does not say either.
+fn warn_of_event(name: &str) {
+    let name = name.strip_prefix('-').unwrap_or(name);
+    if !name.contains(['*', '?']) {
+        let name = block::plain(name);
+        eprintln!("qemu-img: warning: trace event '{name}' does not exist");
+    }
+}
+
 /// Looks at what is to be traced, as far as QEMU refuses it: the names of its events are its own.
 fn look_at_trace(said: &str) -> Result<()> {
     for (nth, piece) in crate::options::split(said).iter().enumerate() {
         match piece.split_once('=') {
-            None if nth == 0 => {}
-            Some(("enable" | "file", _)) | None => {}
+            None if nth == 0 => warn_of_event(piece),
+            Some(("enable", pattern)) => warn_of_event(pattern),
+            Some(("file", _)) | None => {}
             Some(("events", file)) => {
                 std::fs::metadata(file).map_err(|error| anyhow::anyhow!("{file}: {error}"))?;
             }

@@ -6,7 +6,7 @@ use crate::image_opts::{self, ImageOptions};
 use crate::open::{self, Access};
 use crate::secret::Objects;
 use anyhow::{Error, Result, anyhow};
-use block::ErrorKind;
+use block::{ErrorKind, Storage};
 use crypto::Passphrase;
 use disk::chain::{Below, Chain, ChainOptions, Layer, Part};
 use image::Format;
@@ -120,6 +120,19 @@ pub fn chain_and_options(
             found
         }
     };
+    let unsupported = |key: &str| {
+        let format = format.qemu_name();
+        could_not(anyhow!(
+            "Block format '{format}' does not support the option '{key}'"
+        ))
+    };
+    if let Some(key) = named.part_key.filter(|_| format != Format::Raw) {
+        return Err(unsupported(key));
+    }
+    // What it lies on is left closed: nobody takes what is said of it.
+    if let Some(key) = named.backing_key.filter(|_| how.without_backing) {
+        return Err(unsupported(&key));
+    }
     let options = ChainOptions {
         format: Some(format),
         opened,
@@ -149,6 +162,8 @@ struct Named {
     path: PathBuf,
     format: Option<Format>,
     part: Option<Part>,
+    part_key: Option<&'static str>,
+    backing_key: Option<String>,
     window: Option<Part>,
     vhd_size: Option<SizeFrom>,
     below: Vec<Below>,
@@ -205,6 +220,8 @@ impl Named {
                 },
                 vhd_size: None,
                 part: None,
+                part_key: None,
+                backing_key: None,
                 window: None,
                 below: Vec::new(),
                 data_file: None,
@@ -238,6 +255,8 @@ impl Named {
             path: said.path,
             format: format.or(said.format),
             part: said.part,
+            part_key: said.part_key,
+            backing_key: said.backing_key,
             window: said.window,
             vhd_size: said.vhd_size,
             below: said.below,
@@ -430,6 +449,9 @@ fn reason(text: &str, error: &block::Error, directory: Option<&Path>, write: boo
         ErrorKind::Denied if why.contains("os error") => {
             format!("Could not open '{name}': {}", without_number(why))
         }
+        _ if why == "is a directory, neither a regular file nor a block device" => {
+            format!("'file' driver requires '{name}' to be a regular file")
+        }
         _ => in_qemus_words(why),
     }
 }
@@ -581,6 +603,31 @@ pub fn shared_file(
         warn_of_raw(name.text);
     }
     Ok((file, format))
+}
+
+/// Refuses an encrypted image whose key is not given, as QEMU, which opens one with its key or not at all, also where only
+/// tables are worked on. `file` is that of the image `name`; it is open already, and locked.
+pub fn need_key(
+    name: &Name<'_>,
+    file: &dyn Storage,
+    format: Format,
+    objects: &Objects,
+) -> Result<()> {
+    let encrypted = match format {
+        Format::Luks => true,
+        // What is wrong with a header is said by others.
+        Format::Qcow2 => image::qcow2::Header::read(file).is_ok_and(|h| h.crypt_method != 0),
+        _ => false,
+    };
+    if encrypted {
+        let how = How {
+            force_share: true,
+            without_backing: true,
+            ..How::default()
+        };
+        chain(name, &how, objects)?;
+    }
+    Ok(())
 }
 
 /// As [`shared_file`], where there is no `-U`.

@@ -73,7 +73,12 @@ pub fn run(args: &Rebase) -> Result<u8> {
         };
         let link = match (backing, said) {
             (Some(name), Some(below)) => {
-                let link = link(Path::new(&file.name()), format, name, below.parse()?);
+                let below = below.parse()?;
+                // QEMU's own word for what a format cannot lie on.
+                if format == Format::Vmdk && below != Format::Vmdk {
+                    return Err(failed("Operation not supported".to_owned()));
+                }
+                let link = link(Path::new(&file.name()), format, name, below);
                 Some(link.map_err(|error| failed(format!("{error:#}")))?)
             }
             (Some(_), None) => return Err(failed("backing format must be specified".to_owned())),
@@ -83,6 +88,7 @@ pub fn run(args: &Rebase) -> Result<u8> {
     };
     if args.backing_unsafe {
         let (storage, format) = open::file(&name, Access::Write, &args.image.spec.objects)?;
+        open::need_key(&name, &*storage, format, &args.image.spec.objects)?;
         refuse(args, format)?;
         crate::check::mend(&*storage, format)?;
         change(&*storage, format)?;

@@ -108,7 +108,8 @@ pub fn run(args: &Resize) -> Result<u8> {
         -1 => old.checked_sub(bytes),
         _ => Some(bytes),
     };
-    let Some(new) = new.filter(|new| *new > 0) else {
+    // QEMU counts in signed numbers.
+    let Some(new) = new.filter(|new| (1..=i64::MAX as u64).contains(new)) else {
         bail!("New image size must be positive");
     };
     if new <= old && preallocation != Preallocation::Off {

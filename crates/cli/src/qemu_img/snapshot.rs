@@ -54,6 +54,7 @@ pub fn run(args: &Snapshot) -> Result<u8> {
     let (storage, format) =
         open::shared_file(&name, access, args.force_share, &args.image.spec.objects)?;
     let storage: &dyn block::Storage = &*storage;
+    open::need_key(&name, storage, format, &args.image.spec.objects)?;
     let could_not = |what: &str, name: &str, error: &block::Error| {
         anyhow!("Could not {what} snapshot '{name}': {error}")
     };
@@ -95,10 +96,7 @@ pub fn run(args: &Snapshot) -> Result<u8> {
         })?;
     } else if let Some(name) = &args.delete {
         // By its name alone, unlike in other places: an id in its place deletes nothing.
-        if !(snapshot::list(storage)?.iter()).any(|one| one.name == name.as_bytes()) {
-            bail!("Could not delete snapshot '{name}': snapshot not found");
-        }
-        snapshot::delete(storage, name).map_err(|error| match error.kind() {
+        snapshot::delete_named(storage, name).map_err(|error| match error.kind() {
             ErrorKind::NotFound => {
                 anyhow!("Could not delete snapshot '{name}': snapshot not found")
             }

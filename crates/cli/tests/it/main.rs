@@ -38,6 +38,7 @@ mod parallels;
 mod qed;
 mod qemu_img;
 mod qemu_img_options;
+mod qemu_img_refusals;
 mod served;
 mod snapshot;
 mod trace;

@@ -17,7 +17,7 @@ impl Holes {
         for word in &mut used {
             *word = !*word;
         }
-        if end % 64 != 0
+        if !end.is_multiple_of(64)
             && let Some(word) = used.last_mut()
         {
             *word &= (1 << (end % 64)) - 1;

@@ -96,13 +96,22 @@ pub fn apply(storage: &dyn Storage, which: &str) -> Result<Snapshot> {
     Edit::begin(storage)?.run(|edit| edit.apply(which))
 }
 
-/// Deletes the first snapshot of that name, else the one with that id. (`qemu-img` knows names only here.)
+/// Deletes the first snapshot of that name, else the one with that id.
 ///
 /// # Errors
 ///
 /// `NotFound`; as [`create`].
 pub fn delete(storage: &dyn Storage, which: &str) -> Result<Snapshot> {
-    Edit::begin(storage)?.run(|edit| edit.delete(which))
+    Edit::begin(storage)?.run(|edit| edit.delete(which, true))
+}
+
+/// Deletes the first snapshot of that name, as `qemu-img` does, which knows no ids here.
+///
+/// # Errors
+///
+/// As [`delete`].
+pub fn delete_named(storage: &dyn Storage, name: &str) -> Result<Snapshot> {
+    Edit::begin(storage)?.run(|edit| edit.delete(name, false))
 }
 
 /// Where the snapshot table of an image is, and the L1 tables that it names: offset and bytes of each.
@@ -282,13 +291,13 @@ impl<'a> Edit<'a> {
         Ok(snapshot)
     }
 
-    fn delete(&mut self, which: &str) -> Result<Snapshot> {
+    fn delete(&mut self, which: &str, ids: bool) -> Result<Snapshot> {
         let by = |part: fn(&Snapshot) -> &[u8]| {
             self.snapshots
                 .iter()
                 .position(|s| part(s) == which.as_bytes())
         };
-        let position = by(|s| &s.name).or_else(|| by(|s| &s.id));
+        let position = by(|s| &s.name).or_else(|| by(|s| &s.id).filter(|_| ids));
         let position = position.ok_or_else(|| not_found(&self.snapshots, which))?;
         let snapshot = self.snapshots.remove(position);
         let gone = read_l1(&self.editor, snapshot.l1_offset, snapshot.l1_size)?;
