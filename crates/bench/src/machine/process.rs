@@ -105,16 +105,48 @@ pub(crate) fn remove_file(path: &Path) -> io::Result<()> {
     fs::remove_file(path)
 }
 
+/// What says of a folder that a run of ours made it, and all in it: only such a one is removed.
+const MARK: &str = ".diskplane-bench";
+
+/// Removes a folder of ours. The mark goes last, so that what an end in the middle leaves is still known.
 fn remove_folder(folder: &Path) -> io::Result<()> {
     if let Err(error) = mount::release(folder) {
         return Err(io::Error::other(error.to_string()));
     }
     for entry in fs::read_dir(folder)?.flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_file()) {
-            remove_file(&entry.path())?;
-        }
+        let (path, kind) = (entry.path(), entry.file_type()?);
+        let removed = match kind.is_dir() {
+            true => fs::remove_dir_all(path),
+            false if entry.file_name() == MARK => Ok(()),
+            false if kind.is_file() => remove_file(&path),
+            false => fs::remove_file(path),
+        };
+        // A run that is stopped may be removing it too.
+        removed.or_else(|error| match error.kind() {
+            io::ErrorKind::NotFound => Ok(()),
+            _ => Err(error),
+        })?;
     }
     fs::remove_dir_all(folder)
+}
+
+/// Whether `path` is what a run of ours left when it was killed (or an empty folder), rather than somebody's own; false where
+/// nothing is there.
+fn is_left_over(path: &Path) -> Result<bool> {
+    let named = || path.display().to_string();
+    let kind = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        meta => meta.context(named)?.file_type(),
+    };
+    let ours = kind.is_dir()
+        && (path.join(MARK).is_file() || fs::read_dir(path).context(named)?.next().is_none());
+    match ours {
+        true => Ok(true),
+        false => Err(Error::invalid(format!(
+            "{}: no run of diskplane made it (it has no {MARK}), and it would be removed: move it away, or give another folder",
+            path.display()
+        ))),
+    }
 }
 
 /// One run in a folder at a time: they would remove each other's images.
@@ -147,13 +179,24 @@ pub(crate) fn has_o_direct(dir: &Path) -> bool {
 pub(crate) struct Folder(PathBuf);
 
 impl Folder {
-    /// Makes `path`; what an earlier run left there is removed.
+    /// Makes `path`; what a run left there that was killed is removed.
+    ///
+    /// # Errors
+    ///
+    /// What is there is not of such a run.
     pub(crate) fn create(path: PathBuf) -> Result<Self> {
         let mut left = leftovers();
-        if path.exists() {
+        if is_left_over(&path)? {
+            tracing::warn!(
+                "{}: removing what a run that was killed left",
+                path.display()
+            );
             remove_folder(&path).context(|| format!("{}: remove", path.display()))?;
         }
         fs::create_dir_all(&path).context(|| format!("{}: create", path.display()))?;
+        // Before there is anything else: who is killed now leaves an empty folder.
+        let mark = path.join(MARK);
+        File::create(&mark).context(|| mark.display().to_string())?;
         left.folders.push(path.clone());
         Ok(Self(path))
     }
@@ -431,13 +474,36 @@ mod tests {
         assert!(alive(pid));
         drop(server);
         assert!(!alive(pid));
-        // What an earlier run left is removed too.
-        drop(folder);
-        fs::create_dir_all(path.join("old")).unwrap();
-        let folder = Folder::create(path.clone()).unwrap();
-        assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
         drop(folder);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn only_what_a_run_left_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("work");
+        let folder = Folder::create(path.clone()).unwrap();
+        fs::create_dir(path.join("old")).unwrap();
+        fs::write(path.join("old/image"), "x").unwrap();
+        std::os::unix::fs::symlink("/nowhere", path.join("link")).unwrap();
+        std::mem::forget(folder);
+        let folder = Folder::create(path.clone()).unwrap();
+        assert!(!path.join("old").exists() && fs::read_dir(&path).unwrap().count() == 1);
+        drop(folder);
+        assert!(!path.exists());
+        // Nobody's, and so ours.
+        fs::create_dir(&path).unwrap();
+        drop(Folder::create(path.clone()).unwrap());
+        // Somebody's.
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("thesis"), "x").unwrap();
+        let theirs = [path.join("thesis"), path, dir.path().join("link")];
+        std::os::unix::fs::symlink(dir.path(), &theirs[2]).unwrap();
+        for path in &theirs {
+            let error = Folder::create(path.clone()).unwrap_err();
+            assert!(error.to_string().contains("move it away"), "{error}");
+        }
+        assert!(theirs[0].exists());
     }
 
     #[test]

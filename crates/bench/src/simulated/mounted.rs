@@ -55,7 +55,6 @@ impl Mounted {
         fs::create_dir_all(dir).context(|| dir.display().to_string())?;
         let dir = fs::canonicalize(dir).context(|| dir.display().to_string())?;
         let lock = lock(&dir)?;
-        only_ours(&dir.join("device"))?;
         let folder = Folder::create(dir.join("device"))?;
         let own: Vec<PathBuf> = (0..setup.members)
             .map(|n| folder.path().join(format!("member-{n}")))
@@ -131,21 +130,6 @@ impl Drop for Mounted {
         // Before the lock is given back.
         drop(self.folder.take());
     }
-}
-
-/// What is about to be removed is what a device of ours left, and nobody else's.
-fn only_ours(folder: &Path) -> Result<()> {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
-        if name != "mount" && !name.starts_with("member-") {
-            return Err(Error::invalid(format!(
-                "{}: it is not of a simulated device: give another folder",
-                entry.path().display()
-            )));
-        }
-    }
-    Ok(())
 }
 
 /// Opens, or makes, the file of a device.

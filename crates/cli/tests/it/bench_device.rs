@@ -151,7 +151,7 @@ fn what_is_no_device_is_refused() {
     let output = command(&dir.path("home"), &[]).output().unwrap();
     let words = String::from_utf8_lossy(&output.stderr);
     assert!(
-        words.contains("letter: it is not of a simulated device"),
+        words.contains("device: no run of diskplane made it"),
         "{words}"
     );
     assert_eq!(fs::read(&theirs).unwrap(), b"dear");
