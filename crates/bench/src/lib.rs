@@ -36,4 +36,5 @@ pub mod report;
 mod sampling;
 pub mod simulated;
 pub mod statistics;
+mod turns;
 pub mod versus;

@@ -3,6 +3,7 @@
 use crate::{
     flame,
     load::{self, Histogram, Pattern, Report, Spec, Target, timeline},
+    machine::others::{Activity, Watch},
     metric::{Metric, Metrics},
     peer::{Running, Seen},
     record::Sample,
@@ -35,8 +36,26 @@ pub(crate) struct Measured {
     pub timeline: timeline::Stored,
     /// What requests spent in the server's stages, by operation.
     pub stages: BTreeMap<String, Totals>,
+    /// Interrupts of the machine a second, by source.
+    pub interrupts: BTreeMap<String, f64>,
     /// The reports, for the record.
     pub reports: Value,
+}
+
+impl Measured {
+    /// With what the machine did while it was measured.
+    pub(crate) fn meanwhile(&mut self, activity: &Activity) {
+        activity.add_to(&mut self.metrics);
+        self.interrupts = activity.interrupts();
+    }
+
+    /// There is no server: what the requests cost is ours, generator and all.
+    pub(crate) fn is_of_the_client(&mut self) {
+        if let Some(us) = self.metrics.get(&Metric::ClientCpuUs).copied() {
+            self.metrics.insert(Metric::CpuUs, us);
+            derive(&mut self.metrics);
+        }
+    }
 }
 
 /// Writes the whole of a target once, in order.
@@ -88,32 +107,78 @@ pub(crate) fn join(loads: Vec<ScopedJoinHandle<'_, Result<Report>>>) -> Result<V
     reports.into_iter().collect()
 }
 
-/// Stops a server after its load, and takes together what was measured and what the server says of itself.
-///
-/// # Errors
-///
-/// Those of the load, with the server's words; it did not end well.
-pub(crate) fn finish(running: Running, seen: Seen, measured: Result<Measured>) -> Result<Sample> {
-    let mut measured = match measured {
-        Ok(measured) => measured,
-        Err(error) => return Err(running.failed(&error)),
-    };
-    let detail = json!({ "command": running.command, "reports": measured.reports });
-    let has_statistics = running.control.is_some();
-    let words = running.stop()?;
-    if has_statistics {
-        let ratio = barriers_per_flush(&words).map(|ratio| (Metric::BarriersPerFlush, ratio));
-        measured.metrics.extend(ratio);
+/// Who is under load: servers, and what is asked of them; without servers a file itself.
+#[derive(Debug)]
+pub(crate) struct Subject {
+    pub specs: Vec<Spec>,
+    pub servers: Vec<(Running, Seen)>,
+}
+
+impl Subject {
+    /// The servers' processes.
+    pub(crate) fn pids(&self) -> Vec<u32> {
+        let pids = self.servers.iter().map(|(running, _)| running.pid());
+        pids.collect()
     }
-    Ok(Sample {
-        metrics: measured.metrics,
-        seen: Some(seen),
-        latency: measured.latency,
-        timeline: measured.timeline,
-        stages: measured.stages,
-        detail,
-        ..Sample::default()
-    })
+
+    /// Runs the load from its beginning to its end; what was measured, with what the machine did meanwhile.
+    pub(crate) fn measure(&self) -> Result<Measured> {
+        let pids = self.pids();
+        let watch = Watch::begin(&pids);
+        let mut measured = figures(&run_all(&self.specs)?, &pids)?;
+        measured.meanwhile(&watch.since());
+        Ok(measured)
+    }
+
+    /// Stops the servers after the load, and takes together what was measured and what they say of themselves.
+    ///
+    /// # Errors
+    ///
+    /// Those of the load, with a server's words; one did not end well.
+    pub(crate) fn finish(self, measured: Result<Measured>) -> Result<Sample> {
+        let mut measured = match measured {
+            Ok(measured) => measured,
+            Err(error) => {
+                return Err(match self.servers.first() {
+                    Some((running, _)) => running.failed(&error),
+                    None => error,
+                });
+            }
+        };
+        let mut detail = json!({ "reports": measured.reports });
+        let mut first = None;
+        let mut outcome = Ok(());
+        for (running, seen) in self.servers {
+            let command = running.command.clone();
+            let has_statistics = running.control.is_some();
+            let words = match running.stop() {
+                Ok(words) => words,
+                Err(error) => {
+                    outcome = Err(error);
+                    continue;
+                }
+            };
+            // What the others do is the same.
+            if first.is_none() {
+                first = Some(seen);
+                detail["command"] = json!(command);
+                let ratio = barriers_per_flush(&words).filter(|_| has_statistics);
+                let ratio = ratio.map(|ratio| (Metric::BarriersPerFlush, ratio));
+                measured.metrics.extend(ratio);
+            }
+        }
+        outcome?;
+        Ok(Sample {
+            metrics: measured.metrics,
+            seen: first,
+            latency: measured.latency,
+            timeline: measured.timeline,
+            stages: measured.stages,
+            interrupts: measured.interrupts,
+            detail,
+            ..Sample::default()
+        })
+    }
 }
 
 /// The figures of loads that ran at the same time, against one server, against one each, or without any.
@@ -197,6 +262,7 @@ pub(crate) fn figures(reports: &[Report], pids: &[u32]) -> Result<Measured> {
         metrics,
         latency,
         stages,
+        interrupts: BTreeMap::new(),
         timeline: reports
             .first()
             .map(|r| r.timeline.clone())
@@ -211,7 +277,7 @@ pub(crate) fn mib(bytes: u64) -> f64 {
 }
 
 /// Adds the figures that follow from others.
-pub(crate) fn derive(metrics: &mut Metrics) {
+fn derive(metrics: &mut Metrics) {
     let of = |metric: Metric| metrics.get(&metric).copied();
     let percent = of(Metric::CpuUs)
         .zip(of(Metric::Iops))

@@ -248,13 +248,7 @@ fn flamegraph(args: &Load, spec: &Spec, out: &Path) -> Result<Report> {
         ([], None) => bail!("--flamegraph: give the server's --pid"),
         (pids, _) => pids,
     };
-    let title = format!(
-        "{} of {}, depth {}",
-        spec.pattern.name(),
-        size::human(spec.block_bytes),
-        spec.depth
-    );
-    Ok(flame::around(pids, out, &title, || load::run(spec))?)
+    Ok(flame::around(pids, out, &spec.title(), || load::run(spec))?)
 }
 
 /// Whether all that was verified is as it must be.
@@ -431,10 +425,8 @@ fn spec(args: &Load) -> Result<Spec> {
 /// The report for people.
 fn text(spec: &Spec, report: &Report) -> String {
     let mut text = format!(
-        "{} of {}, depth {}, {} queue{}: {:.0} IOPS, {:.1} MB/s in {:.2} s\n",
-        spec.pattern.name(),
-        size::human(spec.block_bytes),
-        spec.depth,
+        "{}, {} queue{}: {:.0} IOPS, {:.1} MB/s in {:.2} s\n",
+        spec.title(),
         spec.queues,
         if spec.queues == 1 { "" } else { "s" },
         report.iops,

@@ -72,7 +72,8 @@ const BARE: Image = Image {
     ..RAW
 };
 
-fn sides() -> Vec<Side> {
+/// Those of a cell whose load writes; an empty VHD has nothing to read.
+fn sides(writes: bool) -> Vec<Side> {
     let mut sides = Vec::new();
     let of = |row: &Row, server: &str, how| Side {
         direct: row.direct,
@@ -94,11 +95,13 @@ fn sides() -> Vec<Side> {
             });
         }
     }
-    sides.push(side("VHD, O_DIRECT", How::Served(Server::Diskplane), VHD));
-    sides.push(Side {
-        direct: false,
-        ..side("VHD, buffered", How::Served(Server::Diskplane), VHD)
-    });
+    if writes {
+        sides.push(side("VHD, O_DIRECT", How::Served(Server::Diskplane), VHD));
+        sides.push(Side {
+            direct: false,
+            ..side("VHD, buffered", How::Served(Server::Diskplane), VHD)
+        });
+    }
     sides.push(side("bare metal", How::Bare, BARE));
     sides
 }
@@ -109,7 +112,7 @@ fn cell(name: &str, load: Load, quick: bool) -> Cell {
         axes: vec![("load".to_owned(), name.to_owned())],
         load,
         files: None,
-        sides: sides(),
+        sides: sides(load.writes()),
         quick,
     }
 }
@@ -227,7 +230,7 @@ pub(super) fn experiment() -> Experiment {
         source: "000: Dev diaries #1, Analyzing storage perf (SMAPIv3)",
         meaning: "Random writes and reads of 4 KiB and single requests on a preallocated qcow2 image, with the \
                   document's sizes of the L2 cache and of its entries, O_DIRECT, and flushes dropped or honoured. qsd \
-                  stands for qemu-dp, diskplane's VHD, new for each sample, for tapdisk. The data are preallocated and unwritten at first: \
+                  stands for qemu-dp, diskplane's VHD, new for each sample and so only written, for tapdisk. The data are preallocated and unwritten at first: \
                   reading them costs the device nothing, so that what is seen is the tables. The document's device was \
                   an Optane. Its RAID0 of 2 and 4 disks is over simulated flash (diskplane bench device) that does one request at a time in \
                   500 µs, with ext4 on it, beside one such disk.",

@@ -1,6 +1,6 @@
 //! Published findings beside ours.
 
-use super::plan::{Claim, Finding, Term};
+use super::plan::{Claim, Experiment, Finding, Term};
 use crate::{
     record::{Sample, Set},
     statistics::{Figure, ratio_of_medians},
@@ -50,9 +50,28 @@ pub struct Judged {
     pub why: String,
 }
 
-/// Judges findings by the samples of a run.
-pub fn judge(findings: &[Finding], set: &Set) -> Vec<Judged> {
-    findings.iter().map(|finding| one(finding, set)).collect()
+/// Judges an experiment's findings by the samples of a run.
+pub fn judge(experiment: &Experiment, set: &Set) -> Vec<Judged> {
+    let with_hint = |finding: &Finding| {
+        let mut judged = one(finding, set);
+        judged.why += &left_out(experiment, finding, set);
+        judged
+    };
+    experiment.findings.iter().map(with_hint).collect()
+}
+
+/// Where a cell is that no run measured, since it was a quick one.
+fn left_out(experiment: &Experiment, finding: &Finding, set: &Set) -> String {
+    let terms = [Some(&finding.left), finding.right.as_ref()];
+    let quick = set.runs.iter().all(|run| run.quick);
+    let lacking = terms.into_iter().flatten().find(|term| {
+        let mut cells = experiment.cells.iter();
+        let of_full = cells.any(|cell| cell.name == term.cell && !cell.quick);
+        quick && of_full && !set.samples.iter().any(|s| s.cell == term.cell)
+    });
+    lacking.map_or_else(String::new, |term| {
+        format!(": it is one of --full, or --cells {}", term.cell)
+    })
 }
 
 fn one(finding: &Finding, set: &Set) -> Judged {
@@ -238,6 +257,35 @@ mod tests {
             );
             assert!(!judged.why.is_empty());
         }
+    }
+
+    #[test]
+    fn what_a_quick_run_leaves_out_is_said() {
+        let e2 = crate::experiment::find("E2").unwrap();
+        let why = |quick: bool| {
+            let run = crate::record::Run {
+                quick,
+                ..Default::default()
+            };
+            let set = Set {
+                runs: vec![run],
+                ..Set::default()
+            };
+            let judged = judge(&e2, &set).into_iter();
+            let whys = judged.map(|judged| judged.why);
+            whys.filter(|why| why.contains("it is one of --full"))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(why(false), [] as [String; 0]);
+        let said = why(true);
+        assert!(
+            said.iter().any(|why| why.ends_with("--cells toggle-cache")),
+            "{said:?}"
+        );
+        assert!(
+            !said.iter().any(|why| why.contains("random-writes-16-full")),
+            "{said:?}"
+        );
     }
 
     #[test]

@@ -146,8 +146,7 @@ impl Lab {
                 .map(|n| folder.join(format!("{name}-{n}.img")))
                 .collect(),
         };
-        let fresh = matches!(image.state, State::Growing | State::Overlay | State::Hollow);
-        if self.made.contains(&image) && !fresh {
+        if self.made.contains(&image) && image.stays() {
             return Ok(paths);
         }
         // A device is as large as it is.
@@ -169,6 +168,11 @@ impl Lab {
         }
         self.made.insert(image);
         Ok(paths)
+    }
+
+    /// Whether an image is there, and stays.
+    pub fn has(&self, image: Image) -> bool {
+        image.stays() && self.made.contains(&image)
     }
 
     /// Removes images that are not needed any more.

@@ -12,9 +12,12 @@ mod e2;
 mod e3;
 mod finding;
 mod lab;
+mod measure;
 mod mounted;
 pub mod plan;
 mod run;
+mod runner;
+mod schedule;
 
 pub use finding::{Judged, Verdict, judge};
 pub use plan::{Cell, Experiment};

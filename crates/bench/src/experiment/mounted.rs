@@ -10,16 +10,15 @@
 
 use super::{
     plan::{Cell, Client, Files, Side, State, System},
-    run::Runner,
+    runner::Runner,
 };
 use crate::{
     ffsb,
     load::Target,
     machine::{device::Device, mount, others::Watch, process::Process},
-    metric::Metric,
     peer::{Running, Seen},
     record::Sample,
-    sampling,
+    sampling::{self, Subject},
     versus::cell::Server,
 };
 use block::{Context, Error, Result};
@@ -185,15 +184,18 @@ impl Runner<'_> {
         let file = match server {
             None => image.clone(),
             Some(server) => {
-                stack.server = Some(self.start(side, server, images, true, &work, notes)?);
+                stack.server =
+                    Some(self.start(side, server, images, (true, false), &work, notes)?);
                 stack.fuse(&work)?
             }
         };
         stack.mount(&file, side.client, fresh)?;
         self.lab.formatted.insert(image.clone());
         let pid = stack.server.as_ref().map(|(server, _)| server.pid());
+        let control = stack.server.as_ref().and_then(|(s, _)| s.control_of(0));
         let spec = ffsb::Spec {
             server_pids: pid.into_iter().collect(),
+            control,
             ..spec
         };
         let prepared = ffsb::prepare(&spec)?;
@@ -203,26 +205,17 @@ impl Runner<'_> {
         let outcome = prepared.run()?;
         let reports = [outcome.report.clone()];
         let mut measured = sampling::figures(&reports, &spec.server_pids)?;
-        if server.is_none()
-            && let Some(us) = measured.metrics.get(&Metric::ClientCpuUs).copied()
-        {
-            // There is no server: what the blocks cost is ours, generator and all.
-            measured.metrics.insert(Metric::CpuUs, us);
-            sampling::derive(&mut measured.metrics);
+        if server.is_none() {
+            measured.is_of_the_client();
         }
-        watch.add_to(&mut measured.metrics);
+        measured.meanwhile(&watch.since());
         device.add_to(&mut measured.metrics);
         stack.down()?;
-        let mut sample = match stack.server.take() {
-            Some((running, seen)) => sampling::finish(running, seen, Ok(measured))?,
-            None => Sample {
-                metrics: measured.metrics,
-                latency: measured.latency,
-                timeline: measured.timeline,
-                detail: json!({ "reports": measured.reports }),
-                ..Sample::default()
-            },
+        let subject = Subject {
+            specs: Vec::new(),
+            servers: stack.server.take().into_iter().collect(),
         };
+        let mut sample = subject.finish(Ok(measured))?;
         sample.detail["specs"] = json!([spec]);
         sample.detail["files"] = json!(outcome.counts);
         Ok(sample)

@@ -228,6 +228,13 @@ pub struct Image {
     pub disks: u8,
 }
 
+impl Image {
+    /// It is made once for a run, and not anew for each sample.
+    pub fn stays(self) -> bool {
+        matches!(self.state, State::Full | State::Falloc | State::Zeroed)
+    }
+}
+
 /// A raw file that was written full.
 pub const RAW: Image = Image {
     format: Format::Raw,

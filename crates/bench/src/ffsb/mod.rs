@@ -156,6 +156,9 @@ pub struct Spec {
     pub seed: u64,
     /// Processes whose CPU time counts as the server's.
     pub server_pids: Vec<u32>,
+    /// The control socket of the diskplane below, which is asked for the time that requests spend in its stages.
+    #[serde(default)]
+    pub control: Option<PathBuf>,
 }
 
 impl Spec {
@@ -189,6 +192,7 @@ impl Spec {
             pristine: false,
             seed: 1,
             server_pids: Vec::new(),
+            control: None,
         }
     }
 

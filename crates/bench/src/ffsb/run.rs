@@ -113,7 +113,7 @@ fn drive(shared: &Shared<'_>) -> Result<Outcome> {
                     .phase
                     .compare_exchange(RAMP, MEASURE, Ordering::Relaxed, Ordering::Relaxed);
         }
-        let mut watched = Watched::pids(&spec.server_pids);
+        let mut watched = Watched::pids(&spec.server_pids, spec.control.as_deref());
         let before = watched.now();
         let began = Instant::now();
         wait((!spec.duration.is_zero()).then_some(spec.duration));

@@ -22,7 +22,7 @@ pub(crate) use random::Random;
 pub use timeline::Timeline;
 pub use verify::{FAULTS_MAX, Fault, Kind as FaultKind, Verified, Verify};
 
-use block::Result;
+use block::{Result, size};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use trace::Totals;
@@ -241,7 +241,18 @@ pub struct Spec {
     pub control: Option<PathBuf>,
 }
 
+/// A load in a few words.
+pub fn title(pattern: Pattern, block_bytes: u64, depth: u32) -> String {
+    let block = size::human(block_bytes);
+    format!("{} of {block}, depth {depth}", pattern.name())
+}
+
 impl Spec {
+    /// It in a few words.
+    pub fn title(&self) -> String {
+        title(self.pattern, self.block_bytes, self.depth)
+    }
+
     /// The default load on `target`.
     pub fn new(target: Target) -> Self {
         Self {

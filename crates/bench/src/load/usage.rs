@@ -168,12 +168,12 @@ pub(crate) struct Watched<'a> {
 }
 
 impl<'a> Watched<'a> {
-    /// What `pids` use, and nothing that has to be asked for.
-    pub(crate) fn pids(pids: &'a [u32]) -> Self {
+    /// What `pids` use, and what the diskplane at `control` says of its stages.
+    pub(crate) fn pids(pids: &'a [u32], control: Option<&'a Path>) -> Self {
         Self {
             pids,
             syscalls: None,
-            control: None,
+            control,
         }
     }
 

@@ -1,10 +1,12 @@
 //! Whether the machine was ours while a sample was taken, and what its kernel did.
 
+use super::interrupts::Sources;
 use crate::{
     load::usage,
     metric::{Metric, Metrics},
 };
 use std::{
+    collections::BTreeMap,
     fs,
     time::{Duration, Instant},
 };
@@ -34,6 +36,24 @@ struct Numa {
 }
 
 impl Numa {
+    fn since(self, before: Self) -> Self {
+        Self {
+            miss: self.miss.saturating_sub(before.miss),
+            foreign: self.foreign.saturating_sub(before.foreign),
+            other: self.other.saturating_sub(before.other),
+            migrated: self.migrated.saturating_sub(before.migrated),
+        }
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self {
+            miss: self.miss + other.miss,
+            foreign: self.foreign + other.foreign,
+            other: self.other + other.other,
+            migrated: self.migrated + other.migrated,
+        }
+    }
+
     fn parse(vmstat: &str) -> Self {
         let of = |name: &str| {
             let mut lines = vmstat.lines().filter_map(|line| line.split_once(' '));
@@ -54,6 +74,7 @@ impl Numa {
 pub(crate) struct Watch {
     began: Instant,
     kernel: Kernel,
+    sources: Sources,
     load: f64,
     own: Duration,
     servers: Vec<u32>,
@@ -69,6 +90,7 @@ impl Watch {
         Self {
             began: Instant::now(),
             kernel: Kernel::parse(&stat, &several.then(|| read("/proc/vmstat"))),
+            sources: Sources::parse(&read("/proc/interrupts")),
             load: load_average(&read("/proc/loadavg")),
             own: usage::own_cpu(),
             servers: servers.to_vec(),
@@ -79,42 +101,86 @@ impl Watch {
         }
     }
 
-    /// CPU time that neither we nor the server used since, in percent of one core: other processes, the kernel's own
-    /// threads, and what the hypervisor gave to others.
-    pub(crate) fn others_percent(&self) -> f64 {
-        self.others(&Self::begin(&self.servers))
-    }
-
-    fn others(&self, now: &Self) -> f64 {
+    /// What the machine did since.
+    pub(crate) fn since(&self) -> Activity {
+        let now = Self::begin(&self.servers);
         let ours =
             now.own.saturating_sub(self.own) + now.servers_used.saturating_sub(self.servers_used);
-        let others = (now.kernel.busy_s - self.kernel.busy_s - ours.as_secs_f64()).max(0.0);
-        others / self.seconds() * 100.0
-    }
-
-    fn seconds(&self) -> f64 {
-        self.began.elapsed().as_secs_f64().max(1e-3)
-    }
-
-    /// Adds what the machine did since to the figures of a load.
-    pub(crate) fn add_to(&self, metrics: &mut Metrics) {
-        let now = Self::begin(&self.servers);
-        let seconds = self.seconds();
-        metrics.insert(Metric::OthersPercent, self.others(&now));
-        metrics.insert(Metric::LoadAverage, self.load);
-        let stolen = (now.kernel.stolen_s - self.kernel.stolen_s).max(0.0);
-        metrics.insert(Metric::StealPercent, stolen / seconds * 100.0);
-        let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / seconds;
-        let interrupts = rate(now.kernel.interrupts, self.kernel.interrupts);
-        if let Some(iops) = metrics.get(&Metric::Iops).filter(|iops| **iops > 0.0) {
-            metrics.insert(Metric::Interrupts, interrupts / iops);
+        let busy_s = now.kernel.busy_s - self.kernel.busy_s;
+        Activity {
+            seconds: self.began.elapsed().as_secs_f64(),
+            others_s: (busy_s - ours.as_secs_f64()).max(0.0),
+            stolen_s: (now.kernel.stolen_s - self.kernel.stolen_s).max(0.0),
+            interrupts: now.kernel.interrupts.saturating_sub(self.kernel.interrupts),
+            sources: now.sources.since(&self.sources),
+            numa: now
+                .kernel
+                .numa
+                .zip(self.kernel.numa)
+                .map(|(now, before)| now.since(before)),
+            load: self.load,
         }
-        if let (Some(now), Some(before)) = (now.kernel.numa, self.kernel.numa) {
+    }
+}
+
+/// What the machine did in one stretch of time, or in several.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Activity {
+    seconds: f64,
+    /// CPU time that neither we nor the servers used: other processes, the kernel's own threads, and what the hypervisor gave
+    /// to others.
+    others_s: f64,
+    stolen_s: f64,
+    interrupts: u64,
+    sources: Sources,
+    numa: Option<Numa>,
+    /// When the first stretch began.
+    load: f64,
+}
+
+impl Activity {
+    /// With another stretch.
+    pub(crate) fn add(&mut self, other: &Self) {
+        if self.seconds == 0.0 {
+            self.load = other.load;
+        }
+        self.seconds += other.seconds;
+        self.others_s += other.others_s;
+        self.stolen_s += other.stolen_s;
+        self.interrupts += other.interrupts;
+        self.sources.add(&other.sources);
+        self.numa = match (self.numa, other.numa) {
+            (Some(own), Some(other)) => Some(own.plus(other)),
+            (own, other) => own.or(other),
+        };
+    }
+
+    /// CPU time of others, in percent of one core.
+    pub(crate) fn others_percent(&self) -> f64 {
+        self.others_s / self.seconds.max(1e-3) * 100.0
+    }
+
+    /// Interrupts a second, by their source.
+    pub(crate) fn interrupts(&self) -> BTreeMap<String, f64> {
+        self.sources.rates(self.seconds.max(1e-3))
+    }
+
+    /// Adds it to the figures of a load.
+    pub(crate) fn add_to(&self, metrics: &mut Metrics) {
+        let seconds = self.seconds.max(1e-3);
+        metrics.insert(Metric::OthersPercent, self.others_percent());
+        metrics.insert(Metric::LoadAverage, self.load);
+        metrics.insert(Metric::StealPercent, self.stolen_s / seconds * 100.0);
+        let rate = |count: u64| count as f64 / seconds;
+        if let Some(iops) = metrics.get(&Metric::Iops).filter(|iops| **iops > 0.0) {
+            metrics.insert(Metric::Interrupts, rate(self.interrupts) / iops);
+        }
+        if let Some(numa) = self.numa {
             metrics.extend([
-                (Metric::NumaMisses, rate(now.miss, before.miss)),
-                (Metric::NumaForeign, rate(now.foreign, before.foreign)),
-                (Metric::NumaOther, rate(now.other, before.other)),
-                (Metric::NumaMigrated, rate(now.migrated, before.migrated)),
+                (Metric::NumaMisses, rate(numa.miss)),
+                (Metric::NumaForeign, rate(numa.foreign)),
+                (Metric::NumaOther, rate(numa.other)),
+                (Metric::NumaMigrated, rate(numa.migrated)),
             ]);
         }
     }
@@ -182,9 +248,9 @@ mod tests {
 
     #[test]
     fn what_the_machine_did_is_told() {
-        let watch = Watch::begin(&[]);
+        let activity = Watch::begin(&[]).since();
         let mut metrics = Metrics::from([(Metric::Iops, 10.0)]);
-        watch.add_to(&mut metrics);
+        activity.add_to(&mut metrics);
         for metric in [
             Metric::OthersPercent,
             Metric::LoadAverage,
@@ -193,5 +259,35 @@ mod tests {
         ] {
             assert!(metrics[&metric] >= 0.0, "{metrics:?}");
         }
+    }
+    #[test]
+    fn stretches_add_up() {
+        let one = |seconds, others_s, interrupts, miss| Activity {
+            seconds,
+            others_s,
+            interrupts,
+            stolen_s: 0.25 * seconds,
+            sources: Sources::parse(&format!("CPU0\n 1: {interrupts} chip disk\n")),
+            numa: Some(Numa {
+                miss,
+                ..Numa::default()
+            }),
+            load: seconds,
+        };
+        let mut all = Activity::default();
+        all.add(&one(1.0, 0.5, 30, 6));
+        all.add(&one(2.0, 0.1, 60, 3));
+        let mut metrics = Metrics::from([(Metric::Iops, 10.0)]);
+        all.add_to(&mut metrics);
+        for (metric, expected) in [
+            (Metric::OthersPercent, 20.0),
+            (Metric::StealPercent, 25.0),
+            (Metric::Interrupts, 3.0),
+            (Metric::NumaMisses, 3.0),
+            (Metric::LoadAverage, 1.0),
+        ] {
+            assert!((metrics[&metric] - expected).abs() < 1e-9, "{metrics:?}");
+        }
+        assert_eq!(all.interrupts(), [("disk".to_owned(), 30.0)].into());
     }
 }

@@ -33,7 +33,8 @@ use std::{
 use trace::Totals;
 
 /// [`Run::schema`] of what is written. 2 added `experiment`, `seconds`, `axes`, `latency`, `timeline` and `stages`. 3 made
-/// `stages` the totals of all eight: those of 2 had the means of five, which are read as totals too; it added `flamegraph`.
+/// `stages` the totals of all eight: those of 2 had the means of five, which are read as totals too; it added `flamegraph`,
+/// and later `interrupts` and `guest`.
 pub const SCHEMA: u32 = 3;
 
 /// A line.
@@ -114,6 +115,10 @@ pub struct Sample {
         deserialize_with = "older::stages"
     )]
     pub stages: BTreeMap<String, Totals>,
+    /// Interrupts of the machine a second while it was measured, by source (`/proc/interrupts`: a device by its name, the
+    /// architecture's by their label).
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub interrupts: BTreeMap<String, f64>,
     /// A flame graph of the server under such a load, by its name beside the records.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flamegraph: Option<String>,

@@ -98,7 +98,7 @@ impl Model {
                 Some(known) => known.figures.to_vec(),
                 None => vec![Metric::Iops, Metric::CpuUs, Metric::P50Us, Metric::Runs],
             },
-            findings: known.map_or_else(Vec::new, |e| experiment::judge(&e.findings, set)),
+            findings: known.map_or_else(Vec::new, |e| experiment::judge(&e, set)),
             runs: set.runs.clone(),
             cells: cells(set),
             name,

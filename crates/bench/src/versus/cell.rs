@@ -1,6 +1,6 @@
 //! What is compared, as data: cells, their sides and their bars.
 
-use crate::load::{Flushes, Pattern, Spec, Target};
+use crate::load::{self, Flushes, Pattern, Spec, Target};
 use serde::{Deserialize, Serialize};
 
 pub use crate::metric::Metric;
@@ -51,6 +51,16 @@ pub struct Load {
 }
 
 impl Load {
+    /// Whether it changes what it finds.
+    pub(crate) fn writes(&self) -> bool {
+        !matches!(self.pattern, Pattern::Read | Pattern::RandRead)
+    }
+
+    /// In a few words.
+    pub(crate) fn title(&self) -> String {
+        load::title(self.pattern, self.block, self.depth)
+    }
+
     /// It on `target`, through `queues` queues; how long, where and with which seed is left to say.
     pub(crate) fn spec(&self, target: Target, queues: u16) -> Spec {
         Spec {

@@ -7,11 +7,11 @@ use super::{
     cell::{Image, Job, Metric, Server, Side},
     image::{Images, SPARE},
     judge::Metrics,
-    others::Watch,
     process::{Process, remove_file},
 };
 use crate::{
     load::usage,
+    machine::others::Watch,
     peer::{Programs, words},
     record::Sample,
 };
@@ -97,7 +97,7 @@ fn run(
     })?;
     let elapsed = began.elapsed().as_secs_f64();
     let cpu = usage::cpu(process.pid())?.as_secs_f64();
-    let others = watch.others_percent() - cpu / elapsed * 100.0;
+    let others = watch.since().others_percent() - cpu / elapsed * 100.0;
     let status = process.wait(LIMIT)?;
     if !status.success() {
         return Err(process.failed(&format!("failed ({status})")));

@@ -93,7 +93,7 @@ impl Job<'_> {
 /// A fio that runs in turns: it is stopped (SIGSTOP) in between, and what it does in a turn is seen from outside, in
 /// the kernel's counts of what it asked for.
 #[derive(Debug)]
-pub(super) struct InTurns {
+pub(crate) struct InTurns {
     process: Process,
     words: Vec<String>,
     block: u64,
@@ -128,7 +128,7 @@ impl InTurns {
     }
 
     /// Runs for a turn.
-    pub(super) fn turn(&mut self, turn: Turn) -> Result<()> {
+    pub(crate) fn turn(&mut self, turn: Turn) -> Result<()> {
         let pid = self.process.pid();
         self.process.signal(Signal::CONT);
         thread::sleep(turn.ramp);
@@ -147,7 +147,7 @@ impl InTurns {
     }
 
     /// Ends it; the figures of its turns, and the record.
-    pub(super) fn end(self) -> Result<(Metrics, Value)> {
+    pub(crate) fn end(self) -> Result<(Metrics, Value)> {
         let ios = self.bytes as f64 / self.block as f64;
         let seconds = self.measured.as_secs_f64();
         if ios <= 0.0 || seconds <= 0.0 {

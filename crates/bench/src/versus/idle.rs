@@ -3,6 +3,7 @@
 use crate::{
     driver::{BUFFERS, Machine, RAM, Setup},
     load::{Target, usage},
+    machine::others::Watch,
     metric::{Metric, Metrics},
     peer::Running,
     sampling::{Measured, mib},
@@ -32,6 +33,7 @@ pub(super) fn rest(running: &Running, duration: Duration) -> Result<Measured> {
         .map(connect)
         .collect::<Result<Vec<_>>>()?;
     thread::sleep(SETTLE);
+    let watch = Watch::begin(&[running.pid()]);
     let (began, before) = (Instant::now(), usage::cpu(running.pid())?);
     thread::sleep(duration);
     let used = usage::cpu(running.pid())?.saturating_sub(before);
@@ -44,9 +46,11 @@ pub(super) fn rest(running: &Running, duration: Duration) -> Result<Measured> {
         ),
     ]);
     let detail = json!([{ "connected": machines.len(), "cpu_us": used.as_micros() as u64 }]);
-    Ok(Measured {
+    let mut measured = Measured {
         metrics,
         reports: detail,
         ..Measured::default()
-    })
+    };
+    measured.meanwhile(&watch.since());
+    Ok(measured)
 }

@@ -19,7 +19,7 @@
 pub mod cell;
 mod command;
 mod commands;
-mod fio;
+pub(crate) mod fio;
 mod half;
 mod idle;
 mod image;
@@ -36,7 +36,7 @@ pub use image::Sizes;
 pub use judge::{Judgement, Outcome, Series, Verdict};
 
 use crate::{
-    machine::{Host, device, others, process},
+    machine::{Host, device, process},
     peer::{self, Programs},
     record::{self, Record},
     statistics,
@@ -255,9 +255,9 @@ impl Bench<'_> {
             if together {
                 (self.watch)(Event::Status(&format!("{of}, all in turns")));
                 let goes_on = series.iter().filter(|one| one.goes_on());
-                let entrants: Vec<_> = goes_on.map(|s| (&cell.sides[s.side], s.engine)).collect();
+                let players: Vec<_> = goes_on.map(|s| (&cell.sides[s.side], s.engine)).collect();
                 let round =
-                    in_turns::round(&self.programs, &self.images, cell, &entrants, times, seed);
+                    in_turns::round(&self.programs, &self.images, cell, &players, times, seed);
                 taken = match round {
                     Ok(taken) => taken.into_iter(),
                     Err(error) => {

@@ -9,14 +9,13 @@ use super::{
     device::Device,
     fio,
     image::Images,
-    others::Watch,
     sides,
 };
 use crate::{
     load::{Spec, Target},
     peer::{self, Programs, Running},
     record::Sample,
-    sampling,
+    sampling::Subject,
 };
 use block::{Error, Result};
 use std::{path::PathBuf, time::Duration};
@@ -67,18 +66,18 @@ pub(super) fn take(
     let setup = sides::setup(programs, images, side, engine, &files, false);
     let running = peer::start(programs, images.work(), &setup)?;
     let seen = running.seen(&files, side.queues)?;
-    let watch = Watch::begin(&[running.pid()]);
-    let mut measured = if load.idle {
-        super::idle::rest(&running, times.duration)
-    } else {
-        let specs = specs(&load, side, images, &running, times, seed);
-        sampling::run_all(&specs).and_then(|reports| sampling::figures(&reports, &[running.pid()]))
+    let rested = load
+        .idle
+        .then(|| super::idle::rest(&running, times.duration));
+    let subject = Subject {
+        specs: specs(&load, side, images, &running, times, seed),
+        servers: vec![(running, seen)],
     };
+    let mut measured = rested.unwrap_or_else(|| subject.measure());
     if let Ok(measured) = &mut measured {
-        watch.add_to(&mut measured.metrics);
         device.add_to(&mut measured.metrics);
     }
-    let sample = sampling::finish(running, seen, measured);
+    let sample = subject.finish(measured);
     if side.image.fresh() {
         images.remove(side.image);
     }

@@ -274,6 +274,9 @@ fn file_systems_on_disks_are_loaded() {
                 _ => seen,
             };
             assert_eq!(seen, of_state, "{sample}");
+            // What requests of our server spend in its stages.
+            let ours = sample["side"].as_str().unwrap().starts_with("diskplane");
+            assert_eq!(sample["stages"].is_object(), ours, "{sample}");
             // Bare metal has no server.
             let served = sample["side"] != "bare metal";
             assert_eq!(
@@ -320,6 +323,86 @@ fn started(dir: &Path) -> Running {
         thread::sleep(Duration::from_millis(5));
     }
     run
+}
+
+#[test]
+fn what_a_run_did_not_make_is_not_removed() {
+    let dir = TempDir::new();
+    let run = dir.path("run");
+    let thesis = run.join("work/thesis");
+    fs::create_dir_all(thesis.parent().unwrap()).unwrap();
+    fs::write(&thesis, "42").unwrap();
+    let args = [
+        "E3",
+        "--cells",
+        "read-1m",
+        "--seconds",
+        "0.02",
+        "--samples",
+        "1",
+    ];
+    let output = bench(&run, &args).output().unwrap();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{output:?}");
+    assert!(
+        words.contains("work: no run of diskplane made it"),
+        "{words}"
+    );
+    assert_eq!(fs::read_to_string(&thesis).unwrap(), "42");
+}
+
+/// A cell that takes turns and one that does not, stopped and killed in between: every sample is there once.
+#[test]
+fn what_was_interrupted_goes_on_and_has_every_sample_once() {
+    let dir = TempDir::new();
+    let run = dir.path("run");
+    let args = [
+        "E3",
+        "--cells",
+        "*-4k",
+        "--seconds",
+        "0.2",
+        "--samples",
+        "2",
+    ];
+    let key = |sample: &Value| {
+        let of = |name: &str| sample[name].to_string();
+        [of("cell"), of("side"), of("round")]
+    };
+    for (signal, at_least) in [(Signal::INT, 2), (Signal::KILL, 9), (Signal::KILL, 16)] {
+        let mut command = bench(&run, &args);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let mut running = Running(command.spawn().unwrap());
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while records(&run, "sample").len() < at_least {
+            assert!(running.0.try_wait().unwrap().is_none(), "it ended");
+            assert!(Instant::now() < deadline, "no samples");
+            thread::sleep(Duration::from_millis(5));
+        }
+        kill_process(Pid::from_child(&running.0), signal).unwrap();
+        running.0.wait().unwrap();
+    }
+    let output = bench(&run, &args).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        words.contains("resumed: ") && words.contains("removing what a run"),
+        "{words}"
+    );
+    let samples = records(&run, "sample");
+    let once: std::collections::BTreeSet<_> = samples.iter().map(key).collect();
+    // Reads, reads at random, writes: seven sides, twice.
+    assert_eq!((samples.len(), once.len()), (3 * 7 * 2, 3 * 7 * 2));
+    for sample in &samples {
+        let reads = sample["cell"].as_str().unwrap().contains("read");
+        assert_eq!(sample["in_turns"] == true, reads, "{sample}");
+        assert!(
+            sample["interrupts"].as_object().unwrap().len() > 1,
+            "{sample}"
+        );
+    }
+    assert_eq!(records(&run, "failure"), [] as [Value; 0]);
+    assert_gone(&run);
 }
 
 #[test]

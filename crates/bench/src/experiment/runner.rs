@@ -1,0 +1,282 @@
+//! A run at work: a cell's rounds, in turns or one side after the other, and what is said meanwhile.
+
+use super::{
+    lab::Lab,
+    plan::{Cell, How, Side},
+    run::{Event, Options, Progress, in_a_line},
+    schedule::Schedule,
+};
+use crate::{
+    machine::{
+        device::{self, Device},
+        process,
+    },
+    record::{self, Failure, Record, Sample},
+    turns::{self, Ended, Entrant, What},
+};
+use block::{Context, Error, ErrorKind, Result};
+use serde_json::json;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+/// Samples of a side of a cell that may fail before it is left out of further rounds.
+const FAILURES_MAX: usize = 2;
+
+pub(super) struct Runner<'a> {
+    pub options: &'a Options,
+    pub lab: Lab,
+    pub file: File,
+    pub watch: &'a mut dyn FnMut(Event<'_>),
+    pub schedule: Schedule<'a>,
+    /// The last result, in a line.
+    pub last: Option<String>,
+}
+
+/// A cell at work.
+struct Work<'a> {
+    cell: &'a Cell,
+    /// How often sides failed.
+    failed: BTreeMap<&'a str, usize>,
+    notes: BTreeSet<String>,
+}
+
+impl Runner<'_> {
+    /// Runs a cell; false where there is no time for it.
+    pub fn cell(&mut self, cell: &Cell) -> Result<bool> {
+        let lacks = |schedule: &Schedule<'_>, round: usize| {
+            let mut sides = cell.sides.iter();
+            sides.any(|side| schedule.lacks(&cell.name, &side.name, round))
+        };
+        let in_turns = Self::can_take_turns(cell);
+        let mut work = Work {
+            cell,
+            failed: BTreeMap::new(),
+            notes: BTreeSet::new(),
+        };
+        let mut rounds = 0;
+        while rounds < self.options.samples {
+            if lacks(&self.schedule, rounds) {
+                // The machine may be slower than it was: it is asked again before each.
+                if rounds >= self.schedule.rounds() {
+                    break;
+                }
+                let complete = match in_turns {
+                    true => self.in_turns(&mut work, rounds)?,
+                    false => self.one_by_one(&mut work, rounds)?,
+                };
+                if !complete {
+                    break;
+                }
+            }
+            rounds += 1;
+        }
+        if rounds == 0 && lacks(&self.schedule, 0) && !self.has_some(cell) {
+            return Ok(false);
+        }
+        if rounds < self.options.samples {
+            let text = format!(
+                "{}: {rounds} of {} rounds, for there is no time for more",
+                cell.name, self.options.samples
+            );
+            (self.watch)(Event::Note(&text));
+        }
+        self.schedule.ended();
+        let notes: Vec<String> = work.notes.into_iter().collect();
+        record::append(
+            &self.file,
+            &Record::Cell(json!({ "cell": cell.name, "rounds": rounds, "notes": notes })),
+        )?;
+        Ok(true)
+    }
+
+    /// Whether there is any sample of a cell.
+    fn has_some(&self, cell: &Cell) -> bool {
+        let there = |side: &Side| !self.schedule.lacks(&cell.name, &side.name, 0);
+        cell.sides.iter().any(there)
+    }
+
+    /// A round of one sample after the other; false when the time was over before its end.
+    fn one_by_one<'a>(&mut self, work: &mut Work<'a>, round: usize) -> Result<bool> {
+        for side in &work.cell.sides {
+            if !self.schedule.lacks(&work.cell.name, &side.name, round) {
+                continue;
+            }
+            if self.schedule.is_over() {
+                return Ok(false);
+            }
+            let files = self.files(work.cell, side);
+            let began = Instant::now();
+            let sample = files.and_then(|files| self.sample(work, side, &files, round));
+            self.schedule.spent(1, began.elapsed());
+            self.keep(work, side, round, sample)?;
+        }
+        Ok(true)
+    }
+
+    /// A round in which all sides are up.
+    fn in_turns<'a>(&mut self, work: &mut Work<'a>, round: usize) -> Result<bool> {
+        let cell = work.cell;
+        self.say(
+            &cell.name,
+            &format!("round {}, all sides in turns", round + 1),
+        );
+        let lacking = |side: &&'a Side| self.schedule.lacks(&cell.name, &side.name, round);
+        let sides: Vec<&Side> = cell.sides.iter().filter(lacking).collect();
+        let files: Vec<Result<Vec<PathBuf>>> =
+            sides.iter().map(|side| self.files(cell, side)).collect();
+        let began = Instant::now();
+        device::settle(self.lab.work())?;
+        let seed = seed(round);
+        let begin = |(n, (side, files)): (usize, (&&Side, Result<Vec<PathBuf>>))| {
+            let folder = self.lab.work().join(format!("turns{n}"));
+            fs::create_dir_all(&folder).context(|| folder.display().to_string())?;
+            let subject = self.begin(cell, side, &files?, seed, &folder, &mut work.notes)?;
+            Ok(Entrant {
+                what: What::Subject(subject),
+                device: Device::below(&self.lab.folder(side.image.place)),
+            })
+        };
+        let entrants = sides.iter().zip(files).enumerate().map(begin).collect();
+        let ended = turns::round(entrants, self.options.ramp, self.options.duration);
+        let samples: Vec<Result<Sample>> = sides
+            .iter()
+            .zip(ended)
+            .map(|(side, ended)| match ended? {
+                Ended::Subject(subject, measured) => {
+                    self.complete(cell, side, subject, measured, round, &mut work.notes)
+                }
+                Ended::Fio(..) => Err(Error::invalid("fio takes no part")),
+            })
+            .collect();
+        self.schedule.spent(sides.len(), began.elapsed());
+        for (side, sample) in sides.into_iter().zip(samples) {
+            let sample = sample.map(|sample| Sample {
+                in_turns: true,
+                ..sample
+            });
+            self.keep(work, side, round, sample)?;
+        }
+        Ok(true)
+    }
+
+    /// Writes down what came of a sample.
+    fn keep<'a>(
+        &mut self,
+        work: &mut Work<'a>,
+        side: &'a Side,
+        round: usize,
+        sample: Result<Sample>,
+    ) -> Result<()> {
+        let cell = work.cell;
+        match sample {
+            Ok(sample) => {
+                let sample = Sample {
+                    cell: cell.name.clone(),
+                    side: side.name.clone(),
+                    engine: side.engine.to_owned(),
+                    round,
+                    seconds: record::now(),
+                    seed: seed(round),
+                    axes: cell.axes.clone(),
+                    ..sample
+                };
+                self.last = Some(in_a_line(&sample));
+                self.schedule.has(&cell.name, &side.name, round);
+                record::append(&self.file, &Record::Sample(Box::new(sample.clone())))?;
+                (self.watch)(Event::Sample(&sample));
+            }
+            Err(error) => {
+                process::goes_on();
+                let failure = Failure {
+                    cell: cell.name.clone(),
+                    side: side.name.clone(),
+                    why: error.to_string(),
+                };
+                let text = format!("{}, {}: {error}", cell.name, side.name);
+                (self.watch)(Event::Note(&text));
+                record::append(&self.file, &Record::Failure(failure))?;
+                let failed = work.failed.entry(&side.name).or_default();
+                *failed += match error.kind() {
+                    // It may have been the moment.
+                    ErrorKind::Io => 1,
+                    _ => FAILURES_MAX,
+                };
+                if *failed >= FAILURES_MAX {
+                    self.schedule.give_up(&cell.name, &side.name);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn say(&mut self, cell: &str, what: &str) {
+        let rounds = self.schedule.rounds().max(1);
+        let done = self.schedule.done();
+        (self.watch)(Event::Progress(Progress {
+            cell,
+            what,
+            done,
+            total: done + self.schedule.left(rounds),
+            left: self.schedule.time_for(rounds),
+            last: self.last.as_deref(),
+        }));
+    }
+
+    /// The files of a side, which are made where they are not there.
+    fn files(&mut self, cell: &Cell, side: &Side) -> Result<Vec<PathBuf>> {
+        let (done, last) = (self.schedule.done(), self.last.clone());
+        let watch = &mut *self.watch;
+        let mut making = |what: &str| {
+            watch(Event::Progress(Progress {
+                cell: &cell.name,
+                what,
+                done,
+                total: done,
+                left: Duration::ZERO,
+                last: last.as_deref(),
+            }));
+        };
+        let (began, had) = (Instant::now(), self.lab.has(side.image));
+        let files = self.lab.files(side.image, &mut making);
+        match (side.image.stays(), had) {
+            (true, false) => self.schedule.made(side.image, began.elapsed()),
+            (true, true) => {}
+            // Part of what each sample takes.
+            (false, _) => self.schedule.spent(0, began.elapsed()),
+        }
+        files
+    }
+
+    /// Takes a sample while no other side is up.
+    fn sample(
+        &mut self,
+        work: &mut Work<'_>,
+        side: &Side,
+        files: &[PathBuf],
+        round: usize,
+    ) -> Result<Sample> {
+        let cell = work.cell;
+        self.say(&cell.name, &format!("round {}, {}", round + 1, side.name));
+        device::settle(self.lab.work())?;
+        if let How::Mounted(server) = side.how {
+            return self.mounted(cell, side, server, files, seed(round), &mut work.notes);
+        }
+        let folder = self.lab.work().to_owned();
+        let subject = self.begin(cell, side, files, seed(round), &folder, &mut work.notes)?;
+        let device = Device::below(&self.lab.folder(side.image.place)).watch();
+        let mut measured = subject.measure();
+        if let Ok(measured) = &mut measured {
+            device.add_to(&mut measured.metrics);
+        }
+        self.complete(cell, side, subject, measured, round, &mut work.notes)
+    }
+}
+
+/// Of a round's loads; those on several disks at once count on from it.
+fn seed(round: usize) -> u64 {
+    1 + round as u64 * 1000
+}
