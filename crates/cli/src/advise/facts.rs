@@ -2,7 +2,7 @@
 
 use super::Advise;
 use crate::map;
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use bench::machine::Host;
 use block::size;
 use disk::chain::{Chain, ChainOptions};
@@ -104,6 +104,8 @@ pub(super) fn of(args: &Advise, name: &str) -> Result<Facts> {
     };
     let subclusters = fact("extended l2").as_deref() == Some("true");
     let clusters = about.cluster_size > 1;
+    let encryption = active.image.encryption();
+    let locked = encryption.is_some_and(|encryption| encryption.cipher.is_none());
     let mut facts = Facts {
         format: about.format.to_owned(),
         size: about.size,
@@ -111,8 +113,9 @@ pub(super) fn of(args: &Advise, name: &str) -> Result<Facts> {
         chain: chain.layers.len(),
         subclusters,
         version_2: about.format == "qcow2" && fact("version").as_deref() == Some("2"),
-        encrypted: active.image.encryption().is_some(),
-        read_only_because: about.read_only_because.clone(),
+        encrypted: encryption.is_some(),
+        // Not asking for its passphrase is our doing.
+        read_only_because: about.read_only_because.clone().filter(|_| !locked),
         tables: match about.format {
             "qcow2" if clusters => {
                 about.size.div_ceil(about.cluster_size) * if subclusters { 16 } else { 8 }
@@ -173,13 +176,16 @@ fn of_host(facts: &mut Facts, path: &Path) -> Result<()> {
     facts.alignment = file.alignment().offset;
     let choice = io::choose(Aio::Auto, std::slice::from_ref(&file))?;
     (facts.engine, facts.engine_because) = (choice.kind.to_string(), choice.reason);
-    let meta = fs::metadata(path)?;
-    let host = Host::look(path);
-    (facts.file_system, facts.device) = (host.file_system, host.device);
-    let number = match meta.file_type().is_block_device() {
+    let meta = fs::metadata(path).with_context(|| path.display().to_string())?;
+    let is_device = meta.file_type().is_block_device();
+    let number = match is_device {
         true => meta.rdev(),
         false => meta.dev(),
     };
+    if !is_device {
+        let host = Host::look(path);
+        (facts.file_system, facts.device) = (host.file_system, host.device);
+    }
     let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
     let device = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
     // A partition has its queue one above.
@@ -189,8 +195,13 @@ fn of_host(facts: &mut Facts, path: &Path) -> Result<()> {
         own.or_else(|_| above()).ok()
     };
     facts.rotational = of("rotational").map(|text| text.trim() == "1");
-    facts.scheduler =
-        of("scheduler").and_then(|text| Some(text.split(['[', ']']).nth(1)?.to_owned()));
+    // What stands on other devices leaves the order of requests to them.
+    let stacked = ["loop", "dm", "md"]
+        .iter()
+        .any(|kind| device.join(kind).exists());
+    facts.scheduler = of("scheduler")
+        .filter(|_| !stacked)
+        .and_then(|text| Some(text.split(['[', ']']).nth(1)?.to_owned()));
     let kind = facts.file_system.split(' ').next().unwrap_or_default();
     facts.fallocate = match kind {
         "ext4" | "xfs" | "btrfs" | "tmpfs" | "f2fs" | "bcachefs" => Some(true),
@@ -223,6 +234,9 @@ impl Facts {
                 ""
             }
         ));
+        if self.file_system.is_empty() && self.path.is_some() {
+            line.push_str("; a block device");
+        }
         if !self.file_system.is_empty() {
             line.push_str(&format!("; on {}, {}", self.file_system, self.device));
         }

@@ -94,7 +94,7 @@ pub fn run(args: &Advise) -> Result<()> {
     let share = Duration::from_secs(args.seconds) / args.files.len().max(1) as u32;
     let mut answers = Vec::new();
     for file in &args.files {
-        let facts = facts::of(args, file).with_context(|| file.clone())?;
+        let facts = facts::of(args, file)?;
         let measured = measure::of(args, &facts, share).with_context(|| file.clone())?;
         answers.push(Answer {
             file: file.clone(),

@@ -380,7 +380,7 @@ mod tests {
         assert_eq!(calm.len(), 4, "{calm:?}");
         assert!(calm[0].contains("auto: it takes io_uring") && calm[1].contains("--cache none"));
         type Change = fn(&mut Facts);
-        let cases: [(Change, &str); 13] = [
+        let cases: [(Change, &str); 17] = [
             (|f| f.direct = false, "--cache writeback"),
             (|f| f.alignment = 4096, "blocks of 4096 bytes"),
             (|f| f.tables = 100 << 20, "--metadata-cache 104857600"),
@@ -400,6 +400,26 @@ mod tests {
             (|f| f.chain = 4, "fewer images"),
             (|f| f.chain = 2, "extended_l2=on,cluster_size=128k"),
             (|f| f.format = "vmdk".to_owned(), "-O qcow2"),
+            (
+                |f| {
+                    f.format = "raw".to_owned();
+                    f.unallocated = 9 << 30;
+                    f.fallocate = Some(false);
+                },
+                "preallocation=full",
+            ),
+            (
+                |f| f.read_only_because = Some("it is marked corrupt".to_owned()),
+                "check --repair all",
+            ),
+            (|f| f.version_2 = true, "compat=1.1"),
+            (
+                |f| {
+                    f.rotational = Some(true);
+                    f.runs = 10 << 10;
+                },
+                "lies in one piece",
+            ),
         ];
         for (change, expected) in cases {
             assert!(
@@ -412,6 +432,70 @@ mod tests {
             assert!(
                 lines.iter().any(|line| line.contains(expected)),
                 "{expected}: {lines:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_near_a_bound_or_does_not_matter_gets_none() {
+        type Change = fn(&mut Facts);
+        let cases: [(Change, &str); 12] = [
+            (|f| f.tables = CACHE_DEFAULT, "serve --metadata-cache"),
+            (|f| f.tables = 0, "metadata cache"),
+            (
+                |f| {
+                    f.tables = 100 << 20;
+                    f.cluster_size = 1 << 20;
+                },
+                "cluster size",
+            ),
+            (|f| f.unallocated = 5 << 30, "preallocation"),
+            (
+                |f| {
+                    f.unallocated = 9 << 30;
+                    f.encrypted = true;
+                },
+                "preallocation",
+            ),
+            (
+                |f| {
+                    f.unallocated = 9 << 30;
+                    f.fallocate = None;
+                },
+                "preallocation",
+            ),
+            (|f| f.compressed = 1 << 29, "without -c"),
+            (|f| f.chain = 2, "fewer images"),
+            (
+                |f| {
+                    f.chain = 2;
+                    f.subclusters = true;
+                },
+                "extended_l2",
+            ),
+            (
+                |f| {
+                    f.chain = 2;
+                    f.cluster_size = 32768;
+                },
+                "extended_l2",
+            ),
+            (
+                |f| {
+                    f.rotational = Some(true);
+                    f.runs = 9 << 10;
+                },
+                "one piece",
+            ),
+            (|f| f.path = None, "engine"),
+        ];
+        for (n, (change, not)) in cases.into_iter().enumerate() {
+            let mut facts = plain();
+            change(&mut facts);
+            let lines = said(&facts, None);
+            assert!(
+                !lines.iter().any(|line| line.contains(not)),
+                "{n}: {lines:?}"
             );
         }
     }

@@ -128,3 +128,44 @@ fn it_measures_only_when_asked_and_leaves_nothing() {
         "{text}"
     );
 }
+
+#[test]
+fn locked_images_and_devices_get_advice_that_fits_them() {
+    let dir = TempDir::new();
+    let dir = dir.path("").to_owned();
+    fs::write(dir.join("key"), "secret").unwrap();
+    let words = |line: &'static str| line.split(' ').collect::<Vec<_>>();
+    good(&dir, &words("create -q -f luks --key-file key l.luks 1M"));
+    fs::write(dir.join("raw"), vec![1; 1 << 20]).unwrap();
+    let answer = good(&dir, &words("advise --json l.luks"));
+    let answers: Value = serde_json::from_str(&answer).unwrap();
+    let told = topics(&answers[0]);
+    // That nobody gave its passphrase is no damage.
+    assert!(
+        !told.iter().any(|line| line.contains("check --repair")),
+        "{told:?}"
+    );
+    // A name is said once.
+    let line = refused(&dir, &words("advise /dev/zero"));
+    assert_eq!(line.matches("/dev/zero").count(), 1, "{line}");
+    let attach = std::process::Command::new("losetup")
+        .args(["--find", "--show", "raw"])
+        .current_dir(&dir)
+        .output();
+    let Ok(attach) = attach else { return };
+    let device = String::from_utf8_lossy(&attach.stdout).trim().to_owned();
+    if !attach.status.success() {
+        return;
+    }
+    let answer = good(&dir, &["advise", "-f", "raw", &device]);
+    let detach = std::process::Command::new("losetup")
+        .args(["-d", &device])
+        .status();
+    assert!(detach.unwrap().success());
+    assert!(
+        answer.contains("; a block device") && !answer.contains("devtmpfs"),
+        "{answer}"
+    );
+    // The device below orders its requests.
+    assert!(!answer.contains("scheduler"), "{answer}");
+}
