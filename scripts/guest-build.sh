@@ -19,7 +19,7 @@ script=${0##*/}
 # What the init script calls beside busybox's applets.
 programs=(mkfs.ext4 e2fsck mkfs.xfs xfs_repair blkdiscard fstrim fio)
 # Those that the kernel has built in are left out.
-modules=(virtio_blk ext4 xfs)
+modules=(virtio_blk ext4 xfs ata_piix sd_mod)
 
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 

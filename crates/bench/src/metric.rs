@@ -92,6 +92,12 @@ pub enum Metric {
     NumaOther,
     /// Pages per second that the kernel moved from node to node (`numa_pages_migrated`); likewise.
     NumaMigrated,
+    /// CPU that a guest's kernel says it used, of all its cores, percent of one.
+    GuestPercent,
+    /// CPU of the guest's QEMU, percent of a core: the guest's own work too.
+    EmulatorPercent,
+    /// Interrupts in the guest per read or write of its load.
+    GuestInterrupts,
     /// CPU that the hypervisor gave to others, percent of a core.
     StealPercent,
     /// Processes that ran or waited to, when the sample began (`/proc/loadavg`, the last minute).
@@ -142,6 +148,9 @@ impl Metric {
             Self::NumaForeign => "NUMA foreign/s",
             Self::NumaOther => "NUMA other/s",
             Self::NumaMigrated => "NUMA migrated/s",
+            Self::GuestPercent => "guest CPU %",
+            Self::EmulatorPercent => "QEMU CPU %",
+            Self::GuestInterrupts => "guest interrupts/IO",
             Self::StealPercent => "stolen CPU %",
             Self::LoadAverage => "load average",
         }
@@ -165,6 +174,9 @@ impl Metric {
                 | Self::DeviceWriteKib
                 | Self::DeviceMergedPercent
                 | Self::DeviceBusyPercent
+                | Self::GuestPercent
+                | Self::EmulatorPercent
+                | Self::GuestInterrupts
                 | Self::StealPercent
                 | Self::LoadAverage
                 | Self::NumaMisses

@@ -243,11 +243,11 @@ pub(crate) fn words(command: &Command) -> Vec<String> {
 }
 
 /// A path as a value in a list with commas.
-fn value(path: &Path) -> OsString {
+pub(crate) fn value(path: &Path) -> OsString {
     path.to_string_lossy().replace(',', ",,").into()
 }
 
-fn joined(parts: &[&dyn AsRef<OsStr>]) -> OsString {
+pub(crate) fn joined(parts: &[&dyn AsRef<OsStr>]) -> OsString {
     let mut all = OsString::new();
     for part in parts {
         all.push(part.as_ref());

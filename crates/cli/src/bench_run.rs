@@ -53,6 +53,9 @@ pub struct RunArgs {
     /// Also write each chart as a file into this folder
     #[arg(long, value_name = "DIR")]
     pub svg: Option<PathBuf>,
+    /// For the cells in a Linux guest (E2: guest-…): the folder that scripts/guest-build.sh prints
+    #[arg(long, value_name = "DIR")]
+    pub guest: Option<PathBuf>,
     /// Also draw a flame graph of each server's CPU in DIR/flame (needs perf); the page links to them
     #[arg(long)]
     pub flamegraph: bool,
@@ -133,6 +136,7 @@ fn options(args: &RunArgs, experiment: &Experiment) -> Result<Options> {
     };
     let duration = args.seconds.unwrap_or(duration);
     Ok(Options {
+        guest: args.guest.clone(),
         flamegraphs: args.flamegraph,
         diskplane: std::env::current_exe().context("find this executable")?,
         dir: args

@@ -289,18 +289,22 @@ impl Running {
     }
 }
 
+/// Where the guest is: `DISKPLANE_GUEST_DIR`, or `target/guest` in the repository.
+pub fn guest_folder() -> PathBuf {
+    std::env::var_os("DISKPLANE_GUEST_DIR").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest"),
+        PathBuf::from,
+    )
+}
+
 /// The folder with the kernel and the initramfs.
 struct GuestCache {
     folder: PathBuf,
 }
 
 impl GuestCache {
-    /// `DISKPLANE_GUEST_DIR`, or `target/guest` in the repository.
     fn find() -> Result<Self, Failure> {
-        let folder = std::env::var_os("DISKPLANE_GUEST_DIR").map_or_else(
-            || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest"),
-            PathBuf::from,
-        );
+        let folder = guest_folder();
         for part in ["vmlinuz", "initramfs.img", "accel"] {
             if !folder.join(part).exists() {
                 let path = folder.join(part);

@@ -54,7 +54,7 @@ pub mod vmdk;
 use std::path::PathBuf;
 
 pub use command::{Failure, Output};
-pub use guest::{Disk, Guest};
+pub use guest::{Disk, Guest, guest_folder};
 pub use report::Report;
 pub use server::{Serve, Server};
 pub use temp::TempDir;

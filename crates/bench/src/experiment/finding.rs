@@ -33,6 +33,9 @@ impl std::fmt::Display for Verdict {
     }
 }
 
+/// Two terms that differ by no more than this part, and of which one is said to be ahead, are the same here.
+const SAME: f64 = 0.02;
+
 /// Rounds below which nothing is decided.
 const ROUNDS_MIN: usize = 3;
 
@@ -133,11 +136,12 @@ fn one(finding: &Finding, set: &Set) -> Judged {
         }
     };
     let interval = format!(
-        "{:.2} × ({:.2}–{:.2}) in {} rounds{}",
+        "{:.2} × ({:.2}–{:.2}) in {} round{}{}",
         figure.median,
         figure.low,
         figure.high,
         figure.rounds,
+        if figure.rounds == 1 { "" } else { "s" },
         if paired {
             ""
         } else {
@@ -151,6 +155,10 @@ fn one(finding: &Finding, set: &Set) -> Judged {
         ),
         (true, _) => (Verdict::Reproduced, interval),
         (_, true) => (Verdict::Reversed, interval),
+        _ if figure.low > 1.0 - SAME && figure.high < 1.0 + SAME => (
+            Verdict::Undecided,
+            format!("{interval}: here they are the same"),
+        ),
         _ => (
             Verdict::Undecided,
             format!("{interval}: the interval has both answers in it"),
@@ -257,6 +265,12 @@ mod tests {
             );
             assert!(!judged.why.is_empty());
         }
+        let same = one(&finding(Claim::More, iops("a"), Some(iops("a"))), &set);
+        assert_eq!(same.verdict, Verdict::Undecided);
+        assert!(
+            same.why.ends_with("in 3 rounds: here they are the same"),
+            "{same:?}"
+        );
     }
 
     #[test]

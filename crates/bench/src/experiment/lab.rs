@@ -379,7 +379,10 @@ fn without_nfs() -> Error {
     let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
     let known = known.lines().any(|line| line.trim().ends_with("nfs4"));
     Error::unsupported(match known {
-        false => "not here: this kernel has no NFS",
+        false => {
+            "not here: this kernel has no NFS; a client in user space (libnfs through FUSE) has neither O_DIRECT nor the request sizes of the \
+             kernel's, which the rows are about"
+        }
         true => {
             "not here: NFS servers are not set up by diskplane; mount one, and give --out a folder on it for the rows without it"
         }

@@ -37,7 +37,7 @@ impl Runner<'_> {
                 How::Served(server) => {
                     company.takes(server, image, image.format.name(), load.writes())
                 }
-                How::Mounted(_) => false,
+                How::Mounted(_) | How::Guest(..) => false,
             };
             image.stays() && own && fits
         };

@@ -11,6 +11,7 @@ mod e1;
 mod e2;
 mod e3;
 mod finding;
+mod guest;
 mod lab;
 mod measure;
 mod mounted;

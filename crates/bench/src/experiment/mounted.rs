@@ -117,7 +117,13 @@ impl Drop for Stack {
 
 impl Runner<'_> {
     /// What a scenario is asked for in a cell, on a side.
-    fn files_spec(&self, files: Files, side: &Side, point: &Path, seed: u64) -> ffsb::Spec {
+    pub(super) fn files_spec(
+        &self,
+        files: Files,
+        side: &Side,
+        point: &Path,
+        seed: u64,
+    ) -> ffsb::Spec {
         // A file system has less than its disk, and what is created needs room beside the set.
         let bytes = match side.image.state {
             State::Full | State::Falloc | State::Zeroed => self.lab.bytes(side.image),

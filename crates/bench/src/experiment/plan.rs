@@ -54,6 +54,35 @@ pub enum How {
     Served(Server),
     /// As a file system: the file itself (without a server), or what an NBD server has, on a loop device.
     Mounted(Option<Server>),
+    /// As a file system in a Linux guest, on a server's disk or QEMU's own.
+    Guest(Bus, Option<Server>),
+}
+
+/// What a guest sees its disk as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bus {
+    /// virtio-blk.
+    Virtio,
+    /// IDE, of the PIIX chips.
+    Ide,
+}
+
+impl Bus {
+    /// How the guest names the disk.
+    pub(super) fn device(self) -> &'static str {
+        match self {
+            Self::Virtio => "/dev/vda",
+            Self::Ide => "/dev/sda",
+        }
+    }
+
+    /// QEMU's device on the node `d0`.
+    pub(super) fn model(self) -> &'static str {
+        match self {
+            Self::Virtio => "virtio-blk-pci,drive=d0",
+            Self::Ide => "ide-hd,drive=d0,bus=ide.0",
+        }
+    }
 }
 
 /// A load on a file system.
@@ -288,9 +317,9 @@ pub fn side(name: impl Into<String>, how: How, image: Image) -> Side {
         how,
         image,
         engine: match how {
-            How::Served(Server::Qsd | Server::QemuNbd) | How::Mounted(Some(Server::QemuNbd)) => {
-                "io_uring"
-            }
+            How::Served(Server::Qsd | Server::QemuNbd)
+            | How::Mounted(Some(Server::QemuNbd))
+            | How::Guest(_, None | Some(Server::Qsd | Server::QemuNbd)) => "io_uring",
             _ => "auto",
         },
         queues: 1,

@@ -50,6 +50,8 @@ pub struct Options {
     pub quick: bool,
     /// All of it takes so long at most; fewer rounds, then fewer cells, are run to keep that.
     pub limit: Option<Duration>,
+    /// The folder of a guest (`scripts/guest-build.sh`), for cells that want one.
+    pub guest: Option<PathBuf>,
     /// Draw a flame graph of each server.
     pub flamegraphs: bool,
     /// Bytes of a disk.

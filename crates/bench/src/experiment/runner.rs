@@ -262,8 +262,15 @@ impl Runner<'_> {
         let cell = work.cell;
         self.say(&cell.name, &format!("round {}, {}", round + 1, side.name));
         device::settle(self.lab.work())?;
-        if let How::Mounted(server) = side.how {
-            return self.mounted(cell, side, server, files, seed(round), &mut work.notes);
+        match side.how {
+            How::Mounted(server) => {
+                return self.mounted(cell, side, server, files, seed(round), &mut work.notes);
+            }
+            How::Guest(bus, server) => {
+                let on = (bus, server);
+                return self.guest(cell, side, on, files, seed(round), &mut work.notes);
+            }
+            How::Bare | How::Served(_) => {}
         }
         let folder = self.lab.work().to_owned();
         let subject = self.begin(cell, side, files, seed(round), &folder, &mut work.notes)?;

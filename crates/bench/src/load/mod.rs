@@ -147,6 +147,15 @@ pub enum Pattern {
 }
 
 impl Pattern {
+    /// Whether there are any writes, where so many percent of a mixed pattern are reads.
+    pub fn writes(self, read_percent: u8) -> bool {
+        match self {
+            Self::Read | Self::RandRead => false,
+            Self::Write | Self::RandWrite => true,
+            Self::Rw | Self::RandRw => read_percent < 100,
+        }
+    }
+
     /// Its name, as in JSON: fio's.
     pub fn name(self) -> &'static str {
         match self {

@@ -34,11 +34,7 @@ pub(crate) struct Geometry {
 impl Spec {
     /// Whether there are any writes.
     pub(crate) fn writes(&self) -> bool {
-        match self.pattern {
-            Pattern::Read | Pattern::RandRead => false,
-            Pattern::Write | Pattern::RandWrite => true,
-            Pattern::Rw | Pattern::RandRw => self.read_percent < 100,
-        }
+        self.pattern.writes(self.read_percent)
     }
 
     /// What can be said before the target is known.

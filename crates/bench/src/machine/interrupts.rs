@@ -58,6 +58,11 @@ impl Sources {
         }
     }
 
+    /// All together.
+    pub(crate) fn all(&self) -> u64 {
+        self.0.values().fold(0, |sum, n| sum.saturating_add(*n))
+    }
+
     /// A second, where they are those of `seconds`.
     pub(crate) fn rates(&self, seconds: f64) -> BTreeMap<String, f64> {
         let rate = |(name, count): (&String, &u64)| (name.clone(), *count as f64 / seconds);

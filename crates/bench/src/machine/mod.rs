@@ -3,6 +3,7 @@
 pub(crate) mod device;
 pub(crate) mod file;
 pub mod host;
+pub(crate) mod initrd;
 pub(crate) mod interrupts;
 pub(crate) mod mount;
 pub(crate) mod others;

@@ -215,6 +215,11 @@ impl Kernel {
     }
 }
 
+/// Seconds of all cores that were not idle, from a `/proc/stat`.
+pub(crate) fn busy_s(stat: &str) -> f64 {
+    Kernel::parse(stat, &None).busy_s
+}
+
 fn load_average(text: &str) -> f64 {
     let first = text.split_whitespace().next();
     first.and_then(|load| load.parse().ok()).unwrap_or_default()

@@ -34,7 +34,7 @@ use trace::Totals;
 
 /// [`Run::schema`] of what is written. 2 added `experiment`, `seconds`, `axes`, `latency`, `timeline` and `stages`. 3 made
 /// `stages` the totals of all eight: those of 2 had the means of five, which are read as totals too; it added `flamegraph`,
-/// and later `interrupts` and `guest`.
+/// and later `interrupts` and `guest_interrupts`.
 pub const SCHEMA: u32 = 3;
 
 /// A line.
@@ -119,6 +119,9 @@ pub struct Sample {
     /// architecture's by their label).
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub interrupts: BTreeMap<String, f64>,
+    /// Those in the guest.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub guest_interrupts: BTreeMap<String, f64>,
     /// A flame graph of the server under such a load, by its name beside the records.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flamegraph: Option<String>,

@@ -10,7 +10,10 @@ use super::{
     model::{Cell, Model},
 };
 use crate::metric::{Metric, number};
-use std::{collections::BTreeSet, fmt::Write};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write,
+};
 
 const PAGE_STYLE: &str = "\
 :root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;\
@@ -27,8 +30,9 @@ code{font-size:13px}figure{margin:1rem 0}.wide{overflow-x:auto}summary{cursor:po
 const CHECK: &str = "\
 const model=JSON.parse(document.getElementById('data').textContent);let wrong=0,seen=0;\
 for(const e of document.querySelectorAll('[data-value]')){const d=e.dataset;seen++;\
+const side=d.cell!==undefined&&model.cells.find(c=>c.name===d.cell).sides.find(s=>s.name===d.side);\
 const there=d.finding!==undefined?model.findings[d.finding].ours.median:\
-model.cells.find(c=>c.name===d.cell).sides.find(s=>s.name===d.side).figures[d.metric].median;\
+d.source!==undefined?side.interrupts[d.source]:side.figures[d.metric].median;\
 if(there!==Number(d.value))wrong++}\
 document.documentElement.dataset.checked=wrong?'wrong '+wrong:'ok '+seen;\
 if(wrong)document.getElementById('wrong').hidden=false;\
@@ -74,6 +78,7 @@ pub fn html(model: &Model) -> Result<(String, Vec<Chart>), serde_json::Error> {
             escape(&cell.name)
         );
         table(&mut page, cell);
+        interrupts(&mut page, cell);
         flamegraphs(&mut page, cell);
         let own = |chart: &&Chart| chart.cell.as_deref() == Some(&cell.name);
         for chart in charts.iter().filter(own) {
@@ -226,6 +231,49 @@ fn table(page: &mut String, cell: &Cell) {
     page.push_str("</table></div>\n");
 }
 
+/// Sources of interrupts that a cell's table has at most.
+const SOURCES_MAX: usize = 12;
+
+/// Who interrupted, how often a second: the sources that did so most.
+fn interrupts(page: &mut String, cell: &Cell) {
+    let mut most: BTreeMap<&str, f64> = BTreeMap::new();
+    for (source, n) in cell.sides.iter().flat_map(|side| &side.interrupts) {
+        let own = most.entry(source).or_default();
+        *own = own.max(*n);
+    }
+    let mut sources: Vec<(&str, f64)> = most.into_iter().filter(|(_, n)| *n >= 1.0).collect();
+    if sources.is_empty() {
+        return;
+    }
+    sources.sort_by(|a, b| b.1.total_cmp(&a.1));
+    sources.truncate(SOURCES_MAX);
+    page.push_str("<div class=\"wide\"><table><tr><th>interrupts/s</th>");
+    for (source, _) in &sources {
+        let _ = write!(page, "<th class=\"n\">{}</th>", escape(source));
+    }
+    page.push_str("</tr>\n");
+    for side in &cell.sides {
+        let _ = write!(page, "<tr><td>{}</td>", escape(&side.name));
+        for (source, _) in &sources {
+            match side.interrupts.get(*source) {
+                Some(n) => {
+                    let _ = write!(
+                        page,
+                        "<td class=\"n\" data-cell=\"{}\" data-side=\"{}\" data-source=\"{}\" data-value=\"{n}\">{}</td>",
+                        escape(&cell.name),
+                        escape(&side.name),
+                        escape(source),
+                        number(Metric::Iops, *n)
+                    );
+                }
+                None => page.push_str("<td class=\"n\">–</td>"),
+            }
+        }
+        page.push_str("</tr>\n");
+    }
+    page.push_str("</table></div>\n");
+}
+
 /// Where the servers of a cell spent their CPU.
 fn flamegraphs(page: &mut String, cell: &Cell) {
     let drawn = cell.sides.iter().filter_map(|side| {
@@ -311,6 +359,12 @@ mod tests {
                             },
                         )]
                         .into(),
+                        interrupts: [
+                            ("virtio0-req.0".to_owned(), 4321.0),
+                            ("<b>".to_owned(), 0.5),
+                        ]
+                        .into(),
+                        guest_interrupts: [("ata_piix".to_owned(), 1.0 / 3.0 + 7.0)].into(),
                         ..Sample::default()
                     });
                 }
@@ -344,7 +398,13 @@ mod tests {
             let value = attribute(tag, "value")?;
             let of = |name| attribute(tag, name).unwrap_or_default();
             let first = attribute(tag, "finding").unwrap_or_else(|| of("cell"));
-            Some([first, of("side"), of("metric"), value])
+            let metric = attribute(tag, "source").map(|source| format!("source {source}"));
+            Some([
+                first,
+                of("side"),
+                metric.unwrap_or_else(|| of("metric")),
+                value,
+            ])
         })
         .collect()
     }
@@ -371,11 +431,25 @@ mod tests {
                     };
                     let cell = named(&data["cells"], place).unwrap();
                     let side = named(&cell["sides"], side).unwrap();
-                    side["figures"][metric.as_str()]["median"].as_f64()
+                    match metric.strip_prefix("source ") {
+                        Some(source) => side["interrupts"][source].as_f64(),
+                        None => side["figures"][metric.as_str()]["median"].as_f64(),
+                    }
                 }
             };
             assert_eq!(there, Some(value), "{place} {side} {metric}");
         }
+        // Interrupts by their source, where there are any to speak of.
+        let of = |source: &str| {
+            shown
+                .iter()
+                .filter(|s| s[2] == format!("source {source}"))
+                .count()
+        };
+        assert_eq!(
+            (of("virtio0-req.0"), of("guest: ata_piix"), of("<b>")),
+            (12, 12, 0)
+        );
         // Every figure of every side stands in a table.
         let figures = model
             .cells

@@ -63,6 +63,8 @@ pub struct Side {
     pub flamegraph: Option<String>,
     /// What requests spent in diskplane's stages, by operation, in all rounds.
     pub stages: BTreeMap<String, Totals>,
+    /// Interrupts a second by source, mean of the rounds: of the machine, and after `guest: ` of a guest.
+    pub interrupts: BTreeMap<String, f64>,
 }
 
 /// A figure: of the rounds, the interval of their median, and the usual.
@@ -212,6 +214,12 @@ fn cells(set: &Set) -> Vec<Cell> {
             side.latency.merge(&sample.latency);
             if let Some(name) = sample.flamegraph.as_ref().filter(|name| is_beside(name)) {
                 side.flamegraph = Some(name.clone());
+            }
+            let own = sample.interrupts.iter().map(|(s, n)| (s.clone(), n));
+            let of_guest = sample.guest_interrupts.iter();
+            let of_guest = of_guest.map(|(source, n)| (format!("guest: {source}"), n));
+            for (source, n) in own.chain(of_guest) {
+                *side.interrupts.entry(source).or_default() += n / samples.len() as f64;
             }
             for (operation, stages) in &sample.stages {
                 side.stages

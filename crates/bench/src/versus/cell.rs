@@ -53,7 +53,7 @@ pub struct Load {
 impl Load {
     /// Whether it changes what it finds.
     pub(crate) fn writes(&self) -> bool {
-        !matches!(self.pattern, Pattern::Read | Pattern::RandRead)
+        self.pattern.writes(self.reads)
     }
 
     /// In a few words.

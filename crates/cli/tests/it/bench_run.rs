@@ -382,17 +382,22 @@ fn what_was_interrupted_goes_on_and_has_every_sample_once() {
         kill_process(Pid::from_child(&running.0), signal).unwrap();
         running.0.wait().unwrap();
     }
-    let output = bench(&run, &args).output().unwrap();
-    assert!(output.status.success(), "{output:?}");
-    let words = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        words.contains("resumed: ") && words.contains("removing what a run"),
-        "{words}"
-    );
+    // Reads, reads at random, writes: seven sides, twice. What a busy machine made fail is tried again by the next run.
+    let all = 3 * 7 * 2;
+    for n in 0..3 {
+        let output = bench(&run, &args).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let words = String::from_utf8_lossy(&output.stderr);
+        assert!(words.contains("resumed: "), "{words}");
+        assert_eq!(words.contains("removing what a run"), n == 0, "{words}");
+        if records(&run, "sample").len() >= all {
+            break;
+        }
+    }
     let samples = records(&run, "sample");
     let once: std::collections::BTreeSet<_> = samples.iter().map(key).collect();
-    // Reads, reads at random, writes: seven sides, twice.
-    assert_eq!((samples.len(), once.len()), (3 * 7 * 2, 3 * 7 * 2));
+    let failures = records(&run, "failure");
+    assert_eq!((samples.len(), once.len()), (all, all), "{failures:?}");
     for sample in &samples {
         let reads = sample["cell"].as_str().unwrap().contains("read");
         assert_eq!(sample["in_turns"] == true, reads, "{sample}");
@@ -401,7 +406,6 @@ fn what_was_interrupted_goes_on_and_has_every_sample_once() {
             "{sample}"
         );
     }
-    assert_eq!(records(&run, "failure"), [] as [Value; 0]);
     assert_gone(&run);
 }
 
