@@ -28,15 +28,18 @@ pub(super) struct Block {
     /// Lowest one that may be there after a crash.
     pub sure: u32,
     /// Flushes that had begun when `low` was acknowledged: a later one covers it.
-    acked: u32,
+    pub acked: u32,
     /// A request is at it.
-    busy: bool,
+    pub busy: bool,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Inner {
     pub blocks: Vec<Block>,
     places: Option<Places>,
+    /// Where it is kept, and since the places are known, being kept.
+    state: Option<state::State>,
+    journal: Option<state::Journal>,
     /// Flushes that have begun, and the last one of those that ended well.
     begun: u32,
     durable: u32,
@@ -56,6 +59,15 @@ pub(crate) struct Ledger {
     run: u64,
     block: u64,
     inner: Mutex<Inner>,
+}
+
+impl Inner {
+    /// Block `n` has changed.
+    fn keep(&self, n: u64) {
+        if let Some(journal) = &self.journal {
+            journal.set(n as usize, &self.blocks[n as usize]);
+        }
+    }
 }
 
 impl Ledger {
@@ -113,6 +125,10 @@ impl Ledger {
             }
         }
         inner.places = Some(*places);
+        let inner = &mut *inner;
+        if let (Some(state), None) = (&mut inner.state, &inner.journal) {
+            inner.journal = Some(state.keep(self.run, &inner.blocks)?);
+        }
         Ok(())
     }
 
@@ -149,6 +165,10 @@ impl Ledger {
             })?;
         }
         let generation = block.high;
+        if write {
+            // Before the server can hear of it.
+            inner.keep(free);
+        }
         inner.written += u64::from(write);
         Ok((free, places.at(free), generation))
     }
@@ -174,6 +194,7 @@ impl Ledger {
         if ok {
             block.low = block.high;
             block.acked = begun;
+            inner.keep(index);
         }
     }
 
@@ -193,6 +214,9 @@ impl Ledger {
     pub(crate) fn flushed(&self, number: u32) {
         let mut inner = self.lock();
         inner.durable = inner.durable.max(number);
+        if let Some(journal) = &inner.journal {
+            journal.durable(inner.durable);
+        }
     }
 
     /// A read brought `data` of the block at `offset`.
@@ -206,6 +230,7 @@ impl Ledger {
             block.low = block.low.max(oldest);
         }
         let unknown = block.high == 0;
+        inner.keep(index);
         inner.checked += 1;
         inner.unknown += u64::from(unknown);
         if let Some(fault) = verdict {
@@ -216,14 +241,21 @@ impl Ledger {
         }
     }
 
-    /// What a later load may expect: `low` and `high` of each block. Without `all`, only what flushes have covered is sure.
-    pub(super) fn generations(&self, all: bool) -> Vec<(u32, u32)> {
-        let inner = self.lock();
-        let of = |block: &Block| match all || block.acked < inner.durable {
-            true => (block.low, block.high),
-            false => (block.sure.min(block.low), block.high),
-        };
-        inner.blocks.iter().map(of).collect()
+    /// Keeps what becomes of the blocks in a file, from when the places are known.
+    pub(super) fn keep_in(&self, state: state::State) {
+        self.lock().state = Some(state);
+    }
+
+    /// The load has come to its end, and has flushed what it wrote.
+    ///
+    /// # Errors
+    ///
+    /// The state cannot be written.
+    pub(super) fn close(&self) -> Result<()> {
+        self.lock()
+            .journal
+            .as_ref()
+            .map_or(Ok(()), state::Journal::close)
     }
 }
 
@@ -305,6 +337,7 @@ fn judge(run: u64, block: Block, offset: u64, data: &[u8]) -> (Option<Fault>, u3
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::load::{Spec, Target};
 
     const BLOCK: usize = 2 * SECTOR;
 
@@ -384,25 +417,45 @@ mod tests {
 
     #[test]
     fn after_a_crash_what_was_flushed_must_be_there() {
-        let ledger = ledger();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        let spec = Spec::new(Target::VhostUser("s".into()));
+        let kept = |block: u64| Spec {
+            block_bytes: block,
+            ..spec.clone()
+        };
+        let ledger = Ledger::new(9, BLOCK as u64);
+        let (state, _) = state::State::open(&path, &kept(BLOCK as u64)).unwrap();
+        ledger.keep_in(state);
+        ledger.prepare(&Places::of(0, BLOCK as u64, 4), 1).unwrap();
+        // What is found of the first two blocks when the load is killed now.
+        let killed = || {
+            let copy = dir.path().join("copy");
+            std::fs::copy(&path, &copy).unwrap();
+            state::State::open(&copy, &kept(BLOCK as u64))
+                .unwrap()
+                .1
+                .unwrap()
+        };
         let first = write(&ledger, 0);
         // Begun before the second write ended: it covers the first one alone.
         let flush = ledger.flush();
         let second = write(&ledger, 0);
         write(&ledger, 1);
+        assert_eq!(killed().generations[..2], [(0, 2), (0, 1)]);
         ledger.flushed(flush);
-        assert_eq!(ledger.generations(true)[..2], [(2, 2), (1, 1)]);
-        assert_eq!(ledger.generations(false)[..2], [(0, 2), (0, 1)]);
+        assert_eq!(killed().generations[..2], [(0, 2), (0, 1)]);
         let flush = ledger.flush();
         ledger.flushed(flush);
-        write(&ledger, 0);
-        assert_eq!(ledger.generations(false)[..2], [(2, 3), (1, 1)]);
+        assert_eq!(killed().generations[..2], [(2, 2), (1, 1)]);
+        // Of a write that has begun nothing is sure.
+        let (_, _, third) = ledger.take(0, true).unwrap();
+        assert_eq!((third, killed().generations[0]), (3, (2, 3)));
+        ledger.wrote(0, true);
+        assert_eq!(killed().generations[0], (2, 3));
         // A load that goes on with that takes either, sector by sector, and then nothing older than it saw.
         let after = Ledger::new(9, BLOCK as u64);
-        after.restore(&state::Known {
-            run: 9,
-            generations: ledger.generations(false),
-        });
+        after.restore(&killed());
         after.prepare(&Places::of(0, BLOCK as u64, 4), 1).unwrap();
         assert_eq!(kind(&after, 0, &first).unwrap().0, Kind::Stale);
         assert_eq!(kind(&after, 0, &second), None);
@@ -416,5 +469,7 @@ mod tests {
         assert_eq!(kind(&after, 0, &third), None);
         assert_eq!(kind(&after, 0, &second).unwrap().0, Kind::Stale);
         assert_eq!(after.known(), [0, 1]);
+        ledger.close().unwrap();
+        assert_eq!(killed().generations[..2], [(3, 3), (1, 1)]);
     }
 }

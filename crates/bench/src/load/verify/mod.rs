@@ -2,16 +2,18 @@
 //!
 //! - `stamp`: what a sector carries;
 //! - `ledger`: what each block must hold; no two requests are at a block at a time, so that this is known at any depth;
-//! - `state`: the same in a file, for a load after a restart of the server.
+//! - `state`: the same in a file, for a load after a restart of the server; kept while the load runs, so that it is there whoever is
+//!   killed.
 //!
 //! ```text
 //!   state there?  read all that it knows          what a restart or a crash has left
 //!   the load      writes carry stamps, reads are compared; each queue flushes at its end
 //!   read all that is known                        what was lost, misplaced or torn since
-//!   write the state down
+//!   close the state
 //! ```
 
 mod ledger;
+mod mapped;
 mod stamp;
 mod state;
 
@@ -24,7 +26,7 @@ use super::{
 };
 use block::Result;
 use serde::{Deserialize, Serialize};
-use state::{Known, State};
+use state::State;
 use std::{
     fmt,
     path::PathBuf,
@@ -121,42 +123,32 @@ impl Verified {
 ///
 /// # Errors
 ///
-/// Those of a load, and those of the state. Where the load fails what is known then is written down, too.
+/// Those of a load, and those of the state. Where the load fails the state knows all that may be on the disk then, as it does where
+/// this process is killed.
 pub(super) fn run(spec: &Spec, options: &Verify) -> Result<Report> {
-    let state = options.state.as_deref().map(|path| State::of(path, spec));
-    let known = match &state {
-        Some(state) => state.read()?,
-        None => None,
+    let (state, known) = match &options.state {
+        Some(path) => {
+            let (state, known) = State::open(path, spec)?;
+            (Some(state), known)
+        }
+        None => (None, None),
     };
     let run = known.as_ref().map_or_else(new_run, |known| known.run);
     let ledger = Ledger::new(run, spec.block_bytes);
     if let Some(known) = &known {
         ledger.restore(known);
+        if known.interrupted {
+            tracing::info!(
+                "the last load with this --state did not come to its end: what no flush had covered may be old or new"
+            );
+        }
     }
-    if let Some(state) = &state {
-        state.write(
-            &known.clone().unwrap_or(Known {
-                run,
-                ..Known::default()
-            }),
-            true,
-        )?;
+    if let Some(state) = state {
+        ledger.keep_in(state);
     }
-    let outcome = load(spec, &ledger, known.is_some());
-    if let Some(state) = &state {
-        let generations = ledger.generations(outcome.is_ok());
-        // A load that failed before it knew the disk leaves what was known.
-        let written = match generations.is_empty() {
-            true => known.unwrap_or(Known {
-                run,
-                ..Known::default()
-            }),
-            false => Known { run, generations },
-        };
-        let kept = state.write(&written, false);
-        return outcome.and_then(|report| kept.map(|()| report));
-    }
-    outcome
+    let report = load(spec, &ledger, known.is_some())?;
+    ledger.close()?;
+    Ok(report)
 }
 
 fn load(spec: &Spec, ledger: &Ledger, goes_on: bool) -> Result<Report> {

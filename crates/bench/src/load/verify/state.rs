@@ -2,167 +2,280 @@
 //!
 //! ```text
 //!    0  "dpstate\0"
-//!    8  version      1, u32
+//!    8  version      2, u32
 //!   12  open         1: a load uses it, or was killed while it did, u32
 //!   16  run          what the sectors carry, u64
 //!   24  block        bytes, u64
 //!   32  stride       bytes, u64
 //!   40  start        bytes, u64
 //!   48  count        of blocks, u64
-//!   56  checksum     CRC32C of the 56 bytes before and of the blocks, u32
-//!   64  for each block: lowest and highest generation that may be there, u32 each
+//!   56  checksum     CRC32C of all but this and what follows until 64, u32; while open: anything
+//!   60  durable      while open: the number of the last flush that ended well, u32
+//!   64  for each block, u32 each:
+//!         sure       the lowest generation that may be there after a crash
+//!         acked      while open: flushes that had begun when the last write ended, which a later one covers
+//!         low        the lowest generation that may be there
+//!         high       the highest one, of writes that have begun
 //! ```
 //!
-//! All numbers are little-endian.
+//! All numbers are little-endian. The file is mapped, and each change goes there before a write does to the server, and when one has ended:
+//! whoever is killed, and whenever, the file says what may be on the disk. (A crash of the machine that the load runs on is another
+//! thing: nothing is synced before the end.) Fields of a block are stored in the order above, so that any prefix of a
+//! change claims nothing that is not so.
 
-use super::ledger::BLOCKS_MAX;
+use super::{
+    ledger::{BLOCKS_MAX, Block},
+    mapped::Mapped,
+};
 use crate::load::Spec;
 use block::{Context, Error, Result};
 use crc32c::{crc32c, crc32c_append};
+use rustix::{
+    fs::{FallocateFlags, FlockOperation, fallocate, flock},
+    io::Errno,
+};
 use std::{
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io::{ErrorKind, Read, Write},
     path::{Path, PathBuf},
 };
 
 const MAGIC: &[u8; 8] = b"dpstate\0";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEAD: usize = 64;
+const OPEN: usize = 12;
+const CHECKSUM: usize = 56;
+const DURABLE: usize = 60;
+/// Bytes of a block.
+const ENTRY: usize = 16;
 
 /// What a file says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Known {
     pub run: u64,
+    /// The load that used it was killed, or failed.
+    pub interrupted: bool,
+    /// Lowest and highest generation of each block.
     pub generations: Vec<(u32, u32)>,
 }
 
-/// A file of states.
-#[derive(Clone, Debug)]
-pub(super) struct State<'a> {
-    path: &'a Path,
+/// A file of states. While it lives no other load can use the file.
+#[derive(Debug)]
+pub(super) struct State {
+    path: PathBuf,
     places: [u64; 3],
+    /// There when the file was.
+    file: Option<File>,
 }
 
-impl<'a> State<'a> {
-    /// That of a load.
-    pub(super) fn of(path: &'a Path, spec: &Spec) -> Self {
-        let stride = spec.stride_bytes.unwrap_or(spec.block_bytes);
-        Self {
-            path,
-            places: [spec.block_bytes, stride, spec.start_bytes],
-        }
+fn lock(file: &File, path: &Path) -> Result<()> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(()),
+        Err(Errno::WOULDBLOCK) => Err(Error::invalid(format!(
+            "{}: another load uses it: give another --state",
+            path.display()
+        ))),
+        Err(e) => Err(Error::os("flock", e.into()).within(path.display())),
     }
+}
 
-    /// Reads it; `None` where there is none yet.
+impl State {
+    /// That of a load, and what it knows; `None` where there is none yet.
     ///
     /// # Errors
     ///
-    /// It is of another load, damaged, no such file, or the load that had it did not come to its end.
-    pub(super) fn read(&self) -> Result<Option<Known>> {
+    /// It is of another load, damaged, no such file, or another load uses it.
+    pub(super) fn open(path: &Path, spec: &Spec) -> Result<(Self, Option<Known>)> {
+        let stride = spec.stride_bytes.unwrap_or(spec.block_bytes);
+        let mut state = Self {
+            path: path.to_owned(),
+            places: [spec.block_bytes, stride, spec.start_bytes],
+            file: None,
+        };
+        let file = match OpenOptions::new().read(true).write(true).open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok((state, None)),
+            Err(error) => return Err(error).context(|| path.display().to_string()),
+        };
+        lock(&file, path)?;
+        let known = state.read(&file)?;
+        state.file = Some(file);
+        Ok((state, Some(known)))
+    }
+
+    fn read(&self, mut file: &File) -> Result<Known> {
         let named = || self.path.display().to_string();
         let wrong = |what: &str| Err(Error::invalid(format!("{}: {what}", named())));
-        let file = match File::open(self.path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).context(named),
-        };
         let mut bytes = Vec::new();
-        let limit = HEAD as u64 + BLOCKS_MAX * 8 + 1;
-        file.take(limit).read_to_end(&mut bytes).context(named)?;
+        let limit = HEAD as u64 + BLOCKS_MAX * ENTRY as u64 + 1;
+        Read::by_ref(&mut file)
+            .take(limit)
+            .read_to_end(&mut bytes)
+            .context(named)?;
         if !bytes.starts_with(MAGIC) || bytes.len() < HEAD {
             return wrong("it is no state of bench load --verify: give another --state");
         }
-        let word = |at: usize| {
+        let long = |at: usize| {
             let bytes = bytes.get(at..).and_then(<[u8]>::first_chunk);
             bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes))
         };
-        if word(8) as u32 != VERSION {
+        let word = |at: usize| long(at & !7) >> (8 * (at & 7)) & u64::from(u32::MAX);
+        if word(8) != u64::from(VERSION) {
             return wrong(&format!(
-                "version {} at offset 8 is not known",
-                word(8) as u32
+                "version {} at offset 8 is not known: give another --state",
+                word(8)
             ));
         }
-        if word(8) >> 32 != 0 {
-            return wrong(
-                "the load that used it did not come to its end, so nobody knows what is on the disk: remove it to begin anew",
-            );
-        }
-        let count = word(48);
-        if count > BLOCKS_MAX || bytes.len() as u64 != HEAD as u64 + count * 8 {
+        let interrupted = word(OPEN) != 0;
+        let count = long(48);
+        if count > BLOCKS_MAX || bytes.len() as u64 != HEAD as u64 + count * ENTRY as u64 {
             return wrong(&format!(
                 "{count} blocks at offset 48 do not fit its {} bytes",
                 bytes.len()
             ));
         }
-        if checksum(&bytes) != word(56) as u32 {
+        if !interrupted && u64::from(checksum(&bytes)) != word(CHECKSUM) {
             return wrong("the checksum at offset 56 does not fit: it is damaged");
         }
-        if [word(24), word(32), word(40)] != self.places {
+        if [long(24), long(32), long(40)] != self.places {
             return wrong(&format!(
                 "it is of --bs {} --stride {} --start {}: give the same",
-                word(24),
-                word(32),
-                word(40)
+                long(24),
+                long(32),
+                long(40)
             ));
         }
-        let generations = bytes[HEAD..].chunks_exact(8).map(|pair| {
+        let durable = word(DURABLE);
+        let mut generations = Vec::with_capacity(count as usize);
+        for (n, entry) in bytes[HEAD..].chunks_exact(ENTRY).enumerate() {
             let of = |at: usize| {
-                let bytes = pair[at..].first_chunk();
+                let bytes = entry[at..].first_chunk();
                 bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
             };
-            (of(0), of(4))
-        });
-        let generations: Vec<(u32, u32)> = generations.collect();
-        if let Some(n) = generations.iter().position(|(low, high)| low > high) {
-            return wrong(&format!(
-                "block {n}: its lowest generation is above its highest"
-            ));
+            let (sure, acked, low, high) = (of(0), of(4), of(8), of(12));
+            if sure > low || low > high {
+                return wrong(&format!(
+                    "block {n} at offset {}: {sure}, {low} and {high} are not in order: it is damaged",
+                    HEAD + n * ENTRY
+                ));
+            }
+            let flushed = !interrupted || u64::from(acked) < durable;
+            generations.push((if flushed { low } else { sure }, high));
         }
-        Ok(Some(Known {
-            run: word(16),
+        Ok(Known {
+            run: long(16),
+            interrupted,
             generations,
-        }))
+        })
     }
 
-    /// Writes it; `open` where a load is at it.
+    /// Begins to keep what a load does to `blocks`, which are those of the file if there was one.
     ///
     /// # Errors
     ///
-    /// It cannot be written.
-    pub(super) fn write(&self, known: &Known, open: bool) -> Result<()> {
+    /// The file cannot be made or mapped.
+    pub(super) fn keep(&mut self, run: u64, blocks: &[Block]) -> Result<Journal> {
         let named = || self.path.display().to_string();
-        let mut bytes = Vec::with_capacity(HEAD + known.generations.len() * 8);
+        let len = HEAD + blocks.len() * ENTRY;
+        let file = match &self.file {
+            Some(file) => file.try_clone().context(named)?,
+            None => self.create(run, blocks.len()).context(named)?,
+        };
+        // Room for all of it: a mapping has no other way to say that there is none.
+        fallocate(&file, FallocateFlags::empty(), 0, len as u64)
+            .map_err(|e| Error::os("fallocate", e.into()).within(named()))?;
+        let map = Mapped::new(&file, len).context(named)?;
+        let journal = Journal {
+            file,
+            map,
+            count: blocks.len(),
+        };
+        // What is read of a file whose load was killed now is what was read before, or what these blocks say: the same.
+        for (n, block) in blocks.iter().enumerate() {
+            journal.set(n, block);
+        }
+        journal.durable(0);
+        journal.map.store(OPEN, 1);
+        Ok(journal)
+    }
+
+    /// A new file, whole under its name from the beginning.
+    fn create(&self, run: u64, count: usize) -> std::io::Result<File> {
+        let mut bytes = Vec::with_capacity(HEAD + count * ENTRY);
         bytes.extend(MAGIC);
         bytes.extend(VERSION.to_le_bytes());
-        bytes.extend(u32::from(open).to_le_bytes());
-        bytes.extend(known.run.to_le_bytes());
+        bytes.extend(1u32.to_le_bytes());
+        bytes.extend(run.to_le_bytes());
         for number in self.places {
             bytes.extend(number.to_le_bytes());
         }
-        bytes.extend((known.generations.len() as u64).to_le_bytes());
-        bytes.extend([0; 8]);
-        for (low, high) in &known.generations {
-            bytes.extend(low.to_le_bytes());
-            bytes.extend(high.to_le_bytes());
-        }
-        let sum = checksum(&bytes).to_le_bytes();
-        bytes[56..60].copy_from_slice(&sum);
-        // Under another name first: what is there stays whole.
+        bytes.extend((count as u64).to_le_bytes());
+        bytes.resize(HEAD + count * ENTRY, 0);
         let mut name = self.path.as_os_str().to_owned();
         name.push(".new");
         let new = PathBuf::from(name);
-        let write = || {
-            let mut file = File::create(&new)?;
-            file.write_all(&bytes)?;
-            file.sync_all()?;
-            fs::rename(&new, self.path)
-        };
-        write().context(named)
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&new)?;
+        // Another load may be about to give it its name.
+        lock(&file, &new).map_err(std::io::Error::other)?;
+        file.set_len(0)?;
+        file.write_all(&bytes)?;
+        fs::rename(&new, &self.path)?;
+        Ok(file)
+    }
+}
+
+/// A state that a load is at.
+#[derive(Debug)]
+pub(super) struct Journal {
+    file: File,
+    map: Mapped,
+    count: usize,
+}
+
+impl Journal {
+    /// Block `n` is so from now on.
+    pub(super) fn set(&self, n: usize, block: &Block) {
+        let at = HEAD + n * ENTRY;
+        for (i, word) in [block.sure, block.acked, block.low, block.high]
+            .into_iter()
+            .enumerate()
+        {
+            self.map.store(at + 4 * i, word);
+        }
+    }
+
+    /// The flush of that number has ended well.
+    pub(super) fn durable(&self, number: u32) {
+        self.map.store(DURABLE, number);
+    }
+
+    /// The load has come to its end, and all that it wrote is durable.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub(super) fn close(&self) -> Result<()> {
+        for n in 0..self.count {
+            let at = HEAD + n * ENTRY;
+            // All flushed: the lowest that may be there is what a crash leaves.
+            self.map.store(at, self.map.load(at + 8));
+            self.map.store(at + 4, 0);
+        }
+        self.durable(0);
+        self.map.store(OPEN, 0);
+        let sum = self.map.with_bytes(checksum);
+        self.map.store(CHECKSUM, sum);
+        self.file.sync_all().context(|| "the --state")
     }
 }
 
 fn checksum(bytes: &[u8]) -> u32 {
-    crc32c_append(crc32c(&bytes[..56]), &bytes[HEAD..])
+    crc32c_append(crc32c(&bytes[..CHECKSUM]), &bytes[HEAD..])
 }
 
 #[cfg(test)]
@@ -170,25 +283,42 @@ mod tests {
     use super::*;
     use crate::load::Target;
 
+    fn block(sure: u32, acked: u32, low: u32, high: u32) -> Block {
+        Block {
+            sure,
+            acked,
+            low,
+            high,
+            ..Block::default()
+        }
+    }
+
     #[test]
     fn a_state_is_read_back_and_what_is_none_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state");
         let spec = Spec::new(Target::VhostUser("s".into()));
-        let state = State::of(&path, &spec);
-        assert_eq!(state.read().unwrap(), None);
+        let open = || State::open(&path, &spec);
+        let (mut state, known) = open().unwrap();
+        assert_eq!(known, None);
+        let blocks = [block(0, 0, 0, 0), block(1, 3, 1, 1), block(2, 4, 5, 7)];
+        let journal = state.keep(5, &blocks).unwrap();
+        let error = open().unwrap_err().to_string();
+        assert!(error.contains("another load uses it"), "{error}");
+        journal.close().unwrap();
+        drop((state, journal));
         let known = Known {
             run: 5,
-            generations: vec![(0, 0), (1, 1), (2, 7)],
+            interrupted: false,
+            generations: vec![(0, 0), (1, 1), (5, 7)],
         };
-        state.write(&known, false).unwrap();
-        assert_eq!(state.read().unwrap(), Some(known.clone()));
+        assert_eq!(open().unwrap().1, Some(known.clone()));
+        let good = fs::read(&path).unwrap();
         let refused = |change: &dyn Fn(&mut Vec<u8>)| {
-            state.write(&known, false).unwrap();
-            let mut bytes = fs::read(&path).unwrap();
+            let mut bytes = good.clone();
             change(&mut bytes);
             fs::write(&path, bytes).unwrap();
-            state.read().unwrap_err().to_string()
+            open().unwrap_err().to_string()
         };
         assert!(refused(&|b| b[0] = 0).contains("no state"));
         assert!(refused(&|b| b.truncate(40)).contains("no state"));
@@ -197,15 +327,75 @@ mod tests {
         assert!(refused(&|b| b[55] = 9).contains("at offset 48"));
         assert!(refused(&|b| b.truncate(80)).contains("at offset 48"));
         assert!(refused(&|b| b[70] ^= 1).contains("checksum"));
-        state.write(&known, true).unwrap();
-        let error = state.read().unwrap_err().to_string();
-        assert!(error.contains("did not come to its end"), "{error}");
-        state.write(&known, false).unwrap();
+        // Of one that is open nothing but its order can be judged.
+        let order = refused(&|b| {
+            b[12] = 1;
+            b[64 + 8] = 1;
+        });
+        assert!(
+            order.contains("block 0 at offset 64: 0, 1 and 0"),
+            "{order}"
+        );
+        fs::write(&path, &good).unwrap();
         let other = Spec {
             block_bytes: 8192,
-            ..spec
+            ..spec.clone()
         };
-        let error = State::of(&path, &other).read().unwrap_err().to_string();
+        let error = State::open(&path, &other).unwrap_err().to_string();
         assert!(error.contains("--bs 4096"), "{error}");
+        // Nothing of that has changed it.
+        assert_eq!(open().unwrap().1, Some(known));
+    }
+
+    /// A load that is killed after each of its stores leaves what may be there then.
+    #[test]
+    fn a_killed_load_leaves_what_may_be_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        let spec = Spec::new(Target::VhostUser("s".into()));
+        let found = || {
+            // As another process finds it, which no lock keeps away from a dead one's.
+            let copy = dir.path().join("copy");
+            fs::copy(&path, &copy).unwrap();
+            let known = State::open(&copy, &spec).unwrap().1.unwrap();
+            assert!(known.interrupted);
+            known.generations[0]
+        };
+        let (mut state, _) = State::open(&path, &spec).unwrap();
+        let journal = state.keep(5, &[Block::default()]).unwrap();
+        assert_eq!(found(), (0, 0));
+        for (step, durable, expected) in [
+            // A write begins; it ends; the flush that began before it ends; the next one does.
+            (block(0, 0, 0, 1), 0, (0, 1)),
+            (block(0, 1, 1, 1), 0, (0, 1)),
+            (block(0, 1, 1, 1), 1, (0, 1)),
+            (block(0, 1, 1, 1), 2, (1, 1)),
+            // The second begins, when the first is sure; it ends.
+            (block(1, 1, 1, 2), 2, (1, 2)),
+            (block(1, 2, 2, 2), 2, (1, 2)),
+            // A read has seen it: no later one may see less, but after a crash.
+            (block(1, 2, 2, 3), 2, (1, 3)),
+        ] {
+            journal.durable(durable);
+            journal.set(0, &step);
+            assert_eq!(found(), expected, "{step:?} {durable}");
+        }
+        // It goes on: what may be there is what was read, and the flushes are counted anew.
+        drop((state, journal));
+        let (mut state, known) = State::open(&path, &spec).unwrap();
+        let (low, high) = known.unwrap().generations[0];
+        let journal = state.keep(5, &[block(low, 0, low, high)]).unwrap();
+        assert_eq!(found(), (1, 3));
+        journal.durable(1);
+        assert_eq!(found(), (1, 3));
+        journal.close().unwrap();
+        let known = State::open(&path, &spec);
+        assert!(known.is_err(), "still in use");
+        drop((state, journal));
+        let known = State::open(&path, &spec).unwrap().1.unwrap();
+        assert_eq!(
+            (known.interrupted, known.generations),
+            (false, vec![(1, 3)])
+        );
     }
 }
