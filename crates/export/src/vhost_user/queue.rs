@@ -37,10 +37,13 @@ const KICK: u32 = 1;
 /// this.
 const LOOK_NS: u64 = 4000;
 
-/// Answers that were there at once (zeros, cached metadata) are shown to the driver by so many while a batch is taken. A driver
-/// that finds some when it looks does not sleep, and waking it may take longer than a whole batch: measured on `null` at depth 32,
-/// where 1 moves lines between the cores more often and 4 lets the driver sleep more often.
+/// Answers that were there at once (zeros, cached metadata) are shown to a driver that sleeps by so many while a batch is taken:
+/// one that finds some when it looks does not sleep, and waking it may take longer than a whole batch. Measured on `null` at
+/// depth 32, where 1 moves lines between the cores more often and 4 lets the driver sleep more often.
 const PART: u32 = 2;
+
+/// A driver that wanted no call for so many answers does not sleep, and is shown whole batches.
+const AWAKE: u32 = 256;
 
 /// Everything that a queue needs to start.
 pub(super) struct Setup {
@@ -169,6 +172,8 @@ pub(super) struct Queue<R: Ring> {
     /// When the last batch was taken, and whether the clock is read for its stages one by one.
     batch_ns: u64,
     looks: bool,
+    /// Answers since the driver wanted a call.
+    uncalled: u32,
     /// When the worker was woken by a kick whose requests were not taken yet; 0: it was not.
     kicked_ns: u64,
     call: Option<EventFd>,
@@ -208,6 +213,7 @@ impl<R: Ring> Queue<R> {
             kick: setup.kick,
             batch_ns: 0,
             looks: false,
+            uncalled: 0,
             kicked_ns: 0,
             call: setup.call,
             err: setup.err,
@@ -280,7 +286,7 @@ impl<R: Ring> Queue<R> {
                 break;
             }
             taken += 1;
-            if taken.is_multiple_of(PART) && self.deliver(cx) {
+            if taken.is_multiple_of(PART) && self.uncalled < AWAKE && self.deliver(cx) {
                 self.publish();
             }
             // Answered slots are free again, and a driver may be as fast as we are: others have their turn.
@@ -428,6 +434,7 @@ impl<R: Ring> Queue<R> {
         // one), and `self.ring` keeps it mapped.
         unsafe { memory::write(slot.chain.status, &[status as u8]) };
         self.ring.push(slot.head, slot.written.saturating_add(1));
+        self.uncalled = self.uncalled.saturating_add(1);
         self.free.push(index);
     }
 
@@ -436,6 +443,7 @@ impl<R: Ring> Queue<R> {
         let wanted = self.ring.publish();
         let mut told_ns = None;
         if wanted {
+            self.uncalled = 0;
             if self.looks && self.disk.as_ref().is_some_and(DiskQueue::has_ended) {
                 told_ns = Some(disk::now_ns());
             }
