@@ -604,36 +604,39 @@ fn may_write(header: &Header, tables: &Tables) -> Result<(), String> {
 fn places(header: &Header, directory: &[u64], copies: &[u64]) -> (u64, Option<String>) {
     let table = u64::from(header.table_entries) * 4;
     let directory_bytes = header.directory_entries() * 4;
-    let mut places: Vec<(u64, u64, &str)> = vec![
-        (0, SECTOR, "header"),
-        (
-            header.directory * SECTOR,
-            directory_bytes,
-            "grain directory",
-        ),
+    let (descriptor, descriptor_len) = (header.descriptor, header.descriptor_len);
+    let parts = [
+        ("header", SECTOR),
+        ("grain directory", directory_bytes),
+        ("descriptor", descriptor_len.saturating_mul(SECTOR)),
+        ("redundant grain directory", directory_bytes),
+        ("grain table", table),
+        ("redundant grain table", table),
     ];
-    if header.descriptor != 0 {
-        let (at, len) = (header.descriptor, header.descriptor_len);
-        places.push((
-            at.saturating_mul(SECTOR),
-            len.saturating_mul(SECTOR),
-            "descriptor",
-        ));
+    // Where a part begins, and below the sector's bits which of them it is: there are millions of tables.
+    let place = |at: u64, part: u64| at & !(SECTOR - 1) | part;
+    let there = |tables: &[u64]| tables.iter().filter(|at| **at != 0).count();
+    let mut places = Vec::with_capacity(4 + there(directory) + there(copies));
+    places.extend([0, place(header.directory.saturating_mul(SECTOR), 1)]);
+    if descriptor != 0 {
+        places.push(place(descriptor.saturating_mul(SECTOR), 2));
     }
     if !copies.is_empty() {
-        let at = header.redundant * SECTOR;
-        places.push((at, directory_bytes, "redundant grain directory"));
+        places.push(place(header.redundant.saturating_mul(SECTOR), 3));
     }
-    let there = |tables: &[u64], what| {
-        let there: Vec<_> = tables.iter().filter(|at| **at != 0).copied().collect();
-        there.into_iter().map(move |at| (at, table, what))
-    };
-    places.extend(there(directory, "grain table"));
-    places.extend(there(copies, "redundant grain table"));
+    for (tables, part) in [(directory, 4), (copies, 5)] {
+        let there = tables.iter().filter(|at| **at != 0);
+        places.extend(there.map(|at| place(*at, part)));
+    }
     places.sort_unstable();
     let mut end = 0;
     let mut overlap = None;
-    for (at, len, what) in places {
+    for place in places {
+        let at = place & !(SECTOR - 1);
+        let (what, len) = parts
+            .get((place - at) as usize)
+            .copied()
+            .unwrap_or_default();
         if at < end && overlap.is_none() {
             overlap = Some(format!(
                 "its {what} at byte {at:#x} overlaps what lies before"
