@@ -297,7 +297,7 @@ mod tests {
             "{said:?}"
         );
         assert!(
-            !said.iter().any(|why| why.contains("random-writes-16-full")),
+            !said.iter().any(|why| why.contains("random-reads-16-full")),
             "{said:?}"
         );
     }
