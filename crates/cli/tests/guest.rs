@@ -292,8 +292,7 @@ fn a_crash_on_qcow2_keeps_what_was_flushed() {
 
 /// `kill -9` of the server in the middle of verified writes, twice; the guest goes on when the next one is
 /// there, and everything that it was told is written is there.
-#[test]
-fn a_guest_on_raw_survives_kills_of_the_server() {
+fn survives_kills(packed: bool) {
     let dir = TempDir::new();
     let (image, socket) = (dir.path("disk"), dir.path("vm.sock"));
     qemu::create("raw", &image, "1G");
@@ -303,7 +302,10 @@ fn a_guest_on_raw_survives_kills_of_the_server() {
         .queues(2)
         .io_threads(2);
     let mut server = serve.start();
-    let disk = Disk::vhost_user(&socket).queues(2).reconnect();
+    let mut disk = Disk::vhost_user(&socket).queues(2).reconnect();
+    if packed {
+        disk = disk.packed();
+    }
     let guest = Guest::new("reconnect")
         .parameter("mb", 24)
         .parameter("seconds", 10)
@@ -318,6 +320,16 @@ fn a_guest_on_raw_survives_kills_of_the_server() {
     server.stop();
     assert!(report.passed("reconnect.verify_whole"));
     assert_served_as_qemu_reads(&dir, "raw", &image);
+}
+
+#[test]
+fn a_guest_on_raw_survives_kills_of_the_server() {
+    survives_kills(false);
+}
+
+#[test]
+fn a_guest_with_packed_rings_survives_kills_of_the_server() {
+    survives_kills(true);
 }
 
 /// The checksum of a whole file.

@@ -89,6 +89,7 @@ impl Running {
     /// Starts a queue on the worker of `cx`, with the kind of ring that was agreed on.
     pub fn start(setup: Setup, cx: &mut Cx) -> Result<Self> {
         let packed = setup.limits.features & feature::RING_PACKED != 0;
+        tracing::debug!(queue = setup.index, packed, "a virtqueue runs");
         let id = if packed {
             cx.add(|cx| Queue::<Packed>::start(setup, cx))?
         } else {
