@@ -325,7 +325,7 @@ impl<R: Ring> Queue<R> {
         match task {
             Task::Answer { status, written } => {
                 slot.written = written;
-                self.finish(index, status);
+                self.answer(index, status);
             }
             Task::Single { op, at, len, iov } => {
                 let pieces = &slot.chain.iov[iov];
@@ -356,20 +356,21 @@ impl<R: Ring> Queue<R> {
                 slot.request.tag = u64::from(index);
                 slot.request.iov = ptr::null();
                 slot.request.iov_len = 0;
-                self.submit_segment(cx, index);
+                if self.submit_segment(cx, index) {
+                    self.answer(index, Status::Ok);
+                }
             }
         }
         true
     }
 
-    /// Hands the current segment of a slot to the disk, or ends the request behind the last.
-    fn submit_segment(&mut self, cx: &mut Cx, index: u16) {
+    /// Hands the current segment of a slot to the disk; `true` behind the last.
+    fn submit_segment(&mut self, cx: &mut Cx, index: u16) -> bool {
         let slot = &mut self.slots[usize::from(index)];
         let left = &slot.segments[slot.segment..slot.segment_count];
         // A segment of no sectors is legal, and done.
         let Some(skip) = left.iter().position(|segment| segment.len > 0) else {
-            self.finish(index, Status::Ok);
-            return;
+            return true;
         };
         slot.segment += skip;
         let segment = slot.segments[slot.segment];
@@ -385,6 +386,7 @@ impl<R: Ring> Queue<R> {
         slot.request.at = GuestOffset(segment.at);
         slot.request.len = segment.len;
         self.submit(cx, index);
+        false
     }
 
     fn submit(&mut self, cx: &mut Cx, index: u16) {
@@ -412,7 +414,9 @@ impl<R: Ring> Queue<R> {
             match done.result {
                 Ok(()) if slot.segment_count > 0 => {
                     slot.segment += 1;
-                    self.submit_segment(cx, index);
+                    if self.submit_segment(cx, index) {
+                        self.finish(index, Status::Ok);
+                    }
                 }
                 Ok(()) => self.finish(index, Status::Ok),
                 Err(error) => {
@@ -426,6 +430,13 @@ impl<R: Ring> Queue<R> {
             }
         }
         any
+    }
+
+    /// Answers a request that is none for the disk, while others are taken. The driver is shown it at once: the file of what is
+    /// in flight takes no note of another while an answer waits to be shown.
+    fn answer(&mut self, index: u16, status: Status) {
+        self.finish(index, status);
+        self.publish();
     }
 
     /// Writes a request's status and puts it into the used ring.

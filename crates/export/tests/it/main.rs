@@ -7,6 +7,7 @@ mod nbd_common;
 #[path = "../vhost_common/mod.rs"]
 mod vhost_common;
 
+mod inflight;
 mod nbd_clients;
 mod nbd_peers;
 mod trace;
