@@ -4,8 +4,10 @@
 //! went away in between. What a crash must leave is at least what a flush has made durable:
 //!
 //! ```text
-//!   write begins      high + 1; what a flush has covered since the last one becomes `sure`
+//!   write begins      high + 1
 //!   write ends        low = high; it is covered by the flushes that begin from now on
+//!   read ends         low = what it has seen, where that is more: the same
+//!   before each       if a flush has covered low, it becomes `sure`
 //!   flush ends        covers all writes that had ended when it began
 //! ```
 
@@ -59,6 +61,22 @@ pub(crate) struct Ledger {
     run: u64,
     block: u64,
     inner: Mutex<Inner>,
+}
+
+impl Block {
+    /// A flush has covered the lowest generation, the last of them being `durable`: it is known from now on whatever follows it.
+    fn settle(&mut self, durable: u32) {
+        if self.acked < durable {
+            self.sure = self.low;
+        }
+    }
+
+    /// No read may find less than `low` any more; flushes after number `begun` cover it.
+    fn raise(&mut self, low: u32, begun: u32, durable: u32) {
+        self.settle(durable);
+        self.low = low;
+        self.acked = begun;
+    }
 }
 
 impl Inner {
@@ -157,9 +175,7 @@ impl Ledger {
         let block = &mut inner.blocks[free as usize];
         block.busy = true;
         if write {
-            if block.acked < durable {
-                block.sure = block.low;
-            }
+            block.settle(durable);
             block.high = block.high.checked_add(1).ok_or_else(|| {
                 Error::invalid("--verify: a block was written 2^32 times: begin with a new --state")
             })?;
@@ -188,12 +204,12 @@ impl Ledger {
     /// A write ended.
     pub(crate) fn wrote(&self, index: u64, ok: bool) {
         let mut inner = self.lock();
-        let begun = inner.begun;
+        let (begun, durable) = (inner.begun, inner.durable);
         let block = &mut inner.blocks[index as usize];
         block.busy = false;
         if ok {
-            block.low = block.high;
-            block.acked = begun;
+            // A flush may have ended since the write began.
+            block.raise(block.high, begun, durable);
             inner.keep(index);
         }
     }
@@ -222,12 +238,13 @@ impl Ledger {
     /// A read brought `data` of the block at `offset`.
     pub(crate) fn check(&self, index: u64, offset: u64, data: &[u8]) {
         let mut inner = self.lock();
+        let (begun, durable) = (inner.begun, inner.durable);
         let block = &mut inner.blocks[index as usize];
         block.busy = false;
         let (verdict, oldest) = judge(self.run, *block, offset, data);
-        if verdict.is_none() && block.high > 0 {
-            // Nothing older may come back.
-            block.low = block.low.max(oldest);
+        if verdict.is_none() && oldest > block.low {
+            // Nothing older may come back; but no flush that has begun is known to cover a write that nobody has answered.
+            block.raise(oldest, begun, durable);
         }
         let unknown = block.high == 0;
         inner.keep(index);
@@ -471,5 +488,55 @@ mod tests {
         assert_eq!(after.known(), [0, 1]);
         ledger.close().unwrap();
         assert_eq!(killed().generations[..2], [(3, 3), (1, 1)]);
+    }
+
+    /// A ledger of four blocks that is kept in a file, and what a load finds of its first block when that one is killed now.
+    fn kept(dir: &std::path::Path) -> (Ledger, impl Fn() -> (u32, u32)) {
+        let (path, copy) = (dir.join("state"), dir.join("copy"));
+        let spec = Spec {
+            block_bytes: BLOCK as u64,
+            ..Spec::new(Target::VhostUser("s".into()))
+        };
+        let ledger = Ledger::new(9, BLOCK as u64);
+        ledger.keep_in(state::State::open(&path, &spec).unwrap().0);
+        ledger.prepare(&Places::of(0, BLOCK as u64, 4), 1).unwrap();
+        let killed = move || {
+            std::fs::copy(&path, &copy).unwrap();
+            let (_, known) = state::State::open(&copy, &spec).unwrap();
+            known.unwrap().generations[0]
+        };
+        (ledger, killed)
+    }
+
+    #[test]
+    fn a_flush_that_ends_while_a_write_is_under_way_is_not_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ledger, killed) = kept(dir.path());
+        write(&ledger, 0);
+        let flush = ledger.flush();
+        ledger.take(0, true).unwrap();
+        assert_eq!(killed(), (0, 2));
+        ledger.flushed(flush);
+        assert_eq!(killed(), (1, 2));
+        ledger.wrote(0, true);
+        assert_eq!(killed(), (1, 2));
+    }
+
+    #[test]
+    fn what_a_read_saw_of_a_failed_write_is_sure_after_the_next_flush() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ledger, killed) = kept(dir.path());
+        write(&ledger, 0);
+        let flush = ledger.flush();
+        ledger.flushed(flush);
+        let (_, offset, generation) = ledger.take(0, true).unwrap();
+        ledger.wrote(0, false);
+        let mut second = vec![0; BLOCK];
+        ledger.stamp(offset, generation, &mut second);
+        assert_eq!(kind(&ledger, 0, &second), None);
+        assert_eq!(killed(), (1, 2));
+        let flush = ledger.flush();
+        ledger.flushed(flush);
+        assert_eq!(killed(), (2, 2));
     }
 }
