@@ -12,6 +12,9 @@ use std::{
 pub(super) struct Mapped {
     base: *mut u8,
     len: usize,
+    /// What was stored, and where, in order.
+    #[cfg(test)]
+    stores: std::sync::Mutex<Vec<(usize, u32)>>,
 }
 
 // SAFETY: an address of shared memory, accessed as atomics.
@@ -28,6 +31,8 @@ impl Mapped {
         Ok(Self {
             base: base.cast(),
             len,
+            #[cfg(test)]
+            stores: std::sync::Mutex::default(),
         })
     }
 
@@ -49,6 +54,18 @@ impl Mapped {
     /// Sets it, after all that was set before.
     pub(super) fn store(&self, at: usize, value: u32) {
         self.word(at).store(value.to_le(), Ordering::Release);
+        #[cfg(test)]
+        self.stores.lock().unwrap().push((at, value));
+    }
+
+    #[cfg(test)]
+    pub(super) fn stores(&self) -> Vec<(usize, u32)> {
+        self.stores.lock().unwrap().clone()
+    }
+
+    #[cfg(test)]
+    pub(super) fn forget_stores(&self) {
+        self.stores.lock().unwrap().clear();
     }
 
     /// Shows `f` all of it. Nobody may store meanwhile.

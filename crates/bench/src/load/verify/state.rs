@@ -21,7 +21,8 @@
 //! All numbers are little-endian. The file is mapped, and each change goes there before a write does to the server, and when one has ended:
 //! whoever is killed, and whenever, the file says what may be on the disk. (A crash of the machine that the load runs on is another
 //! thing: nothing is synced before the end.) Fields of a block are stored in the order above, so that any prefix of a
-//! change claims nothing that is not so.
+//! change claims nothing that is not so. Where a load goes on with the file of one that was killed, `acked` is the last of them: it
+//! begins anew, and the old `durable` is beyond it.
 
 use super::{
     ledger::{BLOCKS_MAX, Block},
@@ -31,12 +32,13 @@ use crate::load::Spec;
 use block::{Context, Error, Result};
 use crc32c::{crc32c, crc32c_append};
 use rustix::{
-    fs::{FallocateFlags, FlockOperation, fallocate, flock},
+    fs::{CWD, FallocateFlags, FlockOperation, RenameFlags, fallocate, flock, renameat_with},
     io::Errno,
 };
 use std::{
     fs::{self, File, OpenOptions},
     io::{ErrorKind, Read, Write},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -182,8 +184,11 @@ impl State {
             None => self.create(run, blocks.len()).context(named)?,
         };
         // Room for all of it: a mapping has no other way to say that there is none.
-        fallocate(&file, FallocateFlags::empty(), 0, len as u64)
-            .map_err(|e| Error::os("fallocate", e.into()).within(named()))?;
+        match fallocate(&file, FallocateFlags::empty(), 0, len as u64) {
+            // NFSv3 and some of FUSE cannot promise it; all bytes were written before.
+            Ok(()) | Err(Errno::OPNOTSUPP) => {}
+            Err(e) => return Err(Error::os("fallocate", e.into()).within(named())),
+        }
         let map = Mapped::new(&file, len).context(named)?;
         let journal = Journal {
             file,
@@ -192,7 +197,7 @@ impl State {
         };
         // What is read of a file whose load was killed now is what was read before, or what these blocks say: the same.
         for (n, block) in blocks.iter().enumerate() {
-            journal.set(n, block);
+            journal.begin(n, block);
         }
         journal.durable(0);
         journal.map.store(OPEN, 1);
@@ -222,10 +227,48 @@ impl State {
             .open(&new)?;
         // Another load may be about to give it its name.
         lock(&file, &new).map_err(std::io::Error::other)?;
+        if !is_ours(&file)? {
+            return Err(std::io::Error::other(format!(
+                "{} is no state of bench load --verify, and would be overwritten: move it away",
+                new.display()
+            )));
+        }
         file.set_len(0)?;
         file.write_all(&bytes)?;
-        fs::rename(&new, &self.path)?;
+        self.name(&new).inspect_err(|_| {
+            let _ = fs::remove_file(&new);
+        })?;
         Ok(file)
+    }
+
+    /// Gives a new file its name, unless another load was faster.
+    fn name(&self, new: &Path) -> std::io::Result<()> {
+        let named = match renameat_with(CWD, new, CWD, &self.path, RenameFlags::NOREPLACE) {
+            // The file system cannot rename so: a second name cannot replace anything either.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                fs::hard_link(new, &self.path).and_then(|()| fs::remove_file(new))
+            }
+            named => named.map_err(std::io::Error::from),
+        };
+        named.map_err(|error| match error.kind() {
+            ErrorKind::AlreadyExists => {
+                std::io::Error::other("another load has made it meanwhile: give another --state")
+            }
+            _ => error,
+        })
+    }
+}
+
+/// Whether a file is one that a load has begun to make: it is empty, or begins as a state does.
+fn is_ours(file: &File) -> std::io::Result<bool> {
+    if file.metadata()?.len() == 0 {
+        return Ok(true);
+    }
+    let mut magic = [0; MAGIC.len()];
+    match file.read_exact_at(&mut magic, 0) {
+        Ok(()) => Ok(magic == *MAGIC),
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -249,6 +292,20 @@ impl Journal {
         }
     }
 
+    /// A load begins with block `n` so, whatever a load that was killed had stored there.
+    fn begin(&self, n: usize, block: &Block) {
+        let at = HEAD + n * ENTRY;
+        // Its `durable` stands still, and would make all of its `low` sure were `acked` to come before that is replaced.
+        for (offset, word) in [
+            (0, block.sure),
+            (8, block.low),
+            (12, block.high),
+            (4, block.acked),
+        ] {
+            self.map.store(at + offset, word);
+        }
+    }
+
     /// The flush of that number has ended well.
     pub(super) fn durable(&self, number: u32) {
         self.map.store(DURABLE, number);
@@ -267,15 +324,24 @@ impl Journal {
             self.map.store(at + 4, 0);
         }
         self.durable(0);
-        self.map.store(OPEN, 0);
-        let sum = self.map.with_bytes(checksum);
+        // While it is open nobody looks at the checksum: who is killed here leaves one that is open, or one that fits.
+        let sum = self.map.with_bytes(checksum_closed);
         self.map.store(CHECKSUM, sum);
+        self.map.store(OPEN, 0);
         self.file.sync_all().context(|| "the --state")
     }
 }
 
 fn checksum(bytes: &[u8]) -> u32 {
     crc32c_append(crc32c(&bytes[..CHECKSUM]), &bytes[HEAD..])
+}
+
+/// The checksum that a file will have when no load is at it any more.
+fn checksum_closed(bytes: &[u8]) -> u32 {
+    let mut head = [0; CHECKSUM];
+    head.copy_from_slice(&bytes[..CHECKSUM]);
+    head[OPEN..OPEN + 4].fill(0);
+    crc32c_append(crc32c(&head), &bytes[HEAD..])
 }
 
 #[cfg(test)]
@@ -397,5 +463,78 @@ mod tests {
             (known.interrupted, known.generations),
             (false, vec![(1, 3)])
         );
+    }
+
+    /// What is read after each store that `change` makes to the file of `journal`, in order; its first block.
+    fn after_each(
+        (path, spec): (&Path, &Spec),
+        before: &[u8],
+        journal: &Journal,
+    ) -> Vec<(bool, (u32, u32))> {
+        let mut bytes = before.to_vec();
+        let stores = journal.map.stores();
+        let found = stores.into_iter().map(|(at, word)| {
+            bytes[at..at + 4].copy_from_slice(&word.to_le_bytes());
+            fs::write(path, &bytes).unwrap();
+            let known = State::open(path, spec).unwrap().1.unwrap();
+            (known.interrupted, known.generations[0])
+        });
+        found.collect()
+    }
+
+    #[test]
+    fn who_is_killed_at_the_end_or_the_beginning_leaves_a_state() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, copy) = (dir.path().join("state"), dir.path().join("copy"));
+        let spec = Spec::new(Target::VhostUser("s".into()));
+        let (mut state, _) = State::open(&path, &spec).unwrap();
+        let journal = state.keep(5, &[Block::default()]).unwrap();
+        // The third flush has not covered the first write.
+        journal.set(0, &block(0, 3, 1, 2));
+        journal.durable(3);
+        drop((state, journal));
+        let killed = fs::read(&path).unwrap();
+        let (mut state, known) = State::open(&path, &spec).unwrap();
+        assert_eq!(known.unwrap().generations[0], (0, 2));
+        let journal = state.keep(5, &[block(0, 0, 0, 2)]).unwrap();
+        let found = after_each((&copy, &spec), &killed, &journal);
+        assert!(
+            found.iter().all(|found| *found == (true, (0, 2))),
+            "{found:?}"
+        );
+        drop((state, journal));
+        // All of it is written and flushed now.
+        let (mut state, _) = State::open(&path, &spec).unwrap();
+        let journal = state.keep(5, &[block(0, 1, 2, 2)]).unwrap();
+        let open = fs::read(&path).unwrap();
+        journal.map.forget_stores();
+        journal.close().unwrap();
+        let found = after_each((&copy, &spec), &open, &journal);
+        assert_eq!(found.last(), Some(&(false, (2, 2))));
+        assert_eq!(fs::read(&copy).unwrap(), fs::read(&path).unwrap());
+    }
+
+    #[test]
+    fn a_new_state_takes_no_other_files_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, new) = (dir.path().join("state"), dir.path().join("state.new"));
+        let spec = Spec::new(Target::VhostUser("s".into()));
+        let fresh = || State::open(&path, &spec).unwrap().0;
+        let (mut first, mut second) = (fresh(), fresh());
+        for theirs in ["thesis", "a much longer thesis"] {
+            fs::write(&new, theirs).unwrap();
+            let error = first.keep(5, &[Block::default()]).unwrap_err().to_string();
+            assert!(error.contains("move it away"), "{error}");
+            assert_eq!(fs::read_to_string(&new).unwrap(), theirs);
+        }
+        // What a load that was killed has left is used.
+        fs::write(&new, [&MAGIC[..], &[7; 500]].concat()).unwrap();
+        let journal = first.keep(5, &[Block::default()]).unwrap();
+        let made = fs::read(&path).unwrap();
+        drop(journal);
+        let error = second.keep(6, &[Block::default()]).unwrap_err().to_string();
+        assert!(error.contains("another load has made it"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), made);
+        assert!(!new.exists());
     }
 }
