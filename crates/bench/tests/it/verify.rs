@@ -79,6 +79,8 @@ enum Lie {
     Tear,
     /// Answers reads with what came before.
     Misread,
+    /// None, but a flush on one connection is none for others.
+    Alone,
 }
 
 /// An NBD server of one connection after the other, with simple replies: its disk is what is done to it.
@@ -123,7 +125,8 @@ fn talk(mut stream: UnixStream, disk: &Mutex<Vec<u8>>, lie: Lie) -> Result<()> {
         }
         let mut info = vec![0, 0];
         info.extend((64 * 4096_u64).to_be_bytes());
-        info.extend([1, 5]);
+        // It flushes, and (1 << 8) for all connections.
+        info.extend([u8::from(lie != Lie::Alone), 5]);
         answer(3, &info)?;
         answer(1, &[])?;
         break;
@@ -306,4 +309,20 @@ fn a_load_that_ends_early_leaves_what_it_knows() {
     let verified = verified(&report);
     assert_eq!(verified.bad(), 0, "{verified:?}");
     assert!(verified.checked > 64 && verified.checked <= 128);
+}
+
+/// Its flushes say nothing of what other connections wrote.
+#[test]
+fn a_server_whose_connections_are_apart_is_verified_through_one() {
+    let dir = TempDir::new();
+    liar(&dir.path("s"), Lie::Alone);
+    let target = Target::Nbd(format!("unix:{}", dir.path("s").display()));
+    let spec = |queues: u32| Spec {
+        queues,
+        verify: Some(Verify::default()),
+        ..count(target.clone(), Pattern::Write, 64)
+    };
+    let error = load::run(&spec(2)).unwrap_err().to_string();
+    assert!(error.contains("give --queues 1"), "{error}");
+    assert_eq!(verified(&load::run(&spec(1)).unwrap()).bad(), 0);
 }

@@ -41,7 +41,20 @@ pub(crate) fn run(spec: &Spec, text: &str, by: By<'_>) -> Result<Report> {
     let mut connections = Vec::new();
     for number in 1..=spec.queues {
         let named = || format!("{text}: connection {number} of {}", spec.queues);
-        connections.push(handshake::open(&uri, &handshake::Options::default()).context(named)?);
+        let (socket, export) =
+            handshake::open(&uri, &handshake::Options::default()).context(named)?;
+        // Before there is a second one: such a server may take no more, and leave it waiting.
+        if spec.verify.is_some()
+            && spec.queues > 1
+            && !export.has(transmission_flag::CAN_MULTI_CONN)
+        {
+            return Err(Error::invalid(format!(
+                "{text}: --verify with --queues {}: the server does not say that connections see each other's writes and flushes \
+                 (NBD_FLAG_CAN_MULTI_CONN), so what must be there is not known: give --queues 1",
+                spec.queues
+            )));
+        }
+        connections.push((socket, export));
     }
     let mut places = None;
     for (_, export) in &connections {
