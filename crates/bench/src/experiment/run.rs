@@ -165,6 +165,7 @@ pub fn run(
     for sample in &set.samples {
         schedule.has(&sample.cell, &sample.side, sample.round);
     }
+    schedule.go_on();
     let mut bench = Runner {
         options,
         lab,

@@ -17,6 +17,8 @@ pub(super) struct Schedule<'a> {
     limit: Option<Duration>,
     /// Rounds that were asked for.
     rounds: usize,
+    /// So many are run while there is any time: the last of them is the first in which something lacked when the run began.
+    least: usize,
     /// Cells that are to come, from the one at work on.
     cells: &'a [&'a Cell],
     /// What is there: cell, side, round.
@@ -44,6 +46,7 @@ impl<'a> Schedule<'a> {
             began,
             limit,
             rounds,
+            least: 1,
             cells,
             taken: BTreeSet::new(),
             given_up: BTreeSet::new(),
@@ -56,6 +59,13 @@ impl<'a> Schedule<'a> {
     /// A sample is there: this run took it, or one before.
     pub(super) fn has(&mut self, cell: &str, side: &str, round: usize) {
         self.taken.insert((cell.to_owned(), side.to_owned(), round));
+    }
+
+    /// All that is there was told: the run goes on with the first round that lacks something. Those before it take no time, so there
+    /// would always be time for them alone, and the run would end without a sample where another round does not fit.
+    pub(super) fn go_on(&mut self) {
+        let next = (1..=self.rounds).find(|rounds| self.left(*rounds) > 0);
+        self.least = next.unwrap_or(1);
     }
 
     /// A side of a cell is not measured any more.
@@ -117,7 +127,8 @@ impl<'a> Schedule<'a> {
             return 0;
         }
         let enough = |rounds: &usize| self.time_for(*rounds) <= time;
-        (1..=self.rounds).rev().find(enough).unwrap_or(1)
+        let fit = (1..=self.rounds).rev().find(enough).unwrap_or(1);
+        fit.max(self.least)
     }
 
     /// Samples that are to come when there are so many rounds of each cell.
@@ -143,8 +154,16 @@ impl<'a> Schedule<'a> {
         let many = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         let (made, time) = &self.images;
         let image = time.checked_div(many(made.len())).unwrap_or_default();
-        let sides = self.cells.iter().flat_map(|cell| &cell.sides);
-        let stay = sides.map(|side| side.image).filter(|image| image.stays());
+        let sides = self.cells.iter().flat_map(|cell| {
+            let named = |side: &'a super::plan::Side| (&cell.name, side);
+            cell.sides.iter().map(named)
+        });
+        // Nobody makes the image of a side that has all its samples, or gets no more.
+        let lacking = sides
+            .filter(|(cell, side)| (0..rounds).any(|round| self.lacks(cell, &side.name, round)));
+        let stay = lacking
+            .map(|(_, side)| side.image)
+            .filter(|image| image.stays());
         let unmade = stay.collect::<BTreeSet<_>>().difference(made).count();
         each.saturating_mul(many(self.left(rounds)))
             .saturating_add(image.saturating_mul(many(unmade)))
@@ -205,6 +224,41 @@ mod tests {
             schedule.ended();
         }
         assert_eq!((schedule.left(5), schedule.rounds_in(S)), (0, 5));
+    }
+
+    #[test]
+    fn a_run_that_goes_on_takes_the_next_round_and_makes_its_images_only() {
+        let e3 = find("E3").unwrap();
+        let cells = cells(&e3, true, Some("read-*k")).unwrap();
+        let mut schedule = Schedule::new(&cells, 5, S - AROUND, Some(S), Instant::now());
+        schedule.go_on();
+        assert_eq!(schedule.rounds_in(S), 1);
+        for round in 0..2 {
+            for cell in &cells {
+                for side in &cell.sides {
+                    schedule.has(&cell.name, &side.name, round);
+                }
+            }
+        }
+        schedule.go_on();
+        // Too little for all of the third; what there is time for is taken.
+        assert_eq!((schedule.left(2), schedule.rounds_in(S)), (0, 3));
+        assert_eq!(schedule.rounds_in(Duration::ZERO), 0);
+        let raw = cells[0].sides[0].image;
+        let mut images = cells.iter().flat_map(|cell| &cell.sides);
+        let other = images.find(|side| side.image.stays() && side.image != raw);
+        assert!(other.is_some());
+        schedule.made(raw, 7 * S);
+        assert_eq!(schedule.time_for(2), Duration::ZERO);
+        let third = schedule.left(3);
+        assert!(schedule.time_for(3) >= u32::try_from(third).unwrap() * S + 7 * S);
+        for cell in &cells {
+            for side in cell.sides.iter().filter(|side| side.image != raw) {
+                schedule.give_up(&cell.name, &side.name);
+            }
+        }
+        let third = schedule.left(3);
+        assert_eq!(schedule.time_for(3), u32::try_from(third).unwrap() * S);
     }
 
     #[test]
