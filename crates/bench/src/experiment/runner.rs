@@ -129,7 +129,14 @@ impl Runner<'_> {
         let files: Vec<Result<Vec<PathBuf>>> =
             sides.iter().map(|side| self.files(cell, side)).collect();
         let began = Instant::now();
-        device::settle(self.lab.work())?;
+        if let Err(error) = device::settle(self.lab.work()) {
+            // As where they come one by one, it is the sides that fail, and others may not: it ends no run.
+            for side in sides {
+                let error = Error::new(error.kind(), error.to_string());
+                self.keep(work, side, round, Err(error))?;
+            }
+            return Ok(true);
+        }
         let seed = seed(round);
         let begin = |(n, (side, files)): (usize, (&&Side, Result<Vec<PathBuf>>))| {
             let folder = self.lab.work().join(format!("turns{n}"));
@@ -153,9 +160,11 @@ impl Runner<'_> {
             })
             .collect();
         self.schedule.spent(sides.len(), began.elapsed());
+        // Where a run goes on in the middle of a round there may be one that runs alone.
+        let several = sides.len() > 1;
         for (side, sample) in sides.into_iter().zip(samples) {
             let sample = sample.map(|sample| Sample {
-                in_turns: true,
+                in_turns: several,
                 ..sample
             });
             self.keep(work, side, round, sample)?;
