@@ -160,7 +160,9 @@ fn in_turns(
         }
         hall.wait(Some(Instant::now() + turn.ramp));
         if !turn.measure.is_zero() {
-            let before = watched.now()?;
+            // Without an answer the queues would go on as they do in a ramp, and nobody ever say when they are to stop.
+            let stop = |_: &Error| phase.store(STOP, Ordering::Relaxed);
+            let before = watched.now().inspect_err(stop)?;
             let began = Instant::now();
             phase.store(MEASURE, Ordering::Relaxed);
             hall.wait(Some(began + turn.measure));

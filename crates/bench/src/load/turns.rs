@@ -127,6 +127,33 @@ mod tests {
         assert_eq!(report.latency.count, report.reads);
     }
 
+    /// What a server uses cannot be asked for while the load runs well: that is an error, and the load ends.
+    #[test]
+    fn a_load_whose_server_cannot_be_asked_ends() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let target = Target::File {
+            path: file.path().to_owned(),
+            engine: "threads".to_owned(),
+            direct: false,
+        };
+        let spec = Spec {
+            control: Some("/no/such/socket".into()),
+            ..Spec::new(target)
+        };
+        let (caller, turns) = turns();
+        thread::scope(|scope| {
+            let load = scope.spawn(move || run_by(&spec, Some(&turns)));
+            let turn = Turn {
+                ramp: Duration::ZERO,
+                measure: Duration::from_millis(1),
+            };
+            caller.go(turn).unwrap();
+            let error = load.join().unwrap().unwrap_err().to_string();
+            assert!(error.contains("/no/such/socket"), "{error}");
+        });
+    }
+
     #[test]
     fn who_calls_learns_that_the_load_has_ended() {
         let (caller, turns) = turns();
