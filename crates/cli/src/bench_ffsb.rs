@@ -103,8 +103,7 @@ pub fn run(args: &FfsbArgs) -> Result<()> {
         write_records(args, path, &answers)?;
     }
     if args.clean {
-        let made = args.dir.join("ffsb");
-        std::fs::remove_dir_all(&made).with_context(|| made.display().to_string())?;
+        ffsb::clean(&args.dir)?;
     }
     match args.json {
         true => print(&crate::json(&answers)?),

@@ -1,6 +1,7 @@
 //! Load on a file system: the scenarios of FFSB (the Flexible File System Benchmark) that studies of virtual disks measure.
 //!
 //! ```text
+//!   DIR/ffsb/.diskplane-bench      says that all of it is ours: without it nothing is removed
 //!   DIR/ffsb/set.json      what files there are: who finds the same set uses it again
 //!   DIR/ffsb/data/f0 …     files of one size, written in full, that are read and written   (set)
 //!   DIR/ffsb/mail/00/0 …   a mail server's: many, of many sizes, in directories
@@ -14,7 +15,7 @@ mod run;
 mod set;
 mod work;
 
-pub use run::{Prepared, prepare, run};
+pub use run::{Prepared, clean, prepare, run};
 
 use crate::{load::Report, record::Sample, sampling};
 use block::{Error, Result, size};

@@ -5,12 +5,16 @@ use super::{
     set::Set,
     work::{MEASURE, RAMP, STOP, Shared, Tally, Worker},
 };
-use crate::load::{
-    Report,
-    usage::{Usage, Watched},
+use crate::{
+    load::{
+        Report,
+        usage::{Usage, Watched},
+    },
+    machine::process,
 };
-use block::{Error, ErrorKind, Result};
+use block::{Context, Error, ErrorKind, Result};
 use std::{
+    path::Path,
     sync::{
         atomic::{AtomicU8, AtomicU64, Ordering},
         mpsc,
@@ -26,6 +30,17 @@ use std::{
 /// What is asked for does not go together; the file system is too small, or fails: with the file, and where in it.
 pub fn run(spec: &Spec) -> Result<Outcome> {
     prepare(spec)?.run()
+}
+
+/// Removes all files of loads in a directory.
+///
+/// # Errors
+///
+/// There are none, they are not ours, or what the file system said.
+pub fn clean(dir: &Path) -> Result<()> {
+    let root = dir.join("ffsb");
+    process::is_left_over(&root)?;
+    process::remove_folder(&root).context(|| root.display().to_string())
 }
 
 /// A load whose files are there.
@@ -179,7 +194,7 @@ fn report(spec: &Spec, all: &Tally, seconds: f64, used: Usage) -> Result<Outcome
 mod tests {
     use super::*;
     use crate::ffsb::{Counts, Scenario};
-    use std::{collections::BTreeMap, fs, path::Path};
+    use std::{collections::BTreeMap, fs};
 
     fn spec(dir: &Path, scenario: Scenario, threads: usize) -> Spec {
         Spec {
@@ -267,6 +282,33 @@ mod tests {
         assert_eq!(again[0], again[1]);
         let sizes = || again[0].values();
         assert!(sizes().all(|bytes| (1024..=1 << 20).contains(bytes)));
+    }
+
+    #[test]
+    fn what_is_not_ours_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("ffsb");
+        let theirs = [root.join("new/thesis"), root.join("data/thesis")];
+        for path in &theirs {
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "x").unwrap();
+        }
+        let load = spec(dir.path(), Scenario::SequentialReads8k, 1);
+        for error in [run(&load).unwrap_err(), clean(dir.path()).unwrap_err()] {
+            assert!(error.to_string().contains("move it away"), "{error}");
+        }
+        assert!(theirs.iter().all(|path| path.is_file()));
+        // What a load left that made no mark yet has its note.
+        fs::remove_dir_all(&root).unwrap();
+        run(&load).unwrap();
+        fs::remove_file(root.join(process::MARK)).unwrap();
+        assert!(clean(dir.path()).is_err());
+        run(&load).unwrap();
+        clean(dir.path()).unwrap();
+        assert!(!root.exists());
+        // Nobody's, and so ours.
+        fs::create_dir(&root).unwrap();
+        run(&load).unwrap();
     }
 
     #[test]

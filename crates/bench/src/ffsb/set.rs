@@ -1,7 +1,7 @@
 //! The files that are there before a load begins.
 
 use super::{GRAIN, KIB, Scenario, Spec};
-use crate::load::Random;
+use crate::{load::Random, machine::process};
 use block::{Context, Error, ErrorKind, Result};
 use io::memory::AlignedBuf;
 use rustix::fs::OFlags;
@@ -57,6 +57,12 @@ impl Set {
     /// What the file system said, with the file; it is too small.
     pub(super) fn ready(spec: &Spec) -> Result<Self> {
         let root = spec.dir.join("ffsb");
+        // What loads left before there was a mark has a note.
+        if !root.join("set.json").is_file() {
+            process::is_left_over(&root)?;
+        }
+        fs::create_dir_all(&root).context(|| root.display().to_string())?;
+        process::mark(&root)?;
         fs::create_dir_all(root.join("new")).context(|| root.display().to_string())?;
         let mail = spec.scenario == Scenario::MailServer;
         let mut set = Self {

@@ -10,7 +10,7 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
 };
 use std::{
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -106,10 +106,10 @@ pub(crate) fn remove_file(path: &Path) -> io::Result<()> {
 }
 
 /// What says of a folder that a run of ours made it, and all in it: only such a one is removed.
-const MARK: &str = ".diskplane-bench";
+pub(crate) const MARK: &str = ".diskplane-bench";
 
 /// Removes a folder of ours. The mark goes last, so that what an end in the middle leaves is still known.
-fn remove_folder(folder: &Path) -> io::Result<()> {
+pub(crate) fn remove_folder(folder: &Path) -> io::Result<()> {
     if let Err(error) = mount::release(folder) {
         return Err(io::Error::other(error.to_string()));
     }
@@ -132,7 +132,7 @@ fn remove_folder(folder: &Path) -> io::Result<()> {
 
 /// Whether `path` is what a run of ours left when it was killed (or an empty folder), rather than somebody's own; false where
 /// nothing is there.
-fn is_left_over(path: &Path) -> Result<bool> {
+pub(crate) fn is_left_over(path: &Path) -> Result<bool> {
     let named = || path.display().to_string();
     let kind = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -149,10 +149,20 @@ fn is_left_over(path: &Path) -> Result<bool> {
     }
 }
 
+/// Says of a folder that it is ours.
+pub(crate) fn mark(folder: &Path) -> Result<()> {
+    let mark = folder.join(MARK);
+    let made = File::create(&mark).context(|| mark.display().to_string());
+    made.map(drop)
+}
+
 /// One run in a folder at a time: they would remove each other's images.
 pub(crate) fn lock(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
-    let file = File::create(&path).context(|| path.display().to_string())?;
+    // It may be somebody's: what it says stays.
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create(true).truncate(false).open(&path);
+    let file = file.context(|| path.display().to_string())?;
     flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
         Error::new(
             ErrorKind::Locked,
@@ -195,8 +205,7 @@ impl Folder {
         }
         fs::create_dir_all(&path).context(|| format!("{}: create", path.display()))?;
         // Before there is anything else: who is killed now leaves an empty folder.
-        let mark = path.join(MARK);
-        File::create(&mark).context(|| mark.display().to_string())?;
+        mark(&path)?;
         left.folders.push(path.clone());
         Ok(Self(path))
     }
@@ -509,9 +518,13 @@ mod tests {
     #[test]
     fn two_runs_do_not_share_a_folder() {
         let dir = tempfile::tempdir().unwrap();
+        // A file of that name is not emptied.
+        fs::write(dir.path().join("lock"), "of a door").unwrap();
         let first = lock(dir.path()).unwrap();
         assert_eq!(lock(dir.path()).unwrap_err().kind(), ErrorKind::Locked);
         drop(first);
         lock(dir.path()).unwrap();
+        let kept = fs::read_to_string(dir.path().join("lock")).unwrap();
+        assert_eq!(kept, "of a door");
     }
 }
