@@ -30,6 +30,8 @@ pub enum Fault {
     /// The indirect table is within another, goes on with `next`, is empty, has a length that is
     /// no multiple of 16, or is not in the guest's memory.
     Indirect,
+    /// There is no byte for a status.
+    Status,
 }
 
 impl fmt::Display for Fault {
@@ -38,6 +40,7 @@ impl fmt::Display for Fault {
             Fault::Index(index) => write!(f, "descriptor {index} is beyond its table"),
             Fault::Endless => f.write_str("a descriptor chain has a loop or too many links"),
             Fault::Indirect => f.write_str("an indirect descriptor table is malformed"),
+            Fault::Status => f.write_str("a descriptor chain has no byte for a status"),
         }
     }
 }
@@ -110,6 +113,18 @@ impl Chain {
             iov: std::mem::take(&mut self.iov),
             ..Self::default()
         };
+    }
+
+    /// Whether what was walked can be answered. What cannot must not be noted as being in flight: it would be for ever.
+    ///
+    /// # Errors
+    ///
+    /// [`Fault::Status`].
+    pub fn answerable(&self) -> Result<(), Fault> {
+        match self.status.is_null() {
+            true => Err(Fault::Status),
+            false => Ok(()),
+        }
     }
 
     /// Follows the chain that starts at descriptor `head` of a split ring. `indirect`: whether the

@@ -224,6 +224,8 @@ impl VhostUserBackendReqHandlerMut for Device {
             vring.base = None;
         }
         self.disk.set_writeback(self.writeback);
+        // Where a packed ring stood is in the file too, and means nothing to the next driver.
+        self.inflight = None;
         Ok(())
     }
 
@@ -249,13 +251,18 @@ impl VhostUserBackendReqHandlerMut for Device {
             self.disk.set_writeback(self.writeback);
         }
         if features != self.features {
-            let other_ring = (features ^ self.features) & feature::RING_PACKED != 0;
+            let before = self.features;
+            let other_ring = (features ^ before) & feature::RING_PACKED != 0;
             self.change(|device| {
                 device.features = features;
                 if other_ring {
                     // Where a ring of the other layout stood means nothing in this one.
                     for vring in &mut device.vrings {
                         vring.base = None;
+                    }
+                    // Nor do the notes of one, where there was one before: a front-end that reconnects sends the file first.
+                    if before != 0 {
+                        device.inflight = None;
                     }
                 }
             })?;

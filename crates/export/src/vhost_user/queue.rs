@@ -190,6 +190,7 @@ impl<R: Ring> Queue<R> {
     /// Starts the queue on the worker of `cx`, as its current session.
     fn start(setup: Setup, cx: &mut Cx) -> Result<Self> {
         let size = setup.ring.size;
+        let noted = setup.ring.inflight.is_some();
         let ring = R::new(setup.ring)?;
         let options = QueueOptions {
             depth: size,
@@ -202,7 +203,7 @@ impl<R: Ring> Queue<R> {
             disk.detach(cx.engine());
             return Err(error);
         }
-        Ok(Self {
+        let queue = Self {
             index: setup.index,
             ring,
             lookahead: Lookahead::new(),
@@ -221,7 +222,12 @@ impl<R: Ring> Queue<R> {
             broken: false,
             draining: false,
             drained: Vec::new(),
-        })
+        };
+        if noted {
+            // A server before us may have died between showing its last answers and telling of them.
+            queue.notify();
+        }
+        Ok(queue)
     }
 
     fn notify(&self) {

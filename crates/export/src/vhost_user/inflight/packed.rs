@@ -240,6 +240,7 @@ impl Packed {
         let mut owned = vec![false; usize::from(self.size)];
         let mut room = ring_size;
         let mut chains = Vec::with_capacity(heads.len());
+        let mut lost = 0;
         for (_, head) in heads {
             let num = self.word(self.entry(head) + NUM_AT).load(Ordering::Relaxed);
             let mut entries = Vec::new();
@@ -255,10 +256,7 @@ impl Packed {
                     .load(Ordering::Relaxed);
             }
             if entries.is_empty() || entries.len() != usize::from(num) {
-                tracing::warn!(
-                    entry = head,
-                    "the inflight file has a request of {num} descriptors that are not there"
-                );
+                lost += 1;
                 entries.iter().for_each(|e| owned[usize::from(*e)] = false);
                 self.byte(self.entry(head)).store(0, Ordering::Relaxed);
                 continue;
@@ -269,6 +267,9 @@ impl Packed {
             self.last[usize::from(head)] = entries[entries.len() - 1];
             room -= num;
             chains.push((head, num));
+        }
+        if lost > 0 {
+            tracing::warn!("the inflight file has {lost} requests whose descriptors are not there");
         }
         chains
     }

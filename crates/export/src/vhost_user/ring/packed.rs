@@ -250,9 +250,9 @@ impl Packed {
             // The front-end knows where the ring stood when it last saw a server stop, at most.
             self.used = used;
             self.avail = used;
-            for (_, count) in &found.chains {
-                self.outstanding += count;
-            }
+            // The file's word alone: what the base says to be in flight is the same. All chains together are no longer than
+            // the ring.
+            self.outstanding = found.chains.iter().map(|(_, count)| count).sum();
             // Where a batch was being written, used descriptors may lie behind the first one, which hid them.
             for _ in 0..self.outstanding {
                 self.flags(self.avail.index)
@@ -383,6 +383,7 @@ impl Ring for Packed {
                 };
                 chain
                     .walk_packed(&self.memory, read, indirect)
+                    .and_then(|found| chain.answerable().map(|()| found))
                     .map(|(id, count)| {
                         self.avail = self.avail.plus(count, self.size);
                         self.known = self.known.saturating_sub(count);

@@ -262,6 +262,7 @@ impl Ring for Split {
     #[inline]
     fn walk(&mut self, head: u16, chain: &mut Chain, indirect: bool) -> Result<u16, Fault> {
         chain.walk_split(self, head, indirect)?;
+        chain.answerable()?;
         if let Some(inflight) = &mut self.inflight {
             inflight.take(head);
         }

@@ -377,6 +377,13 @@ fn a_ring_goes_on_where_its_base_says() {
 /// A server dies with two chains in flight, one of them pushed and not shown behind another.
 #[test]
 fn what_a_dead_server_left_is_done_again() {
+    // A front-end knows where the ring stood long ago, or when a queue was stopped with requests in flight.
+    for base in [0x8000_8000, 0x8001_8006] {
+        a_dead_server_leaves_work(base);
+    }
+}
+
+fn a_dead_server_leaves_work(base: u32) {
     let guest = Guest::new(8);
     let mut driver = Driver::new(&guest);
     let file = crate::vhost_user::memory::tests::region(0, 0, file_bytes(true, 1, 8).max(4096));
@@ -403,7 +410,11 @@ fn what_a_dead_server_left_is_done_again() {
     assert_eq!(flags(&guest, 2) & OWN, OWN);
     drop(first);
 
-    let mut second = Packed::new(place()).unwrap();
+    let mut second = Packed::new(Place {
+        base: Some(base),
+        ..place()
+    })
+    .unwrap();
     assert_eq!(flags(&guest, 2) & OWN, DESC_F_AVAIL, "no longer used");
     assert_eq!(second.base(), 0x8001_8006, "all that was taken stays taken");
     // The ring's descriptors were overwritten: what they said is in the file.
@@ -434,10 +445,54 @@ fn what_a_dead_server_left_is_done_again() {
     assert_eq!(third.pop(), Ok(None));
 }
 
+/// What a server may find in a file of requests in flight that somebody made up.
+#[derive(Clone, Debug)]
+struct Notes {
+    /// `free_head`, `used_idx` and `used_wrap_counter`.
+    header: (u16, u16, bool),
+    /// Of each entry `inflight`, `next` and `num`.
+    entries: Vec<(bool, u16, u16)>,
+}
+
+fn notes() -> impl Strategy<Value = Notes> {
+    let entry = (any::<bool>(), 0u16..41, 0u16..41);
+    let parts = (
+        (0u16..41, 0u16..40, any::<bool>()),
+        prop::collection::vec(entry, 40),
+    );
+    parts.prop_map(|(header, entries)| Notes { header, entries })
+}
+
+impl Notes {
+    fn file(&self, size: u16) -> File {
+        let len = file_bytes(true, 1, size).max(4096);
+        let region = crate::vhost_user::memory::tests::region(0, 0, len);
+        let mut bytes = vec![0; 32 + 32 * usize::from(size)];
+        let (head, used, wrap) = self.header;
+        let wrap = u16::from_le_bytes([wrap.into(); 2]);
+        for (at, word) in [1, size, head, head, used, used, wrap].iter().enumerate() {
+            bytes[8 + 2 * at..][..2].copy_from_slice(&word.to_le_bytes());
+        }
+        for (bytes, (inflight, next, num)) in bytes[32..].chunks_mut(32).zip(&self.entries) {
+            bytes[0] = (*inflight).into();
+            bytes[2..4].copy_from_slice(&next.to_le_bytes());
+            bytes[6..8].copy_from_slice(&num.to_le_bytes());
+        }
+        let into = region.range(0, bytes.len() as u64).unwrap();
+        // SAFETY: mapped, and so long.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), into, bytes.len()) };
+        File {
+            region,
+            index: 0,
+            size,
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// Arbitrary descriptors and flags: no panic, no address outside, a bounded walk, never more in flight than the ring has.
+    /// Arbitrary descriptors, flags and notes: no panic, no address outside, a bounded walk, never more in flight than the ring has.
     #[test]
     fn nothing_escapes(
         size in 1u16..40,
@@ -445,6 +500,7 @@ proptest! {
         words in prop::collection::vec((super::hostile::address(), super::hostile::length(), any::<u16>()), 40),
         steps in prop::collection::vec((0u8..8, any::<u16>()), 1..60),
         indirect: bool,
+        notes in prop::option::of(notes()),
     ) {
         let guest = Guest::new(size);
         let driver = Driver::new(&guest);
@@ -454,7 +510,12 @@ proptest! {
             guest.put(at, &addr.to_le_bytes());
             guest.put(at + 8, &len.to_le_bytes());
         }
-        let Ok(mut ring) = Packed::new(guest.place(true, base)) else {
+        let noted = notes.is_some();
+        let place = Place {
+            inflight: notes.map(|notes| notes.file(size)),
+            ..guest.place(true, base)
+        };
+        let Ok(mut ring) = Packed::new(place) else {
             return Ok(());
         };
         let inside = |at: *mut u8, len: usize| {
@@ -470,6 +531,10 @@ proptest! {
                 0..=3 => {
                     let Ok(entry) = ring.pop() else { return Ok(()) };
                     let Some(entry) = entry else { continue };
+                    if noted {
+                        // Nothing is noted while an answer waits to be shown.
+                        ring.publish();
+                    }
                     let Ok(head) = ring.walk(entry, &mut chain, indirect) else { return Ok(()) };
                     prop_assert!(chain.iov.len() <= DESCRIPTORS_MAX + REGIONS_MAX);
                     prop_assert!(chain.iov.iter().all(|v| inside(v.base(), v.len()) && v.len() > 0));
