@@ -13,7 +13,7 @@ use anyhow::{Result, bail};
 use block::{Storage, size};
 use disk::chain::ChainOptions;
 use image::Format;
-use image::qcow2::{AmendOptions, Header, amend, downgrade, features};
+use image::qcow2::{AmendOptions, Header, amend, downgrade, extensions, features};
 use serde::Serialize;
 use std::path::Path;
 use tool::prealloc::Preallocation;
@@ -115,24 +115,25 @@ pub fn apply(
     check::mend(storage, Format::Qcow2)?;
     let header = Header::read(storage)?;
     header.check_known().map_err(|e| e.within(&name))?;
-    let header =
-        match changes.drop_bitmaps && changes.image.version == Some(2) && header.version > 2 {
-            // qemu-img leaves them where version 2 has no place for them, and nobody finds them again.
-            true if tool::bitmap::remove_all(storage)? > 0 => {
-                eprintln!("qemu-img: warning: version 2 images have no bitmaps: they are removed");
-                Header::read(storage)?
-            }
-            _ => header,
-        };
-    changes
-        .image
-        .validate(&header)
-        .map_err(|e| e.within(&name))?;
+    let drops = changes.drop_bitmaps && changes.image.version == Some(2) && header.version > 2;
+    let mut judged = header.clone();
+    if drops {
+        judged
+            .extensions
+            .retain(|extension| extension.kind != extensions::BITMAPS);
+    }
+    let valid = changes.image.validate(&judged);
+    valid.map_err(|e| e.within(&name))?;
     if changes
         .size
         .is_some_and(|bytes| bytes < header.size && !changes.shrink)
     {
         bail!("{shown}: amend does not shrink a disk: use diskplane resize --shrink");
+    }
+    // qemu-img leaves them where version 2 has no place for them, and nobody finds them again. Not before all that can be
+    // refused was.
+    if drops && tool::bitmap::remove_all(storage)? > 0 {
+        eprintln!("qemu-img: warning: version 2 images have no bitmaps: they are removed");
     }
     // In QEMU's order: what an upgrade allows comes behind it, what a downgrade forbids before it.
     amend(storage, &name, &changes.image)?;

@@ -44,6 +44,7 @@ pub fn run(args: &Info) -> Result<u8> {
     let how = How {
         force_share: args.force_share,
         without_backing: true,
+        refuse_backing: true,
         allow_locked: true,
         ..How::default()
     };

@@ -42,6 +42,8 @@ pub struct How {
     pub cache: Cache,
     /// Leave what it lies on closed.
     pub without_backing: bool,
+    /// What its name says of what it lies on is refused, as by QEMU where that stays closed.
+    pub refuse_backing: bool,
     /// It is enough to know what it is: an encrypted one needs no passphrase.
     pub allow_locked: bool,
     /// Of its internal snapshots, read that one.
@@ -129,8 +131,7 @@ pub fn chain_and_options(
     if let Some(key) = named.part_key.filter(|_| format != Format::Raw) {
         return Err(unsupported(key));
     }
-    // What it lies on is left closed: nobody takes what is said of it.
-    if let Some(key) = named.backing_key.filter(|_| how.without_backing) {
+    if let Some(key) = named.backing_key.filter(|_| how.refuse_backing) {
         return Err(unsupported(&key));
     }
     let options = ChainOptions {

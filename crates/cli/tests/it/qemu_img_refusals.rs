@@ -57,6 +57,8 @@ fn what_cannot_be_opened_is_told_as_by_qemu_img() {
         "info --image-opts driver=qcow2,file.filename=q,backing=",
         "info --image-opts driver=qcow2,file.filename=ov,backing.driver=qcow2,backing.file.filename=q",
         "map --image-opts driver=qcow2,file.filename=ov,backing=",
+        "amend --image-opts -o lazy_refcounts=off driver=qcow2,file.filename=ov,backing.driver=qcow2,backing.file.filename=q",
+        "check --image-opts driver=qcow2,file.filename=ov,backing.driver=qcow2,backing.file.filename=q",
         "info -T foo q",
         "-T foo info short",
         "-T enable=foo info short",
