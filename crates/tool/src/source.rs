@@ -10,7 +10,7 @@ use disk::{
     Chain,
     blocking::{Driver, Fragment},
 };
-use image::ExtentKind;
+use image::{ExtentKind, Format};
 use std::sync::Arc;
 
 /// Bytes of what cannot be read that are given up at once, where a smaller part is not known.
@@ -375,7 +375,13 @@ impl Part<'_> {
         }
         if layer.holes_are_zeros(file) {
             match storage.range_at(offset.0)? {
-                None => run.zero = true,
+                None => {
+                    run.zero = true;
+                    // A raw disk ends with its file, but for the rest of a sector: nothing is cut off there.
+                    if layer.format == Format::Raw {
+                        run.place = None;
+                    }
+                }
                 Some(range) => {
                     run.len = run.len.min(range.len.max(1));
                     run.zero = range.kind.is_zero();

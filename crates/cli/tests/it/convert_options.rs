@@ -462,6 +462,18 @@ fn what_a_cut_off_file_lacks_is_told_with_salvage() {
         );
     }
     qemu::compare("raw", dir.join("b.raw"), "qcow2", dir.join("b.qcow2"));
+    // A raw disk ends within a sector: nothing is lacking.
+    fs::write(dir.join("odd.raw"), [7; 1000]).unwrap();
+    let copy = [
+        "convert",
+        "--salvage",
+        "--json",
+        "-f",
+        "raw",
+        "odd.raw",
+        "odd.qcow2",
+    ];
+    assert_eq!(json(&good(dir, &copy))["unreadable-bytes"], 0);
     // In qemu-img's place nothing is said, as by qemu-img.
     let line = [
         "qemu-img",

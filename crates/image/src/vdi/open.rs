@@ -237,7 +237,9 @@ impl Vdi {
         let used_end = header.block_offset(u64::from(blocks.end));
         let space = Space::new(used_end, file_bytes, u64::from(blocks.present));
         let (pages, frames) = pages::of(&header, options.cache_bytes);
-        let state = State::new(&header, blocks.end, holes, space, frames);
+        let mut state = State::new(&header, blocks.end, holes, space, frames);
+        // Nothing is to be written of one that is only read.
+        state.count_dirty &= !options.read_only;
         Ok(Self {
             name: file.name(),
             size: header.disk_bytes,
