@@ -2,7 +2,7 @@
 
 use crate::{
     flame,
-    load::{self, Histogram, Pattern, Report, Spec, Target, timeline},
+    load::{self, Pattern, Report, Spec, Target, timeline},
     machine::others::{Activity, Watch},
     metric::{Metric, Metrics},
     peer::{Running, Seen},
@@ -17,7 +17,7 @@ use std::{
     thread::{self, ScopedJoinHandle},
     time::Duration,
 };
-use trace::Totals;
+use trace::{Buckets, Totals};
 
 /// How long system calls are counted.
 const COUNTED: Duration = Duration::from_millis(150);
@@ -32,7 +32,7 @@ const FILL_LIMIT: Duration = Duration::from_secs(900);
 #[derive(Debug, Default)]
 pub(crate) struct Measured {
     pub metrics: Metrics,
-    pub latency: Histogram,
+    pub latency: Buckets,
     pub timeline: timeline::Stored,
     /// What requests spent in the server's stages, by operation.
     pub stages: BTreeMap<String, Totals>,
@@ -250,7 +250,7 @@ pub(crate) fn figures(reports: &[Report], pids: &[u32]) -> Result<Measured> {
     ];
     metrics.extend(cpu.into_iter().filter_map(|(m, v)| Some((m, v?))));
     derive(&mut metrics);
-    let mut latency = Histogram::default();
+    let mut latency = Buckets::default();
     let mut stages: BTreeMap<String, Totals> = BTreeMap::new();
     for report in reports {
         latency.merge(&report.histogram);

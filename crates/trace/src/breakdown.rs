@@ -8,70 +8,65 @@
 
 use crate::{
     entry::Entry,
-    stage::{Stage, Times},
+    stage::{STAGES, Stage, Times},
 };
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// A part of a request's time: a stage in the server, or one of the two ways to it and back.
+/// A part of a request's time: a stage in the server, or one of the two ways to it and back. Stored as its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(into = "&'static str", try_from = "String")]
 pub enum Part {
     /// From the client's request to the server's awakening.
     Kick,
-    /// As [`Stage::Ring`].
-    Ring,
-    /// As [`Stage::Parse`].
-    Parse,
-    /// As [`Stage::Map`].
-    Map,
-    /// As [`Stage::Submit`].
-    Submit,
-    /// As [`Stage::Device`].
-    Device,
-    /// As [`Stage::Commit`].
-    Commit,
-    /// As [`Stage::Complete`].
-    Complete,
-    /// As [`Stage::Notify`].
-    Notify,
+    /// In the server.
+    In(Stage),
     /// From the server's notification to the client that has its answer.
     Return,
 }
 
 impl Part {
     /// All, in order.
-    pub const ALL: [Part; 10] = [
-        Part::Kick,
-        Part::Ring,
-        Part::Parse,
-        Part::Map,
-        Part::Submit,
-        Part::Device,
-        Part::Commit,
-        Part::Complete,
-        Part::Notify,
-        Part::Return,
-    ];
+    pub const ALL: [Part; STAGES + 2] = {
+        let mut all = [Part::Kick; STAGES + 2];
+        let mut nth = 0;
+        while nth < STAGES {
+            all[nth + 1] = Part::In(Stage::ALL[nth]);
+            nth += 1;
+        }
+        all[STAGES + 1] = Part::Return;
+        all
+    };
 
     /// Its name, as in JSON.
     pub fn name(self) -> &'static str {
         match self {
             Part::Kick => "kick",
-            Part::Ring => Stage::Ring.name(),
-            Part::Parse => Stage::Parse.name(),
-            Part::Map => Stage::Map.name(),
-            Part::Submit => Stage::Submit.name(),
-            Part::Device => Stage::Device.name(),
-            Part::Commit => Stage::Commit.name(),
-            Part::Complete => Stage::Complete.name(),
-            Part::Notify => Stage::Notify.name(),
+            Part::In(stage) => stage.name(),
             Part::Return => "return",
         }
     }
 
     fn is_outside(self) -> bool {
         matches!(self, Part::Kick | Part::Return)
+    }
+}
+
+impl From<Part> for &'static str {
+    fn from(part: Part) -> Self {
+        part.name()
+    }
+}
+
+impl TryFrom<String> for Part {
+    type Error = block::Error;
+
+    fn try_from(name: String) -> block::Result<Self> {
+        match name.as_str() {
+            "kick" => Ok(Part::Kick),
+            "return" => Ok(Part::Return),
+            stage => stage.parse().map(Part::In),
+        }
     }
 }
 
@@ -129,14 +124,7 @@ impl Sample {
         match part {
             Part::Kick => self.outside.map_or(0, |(before, _)| before),
             Part::Return => self.outside.map_or(0, |(_, behind)| behind),
-            Part::Ring => self.stages[Stage::Ring],
-            Part::Parse => self.stages[Stage::Parse],
-            Part::Map => self.stages[Stage::Map],
-            Part::Submit => self.stages[Stage::Submit],
-            Part::Device => self.stages[Stage::Device],
-            Part::Commit => self.stages[Stage::Commit],
-            Part::Complete => self.stages[Stage::Complete],
-            Part::Notify => self.stages[Stage::Notify],
+            Part::In(stage) => self.stages[stage],
         }
     }
 
@@ -277,8 +265,11 @@ mod tests {
         };
         let runs = [run(&[9999, 100, 300, 1]), run(&[700, 0, 100_000, 500])];
         let breakdown = Breakdown::new(&runs, 1).unwrap();
-        assert_eq!(breakdown.part_ns(Part::Device), (200.0 + 600.0) / 2.0);
-        assert_eq!(breakdown.part_ns(Part::Parse), 20.0);
+        assert_eq!(
+            breakdown.part_ns(Part::In(Stage::Device)),
+            (200.0 + 600.0) / 2.0
+        );
+        assert_eq!(breakdown.part_ns(Part::In(Stage::Parse)), 20.0);
         assert_eq!(breakdown.total_ns, 210.0 + 400.0);
         assert_eq!((breakdown.runs, breakdown.requests), (2, 4));
         let deviation = (2.0f64 * 200.0 * 200.0).sqrt();
@@ -290,6 +281,17 @@ mod tests {
         assert_eq!(Breakdown::new(&runs, 2), None);
         assert_eq!(Breakdown::new(&runs, 3), None);
         assert_eq!(Breakdown::new(&[], 0), None);
+    }
+
+    #[test]
+    fn parts_are_stored_as_their_names() {
+        let text = serde_json::to_string(&Part::ALL.to_vec()).unwrap();
+        assert_eq!(
+            text,
+            "[\"kick\",\"ring\",\"parse\",\"map\",\"submit\",\"device\",\"commit\",\"complete\",\"notify\",\"return\"]"
+        );
+        assert_eq!(serde_json::from_str::<Vec<Part>>(&text).unwrap(), Part::ALL);
+        assert!(serde_json::from_str::<Part>("\"lunch\"").is_err());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Counts of latencies, per operation and stage: written by one thread, read by any.
 
 use crate::{
+    buckets::Buckets,
     entry::Operation,
     stage::{STAGES, Stage, Times},
 };
@@ -144,30 +145,29 @@ impl Histograms {
         let series = stage.map_or(STAGES, |stage| stage as usize);
         let row = operation as usize;
         let at = (row * SERIES + series) * BUCKETS;
-        let count = self.counts[row].get();
         let mut snapshot = Snapshot {
-            count,
+            count: self.counts[row].get(),
             sum_ns: self.sums[row][series].get(),
-            buckets: Vec::new(),
+            buckets: Buckets::default(),
         };
         if !self.stages && stage.is_some() {
             return snapshot;
         }
-        let counters = self.buckets[at..at + BUCKETS].iter().enumerate();
-        snapshot.buckets = counters
-            .filter_map(|(bucket, counter)| match counter.get() {
-                0 => None,
-                count => Some((upper(bucket), count)),
-            })
+        let counts: Vec<u64> = self.buckets[at..at + BUCKETS]
+            .iter()
+            .map(Counter::get)
             .collect();
         // Read while it is written: what was counted meanwhile is in one and not in the other.
-        let counted: u64 = snapshot.buckets.iter().map(|(_, n)| n).sum();
-        if stage.is_some() && counted < count {
-            match snapshot.buckets.first_mut() {
-                Some((0, zeros)) => *zeros += count - counted,
-                _ => snapshot.buckets.insert(0, (0, count - counted)),
-            }
-        }
+        let counted: u64 = counts.iter().sum();
+        let untimed = match stage {
+            Some(_) => snapshot.count.saturating_sub(counted),
+            None => 0,
+        };
+        let timed = counts
+            .into_iter()
+            .enumerate()
+            .map(|(bucket, count)| (upper(bucket), count));
+        snapshot.buckets = std::iter::once((0, untimed)).chain(timed).collect();
         snapshot
     }
 }
@@ -179,9 +179,8 @@ pub struct Snapshot {
     pub count: u64,
     /// Nanoseconds of all of them.
     pub sum_ns: u64,
-    /// Highest nanoseconds of a bucket (which is at most an eighth wide), and how many are in it; ascending, empty
-    /// ones left out.
-    pub buckets: Vec<(u64, u64)>,
+    /// Each is at most an eighth wide.
+    pub buckets: Buckets,
 }
 
 impl Snapshot {
@@ -189,7 +188,7 @@ impl Snapshot {
     pub fn merge(&mut self, other: &Snapshot) {
         self.count += other.count;
         self.sum_ns = self.sum_ns.wrapping_add(other.sum_ns);
-        self.buckets = combined(&self.buckets, &other.buckets, u64::wrapping_add);
+        self.buckets.merge(&other.buckets);
     }
 
     /// What came since `earlier`, a snapshot of the same.
@@ -197,7 +196,7 @@ impl Snapshot {
         Snapshot {
             count: self.count.saturating_sub(earlier.count),
             sum_ns: self.sum_ns.wrapping_sub(earlier.sum_ns),
-            buckets: combined(&self.buckets, &earlier.buckets, u64::saturating_sub),
+            buckets: self.buckets.since(&earlier.buckets),
         }
     }
 
@@ -209,33 +208,8 @@ impl Snapshot {
     /// The nanoseconds that `quantile` (0 to 1) of the requests did not exceed: the upper edge of the bucket.
     pub fn quantile_ns(&self, quantile: f64) -> u64 {
         // Read while it is written: the buckets' own sum is the consistent one.
-        let samples: u64 = self.buckets.iter().map(|(_, n)| n).sum();
-        // Counts are far below 2^53.
-        let rank = ((samples as f64 * quantile).ceil() as u64).clamp(1, samples.max(1));
-        let mut seen = 0;
-        for (upper, count) in &self.buckets {
-            seen += count;
-            if seen >= rank {
-                return *upper;
-            }
-        }
-        0
+        self.buckets.quantile_ns(quantile).unwrap_or(0)
     }
-}
-
-/// Two ascending lists of buckets as one.
-fn combined(a: &[(u64, u64)], b: &[(u64, u64)], how: fn(u64, u64) -> u64) -> Vec<(u64, u64)> {
-    let mut all: Vec<u64> = a.iter().chain(b).map(|(upper, _)| *upper).collect();
-    all.sort_unstable();
-    all.dedup();
-    let count = |list: &[(u64, u64)], upper: u64| {
-        list.binary_search_by_key(&upper, |(upper, _)| *upper)
-            .map_or(0, |at| list[at].1)
-    };
-    all.into_iter()
-        .map(|upper| (upper, how(count(a, upper), count(b, upper))))
-        .filter(|(_, count)| *count > 0)
-        .collect()
 }
 
 #[cfg(test)]
@@ -270,10 +244,10 @@ mod tests {
         assert!((1000..1130).contains(&device.quantile_ns(0.999)));
         assert!((100_000..113_000).contains(&device.quantile_ns(0.9999)));
         let map = histograms.snapshot(Operation::Write, Some(Stage::Map));
-        assert_eq!(map.buckets, [(5, 1000)]);
+        assert_eq!(map.buckets.as_slice(), [(5, 1000)]);
         // Those that did not go through a stage took no time there.
         let commit = histograms.snapshot(Operation::Write, Some(Stage::Commit));
-        assert_eq!(commit.buckets, [(0, 1000)]);
+        assert_eq!(commit.buckets.as_slice(), [(0, 1000)]);
         let whole = histograms.snapshot(Operation::Write, None);
         assert_eq!(whole.sum_ns, 5000 + device.sum_ns);
         let none = histograms.snapshot(Operation::Read, None);
@@ -288,7 +262,7 @@ mod tests {
         let absorbed = sum.snapshot(Operation::Write, Some(Stage::Device));
         assert_eq!(absorbed, twice);
         assert_eq!(absorbed.since(&device), device);
-        assert_eq!(device.since(&device).buckets, []);
+        assert_eq!(device.since(&device).buckets, Buckets::default());
     }
 
     #[test]
@@ -298,7 +272,10 @@ mod tests {
         times[Stage::Device] = 70;
         histograms.add(Operation::Read, &times, 70);
         let device = histograms.snapshot(Operation::Read, Some(Stage::Device));
-        assert_eq!((device.sum_ns, device.buckets.len()), (70, 0));
-        assert_eq!(histograms.snapshot(Operation::Read, None).buckets.len(), 1);
+        assert_eq!((device.sum_ns, device.buckets.count()), (70, 0));
+        assert_eq!(
+            histograms.snapshot(Operation::Read, None).buckets.count(),
+            1
+        );
     }
 }

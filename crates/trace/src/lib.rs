@@ -36,6 +36,7 @@
 #![forbid(unsafe_code)]
 
 pub mod breakdown;
+mod buckets;
 mod cell;
 pub mod chrome;
 pub mod control;
@@ -47,6 +48,7 @@ mod stage;
 mod totals;
 
 pub use breakdown::Breakdown;
+pub use buckets::Buckets;
 pub use entry::{Entry, Operation, Status};
 pub use histogram::{Counter, Histograms, Snapshot};
 pub use ring::{RING_ENTRIES_DEFAULT, RING_ENTRIES_MAX, Read, Ring};

@@ -382,7 +382,10 @@ mod tests {
         let outcome = drive(&mut client, &mut plan, 1, Some(100), &phase, || false, None).unwrap();
         assert_eq!(outcome.reads, 100);
         let histogram = outcome.read_latency.histogram();
-        let slow = histogram.buckets().iter().filter(|(ns, _)| *ns > 5_000_000);
+        let slow = histogram
+            .as_slice()
+            .iter()
+            .filter(|(ns, _)| *ns > 5_000_000);
         slow.map(|(_, count)| count).sum()
     }
 

@@ -1,14 +1,23 @@
 //! Latencies of many requests.
 
-use super::Histogram;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
+use trace::Buckets;
 
 /// A histogram of latencies from 1 ns to one hour, three significant digits.
 #[derive(Clone, Debug)]
 pub struct Latencies(hdrhistogram::Histogram<u64>);
 
 const LONGEST_NS: u64 = 3_600_000_000_000;
+
+/// Stored buckets of an octave, as a power of two.
+const BITS: u32 = 5;
+
+/// The upper edge of the stored bucket that `ns` falls into.
+fn upper(ns: u64) -> u64 {
+    let shift = (u64::BITS - ns.leading_zeros()).saturating_sub(BITS + 1);
+    ns | ((1 << shift) - 1)
+}
 
 impl Default for Latencies {
     fn default() -> Self {
@@ -35,10 +44,13 @@ impl Latencies {
         self.0.add(&other.0).expect("equal bounds");
     }
 
-    /// In the form that is stored.
-    pub fn histogram(&self) -> Histogram {
+    /// In the form that is stored: buckets at most 1/32 wide. Figures that need to be exact to a thousandth are
+    /// [`Percentiles`], which are taken from here.
+    pub fn histogram(&self) -> Buckets {
         let values = self.0.iter_recorded();
-        Histogram::of(values.map(|v| (v.value_iterated_to(), v.count_at_value())))
+        values
+            .map(|value| (upper(value.value_iterated_to()), value.count_at_value()))
+            .collect()
     }
 
     /// The figures of a report.
@@ -82,6 +94,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn stored_buckets_are_a_thirty_second_wide() {
+        for ns in [1, 31, 63, 64, 65, 1000, 123_456, 1 << 40, u64::MAX] {
+            let edge = upper(ns);
+            assert!(edge >= ns && edge - ns <= ns / 32, "{ns} {edge}");
+            assert_eq!(upper(edge), edge);
+        }
+    }
+
+    #[test]
     fn percentiles_are_within_a_thousandth() {
         let mut one = Latencies::default();
         let mut other = Latencies::default();
@@ -97,8 +118,8 @@ mod tests {
         assert!((p.mean_us - 500.5).abs() < 1.0, "{p:?}");
         let stored = one.histogram();
         assert_eq!(stored.count(), 1000);
-        let median = stored.quantile_us(0.5).unwrap();
-        assert!((500.0..517.0).contains(&median), "{median}");
+        let median = stored.quantile_ns(0.5).unwrap();
+        assert!((500_000..517_000).contains(&median), "{median}");
         assert_eq!(Latencies::default().percentiles(), Percentiles::default());
     }
 }

@@ -2,7 +2,6 @@
 
 mod drive;
 mod file;
-mod histogram;
 mod latency;
 pub(crate) mod nbd;
 mod plan;
@@ -16,7 +15,6 @@ mod verify;
 mod vhost;
 mod zipf;
 
-pub use histogram::Histogram;
 pub use latency::{Latencies, Percentiles};
 pub(crate) use random::Random;
 pub use timeline::Timeline;
@@ -25,7 +23,7 @@ pub use verify::{FAULTS_MAX, Fault, Kind as FaultKind, Verified, Verify};
 use block::{Result, size};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
-use trace::Totals;
+use trace::{Buckets, Totals};
 use turns::Turns;
 use verify::Ledger;
 
@@ -362,7 +360,7 @@ pub struct Report {
     pub verify: Option<Verified>,
     /// All latencies of reads and writes; in records beside the report, not in it.
     #[serde(skip)]
-    pub histogram: Histogram,
+    pub histogram: Buckets,
     /// When they were how long, likewise.
     #[serde(skip)]
     pub timeline: timeline::Stored,

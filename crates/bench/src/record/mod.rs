@@ -19,7 +19,7 @@ pub use noise::{NOISY, noise, restless};
 pub use store::{Set, append, read};
 
 use crate::{
-    load::{Histogram, timeline},
+    load::timeline,
     machine::Host,
     metric::{Metric, Metrics},
     peer::Seen,
@@ -30,7 +30,7 @@ use std::{
     collections::BTreeMap,
     time::{SystemTime, UNIX_EPOCH},
 };
-use trace::Totals;
+use trace::{Buckets, Totals};
 
 /// [`Run::schema`] of what is written. 2 added `experiment`, `seconds`, `axes`, `latency`, `timeline` and `stages`. 3 made
 /// `stages` the totals of all eight: those of 2 had the means of five, which are read as totals too; it added `flamegraph`,
@@ -106,7 +106,7 @@ pub struct Sample {
     /// The server's files, their sizes, whether all are open with `O_DIRECT`, its queues.
     pub seen: Option<Seen>,
     /// All latencies of reads and writes.
-    pub latency: Histogram,
+    pub latency: Buckets,
     /// When they were how long; of several disks the first one's.
     pub timeline: timeline::Stored,
     /// What requests spent in diskplane's stages while it was measured, by operation, of all disks: from its control socket.

@@ -2,14 +2,14 @@
 
 use crate::{
     experiment::{self, Experiment, Judged},
-    load::{Histogram, timeline},
+    load::timeline,
     metric::Metric,
     record::{Failure, NOISY, Run, Sample, Set, noise, restless},
     statistics::{Figure, Summary},
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
-use trace::Totals;
+use trace::{Buckets, Totals};
 
 /// A report.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -56,7 +56,7 @@ pub struct Side {
     /// Every figure.
     pub figures: BTreeMap<Metric, Drawn>,
     /// Latencies of all rounds.
-    pub latency: Histogram,
+    pub latency: Buckets,
     /// Latency over time in the round whose IOPS are the middle ones.
     pub timeline: timeline::Stored,
     /// A flame graph of the server, by its name beside the page.

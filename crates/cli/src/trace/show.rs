@@ -257,11 +257,13 @@ pub fn histogram(args: &Histogram) -> Result<()> {
                 us(one.latencies.mean_ns() as f64),
             ];
             let quantiles = [0.5, 0.9, 0.99, 0.999, 0.9999, 1.0];
-            row.extend(quantiles.map(|q| match one.latencies.buckets.is_empty() {
-                // A server without records counts no stages.
-                true => "-".into(),
-                false => us(one.latencies.quantile_ns(q) as f64),
-            }));
+            row.extend(
+                quantiles.map(|q| match one.latencies.buckets.as_slice().is_empty() {
+                    // A server without records counts no stages.
+                    true => "-".into(),
+                    false => us(one.latencies.quantile_ns(q) as f64),
+                }),
+            );
             table.add_row(row);
         }
         text.push_str(&table::indented(&table));

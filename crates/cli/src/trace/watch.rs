@@ -136,7 +136,7 @@ mod tests {
         let of = |count: u64, ns: u64| Snapshot {
             count,
             sum_ns: count * ns,
-            buckets: vec![(ns, count)],
+            buckets: [(ns, count)].into_iter().collect(),
         };
         let look = |at_ns, bytes, reads| Look {
             file: "vm.qcow2\n".into(),

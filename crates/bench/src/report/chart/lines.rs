@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     metric::{Metric, number},
-    report::model::{Cell, Model},
+    report::model::{Cell, Model, Side},
 };
 use block::size;
 
@@ -17,6 +17,11 @@ const HEIGHT: f64 = 300.0;
 const POINTS_MIN: usize = 3;
 /// Sides of a cell whose percentiles are drawn: more cannot be told apart.
 const CURVES_MAX: usize = COLOURS;
+
+/// The latency in microseconds that this part of a side's requests (0 to 1) did not exceed.
+fn quantile_us(side: &Side, part: f64) -> Option<f64> {
+    side.latency.quantile_ns(part).map(|ns| ns as f64 / 1000.0)
+}
 
 /// The size of the requests of a cell that is one of several that differ in it.
 pub(super) fn block(cell: &Cell) -> Option<u64> {
@@ -167,11 +172,11 @@ pub fn percentiles(cell: &Cell) -> Option<Chart> {
         .collect();
     let least = sides
         .iter()
-        .filter_map(|s| s.latency.quantile_us(0.5))
+        .filter_map(|s| quantile_us(s, 0.5))
         .reduce(f64::min)?;
     let most = sides
         .iter()
-        .filter_map(|s| s.latency.quantile_us(0.9999))
+        .filter_map(|s| quantile_us(s, 0.9999))
         .reduce(f64::max)?;
     let left_out = cell.sides.len() - sides.len();
     let title = format!(
@@ -205,13 +210,13 @@ pub fn percentiles(cell: &Cell) -> Option<Chart> {
         // What fewer than one request in so many would show is not known.
         let known = steps.filter(|part| count * (1.0 - part) >= 1.0);
         let points: Vec<(f64, f64)> = known
-            .filter_map(|part| Some((x.at(place(part)), y.at(side.latency.quantile_us(part)?))))
+            .filter_map(|part| Some((x.at(place(part)), y.at(quantile_us(side, part)?))))
             .collect();
         let over = format!(
             "{}: {} requests, half within {:.1} µs",
             side.name,
             side.latency.count(),
-            side.latency.quantile_us(0.5).unwrap_or_default()
+            quantile_us(side, 0.5).unwrap_or_default()
         );
         svg.curve(&points, &format!("s{}", n % COLOURS), &over);
     }
