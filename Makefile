@@ -28,7 +28,7 @@ test: ## all the set-up it needs, lint, and every test
 	@$(MAKE) --no-print-directory lint
 	@scripts/test.sh
 
-soak: ## the long tests: crash enumeration for MINUTES (10), 50 kills, fuzzing, check beside qemu-img (ARGS=crash for one)
+soak: ## the long tests: crash enumeration for MINUTES (10), 50 kills, fuzzing, check beside qemu-img, an experiment in a guest (ARGS=crash for one)
 	@$(MAKE) --no-print-directory setup
 	@scripts/soak.sh $(ARGS)
 
