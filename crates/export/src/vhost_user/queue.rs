@@ -309,18 +309,17 @@ impl<R: Ring> Queue<R> {
     fn begin(&mut self, cx: &mut Cx, index: u16, entry: R::Entry, stamps: Arrival) -> bool {
         let indirect = self.limits.features & feature::RING_INDIRECT_DESC != 0;
         let slot = &mut self.slots[usize::from(index)];
-        let head = match self.ring.walk(entry, &mut slot.chain, indirect) {
-            Ok(head) => head,
+        let walked = self.ring.walk(entry, &mut slot.chain, indirect);
+        let parsed = walked.and_then(|head| {
+            let task = request::parse(&mut slot.chain, &self.limits, &mut slot.segments)?;
+            Ok((head, task))
+        });
+        let (head, task) = match parsed {
+            Ok(parsed) => parsed,
             Err(fault) => {
                 self.break_down(format_args!("{fault}"));
                 return false;
             }
-        };
-        let Ok(task) = request::parse(&mut slot.chain, &self.limits, &mut slot.segments) else {
-            self.break_down(format_args!(
-                "descriptor chain {head} has no byte for a status"
-            ));
-            return false;
         };
         slot.head = head;
         slot.written = 0;

@@ -8,7 +8,7 @@
 //! Where descriptors begin and end within this carries no meaning (§5.2.6.4, §2.7.4: any layout).
 
 use super::{
-    chain::Chain,
+    chain::{Chain, Fault},
     memory,
     spec::{
         HEADER_BYTES, ID_BYTES, SECTOR_BYTES, SEGMENT_BYTES, SEGMENT_F_UNMAP, Status, feature,
@@ -85,10 +85,6 @@ const fn answer(status: Status) -> Task {
     Task::Answer { status, written: 0 }
 }
 
-/// Why a request cannot even be failed: there is no byte for its status.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NoStatus;
-
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     let mut word = [0; 4];
     word.copy_from_slice(&bytes[at..at + 4]);
@@ -130,15 +126,13 @@ fn drop_last_byte(iov: &mut Vec<IoVec>) {
 ///
 /// # Errors
 ///
-/// [`NoStatus`] when it cannot be answered at all.
+/// [`Fault::Status`] when it cannot be answered at all.
 pub fn parse(
     chain: &mut Chain,
     limits: &Limits,
     segments: &mut [Segment; SEGMENTS_MAX],
-) -> Result<Task, NoStatus> {
-    if chain.status.is_null() {
-        return Err(NoStatus);
-    }
+) -> Result<Task, Fault> {
+    chain.answerable()?;
     if chain.malformed || chain.readable_len < HEADER_BYTES as u64 {
         return Ok(answer(Status::IoErr));
     }

@@ -121,7 +121,7 @@ pub trait Ring: Send + Sized + 'static {
     /// A chain that the driver made available.
     type Entry: Copy;
     /// What names a chain while it is in flight.
-    type Head: Copy + Default + fmt::Display;
+    type Head: Copy + Default;
 
     /// The ring at a place. With a file for requests in flight, those that the last server left come first.
     ///

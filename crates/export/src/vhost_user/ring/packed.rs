@@ -132,12 +132,6 @@ pub struct Head {
     note: u16,
 }
 
-impl fmt::Display for Head {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.id.fmt(f)
-    }
-}
-
 /// A packed virtqueue in guest memory.
 pub struct Packed {
     /// Keeps what the pointers point to mapped.

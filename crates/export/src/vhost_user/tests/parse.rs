@@ -3,7 +3,7 @@
 use super::*;
 use crate::vhost_user::{
     chain::{Chain, Fault},
-    request::{Limits, NoStatus, SEGMENTS_MAX, Segment, Task, parse},
+    request::{Limits, SEGMENTS_MAX, Segment, Task, parse},
     spec::{DESC_F_INDIRECT, Status, feature, request},
 };
 use block::{GuestOffset, Op};
@@ -38,7 +38,7 @@ fn segment(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
 }
 
 /// Walks and parses the chain at descriptor 0.
-fn request_of(guest: &Guest, limits: &Limits) -> (Result<Task, NoStatus>, Chain, Vec<Segment>) {
+fn request_of(guest: &Guest, limits: &Limits) -> (Result<Task, Fault>, Chain, Vec<Segment>) {
     let ring = guest.ring(true);
     let mut chain = Chain::new();
     chain.walk_split(&ring, 0, true).unwrap();
@@ -386,17 +386,17 @@ fn what_can_be_answered_is_answered_and_the_rest_is_not() {
         (
             "nothing writable",
             vec![(BUFFERS, 16, false)],
-            Err(NoStatus),
+            Err(Fault::Status),
         ),
         (
             "status in no memory",
             vec![(BUFFERS, 16, false), (gone, 1, true)],
-            Err(NoStatus),
+            Err(Fault::Status),
         ),
         (
             "an empty writable buffer only",
             vec![(BUFFERS, 16, false), (BUFFERS, 0, true)],
-            Err(NoStatus),
+            Err(Fault::Status),
         ),
     ] {
         let guest = Guest::new(16);
