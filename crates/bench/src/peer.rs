@@ -309,8 +309,12 @@ fn diskplane(
     }
     match setup.polling {
         Polling::Default | Polling::Adaptive => {}
-        Polling::Never => drop(command.args(["--poll-max", "0"])),
-        Polling::Busy => drop(command.arg("--poll")),
+        Polling::Never => {
+            command.args(["--poll-max", "0"]);
+        }
+        Polling::Busy => {
+            command.arg("--poll");
+        }
     }
     Ok(command)
 }

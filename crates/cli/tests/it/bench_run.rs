@@ -11,6 +11,17 @@ use std::{
 };
 use testkit::TempDir;
 
+/// The shortest run that does something.
+const ONE_CELL: &[&str] = &[
+    "E3",
+    "--cells",
+    "read-1m",
+    "--seconds",
+    "0.02",
+    "--samples",
+    "1",
+];
+
 fn bench(dir: &Path, args: &[&str]) -> Command {
     on_disks_of("16M", dir, args)
 }
@@ -332,16 +343,7 @@ fn what_a_run_did_not_make_is_not_removed() {
     let thesis = run.join("work/thesis");
     fs::create_dir_all(thesis.parent().unwrap()).unwrap();
     fs::write(&thesis, "42").unwrap();
-    let args = [
-        "E3",
-        "--cells",
-        "read-1m",
-        "--seconds",
-        "0.02",
-        "--samples",
-        "1",
-    ];
-    let output = bench(&run, &args).output().unwrap();
+    let output = bench(&run, ONE_CELL).output().unwrap();
     let words = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success(), "{output:?}");
     assert!(
@@ -427,20 +429,11 @@ fn stopped_or_killed_nothing_stays_mounted() {
     run.0.wait().unwrap();
     assert!(killed.join("work/ext4/lost+found").exists());
     // The next run finds it, does its own, and leaves nothing.
-    let args = [
-        "E3",
-        "--cells",
-        "read-1m",
-        "--seconds",
-        "0.02",
-        "--samples",
-        "1",
-    ];
-    let output = bench(&killed, &args).output().unwrap();
+    let output = bench(&killed, ONE_CELL).output().unwrap();
     let words = String::from_utf8_lossy(&output.stderr);
     assert!(words.contains("another experiment"), "{words}");
     fs::remove_file(killed.join("records.jsonl")).unwrap();
-    let output = bench(&killed, &args).output().unwrap();
+    let output = bench(&killed, ONE_CELL).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     assert_gone(&killed);
 }
