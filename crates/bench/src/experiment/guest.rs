@@ -191,12 +191,12 @@ impl Runner<'_> {
         let pids: Vec<u32> = server.iter().map(|(running, _)| running.pid()).collect();
         let control = server.iter().find_map(|(running, _)| running.control_of(0));
         let mut watched = Watched::pids(&pids, control.as_deref());
-        let (before, began) = (watched.now()?, Instant::now());
+        let (before, began) = (watched.begin()?, Instant::now());
         let qemu_before = usage::cpu(guest.qemu.pid())?;
         let watch = Watch::begin(&[&pids[..], &[guest.qemu.pid()]].concat());
         let device = Device::below(&self.lab.folder(side.image.place)).watch();
         guest.wait_for("bench=end")?;
-        let (used, seconds) = (watched.now()?.since(&before), began.elapsed().as_secs_f64());
+        let (used, seconds) = (watched.end()?.since(&before), began.elapsed().as_secs_f64());
         let qemu_s = usage::cpu(guest.qemu.pid())?
             .saturating_sub(qemu_before)
             .as_secs_f64();

@@ -123,17 +123,17 @@ fn drive(shared: &Shared<'_>) -> Result<Outcome> {
         };
         if !spec.ramp.is_zero() {
             wait(Some(spec.ramp));
-            let _ =
-                shared
-                    .phase
-                    .compare_exchange(RAMP, MEASURE, Ordering::Relaxed, Ordering::Relaxed);
         }
         let mut watched = Watched::pids(&spec.server_pids, spec.control.as_deref());
-        let before = watched.now();
+        let before = watched.begin();
         let began = Instant::now();
+        // It may have been stopped.
+        let _ = shared
+            .phase
+            .compare_exchange(RAMP, MEASURE, Ordering::Relaxed, Ordering::Relaxed);
         wait((!spec.duration.is_zero()).then_some(spec.duration));
         let seconds = began.elapsed().as_secs_f64();
-        let after = watched.now();
+        let after = watched.end();
         shared.phase.store(STOP, Ordering::Relaxed);
         let mut all = Tally::default();
         let mut failed = None;

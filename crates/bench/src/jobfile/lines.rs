@@ -74,8 +74,9 @@ fn read_into(path: &Path, sections: &mut Vec<Section>, depth: usize) -> Result<(
             file: name.clone(),
             line: number,
         };
-        let line = line.trim();
-        if line.is_empty() || line.starts_with([';', '#']) {
+        // As fio does, wherever one begins.
+        let line = line.split([';', '#']).next().unwrap_or_default().trim();
+        if line.is_empty() {
             continue;
         }
         if let Some(other) = line.strip_prefix("include ") {
@@ -148,7 +149,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.fio");
         fs::write(dir.path().join("b.fio"), "# more\niodepth=4\n[two]\n").unwrap();
-        let text = "; a comment\n[global]\nrw = randread\n\n[one]\nstonewall\ninclude b.fio\nsize=${NO_SUCH_THING}4k\n";
+        let text = "; a comment\n[global]\nrw = randread\n\n[one] # the first\nstonewall;now\ninclude b.fio\nsize=${NO_SUCH_THING}4k\n";
         fs::write(&path, text).unwrap();
         let sections = read(&path).unwrap();
         let names: Vec<&str> = sections.iter().map(|s| s.name.as_str()).collect();

@@ -2,6 +2,7 @@
 
 use super::{
     Latencies, Timeline,
+    pace::{Pace, Rests},
     plan::{Kind, Plan, Request},
     verify::Verifier,
 };
@@ -60,7 +61,8 @@ pub(crate) struct Outcome {
     pub writes: u64,
     pub flushes: u64,
     pub errors: u64,
-    pub failed_transfers: u64,
+    /// Of reads and writes that did not fail.
+    pub bytes: u64,
     pub read_latency: Latencies,
     pub write_latency: Latencies,
     pub flush_latency: Latencies,
@@ -73,17 +75,17 @@ pub(crate) struct Outcome {
 }
 
 impl Outcome {
-    fn count(&mut self, kind: Kind, latency: Duration, ok: bool) {
-        let (count, latencies) = match kind {
+    fn count(&mut self, request: &Request, latency: Duration, ok: bool) {
+        let (count, latencies) = match request.kind {
             Kind::Read => (&mut self.reads, &mut self.read_latency),
             Kind::Write => (&mut self.writes, &mut self.write_latency),
             Kind::Flush => (&mut self.flushes, &mut self.flush_latency),
         };
         *count += 1;
         latencies.add(latency);
-        if !ok {
-            self.errors += 1;
-            self.failed_transfers += u64::from(kind != Kind::Flush);
+        match ok {
+            true => self.bytes += request.bytes,
+            false => self.errors += 1,
         }
     }
 
@@ -98,7 +100,7 @@ impl Outcome {
         self.writes += other.writes;
         self.flushes += other.flushes;
         self.errors += other.errors;
-        self.failed_transfers += other.failed_transfers;
+        self.bytes += other.bytes;
         self.read_latency.merge(&other.read_latency);
         self.write_latency.merge(&other.write_latency);
         self.flush_latency.merge(&other.flush_latency);
@@ -106,19 +108,6 @@ impl Outcome {
         self.kicks += other.kicks;
         self.calls += other.calls;
         self.last = self.last.max(other.last);
-    }
-}
-
-/// How many requests are due now, the next one of them since `due`.
-fn are_due(now: Instant, due: Instant, interval: Duration) -> usize {
-    match now.checked_duration_since(due) {
-        Some(late) => {
-            let more = late.as_nanos() / interval.as_nanos().max(1);
-            usize::try_from(more)
-                .unwrap_or(usize::MAX)
-                .saturating_add(1)
-        }
-        None => 0,
     }
 }
 
@@ -134,39 +123,63 @@ fn wait_until(due: Instant) {
     }
 }
 
-/// Keeps `depth` requests in flight until `phase` says [`STOP`] or `ios_max` reads and writes were counted,
+/// What a queue does, and how long.
+pub(crate) struct Course<'a, 'v> {
+    pub plan: Plan<'a>,
+    /// Requests at a time.
+    pub depth: usize,
+    /// Where requests have a time at which they are due.
+    pub pace: Option<Pace>,
+    /// Where the queue rests.
+    pub rests: Option<Rests>,
+    /// Ends after so many reads and writes that count…
+    pub ios_max: Option<u64>,
+    /// … or so many bytes.
+    pub bytes_max: Option<u64>,
+    /// Says what blocks are.
+    pub verifier: Option<&'a mut Verifier<'v>>,
+}
+
+/// Keeps [`Course::depth`] requests in flight until `phase` says [`STOP`] or as many were counted as are to be,
 /// and until all of them have ended. When it says [`REST`] and none is in flight, `rest` is called, which returns at
-/// the next turn; with `false` where there is none. Where the plan has a rate, requests begin when they are due instead, as far
-/// as `depth` allows, and their latency counts from then; where it has a time to think, each slot rests for that long after an
-/// answer. With a `verifier` blocks are what that says, and a queue that has written flushes at its end.
+/// the next turn; with `false` where there is none. Where there is a pace, requests begin when they are due instead, as far
+/// as the depth allows, and their latency counts from then; where the plan has a time to think, each slot rests for that long after an
+/// answer. With a verifier blocks are what that says, and a queue that has written flushes at its end.
 pub(crate) fn drive(
     client: &mut impl Client,
-    plan: &mut Plan,
-    depth: usize,
-    ios_max: Option<u64>,
+    course: Course<'_, '_>,
     phase: &AtomicU8,
     mut rest: impl FnMut() -> bool,
-    mut verifier: Option<&mut Verifier<'_>>,
 ) -> Result<Outcome> {
+    let Course {
+        mut plan,
+        depth,
+        mut pace,
+        mut rests,
+        ios_max,
+        bytes_max,
+        mut verifier,
+    } = course;
     let mut outcome = Outcome::default();
     let mut began = Instant::now();
     let mut origin = began;
     // What was measured in turns before this one.
     let mut earlier = Duration::ZERO;
-    let mut slots = vec![(Kind::Read, began); depth];
+    let mut slots = vec![(Request::flush(0), began); depth];
     let mut ended = Vec::with_capacity(depth);
     let mut in_flight = 0;
     let mut measuring = false;
     let mut before = (0, 0);
-    // Reads and writes that may still be asked for.
-    let mut left = u64::MAX;
-    let mut ready: Vec<usize> = (0..depth).collect();
-    let (pace, think) = (plan.interval(), plan.think());
+    // Reads and writes that may still be asked for, and their bytes.
+    let mut left = (u64::MAX, u64::MAX);
+    let mut ready: VecDeque<usize> = (0..depth).collect();
+    let think = plan.think();
     // Slots that think, and until when.
     let mut resting: VecDeque<(Instant, usize)> = VecDeque::new();
     let mut written = false;
-    // When the next request is due, where they do not wait for each other.
-    let mut due = began;
+    if let Some(pace) = &mut pace {
+        pace.restart(began);
+    }
     loop {
         let state = phase.load(Ordering::Relaxed);
         if measuring && matches!(state, RAMP | REST) {
@@ -177,28 +190,46 @@ pub(crate) fn drive(
             measuring = true;
             origin = Instant::now();
             before = client.notifications();
-            let flying = |kind: &Kind| u64::from(*kind != Kind::Flush);
             let free = |slot: &usize| ready.contains(slot) || resting.iter().any(|r| r.1 == *slot);
             let busy = slots.iter().enumerate().filter(|(i, _)| !free(i));
-            let transfers: u64 = busy.map(|(_, (kind, _))| flying(kind)).sum();
-            left = ios_max.map_or(u64::MAX, |max| max.saturating_sub(transfers));
+            let busy = busy.map(|(_, (request, _))| request);
+            let flying = busy.filter(|request| request.kind != Kind::Flush);
+            let (count, bytes) = flying.fold((0, 0), |(n, all), r| (n + 1, all + r.bytes));
+            left = (
+                ios_max.map_or(u64::MAX, |max| max.saturating_sub(count)),
+                bytes_max.map_or(u64::MAX, |max| max.saturating_sub(bytes)),
+            );
         }
+        let goes_on = matches!(state, RAMP | MEASURE) && left.0 > 0 && left.1 > 0;
         // Taken before the first is submitted: a server that polls may answer before the last is.
         let now = Instant::now();
         while let Some((_, slot)) = resting.pop_front_if(|(until, _)| *until <= now) {
-            ready.push(slot);
+            ready.push_back(slot);
         }
-        let usable = match (state, pace) {
-            (REST, _) => 0,
-            (RAMP | MEASURE, Some(interval)) => are_due(now, due, interval).min(ready.len()),
-            _ => ready.len(),
-        };
-        for slot in ready.drain(..usable) {
+        for _ in 0..ready.len() {
+            let is_time = pace.as_ref().is_none_or(|pace| pace.due() <= now);
+            let holds = rests.as_ref().is_some_and(Rests::holds);
+            if state == REST || state != STOP && (!is_time || holds) {
+                break;
+            }
+            let Some(slot) = ready.pop_front() else {
+                break;
+            };
+            let mut since = now;
             let request = match plan.flush(slot) {
                 Some(flush) if state != STOP => flush,
-                None if state != STOP && left > 0 => {
-                    left -= 1;
-                    plan.next(slot)
+                None if state != STOP && left.0 > 0 && left.1 > 0 => {
+                    let request = plan.next(slot, pace.as_ref().and_then(Pace::kind));
+                    left.0 -= 1;
+                    left.1 = left.1.saturating_sub(request.bytes);
+                    if let Some(pace) = &mut pace {
+                        since = pace.due();
+                        pace.sent(request.bytes);
+                    }
+                    if let Some(rests) = &mut rests {
+                        rests.sent();
+                    }
+                    request
                 }
                 _ => continue,
             };
@@ -208,26 +239,33 @@ pub(crate) fn drive(
             };
             written |= request.kind == Kind::Write;
             client.submit(slot, request)?;
-            slots[slot] = (request.kind, pace.map_or(now, |_| due));
-            due += pace.unwrap_or_default();
+            slots[slot] = (request, since);
             in_flight += 1;
         }
         if in_flight == 0 {
             if state == REST && rest() {
                 began = Instant::now();
-                due = began;
+                if let Some(pace) = &mut pace {
+                    pace.restart(began);
+                }
                 continue;
             }
-            if pace.is_some() && left > 0 && matches!(state, RAMP | MEASURE) {
-                wait_until(due);
+            let held = rests.as_mut().filter(|rests| rests.holds() && goes_on);
+            if let Some(rests) = held {
+                if let Some((until, awake)) = rests.until(now)
+                    && !awake
+                {
+                    wait_until(until);
+                }
                 began = Instant::now();
                 continue;
             }
-            if let Some((until, _)) = resting.front()
-                && left > 0
-                && matches!(state, RAMP | MEASURE)
-            {
-                wait_until(*until);
+            let next = match (&pace, resting.front()) {
+                (Some(pace), _) => Some(pace.due()),
+                (None, front) => front.map(|(until, _)| *until),
+            };
+            if let Some(next) = next.filter(|_| goes_on) {
+                wait_until(next);
                 began = Instant::now();
                 continue;
             }
@@ -251,19 +289,24 @@ pub(crate) fn drive(
         began = now;
         in_flight -= ended.len();
         for Ended { slot, ok } in ended.drain(..) {
-            let (kind, since) = slots[slot];
+            let (request, since) = slots[slot];
             if let Some(verifier) = &mut verifier {
                 verifier.end(client, slot, ok);
             }
             if measuring {
-                outcome.count(kind, now - since, ok);
-                if kind != Kind::Flush {
+                outcome.count(&request, now.saturating_duration_since(since), ok);
+                if request.kind != Kind::Flush {
                     let at = earlier + now.saturating_duration_since(origin);
-                    outcome.timeline.add(at, now - since);
+                    outcome
+                        .timeline
+                        .add(at, now.saturating_duration_since(since));
                 }
             }
+            if let Some(rests) = rests.as_mut().filter(|_| request.kind != Kind::Flush) {
+                rests.ended();
+            }
             match think.is_zero() || plan.is_flush_due(slot) {
-                true => ready.push(slot),
+                true => ready.push_back(slot),
                 false => resting.push_back((now + think, slot)),
             }
         }
@@ -274,23 +317,31 @@ pub(crate) fn drive(
     if measuring {
         outcome.notified(before, client.notifications());
     }
-    if let Some(verifier) = verifier
-        && written
-        && plan.can_flush()
-    {
-        flush(client, verifier)?;
+    if written {
+        match verifier {
+            Some(verifier) if plan.can_flush() => flush(client, Some(verifier), Request::flush(0))?,
+            Some(_) => {}
+            None => {
+                for last in plan.last_flushes() {
+                    flush(client, None, last)?;
+                }
+            }
+        }
     }
     Ok(outcome)
 }
 
 /// Sends a flush that counts for nothing but what is known of the disk, and waits for it.
-fn flush(client: &mut impl Client, verifier: &mut Verifier<'_>) -> Result<()> {
-    let request = Request {
-        kind: Kind::Flush,
-        offset: 0,
-    };
+fn flush(
+    client: &mut impl Client,
+    mut verifier: Option<&mut Verifier<'_>>,
+    request: Request,
+) -> Result<()> {
     let began = Instant::now();
-    let request = verifier.begin(client, 0, request)?;
+    let request = match &mut verifier {
+        Some(verifier) => verifier.begin(client, 0, request)?,
+        None => request,
+    };
     client.submit(0, request)?;
     let mut ended = Vec::new();
     while ended.is_empty() {
@@ -305,7 +356,9 @@ fn flush(client: &mut impl Client, verifier: &mut Verifier<'_>) -> Result<()> {
         client.reap(&mut ended)?;
     }
     let ok = ended.iter().all(|ended| ended.ok);
-    verifier.end(client, 0, ok);
+    if let Some(verifier) = verifier {
+        verifier.end(client, 0, ok);
+    }
     match ok {
         true => Ok(()),
         false => Err(Error::new(ErrorKind::Io, "the last flush failed")),
@@ -371,15 +424,19 @@ mod tests {
             flushes: true,
             block_bytes: 512,
         };
-        let mut plan = Plan::new(
-            &spec,
-            Places::new(&spec, &disk).unwrap(),
-            0,
-            Against::default(),
-        );
+        let places = Places::new(&spec, &disk).unwrap();
+        let course = Course {
+            plan: Plan::new(&spec, places, 0, Against::default()),
+            depth: 1,
+            pace: Pace::new(&spec, 0),
+            rests: None,
+            ios_max: Some(100),
+            bytes_max: None,
+            verifier: None,
+        };
         let phase = AtomicU8::new(MEASURE);
         let mut client = Stalling::default();
-        let outcome = drive(&mut client, &mut plan, 1, Some(100), &phase, || false, None).unwrap();
+        let outcome = drive(&mut client, course, &phase, || false).unwrap();
         assert_eq!(outcome.reads, 100);
         let histogram = outcome.read_latency.histogram();
         let slow = histogram
@@ -395,10 +452,5 @@ mod tests {
         assert!(slow(None) >= 1);
         // At one a millisecond some 35 are more than 5 ms late.
         assert!(slow(Some(1000.0)) >= 30);
-        let (now, ms) = (Instant::now(), Duration::from_millis);
-        assert_eq!(are_due(now, now + ms(1), ms(1)), 0);
-        assert_eq!(are_due(now, now, ms(1)), 1);
-        assert_eq!(are_due(now + ms(5), now, ms(2)), 3);
-        assert_eq!(are_due(now + ms(5), now, Duration::ZERO), 5_000_001);
     }
 }

@@ -13,7 +13,11 @@ use io::{
     Aio, Cache, Engine, EngineKind, EngineOptions, Events, File, FileSlot, Io, IoOp, OpenOptions,
     Token, Wait, memory::AlignedBuf,
 };
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 /// How long a turn may sleep.
 const WAIT: Wait = Wait::For(Duration::from_secs(1));
@@ -39,21 +43,29 @@ pub(crate) fn run(
             OpenOptions::reading()
         }
     };
-    let file = io::wait_for_lock(|| File::open(path, &options))?;
-    let kind = io::choose(aio, std::slice::from_ref(&file))
-        .context(named)?
-        .kind;
+    let paths = [path]
+        .into_iter()
+        .chain(spec.shape.more_files.iter().map(PathBuf::as_path));
+    let files = paths.map(|path| io::wait_for_lock(|| File::open(path, &options)));
+    let files = files.collect::<Result<Vec<_>>>()?;
+    let kind = io::choose(aio, &files).context(named)?.kind;
+    let mut capacity = u64::MAX;
+    for file in &files {
+        capacity = capacity.min(file.len()?);
+    }
+    let alignments = files.iter().map(|file| file.alignment().offset);
     let geometry = Geometry {
-        capacity: file.len()?,
+        capacity,
         read_only: false,
         flushes: true,
         // Others would go through bounce buffers, with reads around writes: that is not the host's rate.
-        block_bytes: file.alignment().offset.into(),
+        block_bytes: alignments.max().unwrap_or(512).into(),
     };
     let places = Places::new(spec, &geometry).context(named)?;
+    let span = places.span();
     let openers = (0..spec.queues).map(|queue| {
-        let file = file.clone();
-        move || Bare::new(spec, &file, kind, queue).context(|| file.path().display().to_string())
+        let files = files.clone();
+        move || Bare::new(spec, &files, span, kind, queue).context(|| path.display().to_string())
     });
     run_queues(spec, places, openers.collect(), by).context(named)
 }
@@ -61,8 +73,12 @@ pub(crate) fn run(
 struct Bare {
     // Dropped first: it waits for what is in flight, which uses the memory below.
     engine: Box<dyn Engine>,
-    file: FileSlot,
-    block: u64,
+    files: Vec<FileSlot>,
+    /// Bytes from a file's first to the next one's, where they are several.
+    span: u64,
+    /// Bytes of a slot's memory.
+    block: usize,
+    /// Of each slot's memory what its request is about.
     pieces: Vec<IoVec>,
     _data: AlignedBuf,
     events: Events,
@@ -70,7 +86,13 @@ struct Bare {
 }
 
 impl Bare {
-    fn new(spec: &Spec, file: &Arc<File>, kind: EngineKind, queue: u32) -> Result<Self> {
+    fn new(
+        spec: &Spec,
+        files: &[Arc<File>],
+        span: u64,
+        kind: EngineKind,
+        queue: u32,
+    ) -> Result<Self> {
         let depth = spec.depth as usize;
         let options = EngineOptions::default();
         let options = EngineOptions {
@@ -78,7 +100,8 @@ impl Bare {
             ..options
         };
         let mut engine = io::open_engine(kind, &options)?;
-        let slot = engine.attach(file)?;
+        let files = files.iter().map(|file| engine.attach(file));
+        let files = files.collect::<Result<Vec<_>>>()?;
         let block = spec.block_bytes as usize;
         let room = block.next_multiple_of(4096);
         let mut data = AlignedBuf::new(room * depth, 4096);
@@ -87,8 +110,9 @@ impl Bare {
         }
         Ok(Self {
             engine,
-            file: slot,
-            block: spec.block_bytes,
+            files,
+            span,
+            block,
             pieces: (0..depth).map(|i| data.piece(i * room, block)).collect(),
             _data: data,
             events: Events::default(),
@@ -99,15 +123,29 @@ impl Bare {
 
 impl Client for Bare {
     fn submit(&mut self, slot: usize, request: Request) -> Result<()> {
-        let (op, len) = match request.kind {
-            Kind::Read => (IoOp::Read, self.block),
-            Kind::Write => (IoOp::Write, self.block),
-            Kind::Flush => (IoOp::Sync, 0),
+        let op = match request.kind {
+            Kind::Read => IoOp::Read,
+            Kind::Write => IoOp::Write,
+            Kind::Flush => IoOp::Sync,
         };
+        let (file, offset) = match self.files.len() {
+            1 => (0, request.offset),
+            _ => (
+                (request.offset / self.span) as usize,
+                request.offset % self.span,
+            ),
+        };
+        let Some(file) = self.files.get(file) else {
+            return Err(Error::new(ErrorKind::Io, "a request for no file"));
+        };
+        let len = request.bytes.min(self.block as u64);
+        if op != IoOp::Sync {
+            self.pieces[slot] = IoVec::new(self.pieces[slot].base(), len as usize);
+        }
         let io = Io {
-            file: self.file,
+            file: *file,
             op,
-            offset: request.offset,
+            offset: if op == IoOp::Sync { 0 } else { offset },
             len,
             iov: &self.pieces[slot],
             iov_len: u32::from(len > 0),
@@ -146,14 +184,14 @@ impl Client for Bare {
 
     fn put(&mut self, slot: usize, block: &[u8]) {
         let piece = self.pieces[slot];
-        assert!(block.len() <= piece.len());
-        // SAFETY: the piece is of `self`'s memory and as long, and its slot has no operation.
+        assert!(block.len() <= self.block);
+        // SAFETY: the piece begins `self.block` bytes of `self`'s memory, and its slot has no operation.
         unsafe { std::ptr::copy_nonoverlapping(block.as_ptr(), piece.base(), block.len()) }
     }
 
     fn get(&mut self, slot: usize, block: &mut [u8]) {
         let piece = self.pieces[slot];
-        assert!(block.len() <= piece.len());
+        assert!(block.len() <= self.block);
         // SAFETY: as above.
         unsafe { std::ptr::copy_nonoverlapping(piece.base(), block.as_mut_ptr(), block.len()) }
     }

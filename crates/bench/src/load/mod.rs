@@ -4,23 +4,28 @@ mod drive;
 mod file;
 mod latency;
 pub(crate) mod nbd;
+mod pace;
 mod plan;
 mod random;
 mod run;
+pub mod shape;
 mod syscalls;
 pub mod timeline;
 pub(crate) mod turns;
 pub(crate) mod usage;
 mod verify;
 mod vhost;
+mod walk;
 mod zipf;
 
 pub use latency::{Latencies, Percentiles};
 pub(crate) use random::Random;
+pub use shape::Shape;
 pub use timeline::Timeline;
 pub use verify::{FAULTS_MAX, Fault, Kind as FaultKind, Verified, Verify};
 
 use block::{Result, size};
+use plan::Kind;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use trace::{Buckets, Totals};
@@ -134,7 +139,7 @@ pub enum Pattern {
     Read,
     /// Sequential writes.
     Write,
-    /// Sequential, reads and writes mixed by [`Spec::read_percent`].
+    /// Sequential, reads and writes mixed by [`Spec::read_percent`], each in a sequence of its own.
     Rw,
     /// Reads at random.
     RandRead,
@@ -152,6 +157,20 @@ impl Pattern {
             Self::Write | Self::RandWrite => true,
             Self::Rw | Self::RandRw => read_percent < 100,
         }
+    }
+
+    /// Whether there are any reads.
+    pub fn reads(self, read_percent: u8) -> bool {
+        match self {
+            Self::Read | Self::RandRead => true,
+            Self::Write | Self::RandWrite => false,
+            Self::Rw | Self::RandRw => read_percent > 0,
+        }
+    }
+
+    /// Whether places are at random.
+    pub fn is_random(self) -> bool {
+        matches!(self, Self::RandRead | Self::RandWrite | Self::RandRw)
     }
 
     /// Its name, as in JSON: fio's.
@@ -189,7 +208,7 @@ pub struct Spec {
     pub pattern: Pattern,
     /// Percent of reads in the mixed patterns.
     pub read_percent: u8,
-    /// Bytes of a request: a multiple of 512.
+    /// Bytes of a request, the most where they differ ([`Shape::reads`]): a multiple of 512.
     pub block_bytes: u64,
     /// Requests in flight on each queue.
     pub depth: u32,
@@ -224,6 +243,9 @@ pub struct Spec {
     /// Blocks carry what they are, and reads are compared with what must be there.
     #[serde(default)]
     pub verify: Option<Verify>,
+    /// What jobs of fio ask for besides.
+    #[serde(default, skip_serializing_if = "is_plain")]
+    pub shape: Shape,
     /// Random patterns ask for places by Zipf's law with this exponent. `None`: all alike.
     #[serde(default)]
     pub zipf: Option<f64>,
@@ -248,6 +270,10 @@ pub struct Spec {
     pub control: Option<PathBuf>,
 }
 
+fn is_plain(shape: &Shape) -> bool {
+    *shape == Shape::default()
+}
+
 /// A load in a few words.
 pub fn title(pattern: Pattern, block_bytes: u64, depth: u32) -> String {
     let block = size::human(block_bytes);
@@ -257,7 +283,24 @@ pub fn title(pattern: Pattern, block_bytes: u64, depth: u32) -> String {
 impl Spec {
     /// It in a few words.
     pub fn title(&self) -> String {
-        title(self.pattern, self.block_bytes, self.depth)
+        let mut least = self.block_bytes;
+        for (kind, sizes) in [
+            (Kind::Read, &self.shape.reads),
+            (Kind::Write, &self.shape.writes),
+        ] {
+            if let Some(sizes) = sizes.as_ref().filter(|_| self.has(kind)) {
+                least = least.min(sizes.bounds().0);
+            }
+        }
+        let (pattern, depth) = (self.pattern.name(), self.depth);
+        match least == self.block_bytes {
+            true => title(self.pattern, self.block_bytes, depth),
+            false => format!(
+                "{pattern} of {} to {}, depth {depth}",
+                size::human(least),
+                size::human(self.block_bytes)
+            ),
+        }
     }
 
     /// The default load on `target`.
@@ -280,6 +323,7 @@ impl Spec {
             rate: None,
             think: Duration::ZERO,
             verify: None,
+            shape: Shape::default(),
             zipf: None,
             ring_entries: 128,
             packed: false,

@@ -1,6 +1,6 @@
 //! Which request comes next: offsets, the mix of reads and writes, flushes.
 
-use super::{Against, Flushes, Pattern, Random, Spec, zipf::Zipf};
+use super::{Against, Flushes, Pattern, Random, Spec, walk::Walk};
 use block::{Error, Result, size};
 use std::time::Duration;
 
@@ -12,12 +12,25 @@ pub(crate) enum Kind {
     Flush,
 }
 
-/// A request of [`Spec::block_bytes`], or a flush.
+/// A request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Request {
     pub kind: Kind,
-    /// Bytes from the start of the disk; of no meaning for a flush.
+    /// Bytes from the start of the disk; of a flush somewhere in the file that is flushed, where there are several.
     pub offset: u64,
+    /// [`Spec::block_bytes`] at most; 0 of a flush.
+    pub bytes: u64,
+}
+
+impl Request {
+    /// Flushes the file that has this offset.
+    pub(crate) fn flush(offset: u64) -> Self {
+        Self {
+            kind: Kind::Flush,
+            offset,
+            bytes: 0,
+        }
+    }
 }
 
 /// What a target is and can do.
@@ -35,6 +48,25 @@ impl Spec {
     /// Whether there are any writes.
     pub(crate) fn writes(&self) -> bool {
         self.pattern.writes(self.read_percent)
+    }
+
+    /// Whether there are any reads.
+    pub(crate) fn has_reads(&self) -> bool {
+        self.pattern.reads(self.read_percent)
+    }
+
+    /// Whether requests have several sizes.
+    pub(crate) fn sizes_differ(&self) -> bool {
+        self.shape.reads.is_some() || self.shape.writes.is_some()
+    }
+
+    /// Whether there are any of these.
+    pub(super) fn has(&self, kind: Kind) -> bool {
+        match kind {
+            Kind::Read => self.has_reads(),
+            Kind::Write => self.writes(),
+            Kind::Flush => self.flushes != Flushes::Never,
+        }
     }
 
     /// What can be said before the target is known.
@@ -126,14 +158,15 @@ impl Spec {
             if !(0.01..=10.0).contains(&theta) {
                 return wrong(format!("--zipf {theta}: it is 0.01 to 10"));
             }
-            if matches!(self.pattern, Pattern::Read | Pattern::Write | Pattern::Rw) {
+            if !self.pattern.is_random() {
                 return wrong("--zipf is about random requests: choose another --rw".into());
             }
         }
-        if self.ios_max == Some(0) || (self.duration.is_zero() && self.ios_max.is_none()) {
+        let ends = self.ios_max.is_some() || self.shape.bytes_max.is_some();
+        if self.ios_max == Some(0) || (self.duration.is_zero() && !ends) {
             return wrong("nothing is asked for: give --seconds or --ios".into());
         }
-        Ok(())
+        self.shape.check(self)
     }
 }
 
@@ -143,6 +176,8 @@ pub(crate) struct Places {
     start: u64,
     stride: u64,
     count: u64,
+    /// Bytes from the start on that requests may be for.
+    range: u64,
     /// The disk takes flushes.
     flushes: bool,
 }
@@ -196,6 +231,7 @@ impl Places {
             start: spec.start_bytes,
             stride,
             count: last / stride + 1,
+            range,
             flushes: disk.flushes,
         })
     }
@@ -207,6 +243,7 @@ impl Places {
             start,
             stride,
             count,
+            range: count * stride,
             flushes: true,
         }
     }
@@ -219,6 +256,21 @@ impl Places {
     /// Whether the disk takes flushes.
     pub(crate) fn flushes(&self) -> bool {
         self.flushes
+    }
+
+    /// Bytes between the starts of two.
+    pub(super) fn stride(&self) -> u64 {
+        self.stride
+    }
+
+    /// Bytes in which all of them lie.
+    pub(super) fn range(&self) -> u64 {
+        self.range
+    }
+
+    /// Where the next of several files begins, in the space of all.
+    pub(super) fn span(&self) -> u64 {
+        self.start + self.range
     }
 
     /// Which one begins at `offset`.
@@ -241,19 +293,22 @@ pub(crate) fn share(all: u64, queues: u64, queue: u32) -> u64 {
 #[derive(Debug)]
 pub(crate) struct Plan<'a> {
     places: Places,
-    sequential: bool,
+    walk: Walk,
+    block_bytes: u64,
     read_percent: u64,
-    /// Writes of a slot between two flushes; `u32::MAX`: no flushes.
+    /// Writes between two flushes; `u32::MAX`: no flushes.
     writes_per_flush: u32,
     random: Random,
-    zipf: Option<Zipf>,
-    interval: Option<Duration>,
-    next: u64,
+    /// How many places of the list were asked for.
+    listed: usize,
     /// The places to ask for, instead of all.
     list: Option<&'a [u64]>,
     think: Duration,
-    /// Writes of each slot since its last flush.
+    /// Writes since the last flush: of each slot, or of all.
     unflushed: Vec<u32>,
+    /// Where the last write was.
+    written: u64,
+    flush_at_end: bool,
 }
 
 impl<'a> Plan<'a> {
@@ -264,37 +319,37 @@ impl<'a> Plan<'a> {
             Pattern::Rw | Pattern::RandRw => spec.read_percent,
         };
         let queues = u64::from(spec.queues.max(1));
-        let first = match against.list {
-            // Where the queue before it ends.
-            Some(list) => (0..queue)
+        // Where the queue before it ends.
+        let listed: u64 = against.list.map_or(0, |list| {
+            (0..queue)
                 .map(|q| share(list.len() as u64, queues, q))
-                .sum(),
-            None => (u128::from(places.count) * u128::from(queue) / u128::from(queues)) as u64,
+                .sum()
+        });
+        let first = (u128::from(places.count) * u128::from(queue) / u128::from(queues)) as u64;
+        let mut random =
+            Random::new(spec.seed ^ u64::from(queue).wrapping_mul(0xa076_1d64_78bd_642f));
+        let counters = match spec.shape.flush_by_queue {
+            true => 1,
+            false => spec.depth as usize,
         };
         Self {
             places,
-            sequential: matches!(spec.pattern, Pattern::Read | Pattern::Write | Pattern::Rw),
+            walk: Walk::new(spec, places, first, &mut random),
+            block_bytes: spec.block_bytes,
             read_percent: read_percent.into(),
             writes_per_flush: match spec.flushes {
                 Flushes::Never => u32::MAX,
                 Flushes::AfterEachWrite => 1,
                 Flushes::Every(writes) => writes,
             },
-            zipf: spec.zipf.map(|theta| Zipf::new(places.count, theta)),
-            interval: spec
-                .rate
-                .map(|rate| Duration::from_secs_f64(f64::from(spec.queues) / rate)),
-            random: Random::new(spec.seed ^ u64::from(queue).wrapping_mul(0xa076_1d64_78bd_642f)),
-            next: first,
+            random,
+            listed: listed as usize,
             list: against.list,
             think: spec.think,
-            unflushed: vec![0; spec.depth as usize],
+            unflushed: vec![0; counters],
+            written: 0,
+            flush_at_end: spec.shape.flush_at_end,
         }
-    }
-
-    /// The time between two requests, where they do not wait for each other.
-    pub(crate) fn interval(&self) -> Option<Duration> {
-        self.interval
     }
 
     /// Whether the disk takes flushes.
@@ -302,14 +357,29 @@ impl<'a> Plan<'a> {
         self.places.flushes()
     }
 
+    /// The flushes at the end of a queue that has written, one of each file.
+    pub(crate) fn last_flushes(&self) -> Vec<Request> {
+        let asked = self.flush_at_end && self.can_flush();
+        self.walk
+            .starts()
+            .filter(|_| asked)
+            .map(Request::flush)
+            .collect()
+    }
+
     /// How long a place waits after an answer.
     pub(crate) fn think(&self) -> Duration {
         self.think
     }
 
+    /// The writes that count for the flushes of `slot`.
+    fn counter(&self, slot: usize) -> usize {
+        slot.min(self.unflushed.len() - 1)
+    }
+
     /// Whether `slot` sends a flush next.
     pub(crate) fn is_flush_due(&self, slot: usize) -> bool {
-        self.unflushed[slot] >= self.writes_per_flush
+        self.unflushed[self.counter(slot)] >= self.writes_per_flush
     }
 
     /// The flush that `slot` sends next, if it is due.
@@ -317,46 +387,40 @@ impl<'a> Plan<'a> {
         if !self.is_flush_due(slot) {
             return None;
         }
-        self.unflushed[slot] = 0;
-        Some(Request {
-            kind: Kind::Flush,
-            offset: 0,
-        })
+        let counter = self.counter(slot);
+        self.unflushed[counter] = 0;
+        Some(Request::flush(self.written))
     }
 
-    /// The next read or write of `slot`.
-    pub(crate) fn next(&mut self, slot: usize) -> Request {
-        let read = match self.read_percent {
-            0 => false,
-            100 => true,
-            percent => self.random.below(100) < percent,
-        };
-        let kind = if read { Kind::Read } else { Kind::Write };
-        if kind == Kind::Write && self.writes_per_flush != u32::MAX {
-            self.unflushed[slot] += 1;
-        }
-        if let Some(list) = self.list {
-            let index = list.get(self.next as usize).copied().unwrap_or_default();
-            self.next += 1;
-            return Request {
-                kind,
-                offset: self.places.at(index),
+    /// The next read or write of `slot`; of a kind, where that is said.
+    pub(crate) fn next(&mut self, slot: usize, kind: Option<Kind>) -> Request {
+        let kind = kind.unwrap_or_else(|| {
+            let read = match self.read_percent {
+                0 => false,
+                100 => true,
+                percent => self.random.below(100) < percent,
             };
-        }
-        let index = if self.sequential {
-            let index = self.next;
-            self.next = (index + 1) % self.places.count;
-            index
-        } else {
-            match self.zipf {
-                // 53 bits are what a float keeps.
-                Some(zipf) => zipf.draw(|| self.random.part()),
-                None => self.random.below(self.places.count),
+            if read { Kind::Read } else { Kind::Write }
+        });
+        let (offset, bytes) = match self.list {
+            Some(list) => {
+                let index = list.get(self.listed).copied().unwrap_or_default();
+                self.listed += 1;
+                (self.places.at(index), self.block_bytes)
             }
+            None => self.walk.next(kind, &mut self.random),
         };
+        if kind == Kind::Write {
+            self.written = offset;
+            if self.writes_per_flush != u32::MAX {
+                let counter = self.counter(slot);
+                self.unflushed[counter] += 1;
+            }
+        }
         Request {
             kind,
-            offset: self.places.at(index),
+            offset,
+            bytes,
         }
     }
 }
@@ -401,7 +465,7 @@ mod tests {
         };
         let walk = |queue| {
             let mut plan = plan(&spec, queue);
-            let mut next = || plan.next(0).offset;
+            let mut next = || plan.next(0, None).offset;
             [next(), next(), next(), next()]
         };
         // The third place starts at 40,960 and ends at 45,056 of 49,152; a fourth would end behind.
@@ -421,7 +485,7 @@ mod tests {
         let mut seen = [0; 8];
         let mut reads = 0;
         for _ in 0..8000 {
-            let request = plan.next(0);
+            let request = plan.next(0, None);
             seen[(request.offset / 4096) as usize - 1] += 1;
             reads += u32::from(request.kind == Kind::Read);
         }
@@ -438,7 +502,7 @@ mod tests {
         let mut plan = plan(&spec, 0);
         let mut hits = vec![0_u32; 256];
         for _ in 0..10_000 {
-            hits[(plan.next(0).offset / 4096) as usize] += 1;
+            hits[(plan.next(0, None).offset / 4096) as usize] += 1;
         }
         // One in 6.1 (the 256th harmonic number) is for the most wanted.
         assert!((1400..1900).contains(&hits[0]), "{}", hits[0]);
@@ -453,7 +517,9 @@ mod tests {
                 ..spec(Pattern::RandRead)
             };
             let mut plan = plan(&spec, queue);
-            (0..20).map(|_| plan.next(0).offset).collect::<Vec<_>>()
+            (0..20)
+                .map(|_| plan.next(0, None).offset)
+                .collect::<Vec<_>>()
         };
         assert_eq!(offsets(1, 0), offsets(1, 0));
         assert_ne!(offsets(1, 0), offsets(1, 1));
@@ -474,7 +540,7 @@ mod tests {
         let mut asked = Vec::new();
         for queue in 0..2 {
             let mut plan = Plan::new(&spec, Places::new(&spec, &DISK).unwrap(), queue, against);
-            asked.extend((0..share(5, 2, queue)).map(|_| plan.next(0).offset / 4096));
+            asked.extend((0..share(5, 2, queue)).map(|_| plan.next(0, None).offset / 4096));
         }
         assert_eq!(asked, list);
     }
@@ -486,10 +552,10 @@ mod tests {
             ..spec(Pattern::RandWrite)
         };
         let mut plan = plan(&spec, 0);
-        plan.next(0);
-        plan.next(1);
+        plan.next(0, None);
+        plan.next(1, None);
         assert!(plan.flush(0).is_none() && plan.flush(1).is_none());
-        plan.next(0);
+        plan.next(0, None);
         assert_eq!(plan.flush(0).unwrap().kind, Kind::Flush);
         assert!(plan.flush(0).is_none() && plan.flush(1).is_none());
     }

@@ -2,7 +2,8 @@
 
 use super::{
     By, Report, Spec,
-    drive::{self, Client, MEASURE, Outcome, RAMP, REST, STOP},
+    drive::{self, Client, Course, MEASURE, Outcome, RAMP, REST, STOP},
+    pace::{Pace, Rests},
     plan::{self, Places, Plan},
     turns::Turns,
     usage::{Usage, Watched},
@@ -53,12 +54,12 @@ where
             gates.push(gate);
             let (tell, phase) = (tell.clone(), &phase);
             let report = tell.clone();
-            let share = spec
-                .ios_max
-                .filter(|_| turns.is_none())
-                .map(|max| plan::share(max, queues, queue));
+            let is_counted = turns.is_none();
+            let share = move |all: Option<u64>| {
+                let all = all.filter(|_| is_counted);
+                all.map(|max| plan::share(max, queues, queue))
+            };
             let body = move || {
-                let mut plan = Plan::new(spec, places, queue, against);
                 let mut client = open()?;
                 let _ = tell.send(Message::Ready);
                 // Nobody opens the gate when another queue failed.
@@ -69,9 +70,16 @@ where
                 let depth = spec.depth as usize;
                 let block = spec.block_bytes as usize;
                 let mut verifier = against.ledger.map(|l| Verifier::new(l, block, depth));
-                let verifier = verifier.as_mut();
-                drive::drive(&mut client, &mut plan, depth, share, phase, rest, verifier)
-                    .map(Box::new)
+                let course = Course {
+                    plan: Plan::new(spec, places, queue, against),
+                    depth,
+                    pace: Pace::new(spec, queue),
+                    rests: Rests::new(spec),
+                    ios_max: share(spec.ios_max),
+                    bytes_max: share(spec.shape.bytes_max),
+                    verifier: verifier.as_mut(),
+                };
+                drive::drive(&mut client, course, phase, rest).map(Box::new)
             };
             thread::Builder::new()
                 .name(format!("load-{queue}"))
@@ -117,14 +125,14 @@ fn conduct(
         let (seconds, used) = in_turns(&mut watched, phase, gates, &mut hall, turns)?;
         return report(spec, &hall.total, seconds, used);
     }
-    let mut before = watched.now()?;
+    let mut before = watched.begin()?;
     let mut began = Instant::now();
     for gate in gates {
         let _ = gate.send(());
     }
     if !spec.ramp.is_zero() {
         hall.wait(Some(began + spec.ramp));
-        before = watched.now().unwrap_or(before);
+        before = watched.begin().unwrap_or(before);
         began = Instant::now();
         phase.store(MEASURE, Ordering::Relaxed);
     }
@@ -135,7 +143,7 @@ fn conduct(
     if let Some(error) = hall.failure {
         return Err(error);
     }
-    let after = watched.now()?;
+    let after = watched.end()?;
     let seconds = hall
         .total
         .last
@@ -162,13 +170,13 @@ fn in_turns(
         if !turn.measure.is_zero() {
             // Without an answer the queues would go on as they do in a ramp, and nobody ever say when they are to stop.
             let stop = |_: &Error| phase.store(STOP, Ordering::Relaxed);
-            let before = watched.now().inspect_err(stop)?;
+            let before = watched.begin().inspect_err(stop)?;
             let began = Instant::now();
             phase.store(MEASURE, Ordering::Relaxed);
             hall.wait(Some(began + turn.measure));
             phase.store(REST, Ordering::Relaxed);
             measured += began.elapsed();
-            used.add(&watched.now()?.since(&before));
+            used.add(&watched.end()?.since(&before));
         }
         phase.store(REST, Ordering::Relaxed);
         hall.wait_for_rest();
@@ -249,7 +257,7 @@ fn report(spec: &Spec, total: &Outcome, seconds: Duration, used: Usage) -> Resul
     } else {
         total.flushes.max(1)
     } as f64;
-    let bytes = (transfers - total.failed_transfers) * spec.block_bytes;
+    let bytes = total.bytes;
     let mut report = Report {
         flushes: total.flushes,
         errors: total.errors,

@@ -191,12 +191,44 @@ impl<'a> Watched<'a> {
         })
     }
 
-    /// What was used so far.
+    /// What was used until now, where a measurement begins. The server's answer about its stages is not part of that: it is asked
+    /// for first.
     ///
     /// # Errors
     ///
     /// A process is gone, or the control socket is none of a diskplane that is there.
-    pub(crate) fn now(&mut self) -> Result<Usage> {
+    pub(crate) fn begin(&mut self) -> Result<Usage> {
+        let stages = self.stages()?;
+        Ok(Usage {
+            stages,
+            ..self.used()?
+        })
+    }
+
+    /// What was used until now, where a measurement ends: the server's answer costs it nothing here, either.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub(crate) fn end(&mut self) -> Result<Usage> {
+        let used = self.used()?;
+        Ok(Usage {
+            stages: self.stages()?,
+            ..used
+        })
+    }
+
+    /// What requests have spent in the server's stages.
+    fn stages(&self) -> Result<BTreeMap<String, Totals>> {
+        let Some(control) = self.control else {
+            return Ok(BTreeMap::new());
+        };
+        // Anew each time: a server does not wait for long between two questions.
+        let totals = Client::connect(control)?.totals()?.into_iter();
+        Ok(totals.map(|(o, t)| (o.name().to_owned(), t)).collect())
+    }
+
+    fn used(&mut self) -> Result<Usage> {
         let mut usage = Usage {
             client_cpu: own_cpu(),
             client_ticks: Ticks::of(std::process::id()),
@@ -207,11 +239,6 @@ impl<'a> Watched<'a> {
             usage.server_cpu += cpu(*pid)?;
             usage.server_switches += switches(*pid)?;
             usage.server_ticks.add(Ticks::of(*pid));
-        }
-        if let Some(control) = self.control {
-            // Anew each time: a server does not wait for long between two questions.
-            let totals = Client::connect(control)?.totals()?.into_iter();
-            usage.stages = totals.map(|(o, t)| (o.name().to_owned(), t)).collect();
         }
         Ok(usage)
     }
@@ -312,6 +339,7 @@ impl Usage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use trace::control::{End, Hello, Line, VERSION};
 
     #[test]
     fn time_of_processes_is_seen_with_that_of_ended_threads() {
@@ -334,6 +362,44 @@ mod tests {
             let error = cpu(none).unwrap_err().to_string();
             assert!(error.contains("no such process"), "{error}");
         }
+    }
+
+    /// A control socket that is served by this process, whose answer takes CPU time: none of it is the measurement's.
+    #[test]
+    fn what_the_question_costs_is_not_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("control");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let burnt = Duration::from_millis(50);
+        let own = [std::process::id()];
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..2 {
+                    let (mut stream, _) = listener.accept().unwrap();
+                    let hello = Line::Hello(Hello {
+                        control: VERSION,
+                        diskplane: String::new(),
+                        pid: own[0],
+                    });
+                    let end = Line::End(End::default());
+                    let [hello, end] =
+                        [hello, end].map(|line| serde_json::to_string(&line).unwrap() + "\n");
+                    std::io::Write::write_all(&mut stream, hello.as_bytes()).unwrap();
+                    let mut line = String::new();
+                    let mut lines = std::io::BufReader::new(stream.try_clone().unwrap());
+                    std::io::BufRead::read_line(&mut lines, &mut line).unwrap();
+                    let until = own_cpu() + burnt;
+                    while own_cpu() < until {
+                        std::hint::spin_loop();
+                    }
+                    std::io::Write::write_all(&mut stream, end.as_bytes()).unwrap();
+                }
+            });
+            let mut watched = Watched::pids(&own, Some(&socket));
+            let before = watched.begin().unwrap();
+            let used = watched.end().unwrap().since(&before);
+            assert!(used.server_cpu < burnt, "{:?}", used.server_cpu);
+        });
     }
 
     #[test]

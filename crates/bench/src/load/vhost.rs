@@ -9,7 +9,7 @@
 //! ```
 //!
 //! so that a request writes its header and status, its entry in the available ring, and the head's descriptor where
-//! the slot's last request was of another kind. In a packed ring, where descriptors have no place of their own, it writes them
+//! the slot's last request was of another kind, and its table where that is of another size. In a packed ring, where descriptors have no place of their own, it writes them
 //! each time.
 
 use super::{
@@ -110,7 +110,6 @@ pub(crate) fn run(spec: &Spec, socket: &Path, by: By<'_>) -> Result<Report> {
             control: at,
             data: at + control,
             data_bytes: data,
-            block: spec.block_bytes as u32,
             indirect,
         };
         openers.push(move || Ok(Vhost::new(spec, ram, ring, layout, fate)));
@@ -182,7 +181,6 @@ struct Layout {
     control: u64,
     data: u64,
     data_bytes: u64,
-    block: u32,
     indirect: bool,
 }
 
@@ -192,22 +190,17 @@ impl Layout {
     }
 
     fn table(&self, slot: usize, kind: Kind) -> u64 {
-        let number = match kind {
-            Kind::Read => 0,
-            Kind::Write => 1,
-            Kind::Flush => 2,
-        };
-        self.control(slot) + TABLES + number * TABLE_BYTES
+        self.control(slot) + TABLES + kind as u64 * TABLE_BYTES
     }
 
     /// The chain of a request, in the first so many pieces.
-    fn pieces(&self, slot: usize, kind: Kind) -> ([Piece; 3], usize) {
+    fn pieces(&self, slot: usize, kind: Kind, bytes: u32) -> ([Piece; 3], usize) {
         let header = Piece::read(self.control(slot), 16);
         let status = Piece::write(self.control(slot) + STATUS, 1);
         let data = self.data + self.data_bytes * slot as u64;
         match kind {
-            Kind::Read => ([header, Piece::write(data, self.block), status], 3),
-            Kind::Write => ([header, Piece::read(data, self.block), status], 3),
+            Kind::Read => ([header, Piece::write(data, bytes), status], 3),
+            Kind::Write => ([header, Piece::read(data, bytes), status], 3),
             Kind::Flush => ([header, status, status], 2),
         }
     }
@@ -217,8 +210,10 @@ impl Layout {
 #[derive(Clone, Copy, Debug, Default)]
 struct Slot {
     busy: bool,
-    /// What the descriptors at the slot's head say.
-    described: Option<Kind>,
+    /// What the descriptors at the slot's head say; of a chain that is not indirect also of how many bytes.
+    described: Option<(Kind, u32)>,
+    /// Bytes of the tables of reads, writes and flushes.
+    tables: [u32; 3],
 }
 
 struct Vhost<'a> {
@@ -232,13 +227,18 @@ struct Vhost<'a> {
 
 impl<'a> Vhost<'a> {
     fn new(spec: &Spec, ram: Arc<Ram>, mut ring: Ring, layout: Layout, fate: &'a AtomicU8) -> Self {
-        let slots = vec![Slot::default(); spec.depth as usize];
+        let bytes = spec.block_bytes as u32;
+        let slot = Slot {
+            tables: [bytes, bytes, 0],
+            ..Slot::default()
+        };
+        let slots = vec![slot; spec.depth as usize];
         let mut block = vec![0; spec.block_bytes as usize];
         for slot in 0..slots.len() {
             fill(&mut block, spec.seed, ring.index(), slot);
             ram.write(layout.data + layout.data_bytes * slot as u64, &block);
             for kind in [Kind::Read, Kind::Write, Kind::Flush] {
-                let (pieces, count) = layout.pieces(slot, kind);
+                let (pieces, count) = layout.pieces(slot, kind, bytes);
                 ring.write_table(layout.table(slot, kind), &pieces[..count]);
             }
         }
@@ -300,11 +300,14 @@ impl<'a> Vhost<'a> {
 
 impl Client for Vhost<'_> {
     fn submit(&mut self, slot: usize, request: Request) -> Result<()> {
-        let described = self.slots[slot].described == Some(request.kind);
-        self.slots[slot] = Slot {
-            busy: true,
-            described: Some(request.kind),
-        };
+        let bytes = request.bytes as u32;
+        // The head of an indirect chain says where its table is.
+        let describes = (request.kind, if self.layout.indirect { 0 } else { bytes });
+        let own = &mut self.slots[slot];
+        own.busy = true;
+        let described = own.described.replace(describes) == Some(describes);
+        let table = &mut own.tables[request.kind as usize];
+        let rewrite = std::mem::replace(table, bytes) != bytes;
         let (kind, sector) = match request.kind {
             Kind::Read => (driver::IN, request.offset / 512),
             Kind::Write => (driver::OUT, request.offset / 512),
@@ -315,9 +318,13 @@ impl Client for Vhost<'_> {
         let word = u128::from(kind) | u128::from(sector) << 64;
         header[..16].copy_from_slice(&word.to_le_bytes());
         self.ram.write(self.layout.control(slot), &header);
-        let (pieces, count) = self.layout.pieces(slot, request.kind);
+        let (pieces, count) = self.layout.pieces(slot, request.kind, bytes);
         if self.layout.indirect {
-            let chain = Chain::Table(self.layout.table(slot, request.kind), count as u32);
+            let table = self.layout.table(slot, request.kind);
+            if rewrite {
+                self.ring.write_table(table, &pieces[..count]);
+            }
+            let chain = Chain::Table(table, count as u32);
             self.ring.offer(slot as u16, chain, described);
         } else {
             let chain = Chain::Pieces(&pieces[..count]);

@@ -15,6 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 use testkit::TempDir;
+use trace::Operation;
 
 pub const LEN: u64 = 4 << 20;
 
@@ -47,8 +48,13 @@ pub fn serve_in(dir: TempDir, read_only: bool) -> Served {
         read_only,
         ..DiskOptions::default()
     };
+    serve_chain(dir, chain, options, EngineKind::Threads)
+}
+
+/// Any disk.
+pub fn serve_chain(dir: TempDir, chain: Chain, options: DiskOptions, kind: EngineKind) -> Served {
     let disk = Disk::new(chain, options).unwrap();
-    let worker = Worker::spawn(WorkerOptions::new(0, EngineKind::Threads)).unwrap();
+    let worker = Worker::spawn(WorkerOptions::new(0, kind)).unwrap();
     let workers = [worker];
     let options = vhost_user::Options {
         queues: 2,
@@ -82,6 +88,14 @@ impl Served {
             let found = operations.find(|op| op.operation == name);
             found.map_or(0, |op| op.count)
         })
+    }
+
+    /// All requests that the disk has ended: what, where, how many bytes; in their order on each queue.
+    pub fn requests(&self) -> Vec<(Operation, u64, u64)> {
+        let entries = |queue: &disk::QueueTrace| queue.ring().last(usize::MAX).entries;
+        let traces = self.disk.queue_traces();
+        let all = traces.iter().flat_map(entries);
+        all.map(|e| (e.operation, e.offset, e.bytes)).collect()
     }
 
     /// Waits until the disk has counted what was asked since `before`: it does so after it has answered.

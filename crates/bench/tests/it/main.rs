@@ -1,5 +1,7 @@
 //! The load generators against servers.
 
+mod breakdown;
 mod common;
+mod jobs;
 mod load;
 mod verify;

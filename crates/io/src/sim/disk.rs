@@ -25,6 +25,8 @@ pub struct SimOptions {
     pub alignment: Alignment,
     /// Shortest and longest time of an operation in virtual nanoseconds.
     pub delay_ns: (u64, u64),
+    /// Operations take that time by the clock, too: at least.
+    pub real_time: bool,
     /// Bytes that it can grow to; a write behind fails with `ENOSPC`.
     pub size_max: u64,
     /// Numbers its events; shared by the disks of one machine.
@@ -39,6 +41,7 @@ impl Default for SimOptions {
             size: 0,
             alignment: Alignment::NONE,
             delay_ns: (10_000, 1_000_000),
+            real_time: false,
             size_max: 1 << 50,
             clock: SimClock::default(),
         }
@@ -116,6 +119,10 @@ impl SimDisk {
 
     pub(crate) fn seed(&self) -> u64 {
         self.options.seed
+    }
+
+    pub(crate) fn real_time(&self) -> bool {
+        self.options.real_time
     }
 
     pub(crate) fn delay_ns(&self) -> (u64, u64) {

@@ -19,6 +19,7 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd},
     sync::Arc,
+    time::Duration,
 };
 
 struct Pending {
@@ -79,7 +80,11 @@ impl Sim {
         let next = (0..self.pending.len()).min_by_key(|i| self.pending[*i].due_ns);
         if let Some(next) = next {
             let pending = self.pending.swap_remove(next);
+            let passes_ns = pending.due_ns.saturating_sub(self.now_ns);
             self.now_ns = self.now_ns.max(pending.due_ns);
+            if pending.disk.real_time() {
+                std::thread::sleep(Duration::from_nanos(passes_ns));
+            }
             let (result, zeroed) = match perform(&pending) {
                 Ok(result) => result,
                 Err(e) => (-e.raw_os_error().unwrap_or(libc::EIO), false),

@@ -100,8 +100,8 @@ pub(crate) fn uri(text: &str) -> Result<Uri> {
 struct Part {
     /// End of its headers in `Nbd::out`; they begin where the last part's end.
     headers_end: usize,
-    /// The slot whose data follow.
-    data: Option<usize>,
+    /// The slot whose data follow, and how many bytes.
+    data: Option<(usize, usize)>,
 }
 
 struct Nbd {
@@ -174,8 +174,8 @@ impl Nbd {
                 if count + 2 > PIECES_MAX {
                     break;
                 }
-                let data = part.data.map_or(&[][..], |slot| {
-                    &self.data[slot * self.block..(slot + 1) * self.block]
+                let data = part.data.map_or(&[][..], |(slot, bytes)| {
+                    &self.data[slot * self.block..][..bytes]
                 });
                 for piece in [&self.out[start..part.headers_end], data] {
                     let cut = skip.min(piece.len());
@@ -227,7 +227,7 @@ impl Nbd {
                 Some(before) => self.parts[before].headers_end,
                 None => 0,
             };
-            let data = part.data.map_or(0, |_| self.block);
+            let data = part.data.map_or(0, |(_, bytes)| bytes);
             let len = part.headers_end - start + data;
             if left < len {
                 break;
@@ -263,17 +263,16 @@ fn gone(error: Errno) -> Error {
 
 impl Client for Nbd {
     fn submit(&mut self, slot: usize, request: Request) -> Result<()> {
-        let block = self.block as u64;
-        let (command, len, expected) = match request.kind {
-            Kind::Read => (cmd::READ, block, block),
-            Kind::Write => (cmd::WRITE, block, 0),
+        let (command, offset, expected) = match request.kind {
+            Kind::Read => (cmd::READ, request.offset, request.bytes),
+            Kind::Write => (cmd::WRITE, request.offset, 0),
             Kind::Flush => (cmd::FLUSH, 0, 0),
         };
-        self.replies.waiting[slot] = Waiting::new(expected, request.offset);
-        self.put(command, slot as u64, (request.offset, len));
+        self.replies.waiting[slot] = Waiting::new(expected, offset);
+        self.put(command, slot as u64, (offset, request.bytes));
         let part = Part {
             headers_end: self.out.len(),
-            data: (request.kind == Kind::Write).then_some(slot),
+            data: (request.kind == Kind::Write).then_some((slot, request.bytes as usize)),
         };
         match self.parts.last_mut() {
             // Never one that is under way.

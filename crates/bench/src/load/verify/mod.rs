@@ -20,7 +20,7 @@ mod state;
 pub(crate) use ledger::Ledger;
 
 use super::{
-    Against, By, Flushes, Pattern, Report, Spec,
+    Against, By, Flushes, Pattern, Report, Shape, Spec,
     drive::Client,
     plan::{Kind as RequestKind, Request},
 };
@@ -198,6 +198,7 @@ fn sweep(spec: &Spec, ledger: &Ledger) -> Result<u64> {
         think: Duration::ZERO,
         rate: None,
         zipf: None,
+        shape: Shape::default(),
         count_syscalls: false,
         control: None,
         ..spec.clone()

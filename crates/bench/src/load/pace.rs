@@ -1,0 +1,193 @@
+//! When requests are due: rates of all, or of reads and of writes each, and rests of the whole queue.
+
+use super::{
+    Kind, Random, Spec,
+    shape::{Pause, Rate, Shape},
+};
+use std::time::{Duration, Instant};
+
+/// Requests that are due at their time, whatever has ended until then.
+#[derive(Debug)]
+pub(super) struct Pace {
+    lanes: Vec<Lane>,
+    poisson: Option<Random>,
+}
+
+#[derive(Debug)]
+struct Lane {
+    /// What it is of; of all where not said.
+    kind: Option<Kind>,
+    rate: Rate,
+    due: Instant,
+}
+
+impl Pace {
+    /// Where the load has a rate: that of one of its queues.
+    pub(super) fn new(spec: &Spec, queue: u32) -> Option<Self> {
+        let queues = f64::from(spec.queues);
+        let share = |rate| match rate {
+            Rate::Requests(rate) => Rate::Requests(rate / queues),
+            Rate::Bytes(rate) => Rate::Bytes(rate / queues),
+        };
+        let Shape { rates, .. } = &spec.shape;
+        let all = [
+            (None, spec.rate.map(Rate::Requests)),
+            (Some(Kind::Read), rates.reads),
+            (Some(Kind::Write), rates.writes),
+        ];
+        let due = Instant::now();
+        let lanes = all.into_iter().filter_map(|(kind, rate)| {
+            let rate = share(rate?);
+            Some(Lane { kind, rate, due })
+        });
+        let mut lanes: Vec<Lane> = lanes.collect();
+        // Of a load of one kind the other's rate means nothing.
+        lanes.retain(|lane| lane.kind.is_none_or(|kind| spec.has(kind)));
+        (!lanes.is_empty()).then(|| Self {
+            lanes,
+            poisson: rates
+                .poisson
+                .then(|| Random::new(spec.seed ^ 0x9015_5011 ^ u64::from(queue))),
+        })
+    }
+
+    /// Begins anew.
+    pub(super) fn restart(&mut self, now: Instant) {
+        self.lanes.iter_mut().for_each(|lane| lane.due = now);
+    }
+
+    /// When the next request is due.
+    pub(super) fn due(&self) -> Instant {
+        let dues = self.lanes.iter().map(|lane| lane.due);
+        dues.min().unwrap_or_else(Instant::now)
+    }
+
+    /// What the next request is, where that is said by when it is due.
+    pub(super) fn kind(&self) -> Option<Kind> {
+        self.lanes.iter().min_by_key(|lane| lane.due)?.kind
+    }
+
+    /// The request that was due first is sent, with so many bytes.
+    pub(super) fn sent(&mut self, bytes: u64) {
+        let Some(lane) = self.lanes.iter_mut().min_by_key(|lane| lane.due) else {
+            return;
+        };
+        let mut time = lane.rate.time(bytes);
+        if let Some(random) = &mut self.poisson {
+            time = time.mul_f64(-(1.0 - random.part()).ln());
+        }
+        // Never, where it is too far.
+        let far = Duration::from_secs(365 * 24 * 3600);
+        lane.due += time.min(far);
+    }
+}
+
+/// Rests of the queue.
+#[derive(Debug)]
+pub(super) struct Rests {
+    pause: Pause,
+    counted: u64,
+    /// When a rest ends, from when nothing was in flight any more.
+    until: Option<Instant>,
+}
+
+impl Rests {
+    pub(super) fn new(spec: &Spec) -> Option<Self> {
+        spec.shape.pause.map(|pause| Self {
+            pause,
+            counted: 0,
+            until: None,
+        })
+    }
+
+    pub(super) fn sent(&mut self) {
+        self.counted += u64::from(self.pause.when_sent);
+    }
+
+    pub(super) fn ended(&mut self) {
+        self.counted += u64::from(!self.pause.when_sent);
+    }
+
+    /// No request may be sent.
+    pub(super) fn holds(&self) -> bool {
+        self.counted >= self.pause.requests
+    }
+
+    /// With nothing in flight: when it may go on, and until when to be awake; it may once `now` is there.
+    pub(super) fn until(&mut self, now: Instant) -> Option<(Instant, bool)> {
+        let until = *self.until.get_or_insert(now + self.pause.time);
+        if now >= until {
+            self.counted = 0;
+            self.until = None;
+            return None;
+        }
+        let awake = now + self.pause.time < until + self.pause.spin;
+        Some((until, awake))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::load::{Pattern, Target, shape::Rates};
+
+    #[test]
+    fn reads_and_writes_are_due_each_at_its_rate() {
+        let rates = Rates {
+            reads: Some(Rate::Requests(1000.0)),
+            writes: Some(Rate::Bytes(4_096_000.0)),
+            poisson: false,
+        };
+        let mut spec = Spec {
+            pattern: Pattern::RandRw,
+            poll: true,
+            ..Spec::new(Target::Nbd("x".into()))
+        };
+        spec.shape.rates = rates;
+        spec.check().unwrap();
+        let mut pace = Pace::new(&spec, 0).unwrap();
+        let now = Instant::now();
+        pace.restart(now);
+        let mut counts = [0, 0];
+        while pace.due() < now + Duration::from_millis(100) {
+            let kind = pace.kind().unwrap();
+            counts[usize::from(kind == Kind::Write)] += 1;
+            pace.sent(8192);
+        }
+        // Of 8 KiB there are half as many.
+        assert_eq!(counts, [100, 50]);
+        spec.pattern = Pattern::RandRead;
+        assert_eq!(Pace::new(&spec, 0).unwrap().lanes.len(), 1);
+        spec.shape.rates.poisson = true;
+        let mut pace = Pace::new(&spec, 0).unwrap();
+        pace.restart(now);
+        (0..1000).for_each(|_| pace.sent(4096));
+        let seconds = (pace.due() - now).as_secs_f64();
+        assert!((0.85..1.15).contains(&seconds), "{seconds}");
+    }
+
+    #[test]
+    fn a_queue_rests_after_so_many() {
+        let ms = Duration::from_millis;
+        let pause = Pause {
+            time: ms(10),
+            spin: ms(4),
+            requests: 2,
+            when_sent: true,
+        };
+        let mut spec = Spec::new(Target::Nbd("x".into()));
+        spec.shape.pause = Some(pause);
+        let mut rests = Rests::new(&spec).unwrap();
+        rests.sent();
+        rests.ended();
+        assert!(!rests.holds());
+        rests.sent();
+        assert!(rests.holds());
+        let now = Instant::now();
+        assert_eq!(rests.until(now), Some((now + ms(10), true)));
+        assert_eq!(rests.until(now + ms(3)), Some((now + ms(10), true)));
+        assert_eq!(rests.until(now + ms(4)), Some((now + ms(10), false)));
+        assert_eq!(rests.until(now + ms(10)), None);
+        assert!(!rests.holds());
+    }
+}
