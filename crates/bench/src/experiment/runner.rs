@@ -137,10 +137,10 @@ impl Runner<'_> {
             }
             return Ok(true);
         }
-        let seed = seed(round);
         let begin = |(n, (side, files)): (usize, (&&Side, Result<Vec<PathBuf>>))| {
             let folder = self.lab.work().join(format!("turns{n}"));
             fs::create_dir_all(&folder).context(|| folder.display().to_string())?;
+            let seed = seed(cell, side, round);
             let subject = self.begin(cell, side, &files?, seed, &folder, &mut work.notes)?;
             Ok(Entrant {
                 what: What::Subject(subject),
@@ -160,8 +160,8 @@ impl Runner<'_> {
             })
             .collect();
         self.schedule.spent(sides.len(), began.elapsed());
-        // Where a run goes on in the middle of a round there may be one that runs alone.
-        let several = sides.len() > 1;
+        // Where a run goes on in the middle of a round, or others failed, there may be one that ran alone.
+        let several = samples.iter().filter(|sample| sample.is_ok()).count() > 1;
         for (side, sample) in sides.into_iter().zip(samples) {
             let sample = sample.map(|sample| Sample {
                 in_turns: several,
@@ -189,7 +189,7 @@ impl Runner<'_> {
                     engine: side.engine.to_owned(),
                     round,
                     seconds: record::now(),
-                    seed: seed(round),
+                    seed: seed(cell, side, round),
                     axes: cell.axes.clone(),
                     ..sample
                 };
@@ -269,20 +269,21 @@ impl Runner<'_> {
         round: usize,
     ) -> Result<Sample> {
         let cell = work.cell;
+        let seed = seed(cell, side, round);
         self.say(&cell.name, &format!("round {}, {}", round + 1, side.name));
         device::settle(self.lab.work())?;
         match side.how {
             How::Mounted(server) => {
-                return self.mounted(cell, side, server, files, seed(round), &mut work.notes);
+                return self.mounted(cell, side, server, files, seed, &mut work.notes);
             }
             How::Guest(bus, server) => {
                 let on = (bus, server);
-                return self.guest(cell, side, on, files, seed(round), &mut work.notes);
+                return self.guest(cell, side, on, files, seed, &mut work.notes);
             }
             How::Bare | How::Served(_) => {}
         }
         let folder = self.lab.work().to_owned();
-        let subject = self.begin(cell, side, files, seed(round), &folder, &mut work.notes)?;
+        let subject = self.begin(cell, side, files, seed, &folder, &mut work.notes)?;
         let device = Device::below(&self.lab.folder(side.image.place)).watch();
         let mut measured = subject.measure();
         if let Ok(measured) = &mut measured {
@@ -292,7 +293,12 @@ impl Runner<'_> {
     }
 }
 
-/// Of a round's loads; those on several disks at once count on from it.
-fn seed(round: usize) -> u64 {
-    1 + round as u64 * 1000
+/// Of a side's loads in a round; those on several disks at once count on from it. On a file system, which each side has to itself,
+/// all do the same.
+fn seed(cell: &Cell, side: &Side, round: usize) -> u64 {
+    let seed = 1 + round as u64 * 1000;
+    match cell.files {
+        Some(_) => seed,
+        None => turns::own_seed(seed, &side.name),
+    }
 }

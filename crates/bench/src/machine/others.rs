@@ -109,7 +109,7 @@ impl Watch {
         let busy_s = now.kernel.busy_s - self.kernel.busy_s;
         Activity {
             seconds: self.began.elapsed().as_secs_f64(),
-            others_s: (busy_s - ours.as_secs_f64()).max(0.0),
+            others_s: busy_s - ours.as_secs_f64(),
             stolen_s: (now.kernel.stolen_s - self.kernel.stolen_s).max(0.0),
             interrupts: now.kernel.interrupts.saturating_sub(self.kernel.interrupts),
             sources: now.sources.since(&self.sources),
@@ -128,7 +128,8 @@ impl Watch {
 pub(crate) struct Activity {
     seconds: f64,
     /// CPU time that neither we nor the servers used: other processes, the kernel's own threads, and what the hypervisor gave
-    /// to others.
+    /// to others. Of a short stretch it may be less than nothing: the kernel counts all in ticks of 10 ms, and what we used finer. Over
+    /// several stretches that evens out.
     others_s: f64,
     stolen_s: f64,
     interrupts: u64,
@@ -157,7 +158,7 @@ impl Activity {
 
     /// CPU time of others, in percent of one core.
     pub(crate) fn others_percent(&self) -> f64 {
-        self.others_s / self.seconds.max(1e-3) * 100.0
+        (self.others_s / self.seconds.max(1e-3) * 100.0).max(0.0)
     }
 
     /// Interrupts a second, by their source.

@@ -56,7 +56,7 @@ pub(super) fn round(
             folder,
         };
         Ok(Entrant {
-            what: place.begin(&load, times, seed)?,
+            what: place.begin(&load, times, turns::own_seed(seed, side.name))?,
             device: Device::below(images.work()),
         })
     };

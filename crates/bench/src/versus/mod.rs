@@ -39,7 +39,7 @@ use crate::{
     machine::{Host, device, process},
     peer::{self, Programs},
     record::{self, Record},
-    statistics,
+    statistics, turns,
 };
 use block::{Context, Error, ErrorKind, Result};
 use cell::{Image, Server};
@@ -272,6 +272,7 @@ impl Bench<'_> {
                     continue;
                 }
                 let side = &cell.sides[one.side];
+                let seed = turns::own_seed(seed, side.name);
                 let sample = taken.next().unwrap_or_else(|| {
                     let who = format!("{of}, {} {}", side.name, one.engine);
                     (self.watch)(Event::Status(&who));
