@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Opens a report in headless Chromium and says whether it is what its data say.
+# Opens a report or a picture of one (a chart, a flame graph) in headless Chromium and says whether it is what its data say.
 #
-#   scripts/report-chromium.sh REPORT.html [PICTURE.png]
+#   scripts/report-chromium.sh REPORT.html|PICTURE.svg [SEEN.png]
 #
 # Checks that the page loads without a console error or a request to anywhere, that its own script found every number
-# on it equal to the embedded data, and that its charts take room. With PICTURE it also stores what is seen.
+# on it equal to the embedded data, and that its charts take room; of a picture, that it is sound XML and has bars or frames.
+# With SEEN it also stores what is seen.
 # Needs Chromium (Debian: apt-get install chromium); exits 77 where there is none.
 set -euo pipefail
 
@@ -28,16 +29,25 @@ timeout 120 "$chromium" "${options[@]}" --dump-dom "$url" >"$work/dom" 2>"$work/
 if grep -E 'CONSOLE.*(Error|error|Refused|Failed)' "$work/log"; then
     die "$page: errors on the console"
 fi
-checked=$(grep -o 'data-checked="[^"]*"' "$work/dom" | head -1)
-case $checked in
-    data-checked=\"ok\ 0\") die "$page: there is no number on it" ;;
-    data-checked=\"ok*) ;;
-    *) die "$page: numbers differ from the data, or were not looked at: ${checked:-no data-checked}" ;;
-esac
-charts=$(grep -o '<svg ' "$work/dom" | wc -l)
-[[ $charts -gt 0 ]] || die "$page: no charts"
+if [[ $page == *.svg ]]; then
+    # Chromium shows what it could read of a broken one below this.
+    ! grep -q '<parsererror' "$work/dom" || die "$page: broken: $(grep -o 'error on line[^<]*' "$work/dom" | head -1)"
+    drawn=$(grep -oE '<(rect|path|line|circle)[ />]' "$work/dom" | wc -l)
+    [[ $drawn -gt 0 ]] || die "$page: nothing is drawn"
+    said="$drawn shapes"
+else
+    checked=$(grep -o 'data-checked="[^"]*"' "$work/dom" | head -1)
+    case $checked in
+        data-checked=\"ok\ 0\") die "$page: there is no number on it" ;;
+        data-checked=\"ok*) ;;
+        *) die "$page: numbers differ from the data, or were not looked at: ${checked:-no data-checked}" ;;
+    esac
+    charts=$(grep -o '<svg ' "$work/dom" | wc -l)
+    [[ $charts -gt 0 ]] || die "$page: no charts"
+    said="$checked, $charts charts"
+fi
 if [[ -n $picture ]]; then
     timeout 120 "$chromium" "${options[@]}" --window-size=1100,5000 --screenshot="$(realpath -m "$picture")" "$url" \
         >/dev/null 2>&1 || die "no picture"
 fi
-printf '%s: %s, %s charts\n' "$page" "$checked" "$charts"
+printf '%s: %s\n' "$page" "$said"

@@ -21,13 +21,15 @@ use std::{
     io::Read,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Samples in a second of CPU: no divisor of what happens at round times.
 const HERTZ: u32 = 199;
 /// Bytes of stack that each sample copies.
 const STACK_BYTES: u32 = 16 << 10;
+/// How long perf is waited for until it looks.
+const BEGIN_LIMIT: Duration = Duration::from_secs(10);
 /// How long perf may take to write what it has.
 const END_LIMIT: Duration = Duration::from_secs(60);
 /// Bytes of stacks that are read at most.
@@ -75,7 +77,9 @@ impl Recording {
                 "--flamegraph: perf is not installed (linux-perf, linux-tools)",
             ),
             false => error,
-        })?;
+        });
+        let mut process = process?;
+        wait_until_it_looks(&mut process);
         Ok(Self { process, data })
     }
 
@@ -111,6 +115,24 @@ impl Recording {
             ));
         }
         Ok(draw(&root, title))
+    }
+}
+
+/// perf takes a while to begin, and what it is to see may be over by then: until it has its events open, or has ended (of which
+/// [`Recording::end`] tells).
+fn wait_until_it_looks(process: &mut Process) {
+    let folder = format!("/proc/{}/fd", process.pid());
+    let until = Instant::now() + BEGIN_LIMIT;
+    while Instant::now() < until {
+        let fds = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+        let mut links = fds.filter_map(|fd| std::fs::read_link(fd.path()).ok());
+        if links.any(|link| link.as_os_str() == "anon_inode:[perf_event]") {
+            break;
+        }
+        if process.still_runs().is_err() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
@@ -305,6 +327,28 @@ mod tests {
     }
 
     #[test]
+    fn a_browser_shows_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("flame.svg");
+        // A frame's name may be anything.
+        let text = TEXT.replace("io_read", "a<b>&\"c\"]]>");
+        std::fs::write(&path, draw(&fold(&text), "a <title> & \"more\"")).unwrap();
+        let Some(seen) = testkit::chromium::look(&path) else {
+            return;
+        };
+        // Six frames, and the one of all.
+        let seen = seen.unwrap();
+        assert!(seen.contains("flame.svg: 7 shapes"), "{seen}");
+        std::fs::write(
+            &path,
+            "<svg xmlns=\"http://www.w3.org/2000/svg\"><rect </svg>",
+        )
+        .unwrap();
+        let wrong = testkit::chromium::look(&path).unwrap().unwrap_err();
+        assert!(wrong.contains("broken"), "{wrong}");
+    }
+
+    #[test]
     fn a_process_at_work_is_seen() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
@@ -323,8 +367,6 @@ mod tests {
             }
             recording => recording.unwrap(),
         };
-        // Until it looks.
-        load::run(&spec).unwrap();
         load::run(&spec).unwrap();
         match recording.end("a load") {
             Ok(svg) => assert!(

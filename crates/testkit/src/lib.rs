@@ -36,6 +36,7 @@
 //! ```
 
 pub mod allocations;
+pub mod chromium;
 pub mod command;
 pub mod forge;
 pub mod guest;

@@ -352,7 +352,7 @@ impl Process {
         }
     }
 
-    fn still_runs(&mut self) -> Result<()> {
+    pub(crate) fn still_runs(&mut self) -> Result<()> {
         match self.try_wait()? {
             Some(status) => Err(self.failed(&format!("ended by itself ({status})"))),
             None => Ok(()),

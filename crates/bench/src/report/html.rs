@@ -409,6 +409,31 @@ mod tests {
         .collect()
     }
 
+    /// A browser runs the page's own comparison of what it shows with its data, without an error.
+    #[test]
+    fn a_browser_shows_the_page() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("report.html");
+        let (page, charts) = html(&Model::of(&set())).unwrap();
+        std::fs::write(&path, &page).unwrap();
+        let Some(seen) = testkit::chromium::look(&path) else {
+            return;
+        };
+        let seen = seen.unwrap();
+        let numbers = shown(&page[..page.find("id=\"data\">").unwrap()]).len();
+        let expected = format!("\"ok {numbers}\", {} charts", page.matches("<svg ").count());
+        assert!(
+            seen.contains(&expected) && numbers > 100,
+            "{expected}: {seen}"
+        );
+        assert!(!charts.is_empty());
+        // One number on it that is not that of the data.
+        let wrong = page.replacen("data-value=\"", "data-value=\"1", 1);
+        std::fs::write(&path, wrong).unwrap();
+        let wrong = testkit::chromium::look(&path).unwrap().unwrap_err();
+        assert!(wrong.contains("numbers differ"), "{wrong}");
+    }
+
     #[test]
     fn numbers_on_the_page_are_those_of_its_data() {
         let model = Model::of(&set());
