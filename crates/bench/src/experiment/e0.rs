@@ -177,9 +177,9 @@ pub(super) fn experiment() -> Experiment {
         Finding {
             says: "The latency of a single request (ioping) is not so bad with F: no worse than with the default"
                 .to_owned(),
-            left: term("ioping", "qsd F", Metric::P50Us),
-            right: Some(term("ioping", "qsd default", Metric::P50Us)),
-            claim: Claim::Equal(0.25),
+            left: term("ioping", "qsd default", Metric::P50Us),
+            right: Some(term("ioping", "qsd F", Metric::P50Us)),
+            claim: Claim::NotLess(0.2),
             published: None,
         },
         // Not in the document: what the last row is for.

@@ -151,7 +151,9 @@ fn one(finding: &Finding, set: &Set) -> Judged {
     let (verdict, why) = match (holds, fails) {
         _ if figure.rounds < ROUNDS_MIN => (
             Verdict::Undecided,
-            format!("{interval}: too few to decide, give --samples {ROUNDS_MIN} or more"),
+            format!(
+                "{interval}: {ROUNDS_MIN} are needed to decide, which --full, or --cells of these alone, has time for"
+            ),
         ),
         (true, _) => (Verdict::Reproduced, interval),
         (_, true) => (Verdict::Reversed, interval),

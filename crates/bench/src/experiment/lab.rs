@@ -217,7 +217,7 @@ impl Lab {
             return Err(Error::new(
                 ErrorKind::NoSpace,
                 format!(
-                    "{} has {} free, this needs {}",
+                    "{} has {} free, this needs {}: give --out a folder with more, or a smaller --disk",
                     folder.display(),
                     size::human(free),
                     size::human(need + spare)
