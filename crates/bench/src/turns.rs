@@ -15,13 +15,16 @@ use crate::{
     },
     metric::Metric,
     metric::Metrics,
+    record::Sample,
     sampling::{self, Measured, Subject},
     versus::{cell::Server, fio},
 };
-use block::Result;
+use block::{Context, Result};
 use serde_json::Value;
 use std::{
     collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
     thread::{self, Scope, ScopedJoinHandle},
     time::{Duration, Instant},
 };
@@ -89,6 +92,35 @@ pub(crate) enum Ended {
     Fio(Metrics, Value),
     /// What was measured of servers that are still up.
     Subject(Subject, Result<Measured>),
+}
+
+/// Begins one entrant for each of `players`, its sockets in a folder of its own below `work`.
+pub(crate) fn entrants<P>(
+    work: &Path,
+    players: impl Iterator<Item = P>,
+    mut begin: impl FnMut(P, PathBuf) -> Result<Entrant>,
+) -> Vec<Result<Entrant>> {
+    let begin = |(n, player)| {
+        let folder = work.join(format!("turns{n}"));
+        fs::create_dir_all(&folder).context(|| folder.display().to_string())?;
+        begin(player, folder)
+    };
+    players.enumerate().map(begin).collect()
+}
+
+/// The sample of one who took part; servers are ended by `finish`.
+pub(crate) fn sample(
+    ended: Result<Ended>,
+    finish: impl FnOnce(Subject, Result<Measured>) -> Result<Sample>,
+) -> Result<Sample> {
+    match ended? {
+        Ended::Fio(metrics, detail) => Ok(Sample {
+            metrics,
+            detail,
+            ..Sample::default()
+        }),
+        Ended::Subject(subject, measured) => finish(subject, measured),
+    }
 }
 
 /// Has each take its turns, for `ramp` without being counted and then for `duration` in all; what failed is an error in its place.
@@ -288,11 +320,7 @@ mod tests {
         let ended = round(entrants, Duration::ZERO, 2 * TURN);
         assert_eq!(ended.len(), 3);
         for (n, ended) in ended.into_iter().enumerate() {
-            let sample = ended.and_then(|ended| match ended {
-                Ended::Subject(subject, measured) => subject.finish(measured),
-                Ended::Fio(..) => unreachable!(),
-            });
-            match sample {
+            match sample(ended, Subject::finish) {
                 Ok(sample) => {
                     assert_ne!(n, 1);
                     let report = &sample.detail["reports"][0];

@@ -12,13 +12,13 @@ use crate::{
         process,
     },
     record::{self, Failure, Record, Sample},
-    turns::{self, Ended, Entrant, What},
+    turns::{self, Entrant, What},
 };
-use block::{Context, Error, ErrorKind, Result};
+use block::{Error, ErrorKind, Result};
 use serde_json::json;
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::{self, File},
+    fs::File,
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -137,9 +137,7 @@ impl Runner<'_> {
             }
             return Ok(true);
         }
-        let begin = |(n, (side, files)): (usize, (&&Side, Result<Vec<PathBuf>>))| {
-            let folder = self.lab.work().join(format!("turns{n}"));
-            fs::create_dir_all(&folder).context(|| folder.display().to_string())?;
+        let begin = |(side, files): (&&Side, Result<Vec<PathBuf>>), folder: PathBuf| {
             let seed = seed(cell, side, round);
             let subject = self.begin(cell, side, &files?, seed, &folder, &mut work.notes)?;
             Ok(Entrant {
@@ -147,18 +145,15 @@ impl Runner<'_> {
                 device: Device::below(&self.lab.folder(side.image.place)),
             })
         };
-        let entrants = sides.iter().zip(files).enumerate().map(begin).collect();
+        let players = sides.iter().zip(files);
+        let entrants = turns::entrants(self.lab.work(), players, begin);
         let ended = turns::round(entrants, self.options.ramp, self.options.duration);
-        let samples: Vec<Result<Sample>> = sides
-            .iter()
-            .zip(ended)
-            .map(|(side, ended)| match ended? {
-                Ended::Subject(subject, measured) => {
-                    self.complete(cell, side, subject, measured, round, &mut work.notes)
-                }
-                Ended::Fio(..) => Err(Error::invalid("fio takes no part")),
+        let samples = sides.iter().zip(ended).map(|(side, ended)| {
+            turns::sample(ended, |subject, measured| {
+                self.complete(cell, side, subject, measured, round, &mut work.notes)
             })
-            .collect();
+        });
+        let samples: Vec<Result<Sample>> = samples.collect();
         self.schedule.spent(sides.len(), began.elapsed());
         // Where a run goes on in the middle of a round, or others failed, there may be one that ran alone.
         let several = samples.iter().filter(|sample| sample.is_ok()).count() > 1;

@@ -12,10 +12,10 @@ use crate::{
     peer::{self, Programs},
     record::Sample,
     sampling::Subject,
-    turns::{self, Company, Ended, Entrant, What},
+    turns::{self, Company, Entrant, What},
 };
-use block::{Context, Result};
-use std::{fs, path::PathBuf};
+use block::Result;
+use std::path::PathBuf;
 
 /// Whether the sides of `cell` can be up at the same time: servers that sleep when they have nothing to do, and files
 /// that are there and that all may write.
@@ -44,9 +44,7 @@ pub(super) fn round(
     seed: u64,
 ) -> Result<Vec<Result<Sample>>> {
     images.settle()?;
-    let begin = |(n, (side, engine)): (usize, &Player<'_>)| {
-        let folder = images.work().join(format!("turns{n}"));
-        fs::create_dir_all(&folder).context(|| folder.display().to_string())?;
+    let begin = |(side, engine): &Player<'_>, folder| {
         let load = side.load.unwrap_or(cell.load);
         let place = Place {
             programs,
@@ -60,17 +58,10 @@ pub(super) fn round(
             device: Device::below(images.work()),
         })
     };
-    let entrants = players.iter().enumerate().map(begin).collect();
-    let ended = turns::round(entrants, times.ramp, times.duration);
-    let sample = |ended: Result<Ended>| match ended? {
-        Ended::Fio(metrics, detail) => Ok(Sample {
-            metrics,
-            detail,
-            ..Sample::default()
-        }),
-        Ended::Subject(subject, measured) => subject.finish(measured),
-    };
-    Ok(ended.into_iter().map(sample).collect())
+    let entrants = turns::entrants(images.work(), players.iter(), begin);
+    let ended = turns::round(entrants, times.ramp, times.duration).into_iter();
+    let samples = ended.map(|ended| turns::sample(ended, Subject::finish));
+    Ok(samples.collect())
 }
 
 struct Place<'a> {
