@@ -176,3 +176,28 @@ fn command(args: &RunArgs, experiment: &Experiment) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn progress_says_where_how_far_how_long_and_what_came_last() {
+        let mut progress = Progress {
+            cell: "read-4k",
+            what: "round 2, all sides in turns",
+            done: 3,
+            total: 12,
+            left: Duration::from_secs(605),
+            last: None,
+        };
+        let without = "read-4k: round 2, all sides in turns (4/12, 10:05 left)";
+        assert_eq!(line(&progress), without);
+        progress.last = Some("read-4k, qsd: 5 IOPS");
+        assert_eq!(line(&progress), format!("{without} · read-4k, qsd: 5 IOPS"));
+        // One that is the last, and more.
+        (progress.done, progress.last) = (12, None);
+        assert!(line(&progress).contains("(13/13, "));
+    }
+}

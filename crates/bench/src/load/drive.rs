@@ -453,4 +453,105 @@ mod tests {
         // At one a millisecond some 35 are more than 5 ms late.
         assert!(slow(Some(1000.0)) >= 30);
     }
+
+    /// Answers at once, and notes when requests came, of which slot, and how many others were in flight then.
+    #[derive(Default)]
+    struct Noting {
+        waiting: Vec<usize>,
+        came: Vec<(Instant, usize, usize)>,
+        answered: Vec<Option<Instant>>,
+        /// How long after its answer the slot asked again, at least.
+        rest_least: Option<Duration>,
+    }
+
+    impl Client for Noting {
+        fn submit(&mut self, slot: usize, _: Request) -> Result<()> {
+            let now = Instant::now();
+            self.answered.resize(8, None);
+            if let Some(answered) = self.answered[slot] {
+                let rest = now - answered;
+                self.rest_least = Some(self.rest_least.map_or(rest, |least| least.min(rest)));
+            }
+            self.came.push((now, slot, self.waiting.len()));
+            self.waiting.push(slot);
+            Ok(())
+        }
+
+        fn send(&mut self) -> Result<()> {
+            Ok(())
+        }
+
+        fn reap(&mut self, ended: &mut Vec<Ended>) -> Result<()> {
+            let slot = self.waiting.remove(0);
+            self.answered[slot] = Some(Instant::now());
+            ended.push(Ended { slot, ok: true });
+            Ok(())
+        }
+
+        fn put(&mut self, _: usize, _: &[u8]) {}
+
+        fn get(&mut self, _: usize, _: &mut [u8]) {}
+
+        fn notifications(&self) -> (u64, u64) {
+            (0, 0)
+        }
+    }
+
+    fn noted(depth: u32, change: impl FnOnce(&mut Spec)) -> Noting {
+        let mut spec = Spec {
+            depth,
+            poll: true,
+            ..Spec::new(Target::VhostUser("none".into()))
+        };
+        change(&mut spec);
+        spec.check().unwrap();
+        let disk = Geometry {
+            capacity: 1 << 20,
+            read_only: false,
+            flushes: true,
+            block_bytes: 512,
+        };
+        let places = Places::new(&spec, &disk).unwrap();
+        let course = Course {
+            plan: Plan::new(&spec, places, 0, Against::default()),
+            depth: depth as usize,
+            pace: Pace::new(&spec, 0),
+            rests: Rests::new(&spec),
+            ios_max: Some(24),
+            bytes_max: None,
+            verifier: None,
+        };
+        let mut client = Noting::default();
+        let outcome = drive(&mut client, course, &AtomicU8::new(MEASURE), || false).unwrap();
+        assert_eq!((outcome.reads, client.came.len()), (24, 24));
+        client
+    }
+
+    #[test]
+    fn a_place_thinks_before_it_asks_again() {
+        let think = Duration::from_millis(2);
+        let client = noted(4, |spec| spec.think = think);
+        assert!(client.rest_least.unwrap() >= think);
+        let client = noted(4, |_| ());
+        assert!(client.rest_least.unwrap() < think);
+    }
+
+    #[test]
+    fn a_queue_rests_when_all_are_answered() {
+        let time = Duration::from_millis(2);
+        let pause = super::super::shape::Pause {
+            time,
+            spin: Duration::from_millis(1),
+            requests: 6,
+            when_sent: true,
+        };
+        let client = noted(4, |spec| spec.shape.pause = Some(pause));
+        for (n, six) in client.came.chunks(6).enumerate() {
+            // Whoever comes first behind a rest finds nothing in flight.
+            assert_eq!(six[0].2, 0, "{n}");
+            if n > 0 {
+                assert!(six[0].0 - client.came[6 * n - 1].0 >= time, "{n}");
+            }
+        }
+    }
 }

@@ -266,6 +266,7 @@ mod tests {
             assert!(metrics[&metric] >= 0.0, "{metrics:?}");
         }
     }
+
     #[test]
     fn stretches_add_up() {
         let one = |seconds, others_s, interrupts, miss| Activity {
@@ -295,5 +296,10 @@ mod tests {
             assert!((metrics[&metric] - expected).abs() < 1e-9, "{metrics:?}");
         }
         assert_eq!(all.interrupts(), [("disk".to_owned(), 30.0)].into());
+        // Less than nothing in one stretch (of coarser ticks) evens out; of all there is never less.
+        all.add(&one(1.0, -0.2, 0, 0));
+        assert!((all.others_percent() - 10.0).abs() < 1e-9);
+        all.add(&one(1.0, -9.0, 0, 0));
+        assert_eq!(all.others_percent(), 0.0);
     }
 }
