@@ -262,9 +262,18 @@ impl Judge {
             ])
             .current_dir(self.dir.root()));
         let read = std::fs::read(&raw).map_err(|e| e.to_string())?;
+        let differs = read
+            .iter()
+            .zip(bytes)
+            .position(|(theirs, ours)| theirs != ours);
         match read == bytes {
             true => Ok(()),
-            false => Err("qemu-img convert reads other bytes than we do".to_owned()),
+            false => Err(format!(
+                "qemu-img convert reads other bytes than we do, from {:#x} on: {:x?}, we {:x?}",
+                differs.unwrap_or(read.len().min(bytes.len())),
+                differs.map(|at| &read[at..read.len().min(at + 16)]),
+                differs.map(|at| &bytes[at..bytes.len().min(at + 16)]),
+            )),
         }
     }
 }

@@ -71,7 +71,9 @@ pub fn create(spec: &Spec, kind: Kind, disks: &[Arc<SimDisk>], below: Option<u32
         return Err(Error::invalid("a world without a disk"));
     };
     if let [first, flat, last] = parts {
-        let sizes = [size / 3 / SECTOR, size / 4 / SECTOR];
+        // Whole grains: of a last one that is not whole, QEMU (10.0.2) reads all, and the next extent from where that ends.
+        let sectors = |bytes: u64| bytes / grain * grain / SECTOR;
+        let sizes = [sectors(size / 3), sectors(size / 4)];
         let sizes = [sizes[0], sizes[1], size / SECTOR - sizes[0] - sizes[1]];
         for (disk, sectors) in [(first, sizes[0]), (last, sizes[2])] {
             let new = new(sectors * SECTOR, Subformat::TwoGbMaxExtentSparse);
