@@ -51,6 +51,11 @@ const GROW_SEQ_256K: Load = Load {
     grows: 256 << 10,
     ..GROW_SEQ_4K
 };
+/// What that is to the host's file: it is preallocated, and unwritten.
+const OPENS_SEQ_256K: Load = Load {
+    stride: Some(256 << 10),
+    ..GROW_SEQ_256K
+};
 const FLUSH_1: Load = Load {
     depth: 1,
     flushes: Flushes::AfterEachWrite,
@@ -296,19 +301,21 @@ pub const CELLS: &[Cell] = &[
     Cell {
         name: "grow-seq-256k",
         line: "qcow2 growing, sequential write",
-        meaning: "256 KiB sequential writes into a new qcow2 image, also beside diskplane's own raw file and fio's 256 KiB sequential writes to it.",
+        meaning: "256 KiB sequential writes into a new qcow2 image, also beside diskplane's own raw file and fio's 256 KiB sequential writes to it, and (device) fio's to a file that is preallocated but unwritten: what file system and device have to give where blocks are written for the first time.",
         load: GROW_SEQ_256K,
         sides: &[
             side("diskplane", Diskplane, Image::Growing),
             side("qsd", Qsd, Image::Growing),
             side("raw", Diskplane, Image::Raw),
             side("fio", Fio, Image::Raw),
+            side("device", Fio, Image::Unwritten).load(OPENS_SEQ_256K),
         ],
         bars: &[
             at_least(Iops, "qsd", 1.2),
             at_most(CpuUs, "qsd", 0.7),
             at_least(Iops, "raw", 0.95),
             shown(Iops, "fio"),
+            shown(Iops, "device"),
         ],
         cores: 2,
     },
