@@ -237,6 +237,7 @@ fn disk_options(args: &args::Serve, spec: &DiskSpec) -> DiskOptions {
         read_only: spec.read_only,
         writethrough: args.cache.writethrough(),
         discard: args.discard == Discard::Unmap,
+        flush_ahead: !args.no_flush_ahead,
         trace_entries: args.trace_ring,
     }
 }

@@ -58,6 +58,18 @@ const WORKLOADS: &[Workload] = &[
         queues: &[0, 2],
     },
     Workload {
+        name: "pairs",
+        script: "pairs 40 len=16k; kill; pairs 30 fua=4 discard=2; crash; pairs 30 read=4",
+        images: &[
+            "cluster_size=4k size=512k",
+            "cluster_size=64k backing",
+            "cluster_size=16k extended_l2",
+            "qed=2 cluster_size=4k",
+            "vmdk=split cluster_size=4k",
+        ],
+        queues: &[1, 2],
+    },
+    Workload {
         name: "copy-on-write",
         script: "storm 60 flush=3; close; storm 30",
         images: &[

@@ -37,6 +37,8 @@ struct Queue {
 pub(crate) struct Queues {
     pub disk: Arc<Disk>,
     queues: Vec<Queue>,
+    /// The queue that requests go to; without one, any.
+    pub favourite: Option<usize>,
     events: Events,
     next: u64,
 }
@@ -60,6 +62,7 @@ impl Queues {
         Ok(Self {
             disk,
             queues,
+            favourite: None,
             events: Events::default(),
             next: 0,
         })
@@ -76,12 +79,12 @@ impl Queues {
         request: Request,
         mut bytes: Vec<u8>,
     ) -> Option<u64> {
-        let nth = random.below(self.queues.len() as u64) as usize;
+        let any = random.below(self.queues.len() as u64) as usize;
         let Queue {
             engine,
             queue,
             running,
-        } = &mut self.queues[nth];
+        } = &mut self.queues[self.favourite.unwrap_or(any)];
         if running.len() >= usize::from(DEPTH) {
             return None;
         }

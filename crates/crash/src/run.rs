@@ -6,7 +6,7 @@ use crate::model::{Model, SECTOR, Value, When, Write};
 use crate::mutant::Mutant;
 use crate::queues::{Ended, Queues};
 use crate::random::Random;
-use crate::script::{Ask, Request, Step};
+use crate::script::{Ask, Request, Step, Storm};
 use crate::spec::Spec;
 use crate::states::{Bounds, Moment};
 use crate::whole::{self, Ground};
@@ -122,7 +122,7 @@ pub fn run(plan: &Plan) -> std::result::Result<Outcome, String> {
         if run.is_absent() {
             break;
         }
-        if !matches!(step, Step::One(_) | Step::Storm(_)) && run.lost() {
+        if !matches!(step, Step::One(_) | Step::Storm(_) | Step::Pairs(_)) && run.lost() {
             // Who opens the image next finds in the page cache what is on no disk, and cannot know.
             break;
         }
@@ -142,6 +142,7 @@ impl Run {
         let done = match step {
             Step::One(request) => self.storm(1, |_, _| *request),
             Step::Storm(storm) => self.storm(storm.count, |random, size| storm.draw(random, size)),
+            Step::Pairs(storm) => self.pairs(storm),
             Step::Close => {
                 self.close();
                 return self.open();
@@ -339,6 +340,39 @@ impl Run {
             1 => self.drain(),
             _ => Ok(()),
         }
+    }
+
+    /// Requests that are waited for, most with a flush after them that is waited for too. What else the queues are at by
+    /// then goes on.
+    fn pairs(&mut self, storm: &Storm) -> Result<()> {
+        let flush = Request {
+            ask: Ask::Flush,
+            at: 0,
+            len: 0,
+        };
+        for _ in 0..storm.count {
+            let request = storm.draw(&mut self.random, self.model.size());
+            self.waited(request)?;
+            if self.random.below(12) > 0 {
+                self.waited(flush)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn waited(&mut self, request: Request) -> Result<()> {
+        if self.plan.queues == 0 {
+            self.serial(request);
+            return Ok(());
+        }
+        if let Some(Drive::Queues(queues)) = &mut self.drive {
+            queues.favourite = (self.random.below(12) > 0).then_some(0);
+        }
+        self.queued(request)?;
+        while !self.flying.is_empty() {
+            self.turn()?;
+        }
+        Ok(())
     }
 
     /// Notes the beginning of a request; returns the bytes to write.

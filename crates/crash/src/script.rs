@@ -9,6 +9,7 @@
 //! | `discard AT LEN` | discards |
 //! | `flush` | flushes |
 //! | `storm N [KIND=WEIGHT …] [len=LEN] [in=LEN]` | N random requests of the kinds above and reads (`read`), `len` bytes at most, in the first `in` bytes of the disk |
+//! | `pairs N [KIND=WEIGHT …] [len=LEN] [in=LEN]` | as a storm, one after the other, mostly to one queue and with a flush after each of most of them: what a client does whose flushes are expected |
 //! | `close` | closes the image and opens it again |
 //! | `kill` | opens it again without closing it, as after the end of a process |
 //! | `crash` | opens what a power failure in the step before may have left |
@@ -106,6 +107,8 @@ pub enum Step {
     One(Request),
     /// Many at once.
     Storm(Storm),
+    /// One after the other, each with a flush after it.
+    Pairs(Storm),
     /// Close and open again.
     Close,
     /// Open again.
@@ -136,7 +139,7 @@ fn step(text: &str) -> Result<Step, String> {
         (["close"], _) => Ok(Step::Close),
         (["kill"], _) => Ok(Step::Kill),
         (["crash"], _) => Ok(Step::Crash),
-        (["storm", count, rest @ ..], _) => {
+        (["storm" | "pairs", count, rest @ ..], _) => {
             let mut storm = Storm {
                 count: bytes(count).ok_or_else(wrong)?,
                 weights: KINDS.map(|(.., weight)| weight),
@@ -153,7 +156,13 @@ fn step(text: &str) -> Result<Step, String> {
                     None => return Err(wrong()),
                 }
             }
-            Ok(Step::Storm(storm))
+            if words[0] == "storm" {
+                return Ok(Step::Storm(storm));
+            }
+            // Their flushes have places of their own.
+            let flush = KINDS.iter().position(|(_, ask, _)| *ask == Ask::Flush);
+            storm.weights[flush.ok_or_else(wrong)?] = 0;
+            Ok(Step::Pairs(storm))
         }
         (["flush"], _) => Ok(Step::One(Request {
             ask: Ask::Flush,
@@ -166,7 +175,7 @@ fn step(text: &str) -> Result<Step, String> {
             len: bytes(len).ok_or_else(wrong)?,
         })),
         (_, Some(_)) => Err(wrong()),
-        (["storm"], _) => Err(wrong()),
+        (["storm" | "pairs"], _) => Err(wrong()),
         (_, None) => Ok(whole()),
     }
 }
@@ -188,7 +197,14 @@ mod tests {
             })
         );
         assert_eq!(steps[4], Step::Whole(vec!["grow".into(), "2M".into()]));
-        for wrong in ["write 1", "storm", "storm 5 x=1", "storm x", "zero a b"] {
+        for wrong in [
+            "write 1",
+            "storm",
+            "pairs",
+            "storm 5 x=1",
+            "storm x",
+            "zero a b",
+        ] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
     }

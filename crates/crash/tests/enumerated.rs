@@ -40,6 +40,7 @@ workloads! {
     allocate: "allocate",
     refcounts: "refcounts",
     overwrite: "overwrite",
+    pairs: "pairs",
     copy_on_write: "copy-on-write",
     qed: "qed",
     vhd: "vhd",

@@ -1,14 +1,17 @@
 //! Group commit: flushes that arrive together share one run of the format's
 //! flush stages.
 //!
-//! A flush must be covered by a run that *began* after it arrived. So flushes
-//! that arrive while a run is under way wait for the next one, which one queue then
-//! leads for all of them.
+//! A flush must be covered by a run that *began* after all that was acknowledged before it arrived had ended. So flushes
+//! that arrive while a run is under way wait for the next one, which one queue then leads for all of them; unless no write has
+//! ended since the run began: then it covers them too, under way or over.
 
 use crate::wait::{Message, Waiter};
 use block::GuestError;
 use image::FlushRun;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{
+    Mutex, PoisonError,
+    atomic::{AtomicBool, Ordering::SeqCst},
+};
 
 /// What happens after a flush or a run's end.
 #[derive(Debug, PartialEq, Eq)]
@@ -17,12 +20,18 @@ pub(crate) enum Turn {
     Lead,
     /// Another queue is at it.
     Follow,
+    /// The run under way covers the flush.
+    Join,
+    /// Nothing has changed since the last run began, which was a success.
+    Covered,
 }
 
 #[derive(Debug, Default)]
 struct State {
     /// A run is under way, or a queue has been told to lead one.
     led: bool,
+    /// A run is under way.
+    runs: bool,
     /// Waiters that the run under way covers.
     current: Vec<Waiter>,
     /// Waiters of the next run.
@@ -33,16 +42,47 @@ struct State {
 
 /// The flushes of one disk.
 #[derive(Debug, Default)]
-pub(crate) struct GroupCommit(Mutex<State>);
+pub(crate) struct GroupCommit {
+    state: Mutex<State>,
+    /// No write has ended since the last run began, and that did not fail.
+    covers: AtomicBool,
+}
 
 impl GroupCommit {
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A flush arrived: its waiter hears [`Message::Committed`] when a run that covers it ended.
+    /// A write ended at the device: a run that began before does not cover it. To be called before anybody is told.
+    ///
+    /// Either this sees that a run has begun (which is then known not to cover everything), or the run begins, to the processors,
+    /// after this look, and so after the write's end.
+    #[inline]
+    pub fn changed(&self) {
+        if self.covers.load(SeqCst) {
+            self.covers.store(false, SeqCst);
+        }
+    }
+
+    /// A flush arrived: unless it is covered, its waiter hears [`Message::Committed`] when a run that covers it ended.
     pub fn arrive(&self, waiter: Waiter) -> Turn {
         let mut state = self.state();
+        if self.covers.load(SeqCst) {
+            if !state.runs {
+                return Turn::Covered;
+            }
+            state.current.push(waiter);
+            return Turn::Join;
+        }
+        Self::wait(&mut state, waiter)
+    }
+
+    /// The waiter needs a run that begins from now on.
+    pub fn arrive_anew(&self, waiter: Waiter) -> Turn {
+        Self::wait(&mut self.state(), waiter)
+    }
+
+    fn wait(state: &mut State, waiter: Waiter) -> Turn {
         state.next.push(waiter);
         if state.led {
             Turn::Follow
@@ -67,6 +107,8 @@ impl GroupCommit {
         let mut state = self.state();
         let State { current, next, .. } = &mut *state;
         std::mem::swap(current, next);
+        state.runs = true;
+        self.covers.store(true, SeqCst);
         state.run.take().unwrap_or_default()
     }
 
@@ -75,6 +117,10 @@ impl GroupCommit {
     pub fn end(&self, run: Box<FlushRun>, result: Result<(), GuestError>) -> Turn {
         let mut state = self.state();
         state.run = Some(run);
+        state.runs = false;
+        if result.is_err() {
+            self.covers.store(false, SeqCst);
+        }
         // Posted under the lock: the mailboxes' locks are leaves, and `current` keeps its memory.
         for waiter in state.current.drain(..) {
             waiter.mailbox.post(Message::Committed(waiter.slot, result));

@@ -29,6 +29,8 @@ pub struct DiskOptions {
     pub writethrough: bool,
     /// Give discarded space back to the host (`--discard unmap`); otherwise discards are ignored.
     pub discard: bool,
+    /// Begin the commit of a flush that is to be expected when the write before it has ended (see [`crate::Statistics::ahead`]).
+    pub flush_ahead: bool,
     /// Requests that each queue remembers with the times of their stages, 64 bytes each: rounded up to a power of two,
     /// at most [`trace::RING_ENTRIES_MAX`], fewer when there are many queues (see [`Disk::queue_traces`]). 0: none, and
     /// no histograms of stages.
@@ -41,6 +43,7 @@ impl Default for DiskOptions {
             read_only: false,
             writethrough: false,
             discard: true,
+            flush_ahead: true,
             trace_entries: trace::RING_ENTRIES_DEFAULT,
         }
     }
@@ -80,6 +83,7 @@ pub struct Disk {
     size: u64,
     read_only: bool,
     discard: bool,
+    flush_ahead: bool,
     always_durable: bool,
     writeback: AtomicBool,
     pub(crate) waits: WaitTable,
@@ -132,6 +136,7 @@ impl Disk {
             size: active.image.size(),
             read_only: options.read_only,
             discard: options.discard,
+            flush_ahead: options.flush_ahead,
             always_durable: options.writethrough,
             writeback: AtomicBool::new(!options.writethrough),
             waits: WaitTable::default(),
@@ -184,6 +189,11 @@ impl Disk {
     /// Whether discards give space back.
     pub fn can_discard(&self) -> bool {
         self.discard && !self.read_only
+    }
+
+    /// Whether commits may begin before they are asked for.
+    pub(crate) fn flush_ahead(&self) -> bool {
+        self.flush_ahead
     }
 
     /// Whether a write may complete before it is stable. Guests see it as their write cache.

@@ -26,11 +26,38 @@ pub(crate) struct Committer {
 }
 
 impl DiskQueue {
-    /// The request waits for a commit that begins from now on.
+    /// The flush, or the write that must be durable, waits for a commit that covers it; it ends if there was one.
     pub(crate) fn join_commit(&mut self, index: u32) {
-        let waiter = self.waiter(index);
-        if self.disk.commits.arrive(waiter) == Turn::Lead {
-            self.leads = true;
+        self.slots[index as usize].state = State::CommitThenDone;
+        match self.disk.commits.arrive(self.waiter(index)) {
+            Turn::Lead => self.leads = true,
+            Turn::Follow => {}
+            Turn::Join => self.stats.spare(),
+            Turn::Covered => {
+                self.stats.spare();
+                self.finish(index);
+            }
+        }
+    }
+
+    /// The request waits for a commit that begins from now on, and asks the format again then.
+    pub(crate) fn commit_then_ask(&mut self, index: u32) {
+        self.slots[index as usize].state = State::CommitThenAsk;
+        self.leads |= self.disk.commits.arrive_anew(self.waiter(index)) == Turn::Lead;
+    }
+
+    /// A commit that no request waits for yet, unless one is under way or about to be. Returns whether it begins.
+    pub(crate) fn lead_commit(&mut self) -> bool {
+        let leads = self.disk.commits.lead() == Turn::Lead;
+        self.leads |= leads;
+        leads
+    }
+
+    /// A write has ended, and its answer is on its way. Where a flush will follow, its commit begins at the end of the turn.
+    pub(crate) fn commit_ahead(&mut self) {
+        let alone = self.guest_in_flight() == 0;
+        if alone && self.habit.wrote() && self.disk.flush_ahead() && self.lead_commit() {
+            self.stats.ahead();
         }
     }
 

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Requests of different queues meet only in what they share: an allocation or a metadata block under
-//! way ([`wait`]), a commit ([`commit`]), space that was freed ([`grace`]).
+//! way ([`wait`]), a commit ([`commit`]), space that was freed ([`grace`]). Who flushes after each write finds the commit begun
+//! ([`habit`]).
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
@@ -25,6 +26,7 @@ mod disk;
 mod fill;
 mod flush;
 mod grace;
+mod habit;
 mod memory;
 mod needs;
 mod queue;

@@ -2,7 +2,6 @@
 //! who is at it, or a table that is full.
 
 use crate::{
-    commit::Turn,
     queue::{DiskQueue, Next},
     request::State,
     sub::{Place, Purpose},
@@ -107,8 +106,7 @@ impl DiskQueue {
                 Next::Blocked
             }
             Need::Commit => {
-                self.slots[index as usize].state = State::CommitThenAsk;
-                self.join_commit(index);
+                self.commit_then_ask(index);
                 Next::Blocked
             }
         }
@@ -133,7 +131,9 @@ impl DiskQueue {
                 let place = Place { file, offset, len };
                 self.issue(engine, sub, purpose, IoOp::Allocate, place, None);
             }
-            Some(Need::Commit) => self.leads |= self.disk.commits.lead() == Turn::Lead,
+            Some(Need::Commit) => {
+                self.lead_commit();
+            }
             Some(Need::Load(load)) => {
                 debug_assert!(false, "loads are not foreseen");
                 self.disk.layers[0].image.load_failed(&load);

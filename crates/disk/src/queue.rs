@@ -19,6 +19,7 @@ use crate::{
     fill::FillOp,
     flush::Committer,
     grace::Member,
+    habit::Habit,
     memory::Pieces,
     request::{Done, Owner, Request, Slot, State, StatusExtent, TableFull, Task},
     stats::{Ended, QueueStats},
@@ -96,6 +97,7 @@ pub struct DiskQueue {
     /// Guest requests in flight.
     in_flight: usize,
     pub(crate) leads: bool,
+    pub(crate) habit: Habit,
     pub(crate) committer: Option<Committer>,
     /// Freed space that waits for its epoch to pass, oldest first.
     pub(crate) retired: VecDeque<(u64, Freed)>,
@@ -182,6 +184,7 @@ impl DiskQueue {
             messages: Vec::with_capacity(slots * 2),
             in_flight: 0,
             leads: false,
+            habit: Habit::default(),
             committer: None,
             retired: disk
                 .orphans
@@ -212,6 +215,11 @@ impl DiskQueue {
     /// Guest requests that were accepted and whose `Done` was not taken yet.
     pub fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    /// Guest requests that have not ended.
+    pub(crate) fn guest_in_flight(&self) -> usize {
+        self.slots.len() - FILLS_MAX * 2 - self.guest_free.len()
     }
 
     /// Whether the queue has work of its own (commits, space being returned) at the
@@ -265,6 +273,7 @@ impl DiskQueue {
         let Some(index) = self.take_slot(Task::Op(request.op), request.at, request.len) else {
             return Err(request);
         };
+        self.habit.came(request.op == Op::Flush);
         let checked = self.check(&request);
         let durable = match request.op {
             Op::Write { fua } | Op::WriteZeroes { fua, .. } => fua || !self.disk.writeback(),
@@ -612,9 +621,11 @@ impl DiskQueue {
         if slot.pending > 0 {
             return;
         }
+        if slot.op().is_some_and(Op::is_write) {
+            self.disk.commits.changed();
+        }
         let flush = slot.durable || slot.op() == Some(Op::Flush);
         if flush && slot.error.is_none() && !self.disk.read_only() {
-            slot.state = State::CommitThenDone;
             self.join_commit(index);
         } else {
             self.finish(index);
@@ -655,8 +666,13 @@ impl DiskQueue {
                         self.status_done.push((tag, status));
                     }
                 }
+                let wrote = matches!(slot.task, Task::Op(op) if op.is_write());
+                let wrote = wrote && !slot.durable && result.is_ok();
                 self.guest_free.push(index);
                 self.done.push_back(Done { tag, result });
+                if wrote {
+                    self.commit_ahead();
+                }
             }
             Owner::Fill { fill, part } => {
                 let all_zero = slot.all_zero;

@@ -43,6 +43,8 @@ pub(crate) struct QueueStats {
     slowest: Slowest,
     commits: Counter,
     barriers: Counter,
+    ahead: Counter,
+    spared: Counter,
     loads: Counter,
     copies: Counter,
     joins: Counter,
@@ -64,6 +66,8 @@ impl QueueStats {
             slowest: Slowest::default(),
             commits: Counter::default(),
             barriers: Counter::default(),
+            ahead: Counter::default(),
+            spared: Counter::default(),
             loads: Counter::default(),
             copies: Counter::default(),
             joins: Counter::default(),
@@ -167,6 +171,8 @@ impl QueueStats {
         self.slowest.absorb(&other.slowest);
         self.commits.add(other.commits.get());
         self.barriers.add(other.barriers.get());
+        self.ahead.add(other.ahead.get());
+        self.spared.add(other.spared.get());
         self.loads.add(other.loads.get());
         self.copies.add(other.copies.get());
         self.joins.add(other.joins.get());
@@ -180,6 +186,14 @@ impl QueueStats {
 
     pub fn barrier(&self) {
         self.barriers.add(1);
+    }
+
+    pub fn ahead(&self) {
+        self.ahead.add(1);
+    }
+
+    pub fn spare(&self) {
+        self.spared.add(1);
     }
 
     pub fn load(&self) {
@@ -243,6 +257,11 @@ pub struct Statistics {
     pub commits: u64,
     /// Barriers (`fdatasync`) that these made, counted per file.
     pub barriers: u64,
+    /// Commits that began before a flush asked for them: the client flushes after each write that it waits for, or in another
+    /// pattern that is known by now.
+    pub ahead: u64,
+    /// Flushes that needed no commit of their own: nothing had changed since the last one began.
+    pub spared: u64,
     /// Metadata blocks loaded: misses of the metadata cache.
     pub metadata_loads: u64,
     /// Copy-on-write fills: allocations of which something was read first.
@@ -302,6 +321,8 @@ impl Statistics {
             operations: Vec::new(),
             commits: total(|q| &q.commits),
             barriers: total(|q| &q.barriers),
+            ahead: total(|q| &q.ahead),
+            spared: total(|q| &q.spared),
             metadata_loads: total(|q| &q.loads),
             copies: total(|q| &q.copies),
             joins: total(|q| &q.joins),
@@ -396,10 +417,12 @@ impl Statistics {
         }
         let _ = writeln!(
             text,
-            "commits {}, barriers {}, metadata loads {}, copy-on-write fills {}, joined writes {}, waits {}, \
+            "commits {} ({} ahead), barriers {}, flushes spared {}, metadata loads {}, copy-on-write fills {}, joined writes {}, waits {}, \
              stalls {}",
             self.commits,
+            self.ahead,
             self.barriers,
+            self.spared,
             self.metadata_loads,
             self.copies,
             self.joins,

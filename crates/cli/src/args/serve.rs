@@ -94,6 +94,10 @@ pub struct Serve {
     /// What becomes of discards
     #[arg(long, value_name = "MODE", default_value = "unmap")]
     pub discard: Discard,
+    /// Flush only when asked to; otherwise, where a client flushes after its writes again and again, the next flush begins while
+    /// the answer to the write is on its way
+    #[arg(long)]
+    pub no_flush_ahead: bool,
     /// Also open backing and data files below DIR, not only below each image's own directory; an NBD export's name lets images
     /// lie on that export
     #[arg(long, value_name = "DIR")]

@@ -7,6 +7,7 @@ mod common;
 #[path = "../peer/mod.rs"]
 mod peer;
 
+mod ahead;
 mod bitmaps;
 mod chain;
 mod data_file;

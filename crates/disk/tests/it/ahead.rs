@@ -1,0 +1,166 @@
+//! Commits that begin before a flush asks for them, and flushes that need none.
+
+use crate::common::{Rig, open, qemu_create};
+use block::{GuestError, Op};
+use disk::{Disk, DiskOptions, Statistics};
+use image::Format;
+use io::EngineKind;
+use std::sync::Arc;
+
+const CLUSTER: u64 = 64 << 10;
+/// Pairs of a write and a flush after which the next flush is expected.
+const LEARNED: u64 = 16;
+
+struct Pairs {
+    disk: Arc<Disk>,
+    rig: Rig,
+    at: u64,
+    _dir: tempfile::TempDir,
+}
+
+impl Pairs {
+    fn new(options: DiskOptions) -> Self {
+        let dir = crate::common::dir();
+        let path = dir.path().join("pairs.qcow2");
+        qemu_create(&path, "", None, 1 << 30);
+        let disk = open(&path, Format::Qcow2, options);
+        let rig = Rig::new(&disk, EngineKind::IoUring, 16);
+        Self {
+            disk,
+            rig,
+            at: 0,
+            _dir: dir,
+        }
+    }
+
+    /// Writes to a new cluster; the commit that this may begin is not waited for.
+    fn write(&mut self, fua: bool) {
+        let at = self.at;
+        self.at += CLUSTER;
+        write(&mut self.rig, at, fua);
+    }
+
+    fn flush(&mut self) {
+        assert_eq!(one(&mut self.rig, Op::Flush, 0, Vec::new()), Ok(()));
+    }
+
+    fn learn(&mut self) {
+        for _ in 0..LEARNED {
+            self.write(false);
+            self.flush();
+        }
+    }
+
+    /// What `does` adds to the statistics: commits, those that began ahead, and flushes that needed none of their own.
+    fn counts(&mut self, does: impl FnOnce(&mut Self)) -> (u64, u64, u64) {
+        let before = self.disk.statistics();
+        does(self);
+        let after = self.disk.statistics();
+        let grew = |count: fn(&Statistics) -> u64| count(&after) - count(&before);
+        (grew(|s| s.commits), grew(|s| s.ahead), grew(|s| s.spared))
+    }
+}
+
+fn one(rig: &mut Rig, op: Op, at: u64, data: Vec<u8>) -> Result<(), GuestError> {
+    let len = data.len() as u64;
+    rig.submit(op, at, data, len, &[]);
+    let ended = rig.some();
+    assert_eq!(ended.len(), 1);
+    ended[0].result
+}
+
+fn write(rig: &mut Rig, at: u64, fua: bool) {
+    assert_eq!(one(rig, Op::Write { fua }, at, vec![7; 4096]), Ok(()));
+}
+
+#[test]
+fn flushes_that_follow_each_write_find_their_commits_begun() {
+    let mut pairs = Pairs::new(DiskOptions::default());
+    pairs.learn();
+    let barriers = pairs.disk.statistics().barriers;
+    let counts = pairs.counts(|pairs| {
+        for _ in 0..10 {
+            pairs.write(false);
+            pairs.flush();
+        }
+    });
+    assert_eq!(counts, (10, 10, 10));
+    assert_eq!(pairs.disk.statistics().barriers, barriers + 10);
+}
+
+#[test]
+fn a_disk_that_is_told_so_flushes_only_when_asked() {
+    let mut pairs = Pairs::new(DiskOptions {
+        flush_ahead: false,
+        ..DiskOptions::default()
+    });
+    pairs.learn();
+    let counts = pairs.counts(Pairs::learn);
+    assert_eq!(counts, (LEARNED, 0, 0));
+}
+
+#[test]
+fn a_write_that_ended_since_wants_another_commit() {
+    let mut pairs = Pairs::new(DiskOptions::default());
+    pairs.learn();
+    // By the same queue, ...
+    let counts = pairs.counts(|pairs| {
+        pairs.write(false);
+        pairs.write(false);
+        pairs.flush();
+    });
+    assert_eq!((counts.0, counts.2), (2, 0));
+    // ... and by another, before the flush comes: under way or over, the commit does not cover it.
+    let mut other = Rig::new(&pairs.disk, EngineKind::IoUring, 16);
+    for wait in [false, true] {
+        pairs.learn();
+        let counts = pairs.counts(|pairs| {
+            pairs.write(false);
+            if wait {
+                pairs.rig.drain();
+            }
+            write(&mut other, 512 << 20, false);
+            pairs.flush();
+        });
+        assert_eq!(counts, (2, 1, 0));
+    }
+    other.detach();
+}
+
+#[test]
+fn a_flush_that_nothing_came_before_needs_no_commit() {
+    let mut pairs = Pairs::new(DiskOptions::default());
+    // What another process wrote before is not known: the first one is made.
+    assert_eq!(pairs.counts(Pairs::flush), (1, 0, 0));
+    assert_eq!(pairs.counts(Pairs::flush), (0, 0, 1));
+    pairs.write(false);
+    assert_eq!(pairs.counts(Pairs::flush), (1, 0, 0));
+    // A durable write has its own; reads change nothing.
+    assert_eq!(pairs.counts(|pairs| pairs.write(true)), (1, 0, 0));
+    pairs.rig.one(Op::Read, 0, Vec::new(), 4096).expect("reads");
+    assert_eq!(pairs.counts(Pairs::flush), (0, 0, 1));
+    for op in [
+        Op::Discard,
+        Op::WriteZeroes {
+            unmap: false,
+            fast: false,
+            fua: false,
+        },
+    ] {
+        pairs.rig.one(op, 0, Vec::new(), CLUSTER).expect("ends");
+        assert_eq!(pairs.counts(Pairs::flush), (1, 0, 0), "{op:?}");
+    }
+}
+
+#[test]
+fn who_stops_flushing_is_flushed_for_once() {
+    let mut pairs = Pairs::new(DiskOptions::default());
+    pairs.learn();
+    let counts = pairs.counts(|pairs| {
+        for _ in 0..100 {
+            pairs.write(false);
+        }
+    });
+    // The history has to pass what it knows: at each place of the pattern one.
+    assert!(counts.1 <= 4, "{counts:?}");
+}
