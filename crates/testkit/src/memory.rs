@@ -14,6 +14,8 @@ pub struct Done {
     pub calls: u64,
     /// Calls that may change it.
     pub changes: u64,
+    /// Bytes that room was reserved for.
+    pub allocated: u64,
 }
 
 /// What somebody else does to a [`Memory`] while it is in use.
@@ -38,6 +40,7 @@ pub struct Memory {
     space: u64,
     calls: AtomicU64,
     changes: AtomicU64,
+    allocated: AtomicU64,
     calls_max: u64,
     /// What happens before which call.
     meddling: Option<(u64, Meddling)>,
@@ -55,6 +58,7 @@ impl Memory {
             inner: Mutex::new(inner),
             calls: AtomicU64::new(0),
             changes: AtomicU64::new(0),
+            allocated: AtomicU64::new(0),
             calls_max,
             meddling: None,
         }
@@ -73,6 +77,7 @@ impl Memory {
         Done {
             calls: self.calls.load(Ordering::Relaxed),
             changes: self.changes.load(Ordering::Relaxed),
+            allocated: self.allocated.load(Ordering::Relaxed),
         }
     }
 
@@ -201,6 +206,7 @@ impl Storage for Memory {
             return Err(Error::new(ErrorKind::NoSpace, "memory: full"));
         }
         inner.len = inner.len.max(end);
+        self.allocated.fetch_add(len, Ordering::Relaxed);
         Ok(Zeroed::Yes)
     }
 

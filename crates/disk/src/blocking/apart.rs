@@ -142,6 +142,16 @@ impl Placed {
         place.transpose()
     }
 
+    /// Has the host find room for its bytes at once, where the format did not see to that: a file system finds it for a
+    /// whole run in less time than for each page of it that is written. A hint: where there is none, writing says so.
+    pub fn reserve(&self) {
+        if let (None, Some((file, host))) = (self.ticket, self.place)
+            && let Ok(file) = self.members.file(0, file)
+        {
+            let _ = file.allocate(host.0, self.len);
+        }
+    }
+
     /// The bytes are there: they are the disk's now.
     pub fn finish(mut self) {
         if let (Some(ticket), Some(first)) = (self.ticket.take(), self.members.first()) {

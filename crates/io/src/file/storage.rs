@@ -58,6 +58,7 @@ impl Storage for File {
     }
 
     fn allocate(&self, offset: u64, len: u64) -> Result<Zeroed> {
+        let _turn = self.turn(usize::try_from(len).unwrap_or(usize::MAX));
         let zeroed = self
             .allocate_range(offset, len, GateHeld::No)
             .context(|| self.at("allocating", offset, len))?;

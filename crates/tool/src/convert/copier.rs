@@ -72,6 +72,8 @@ pub(super) struct Crew<'a, 'w> {
     /// The source's last cluster may be packed though it is not whole: nothing of the target is behind it.
     packs_rest: bool,
     checkpoint: Option<u64>,
+    /// See [`Target::reserves`].
+    reserves: Option<u64>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -94,6 +96,7 @@ impl<'a, 'w> Crew<'a, 'w> {
             in_order: !options.out_of_order || target.is_sequential(),
             packs_rest: target.is_sequential() || target.size() == feed.source.size(),
             checkpoint: options.checkpoint.filter(|_| !target.is_sequential()),
+            reserves: target.reserves(),
             feed: Mutex::new(feed),
             sink: Mutex::new(Sink {
                 target,
@@ -286,9 +289,12 @@ impl<'a, 'w> Crew<'a, 'w> {
                     }
                 }
                 None => {
-                    let bytes = piece.buffer.get(job.at as usize..).unwrap_or_default();
-                    let bytes = bytes.get(..len as usize);
+                    let bytes = piece.bytes(piece.len as usize).get(job.at as usize..);
+                    let bytes = bytes.and_then(|bytes| bytes.get(..len as usize));
                     let bytes = bytes.ok_or_else(|| Error::invalid("a place is too long"))?;
+                    if self.reserves.is_some_and(|least| len >= least) {
+                        job.placed.reserve();
+                    }
                     job.placed.write(bytes)?;
                 }
             }

@@ -1,13 +1,16 @@
 //! What `convert` writes: QEMU finds it sound and reads the same bytes, its size is that of QEMU's own, and it does
 //! not depend on the number of workers.
 
-use block::Result;
+use block::{Result, Storage};
+use disk::blocking::{Driver, Member};
 use disk::{Chain, ChainOptions};
 use image::Format;
 use image::qcow2::{Compression, CreateOptions, ImageWriter};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use testkit::memory::Memory;
 use testkit::{TempDir, qemu};
 use tool::convert::{ConvertOptions, Report, Target, convert};
 use tool::source::Source;
@@ -296,6 +299,46 @@ fn holes_are_not_read() {
     assert_eq!(report.compressed_clusters, 1);
     qemu::check("qcow2", &packed);
     qemu::io("qcow2", &packed, &["read -P 7 5T 4k", "read -P 0 6T 4k"]);
+}
+
+/// A new raw disk gets the room of a run before its bytes; nothing that stays a hole gets any.
+#[test]
+fn long_runs_of_a_new_disk_get_their_room_at_once() {
+    let dir = TempDir::new();
+    let raw = dir.path("raw");
+    let mut bytes = vec![0; 8 * MIB];
+    bytes[MIB..2 * MIB].fill(7);
+    bytes[3 * MIB..3 * MIB + 4096].fill(8);
+    bytes[5 * MIB + 4096..5 * MIB + 4096 + (64 << 10)].fill(9);
+    fs::write(&raw, &bytes).unwrap();
+    let source = chain(&raw, true, Format::Raw);
+    for (blank, cluster_size, allocated) in [
+        (true, 1, MIB + (64 << 10)),
+        // It may have what is written; its format sees to it.
+        (false, 1, 0),
+        (true, 65536, 0),
+    ] {
+        let file = Arc::new(Memory::new(&[], 64 << 20, 10_000));
+        file.set_len(bytes.len() as u64).unwrap();
+        let member = Member {
+            image: Arc::new(image::Raw::open(&*file).unwrap()),
+            files: vec![file.clone()],
+        };
+        let mut driver = Driver::new(vec![member], false).unwrap();
+        let target = Target::Image {
+            driver: &mut driver,
+            blank,
+            cluster_size,
+            resume: false,
+            packs: false,
+        };
+        run(&source, target, &ConvertOptions::default()).unwrap();
+        let done = file.done();
+        assert_eq!(done.allocated, allocated as u64, "{blank} {cluster_size}");
+        let mut found = vec![1; bytes.len()];
+        file.read_at(0, &mut found).unwrap();
+        assert!(found == bytes);
+    }
 }
 
 #[test]
