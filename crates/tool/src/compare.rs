@@ -6,6 +6,7 @@
 //! Several threads take pieces in the disks' order, by turns at the maps, and read and compare them each for itself. Of what
 //! they find the first on the disk counts, as if one had looked from the beginning: all before it was handed out before.
 
+use crate::buffer::Buffer;
 use crate::source::{Run, Source};
 use crate::work::Work;
 use block::{Error, is_zero};
@@ -207,14 +208,21 @@ impl Walk<'_, '_, '_, '_> {
 }
 
 /// A disk's part of a piece.
-#[derive(Default)]
 struct Side {
     zero: bool,
     fragments: Vec<Fragment>,
-    bytes: Vec<u8>,
+    buffer: Buffer,
 }
 
 impl Side {
+    fn new() -> Self {
+        Self {
+            zero: false,
+            fragments: Vec::new(),
+            buffer: Buffer::new(PIECE_BYTES as usize),
+        }
+    }
+
     /// Learns where `len` bytes of `run` at `at` are; returns how many have to be read.
     fn find(&mut self, disk: &mut Source<'_>, run: &Run, at: u64, len: u64) -> Result<u64, Error> {
         self.fragments.clear();
@@ -232,13 +240,12 @@ impl Side {
             return Ok(());
         }
         // At most a piece.
-        self.bytes.resize(len as usize, 0);
-        blocking::read(&self.fragments, &mut self.bytes)
+        let bytes = self.buffer.first_mut(len as usize);
+        blocking::read(&self.fragments, bytes)
     }
 }
 
 /// Bytes of both disks that are looked at together.
-#[derive(Default)]
 struct Piece {
     at: u64,
     len: u64,
@@ -251,7 +258,8 @@ impl Piece {
     fn differs(&mut self) -> Result<Option<u64>, Error> {
         self.a.read(self.len)?;
         self.b.read(self.len)?;
-        let (a, b) = (&self.a.bytes, &self.b.bytes);
+        let len = self.len as usize;
+        let (a, b) = (self.a.buffer.first(len), self.b.buffer.first(len));
         Ok(match (self.a.zero, self.b.zero) {
             (true, _) => unlike_zeros(b),
             (_, true) => unlike_zeros(a),
@@ -267,7 +275,12 @@ fn lock<'m, W>(walk: &'m Mutex<W>) -> MutexGuard<'m, W> {
 
 /// Compares pieces until there are no more.
 fn help(walk: &Mutex<Walk<'_, '_, '_, '_>>) {
-    let mut piece = Piece::default();
+    let mut piece = Piece {
+        at: 0,
+        len: 0,
+        a: Side::new(),
+        b: Side::new(),
+    };
     while lock(walk).next(&mut piece) {
         let found = match piece.differs() {
             Ok(None) => continue,

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bitmap;
+mod buffer;
 pub mod check;
 pub mod commit;
 pub mod compare;

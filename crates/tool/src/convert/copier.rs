@@ -3,6 +3,7 @@
 use super::feed::{Feed, sort};
 use super::target::{Job, Target, copy};
 use super::{ConvertOptions, Piece, Report, Unit};
+use crate::buffer::Buffer;
 use crate::work::{Stop, Work};
 use block::{Error, Result};
 use disk::blocking;
@@ -15,7 +16,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 pub(super) struct Hands {
     piece: Piece,
     /// What the base has there.
-    below: Vec<u8>,
+    below: Buffer,
     compressor: Option<Box<dyn Pack>>,
     packed: Vec<u8>,
     jobs: Vec<Job>,
@@ -25,7 +26,7 @@ impl Hands {
     pub fn new(unit: u64, compressor: Option<Box<dyn Pack>>) -> Self {
         Self {
             piece: Piece::new(unit),
-            below: Vec::new(),
+            below: Buffer::new(0),
             compressor,
             packed: Vec::new(),
             jobs: Vec::new(),
@@ -183,7 +184,7 @@ impl<'a, 'w> Crew<'a, 'w> {
         Ok(true)
     }
 
-    fn read(&self, piece: &mut Piece, below: &mut Vec<u8>) -> Result<()> {
+    fn read(&self, piece: &mut Piece, below: &mut Buffer) -> Result<()> {
         let len = piece.len as usize;
         let padded = piece.len.next_multiple_of(self.unit) as usize;
         let fragments = std::mem::take(&mut piece.fragments);
@@ -204,14 +205,14 @@ impl<'a, 'w> Crew<'a, 'w> {
             .fill(0);
         let has_base = !piece.below.is_empty();
         if has_base {
-            below.clear();
             // At most a piece.
-            below.resize(padded, 0);
+            let bytes = below.first_mut(padded);
             let there: u64 = piece.below.iter().map(blocking::Fragment::len).sum();
-            let part = below.get_mut(..there as usize).unwrap_or_default();
+            let (part, behind) = bytes.split_at_mut(padded.min(there as usize));
             blocking::read(&piece.below, part)?;
+            behind.fill(0);
         }
-        let below = has_base.then_some(below.as_slice());
+        let below = has_base.then(|| below.first(padded));
         sort(piece, self.unit, self.sparse, below);
         Ok(())
     }

@@ -23,6 +23,7 @@ mod target;
 
 pub use target::Target;
 
+use crate::buffer::Buffer;
 use crate::source::{Place, Source, Unreadable};
 use crate::work::Work;
 use block::{Error, Result};
@@ -30,7 +31,6 @@ use copier::{Crew, Hands};
 use disk::Chain;
 use disk::blocking::Fragment;
 use feed::Feed;
-use io::memory::AlignedBuf;
 use std::thread;
 
 /// Bytes that are read at once, unless a cluster is larger.
@@ -41,8 +41,6 @@ pub const WORKERS_MAX: usize = 64;
 pub const MEMORY_BYTES: u64 = 64 << 20;
 /// What becomes a hole at least, where nothing else is said.
 pub const SPARSE_BYTES: u64 = 4096;
-/// What `O_DIRECT` asks of memory.
-const MEMORY_ALIGNMENT: usize = 4096;
 /// Bytes that are copied from file to file between two looks at the wish to stop.
 const OFFLOAD_BYTES: u64 = 16 << 20;
 
@@ -138,7 +136,7 @@ struct Piece {
     fragments: Vec<Fragment>,
     below: Vec<Fragment>,
     /// Whole units.
-    buffer: AlignedBuf,
+    buffer: Buffer,
     units: Vec<Unit>,
     packed: Vec<u8>,
     /// Where its bytes are, instead of here.
@@ -155,7 +153,7 @@ impl Piece {
             fragments: Vec::new(),
             below: Vec::new(),
             // At most 2 MiB.
-            buffer: AlignedBuf::new(piece_bytes(unit) as usize, MEMORY_ALIGNMENT),
+            buffer: Buffer::new(piece_bytes(unit) as usize),
             units: Vec::new(),
             packed: Vec::new(),
             place: None,
@@ -172,11 +170,11 @@ impl Piece {
     }
 
     fn bytes(&self, len: usize) -> &[u8] {
-        self.buffer.get(..len).unwrap_or_default()
+        self.buffer.first(len)
     }
 
     fn bytes_mut(&mut self, len: usize) -> &mut [u8] {
-        self.buffer.get_mut(..len).unwrap_or_default()
+        self.buffer.first_mut(len)
     }
 }
 
