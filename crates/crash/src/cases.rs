@@ -123,6 +123,16 @@ const WORKLOADS: &[Workload] = &[
         queues: &[0, 2],
     },
     Workload {
+        name: "vdi-growth",
+        // Of a full disk the first blocks move behind what the map can have, until the map is where they were.
+        script: "write 0 512k; flush; resize 12M; storm 10; crash; storm 5",
+        images: &[
+            "vdi cluster_size=4k size=512k",
+            "vdi=static cluster_size=4k size=512k",
+        ],
+        queues: &[0],
+    },
+    Workload {
         name: "vhdx",
         script: "storm 30 flush=3 len=48k discard=2 unmap=2 zero=2; kill; storm 10 flush=3; crash; storm 10; close; storm 5",
         images: &[

@@ -45,6 +45,7 @@ workloads! {
     qed: "qed",
     vhd: "vhd",
     vdi: "vdi",
+    vdi_growth: "vdi-growth",
     vhdx: "vhdx",
     vmdk: "vmdk",
     discard: "discard",

@@ -261,6 +261,14 @@ impl Header {
         Ok(self)
     }
 
+    /// Numbers that blocks may have are below this: the map has so many entries. While a resize brings the first blocks
+    /// out of the way of a larger map, they have numbers behind that, which the header counts: as many as it may move.
+    pub fn numbers(&self) -> u32 {
+        let moved = BLOCKS_MAX.saturating_mul(4) / self.block_bytes.max(1) + 1;
+        let most = self.blocks.saturating_add(moved);
+        self.blocks.max(self.allocated.min(most))
+    }
+
     /// The header of a new image that has no blocks, or, static, all.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 
 use super::header::{HEADER_BYTES, Header};
 use super::holes::Holes;
+use super::repair::move_together;
 use super::state::State;
 use super::{FREE, Vdi, ZERO, pages};
 use crate::metadata::Space;
@@ -170,26 +171,26 @@ impl Blocks {
         )))
     }
 
-    /// The numbers below [`Blocks::end`] that no block has.
+    /// The numbers below [`Blocks::end`] that no block has, where all are below `numbers`.
     ///
     /// # Errors
     ///
     /// [`block::ErrorKind::Corrupt`] where a block is not within the file, two blocks have the same number, or one has a
     /// number that no other program gives: writing would destroy what is there. What reading the file fails with.
-    pub(super) fn holes(&self, file: &dyn Storage, layout: &Layout) -> Result<Holes> {
+    pub(super) fn holes(&self, file: &dyn Storage, layout: &Layout, numbers: u32) -> Result<Holes> {
         self.check_within(layout)?;
         let header = &layout.header;
-        let mut used = vec![0u64; u64::from(header.blocks).div_ceil(64) as usize];
+        let mut used = vec![0u64; u64::from(numbers).div_ceil(64) as usize];
         layout.each(file, |index, entry| {
             if !is_there(entry) {
                 return Ok(());
             }
             let fault = match used.get_mut((entry / 64) as usize) {
-                Some(word) if entry < header.blocks && *word >> (entry % 64) & 1 == 0 => {
+                Some(word) if entry < numbers && *word >> (entry % 64) & 1 == 0 => {
                     *word |= 1 << (entry % 64);
                     return Ok(());
                 }
-                Some(_) if entry < header.blocks => "which another block has too".to_owned(),
+                Some(_) if entry < numbers => "which another block has too".to_owned(),
                 _ => format!("and the disk has {} blocks", header.blocks),
             };
             Err(Error::corrupt(format!(
@@ -222,7 +223,7 @@ impl Vdi {
         let blocks = Blocks::read(file, &layout)?;
         let mut holes = match options.read_only {
             true => Holes::default(),
-            false => blocks.holes(file, &layout)?,
+            false => blocks.holes(file, &layout, layout.header.blocks)?,
         };
         let Layout { header, file_bytes } = layout;
         let data_offset = u64::from(header.data_offset);
@@ -267,8 +268,8 @@ impl Vdi {
 }
 
 /// Brings an image in order whose last writer did not close it, before it is written to: the header counts the blocks
-/// that are there, and what lies behind the last one is cut off. Holes between blocks are left: they are used again.
-/// Returns what was done, for people.
+/// that are there, and what lies behind the last one is cut off. Holes between blocks are left: they are used again. Blocks
+/// that a resize had brought out of its way get numbers again that the map can have. Returns what was done, for people.
 ///
 /// # Errors
 ///
@@ -277,7 +278,13 @@ pub fn mend(file: &dyn Storage) -> Result<Option<String>> {
     let layout = Layout::read(file)?;
     let named = || file.name();
     let blocks = Blocks::read(file, &layout).context(named)?;
-    blocks.holes(file, &layout).context(named)?;
+    let numbers = layout.header.numbers();
+    blocks.holes(file, &layout, numbers).context(named)?;
+    if blocks.end > layout.header.blocks {
+        move_together(file, &layout).context(named)?;
+        let done = "blocks that a resize had moved lie among the others again";
+        return Ok(Some(done.to_owned()));
+    }
     settle_end(file, &layout, blocks.end).context(named)
 }
 

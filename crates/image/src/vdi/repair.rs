@@ -124,7 +124,7 @@ pub fn repair(file: &dyn Storage) -> Result<()> {
     move_together(file, &layout).context(|| file.name())
 }
 
-fn move_together(file: &dyn Storage, layout: &Layout) -> Result<()> {
+pub(super) fn move_together(file: &dyn Storage, layout: &Layout) -> Result<()> {
     let blocks = Blocks::read(file, layout)?;
     blocks.check_within(layout)?;
     let count = blocks.present;

@@ -7,7 +7,9 @@
 //! ```
 //!
 //! Each step is durable before the next, and the last is one sector that changes everything: a crash leaves the old size
-//! or the new, and perhaps blocks that the header counts and nothing refers to.
+//! or the new, and perhaps blocks that the header counts and nothing refers to. Of an image that is full, the blocks that
+//! move have numbers meanwhile that the old map is too short for. The header counts them before an entry has one
+//! ([`Header::numbers`]): every reader finds them there, and the next writer brings them back ([`super::mend`]).
 
 use super::header::{BLOCKS_MAX, Header, ImageType};
 use super::open::{Blocks, CHUNK, Layout, is_there};
@@ -48,7 +50,7 @@ fn grow_layout(file: &dyn Storage, layout: &Layout, bytes: u64) -> Result<()> {
         ))
     })?;
     let blocks = Blocks::read(file, layout)?;
-    blocks.holes(file, layout)?;
+    blocks.holes(file, layout, header.blocks)?;
     let old = header.disk_bytes.div_ceil(block);
     if blocks.last.is_some_and(|last| u64::from(last) >= old) {
         return Err(Error::corrupt(

@@ -1,8 +1,9 @@
 //! Checking a VDI image: what `qemu-img check` looks at, and what it has no check for.
 //!
 //! Each entry of the map names a block within the file, of a number that the disk can have and no other entry has; and the
-//! header counts the blocks. Where it counts more than there are, or numbers are left out, space is lost and nothing else:
-//! so it is after a crash. (QEMU calls the first an error.) Where it counts fewer, the next block that QEMU or VirtualBox
+//! header counts the blocks. Where it counts more than there are, numbers are left out, or a resize that was cut off has
+//! given blocks numbers behind the map's length, space is lost and nothing else: so it is after a crash. (QEMU calls the
+//! first and the last errors.) Where it counts fewer, the next block that QEMU or VirtualBox
 //! adds would lie on another.
 //!
 //! A block that is not within the file bars a repair: nobody knows where its data are.
@@ -63,8 +64,9 @@ fn inspect(storage: &dyn Storage) -> Result<Found> {
     let layout = Layout::read(storage)?;
     let header = &layout.header;
     let mut tally = Tally::default();
-    let mut used = vec![0u64; u64::from(header.blocks).div_ceil(64) as usize];
-    let (mut outside, mut numbered, mut end) = (0, 0, 0u64);
+    let numbers = header.numbers();
+    let mut used = vec![0u64; u64::from(numbers).div_ceil(64) as usize];
+    let (mut outside, mut numbered, mut moved, mut end) = (0, 0, 0u64, 0u64);
     let mut last: Option<u32> = None;
     let disk_blocks = header.disk_bytes.div_ceil(u64::from(header.block_bytes));
     layout.entries(storage, |block, entry| {
@@ -96,12 +98,15 @@ fn inspect(storage: &dyn Storage) -> Result<Found> {
             });
         }
         // One that can be neither says nothing of the others.
-        if block_end <= layout.file_bytes || entry < header.blocks {
+        if block_end <= layout.file_bytes || entry < numbers {
             end = end.max(u64::from(entry) + 1);
             numbered += 1;
         }
         let word = used.get_mut((entry / 64) as usize);
-        match word.filter(|_| entry < header.blocks) {
+        if (header.blocks..numbers).contains(&entry) {
+            moved += 1;
+        }
+        match word.filter(|_| entry < numbers) {
             None => tally.found(Severity::Corruption, 1, || {
                 format!(
                     "{}: too large, the map has {} entries",
@@ -128,9 +133,18 @@ fn inspect(storage: &dyn Storage) -> Result<Found> {
             )
         });
     }
+    if moved > 0 {
+        tally.found(Severity::Leak, moved, || {
+            format!(
+                "{moved} blocks have numbers that the map of {} entries is too short for: a resize was cut off, the next \
+                 writer moves them back",
+                header.blocks
+            )
+        });
+    }
     let lost = end.saturating_sub(numbered - tally.overlaps);
-    let scattered = lost > 0;
-    if scattered {
+    let scattered = lost > 0 || moved > 0;
+    if lost > 0 {
         tally.found(Severity::Leak, lost, || {
             format!("{lost} numbers below {end} are no block's: their space in the file is lost")
         });

@@ -213,7 +213,7 @@ fn files_that_lie_are_refused() {
 fn damage_is_found_and_repaired_without_a_change_of_the_disk() {
     type Change = fn(&mut Forge);
     // Corruptions, leaks, overlaps; whether a writer may open it.
-    let cases: [(Change, [u64; 3], bool, &str); 8] = [
+    let cases: [(Change, [u64; 3], bool, &str); 9] = [
         (|f| f.counted = 6, [0, 2, 0], true, "counts 6, there are 4"),
         (|f| f.counted = 3, [1, 0, 0], true, "would lie on another"),
         (|f| f.map[0] = FREE, [0, 1, 0], true, "are no block's"),
@@ -241,7 +241,16 @@ fn damage_is_found_and_repaired_without_a_change_of_the_disk() {
             |f| {
                 (f.blocks, f.counted, f.map[0]) = (8, 8, 7);
             },
-            [1, 4, 0],
+            [0, 5, 0],
+            true,
+            "a resize was cut off",
+        ),
+        // Nobody has counted it.
+        (
+            |f| {
+                (f.blocks, f.counted, f.map[0]) = (8, 7, 7);
+            },
+            [2, 4, 0],
             false,
             "too large",
         ),
@@ -267,8 +276,10 @@ fn damage_is_found_and_repaired_without_a_change_of_the_disk() {
         let found = [report.corruptions, report.leaks, report.overlaps];
         assert_eq!(found, counts, "{said}: {texts:?}");
         assert!(content(&damaged) == forge.content(), "{said}");
-        assert_eq!(open(&damaged, false).is_ok(), writable, "{said}");
-        assert_eq!(mend(&*damaged.copy()).is_ok(), writable, "{said}");
+        let mended = damaged.copy();
+        assert_eq!(mend(&*mended).is_ok(), writable, "{said}");
+        assert_eq!(open(&mended, false).is_ok(), writable, "{said}");
+        assert!(content(&mended) == forge.content(), "{said}");
         for repair in [Repair::Leaks, Repair::All] {
             let disk = damaged.copy();
             let report = checked(&disk, repair).unwrap();
