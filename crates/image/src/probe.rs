@@ -137,12 +137,50 @@ pub fn probe_bytes(start: &[u8]) -> Option<Format> {
     (start.starts_with(&QCOW2_MAGIC) && version != [0, 0, 0, 1]).then_some(Format::Qcow2)
 }
 
+/// Bytes at the start of a cloop image: it is a shell script that mounts itself (QEMU's `block/cloop.c`).
+const CLOOP_MAGIC: &[u8] =
+    b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n";
+
+/// Where a Bochs image has its strings, each up to a NUL (QEMU's `block/bochs.h`).
+const BOCHS_MAGIC: [(usize, &[u8]); 3] = [
+    (0, b"Bochs Virtual HD Image\0"),
+    (32, b"Redolog\0"),
+    (48, b"Growing\0"),
+];
+
+/// Bytes of the last sector of an Apple disk image, from its start: magic, version 4, its own size (QEMU's `block/dmg.c`).
+const DMG_TRAILER: &[u8] = b"koly\0\0\0\x04\0\0\x02\0";
+
+/// What QEMU reads and nobody here does, where `start`, the first bytes of a file, shows it: taken as a raw disk it would be
+/// converted to a copy of its tables.
+fn unread(start: &[u8]) -> Option<&'static str> {
+    let has = |(at, magic): &(usize, &[u8])| start.get(*at..).is_some_and(|s| s.starts_with(magic));
+    if start.starts_with(&QCOW2_MAGIC) && start.get(4..8) == Some(&[0, 0, 0, 1]) {
+        return Some("qcow version 1");
+    }
+    if BOCHS_MAGIC.iter().all(has) {
+        return Some("bochs");
+    }
+    start.starts_with(CLOOP_MAGIC).then_some("cloop")
+}
+
+/// Whether the last sector of `file` is that of an Apple disk image.
+fn dmg_trailer(file: &dyn Storage) -> Result<bool> {
+    let Some(at) = file.len()?.checked_sub(512) else {
+        return Ok(false);
+    };
+    let mut bytes = [0; 512];
+    file.read_at(at, &mut bytes)?;
+    Ok(bytes.starts_with(DMG_TRAILER))
+}
+
 /// The format whose magic `file` shows; `None` where it shows none.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::Invalid`] for what may be a fixed VHD image, which shows itself only in its last sector, or a raw disk
-/// with such bytes at its end; and what reading the file fails with.
+/// with such bytes at its end; [`ErrorKind::Unsupported`] for an image of a format that only QEMU reads; and what
+/// reading the file fails with.
 pub fn probe(file: &dyn Storage) -> Result<Option<Format>> {
     let mut start = [0; PROBE_BYTES];
     // At most the array's.
@@ -153,6 +191,17 @@ pub fn probe(file: &dyn Storage) -> Result<Option<Format>> {
     }
     file.read_at(0, start)?;
     let found = probe_bytes(start);
+    let other = match unread(start) {
+        None if found.is_none() && dmg_trailer(file)? => Some("dmg"),
+        other => other,
+    };
+    if let Some(other) = other {
+        return Err(Error::unsupported(format!(
+            "{}: an image in format {other}, which diskplane does not read: have QEMU's own qemu-img convert it to qcow2, \
+             or say -f raw to take its bytes as they are",
+            file.name()
+        )));
+    }
     if found.is_none() && vhd::fixed_footer(file)? {
         return Err(Error::invalid(format!(
             "{}: its last sector is the footer of a fixed VHD image, but a raw disk may hold such bytes too: say -f \
@@ -166,6 +215,7 @@ pub fn probe(file: &dyn Storage) -> Result<Option<Format>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qcow2::testing::MemFile;
 
     #[test]
     fn only_unmistakable_magic_counts() {
@@ -202,6 +252,44 @@ mod tests {
         vdi[vdi::MAGIC_AT..end].copy_from_slice(&vdi::MAGIC);
         assert_eq!(probe_bytes(&vdi), Some(Format::Vdi));
         assert_eq!(probe_bytes(&vdi[..end - 1]), None);
+    }
+
+    #[test]
+    fn formats_that_only_qemu_reads_are_named_and_not_taken_as_raw() {
+        let mut bochs = vec![0; 1024];
+        for (at, magic) in BOCHS_MAGIC {
+            bochs[at..at + magic.len()].copy_from_slice(magic);
+        }
+        let mut undoable = bochs.clone();
+        undoable[48] = b'X';
+        let mut dmg = vec![0; 1024];
+        dmg[512..512 + DMG_TRAILER.len()].copy_from_slice(DMG_TRAILER);
+        let mut early = dmg.clone();
+        early.push(0);
+        for (bytes, name) in [
+            (
+                b"QFI\xfb\0\0\0\x01 and more".to_vec(),
+                Some("qcow version 1"),
+            ),
+            (bochs, Some("bochs")),
+            (undoable, None),
+            (CLOOP_MAGIC.to_vec(), Some("cloop")),
+            (CLOOP_MAGIC[..CLOOP_MAGIC.len() - 1].to_vec(), None),
+            (dmg, Some("dmg")),
+            (early, None),
+            (b"koly".to_vec(), None),
+        ] {
+            let file = MemFile::of(bytes);
+            match (probe(&file), name) {
+                (Ok(found), None) => assert_eq!(found, None),
+                (Err(error), Some(name)) => {
+                    assert_eq!(error.kind(), ErrorKind::Unsupported);
+                    let text = error.to_string();
+                    assert!(text.contains(&format!("in format {name}, ")), "{text}");
+                }
+                (found, name) => panic!("{found:?} where {name:?} was expected"),
+            }
+        }
     }
 
     #[test]
