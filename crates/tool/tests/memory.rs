@@ -1,4 +1,4 @@
-//! Memory of a check, and of two large images: bounded; and what it costs when there is little.
+//! Memory of a check, of two large images and of large bitmaps: bounded; and what it costs when there is little.
 
 #[allow(dead_code, unused_imports)]
 mod common;
@@ -8,6 +8,7 @@ use disk::{Chain, ChainOptions};
 use image::Format;
 use std::fs;
 use testkit::{TempDir, qemu};
+use tool::bitmap::{Action, Broken, apply, copy, list, to_copy};
 use tool::check::{CheckOptions, Repair, Report, check};
 use tool::compare::compare;
 use tool::source::Source;
@@ -103,6 +104,56 @@ fn two_vdi_images_of_32_tib_are_compared_in_less_than_64_mib() {
     let outcome = compare(source(&one), source(&other), false, &mut work).expect("compares");
     assert_eq!(outcome.difference, None);
     assert_eq!(outcome.sizes, [32 << 40; 2]);
+    let peak = peak_kib();
+    assert!(peak < 64 << 10, "{peak} KiB");
+}
+
+/// A qcow2 image that is open for changes of its bitmaps.
+fn changed(path: &std::path::Path) -> std::sync::Arc<io::File> {
+    let options = io::OpenOptions::default();
+    io::wait_for_lock(|| io::File::open(path, &options)).expect("opens")
+}
+
+#[test]
+fn bitmaps_of_512_mib_are_merged_and_copied_in_less_than_64_mib() {
+    let dir = TempDir::new();
+    let (from, to) = (dir.path("a.qcow2"), dir.path("b.qcow2"));
+    for path in [&from, &to] {
+        qemu::create("qcow2", path, "2T");
+    }
+    {
+        let file = changed(&from);
+        let add = |granularity| Action::Add {
+            granularity: Some(granularity),
+        };
+        apply(&*file, b"fine", &[add(512)], None).expect("adds");
+        apply(&*file, b"coarse", &[add(64 << 10)], None).expect("adds");
+    }
+    // Pages of one kind, and of both.
+    qemu::io(
+        "qcow2",
+        &from,
+        &[
+            "write -P 1 512 64M",
+            "write -z 512G 1G",
+            "write -P 1 2047G 64k",
+        ],
+    );
+    let file = changed(&from);
+    let merge = Action::Merge {
+        source: b"fine".to_vec(),
+    };
+    apply(&*file, b"coarse", &[merge], None).expect("merges");
+    let listed = list(&*file).expect("lists");
+    let dirty: Vec<_> = listed.iter().map(|bitmap| bitmap.dirty_bytes).collect();
+    let fine = (64 << 20) + (1 << 30) + (64 << 10);
+    assert_eq!(dirty, [Some(fine), Some(fine + (64 << 10))]);
+    let (entries, _) = to_copy(&*file, Broken::Refuse).expect("sound");
+    let target = changed(&to);
+    copy(&*file, &entries, &*target).expect("copies");
+    let listed = list(&*target).expect("lists");
+    let copied: Vec<_> = listed.iter().map(|bitmap| bitmap.dirty_bytes).collect();
+    assert_eq!(copied, dirty);
     let peak = peak_kib();
     assert!(peak < 64 << 10, "{peak} KiB");
 }

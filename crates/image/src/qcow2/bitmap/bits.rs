@@ -1,22 +1,74 @@
-//! The bits of one bitmap, in memory.
+//! The bits of one bitmap, in memory: pages, of which those with no bit set or with all take none.
 
 use crate::qcow2::check::BITMAP_BYTES_MAX;
 use block::{Error, Result};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::ops::Range;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Bits of a word.
 const WORD: u64 = 64;
+/// Words of a page: 4 KiB.
+const PAGE_WORDS: usize = 512;
+/// Bits of a page.
+const PAGE: u64 = PAGE_WORDS as u64 * WORD;
 
 /// A bit for each `2^granularity_bits` bytes of a disk, the first at its start.
 ///
-/// Bits are set from any thread without a lock and without ordering anything else: who reads
-/// them has met all who set them before.
+/// Bits are set from any thread and without ordering anything else: who reads them has met all who set them before.
+/// Only the first bit of a page takes a lock. Memory: 4 KiB for each page that has bits of both kinds, and 32 bytes for
+/// each page (at most 4 MiB).
 #[derive(Debug)]
 pub struct Bits {
     granularity_bits: u32,
     /// Bytes of the disk.
     size: u64,
-    words: Vec<AtomicU64>,
+    pages: Vec<Page>,
+}
+
+/// A page's bits.
+#[derive(Debug, Default)]
+struct Page {
+    /// Each bit that the disk has is set, whatever `words` say.
+    full: AtomicBool,
+    /// Absent where none was set one by one. Bits that the disk does not have are never set.
+    words: OnceLock<Box<[AtomicU64; PAGE_WORDS]>>,
+}
+
+/// What is known of a page without a look at its bits.
+enum Seen<'p> {
+    Zeros,
+    Ones,
+    Words(&'p [AtomicU64; PAGE_WORDS]),
+}
+
+impl Page {
+    fn seen(&self) -> Seen<'_> {
+        match self.words.get() {
+            _ if self.full.load(Ordering::Relaxed) => Seen::Ones,
+            Some(words) => Seen::Words(words),
+            None => Seen::Zeros,
+        }
+    }
+
+    /// Sets the bits of `mask` in word `at`.
+    #[inline]
+    fn set(&self, at: usize, mask: u64) {
+        if self.full.load(Ordering::Relaxed) {
+            return;
+        }
+        let none = || Box::new([const { AtomicU64::new(0) }; PAGE_WORDS]);
+        // Most writes go where others went before: no need to take the line from other cores.
+        if let Some(word) = self.words.get_or_init(none).get(at)
+            && word.load(Ordering::Relaxed) & mask != mask
+        {
+            word.fetch_or(mask, Ordering::Relaxed);
+        }
+    }
+
+    fn set_all(&self) {
+        self.full.store(true, Ordering::Relaxed);
+    }
 }
 
 /// What a cluster of a bitmap's data holds.
@@ -37,14 +89,12 @@ impl Bits {
     pub fn new(size: u64, granularity_bits: u32) -> Result<Self> {
         let bytes = bytes_needed(size, granularity_bits);
         check_bytes(bytes)?;
-        // At most 64 Mi words.
-        let words = bytes.div_ceil(8) as usize;
+        // At most 128 Ki pages.
+        let pages = bytes.div_ceil(PAGE / 8) as usize;
         Ok(Self {
             granularity_bits,
             size,
-            words: std::iter::repeat_with(AtomicU64::default)
-                .take(words)
-                .collect(),
+            pages: std::iter::repeat_with(Page::default).take(pages).collect(),
         })
     }
 
@@ -75,24 +125,36 @@ impl Bits {
         self.set(first, last);
     }
 
-    /// Sets bits `first..=last`.
+    /// Sets bits `first..=last`, which the disk has.
     fn set(&self, first: u64, last: u64) {
-        // Both are words of a vector.
-        let (from, to) = ((first / WORD) as usize, (last / WORD) as usize);
-        let words = self.words.get(from..=to).unwrap_or_default();
-        for (index, word) in (from..).zip(words) {
-            let mut mask = u64::MAX;
-            if index == from {
-                mask &= u64::MAX << (first % WORD);
+        // Both are pages of a vector.
+        let (from, to) = ((first / PAGE) as usize, (last / PAGE) as usize);
+        for (index, page) in (from..).zip(self.pages.get(from..=to).unwrap_or_default()) {
+            let there = self.bits_of(index);
+            if first <= there.start && last + 1 >= there.end {
+                page.set_all();
+                continue;
             }
-            if index == to {
-                mask &= u64::MAX >> (WORD - 1 - last % WORD);
-            }
-            // Most writes go where others went before: no need to take the line from other cores.
-            if word.load(Ordering::Relaxed) & mask != mask {
-                word.fetch_or(mask, Ordering::Relaxed);
+            // Bits of the page.
+            let first = first.max(there.start) - there.start;
+            let last = last.min(there.end - 1) - there.start;
+            for at in first / WORD..=last / WORD {
+                let mut mask = u64::MAX;
+                if at == first / WORD {
+                    mask &= u64::MAX << (first % WORD);
+                }
+                if at == last / WORD {
+                    mask &= u64::MAX >> (WORD - 1 - last % WORD);
+                }
+                page.set(at as usize, mask);
             }
         }
+    }
+
+    /// The bits that the disk has in page `index`.
+    fn bits_of(&self, index: usize) -> Range<u64> {
+        let start = index as u64 * PAGE;
+        start..(start + PAGE).min(self.count())
     }
 
     /// Sets all bits.
@@ -115,27 +177,40 @@ impl Bits {
 
     /// The first bit at or behind `bit` that is set, or clear.
     fn find(&self, bit: u64, set: bool) -> Option<u64> {
-        let mut index = usize::try_from(bit / WORD).ok()?;
-        let mut mask = u64::MAX << (bit % WORD);
-        while let Some(word) = self.words.get(index) {
-            let word = word.load(Ordering::Relaxed);
-            let word = if set { word } else { !word } & mask;
-            if word != 0 {
-                let found = index as u64 * WORD + u64::from(word.trailing_zeros());
-                return Some(found).filter(|found| *found < self.count());
+        let mut bit = bit;
+        while let Some(page) = usize::try_from(bit / PAGE)
+            .ok()
+            .and_then(|index| self.pages.get(index))
+        {
+            match page.seen() {
+                Seen::Ones if set => break,
+                Seen::Zeros if !set => break,
+                Seen::Words(words) => {
+                    if let Some(found) = find_in(words, bit % PAGE, set) {
+                        bit = bit - bit % PAGE + found;
+                        break;
+                    }
+                }
+                _ => {}
             }
-            mask = u64::MAX;
-            index += 1;
+            bit = (bit / PAGE + 1) * PAGE;
         }
-        None
+        Some(bit).filter(|bit| *bit < self.count())
     }
 
     /// Bytes of the disk whose bits are set.
     pub fn dirty_bytes(&self) -> u64 {
-        let set: u64 = self
-            .words
-            .iter()
-            .map(|word| u64::from(word.load(Ordering::Relaxed).count_ones()))
+        let ones = |word: &AtomicU64| u64::from(word.load(Ordering::Relaxed).count_ones());
+        let pages = self.pages.iter().enumerate();
+        let set: u64 = pages
+            .map(|(index, page)| match page.seen() {
+                Seen::Zeros => 0,
+                Seen::Ones => {
+                    let there = self.bits_of(index);
+                    there.end - there.start
+                }
+                Seen::Words(words) => words.iter().map(ones).sum(),
+            })
             .sum();
         let bytes = set << self.granularity_bits;
         // The last bit may stand for less.
@@ -159,8 +234,19 @@ impl Bits {
             )));
         }
         if self.granularity_bits == other.granularity_bits {
-            for (to, from) in self.words.iter().zip(&other.words) {
-                to.fetch_or(from.load(Ordering::Relaxed), Ordering::Relaxed);
+            for (to, from) in self.pages.iter().zip(&other.pages) {
+                match from.seen() {
+                    Seen::Zeros => {}
+                    Seen::Ones => to.set_all(),
+                    Seen::Words(words) => {
+                        for (at, word) in words.iter().enumerate() {
+                            match word.load(Ordering::Relaxed) {
+                                0 => {}
+                                word => to.set(at, word),
+                            }
+                        }
+                    }
+                }
             }
             return Ok(());
         }
@@ -172,42 +258,47 @@ impl Bits {
         Ok(())
     }
 
-    /// Words of cluster `index` of the bitmap's data.
-    fn part(&self, index: u64, cluster: u64) -> &[AtomicU64] {
-        let len = (cluster / 8) as usize;
-        let start = usize::try_from(index)
-            .unwrap_or(usize::MAX)
-            .saturating_mul(len);
-        let end = start.saturating_add(len).min(self.words.len());
-        self.words.get(start..end).unwrap_or_default()
+    /// The bits that the disk has in cluster `index` of the bitmap's data.
+    fn part(&self, index: u64, cluster: u64) -> Range<u64> {
+        let bits = cluster * 8;
+        let start = index.saturating_mul(bits).min(self.count());
+        start..start.saturating_add(bits).min(self.count())
     }
 
     /// Sets the bits that cluster `index` of the data has in `bytes`, a cluster. Bits that the disk does
     /// not have are dropped.
     pub(super) fn take_in(&self, index: u64, bytes: &[u8]) {
-        for (word, raw) in self
-            .part(index, bytes.len() as u64)
-            .iter()
-            .zip(bytes.as_chunks().0)
-        {
-            word.fetch_or(u64::from_le_bytes(*raw), Ordering::Relaxed);
+        let there = self.part(index, bytes.len() as u64);
+        // A cluster's are whole words. Those in a row that are all ones come as one range, so that pages of them take
+        // no memory.
+        let mut ones: Option<Range<u64>> = None;
+        for (bit, raw) in there.clone().step_by(64).zip(bytes.as_chunks().0) {
+            let end = (bit + WORD).min(there.end);
+            let mask = u64::MAX >> (WORD - (end - bit));
+            let word = u64::from_le_bytes(*raw) & mask;
+            if word == mask {
+                ones.get_or_insert(bit..end).end = end;
+                continue;
+            }
+            if let Some(ones) = ones.take() {
+                self.set(ones.start, ones.end - 1);
+            }
+            if word != 0
+                && let Some(page) = self.pages.get((bit / PAGE) as usize)
+            {
+                page.set((bit % PAGE / WORD) as usize, word);
+            }
         }
-        self.trim();
+        if let Some(ones) = ones {
+            self.set(ones.start, ones.end - 1);
+        }
     }
 
     /// Sets all bits of cluster `index` of the data.
     pub(super) fn fill(&self, index: u64, cluster: u64) {
-        for word in self.part(index, cluster) {
-            word.store(u64::MAX, Ordering::Relaxed);
-        }
-        self.trim();
-    }
-
-    /// Clears what lies behind the last bit.
-    fn trim(&self) {
-        let over = self.words.len() as u64 * WORD - self.count();
-        if let Some(last) = self.words.last() {
-            last.fetch_and(u64::MAX >> over, Ordering::Relaxed);
+        let there = self.part(index, cluster);
+        if !there.is_empty() {
+            self.set(there.start, there.end - 1);
         }
     }
 
@@ -215,10 +306,17 @@ impl Bits {
     pub(super) fn put_out(&self, index: u64, out: &mut [u8]) -> Content {
         let cluster = out.len() as u64;
         out.fill(0);
-        let part = self.part(index, cluster);
+        let there = self.part(index, cluster);
         let mut ones = 0;
-        for (word, raw) in part.iter().zip(out.as_chunks_mut().0) {
-            let word = word.load(Ordering::Relaxed);
+        for (bit, raw) in there.clone().step_by(64).zip(out.as_chunks_mut().0) {
+            let page = self.pages.get((bit / PAGE) as usize).map(Page::seen);
+            let word = match page {
+                None | Some(Seen::Zeros) => continue,
+                Some(Seen::Ones) => u64::MAX >> (WORD - (there.end - bit).min(WORD)),
+                Some(Seen::Words(words)) => words
+                    .get((bit % PAGE / WORD) as usize)
+                    .map_or(0, |word| word.load(Ordering::Relaxed)),
+            };
             ones += u64::from(word.count_ones());
             *raw = word.to_le_bytes();
         }
@@ -228,6 +326,21 @@ impl Bits {
             _ => Content::Mixed,
         }
     }
+}
+
+/// The first bit of a page at or behind `bit` that is set, or clear.
+fn find_in(words: &[AtomicU64; PAGE_WORDS], bit: u64, set: bool) -> Option<u64> {
+    let first = (bit / WORD) as usize;
+    let mut mask = u64::MAX << (bit % WORD);
+    for (index, word) in words.iter().enumerate().skip(first) {
+        let word = word.load(Ordering::Relaxed);
+        let word = if set { word } else { !word } & mask;
+        if word != 0 {
+            return Some(index as u64 * WORD + u64::from(word.trailing_zeros()));
+        }
+        mask = u64::MAX;
+    }
+    None
 }
 
 /// Fails where a bitmap would have more than 512 MiB.
@@ -353,6 +466,34 @@ mod tests {
         none.mark_all();
         none.fill(0, 512);
         assert_eq!((none.dirty_bytes(), none.next_dirty(0)), (0, None));
+    }
+
+    #[test]
+    fn pages_of_one_kind_take_no_memory() {
+        let held = |bits: &Bits| {
+            let words = bits.pages.iter().filter(|page| page.words.get().is_some());
+            words.count()
+        };
+        // 8 pages, and some.
+        let size = (8 * PAGE + 100) << 9;
+        let all = made(size, 9, &[(0, size)]);
+        assert_eq!((held(&all), all.dirty_bytes()), (0, size));
+        let some = made(size, 9, &[(PAGE << 9, (PAGE << 9) + 1)]);
+        assert_eq!((held(&some), some.dirty_bytes()), (1, (PAGE + 1) << 9));
+        // Through clusters of data of two pages and a half each, and from bitmap to bitmap.
+        let (read, merged) = (made(size, 9, &[]), made(size, 9, &[]));
+        let mut cluster = vec![0; 5 * (PAGE as usize / 8) / 2];
+        for index in 0..4 {
+            all.put_out(index, &mut cluster);
+            read.take_in(index, &cluster);
+        }
+        merged.merge(&all).unwrap();
+        merged.merge(&some).unwrap();
+        for bits in [&read, &merged] {
+            assert_eq!(bits.dirty_bytes(), size);
+        }
+        // Where clusters meet within a page its bits come by halves.
+        assert_eq!((held(&read), held(&merged)), (2, 0));
     }
 
     #[test]
