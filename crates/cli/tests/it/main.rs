@@ -26,6 +26,7 @@ mod convert_corners;
 mod convert_options;
 mod dirty;
 mod encryption;
+mod foreign;
 mod full_disk;
 mod headers;
 mod hostile_names;
