@@ -155,7 +155,7 @@ pub fn vmdk_image(path: &Path, access: Access, options: &CheckOptions) -> Result
         without_backing: true,
         ..ChainOptions::default()
     };
-    let chain = open::chain(open::spec(path)?, &options_of_chain)?;
+    let chain = open::chain(path, &options_of_chain)?;
     let Some(layer) = chain.layers.first() else {
         bail!("a chain without an image");
     };

@@ -44,7 +44,7 @@ pub fn run(args: &args::Commit) -> Result<()> {
     };
     let objects = &args.moving.keys.objects;
     let (path, options) = open::resolve(&args.file, args.image_opts, objects, options)?;
-    let chain = open::chain(open::spec(&path)?, &options)?;
+    let chain = open::chain(&path, &options)?;
     let shown = args.file.display();
     if chain.layers.len() < 2 {
         bail!("{shown}: has no backing file to commit into");
@@ -133,8 +133,7 @@ pub fn into(
         keeps_id: commit::keeps_id(&chain.layers),
         ..options.clone()
     };
-    let spec = open::spec(&path)?;
-    let open_base = || open::chain(spec, &options);
+    let open_base = || open::chain(&path, &options);
     let report = commit::commit(&chain.layers, &open_base, work)?;
     if let (true, Some(overlay)) = (empties, chain.layers.first()) {
         commit::empty(overlay)

@@ -17,6 +17,7 @@ use anyhow::{Error, Result};
 use disk::chain::ChainOptions;
 use image::Format;
 use serde::Serialize;
+use std::path::Path;
 use std::process::ExitCode;
 use tool::compare::{Difference, Failure, Outcome, compare};
 use tool::source::Source;
@@ -33,9 +34,9 @@ const READING: u8 = 4;
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Json<'a> {
-    filename1: &'a str,
-    filename2: &'a str,
+struct Json {
+    filename1: String,
+    filename2: String,
     virtual_size1: u64,
     virtual_size2: u64,
     identical: bool,
@@ -72,7 +73,7 @@ fn outcome(args: &args::Compare) -> Result<Outcome, Failed> {
     let stop = signals::stop_on_signals().map_err(opening)?;
     let keys = args.keys.read().map_err(opening)?;
     // The images have chains of their own, and each its share of the passphrases.
-    let chain = |spec: &str, format: Option<Format>| {
+    let chain = |name: &Path, format: Option<Format>| {
         let options = ChainOptions {
             format,
             read_only: true,
@@ -83,7 +84,7 @@ fn outcome(args: &args::Compare) -> Result<Outcome, Failed> {
             passphrases: keys.clone(),
             ..ChainOptions::default()
         };
-        open::named(spec, args.image_opts, &args.keys.objects, options).map_err(opening)
+        open::named(name, args.image_opts, &args.keys.objects, options).map_err(opening)
     };
     let first = chain(&args.file1, args.format)?;
     let second = chain(&args.file2, args.second_format)?;
@@ -110,8 +111,8 @@ fn tell(args: &args::Compare, outcome: &Outcome) -> Result<()> {
             Some(Difference::Content { at }) => (Some("content"), Some(at)),
         };
         return print(&crate::json(&Json {
-            filename1: &args.file1,
-            filename2: &args.file2,
+            filename1: args.file1.display().to_string(),
+            filename2: args.file2.display().to_string(),
             virtual_size1: first,
             virtual_size2: second,
             identical: what.is_none(),

@@ -321,7 +321,6 @@ fn backing_of(args: &args::Create, options: &Options) -> Result<Option<(String, 
 fn base_size(file: &Path, name: &str, format: Format) -> Result<u64> {
     // A relative name starts at the directory of the image that stores it.
     let path = open::beside(file, name);
-    let spec = open::spec(&path).context("-b")?;
     let options = ChainOptions {
         format: Some(format),
         read_only: true,
@@ -329,7 +328,7 @@ fn base_size(file: &Path, name: &str, format: Format) -> Result<u64> {
         allow_locked: true,
         ..ChainOptions::default()
     };
-    let chain = open::chain(spec, &options).context("backing file")?;
+    let chain = open::chain(&path, &options).context("backing file")?;
     Ok(chain.layers.first().map_or(0, |layer| layer.image.size()))
 }
 

@@ -13,6 +13,7 @@ use block::{limits, size};
 use disk::chain::{Chain, ChainOptions};
 use image::Format;
 use serde::Serialize;
+use std::path::Path;
 use tool::measure::{self, Layout, Measured};
 use tool::prealloc::Preallocation;
 use tool::source::Source;
@@ -31,7 +32,7 @@ struct Json {
 pub fn run(args: &args::Measure) -> Result<()> {
     let stop = signals::stop_on_signals()?;
     let mut options = options::parse(args.target_format, &args.options)?;
-    let chain = args.file.as_deref().map(|spec| open(args, spec));
+    let chain = args.file.as_deref().map(|name| open(args, name));
     let chain = chain.transpose()?;
     let mut source = chain.as_ref().map(Source::new).transpose()?;
     let bytes = match (&source, args.size) {
@@ -114,7 +115,7 @@ pub fn of(
     })
 }
 
-fn open(args: &args::Measure, spec: &str) -> Result<Chain> {
+fn open(args: &args::Measure, name: &Path) -> Result<Chain> {
     let options = ChainOptions {
         format: args.format,
         read_only: true,
@@ -126,7 +127,7 @@ fn open(args: &args::Measure, spec: &str) -> Result<Chain> {
         allow_locked: true,
         ..ChainOptions::default()
     };
-    open::named(spec, args.image_opts, &Objects::default(), options)
+    open::named(name, args.image_opts, &Objects::default(), options)
 }
 
 fn layout(options: &Options) -> Result<Layout> {

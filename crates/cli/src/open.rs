@@ -6,7 +6,7 @@
 use crate::image_opts::{self, ImageOptions};
 use crate::secret::Objects;
 use crate::signals;
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, bail};
 use disk::chain::{Chain, ChainOptions};
 use image::Format;
 use io::{File, Lock, OpenOptions};
@@ -125,24 +125,24 @@ fn known(path: &Path, format: Option<Format>, file: Arc<File>) -> Result<(Arc<Fi
 }
 
 /// Opens an image and all below it.
-pub fn chain(spec: &str, options: &ChainOptions) -> block::Result<Chain> {
+pub fn chain(path: &Path, options: &ChainOptions) -> block::Result<Chain> {
     let options = ChainOptions {
         server: waiting(&options.server),
         ..options.clone()
     };
-    io::wait_for_lock(|| Chain::open(spec, &options))
+    io::wait_for_lock(|| Chain::open(path, &options))
 }
 
 /// Opens an image and all below it, by its file's name, by `json:{…}` or, with `image_opts`, by `key=value,…`. What is
 /// named so was named by the user, and is opened wherever it is.
 pub fn named(
-    name: &str,
+    name: impl AsRef<Path>,
     image_opts: bool,
     objects: &Objects,
     options: ChainOptions,
 ) -> Result<Chain> {
-    let (path, options) = resolve(Path::new(name), image_opts, objects, options)?;
-    Ok(chain(spec(&path)?, &options)?)
+    let (path, options) = resolve(name.as_ref(), image_opts, objects, options)?;
+    Ok(chain(&path, &options)?)
 }
 
 /// Where the image is that `name` names, as [`named`] has it, and how it is opened.
@@ -248,10 +248,4 @@ pub fn alone(
     let file = file_of(&path, access, &waiting(&options.server))?;
     let (file, format) = known(&path, options.format, file)?;
     Ok(Alone { path, file, format })
-}
-
-/// `path` as the text that a chain is opened by.
-pub fn spec(path: &Path) -> Result<&str> {
-    path.to_str()
-        .ok_or_else(|| anyhow!("{}: the name is not UTF-8", path.display()))
 }

@@ -69,7 +69,7 @@ pub fn run(args: &args::Rebase) -> Result<()> {
             let (path, options) = overlay(args)?;
             let base = backing.map(|(name, format)| base(args, &path, name, format));
             let base = base.transpose()?;
-            let overlay = open::chain(open::spec(&path)?, &options)?;
+            let overlay = open::chain(&path, &options)?;
             let Some(active) = overlay.layers.first() else {
                 bail!("a chain without an image");
             };
@@ -149,8 +149,7 @@ fn base(args: &args::Rebase, file: &Path, name: &str, format: Format) -> Result<
         passphrases: args.moving.keys.read()?,
         ..ChainOptions::default()
     };
-    let spec = open::spec(&path).context("-b")?;
-    let chain = open::chain(spec, &options).context("-b")?;
+    let chain = open::chain(&path, &options).context("-b")?;
     let overlay = std::fs::canonicalize(file)?;
     let is_overlay = |path: &Path| std::fs::canonicalize(path).is_ok_and(|path| path == overlay);
     if chain.layers.iter().any(|layer| is_overlay(&layer.path)) {

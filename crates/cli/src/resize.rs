@@ -91,16 +91,18 @@ pub struct Resized {
 
 /// Resizes the image at `path`, which is opened as `options` say, locked against all others meanwhile.
 pub fn resize(path: &Path, options: &ChainOptions, wish: &Wish) -> Result<Resized> {
-    let spec = open::spec(path)?;
     let options = ChainOptions {
         repair: Some(crate::check::mend),
         ..options.clone()
     };
-    let chain = open::chain(spec, &options)?;
+    let chain = open::chain(path, &options)?;
     let active = chain.layers.first();
     let format = active.map_or(Format::Null, |layer| layer.format);
     let old = active.map_or(0, |layer| layer.image.size());
-    let new = wish.size.of(old).map_err(|e| anyhow!("{spec}: {e}"))?;
+    let new = wish
+        .size
+        .of(old)
+        .map_err(|e| anyhow!("{}: {e}", path.display()))?;
     let options = resize::ResizeOptions {
         size: new,
         shrink: wish.shrink,

@@ -13,8 +13,8 @@ pub struct Moving {
     /// Copy at most so many bytes of data in a second
     #[arg(short, long, value_name = "SIZE", value_parser = rate)]
     pub rate: Option<u64>,
-    /// How the host caches what is written: none, writeback, writethrough, directsync or unsafe [default: writeback;
-    /// convert: none, where the file system can, but with --resume]
+    /// How the host caches what is written: none, writeback, writethrough, directsync or unsafe [default: writeback; only
+    /// convert does without the cache, where the file system can, but with --resume]
     #[arg(short = 't', long, value_name = "MODE", value_parser = str::parse::<Cache>)]
     pub cache: Option<Cache>,
     /// Show progress also where stderr is no terminal
@@ -105,7 +105,7 @@ pub struct Convert {
     pub salvage: bool,
     /// Keep what is done in DST.part where it is cut off, and go on there the next time. What is there is read and
     /// compared with SRC, and written only where it differs: never a byte of an older SRC. Not kept where the host
-    /// failed to make it durable. Only for raw and qcow2 images that are no device
+    /// failed to make it durable. Only for raw and qcow2 images that are no device; not with -c or -n
     #[arg(long, conflicts_with_all = ["compress", "no_create"])]
     pub resume: bool,
     /// How the host caches SRC
@@ -132,7 +132,7 @@ pub struct Convert {
     pub moving: Moving,
     /// Images to copy, or null:SIZE; and last the image to make, which must not exist yet, unless -n is given
     #[arg(required_unless_present = "options", num_args = 1.., value_names = ["SRC", "DST"])]
-    pub files: Vec<String>,
+    pub files: Vec<PathBuf>,
 }
 
 impl Convert {
@@ -162,14 +162,14 @@ impl Convert {
             image_opts: false,
             force_share: false,
             data_file: None,
-            files: vec![source.to_owned(), target.to_owned()],
+            files: vec![source.into(), target.into()],
         }
     }
 
     /// The images to copy, at least one, and the one to make.
-    pub fn files(&self) -> anyhow::Result<(&[String], &Path)> {
+    pub fn files(&self) -> anyhow::Result<(&[PathBuf], &Path)> {
         match self.files.split_last() {
-            Some((target, sources)) if !sources.is_empty() => Ok((sources, Path::new(target))),
+            Some((target, sources)) if !sources.is_empty() => Ok((sources, target)),
             _ => anyhow::bail!("say what to copy, and where: diskplane convert SRC… DST"),
         }
     }
@@ -255,9 +255,9 @@ pub struct Compare {
     #[allow(missing_docs)]
     pub keys: Keys,
     /// First image
-    pub file1: String,
+    pub file1: PathBuf,
     /// Second image
-    pub file2: String,
+    pub file2: PathBuf,
 }
 
 /// `commit`.

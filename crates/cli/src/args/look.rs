@@ -38,7 +38,7 @@ pub struct Reading {
     #[allow(missing_docs)]
     pub keys: Keys,
     /// Image to read, or null:SIZE
-    pub file: String,
+    pub file: PathBuf,
 }
 
 /// `info`.

@@ -70,7 +70,6 @@ pub struct Measure {
     /// lie on that export
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
-    /// Image that is to be converted
-    #[arg(required_unless_present = "size")]
-    pub file: Option<String>,
+    /// Image that is to be converted; this or --size
+    pub file: Option<PathBuf>,
 }

@@ -18,7 +18,7 @@ use image::{Format, qcow2};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use io::Cache;
 use std::io::IsTerminal as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::{sync::Arc, thread};
 use tool::bitmap::{self, Broken};
 use tool::convert::{ConvertOptions, Report, Target, WORKERS_MAX, convert};
@@ -72,7 +72,7 @@ pub fn run(args: &Arguments) -> Result<()> {
 /// Copies a disk, or of a single one the part that `window` says.
 pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
     if options::wants_help(&args.options) {
-        let name = args.files.last().map_or(Path::new(""), Path::new);
+        let name = args.files.last().map_or(Path::new(""), PathBuf::as_path);
         let format = create::format_of(args.target_format, name, "-O")?;
         return crate::print(&options::help(format));
     }
@@ -90,7 +90,7 @@ pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
         }
     }
     let passphrases = args.moving.keys.read()?;
-    let open_source = |spec: &String| {
+    let open_source = |name: &PathBuf| {
         let options = ChainOptions {
             format: args.format,
             read_only: true,
@@ -103,7 +103,7 @@ pub fn copy(args: &Arguments, window: Option<Window>) -> Result<()> {
             passphrases: passphrases.clone(),
             ..ChainOptions::default()
         };
-        open::named(spec, args.image_opts, &args.moving.keys.objects, options)
+        open::named(name, args.image_opts, &args.moving.keys.objects, options)
     };
     let sources = names.iter().map(open_source);
     let sources = sources.collect::<Result<Vec<Chain>>>()?;
@@ -167,7 +167,6 @@ fn base(args: &Arguments, target: &Path, passphrases: &[Arc<Passphrase>]) -> Res
     };
     // A relative name starts at the directory of the image that stores it.
     let path = open::beside(target, name);
-    let spec = open::spec(&path).context("-B")?;
     let options = ChainOptions {
         format: args.backing_format,
         read_only: true,
@@ -177,7 +176,7 @@ fn base(args: &Arguments, target: &Path, passphrases: &[Arc<Passphrase>]) -> Res
         passphrases: passphrases.to_vec(),
         ..ChainOptions::default()
     };
-    Ok(Some(open::chain(spec, &options).context("-B")?))
+    Ok(Some(open::chain(&path, &options).context("-B")?))
 }
 
 /// Shows on `bar` that `done` bytes are done; SIGUSR1 has that said on stderr, where there is none to see.
@@ -257,7 +256,7 @@ impl Copying<'_> {
             passphrases,
             ..ChainOptions::default()
         };
-        Ok(open::chain(open::spec(path)?, &options)?)
+        Ok(open::chain(path, &options)?)
     }
 
     fn copy(

@@ -106,7 +106,11 @@ pub(super) fn print(args: &Arguments, copied: &Copied) -> Result<()> {
     }
     let mut line = format!(
         "converted {} to {}: {format}, {}; {} of data",
-        names.join(" and "),
+        names
+            .iter()
+            .map(|name| name.display().to_string())
+            .collect::<Vec<_>>()
+            .join(" and "),
         target.display(),
         size::human(report.size),
         size::human(report.written)

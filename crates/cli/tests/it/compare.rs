@@ -243,3 +243,40 @@ fn dd_copies_the_same_part() {
     refused(dir, &["dd", "if=same"]);
     refused(dir, &["dd", "if=same", "of=x", "conv=sync"]);
 }
+
+#[test]
+fn images_may_have_names_that_are_no_text() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    use std::process::Command;
+
+    let dir = TempDir::new();
+    let dir = dir.root();
+    qemu_img(dir, &["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    qemu::io("qcow2", dir.join("a.qcow2"), &["write -P 7 64k 64k"]);
+    let (name, copy) = (
+        OsStr::from_bytes(b"a\xff"),
+        OsStr::from_bytes(b"b\xfe.qcow2"),
+    );
+    std::fs::rename(dir.join("a.qcow2"), dir.join(name)).unwrap();
+    let words = |text: &'static str| text.split(' ').map(OsStr::new);
+    for args in [
+        words("convert -f qcow2")
+            .chain([name, copy])
+            .collect::<Vec<_>>(),
+        words("compare").chain([name, copy]).collect(),
+        words("info").chain([copy]).collect(),
+        words("map").chain([copy]).collect(),
+        words("measure").chain([copy]).collect(),
+        words("check").chain([copy]).collect(),
+        words("resize").chain([copy, OsStr::new("2M")]).collect(),
+    ] {
+        let output = Command::new(crate::common::binary())
+            .args(&args)
+            .current_dir(dir)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{args:?}: {said}");
+    }
+}

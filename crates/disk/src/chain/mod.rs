@@ -195,40 +195,42 @@ impl Chain {
     /// [`ErrorKind::Denied`] for a backing name that the policy forbids, [`ErrorKind::Locked`] when another process
     /// uses an image, [`ErrorKind::Corrupt`] and [`ErrorKind::Unsupported`] for contents; nothing was
     /// written to any file then.
-    pub fn open(spec: &str, options: &ChainOptions) -> Result<Self> {
+    pub fn open(spec: impl AsRef<Path>, options: &ChainOptions) -> Result<Self> {
+        // A file may have a name that is no text; anything else is one.
+        let (path, text) = (spec.as_ref(), spec.as_ref().to_str());
+        let shown = path.display();
         if options.force_share && !options.read_only {
             return Err(Error::invalid(
                 "--force-share is for reading only: another process may be writing",
             ));
         }
         let mut layers = Vec::new();
-        if let Some(null) = Null::parse(spec) {
-            layers.push(null_layer(null?, Path::new(spec)));
+        if let Some(null) = text.and_then(Null::parse) {
+            layers.push(null_layer(null?, path));
             return Ok(Self {
                 layers,
                 read_only: options.read_only,
             });
         }
-        let path = PathBuf::from(spec);
         let mut seen = Seen::new();
-        if !nbd::is_name(spec) {
-            let found = identity(&path);
+        if !text.is_some_and(nbd::is_name) {
+            let found = identity(path);
             seen.push(found.map_err(|error| match error.kind() {
-                ErrorKind::NotFound if has_protocol(spec) => Error::unsupported(format!(
-                    "{spec}: has a protocol, only files, block devices and NBD exports are opened"
+                ErrorKind::NotFound if text.is_some_and(has_protocol) => Error::unsupported(format!(
+                    "{shown}: has a protocol, only files, block devices and NBD exports are opened"
                 )),
                 _ => error,
             })?);
         }
         let mut keys = Keys::new(options);
-        let mut active = open_active(&path, &mut keys, &mut seen)?;
+        let mut active = open_active(path, &mut keys, &mut seen)?;
         let said = options.data_file.as_deref();
         open_data_file(&mut active, options, options.read_only, said, &mut seen)?;
         layers.push(active);
         while let Some(above) = layers.last() {
             if layers.len() > limits::CHAIN_LENGTH_MAX {
                 return Err(Error::invalid(format!(
-                    "{spec}: its chain of backing files is longer than {} images",
+                    "{shown}: its chain of backing files is longer than {} images",
                     limits::CHAIN_LENGTH_MAX
                 )));
             }
@@ -249,7 +251,7 @@ impl Chain {
             };
             if layers.len() >= limits::CHAIN_LENGTH_MAX {
                 return Err(Error::invalid(format!(
-                    "{spec}: its chain of backing files is longer than {} images",
+                    "{shown}: its chain of backing files is longer than {} images",
                     limits::CHAIN_LENGTH_MAX
                 )));
             }
