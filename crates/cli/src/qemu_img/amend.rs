@@ -233,7 +233,7 @@ fn in_qemus_words(error: Error, slot: Option<&str>) -> Error {
 
 /// Prints the options of a format that can be amended.
 fn help(format: &str) -> Result<u8> {
-    let Ok(known) = format.parse::<Format>() else {
+    let Some(known) = open::format_named(format) else {
         match create_options::is_read_only(format) {
             true => bail!("Format driver '{format}' does not support option amendment"),
             false => bail!("Unknown file format '{format}'"),

@@ -74,8 +74,11 @@ pub fn run(args: &Check) -> Result<u8> {
     }
     open::need_key(&name, &*storage, format, &args.image.spec.objects)?;
     let report = match format {
-        // Ours does: diskplane check.
-        Format::Vhd => None,
+        // Ours does: diskplane check. QEMU opens it before it says so.
+        Format::Vhd => {
+            image::vhd::Layout::read(&*storage).map_err(could_not)?;
+            None
+        }
         // It checks these, and repairs none.
         Format::Vdi | Format::Vmdk if repair != Repair::No => None,
         Format::Vmdk => {

@@ -153,7 +153,7 @@ pub fn run(args: &Convert) -> Result<u8> {
     refuse(args, &list)?;
     let format = args.target_format.as_deref().unwrap_or("raw");
     if line::wants_help(&list) {
-        if format.parse::<Format>().is_err() {
+        if open::format_named(format).is_none() {
             return Err(create_options::not_made(format));
         }
         print(&create_options::help(format, args.files.len() > 1))?;
@@ -396,16 +396,19 @@ impl Made<'_> {
     /// Decides what it is to be.
     fn settle(&self, args: &Convert) -> Result<(Said, Format)> {
         if args.target_image_opts {
+            if args.target_format.is_some() {
+                bail!("--image-opts and --format are mutually exclusive");
+            }
             return Ok((Said::default(), Format::Raw));
         }
-        let format = match self.format.parse::<Format>() {
-            Ok(format) => format,
-            Err(_) if args.no_create => bail!(
+        let format = match open::format_named(self.format) {
+            Some(format) => format,
+            None if args.no_create => bail!(
                 "Could not open '{}': Unknown driver '{}'",
                 self.file,
                 self.format
             ),
-            Err(_) => return Err(create_options::not_made(self.format)),
+            None => return Err(create_options::not_made(self.format)),
         };
         if !args.no_create {
             open::check_protocol(self.file)?;

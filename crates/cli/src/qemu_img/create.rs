@@ -80,7 +80,7 @@ pub fn run(args: &Create) -> Result<u8> {
 }
 
 fn help(format: &str, with_file: bool) -> Result<u8> {
-    if format.parse::<Format>().is_err() {
+    if open::format_named(format).is_none() {
         return Err(create_options::not_made(format));
     }
     print(&create_options::help(format, with_file))?;
@@ -102,7 +102,7 @@ struct New<'a> {
 impl New<'_> {
     /// Decides what the image is to be, and says so.
     fn settle(&self, objects: &Objects) -> Result<(Said, Format)> {
-        let Ok(format) = self.format.parse::<Format>() else {
+        let Some(format) = open::format_named(self.format) else {
             return Err(create_options::not_made(self.format));
         };
         open::check_protocol(self.file)?;
@@ -314,7 +314,7 @@ fn check_backing_format(format: Format, said: &Said) -> Result<()> {
     match format {
         Format::Vmdk if name != "vmdk" => bail!("backing_file must be a vmdk image"),
         Format::Vmdk => Ok(()),
-        _ if name.parse::<Format>().is_err() => {
+        _ if open::format_named(name).is_none() => {
             bail!("Parameter 'backing-fmt' does not accept value '{name}'")
         }
         Format::Qcow2 if said.get("backing_file").is_none() => {

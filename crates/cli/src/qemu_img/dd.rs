@@ -8,7 +8,6 @@ use super::open::{self, How};
 use super::spec::Spec;
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
-use image::Format;
 use tool::convert::ConvertOptions;
 use tool::source::Source;
 
@@ -53,7 +52,7 @@ pub fn run(args: &Dd) -> Result<u8> {
     };
     let chain = open::chain(&name, &how, &args.spec.objects)?;
     let said = args.output_format.as_deref().unwrap_or("raw");
-    let Ok(format) = said.parse::<Format>() else {
+    let Some(format) = open::format_named(said) else {
         bail!("Unknown file format");
     };
     open::check_protocol(output)?;

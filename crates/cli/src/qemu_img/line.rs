@@ -3,7 +3,7 @@
 use anyhow::{Error, Result, anyhow};
 use block::size;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{ArgAction, Args, Command, FromArgMatches};
+use clap::{Arg, ArgAction, Args, Command, FromArgMatches};
 use std::ffi::OsString;
 use std::fmt;
 
@@ -53,6 +53,8 @@ pub fn parse<T: Args + FromArgMatches>(name: &'static str, arguments: &[OsString
             false => arg,
         }
     });
+    let long = command.get_arguments().filter_map(Arg::get_long);
+    let long: Vec<String> = long.map(|name| format!("--{name}")).collect();
     let parsed = command
         .try_get_matches_from(arguments)
         .and_then(|matches| T::from_arg_matches(&matches));
@@ -62,13 +64,13 @@ pub fn parse<T: Args + FromArgMatches>(name: &'static str, arguments: &[OsString
         Err(error) => {
             let last = arguments.last().map(|last| last.to_string_lossy());
             let last = last.as_deref().unwrap_or_default();
-            Parsed::Wrong(format!("qemu-img {name}: {}", wrong(&error, last)))
+            Parsed::Wrong(format!("qemu-img {name}: {}", wrong(&error, &long, last)))
         }
     }
 }
 
-/// What `getopt_long` says; `last` is the last argument, where a value can be missing.
-fn wrong(error: &clap::Error, last: &str) -> String {
+/// What `getopt_long` says, where `long` are the long options; `last` is the last argument, where a value can be missing.
+fn wrong(error: &clap::Error, long: &[String], last: &str) -> String {
     let named = match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(named)) => named.split([' ', '=']).next().unwrap_or_default(),
         Some(ContextValue::Strings(named)) => named.first().map_or("", String::as_str),
@@ -85,7 +87,17 @@ fn wrong(error: &clap::Error, last: &str) -> String {
     match error.kind() {
         ErrorKind::UnknownArgument => match short(named) {
             Some(letter) => format!("invalid option -- '{letter}'"),
-            None => format!("unrecognized option '{named}'"),
+            None => {
+                let fits: Vec<_> = long.iter().filter(|o| o.starts_with(named)).collect();
+                match fits.as_slice() {
+                    [_, _, ..] => {
+                        let fits: Vec<String> = fits.iter().map(|o| format!("'{o}'")).collect();
+                        let fits = fits.join(" ");
+                        format!("option '{named}' is ambiguous; possibilities: {fits}")
+                    }
+                    _ => format!("unrecognized option '{named}'"),
+                }
+            }
         },
         // clap names the long form, whichever was given.
         ErrorKind::InvalidValue if value.is_empty() => match last.starts_with("--") {

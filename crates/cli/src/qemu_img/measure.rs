@@ -10,7 +10,6 @@ use crate::options;
 use crate::{measure, print, signals};
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
-use image::Format;
 use serde_json::json;
 use tool::source::Source;
 use tool::work::Work;
@@ -80,7 +79,7 @@ pub fn run(args: &Measure) -> Result<u8> {
         }
     })?;
     let target = args.target_format.as_deref().unwrap_or("raw");
-    let Ok(format) = target.parse::<Format>() else {
+    let Some(format) = open::format_named(target) else {
         return Err(create_options::not_made(target));
     };
     let list = line::joined(&args.options)?;

@@ -95,7 +95,7 @@ pub fn chain_and_options(
     if named.passphrases.is_empty() {
         named.passphrases.clone_from(&how.passphrases);
     }
-    let path = open::spec(&named.path)?;
+    let path = text_of(&named.path)?;
     let failed = |error: block::Error| could_not(explain(path, &error, how.write));
     let cache = named.cache.unwrap_or(how.cache);
     let mut opened = None;
@@ -153,8 +153,8 @@ pub fn chain_and_options(
         allow_locked: how.allow_locked,
         ..trusting()
     };
-    let chain =
-        open::chain(path, &options).map_err(|error| could_not(explain(path, &error, how.write)))?;
+    let chain = open::chain(&named.path, &options)
+        .map_err(|error| could_not(explain(path, &error, how.write)))?;
     Ok((chain, options))
 }
 
@@ -344,10 +344,21 @@ fn below(name: &str) -> block::Result<Below> {
     }
 }
 
+/// `path` as messages have it: it came from text.
+fn text_of(path: &Path) -> Result<&str> {
+    path.to_str()
+        .ok_or_else(|| anyhow!("{}: the name is not UTF-8", path.display()))
+}
+
+/// The format that QEMU calls `name`; it knows none of our other names (its word for `vhd` is `vpc`).
+pub fn format_named(name: &str) -> Option<Format> {
+    let format = name.parse::<Format>().ok()?;
+    Some(format).filter(|format| format.qemu_name() == name)
+}
+
 /// The format that the driver `name` of QEMU is.
 pub fn driver(name: &str) -> Result<Format> {
-    name.parse::<Format>()
-        .map_err(|_| anyhow!("Unknown driver '{name}'"))
+    format_named(name).ok_or_else(|| anyhow!("Unknown driver '{name}'"))
 }
 
 /// How a file is opened that is only looked at.
@@ -569,7 +580,7 @@ pub fn shared_file(
     if access == Access::Write {
         named.refuse_writing().map_err(could_not)?;
     }
-    let path = open::spec(&named.path)?;
+    let path = text_of(&named.path)?;
     let failed = |error: &block::Error| could_not(explain(path, error, access == Access::Write));
     if named.part.or(named.window).is_some() {
         return Err(could_not(anyhow!(

@@ -60,7 +60,7 @@ pub fn run(args: &Rebase) -> Result<u8> {
     let name = args.image.spec.name(file);
     let said = args.backing_format.as_deref();
     if let Some(format) = said
-        && format.parse::<Format>().is_err()
+        && open::format_named(format).is_none()
     {
         bail!("Invalid format name: '{format}'");
     }

@@ -87,7 +87,9 @@ pub fn run(args: &Snapshot) -> Result<u8> {
     } else if let Some(name) = &args.apply {
         snapshot::apply(storage, name).map_err(|error| match error.kind() {
             ErrorKind::NotFound => {
-                anyhow!("Could not apply snapshot '{name}': Can't find snapshot")
+                anyhow!(
+                    "Could not apply snapshot '{name}': Failed to load snapshot: No such file or directory"
+                )
             }
             _ if error.to_string().contains("persistent bitmaps") => {
                 anyhow!("Could not apply snapshot '{name}': Device has active dirty bitmaps")

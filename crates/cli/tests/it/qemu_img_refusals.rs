@@ -183,3 +183,35 @@ fn values_that_cannot_be_are_refused_in_qemus_words() {
             .map(|line| line.as_str()),
     );
 }
+
+#[test]
+fn words_and_codes_are_those_of_qemu_img_also_where_nothing_is_opened() {
+    fail(&[
+        "create -f vhd x 1M",
+        "convert -O vhd q x",
+        "info -f vhd vp",
+        "measure -O vhd q",
+        "amend -f vhd -o help",
+        "dd -O vhd if=q of=x",
+        "snapshot -a nope q",
+        "snapshot -d nope q",
+        "convert --target-i q x",
+        "convert -n -O raw --target-image-opts q driver=raw,file.filename=r",
+        "check vp",
+    ]);
+}
+
+#[test]
+fn a_vhd_image_that_cannot_be_opened_is_no_format_without_checks() {
+    let dir = testkit::TempDir::new();
+    let file = dir.path("v");
+    testkit::qemu::create("vpc", &file, "10M");
+    let code = || {
+        let output = crate::common::diskplane(dir.root(), &["qemu-img", "check", "-f", "vpc", "v"]);
+        output.status.code()
+    };
+    assert_eq!(code(), Some(63));
+    let cut = std::fs::OpenOptions::new().write(true).open(&file);
+    cut.and_then(|file| file.set_len(1000)).unwrap();
+    assert_eq!(code(), Some(1));
+}
