@@ -7,7 +7,7 @@ use crate::{
 };
 use block::{Context, Error, ErrorKind, Result, size};
 use disk::now_ns;
-use nbd::{Client, Options};
+use nbd::{Client, Options, proto::transmission_flag};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::{os::fd::AsFd, path::Path};
 use trace::{Breakdown, Entry, Operation, RING_ENTRIES_MAX, breakdown::Sample};
@@ -128,6 +128,9 @@ pub fn measure(
     };
     let mut runs = Vec::with_capacity(protocol.runs);
     let warm_up = (protocol.warm_up > 0).then_some(protocol.warm_up);
+    // A flush that nothing came before has nothing to do.
+    let touches = protocol.operation == Operation::Flush && places > 0 && client.writes();
+    let each = if touches { 3 } else { 1 };
     let lengths = std::iter::repeat_n(protocol.requests, protocol.runs);
     for (number, requests) in warm_up.into_iter().chain(lengths).enumerate() {
         let mut timings = Vec::with_capacity(requests);
@@ -136,9 +139,17 @@ pub fn measure(
                 Operation::Flush => 0,
                 _ => place.take() * protocol.block_bytes,
             };
-            timings.push((at, client.request(at)?));
+            if touches {
+                let at = place.take() * protocol.block_bytes;
+                client.request(Operation::Read, at)?;
+                client.request(Operation::Write, at)?;
+            }
+            timings.push((at, client.request(protocol.operation, at)?));
         }
-        let noted = entries(requests)?;
+        let mut noted = entries(requests * each)?;
+        if touches {
+            noted.retain(|entry| entry.operation == Operation::Flush);
+        }
         if noted.len() != requests {
             return Err(Error::new(
                 ErrorKind::Io,
@@ -196,15 +207,18 @@ trait Client1 {
     /// Bytes of the disk.
     fn capacity(&self) -> u64;
 
-    /// Makes the request at `at` and waits for its end: when it began and ended, in nanoseconds of [`now_ns`].
-    fn request(&mut self, at: u64) -> Result<(u64, u64)>;
+    /// Whether the disk can be written.
+    fn writes(&self) -> bool;
+
+    /// Makes a request at `at` and waits for its end: when it began and ended, in nanoseconds of [`now_ns`]. A write is of what the
+    /// read before has brought.
+    fn request(&mut self, operation: Operation, at: u64) -> Result<(u64, u64)>;
 }
 
 struct Vhost {
     machine: Machine,
     ring: Ring,
     capacity: u64,
-    kind: u32,
     bytes: u32,
     name: String,
 }
@@ -223,12 +237,7 @@ impl Vhost {
             ..Setup::default()
         };
         let mut machine = Machine::start(socket, setup).context(named)?;
-        let kind = match protocol.operation {
-            Operation::Write => OUT,
-            Operation::Flush => FLUSH,
-            _ => IN,
-        };
-        if kind == OUT && machine.features & feature::RO != 0 {
+        if protocol.operation == Operation::Write && machine.features & feature::RO != 0 {
             return Err(Error::new(
                 ErrorKind::ReadOnly,
                 format!("{name}: the disk is read-only"),
@@ -244,7 +253,6 @@ impl Vhost {
             machine,
             ring,
             capacity: u64::from_le_bytes(config).saturating_mul(512),
-            kind,
             bytes,
             name,
         })
@@ -276,20 +284,29 @@ impl Client1 for Vhost {
         self.capacity
     }
 
-    fn request(&mut self, at: u64) -> Result<(u64, u64)> {
+    fn writes(&self) -> bool {
+        self.machine.features & feature::RO == 0
+    }
+
+    fn request(&mut self, operation: Operation, at: u64) -> Result<(u64, u64)> {
+        let kind = match operation {
+            Operation::Write => OUT,
+            Operation::Flush => FLUSH,
+            _ => IN,
+        };
         let mut header = [0; 16];
-        header[..4].copy_from_slice(&self.kind.to_le_bytes());
+        header[..4].copy_from_slice(&kind.to_le_bytes());
         header[8..].copy_from_slice(&(at / 512).to_le_bytes());
         self.machine.ram.write(HEADER, &header);
         self.machine.ram.write(STATUS, &[0xff]);
         let data = Piece {
             at: DATA,
             len: self.bytes,
-            device_writes: self.kind == IN,
+            device_writes: kind == IN,
         };
         let all = [Piece::read(HEADER, 16), data, Piece::write(STATUS, 1)];
         let flush = [all[0], all[2]];
-        let pieces: &[Piece] = if self.kind == FLUSH { &flush } else { &all };
+        let pieces: &[Piece] = if kind == FLUSH { &flush } else { &all };
         let began = now_ns();
         // Three descriptors at most.
         self.ring.offer(0, Chain::Pieces(pieces), false);
@@ -317,7 +334,6 @@ impl Client1 for Vhost {
 
 struct NbdClient {
     client: Client,
-    operation: Operation,
     buffer: Vec<u8>,
 }
 
@@ -328,7 +344,6 @@ impl NbdClient {
         let buffer = vec![0x5a; protocol.block_bytes as usize];
         Ok(Self {
             client: Client::connect(&uri, &Options::default())?,
-            operation: protocol.operation,
             buffer,
         })
     }
@@ -339,9 +354,13 @@ impl Client1 for NbdClient {
         self.client.export().size
     }
 
-    fn request(&mut self, at: u64) -> Result<(u64, u64)> {
+    fn writes(&self) -> bool {
+        !self.client.export().has(transmission_flag::READ_ONLY)
+    }
+
+    fn request(&mut self, operation: Operation, at: u64) -> Result<(u64, u64)> {
         let began = now_ns();
-        match self.operation {
+        match operation {
             Operation::Write => self.client.write(at, &self.buffer)?,
             Operation::Flush => self.client.flush()?,
             _ => self.client.read(at, &mut self.buffer)?,

@@ -43,7 +43,11 @@ fn slow() -> Served {
     serve_chain(
         TempDir::new(),
         chain,
-        DiskOptions::default(),
+        // A flush's commit is its own.
+        DiskOptions {
+            flush_ahead: false,
+            ..DiskOptions::default()
+        },
         EngineKind::Sim,
     )
 }
@@ -71,6 +75,7 @@ fn breakdown(served: &Served, target: usize, operation: Operation) -> Breakdown 
         ..Protocol::default()
     };
     let mut asked = 0;
+    // Of a flush: what comes before it too.
     let mut entries = |count: usize| {
         asked += count as u64;
         Ok(noted(served, asked, count))

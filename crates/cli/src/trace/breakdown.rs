@@ -215,8 +215,10 @@ fn of_image(args: &Args, file: &str) -> Result<Answer> {
     let options = DiskOptions {
         read_only,
         writethrough: args.cache.writethrough(),
-        // A run is read when it has ended.
-        trace_entries: u32::try_from(args.number)?.max(RING_ENTRIES_DEFAULT),
+        // A run is read when it has ended; before a flush something is read and written.
+        trace_entries: u32::try_from(args.number)?
+            .saturating_mul(3)
+            .max(RING_ENTRIES_DEFAULT),
         ..DiskOptions::default()
     };
     let disk = Disk::new(chain, options)?;

@@ -164,7 +164,7 @@ pub struct Breakdown {
         conflicts_with = "control"
     )]
     pub over: Over,
-    /// Which requests to make of FILE; writes destroy what is in it. With --control: which ones count [default: read; all]
+    /// Which requests to make of FILE; writes destroy what is in it, and before each flush a block is read and written again. With --control: which ones count [default: read; all]
     #[arg(long, value_name = "PATTERN")]
     pub rw: Option<Asked>,
     /// Bytes of a request
