@@ -2,7 +2,7 @@
 
 use crate::{
     flame,
-    load::{self, Pattern, Report, Spec, Target, timeline},
+    load::{self, Pattern, Percentiles, Report, Spec, Target, timeline},
     machine::others::{Activity, Watch},
     metric::{Metric, Metrics},
     peer::{Running, Seen},
@@ -198,16 +198,29 @@ pub(crate) fn figures(reports: &[Report], pids: &[u32]) -> Result<Measured> {
     if iops <= 0.0 {
         return Err(Error::new(ErrorKind::Io, "no request ended"));
     }
-    let mean = |of: fn(&Report) -> f64| reports.iter().map(of).sum::<f64>() / reports.len() as f64;
+    let mut latency = Buckets::default();
+    let mut timeline = timeline::Stored::default();
+    let mut stages: BTreeMap<String, Totals> = BTreeMap::new();
+    for report in reports {
+        latency.merge(&report.histogram);
+        timeline.merge(&report.timeline);
+        for (operation, totals) in &report.stages {
+            stages.entry(operation.clone()).or_default().add(totals);
+        }
+    }
+    let all = match reports {
+        [one] => one.latency,
+        _ => together(reports, &latency),
+    };
     let mut metrics = Metrics::from([
         (Metric::Iops, iops),
-        (Metric::P50Us, mean(|r| r.latency.p50_us)),
-        (Metric::P90Us, mean(|r| r.latency.p90_us)),
-        (Metric::P99Us, mean(|r| r.latency.p99_us)),
-        (Metric::P999Us, mean(|r| r.latency.p99_9_us)),
-        (Metric::P9999Us, mean(|r| r.latency.p99_99_us)),
-        (Metric::MeanUs, mean(|r| r.latency.mean_us)),
-        (Metric::MaxUs, mean(|r| r.latency.max_us)),
+        (Metric::P50Us, all.p50_us),
+        (Metric::P90Us, all.p90_us),
+        (Metric::P99Us, all.p99_us),
+        (Metric::P999Us, all.p99_9_us),
+        (Metric::P9999Us, all.p99_99_us),
+        (Metric::MeanUs, all.mean_us),
+        (Metric::MaxUs, all.max_us),
         (Metric::MbS, reports.iter().map(|r| r.mb_s).sum()),
     ]);
     // Each report divides its process's time by its own requests: all the same one's, or each another one's.
@@ -250,25 +263,37 @@ pub(crate) fn figures(reports: &[Report], pids: &[u32]) -> Result<Measured> {
     ];
     metrics.extend(cpu.into_iter().filter_map(|(m, v)| Some((m, v?))));
     derive(&mut metrics);
-    let mut latency = Buckets::default();
-    let mut stages: BTreeMap<String, Totals> = BTreeMap::new();
-    for report in reports {
-        latency.merge(&report.histogram);
-        for (operation, totals) in &report.stages {
-            stages.entry(operation.clone()).or_default().add(totals);
-        }
-    }
     Ok(Measured {
         metrics,
         latency,
         stages,
         interrupts: BTreeMap::new(),
-        timeline: reports
-            .first()
-            .map(|r| r.timeline.clone())
-            .unwrap_or_default(),
+        timeline,
         reports: serde_json::to_value(reports).unwrap_or_default(),
     })
+}
+
+/// The latencies of all requests of several loads, whose merged histogram is `latency`: percentiles to its buckets' width (1/32).
+fn together(reports: &[Report], latency: &Buckets) -> Percentiles {
+    let at = |part: f64| latency.quantile_ns(part).unwrap_or(0) as f64 / 1000.0;
+    let own = || reports.iter().map(|r| r.latency);
+    let count = own().map(|l| l.count).sum();
+    let max_us = own().map(|l| l.max_us).fold(0.0, f64::max);
+    let of = |part: f64| at(part).min(max_us);
+    Percentiles {
+        count,
+        min_us: own()
+            .filter(|l| l.count > 0)
+            .map(|l| l.min_us)
+            .fold(max_us, f64::min),
+        mean_us: own().map(|l| l.mean_us * l.count as f64).sum::<f64>() / count.max(1) as f64,
+        p50_us: of(0.5),
+        p90_us: of(0.9),
+        p99_us: of(0.99),
+        p99_9_us: of(0.999),
+        p99_99_us: of(0.9999),
+        max_us,
+    }
 }
 
 /// Bytes as MiB.
@@ -411,6 +436,37 @@ mod tests {
         assert_eq!(own.metrics[&Metric::MemoryMib], 6.0);
         assert!(figures(&[failed], &[pid]).is_err());
         assert!(figures(&[Report::default()], &[]).is_err());
+    }
+
+    #[test]
+    fn latencies_of_loads_at_the_same_time_are_those_of_all_requests() {
+        // One load of 99 fast requests, one of a slow one: half of all are not at the mean of the two medians.
+        let report = |ns: u64, count: u64| {
+            let us = ns as f64 / 1000.0;
+            Report {
+                iops: 1.0,
+                latency: Percentiles {
+                    count,
+                    min_us: us,
+                    mean_us: us,
+                    p50_us: us,
+                    max_us: us,
+                    ..Percentiles::default()
+                },
+                histogram: [(ns, count)].into_iter().collect(),
+                timeline: timeline::Stored {
+                    slice_ms: 10.0,
+                    rows: vec![vec![(3, count as u32)]],
+                },
+                ..Report::default()
+            }
+        };
+        let measured = figures(&[report(100_000, 99), report(9_000_000, 1)], &[]).unwrap();
+        let of = |metric: Metric| measured.metrics[&metric];
+        assert_eq!((of(Metric::P50Us), of(Metric::P99Us)), (100.0, 100.0));
+        assert_eq!((of(Metric::P999Us), of(Metric::MaxUs)), (9000.0, 9000.0));
+        assert_eq!(of(Metric::MeanUs), 189.0);
+        assert_eq!(measured.timeline.rows, [[(3, 100)]]);
     }
 
     #[test]

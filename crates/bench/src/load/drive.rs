@@ -19,8 +19,12 @@ pub(crate) const RAMP: u8 = 0;
 pub(crate) const MEASURE: u8 = 1;
 /// No more requests; those in flight end and count.
 pub(crate) const STOP: u8 = 2;
-/// Between two turns: no more requests for now; those in flight end and do not count.
+/// Between two turns: no more requests for now. Those in flight end; their latencies are noted, and where that takes longer than
+/// [`DRAIN`] they and the time count as the turn's, so that no turn's end hides a server that stalls.
 pub(crate) const REST: u8 = 3;
+
+/// How long what is in flight at the end of a turn may take without being counted.
+pub(crate) const DRAIN: Duration = Duration::from_millis(20);
 
 /// How long a server may leave all requests unanswered.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
@@ -87,6 +91,17 @@ impl Outcome {
             true => self.bytes += request.bytes,
             false => self.errors += 1,
         }
+    }
+
+    /// Notes what ended after a turn.
+    fn drained(&mut self, tail: &Self, took: Duration) {
+        if took > DRAIN {
+            self.merge(tail);
+            return;
+        }
+        self.read_latency.merge(&tail.read_latency);
+        self.write_latency.merge(&tail.write_latency);
+        self.flush_latency.merge(&tail.flush_latency);
     }
 
     fn notified(&mut self, before: (u64, u64), now: (u64, u64)) {
@@ -169,6 +184,8 @@ pub(crate) fn drive(
     let mut ended = Vec::with_capacity(depth);
     let mut in_flight = 0;
     let mut measuring = false;
+    // What has ended since the turn was over, and when it was.
+    let mut tail: Option<(Outcome, Instant)> = None;
     let mut before = (0, 0);
     // Reads and writes that may still be asked for, and their bytes.
     let mut left = (u64::MAX, u64::MAX);
@@ -185,6 +202,7 @@ pub(crate) fn drive(
         if measuring && matches!(state, RAMP | REST) {
             measuring = false;
             earlier += origin.elapsed();
+            tail = (state == REST).then(|| (Outcome::default(), Instant::now()));
             outcome.notified(before, client.notifications());
         } else if !measuring && matches!(state, MEASURE | STOP) {
             measuring = true;
@@ -243,6 +261,9 @@ pub(crate) fn drive(
             in_flight += 1;
         }
         if in_flight == 0 {
+            if let Some((tail, over)) = tail.take() {
+                outcome.drained(&tail, over.elapsed());
+            }
             if state == REST && rest() {
                 began = Instant::now();
                 if let Some(pace) = &mut pace {
@@ -292,6 +313,9 @@ pub(crate) fn drive(
             let (request, since) = slots[slot];
             if let Some(verifier) = &mut verifier {
                 verifier.end(client, slot, ok);
+            }
+            if let Some((tail, _)) = &mut tail {
+                tail.count(&request, now.saturating_duration_since(since), ok);
             }
             if measuring {
                 outcome.count(&request, now.saturating_duration_since(since), ok);
@@ -452,6 +476,111 @@ mod tests {
         assert!(slow(None) >= 1);
         // At one a millisecond some 35 are more than 5 ms late.
         assert!(slow(Some(1000.0)) >= 30);
+    }
+
+    /// Answers at once until its third answer, which comes after the end of the turn and `late`.
+    struct Late<'a> {
+        inner: Stalling,
+        phase: &'a AtomicU8,
+        late: Duration,
+    }
+
+    impl Client for Late<'_> {
+        fn submit(&mut self, slot: usize, request: Request) -> Result<()> {
+            self.inner.submit(slot, request)
+        }
+
+        fn send(&mut self) -> Result<()> {
+            Ok(())
+        }
+
+        fn reap(&mut self, ended: &mut Vec<Ended>) -> Result<()> {
+            if self.inner.answered == 2 {
+                self.phase.store(REST, Ordering::Relaxed);
+            }
+            // The load sees the turn's end before the answer.
+            if self.inner.answered == 3 {
+                std::thread::sleep(self.late);
+            }
+            match self.inner.answered {
+                2 => self.inner.answered = 3,
+                _ => self.inner.reap(ended)?,
+            }
+            Ok(())
+        }
+
+        fn put(&mut self, _: usize, _: &[u8]) {}
+
+        fn get(&mut self, _: usize, _: &mut [u8]) {}
+
+        fn notifications(&self) -> (u64, u64) {
+            (0, 0)
+        }
+    }
+
+    #[test]
+    fn a_stall_at_the_end_of_a_turn_is_not_lost() {
+        let late = |late: Duration| {
+            let spec = Spec {
+                depth: 1,
+                ..Spec::new(Target::VhostUser("none".into()))
+            };
+            let disk = Geometry {
+                capacity: 1 << 20,
+                read_only: false,
+                flushes: true,
+                block_bytes: 512,
+            };
+            let places = Places::new(&spec, &disk).unwrap();
+            let course = Course {
+                plan: Plan::new(&spec, places, 0, Against::default()),
+                depth: 1,
+                pace: None,
+                rests: None,
+                ios_max: None,
+                bytes_max: None,
+                verifier: None,
+            };
+            let phase = AtomicU8::new(MEASURE);
+            let mut client = Late {
+                inner: Stalling::default(),
+                phase: &phase,
+                late,
+            };
+            let outcome = drive(&mut client, course, &phase, || false).unwrap();
+            let longest = outcome.read_latency.percentiles().max_us;
+            (
+                outcome.reads,
+                outcome.read_latency.percentiles().count,
+                longest,
+            )
+        };
+        // It is seen in any case, and the turn's where it was long.
+        assert_eq!(late(Duration::ZERO).1, 3);
+        let (reads, seen, longest) = late(DRAIN * 2);
+        assert_eq!((reads, seen), (3, 3));
+        assert!(longest >= 40_000.0, "{longest}");
+    }
+
+    #[test]
+    fn the_usual_rest_of_a_turn_is_noted_and_does_not_count() {
+        let spec = Spec::new(Target::VhostUser("none".into()));
+        let disk = Geometry {
+            capacity: 1 << 20,
+            read_only: false,
+            flushes: true,
+            block_bytes: 512,
+        };
+        let places = Places::new(&spec, &disk).unwrap();
+        let request = Plan::new(&spec, places, 0, Against::default()).next(0, None);
+        let mut tail = Outcome::default();
+        tail.count(&request, DRAIN, true);
+        for (took, reads) in [(DRAIN, 0), (DRAIN * 2, 1)] {
+            let mut outcome = Outcome::default();
+            outcome.drained(&tail, took);
+            assert_eq!((outcome.reads, outcome.bytes), (reads, reads * 4096));
+            assert_eq!(outcome.read_latency.percentiles().count, 1);
+        }
     }
 
     /// Answers at once, and notes when requests came, of which slot, and how many others were in flight then.

@@ -2,7 +2,7 @@
 
 use super::{
     By, Report, Spec,
-    drive::{self, Client, Course, MEASURE, Outcome, RAMP, REST, STOP},
+    drive::{self, Client, Course, DRAIN, MEASURE, Outcome, RAMP, REST, STOP},
     pace::{Pace, Rests},
     plan::{self, Places, Plan},
     turns::Turns,
@@ -138,16 +138,20 @@ fn conduct(
     }
     let limit = (!spec.duration.is_zero()).then(|| began.checked_add(spec.duration));
     hall.wait(limit.flatten());
+    let done = hall.running == 0;
     phase.store(STOP, Ordering::Relaxed);
     hall.wait_all();
     if let Some(error) = hall.failure {
         return Err(error);
     }
     let after = watched.end()?;
-    let seconds = hall
-        .total
-        .last
-        .map_or_else(|| began.elapsed(), |last| last - began);
+    // Who ended by itself took as long as its last request; who was stopped was there to the end, and perhaps idle.
+    let stopped = hall.total.last.map_or(Duration::ZERO, |last| last - began);
+    let seconds = match limit {
+        _ if stopped.is_zero() => began.elapsed(),
+        Some(_) if !done => stopped.max(spec.duration),
+        _ => stopped,
+    };
     report(spec, &hall.total, seconds, after.since(&before))
 }
 
@@ -175,11 +179,20 @@ fn in_turns(
             phase.store(MEASURE, Ordering::Relaxed);
             hall.wait(Some(began + turn.measure));
             phase.store(REST, Ordering::Relaxed);
-            measured += began.elapsed();
-            used.add(&watched.end()?.since(&before));
+            let turn = began.elapsed();
+            let mut after = watched.end()?;
+            hall.wait_for_rest();
+            let all = began.elapsed();
+            measured += turn;
+            if all - turn > DRAIN {
+                measured += all - turn;
+                after = watched.end()?;
+            }
+            used.add(&after.since(&before));
+        } else {
+            phase.store(REST, Ordering::Relaxed);
+            hall.wait_for_rest();
         }
-        phase.store(REST, Ordering::Relaxed);
-        hall.wait_for_rest();
         if let Some(error) = hall.failure.take() {
             return Err(error);
         }
@@ -274,4 +287,50 @@ fn report(spec: &Spec, total: &Outcome, seconds: Duration, used: Usage) -> Resul
     };
     used.tell(&spec.server_pids, ios, requests, &mut report)?;
     Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::load::{Report, Spec, Target, run};
+    use std::time::Duration;
+
+    /// Reads of a file.
+    fn reads(change: impl FnOnce(&mut Spec)) -> Report {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let mut spec = Spec::new(Target::File {
+            path: file.path().to_owned(),
+            engine: "threads".to_owned(),
+            direct: false,
+        });
+        change(&mut spec);
+        run(&spec).unwrap()
+    }
+
+    #[test]
+    fn a_load_that_idles_to_its_end_took_until_then() {
+        let duration = Duration::from_millis(300);
+        let report = reads(|spec| {
+            (spec.rate, spec.poll) = (Some(5.0), true);
+            spec.duration = duration;
+        });
+        assert!(report.seconds >= duration.as_secs_f64(), "{report:?}");
+        // The first at once, the second after a fifth of a second.
+        assert!((1..=2).contains(&report.reads), "{report:?}");
+        let report = reads(|spec| {
+            spec.think = Duration::from_secs(1);
+            (spec.depth, spec.duration) = (1, duration);
+        });
+        assert!(report.seconds >= duration.as_secs_f64(), "{report:?}");
+    }
+
+    #[test]
+    fn a_load_of_so_many_requests_took_until_the_last() {
+        let report = reads(|spec| {
+            spec.ios_max = Some(100);
+            spec.duration = Duration::from_secs(3600);
+        });
+        assert_eq!(report.reads, 100);
+        assert!(report.seconds < 3600.0);
+    }
 }

@@ -109,6 +109,51 @@ pub struct Stored {
     pub rows: Vec<Vec<(u16, u32)>>,
 }
 
+impl Stored {
+    /// Counts all of `other`'s requests too: those of another load that ran at the same time.
+    pub(crate) fn merge(&mut self, other: &Self) {
+        if self.rows.is_empty() {
+            self.clone_from(other);
+            return;
+        }
+        let mut other = other.clone();
+        // Slices are doublings of the same one.
+        while self.slice_ms < other.slice_ms {
+            self.fold();
+        }
+        while other.slice_ms < self.slice_ms && !other.rows.is_empty() {
+            other.fold();
+        }
+        self.rows
+            .resize(self.rows.len().max(other.rows.len()), Vec::new());
+        for (row, more) in self.rows.iter_mut().zip(&other.rows) {
+            add(row, more);
+        }
+    }
+
+    fn fold(&mut self) {
+        self.slice_ms *= 2.0;
+        let pairs = self.rows.chunks(2).map(|pair| {
+            let mut row = pair[0].clone();
+            for more in &pair[1..] {
+                add(&mut row, more);
+            }
+            row
+        });
+        self.rows = pairs.collect();
+    }
+}
+
+/// Adds counts of columns to those of another row.
+fn add(row: &mut Vec<(u16, u32)>, more: &[(u16, u32)]) {
+    for (column, count) in more {
+        match row.binary_search_by_key(column, |cell| cell.0) {
+            Ok(at) => row[at].1 = row[at].1.saturating_add(*count),
+            Err(at) => row.insert(at, (*column, *count)),
+        }
+    }
+}
+
 /// The upper edge of a column, microseconds.
 pub fn edge_us(column: u16) -> f64 {
     2f64.powf(f64::from(column) / f64::from(PER_OCTAVE))
@@ -159,6 +204,25 @@ mod tests {
         let stored = both.store();
         assert_eq!((requests(&stored), stored.slice_ms), (2, 40.0));
         assert_eq!((stored.rows[0].len(), stored.rows[50].len()), (1, 1));
+    }
+
+    #[test]
+    fn stored_ones_are_added_as_others_are() {
+        let (mut short, mut long) = (Timeline::default(), Timeline::default());
+        for ms in 0..90 {
+            short.add(MS * ms, MS * (1 + ms % 3));
+            long.add(MS * (ms * 40), MS * (1 + ms % 5));
+        }
+        for (one, other) in [(&short, &long), (&long, &short), (&long, &long)] {
+            let mut stored = one.store();
+            stored.merge(&other.store());
+            let mut both = one.clone();
+            both.merge(other);
+            assert_eq!(stored, both.store());
+        }
+        let mut none = Stored::default();
+        none.merge(&long.store());
+        assert_eq!(none, long.store());
     }
 
     #[test]

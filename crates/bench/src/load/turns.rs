@@ -124,7 +124,9 @@ mod tests {
         assert!(report.reads > 0 && report.errors == 0);
         // The time between turns is not part of it; the host may make each longer, but not shorter.
         assert!(report.seconds >= 0.03, "{}", report.seconds);
-        assert_eq!(report.latency.count, report.reads);
+        // What was in flight at the end of a turn is noted, and no I/O of the turn.
+        let noted = report.latency.count - report.reads;
+        assert!(noted <= 3 * 8, "{noted}");
     }
 
     /// What a server uses cannot be asked for while the load runs well: that is an error, and the load ends.
