@@ -235,7 +235,10 @@ fn judge_bar(cell: &Cell, series: &[Series], bar: &Bar, cores: usize) -> Judgeme
 }
 
 fn verdict(limit: Limit, figure: Option<Figure>, host_too_small: bool) -> Verdict {
-    let Some(Figure { low, high, .. }) = figure else {
+    let Some(Figure {
+        rounds, low, high, ..
+    }) = figure
+    else {
         return Verdict::PeerMissing;
     };
     let (kept, missed) = match limit {
@@ -244,6 +247,8 @@ fn verdict(limit: Limit, figure: Option<Figure>, host_too_small: bool) -> Verdic
         Limit::Below(bound) => (high < bound, low >= bound),
         Limit::Shown => return Verdict::Shown,
     };
+    // One round has no interval.
+    let (kept, missed) = (kept && rounds > 1, missed && rounds > 1);
     match (kept, missed) {
         (true, _) => Verdict::Reached,
         _ if host_too_small => Verdict::HostTooSmall,
@@ -289,9 +294,14 @@ mod tests {
     #[test]
     fn the_best_engine_of_a_peer_counts() {
         let all = [
-            series(0, "auto", &[130.0, 135.0, 128.0], 5.0),
-            series(1, "io_uring", &[100.0, 102.0, 99.0], 10.0),
-            series(1, "native", &[80.0, 81.0, 79.0], 2.0),
+            series(0, "auto", &[130.0, 135.0, 128.0, 131.0, 129.0, 132.0], 5.0),
+            series(
+                1,
+                "io_uring",
+                &[100.0, 102.0, 99.0, 101.0, 99.0, 100.0],
+                10.0,
+            ),
+            series(1, "native", &[80.0, 81.0, 79.0, 80.0, 80.0, 80.0], 2.0),
         ];
         let outcome = judge(&CELL, &all, 2);
         let [iops, cpu] = &outcome.judgements[..] else {
@@ -381,14 +391,17 @@ mod tests {
             }],
             ..CELL
         };
-        let mib = |side, mib: f64| Series {
-            side,
-            engine: "auto",
-            rounds: vec![Some(Metrics::from([(Metric::MemoryMib, mib)]))],
-            ..Series::default()
-        };
-        let outcome = judge(&MEMORY, &[mib(0, 70.0), mib(1, 10.0)], 2);
-        assert_eq!(outcome.judgements[0].figure.unwrap().median, 60.0);
-        assert_eq!(outcome.judgements[0].verdict, Verdict::Reached);
+        // One round has no interval, and decides nothing.
+        for (rounds, verdict) in [(2, Verdict::Reached), (1, Verdict::Undecided)] {
+            let mib = |side, mib: f64| Series {
+                side,
+                engine: "auto",
+                rounds: vec![Some(Metrics::from([(Metric::MemoryMib, mib)])); rounds],
+                ..Series::default()
+            };
+            let outcome = judge(&MEMORY, &[mib(0, 70.0), mib(1, 10.0)], 2);
+            assert_eq!(outcome.judgements[0].figure.unwrap().median, 60.0);
+            assert_eq!(outcome.judgements[0].verdict, verdict);
+        }
     }
 }

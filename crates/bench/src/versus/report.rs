@@ -216,10 +216,7 @@ mod tests {
         let series = |side, iops| Series {
             side,
             engine: "auto",
-            rounds: vec![Some(BTreeMap::from([
-                (Metric::Iops, iops),
-                (Metric::CpuUs, 1.0),
-            ]))],
+            rounds: vec![Some(BTreeMap::from([(Metric::Iops, iops), (Metric::CpuUs, 1.0)])); 2],
             ..Series::default()
         };
         let mut outcome = judge(cell, &[series(0, 300_000.0), series(1, 100_000.0)], 2);
