@@ -280,17 +280,17 @@ impl CreateOptions {
                 data: name.as_bytes().to_vec(),
             });
         }
-        if v3 {
-            extensions.push(Extension {
-                kind: extensions::FEATURE_NAMES,
-                data: features::standard_table(),
-            });
-        }
         if self.encryption.is_some() {
             let at = layout.luks_first() * self.cluster_size;
             extensions.push(Extension {
                 kind: extensions::CRYPTO_HEADER,
                 data: [at.to_be_bytes(), luks.to_be_bytes()].concat(),
+            });
+        }
+        if v3 {
+            extensions.push(Extension {
+                kind: extensions::FEATURE_NAMES,
+                data: features::standard_table(),
             });
         }
         let header = Header {

@@ -32,8 +32,10 @@ pub struct Extension {
 /// Parses the extensions in `area`, which starts at byte `base` of the file and ends
 /// where the backing file's name (or else the first cluster) does.
 ///
-/// Fails with [`block::ErrorKind::Corrupt`] for data that runs out of the area and for a type (that
-/// this code reads) which appears twice.
+/// A name that is there twice (of the backing file's format, of features) is the last one.
+///
+/// Fails with [`block::ErrorKind::Corrupt`] for data that runs out of the area and for a type which appears twice and
+/// leads to something.
 pub fn parse(area: &[u8], base: usize) -> Result<Vec<Extension>> {
     let mut found: Vec<Extension> = Vec::new();
     let mut at = 0;
@@ -51,15 +53,16 @@ pub fn parse(area: &[u8], base: usize) -> Result<Vec<Extension>> {
                     base + at
                 ))
             })?;
-        let once = matches!(
-            kind,
-            BACKING_FORMAT | FEATURE_NAMES | BITMAPS | CRYPTO_HEADER | DATA_FILE_NAME
-        );
+        let once = matches!(kind, BITMAPS | CRYPTO_HEADER | DATA_FILE_NAME);
         if once && found.iter().any(|e| e.kind == kind) {
             return Err(Error::corrupt(format!(
                 "header extension {kind:#010x} at byte {} is there a second time",
                 base + at
             )));
+        }
+        // Names only: the last one counts, as in QEMU.
+        if matches!(kind, BACKING_FORMAT | FEATURE_NAMES) {
+            found.retain(|e| e.kind != kind);
         }
         found.push(Extension {
             kind,

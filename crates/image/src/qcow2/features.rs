@@ -88,8 +88,11 @@ pub fn name(kind: FeatureKind, bit: u8, table: Option<&[u8]>) -> String {
     if let Some((_, _, name)) = KNOWN.iter().find(|k| k.0 == kind && k.1 == bit) {
         return (*name).to_owned();
     }
-    for entry in table.unwrap_or_default().chunks_exact(ENTRY_LEN) {
-        let (head, text) = entry.split_at(2);
+    // The last entry may lack its padding.
+    for entry in table.unwrap_or_default().chunks(ENTRY_LEN) {
+        let Some((head, text)) = entry.split_at_checked(2) else {
+            break;
+        };
         if head == [kind.code(), bit] {
             let end = text.iter().position(|b| *b == 0).unwrap_or(text.len());
             let text = block::plain(&String::from_utf8_lossy(&text[..end]));
@@ -127,10 +130,14 @@ mod tests {
             names(i, 1 << 9 | 1 << 63, None),
             "unknown feature bit 9, unknown feature bit 63"
         );
-        // A table cut short must not be read past its end.
-        assert_eq!(
-            name(i, 9, Some(&table[..table.len() - 1])),
-            "unknown feature bit 9"
-        );
+        // A table that is cut short has the name that is there, and is not read past its end.
+        for (cut, want) in [
+            (1, "'warp?9' (bit 9)"),
+            (42, "'warp' (bit 9)"),
+            (46, "'' (bit 9)"),
+            (47, "unknown feature bit 9"),
+        ] {
+            assert_eq!(name(i, 9, Some(&table[..table.len() - cut])), want);
+        }
     }
 }
