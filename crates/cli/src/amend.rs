@@ -112,7 +112,8 @@ pub fn apply(
     }
     let storage: &dyn Storage = &*file;
     let name = storage.name();
-    check::mend(storage, Format::Qcow2)?;
+    let mend = options.repair.unwrap_or(check::mend);
+    mend(storage, Format::Qcow2)?;
     let header = Header::read(storage)?;
     header.check_known().map_err(|e| e.within(&name))?;
     let drops = changes.drop_bitmaps && changes.image.version == Some(2) && header.version > 2;

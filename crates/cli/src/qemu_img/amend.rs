@@ -201,6 +201,18 @@ fn in_qemus_words(error: Error, slot: Option<&str>) -> Error {
             "compat=0.10 requires refcount_bits=16",
         ),
         (
+            "cannot become compat=0.10: snapshot ",
+            "Internal snapshots prevent downgrade of image",
+        ),
+        (
+            "cannot become compat=0.10: external data file",
+            "Cannot downgrade an image with a data file",
+        ),
+        (
+            "cannot become compat=0.10: extended L2 entries",
+            "Cannot downgrade an image with incompatible features 0x10 set",
+        ),
+        (
             "data_file can only be set",
             "data-file can only be set for images that use an external data file",
         ),

@@ -85,7 +85,7 @@ pub fn run(args: &Bitmap) -> Result<u8> {
         };
         return Err(failed(first, &why));
     }
-    crate::check::mend(&*storage, format)?;
+    super::check::mend(&*storage, format)?;
     let below = match &source {
         Some((file, Format::Qcow2)) => Some(&**file as &dyn block::Storage),
         // It has no bitmaps.

@@ -12,7 +12,7 @@ use block::{Storage, plain};
 use clap::Args;
 use image::Format;
 use serde_json::json;
-use tool::check::{CheckOptions, Repair, Report, Severity};
+use tool::check::{CheckOptions, Fact, Finding, Repair, Report, Severity};
 
 /// `check`.
 #[derive(Args, Debug)]
@@ -55,7 +55,7 @@ pub fn run(args: &Check) -> Result<u8> {
         Repair::No => Access::reading(args.force_share),
         _ => Access::Write,
     };
-    let (mut storage, format) =
+    let (storage, format) =
         open::shared_file(&name, access, args.force_share, &args.image.spec.objects)?;
     let options = CheckOptions {
         repair,
@@ -85,9 +85,7 @@ pub fn run(args: &Check) -> Result<u8> {
             // With the lock that all of its files get.
             let path = storage.path().to_owned();
             drop(storage);
-            let report = crate::check::vmdk_image(&path, access, &options)?;
-            storage = crate::open::file(&path, Access::ReadUnlocked)?;
-            Some(report)
+            Some(crate::check::vmdk_image(&path, access, &options)?)
         }
         _ => crate::check::of(&*storage, format, &options).map_err(could_not)?,
     };
@@ -95,7 +93,7 @@ pub fn run(args: &Check) -> Result<u8> {
         super::complain(&anyhow!("This image format does not support checks"));
         return Ok(NO_CHECKS);
     };
-    for line in findings(&report, &*storage, format, repair) {
+    for line in findings(&report, repair) {
         eprintln!("{line}");
     }
     // QEMU tells of a file's end only in these formats, and of the clusters of others nothing.
@@ -143,60 +141,87 @@ fn has_log(storage: &dyn Storage, format: Format) -> block::Result<bool> {
     })
 }
 
-/// What was found, as QEMU says it where it is the same thing: refcounts first, then flags.
-fn findings(report: &Report, storage: &dyn Storage, format: Format, repair: Repair) -> Vec<String> {
-    let cluster = match format {
-        Format::Qcow2 => image::qcow2::Header::read(storage).map_or(0, |h| h.cluster_size()),
-        _ => 0,
-    };
-    let (mut refcounts, mut others) = (Vec::new(), Vec::new());
+/// What was found and repaired, as QEMU says it where it is the same thing: what tables say, refcounts, flags.
+pub fn findings(report: &Report, repair: Repair) -> Vec<String> {
+    let (mut lines, mut refcounts, mut flags) = (Vec::new(), Vec::new(), Vec::new());
+    let mut repaired = Vec::new();
     for finding in &report.findings {
-        if finding.severity == Severity::Note {
-            continue;
-        }
-        let text = finding.to_string();
-        let repaired = match finding.severity {
-            Severity::Leak => repair != Repair::No,
-            _ => repair == Repair::All,
-        };
-        match in_qemus_words(&text, cluster, repaired) {
-            Some((true, line)) => refcounts.push(line),
-            Some((false, line)) => others.push(line),
-            None => others.push(plain(&text)),
+        match finding.fact {
+            _ if finding.severity == Severity::Note => {}
+            Some(Fact::Refcount { .. }) => {
+                refcounts.extend(said(finding, false));
+                let repairs = match finding.severity {
+                    Severity::Leak => repair != Repair::No,
+                    _ => repair == Repair::All,
+                };
+                repaired.extend(said(finding, true).filter(|_| repairs));
+            }
+            // Which of them are repaired is known later.
+            Some(Fact::L1Copied { .. } | Fact::L2Copied { .. }) => {
+                flags.extend(said(finding, false).filter(|_| repair == Repair::No));
+            }
+            _ => lines.push(said(finding, false).unwrap_or_else(|| plain(&finding.to_string()))),
         }
     }
-    refcounts.append(&mut others);
-    refcounts
+    lines.append(&mut refcounts);
+    match &report.rebuilt {
+        Some(freed) => {
+            lines.push("Rebuilding refcount structure".to_owned());
+            let freed = freed.iter();
+            lines.extend(freed.map(|n| format!("Repairing cluster {n} refcount=1 reference=0")));
+        }
+        None => lines.append(&mut repaired),
+    }
+    flags.extend(report.flags_repaired.iter().filter_map(|f| said(f, true)));
+    lines.append(&mut flags);
+    lines
 }
 
-/// A finding about a refcount or a flag in QEMU's words, and whether it is the former.
-fn in_qemus_words(text: &str, cluster: u64, repaired: bool) -> Option<(bool, String)> {
-    let (severity, rest) = text.split_once(": ")?;
-    let word = match (repaired, severity) {
+/// A finding in QEMU's words, where it has any; `repairing`: while it is repaired.
+fn said(finding: &Finding, repairing: bool) -> Option<String> {
+    let word = match (repairing, finding.severity) {
         (true, _) => "Repairing",
-        (false, "leak") => "Leaked",
+        (false, Severity::Leak) => "Leaked",
         (false, _) => "ERROR",
     };
-    let number = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
-    if let Some(rest) = rest.strip_prefix("cluster at ") {
-        let (at, rest) = rest.split_once(" has refcount ")?;
-        let (refcount, rest) = rest.split_once(", but ")?;
-        let references = rest.strip_suffix(" references")?;
-        let nth = number(at)?.checked_div(cluster)?;
-        let line = format!("{word} cluster {nth} refcount={refcount} reference={references}");
-        return Some((true, line));
-    }
-    let (place, refcount) = rest.split_once(" has a COPIED flag that denies refcount ")?;
-    let (_, entry) = place.strip_suffix(')')?.rsplit_once('(')?;
-    let entry = number(entry)?;
-    let line = match place.strip_prefix("L1 entry ") {
-        Some(nth) => format!(
-            "{word} OFLAG_COPIED L2 cluster: l1_index={} l1_entry={entry:x} refcount={refcount}",
-            nth.split_once(' ')?.0
+    Some(match finding.fact? {
+        Fact::Refcount {
+            cluster,
+            refcount,
+            references,
+        } => format!("{word} cluster {cluster} refcount={refcount} reference={references}"),
+        Fact::L1Copied {
+            index,
+            entry,
+            refcount,
+        } => format!(
+            "{word} OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={refcount}"
         ),
-        None => format!("{word} OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}"),
-    };
-    Some((false, line))
+        Fact::L2Copied { entry, refcount } => {
+            format!("{word} OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}")
+        }
+        Fact::Overflow { offset } => format!(
+            "ERROR: overflow cluster offset={offset:#x}\nUse qemu-img amend to increase the refcount entry width or \
+             qemu-img convert to create a clean copy if the image cannot be opened for writing"
+        ),
+        Fact::Beyond { offset, len } => format!(
+            "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset \
+             {offset:#x} size {len:#x}"
+        ),
+    })
+}
+
+/// Brings an image that was not closed cleanly in order before it is written to, and says so as QEMU does.
+pub fn mend(storage: &dyn Storage, format: Format) -> block::Result<()> {
+    if format != Format::Qcow2 {
+        return crate::check::mend(storage, format);
+    }
+    if let Some(report) = tool::check::mend_dirty(storage)? {
+        for line in findings(&report, Repair::All) {
+            eprintln!("{line}");
+        }
+    }
+    Ok(())
 }
 
 fn json_of(file: &str, format: Format, report: &Report) -> serde_json::Value {
@@ -260,44 +285,4 @@ fn human(report: &Report) -> String {
         text.push_str(&format!("Image end offset: {}\n", report.image_end_offset));
     }
     text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn findings_are_said_as_qemu_says_them() {
-        for (text, repaired, line) in [
-            (
-                "error: cluster at 0x50000 has refcount 0, but 1 references",
-                false,
-                Some("ERROR cluster 5 refcount=0 reference=1"),
-            ),
-            (
-                "leak: cluster at 0x40000 has refcount 2, but 1 references",
-                false,
-                Some("Leaked cluster 4 refcount=2 reference=1"),
-            ),
-            (
-                "leak: cluster at 0x40000 has refcount 2, but 1 references",
-                true,
-                Some("Repairing cluster 4 refcount=2 reference=1"),
-            ),
-            (
-                "error: L2 table at 0x40000: entry 0 (0x8000000000050000) has a COPIED flag that denies refcount 0",
-                false,
-                Some("ERROR OFLAG_COPIED data cluster: l2_entry=8000000000050000 refcount=0"),
-            ),
-            (
-                "error: L1 entry 3 (0x40000) has a COPIED flag that denies refcount 1",
-                true,
-                Some("Repairing OFLAG_COPIED L2 cluster: l1_index=3 l1_entry=40000 refcount=1"),
-            ),
-            ("error: something else", false, None),
-        ] {
-            let found = in_qemus_words(text, 65536, repaired).map(|(_, line)| line);
-            assert_eq!(found.as_deref(), line, "{text}");
-        }
-    }
 }

@@ -79,7 +79,7 @@ pub fn run(args: &Snapshot) -> Result<u8> {
         return Ok(0);
     }
     if changes {
-        crate::check::mend(storage, format)?;
+        super::check::mend(storage, format)?;
     }
     if let Some(name) = &args.create {
         snapshot::create(storage, &crate::snapshot::new(name)?)

@@ -1,6 +1,7 @@
 //! What a check keeps of an image in memory: header, refcount table, where the L1 tables are.
 //! At most 8 MiB of refcount table and 1 MiB for 65536 snapshots.
 
+use super::FINDINGS_MAX;
 use super::source::Source;
 use super::tally::{Severity, Tally};
 use block::{Context, Error, ErrorKind, Result};
@@ -134,6 +135,26 @@ impl Image {
             Err(error) if !at_header => Err(error),
             _ => Ok((header.refcount_table_offset, len)),
         }
+    }
+
+    /// The first [`FINDINGS_MAX`] clusters that the refcount table and its blocks are in, in order.
+    pub fn refcount_clusters(&self) -> Vec<u64> {
+        let bits = self.layout.cluster_bits;
+        let (at, len) = self.refcount_table().unwrap_or((0, 0));
+        let table = at >> bits
+            ..at.saturating_add(len)
+                .min(self.file_len)
+                .div_ceil(1 << bits);
+        let blocks = self
+            .table
+            .iter()
+            .filter_map(|raw| match block_at(&self.layout, *raw).0 {
+                Block::At(offset) => Some(offset >> bits),
+                _ => None,
+            });
+        let mut clusters: Vec<u64> = table.chain(blocks).take(FINDINGS_MAX).collect();
+        clusters.sort_unstable();
+        clusters
     }
 
     fn load_table(&mut self, source: &dyn Source) -> Result<()> {

@@ -55,7 +55,7 @@ pub mod vmdk;
 mod walk;
 
 pub use source::{FileSource, Source};
-pub use tally::{FINDINGS_MAX, Finding, Severity};
+pub use tally::{FINDINGS_MAX, Fact, Finding, Severity};
 
 use self::image::Image;
 use ::image::qcow2::{Header, features};
@@ -133,6 +133,11 @@ pub struct Report {
     pub findings: Vec<Finding>,
     /// Findings beyond [`FINDINGS_MAX`].
     pub findings_left_out: u64,
+    /// COPIED flags that a repair made what the refcounts say, once these were right: the first [`FINDINGS_MAX`].
+    pub flags_repaired: Vec<Finding>,
+    /// Where a repair made the refcounts anew, the clusters of the old ones that it gave back: the first
+    /// [`FINDINGS_MAX`].
+    pub rebuilt: Option<Vec<u64>>,
 }
 
 impl Report {

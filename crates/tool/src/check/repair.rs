@@ -4,7 +4,7 @@ use super::image::Image;
 use super::rebuild;
 use super::source::FileSource;
 use super::walk::{CLASHES_MAX, Fix, Manner, Walk};
-use super::{CheckOptions, Found, Repair, Report, windows};
+use super::{CheckOptions, FINDINGS_MAX, Finding, Found, Repair, Report, windows};
 use ::image::qcow2::check::{Block, set_refcount};
 use ::image::qcow2::features;
 use block::{Error, Result, Storage};
@@ -20,6 +20,7 @@ pub(super) fn repair(storage: &dyn Storage, options: &CheckOptions) -> Result<Re
     let mut report = Report::of(&image, &before);
     report.take_findings(&mut before);
     let flagged = image.header.incompatible & (features::DIRTY | features::CORRUPT) != 0;
+    let unknown = image.header.autoclear & !features::AUTOCLEAR_KNOWN != 0;
     let errors = before.tally.errors() > 0 || before.tally.check_errors > 0;
     let flags = before.tally.flags > 0 && trusted(&image, &before);
     if !all && before.tally.rebuild {
@@ -29,8 +30,12 @@ pub(super) fn repair(storage: &dyn Storage, options: &CheckOptions) -> Result<Re
         )));
     }
     if before.tally.leaks == 0 && !(all && errors) && !flags {
-        if flagged && !errors {
-            settle(storage, &image, true, false)?;
+        let was_dirty = image.header.incompatible & features::DIRTY != 0;
+        match errors {
+            false if flagged || unknown => settle(storage, &image, true, false)?,
+            // Whoever opens it for writing says that it does not keep what it does not know.
+            true if unknown => settle(storage, &image, false, was_dirty)?,
+            _ => {}
         }
         return Ok(report);
     }
@@ -52,6 +57,8 @@ pub(super) fn repair(storage: &dyn Storage, options: &CheckOptions) -> Result<Re
         options,
         corruptions_fixed: 0,
         leaks_fixed: 0,
+        flags_repaired: Vec::new(),
+        rebuilt: None,
     };
     let was_dirty = image.header.incompatible & features::DIRTY != 0;
     work.mark_dirty(&image)?;
@@ -73,6 +80,8 @@ pub(super) fn repair(storage: &dyn Storage, options: &CheckOptions) -> Result<Re
         leaks_fixed: work.leaks_fixed,
         findings,
         findings_left_out: report.findings_left_out,
+        flags_repaired: work.flags_repaired,
+        rebuilt: work.rebuilt,
         ..Report::of(&image, &after)
     })
 }
@@ -88,6 +97,8 @@ struct Work<'a> {
     options: &'a CheckOptions,
     corruptions_fixed: u64,
     leaks_fixed: u64,
+    flags_repaired: Vec<Finding>,
+    rebuilt: Option<Vec<u64>>,
 }
 
 impl Work<'_> {
@@ -105,6 +116,11 @@ impl Work<'_> {
             // finds that the block is not counted.
             let corruptions = found.tally.corruptions + found.tally.blocks_growable;
             let leaks = found.tally.leaks;
+            let old = image.refcount_clusters();
+            self.rebuilt = broken.then(|| {
+                let own = |cluster: &u64| found.clashes.binary_search(cluster).is_err();
+                old.into_iter().filter(own).take(FINDINGS_MAX).collect()
+            });
             rebuild::rebuild(self.storage, &mut image, self.options.budget_bytes)?;
             (image, found) = self.again(false)?;
             self.corruptions_fixed += corruptions.saturating_sub(found.tally.corruptions);
@@ -116,6 +132,8 @@ impl Work<'_> {
         if found.tally.flags > 0 && (all || trusted(&image, &found)) {
             let fix = self.fix(&found)?;
             self.corruptions_fixed += self.tables(&image, Fix { flags: true, ..fix })?;
+            let flags = found.tally.findings.into_iter();
+            self.flags_repaired = flags.filter(Finding::is_flag).collect();
         }
         Ok(())
     }

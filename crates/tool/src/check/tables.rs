@@ -1,7 +1,7 @@
 //! L2 tables: collected, sorted, read in long runs, judged.
 
 use super::counts::Role;
-use super::tally::Severity;
+use super::tally::{Fact, Severity};
 use super::walk::Walk;
 use block::Result;
 use image::qcow2::check::{Fault, Target};
@@ -304,10 +304,15 @@ impl Walk<'_> {
     #[cold]
     fn wrong_l2_flag(&mut self, table: &Table, index: usize, raw: u64, refcount: u64) {
         self.tally.wrong_flag(u64::from(table.active), || {
-            format!(
+            let text = format!(
                 "{} has a COPIED flag that denies refcount {refcount}",
                 entry_name(table, index, raw)
-            )
+            );
+            let fact = Fact::L2Copied {
+                entry: raw,
+                refcount,
+            };
+            (text, fact)
         });
     }
 }

@@ -40,6 +40,76 @@ pub struct Finding {
     pub severity: Severity,
     /// What and where.
     pub text: String,
+    /// The same in numbers, for who has words of their own for it.
+    pub fact: Option<Fact>,
+}
+
+impl Finding {
+    /// Whether it is a COPIED flag that denies a refcount.
+    pub fn is_flag(&self) -> bool {
+        matches!(
+            self.fact,
+            Some(Fact::L1Copied { .. } | Fact::L2Copied { .. })
+        )
+    }
+}
+
+/// A finding about a qcow2 image that QEMU has too, in numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fact {
+    /// A cluster's refcount is not the number of references to it.
+    Refcount {
+        /// Which cluster of the file.
+        cluster: u64,
+        /// Its refcount.
+        refcount: u64,
+        /// How many refer to it.
+        references: u64,
+    },
+    /// A cluster has more references than its refcount can be.
+    Overflow {
+        /// Its first byte.
+        offset: u64,
+    },
+    /// The COPIED flag of an L1 entry is not what the L2 table's refcount says.
+    L1Copied {
+        /// Which entry.
+        index: u64,
+        /// It.
+        entry: u64,
+        /// The table's refcount.
+        refcount: u64,
+    },
+    /// The COPIED flag of an L2 entry is not what the cluster's refcount says.
+    L2Copied {
+        /// The entry.
+        entry: u64,
+        /// The cluster's refcount.
+        refcount: u64,
+    },
+    /// Something refers to bytes behind the file's end.
+    Beyond {
+        /// The first byte.
+        offset: u64,
+        /// How many.
+        len: u64,
+    },
+}
+
+/// What is said of a finding: words, and numbers where there are any.
+#[derive(Debug)]
+pub struct Said(String, Option<Fact>);
+
+impl From<String> for Said {
+    fn from(text: String) -> Self {
+        Self(text, None)
+    }
+}
+
+impl From<(String, Fact)> for Said {
+    fn from((text, fact): (String, Fact)) -> Self {
+        Self(text, Some(fact))
+    }
 }
 
 impl fmt::Display for Finding {
@@ -90,7 +160,12 @@ pub struct Tally {
 
 impl Tally {
     /// Counts `times` of something wrong.
-    pub fn found(&mut self, severity: Severity, times: u64, text: impl FnOnce() -> String) {
+    pub fn found<S: Into<Said>>(
+        &mut self,
+        severity: Severity,
+        times: u64,
+        text: impl FnOnce() -> S,
+    ) {
         match severity {
             Severity::Leak => self.leaks += times,
             Severity::Corruption => self.corruptions += times,
@@ -102,15 +177,19 @@ impl Tally {
     }
 
     /// Counts a wrong COPIED flag, `times` times.
-    pub fn wrong_flag(&mut self, times: u64, text: impl FnOnce() -> String) {
+    pub fn wrong_flag(&mut self, times: u64, text: impl FnOnce() -> (String, Fact)) {
         self.flags += times;
         self.say(Severity::Corruption, text);
     }
 
-    fn say(&mut self, severity: Severity, text: impl FnOnce() -> String) {
+    fn say<S: Into<Said>>(&mut self, severity: Severity, text: impl FnOnce() -> S) {
         if self.findings.len() < FINDINGS_MAX {
-            let text = text();
-            self.findings.push(Finding { severity, text });
+            let Said(text, fact) = text().into();
+            self.findings.push(Finding {
+                severity,
+                text,
+                fact,
+            });
         } else {
             self.findings_left_out += 1;
         }

@@ -12,7 +12,7 @@
 use super::counts::{Counts, Role};
 use super::image::{Image, L1};
 use super::source::Source;
-use super::tally::{Severity, Tally};
+use super::tally::{Fact, Severity, Tally};
 use block::{Result, Storage};
 use image::qcow2::check::{Block, block_at, each_refcount};
 
@@ -185,7 +185,8 @@ impl<'a> Walk<'a> {
         if end >= self.image.file_len.saturating_add(layout.cluster()) {
             if self.first {
                 self.tally.found(Severity::Corruption, weight, || {
-                    format!("{} at {offset:#x} ends behind the file's end", what())
+                    let text = format!("{} at {offset:#x} ends behind the file's end", what());
+                    (text, Fact::Beyond { offset, len })
                 });
                 self.note_beyond(
                     offset >> layout.cluster_bits,
@@ -356,7 +357,9 @@ impl<'a> Walk<'a> {
             if found.references > max {
                 let over = found.references - max;
                 self.tally.found(Severity::Corruption, over, || {
-                    format!("cluster at {at:#x} has more references than refcounts can count")
+                    let text =
+                        format!("cluster at {at:#x} has more references than refcounts can count");
+                    (text, Fact::Overflow { offset: at })
                 });
             }
             if cluster >= end || file == references || self.is_lost(cluster) {
@@ -368,7 +371,14 @@ impl<'a> Walk<'a> {
                 false => Severity::Leak,
             };
             self.tally.found(severity, 1, || {
-                format!("cluster at {at:#x} has refcount {file}, but {references} references")
+                let text =
+                    format!("cluster at {at:#x} has refcount {file}, but {references} references");
+                let fact = Fact::Refcount {
+                    cluster,
+                    refcount: file,
+                    references,
+                };
+                (text, fact)
             });
         }
         if image.lost {
@@ -463,10 +473,16 @@ impl Walk<'_> {
                         changed.mark(nth * 8);
                     }
                     self.tally.wrong_flag(1, || {
-                        format!(
+                        let text = format!(
                             "{} has a COPIED flag that denies refcount {refcount}",
                             what()
-                        )
+                        );
+                        let fact = Fact::L1Copied {
+                            index,
+                            entry: raw,
+                            refcount,
+                        };
+                        (text, fact)
                     });
                 }
             }
