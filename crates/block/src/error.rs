@@ -136,6 +136,13 @@ impl Error {
         self.0.kind
     }
 
+    /// The errno of the system call that failed, where that is the cause.
+    pub fn os_errno(&self) -> Option<i32> {
+        let source = self.0.source.as_ref()?.downcast_ref::<io::Error>()?;
+        let inner = || source.get_ref()?.downcast_ref::<Error>()?.os_errno();
+        source.raw_os_error().or_else(inner)
+    }
+
     /// The same error, with `prefix` (a file's name, an operation) before its message, unless that begins with it:
     /// a file is named once, however many layers name it.
     #[must_use]
@@ -247,6 +254,14 @@ mod tests {
             .context(|| "disk.qcow2");
         let error = error.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NoSpace);
+        assert_eq!(error.os_errno(), Some(libc::ENOSPC));
+        let passed_on: Result<()> = Err(io::Error::from(Error::os(
+            "writing",
+            io::Error::from_raw_os_error(5),
+        )))
+        .context(|| "x");
+        assert_eq!(passed_on.unwrap_err().os_errno(), Some(5));
+        assert_eq!(Error::invalid("x").os_errno(), None);
         assert_eq!(error.for_guest(), GuestError::NoSpace);
         let text = error.to_string();
         assert!(

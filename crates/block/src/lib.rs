@@ -8,6 +8,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod error;
+pub mod faults;
 pub mod limits;
 mod offset;
 mod op;

@@ -1,6 +1,7 @@
 //! Blocking access to a file, for everything that is slow, rare or both.
 
 use crate::Result;
+use crate::faults::Event;
 use std::fmt;
 use std::os::fd::BorrowedFd;
 
@@ -102,6 +103,9 @@ pub trait Storage: Send + Sync + fmt::Debug {
     fn is_fixed(&self) -> bool {
         false
     }
+
+    /// Work on the image has come to `event`, which faults may be waiting for.
+    fn event(&self, _event: Event) {}
 
     /// The file descriptor, where there is one: for what the kernel does between two files (`copy_file_range`).
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

@@ -116,6 +116,7 @@ pub fn into(
         bail!("there is no image {depth} below the first");
     };
     let (path, format, part) = (base.path.clone(), base.format, base.part);
+    let faults = base.file_faults();
     let is_encrypted = |layer: &&Layer| layer.image.encryption().is_some();
     // A passphrase for each encrypted image, from the top; the last holds for all further ones.
     let used = chain.layers.iter().filter(is_encrypted).count();
@@ -127,6 +128,8 @@ pub fn into(
         read_only: false,
         passphrases: left.unwrap_or_default().to_vec(),
         part,
+        faults,
+        disk_faults: None,
         // They say of the overlay what they say.
         below: options.below.get(depth..).unwrap_or_default().to_vec(),
         data_file: None,

@@ -97,7 +97,7 @@ fn outcome(args: &args::Compare) -> Result<Outcome, Failed> {
     bar.finish_and_clear();
     found.map_err(|failure| match failure {
         Failure::Map(error) => (MAPPING, error.into()),
-        Failure::Read(error) => (READING, error.into()),
+        Failure::Read { error, .. } | Failure::Stopped(error) => (READING, error.into()),
     })
 }
 

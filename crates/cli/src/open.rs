@@ -6,8 +6,8 @@
 use crate::image_opts::{self, ImageOptions};
 use crate::secret::Objects;
 use crate::signals;
-use anyhow::{Context as _, Result, bail};
-use disk::chain::{Chain, ChainOptions};
+use anyhow::{Context as _, Result, anyhow, bail};
+use disk::chain::{Chain, ChainOptions, FileFaults};
 use image::Format;
 use io::{File, Lock, OpenOptions};
 use std::path::{Path, PathBuf};
@@ -68,6 +68,14 @@ fn waiting(said: &nbd::Options) -> nbd::Options {
 /// Opens the file at `path`.
 pub fn file(path: &Path, access: Access) -> Result<Arc<File>> {
     file_of(path, access, &server())
+}
+
+/// The file, which was just opened, with the faults that it is to have.
+pub fn faulty(file: Arc<File>, faults: Option<&FileFaults>) -> block::Result<Arc<File>> {
+    match faults {
+        Some(faults) => File::with_faults(file, Arc::clone(&faults.rules), faults.align),
+        None => Ok(file),
+    }
 }
 
 /// Opens the file at `path`; a server, where it is there, is waited for as `server` says.
@@ -177,6 +185,8 @@ pub fn resolve(
     let options = ChainOptions {
         format,
         part: said.part,
+        faults: said.faults,
+        disk_faults: said.disk_faults,
         window: said.window,
         vhd_size: said.vhd_size,
         below: said.below,
@@ -246,6 +256,7 @@ pub fn alone(
         (access, false) => access,
     };
     let file = file_of(&path, access, &waiting(&options.server))?;
+    let file = faulty(file, options.faults.as_ref())?;
     let (file, format) = known(&path, options.format, file)?;
     Ok(Alone { path, file, format })
 }

@@ -312,6 +312,7 @@ impl World {
         Ok(Chain {
             layers,
             read_only: writable.is_none(),
+            faults: None,
         })
     }
 

@@ -113,6 +113,11 @@ impl Disk {
                 limits::CHAIN_LENGTH_MAX
             )));
         }
+        if chain.faults.is_some() {
+            return Err(block::Error::unsupported(
+                "blkdebug over the image's format: only that of its file is served",
+            ));
+        }
         for layer in &layers {
             let encryption = layer.image.encryption();
             if encryption.is_some_and(|e| e.cipher.is_none()) {
@@ -338,6 +343,7 @@ mod tests {
         let chain = Chain {
             layers: vec![layer],
             read_only: false,
+            faults: None,
         };
         Disk::new(chain, DiskOptions::default()).unwrap()
     }

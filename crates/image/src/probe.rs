@@ -70,6 +70,21 @@ impl fmt::Display for Format {
     }
 }
 
+impl Format {
+    /// The format that an image records of what it lies on: a format's name, or that of a driver of QEMU for files as
+    /// they are.
+    ///
+    /// # Errors
+    ///
+    /// As of parsing a name.
+    pub fn recorded(name: &str) -> Result<Self> {
+        match name {
+            "file" | "host_device" => Ok(Format::Raw),
+            _ => name.parse(),
+        }
+    }
+}
+
 impl FromStr for Format {
     type Err = Error;
 

@@ -72,16 +72,17 @@ pub fn choose(aio: Aio, files: &[Arc<File>]) -> Result<Choice> {
         }
         return chosen(EngineKind::Sim, "the disk is simulated");
     }
-    if let Some(file) = files.iter().find(|f| f.kind() == FileKind::Remote) {
+    if let Some(file) = files.iter().find(|f| f.needs_threads()) {
         let name = file.path().display();
+        let what = match file.kind() {
+            FileKind::Remote => "is a disk of a server",
+            _ => "has accesses that are to fail",
+        };
         return match aio {
-            Aio::Auto => chosen(
-                EngineKind::Threads,
-                &format!("{name} is a disk of a server"),
-            ),
+            Aio::Auto => chosen(EngineKind::Threads, &format!("{name} {what}")),
             Aio::Only(EngineKind::Threads) => chosen(EngineKind::Threads, "asked for"),
             Aio::Only(other) => Err(Error::invalid(format!(
-                "--aio {other}: {name} is a disk of a server, which only threads ask: use --aio threads or auto"
+                "--aio {other}: {name} {what}, which is for threads only: use --aio threads or auto"
             ))),
         };
     }

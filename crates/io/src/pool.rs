@@ -12,6 +12,7 @@ use crate::{
     queue::{Queue, Step, StepKind},
     sys,
 };
+use block::faults::IoType;
 use block::{ErrorKind, IoVec};
 use std::{
     collections::VecDeque,
@@ -256,6 +257,11 @@ fn perform(task: &Task) -> io::Result<(i32, bool)> {
     let Pieces(iov, count) = task.iov;
     // At most 0x7ffff000 bytes in one call of the kernel.
     let bytes = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
+    match task.kind {
+        StepKind::Read => file.fault(IoType::Read, offset, len)?,
+        StepKind::Write => file.fault(IoType::Write, offset, len)?,
+        _ => {}
+    }
     match task.kind {
         StepKind::Read | StepKind::Write if file.kind() == FileKind::Remote => {
             // SAFETY: as below; an `IoVec` with its pieces is lent to the step, and to nobody else meanwhile.

@@ -36,9 +36,9 @@ pub(crate) fn refuse_simulated(file: &File) -> Result<()> {
 
 /// What the kernel submits has a descriptor.
 pub(crate) fn refuse_remote(file: &File) -> Result<()> {
-    if file.kind() == FileKind::Remote {
+    if file.needs_threads() {
         return Err(Error::invalid(
-            "only the engine 'threads' drives a disk of a server",
+            "only the engine 'threads' drives a disk of a server, or a file with faults",
         ));
     }
     Ok(())

@@ -82,6 +82,7 @@ pub fn commit(
     let top = Chain {
         layers: above.to_vec(),
         read_only: true,
+        faults: None,
     };
     let mut members: Vec<Member> = top.members();
     members.extend(below.iter().cloned());

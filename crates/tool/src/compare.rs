@@ -68,8 +68,17 @@ pub struct Outcome {
 pub enum Failure {
     /// Asking what is allocated.
     Map(Error),
-    /// Reading, or the work was stopped.
-    Read(Error),
+    /// Reading data.
+    Read {
+        /// Which of the two: 0 or 1.
+        image: usize,
+        /// Where what was read at once begins.
+        at: u64,
+        /// Why.
+        error: Error,
+    },
+    /// The work was stopped.
+    Stopped(Error),
 }
 
 /// Compares two disks, up to the first difference. With `strict`, their sizes and what they have allocated count too.
@@ -168,9 +177,10 @@ impl Walk<'_, '_, '_, '_> {
     /// Goes on to the next piece, or behind what is the same without being read.
     fn step(&mut self, piece: &mut Piece) -> Result<bool, Found> {
         let map = |error| Found::Failure(Failure::Map(error));
-        let read = |error| Found::Failure(Failure::Read(error));
+        let stopped = |error| Found::Failure(Failure::Stopped(error));
         let at = self.at;
-        self.work.reached(at).map_err(read)?;
+        let read = |image| move |error| Found::Failure(Failure::Read { image, at, error });
+        self.work.reached(at).map_err(stopped)?;
         let here = self.a.run(at, self.end - at).map_err(map)?;
         let there = self.b.run(at, here.len).map_err(map)?;
         let len = here.len.min(there.len);
@@ -190,12 +200,12 @@ impl Walk<'_, '_, '_, '_> {
         self.read += piece
             .a
             .find(&mut self.a, &here, at, piece.len)
-            .map_err(read)?;
+            .map_err(read(0))?;
         self.read += piece
             .b
             .find(&mut self.b, &there, at, piece.len)
-            .map_err(read)?;
-        self.work.moved(piece.len).map_err(read)?;
+            .map_err(read(1))?;
+        self.work.moved(piece.len).map_err(stopped)?;
         self.at += piece.len;
         Ok(true)
     }
@@ -255,9 +265,11 @@ struct Piece {
 
 impl Piece {
     /// Where in it the disks differ first.
-    fn differs(&mut self) -> Result<Option<u64>, Error> {
-        self.a.read(self.len)?;
-        self.b.read(self.len)?;
+    fn differs(&mut self) -> Result<Option<u64>, Failure> {
+        let at = self.at;
+        let read = |image| move |error| Failure::Read { image, at, error };
+        self.a.read(self.len).map_err(read(0))?;
+        self.b.read(self.len).map_err(read(1))?;
         let len = self.len as usize;
         let (a, b) = (self.a.buffer.first(len), self.b.buffer.first(len));
         Ok(match (self.a.zero, self.b.zero) {
@@ -285,7 +297,7 @@ fn help(walk: &Mutex<Walk<'_, '_, '_, '_>>) {
         let found = match piece.differs() {
             Ok(None) => continue,
             Ok(Some(nth)) => Found::Difference(Difference::Content { at: piece.at + nth }),
-            Err(error) => Found::Failure(Failure::Read(error)),
+            Err(failure) => Found::Failure(failure),
         };
         lock(walk).found(piece.at, found);
     }

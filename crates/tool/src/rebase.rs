@@ -109,6 +109,7 @@ pub fn copy_differences(
     let below = Chain {
         layers: overlay.layers.get(1..).unwrap_or_default().to_vec(),
         read_only: true,
+        faults: None,
     };
     let nothing = || Source::join(&[]);
     let mut old = match below.layers.is_empty() {

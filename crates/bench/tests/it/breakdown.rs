@@ -39,6 +39,7 @@ fn slow() -> Served {
             part: None,
         }],
         read_only: false,
+        faults: None,
     };
     serve_chain(
         TempDir::new(),

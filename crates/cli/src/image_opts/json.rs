@@ -38,7 +38,7 @@ const DUPLICATE: &str = "duplicate key";
 /// A value, all but structures as the text that options have for it.
 enum Value {
     Object(Vec<(String, Value)>),
-    List,
+    List(Vec<Value>),
     Text(String),
 }
 
@@ -82,8 +82,11 @@ impl<'de> Visitor<'de> for Any {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
-        while list.next_element::<de::IgnoredAny>()?.is_some() {}
-        Ok(Value::List)
+        let mut values = Vec::new();
+        while let Some(value) = list.next_element()? {
+            values.push(value);
+        }
+        Ok(Value::List(values))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
@@ -141,7 +144,12 @@ fn flatten(options: &mut BTreeMap<String, String>, key: &str, value: Value) -> R
         Value::Text(text) => {
             options.insert(key.to_owned(), text);
         }
-        Value::List => bail!("'{key}' is a list, which no option here is"),
+        // As QEMU does: by their numbers.
+        Value::List(values) => {
+            for (nth, value) in values.into_iter().enumerate() {
+                flatten(options, &format!("{key}.{nth}"), value)?;
+            }
+        }
     }
     Ok(())
 }

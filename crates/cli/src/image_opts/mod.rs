@@ -10,17 +10,21 @@
 //!   backing.file.filename=base     …
 //! ```
 //!
+//! `driver=blkdebug` over an image or its file has accesses fail on purpose (`blkdebug`).
+//!
 //! A raw image has `offset` and `size`: it is that part of its file. What only tunes QEMU (caches, `lazy-refcounts`
 //! while it is open, names of nodes) must be what QEMU takes, and changes nothing; what is not known is refused by its
 //! name.
 
+mod blkdebug;
 mod json;
 mod nbd;
 mod node;
 
 use anyhow::{Result, anyhow, bail};
+use block::faults::Faults;
 use block::limits;
-use disk::chain::{Below, Part};
+use disk::chain::{Below, FileFaults, Part};
 use image::Format;
 use image::vhd::SizeFrom;
 use io::Cache;
@@ -28,6 +32,7 @@ pub use node::NULL_BYTES;
 use node::{Node, switch};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Options that an image may be named by, at most.
@@ -43,6 +48,10 @@ pub struct ImageOptions {
     pub path: PathBuf,
     /// Its format; absent: to be found out.
     pub format: Option<Format>,
+    /// Accesses to its file that are to fail.
+    pub faults: Option<FileFaults>,
+    /// Accesses to the disk that are to fail.
+    pub disk_faults: Option<Arc<Faults>>,
     /// Of a raw one, the part of its file.
     pub part: Option<Part>,
     /// The option that says which part, where its format is to be found out: only a raw one has it.
@@ -166,6 +175,13 @@ impl ImageOptions {
                 "Use of \"backing\": \"\" is deprecated; use \"backing\": null instead".to_owned(),
             );
         }
+        if node
+            .0
+            .get("driver")
+            .is_some_and(|driver| driver == "blkdebug")
+        {
+            node = image.take_faults(node)?;
+        }
         let mut below = Some(node);
         while let Some(node) = below.take() {
             if image.below.len() > limits::CHAIN_LENGTH_MAX {
@@ -179,15 +195,47 @@ impl ImageOptions {
         Ok(image)
     }
 
+    /// Parses `blkdebug:RULES:FILE`, where `name` is one.
+    pub fn of_blkdebug(name: &str) -> Option<Result<Self>> {
+        let named = blkdebug::split_name(name)?;
+        Some(named.and_then(|(config, path)| {
+            Ok(Self {
+                path: path.into(),
+                faults: Some(blkdebug::of_config(config)?),
+                ..Self::default()
+            })
+        }))
+    }
+
+    /// Takes the faults of a disk away; returns what says which disk that is.
+    fn take_faults(&mut self, mut node: Node) -> Result<Node> {
+        node.take("driver");
+        self.disk_faults = Some(node.blkdebug()?.rules);
+        if let Some(node) = node.take("image") {
+            bail!("Cannot find device='{node}' nor node-name='{node}'");
+        }
+        let mut image = node.child("image");
+        node.finish("Block protocol 'blkdebug' doesn't support the option")?;
+        if image.0.is_empty() {
+            bail!("A block device must be specified for \"image\"");
+        }
+        // Nothing is probed for it.
+        image
+            .0
+            .entry("driver".to_owned())
+            .or_insert_with(|| "file".to_owned());
+        Ok(image)
+    }
+
     /// Takes what says of the next image of the chain what it is; returns what says so of the one below.
     fn take(&mut self, mut node: Node) -> Result<Option<Node>> {
         let first = self.path.as_os_str().is_empty();
         let driver = node.take("driver");
-        let mut window = None;
+        let (mut window, mut faults) = (None, None);
         let mut file = |node: &mut Node| {
-            let (path, part) = node.file()?;
-            window = part;
-            anyhow::Ok(path)
+            let (place, part) = node.file()?;
+            (window, faults) = (part, place.faults);
+            anyhow::Ok(place.name)
         };
         let (path, format) = match driver.as_deref() {
             // The file itself: its bytes are the disk.
@@ -242,8 +290,11 @@ impl ImageOptions {
         let data_file = match data.0.is_empty() {
             true => None,
             false => {
-                let path = data.protocol("data-file")?;
-                Some(PathBuf::from(path))
+                let place = data.protocol("data-file")?;
+                if place.faults.is_some() {
+                    bail!("data-file.driver=blkdebug: only the image's own file can have faults");
+                }
+                Some(PathBuf::from(place.name))
             }
         };
         if data_file.is_some() && !first {
@@ -264,10 +315,16 @@ impl ImageOptions {
             true => {
                 (self.path, self.format, self.part) = (path.into(), format, part);
                 (self.data_file, self.window) = (data_file, window);
+                self.faults = faults;
             }
             false => {
                 let path = path.into();
-                self.below.push(Below::Image { path, format, part });
+                self.below.push(Below::Image {
+                    path,
+                    format,
+                    part,
+                    faults,
+                });
             }
         }
         match (nothing, below.0.is_empty()) {
@@ -304,7 +361,12 @@ mod tests {
             assert_eq!(image.format, Some(Format::Qcow2));
             assert_eq!(image.secrets, ["s"]);
             assert!(image.force_share && image.read_only && image.cache == Some(Cache::None));
-            let [Below::Image { path, format, part }] = image.below.as_slice() else {
+            let [
+                Below::Image {
+                    path, format, part, ..
+                },
+            ] = image.below.as_slice()
+            else {
                 panic!("{image:?}");
             };
             assert_eq!((path, *format), (&PathBuf::from("base"), Some(Format::Raw)));
@@ -346,7 +408,7 @@ mod tests {
             ),
             (
                 "json:{'driver':['raw']}",
-                "'driver' is a list, which no option here is",
+                "Must specify either driver or file",
             ),
         ] {
             assert_eq!(

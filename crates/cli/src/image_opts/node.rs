@@ -3,7 +3,7 @@
 //! What only tunes QEMU is looked at as QEMU does, and changes nothing here.
 
 use anyhow::{Result, anyhow, bail};
-use disk::chain::Part;
+use disk::chain::{FileFaults, Part};
 use image::Format;
 use image::vhd::SizeFrom;
 use std::collections::BTreeMap;
@@ -12,6 +12,22 @@ use std::time::Duration;
 
 /// What the options say of one image.
 pub struct Node(pub BTreeMap<String, String>);
+
+/// A file as options name it.
+#[derive(Debug)]
+pub struct Place {
+    /// Its name.
+    pub name: String,
+    /// Accesses to it that are to fail.
+    pub faults: Option<FileFaults>,
+}
+
+impl From<String> for Place {
+    fn from(name: String) -> Self {
+        let faults = None;
+        Self { name, faults }
+    }
+}
 
 /// What an option's value must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,8 +188,8 @@ impl Node {
         Node(child.collect())
     }
 
-    /// The name of the image's file, and the part of it that the image is in, where it is not all of it.
-    pub fn file(&mut self) -> Result<(String, Option<Part>)> {
+    /// The image's file, and the part of it that the image is in, where it is not all of it.
+    pub fn file(&mut self) -> Result<(Place, Option<Part>)> {
         if let Some(node) = self.take("file") {
             bail!("Cannot find device='{node}' nor node-name='{node}'");
         }
@@ -186,8 +202,8 @@ impl Node {
         Ok((file.protocol("file")?, part))
     }
 
-    /// The name of a file that is named by what is said of its protocol; `what` it is to the image.
-    pub fn protocol(mut self, what: &str) -> Result<String> {
+    /// A file that is named by what is said of its protocol; `what` it is to the image.
+    pub fn protocol(mut self, what: &str) -> Result<Place> {
         let mut said = self.take("driver");
         let mut driver = said.clone().unwrap_or_else(|| "file".to_owned());
         // Bytes as they are, of what is below.
@@ -202,11 +218,22 @@ impl Node {
             self = below;
         }
         match driver.as_str() {
-            "nbd" => return self.nbd(),
-            "null-co" | "null-aio" => return self.null(&driver),
+            "nbd" => return self.nbd().map(Place::from),
+            "null-co" | "null-aio" => return self.null(&driver).map(Place::from),
+            "blkdebug" => {
+                let faults = self.blkdebug()?;
+                let below = self.child("image");
+                self.finish("Block protocol 'blkdebug' doesn't support the option")?;
+                let place = below.protocol("image")?;
+                if place.faults.is_some() {
+                    bail!("{what}: blkdebug over blkdebug: put the rules of both into one");
+                }
+                let faults = Some(faults);
+                return Ok(Place { faults, ..place });
+            }
             "file" | "host_device" => {}
             // What QEMU knows is not called unknown.
-            "ssh" | "https" | "http" | "iscsi" | "rbd" | "nfs" | "blkdebug" | "throttle" => {
+            "ssh" | "https" | "http" | "iscsi" | "rbd" | "nfs" | "throttle" => {
                 bail!(
                     "{what}.driver={driver}: only files, devices and exports of NBD servers are opened"
                 )
@@ -223,7 +250,7 @@ impl Node {
         self.finish(&format!(
             "Block protocol '{driver}' doesn't support the option"
         ))?;
-        Ok(name)
+        Ok(name.into())
     }
 
     /// The name of a disk of nothing, which `driver` says it is.
@@ -254,6 +281,11 @@ impl Node {
     /// Looks at what changes nothing of a file, and takes it away.
     pub fn look_at_file(&mut self) -> Result<()> {
         self.look(&ALL, &[&FILE])
+    }
+
+    /// Looks at what changes nothing of any node, and takes it away.
+    pub fn look_at_all(&mut self) -> Result<()> {
+        self.look(&ALL, &[])
     }
 
     /// Looks at what changes nothing of an image of `format`, and takes it away.
@@ -346,7 +378,8 @@ pub fn seconds(key: &str, text: &str) -> Result<Duration> {
     }
 }
 
-fn size(key: &str, text: &str) -> Result<u64> {
+/// A number of bytes.
+pub fn size(key: &str, text: &str) -> Result<u64> {
     block::size::parse(text).map_err(|_| {
         anyhow!(
             "Parameter '{key}' expects a non-negative number below 2^64\nOptional suffix k, M, G, T, P or E means kilo-, \

@@ -7,6 +7,7 @@ use super::spec::{Image, Shown};
 use crate::{commit, print, signals};
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
+use disk::chain::Layer;
 use std::path::Path;
 use tool::work::Work;
 
@@ -47,8 +48,8 @@ pub fn run(args: &Commit) -> Result<u8> {
     };
     let (chain, options) = open::chain_and_options(&name, &how, &args.image.spec.objects)?;
     let depth = match &args.base {
-        Some(base) => commit::depth_of(Path::new(file), Path::new(base), &chain.layers)
-            .map_err(|_| anyhow!("Did not find '{base}' in the backing chain of '{file}'"))?,
+        Some(base) => depth_of(base, &chain.layers)
+            .ok_or_else(|| anyhow!("Did not find '{base}' in the backing chain of '{file}'"))?,
         None if chain.layers.len() < 2 => bail!("Image does not have a backing file"),
         None => 1,
     };
@@ -64,10 +65,29 @@ pub fn run(args: &Commit) -> Result<u8> {
     let mut tell = |done| progress.set(done);
     let mut work = Work::new(stop, &mut tell);
     work.rate = rate.filter(|rate| *rate > 0);
-    commit::into(chain, depth, empties, &options, &mut work)?;
+    let done = commit::into(chain, depth, empties, &options, &mut work);
+    done.map_err(|error| match error.downcast_ref::<block::Error>() {
+        Some(own) if own.os_errno().is_some() => {
+            anyhow!("Block job failed: {}", open::os_reason(own))
+        }
+        _ => error,
+    })?;
     progress.end();
     if !args.shown.quiet {
         print("Image committed.\n")?;
     }
     Ok(0)
+}
+
+/// Which image of the chain `base` is: the name that the image above has for it, or a path from that one's directory.
+fn depth_of(base: &str, layers: &[Layer]) -> Option<usize> {
+    let pairs = layers.iter().zip(layers.iter().skip(1));
+    let found = pairs.enumerate().find(|(_, (above, layer))| {
+        let named = above.image.describe().backing;
+        let from = above.path.parent().unwrap_or(Path::new(""));
+        let meant = std::fs::canonicalize(from.join(base)).ok();
+        named.as_deref() == Some(base)
+            || meant.is_some() && meant == std::fs::canonicalize(&layer.path).ok()
+    });
+    found.map(|(nth, _)| nth + 1)
 }

@@ -64,17 +64,27 @@ pub fn run(args: &Compare) -> Result<u8> {
     match outcome(args, first, second, failed(OPENING)) {
         Ok(outcome) => tell(args, &outcome),
         Err(Stopped::Code(code)) => Ok(code),
-        Err(Stopped::Failed(Failure::Map(error), name)) if !is_stop(&error) => {
-            super::complain(&anyhow!(
-                "Sector allocation test failed for {name}: {error}"
-            ));
-            Ok(MAPPING)
-        }
-        Err(Stopped::Failed(Failure::Read(error), name)) if !is_stop(&error) => {
-            super::complain(&anyhow!("Error while reading {name}: {error}"));
-            Ok(READING)
-        }
-        Err(Stopped::Failed(Failure::Map(error) | Failure::Read(error), _)) => Err(error.into()),
+        Err(Stopped::Failed(failure, sizes)) => match failure {
+            Failure::Stopped(error) => Err(error.into()),
+            Failure::Map(error) if is_stop(&error) => Err(error.into()),
+            Failure::Map(error) => {
+                super::complain(&anyhow!(
+                    "Sector allocation test failed for {first} and {second}: {error}"
+                ));
+                Ok(MAPPING)
+            }
+            Failure::Read { error, .. } if is_stop(&error) => Err(error.into()),
+            Failure::Read { image, at, error } => {
+                let name = if image == 0 { first } else { second };
+                let why = open::os_reason(&error);
+                super::complain(&anyhow!("Error while reading offset {at} of {name}: {why}"));
+                let [a, b] = sizes;
+                if a != b && at >= a.min(b) && !args.quiet {
+                    print("Warning: Image size mismatch!\n")?;
+                }
+                Ok(READING)
+            }
+        },
     }
 }
 
@@ -86,8 +96,8 @@ fn is_stop(error: &block::Error) -> bool {
 enum Stopped {
     /// It was said already.
     Code(u8),
-    /// Of which images.
-    Failed(Failure, String),
+    /// The disks have these sizes.
+    Failed(Failure, [u64; 2]),
 }
 
 fn outcome(
@@ -116,12 +126,13 @@ fn outcome(
     let source = |chain| Source::new(chain).map_err(|error| failed(error.into()));
     let (a, b) = (source(&a)?, source(&b)?);
     let stop = signals::stop_on_signals().map_err(failed)?;
+    let sizes = [a.size(), b.size()];
     let mut progress = Progress::new(a.size().max(b.size()), args.progress && !args.quiet);
     let mut tell = |done| progress.set(done);
     let mut work = Work::new(stop, &mut tell);
     let found = compare(a, b, args.strict, &mut work);
     progress.end();
-    found.map_err(|failure| Stopped::Failed(failure, format!("{first} and {second}")))
+    found.map_err(|failure| Stopped::Failed(failure, sizes))
 }
 
 fn tell(args: &Compare, outcome: &Outcome) -> Result<u8> {

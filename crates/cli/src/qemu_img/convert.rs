@@ -511,11 +511,12 @@ fn bitmaps(args: &Convert, chains: &[Chain]) -> Result<Vec<qcow2::bitmap::Entry>
         bail!("Source lacks bitmap support");
     };
     let (entries, left_out) = bitmap::to_copy(&**file, bitmap::Broken::Skip)?;
-    for name in left_out.iter().map(|name| block::plain(name)) {
+    // The last one of the directory first, as QEMU has them.
+    for name in left_out.iter().rev().map(|name| block::plain(name)) {
         match args.skip_broken_bitmaps {
             true => eprintln!("qemu-img: warning: Skipping inconsistent bitmap '{name}'"),
             false => bail!(
-                "Cannot copy inconsistent bitmap '{name}'\nTry --skip-broken-bitmaps, or use 'qemu-img bitmap --remove'"
+                "Cannot copy inconsistent bitmap '{name}'\nTry --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it"
             ),
         }
     }

@@ -6,9 +6,10 @@ use crate::image_opts::{self, ImageOptions};
 use crate::open::{self, Access};
 use crate::secret::Objects;
 use anyhow::{Error, Result, anyhow};
+use block::faults::Faults;
 use block::{ErrorKind, Storage};
 use crypto::Passphrase;
-use disk::chain::{Below, Chain, ChainOptions, Layer, Part};
+use disk::chain::{Below, Chain, ChainOptions, FileFaults, Layer, Part};
 use image::Format;
 use image::vhd::SizeFrom;
 use io::{Cache, File, Lock, OpenOptions};
@@ -70,7 +71,7 @@ pub fn trusting() -> ChainOptions {
     ChainOptions {
         allow_backing: vec![PathBuf::from("/")],
         cache_bytes: Some(crate::convert::CACHE_BYTES),
-        repair: Some(crate::check::mend),
+        repair: Some(super::check::mend),
         probe_backing: true,
         names: Some(below),
         ..ChainOptions::default()
@@ -138,6 +139,8 @@ pub fn chain_and_options(
         format: Some(format),
         opened,
         part: named.part,
+        faults: named.faults,
+        disk_faults: named.disk_faults,
         window: named.window,
         vhd_size: named.vhd_size,
         below: named.below,
@@ -162,6 +165,8 @@ pub fn chain_and_options(
 struct Named {
     path: PathBuf,
     format: Option<Format>,
+    faults: Option<FileFaults>,
+    disk_faults: Option<Arc<Faults>>,
     part: Option<Part>,
     part_key: Option<&'static str>,
     backing_key: Option<String>,
@@ -202,7 +207,12 @@ impl Named {
             return Err(anyhow!("--image-opts and --format are mutually exclusive"));
         }
         let format = name.format.map(driver).transpose().map_err(could_not)?;
-        if !name.image_opts && !image_opts::is_json(name.text) {
+        let debugged = match name.image_opts {
+            false => ImageOptions::of_blkdebug(name.text),
+            true => None,
+        };
+        let debugged = debugged.transpose().map_err(could_not)?;
+        if !name.image_opts && debugged.is_none() && !image_opts::is_json(name.text) {
             check_protocol(name.text).map_err(could_not)?;
             let null = null_named(name.text);
             if let (Some(_), Some(other)) = (&null, format)
@@ -220,6 +230,8 @@ impl Named {
                     format
                 },
                 vhd_size: None,
+                faults: None,
+                disk_faults: None,
                 part: None,
                 part_key: None,
                 backing_key: None,
@@ -234,7 +246,10 @@ impl Named {
                 lacks: None,
             });
         }
-        let said = ImageOptions::parse(name.text).map_err(could_not)?;
+        let said = match debugged {
+            Some(said) => said,
+            None => ImageOptions::parse(name.text).map_err(could_not)?,
+        };
         for note in &said.notes {
             eprintln!(
                 "qemu-img: warning: {}",
@@ -255,6 +270,8 @@ impl Named {
         Ok(Self {
             path: said.path,
             format: format.or(said.format),
+            faults: said.faults,
+            disk_faults: said.disk_faults,
             part: said.part,
             part_key: said.part_key,
             backing_key: said.backing_key,
@@ -312,7 +329,12 @@ pub fn refuse_base(name: &Name<'_>, depth: usize) -> Result<()> {
 
 /// What a backing file's name with a protocol means.
 fn below(name: &str) -> block::Result<Below> {
-    let image = |path: PathBuf, format, part| Below::Image { path, format, part };
+    let image = |path: PathBuf, format, part| Below::Image {
+        path,
+        format,
+        part,
+        faults: None,
+    };
     if let Some(path) = name.strip_prefix("file:") {
         return Ok(image(path.into(), None, None));
     }
@@ -321,6 +343,15 @@ fn below(name: &str) -> block::Result<Below> {
     }
     if nbd::is_name(name) {
         return Ok(image(name.into(), None, None));
+    }
+    if let Some(said) = ImageOptions::of_blkdebug(name) {
+        let said = said.map_err(|error| block::Error::invalid(error.to_string()))?;
+        return Ok(Below::Image {
+            path: said.path,
+            format: None,
+            part: None,
+            faults: said.faults,
+        });
     }
     if !image_opts::is_json(name) {
         let protocol = name.split(':').next().unwrap_or_default();
@@ -336,10 +367,16 @@ fn below(name: &str) -> block::Result<Below> {
         && said.data_file.is_none()
         && said.window.is_none()
         && said.vhd_size.is_none()
+        && said.disk_faults.is_none()
     {
-        true => Ok(image(said.path, said.format, said.part)),
+        true => Ok(Below::Image {
+            path: said.path,
+            format: said.format,
+            part: said.part,
+            faults: said.faults,
+        }),
         false => Err(block::Error::unsupported(
-            "a backing file's name that names secrets, a data file or another backing file",
+            "a backing file's name that names secrets, a data file, another backing file or faults of the disk",
         )),
     }
 }
@@ -517,6 +554,10 @@ fn in_qemus_words(why: &str) -> String {
         ("not a qcow2 image", "Image is not in qcow2 format"),
         ("not a QED image", "Image not in QED format"),
         (
+            "it is missing, but crypt_method is 2",
+            "Missing CRYPTO header for crypt method 2",
+        ),
+        (
             "must be multiples of 512 bytes",
             "Specified size is not multiple of 512",
         ),
@@ -566,6 +607,14 @@ pub fn without_number(text: &str) -> String {
     }
 }
 
+/// Why it failed: what the operating system said, where that is the cause.
+pub fn os_reason(error: &block::Error) -> String {
+    match error.os_errno() {
+        Some(errno) => without_number(&std::io::Error::from_raw_os_error(errno).to_string()),
+        None => error.to_string(),
+    }
+}
+
 /// Opens the file of an image alone, for what works on its tables; `force_share`: `-U` was said.
 pub fn shared_file(
     name: &Name<'_>,
@@ -592,12 +641,14 @@ pub fn shared_file(
         (access, _) => access,
     };
     let file = || {
-        open::file_of(&named.path, access, &named.server).map_err(|error| {
-            match error.downcast_ref() {
-                Some(known) => failed(known),
-                None => could_not(error),
-            }
-        })
+        let file =
+            open::file_of(&named.path, access, &named.server).map_err(|error| {
+                match error.downcast_ref() {
+                    Some(known) => failed(known),
+                    None => could_not(error),
+                }
+            })?;
+        open::faulty(file, named.faults.as_ref()).map_err(|error| failed(&error))
     };
     let (file, format) = match named.format {
         Some(format) => (file()?, format),

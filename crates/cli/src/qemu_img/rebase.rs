@@ -61,6 +61,7 @@ pub fn run(args: &Rebase) -> Result<u8> {
     let said = args.backing_format.as_deref();
     if let Some(format) = said
         && open::format_named(format).is_none()
+        && !Format::recorded(format).is_ok_and(|recorded| recorded == Format::Raw)
     {
         bail!("Invalid format name: '{format}'");
     }
@@ -73,10 +74,16 @@ pub fn run(args: &Rebase) -> Result<u8> {
         };
         let link = match (backing, said) {
             (Some(name), Some(below)) => {
-                let below = below.parse()?;
+                let recorded = below;
+                let below = Format::recorded(below)?;
                 // QEMU's own word for what a format cannot lie on.
                 if format == Format::Vmdk && below != Format::Vmdk {
                     return Err(failed("Operation not supported".to_owned()));
+                }
+                if format == Format::Qcow2 {
+                    // The name is kept as it was said.
+                    let changed = image::qcow2::rebase::set_backing(file, Some((name, recorded)));
+                    return changed.map_err(|error| failed(error.to_string()));
                 }
                 let link = link(Path::new(&file.name()), format, name, below);
                 Some(link.map_err(|error| failed(format!("{error:#}")))?)
@@ -90,7 +97,7 @@ pub fn run(args: &Rebase) -> Result<u8> {
         let (storage, format) = open::file(&name, Access::Write, &args.image.spec.objects)?;
         open::need_key(&name, &*storage, format, &args.image.spec.objects)?;
         refuse(args, format)?;
-        crate::check::mend(&*storage, format)?;
+        super::check::mend(&*storage, format)?;
         change(&*storage, format)?;
         return Ok(0);
     }

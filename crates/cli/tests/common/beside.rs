@@ -16,7 +16,7 @@ pub fn outcome(program: &[&str], dir: &Path, line: &str) -> String {
     };
     let words = words.map(|word| match word {
         // A space within a word.
-        word if word.contains("_") && word.starts_with("write_") => word.replace("_", " "),
+        word if word.starts_with("write_") || word.starts_with("read_") => word.replace("_", " "),
         "''" => String::new(),
         word => word.replace("DIR", &dir.display().to_string()),
     });

@@ -3,6 +3,7 @@
 
 use super::members::Members;
 use super::{Driver, nobody, usize_of, whole};
+use block::faults::{Event, IoType};
 use block::{Error, GuestOffset, HostOffset, Result, Storage};
 use image::{Compressed, ExtentKind, FileId, Pack, Plan, Ticket};
 use std::sync::Arc;
@@ -40,6 +41,11 @@ impl Fragment {
     fn read(&self, buf: &mut [u8]) -> Result<()> {
         match &self.kind {
             Kind::Data(file, offset) => {
+                let event = match self.depth {
+                    0 => Event::ReadAio,
+                    _ => Event::ReadBackingAio,
+                };
+                self.members.file(self.depth, *file)?.event(event);
                 (self.members).read_data(self.depth, *file, self.at, *offset, buf)
             }
             Kind::Zero => {
@@ -119,7 +125,10 @@ impl Placed {
     /// What the host fails with.
     pub fn write(&self, data: &[u8]) -> Result<()> {
         match self.place {
-            Some((file, host)) => self.members.write_data(file, self.at, host, data),
+            Some((file, host)) => {
+                self.members.file(0, file)?.event(Event::WriteAio);
+                self.members.write_data(file, self.at, host, data)
+            }
             None => Ok(()),
         }
     }
@@ -176,6 +185,7 @@ impl Driver {
     /// A range outside the disk; what reading tables fails with.
     pub fn locate(&mut self, at: u64, len: u64, into: &mut Vec<Fragment>) -> Result<()> {
         self.check(at, len)?;
+        self.fault(IoType::Read, at, len)?;
         self.locate_from(0, at, len, into)
     }
 
@@ -238,6 +248,7 @@ impl Driver {
     /// As [`Driver::write`].
     pub fn place(&mut self, at: u64, len: u64) -> Result<Option<Placed>> {
         self.check_write(at, len)?;
+        self.fault(IoType::Write, at, len)?;
         let here = GuestOffset(at);
         let plan = self.answer_unless_busy(0, |image| image.plan_write(here, len))?;
         let Some(plan) = plan else { return Ok(None) };
@@ -255,6 +266,7 @@ impl Driver {
                 len
             }
             Plan::Allocate(new) => {
+                self.event(Event::ClusterAlloc);
                 placed.ticket = Some(new.ticket);
                 placed.place = Some((new.file, self.fill_around(here, &new)?));
                 new.write_len
@@ -282,6 +294,7 @@ impl Driver {
     /// As [`Driver::write`]; `Unsupported` for a disk that takes no packed clusters.
     pub fn place_packed(&mut self, at: u64, len: u32) -> Result<Option<Placed>> {
         self.check_write(at, 1)?;
+        self.fault(IoType::Write, at, 1)?;
         let here = GuestOffset(at);
         let place = self.answer_unless_busy(0, |image| image.plan_packed(here, len))?;
         Ok(place.map(|place| Placed {

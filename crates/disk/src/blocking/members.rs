@@ -2,6 +2,7 @@
 
 use super::{Member, usize_of};
 use crate::crypt::SECTOR;
+use block::faults::Event;
 use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, align_up};
 use crypto::SectorCipher;
 use image::{Compressed, Encryption, FileId};
@@ -104,6 +105,7 @@ impl Members {
         let file = self.file(depth, packed.file)?;
         let there = file.len()?.saturating_sub(packed.offset.0);
         let mut input = vec![0; usize_of(u64::from(packed.len).min(there))?];
+        file.event(Event::ReadCompressed);
         file.read_at(packed.offset.0, &mut input)?;
         let mut unpacked = vec![0; usize_of(u64::from(packed.unpacked_len))?];
         self.member(depth)?

@@ -18,7 +18,8 @@ mod members;
 
 pub use apart::{Fragment, Placed, read};
 
-use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed};
+use block::faults::{Event, Faults, IoType};
+use block::{Context, Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed};
 use image::{
     Allocation, ExtentKind, Fill, FlushRun, Freed, Image, Load, Need, Plan, Reserve, Step,
     ZeroMode, ZeroPlan,
@@ -62,6 +63,7 @@ pub struct Driver {
     members: Members,
     read_only: bool,
     run: FlushRun,
+    faults: Option<Arc<Faults>>,
 }
 
 impl Driver {
@@ -74,7 +76,31 @@ impl Driver {
             members: Members::new(members),
             read_only,
             run: FlushRun::default(),
+            faults: None,
         })
+    }
+
+    /// The same disk, of whose accesses some fail: of the guest's, not of the files'.
+    #[must_use]
+    pub fn with_faults(self, faults: Option<Arc<Faults>>) -> Self {
+        Self { faults, ..self }
+    }
+
+    /// Fails an access of the guest that is to fail.
+    fn fault(&self, io: IoType, at: u64, len: u64) -> Result<()> {
+        match &self.faults {
+            Some(faults) => {
+                (faults.check(io, at, len)).context(|| format!("{io} of the disk at byte {at}"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Tells the active image's file where work on it has come to.
+    fn event(&self, event: Event) {
+        if let Some(file) = self.members.first().and_then(|first| first.files.first()) {
+            file.event(event);
+        }
     }
 
     /// Bytes of the virtual disk.
@@ -204,6 +230,8 @@ impl Driver {
         if self.read_only {
             return Ok(());
         }
+        self.fault(IoType::Flush, 0, 0)?;
+        self.event(Event::FlushToOs);
         let image = Arc::clone(&self.members.member(0)?.image);
         let mut run = std::mem::take(&mut self.run);
         let carried_out = image
@@ -232,6 +260,7 @@ impl Driver {
     /// What the range is made of: one run from `at` on, at most `len` bytes.
     pub fn extent_at(&mut self, at: u64, len: u64) -> Result<ChainExtent> {
         self.check(at, len)?;
+        self.fault(IoType::BlockStatus, at, len)?;
         let (mut len, mut depth) = (len, 0);
         loop {
             let left = self.members.member(depth)?.image.size().saturating_sub(at);
@@ -372,9 +401,11 @@ impl Driver {
             if new.fill == Fill::Existing {
                 let inside = usize_of(size.saturating_sub(at.0))?.min(len);
                 if inside > 0 {
+                    self.event(Event::CowRead);
                     self.read(at.0, prefix_mut(part, inside)?)?;
                 }
             }
+            self.event(Event::CowWrite);
             self.members
                 .write_data(new.file, at, new.host.plus(at.since(new.start)), part)?;
             at = at.plus(len as u64);
@@ -384,6 +415,11 @@ impl Driver {
 
     fn zero(&mut self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
         self.check_write(at, len)?;
+        let io = match mode {
+            ZeroMode::Zero { .. } => IoType::WriteZeroes,
+            ZeroMode::Discard => IoType::Discard,
+        };
+        self.fault(io, at, len)?;
         let (mut at, mut left) = (at, len);
         while left > 0 {
             let plan = self.answer(0, |image| image.plan_zero(GuestOffset(at), left, mode))?;
@@ -429,6 +465,7 @@ impl Driver {
                     .write_at(write.offset.0, bytes)?;
             }
             for file in &member.files {
+                file.event(Event::FlushToDisk);
                 file.sync()?;
             }
         }
@@ -441,6 +478,7 @@ impl Driver {
         image.take_freed(&mut freed);
         for space in &freed {
             let file = self.members.file(0, space.file)?;
+            file.event(Event::ClusterFree);
             // The hole is a courtesy: where it fails the space is still free.
             let zeroed = match file.write_zeroes(space.offset.0, space.len, true) {
                 Ok(()) => Zeroed::Yes,

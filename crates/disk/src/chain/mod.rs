@@ -26,6 +26,7 @@ pub use names::is_file_name;
 pub use server::open_export;
 
 use crate::blocking::{Driver, Member};
+use block::faults::Faults;
 use block::{Context, Error, ErrorKind, Result, Storage, limits};
 use crypto::Passphrase;
 use formats::{Keys, open_image, open_vmdk};
@@ -72,7 +73,18 @@ pub enum Below {
         format: Option<Format>,
         /// Of a raw one, the part that is meant.
         part: Option<Part>,
+        /// The faults of the file.
+        faults: Option<FileFaults>,
     },
+}
+
+/// Faults of a file: accesses to it that are to fail.
+#[derive(Clone, Debug)]
+pub struct FileFaults {
+    /// Which.
+    pub rules: Arc<Faults>,
+    /// What its accesses are aligned to at least, in bytes; a power of two.
+    pub align: u32,
 }
 
 /// What a name with a protocol means.
@@ -85,6 +97,10 @@ pub struct ChainOptions {
     pub below: Vec<Below>,
     /// Of a raw active image, the part that is meant.
     pub part: Option<Part>,
+    /// Faults of the active image's file.
+    pub faults: Option<FileFaults>,
+    /// Faults of the disk that the chain is: accesses of the guest that are to fail.
+    pub disk_faults: Option<Arc<Faults>>,
     /// The part of the active image's file that the image is in, header and all; it is for reading only then.
     pub window: Option<Part>,
     /// The active image's format; probed when absent, see [`Chain::open`].
@@ -152,6 +168,14 @@ pub struct Layer {
 }
 
 impl Layer {
+    /// The faults of its file, to open that once more.
+    pub fn file_faults(&self) -> Option<FileFaults> {
+        let file = self.files.first()?;
+        let rules = Arc::clone(file.faults()?);
+        let align = file.alignment().offset;
+        Some(FileFaults { rules, align })
+    }
+
     /// Whether holes of its file `id` are zeros to the guest: in a raw image, an external data file, and a QED, VHD, VHDX, VDI
     /// or VMDK image, in which holes are punched without a change of the tables. Other formats know themselves what is allocated;
     /// and a hole is not zeros where the data are encrypted.
@@ -181,6 +205,8 @@ pub struct Chain {
     pub layers: Vec<Layer>,
     /// Whether the active image was opened for reading only.
     pub read_only: bool,
+    /// Accesses of the guest that are to fail.
+    pub faults: Option<Arc<Faults>>,
 }
 
 impl Chain {
@@ -210,6 +236,7 @@ impl Chain {
             return Ok(Self {
                 layers,
                 read_only: options.read_only,
+                faults: options.disk_faults.clone(),
             });
         }
         let mut seen = Seen::new();
@@ -238,8 +265,13 @@ impl Chain {
                 None | Some(Below::Recorded) => {}
                 Some(Below::Nothing) => break,
                 Some(Below::Image { .. }) if options.without_backing => break,
-                Some(Below::Image { path, format, part }) => {
-                    let said = (path.as_path(), *format, *part);
+                Some(Below::Image {
+                    path,
+                    format,
+                    part,
+                    faults,
+                }) => {
+                    let said = (path.as_path(), *format, *part, faults.as_ref());
                     let layer = open_said(above, said, options, &mut keys, &mut seen)?;
                     layers.push(layer);
                     continue;
@@ -257,11 +289,16 @@ impl Chain {
             }
             let named = || format!("{}: backing file", above.path.display());
             if let (Some(names), true) = (options.names, has_protocol(&name))
-                && let Below::Image { path, format, part } = names(&name).context(named)?
+                && let Below::Image {
+                    path,
+                    format,
+                    part,
+                    faults,
+                } = names(&name).context(named)?
             {
                 let recorded = description.backing_format.as_deref();
-                let recorded = recorded.and_then(|format| format.parse().ok());
-                let said = (path.as_path(), format.or(recorded), part);
+                let recorded = recorded.and_then(|format| Format::recorded(format).ok());
+                let said = (path.as_path(), format.or(recorded), part, faults.as_ref());
                 let layer = open_said(above, said, options, &mut keys, &mut seen)?;
                 layers.push(layer);
                 continue;
@@ -273,7 +310,7 @@ impl Chain {
             let recorded_format = description.backing_format.as_deref();
             if let Some(server) = server::allowed(&name, options) {
                 let format = recorded(&above.path, &name, recorded_format).context(named)?;
-                let said = (server.as_path(), Some(format), None);
+                let said = (server.as_path(), Some(format), None, None);
                 let layer = open_said(above, said, options, &mut keys, &mut seen)?;
                 layers.push(layer);
                 continue;
@@ -288,7 +325,7 @@ impl Chain {
             };
             once(&mut seen, &path, &name).context(named)?;
             let mut layer =
-                open_backing(path, format, None, &mut keys, &mut seen).context(named)?;
+                open_backing(path, format, None, None, &mut keys, &mut seen).context(named)?;
             if let Some(parent) = parent {
                 verify(&parent, &layer).context(named)?;
             }
@@ -298,6 +335,7 @@ impl Chain {
         Ok(Self {
             layers,
             read_only: options.read_only,
+            faults: options.disk_faults.clone(),
         })
     }
 
@@ -316,7 +354,8 @@ impl Chain {
 
     /// A blocking driver of the chain.
     pub fn driver(&self) -> Result<Driver> {
-        Driver::new(self.members(), self.read_only)
+        let driver = Driver::new(self.members(), self.read_only)?;
+        Ok(driver.with_faults(self.faults.clone()))
     }
 }
 
@@ -392,6 +431,7 @@ fn open_active(path: &Path, keys: &mut Keys<'_>, seen: &mut Seen) -> Result<Laye
         Some(name) => server::open(name, options, options.read_only, seen)?,
         None => open_file(path, options, options.read_only, lock)?,
     };
+    let file = faulty(file, options.faults.as_ref())?;
     let file = match options.window {
         Some(_) if !options.read_only => {
             return Err(Error::unsupported(format!(
@@ -451,6 +491,14 @@ fn open_active(path: &Path, keys: &mut Keys<'_>, seen: &mut Seen) -> Result<Laye
     })
 }
 
+/// The file, which was just opened, with the faults that it is to have.
+fn faulty(file: Arc<File>, faults: Option<&FileFaults>) -> Result<Arc<File>> {
+    match faults {
+        Some(faults) => File::with_faults(file, Arc::clone(&faults.rules), faults.align),
+        None => Ok(file),
+    }
+}
+
 /// Says what was done to an image that was not closed.
 fn tell_mended(file: &File, done: Option<String>) {
     if let Some(done) = done {
@@ -472,7 +520,7 @@ fn null_layer(null: Null, path: &Path) -> Layer {
 /// Opens what the user said that `above` lies on.
 fn open_said(
     above: &Layer,
-    (path, format, part): (&Path, Option<Format>, Option<Part>),
+    (path, format, part, faults): (&Path, Option<Format>, Option<Part>, Option<&FileFaults>),
     options: &ChainOptions,
     keys: &mut Keys<'_>,
     seen: &mut Seen,
@@ -483,6 +531,7 @@ fn open_said(
     }
     if let Some(name) = server::name(path) {
         let file = server::open(name, options, true, seen).context(named)?;
+        let file = faulty(file, faults).context(named)?;
         let format = match format {
             Some(format) => format,
             None => image::probe(&*file).context(named)?.unwrap_or(Format::Raw),
@@ -501,7 +550,8 @@ fn open_said(
         Ok(image::probe(&*file)?.unwrap_or(Format::Raw))
     };
     let format = format.map_or_else(probe, Ok).context(named)?;
-    let mut layer = open_backing(path, Some(format), part, keys, seen).context(named)?;
+    let layer = open_backing(path, Some(format), part, faults, keys, seen);
+    let mut layer = layer.context(named)?;
     open_data_file(&mut layer, options, true, None, seen)?;
     Ok(layer)
 }
@@ -511,6 +561,7 @@ fn open_backing(
     path: PathBuf,
     format: Option<Format>,
     part: Option<Part>,
+    faults: Option<&FileFaults>,
     keys: &mut Keys<'_>,
     seen: &mut Seen,
 ) -> Result<Layer> {
@@ -519,7 +570,7 @@ fn open_backing(
         true => Lock::None,
         false => lock_of_reader(options, format),
     };
-    let file = open_named(&path, options, true, lock)?;
+    let file = faulty(open_named(&path, options, true, lock)?, faults)?;
     let format = match format {
         Some(format) => format,
         None if options.probe_backing => image::probe(&*file)?.unwrap_or(Format::Raw),

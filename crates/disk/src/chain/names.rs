@@ -28,9 +28,7 @@ pub(super) fn once(seen: &mut Seen, path: &Path, name: &str) -> Result<()> {
 /// The format that the image `above` records for its backing file `name`.
 pub(super) fn recorded(above: &Path, name: &str, format: Option<&str>) -> Result<Format> {
     match format {
-        Some(format) => format
-            .parse::<Format>()
-            .context(|| format!("'{}'", name.escape_default())),
+        Some(format) => Format::recorded(format).context(|| format!("'{}'", name.escape_default())),
         None => Err(Error::new(
             ErrorKind::Denied,
             format!(

@@ -113,6 +113,7 @@ impl Table {
         let chain = Chain {
             layers: vec![layer],
             read_only: false,
+            faults: None,
         };
         let disk = Disk::new(chain, DiskOptions::default()).unwrap();
         let mut engine = io::open_engine(EngineKind::Sim, &EngineOptions::default()).unwrap();

@@ -44,6 +44,7 @@ fn chain(sim: &Arc<SimDisk>) -> Chain {
             part: None,
         }],
         read_only: false,
+        faults: None,
     }
 }
 

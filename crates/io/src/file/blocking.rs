@@ -2,6 +2,7 @@
 
 use super::{File, FileKind, Lacks};
 use crate::{gate::ExclusiveGuard, gate::SharedGuard, memory::AlignedBuf, sys};
+use block::faults::IoType;
 use block::{Error, ErrorKind, RangeKind, align_down, align_up};
 use rustix::{
     fs::{FallocateFlags, SeekFrom},
@@ -84,6 +85,7 @@ impl File {
 
     /// Reads from `offset` on; how many bytes there were before the end of the file.
     pub(crate) fn read_up_to(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        self.fault(IoType::Read, offset, buf.len() as u64)?;
         if let Some(sim) = &self.sim {
             return sim.read_up_to(offset, buf);
         }
@@ -142,6 +144,7 @@ impl File {
         if let Some(sim) = &self.sim {
             return sim.write_all(offset, buf, sim.begin());
         }
+        self.fault(IoType::Write, offset, buf.len() as u64)?;
         let _hold = self.enter(offset, buf.len() as u64, gate);
         if self.fits(offset, buf) {
             return self.write_aligned(offset, buf);
@@ -198,6 +201,7 @@ impl File {
         if let Some(errno) = self.sync_failure() {
             return Err(os(errno));
         }
+        self.fault(IoType::Flush, 0, 0)?;
         if let Some(sim) = &self.sim {
             return sim.sync_data(sim.begin()).inspect_err(|error| {
                 self.note_sync_failure(error.raw_os_error().unwrap_or(libc::EIO));
@@ -269,6 +273,7 @@ impl File {
         if let Some(sim) = &self.sim {
             return sim.zero_range(offset, len, grow, sim.begin());
         }
+        self.fault(IoType::WriteZeroes, offset, len)?;
         // Once, for everything that follows, fallbacks included.
         let _hold = self.enter(offset, len, gate);
         match self.kind {
@@ -417,6 +422,7 @@ impl File {
         if let Some(sim) = &self.sim {
             return sim.discard_range(offset, len, sim.begin());
         }
+        self.fault(IoType::Discard, offset, len)?;
         let _hold = self.enter(offset, len, gate);
         if let Some(remote) = self.at_server() {
             let align = u64::from(self.alignment.offset);
@@ -480,6 +486,7 @@ impl File {
 
     /// End of the data or hole that begins at `offset` (less than `len`), and which it is.
     pub(crate) fn sparse_run(&self, offset: u64, len: u64) -> io::Result<(u64, RangeKind)> {
+        self.fault(IoType::BlockStatus, offset, len - offset)?;
         if let Some(remote) = self.at_server() {
             return Ok(remote.run(offset, len - offset)?);
         }

@@ -24,6 +24,7 @@ pub use open::OpenOptions;
 pub use remote::Remote;
 
 use crate::{Cache, gate::Gate, sim::SimDisk};
+use block::faults::{Faults, IoType};
 use block::{Context, Result};
 use std::{
     io,
@@ -92,6 +93,8 @@ pub struct File {
     turn: Mutex<()>,
     sim: Option<Arc<SimDisk>>,
     remote: Option<Arc<dyn Remote>>,
+    /// Accesses that are to fail.
+    faults: Option<Arc<Faults>>,
 }
 
 #[derive(Debug, Default)]
@@ -212,12 +215,47 @@ impl File {
             turn: Mutex::new(()),
             sim: None,
             remote: None,
+            faults: None,
         })
     }
 
     /// The server's disk behind it, if there is one.
     pub(crate) fn at_server(&self) -> Option<&dyn Remote> {
         self.remote.as_deref()
+    }
+
+    /// The file with `faults`, its accesses aligned to `align` bytes at least, a power of two: for who has just opened it.
+    ///
+    /// # Errors
+    ///
+    /// [`block::ErrorKind::Invalid`] where it is shared already.
+    pub fn with_faults(file: Arc<File>, faults: Arc<Faults>, align: u32) -> Result<Arc<File>> {
+        let mut file = Arc::try_unwrap(file).map_err(|file| {
+            let path = file.path.display();
+            block::Error::invalid(format!("{path}: faults of a file that is in use"))
+        })?;
+        file.faults = Some(faults);
+        file.alignment.offset = file.alignment.offset.max(align);
+        Ok(Arc::new(file))
+    }
+
+    /// The accesses that are to fail.
+    pub fn faults(&self) -> Option<&Arc<Faults>> {
+        self.faults.as_ref()
+    }
+
+    /// Fails an access that is to fail.
+    #[inline]
+    pub(crate) fn fault(&self, io: IoType, offset: u64, len: u64) -> io::Result<()> {
+        match &self.faults {
+            Some(faults) => faults.check(io, offset, len),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether only calls of this process reach it: no kernel knows of a server's disk, or of faults.
+    pub fn needs_threads(&self) -> bool {
+        self.kind == FileKind::Remote || self.faults.is_some()
     }
 
     /// The first byte and the bytes of the part of a file that it is, where it is a [`File::window`].

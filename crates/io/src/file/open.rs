@@ -154,6 +154,7 @@ impl File {
             turn: Mutex::new(()),
             sim: None,
             remote: None,
+            faults: None,
             fd,
         }))
     }

@@ -1,6 +1,7 @@
 //! [`block::Storage`] on a [`File`].
 
 use super::{File, GateHeld};
+use block::faults::Event;
 use block::{Context, Error, Range, Result, Storage, Zeroed};
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -92,7 +93,13 @@ impl Storage for File {
         }))
     }
 
+    fn event(&self, event: Event) {
+        if let Some(faults) = &self.faults {
+            faults.event(event);
+        }
+    }
+
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        (self.sim.is_none() && self.at_server().is_none()).then(|| self.as_fd())
+        (self.sim.is_none() && !self.needs_threads()).then(|| self.as_fd())
     }
 }

@@ -74,7 +74,7 @@ fn a_wish_to_stop_ends_it() {
     let stop = Stop::default();
     stop.request();
     let ended = Disks::new().compare(&stop);
-    let Err(Failure::Read(error)) = ended else {
+    let Err(Failure::Stopped(error)) = ended else {
         panic!("{ended:?}");
     };
     assert_eq!(error.kind(), block::ErrorKind::Interrupted);

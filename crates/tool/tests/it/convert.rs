@@ -60,6 +60,7 @@ pub(super) fn chain(path: &Path, read_only: bool, format: Format) -> Chain {
     let options = ChainOptions {
         format: Some(format),
         read_only,
+        faults: None,
         cache: io::Cache::Unsafe,
         ..ChainOptions::default()
     };

@@ -1,0 +1,111 @@
+//! Accesses that fail on purpose (`blkdebug`), beside the installed qemu-img.
+
+use crate::beside::{same, same_in};
+use crate::common::{diskplane, good, refused};
+use std::fs;
+
+/// A qcow2 image over another, and rules for their files.
+fn same_with(rules: &[(&str, &str)], lines: &[&str]) {
+    let (theirs, ours) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for dir in [theirs.path(), ours.path()] {
+        for (name, text) in rules {
+            fs::write(dir.join(name), text).unwrap();
+        }
+    }
+    let setup = [
+        "qemu-img create -q -f qcow2 base 1M",
+        "qemu-img create -q -f qcow2 -b base -F qcow2 over",
+        "qemu-io -c write_-P_7_64k_64k over",
+        "qemu-img create -q -f raw flat 1M",
+    ];
+    let all: Vec<&str> = setup.iter().chain(lines).copied().collect();
+    same_in(theirs.path(), ours.path(), &all);
+}
+
+#[test]
+fn what_fails_is_told_as_by_qemu_img() {
+    let read = "[inject-error]\nevent = \"read_aio\"\nerrno = \"5\"\nonce =\"off\"\n";
+    let any = "# all\n[inject-error]\nevent = \"none\"\niotype = \"read\"\n";
+    same_with(
+        &[
+            ("read", read),
+            ("any", any),
+            ("broken", "[inject-error]\nevent=none\n"),
+        ],
+        &[
+            "qemu-img compare blkdebug:read:over base",
+            "qemu-img compare blkdebug::over over",
+            "qemu-img compare -f raw blkdebug:any:flat flat",
+            "qemu-img compare --image-opts driver=qcow2,file.driver=blkdebug,file.config=read,file.image.filename=over \
+             driver=qcow2,file.filename=over",
+            // The state that rules are for.
+            "qemu-img compare --image-opts driver=raw,file.driver=blkdebug,file.image.filename=flat,\
+             file.set-state.0.event=none,file.set-state.0.new_state=2,file.inject-error.0.event=read_aio,\
+             file.inject-error.0.state=1,file.inject-error.0.errno=28 driver=raw,file.filename=flat",
+            "qemu-img compare --image-opts driver=raw,file.driver=blkdebug,file.image.filename=flat,\
+             file.set-state.0.event=none,file.set-state.0.new_state=2,file.inject-error.0.event=read_aio,\
+             file.inject-error.0.state=2,file.inject-error.0.errno=28 driver=raw,file.filename=flat",
+            // Over the format: the guest's accesses.
+            "qemu-img compare --image-opts driver=blkdebug,image.driver=qcow2,image.file.filename=over,\
+             inject-error.0.event=none,inject-error.0.iotype=read,inject-error.0.sector=128 driver=qcow2,file.filename=base",
+            "qemu-img map --image-opts driver=blkdebug,align=4k,image.driver=qcow2,image.file.driver=file,\
+             image.file.filename=over",
+            "qemu-img info blkdebug:nosuch:over",
+            "qemu-img info blkdebug:over",
+            "qemu-img info blkdebug::nosuch",
+            "qemu-img map --image-opts driver=blkdebug,align=3k,image.driver=raw,image.file.filename=flat",
+            "qemu-img map --image-opts driver=blkdebug,align=4k,max-transfer=512,image.driver=raw,image.file.filename=flat",
+            "qemu-img map --image-opts driver=blkdebug,image.driver=raw,image.file.filename=flat,inject-error.0.errno=5",
+        ],
+    );
+}
+
+#[test]
+fn a_commit_that_fails_loses_nothing() {
+    same(&[
+        "qemu-img create -q -f qcow2 base 1M",
+        "qemu-img create -q -F qcow2 -b \
+         json:{\"driver\":\"qcow2\",\"file\":{\"driver\":\"blkdebug\",\"inject-error\":[{\"event\":\"write_aio\",\
+         \"errno\":28,\"once\":true}],\"image\":{\"driver\":\"file\",\"filename\":\"base\"}}} -f qcow2 over",
+        "qemu-io -c write_-P_7_64k_64k over",
+        "qemu-img commit over",
+        "qemu-io -c read_-P_7_64k_64k over",
+        "qemu-img check base",
+        "qemu-img check over",
+    ]);
+}
+
+#[test]
+fn our_own_commands_take_them_and_name_what_there_is() {
+    let dir = testkit::TempDir::new();
+    let root = dir.root();
+    good(root, &["create", "-f", "qcow2", "a.qcow2", "1M"]);
+    let with = |rule: &str| {
+        format!("driver=qcow2,file.driver=blkdebug,file.image.filename=a.qcow2,{rule}")
+    };
+    let fails = with("file.inject-error.0.event=none,file.inject-error.0.errno=5");
+    for command in ["check", "map"] {
+        let error = refused(root, &[command, "--image-opts", &fails]);
+        assert!(error.contains("Input/output error"), "{command}: {error}");
+    }
+    let unknown = with("file.inject-error.0.event=l1_update");
+    let error = refused(root, &["map", "--image-opts", &unknown]);
+    assert!(
+        error.contains("event 'l1_update'") && error.contains("read_aio, "),
+        "{error}"
+    );
+    // Requests through queues meet the faults of the file; over its format there are none for them.
+    let args = |spec| ["bench", "image", "-c", "1", "--image-opts", spec];
+    let output = diskplane(root, &args(&fails));
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        !output.status.success() && text.contains("Input/output error"),
+        "{text}"
+    );
+    let above = "driver=blkdebug,image.driver=qcow2,image.file.filename=a.qcow2";
+    let error = refused(root, &args(above));
+    assert!(
+        error.contains("blkdebug over the image's format"),
+        "{error}"
+    );
+}
