@@ -67,6 +67,82 @@ pub struct Header {
     pub file_bytes: u64,
 }
 
+/// A new image, of nothing but zeros, for others to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// Bytes of the disk, a multiple of 512.
+    pub size: u64,
+    /// Bytes of a cluster, a multiple of 512.
+    pub cluster_bytes: u64,
+}
+
+impl Default for CreateOptions {
+    fn default() -> Self {
+        Self {
+            size: 0,
+            cluster_bytes: 1 << 20,
+        }
+    }
+}
+
+/// Heads, and sectors of a cylinder, that new images tell of. Nobody looks.
+const GEOMETRY: (u32, u64) = (16, 32);
+
+/// Writes an empty image to `storage`, an empty file: a header, and a BAT that fills clusters.
+///
+/// # Errors
+///
+/// [`ErrorKind::Invalid`] for what cannot be (nothing is written then), or what the host refused.
+pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
+    let CreateOptions {
+        size,
+        cluster_bytes,
+    } = *options;
+    if cluster_bytes == 0 || !cluster_bytes.is_multiple_of(SECTOR) {
+        return Err(Error::invalid(
+            "cluster_size must be a multiple of 512 bytes",
+        ));
+    }
+    if !size.is_multiple_of(SECTOR) {
+        return Err(Error::invalid("the size must be a multiple of 512 bytes"));
+    }
+    let tracks = u32::try_from(cluster_bytes / SECTOR).ok();
+    let tracks = tracks.filter(|tracks| *tracks <= CLUSTER_SECTORS_MAX);
+    let tracks = tracks.ok_or_else(|| Error::invalid("cluster_size is too large"))?;
+    let entries = u32::try_from(size.div_ceil(cluster_bytes)).ok();
+    let entries = entries.filter(|entries| *entries <= ENTRIES_MAX);
+    let entries = entries.ok_or_else(|| {
+        Error::invalid(format!(
+            "the size is too large for this cluster_size: at most {ENTRIES_MAX} clusters"
+        ))
+    })?;
+    let data = (HEADER_BYTES as u64 + u64::from(entries) * 4).next_multiple_of(cluster_bytes);
+    let data_sectors = u32::try_from(data / SECTOR)
+        .map_err(|_| Error::invalid("the table of clusters is too large"))?;
+    let (heads, cylinder) = GEOMETRY;
+    let cylinders = size / SECTOR / u64::from(heads) / cylinder;
+    let mut header = [0; SECTOR as usize];
+    let mut put = |at: usize, bytes: &[u8]| {
+        if let Some(field) = header.get_mut(at..at + bytes.len()) {
+            field.copy_from_slice(bytes);
+        }
+    };
+    put(0, &MAGIC_EXT);
+    put(16, &2u32.to_le_bytes());
+    put(20, &heads.to_le_bytes());
+    put(
+        24,
+        &u32::try_from(cylinders).unwrap_or(u32::MAX).to_le_bytes(),
+    );
+    put(28, &tracks.to_le_bytes());
+    put(32, &entries.to_le_bytes());
+    put(36, &(size / SECTOR).to_le_bytes());
+    put(48, &data_sectors.to_le_bytes());
+    storage.set_len(data)?;
+    storage.write_at(0, &header)?;
+    storage.sync()
+}
+
 /// Where the data of a cluster are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {

@@ -154,7 +154,8 @@ pub fn findings(report: &Report, repair: Repair) -> Vec<String> {
                     Severity::Leak => repair != Repair::No,
                     _ => repair == Repair::All,
                 };
-                repaired.extend(said(finding, true).filter(|_| repairs));
+                // What is left is told a second time.
+                repaired.extend(said(finding, repairs));
             }
             // Which of them are repaired is known later.
             Some(Fact::L1Copied { .. } | Fact::L2Copied { .. }) => {
@@ -170,7 +171,8 @@ pub fn findings(report: &Report, repair: Repair) -> Vec<String> {
             let freed = freed.iter();
             lines.extend(freed.map(|n| format!("Repairing cluster {n} refcount=1 reference=0")));
         }
-        None => lines.append(&mut repaired),
+        None if repair != Repair::No => lines.append(&mut repaired),
+        None => {}
     }
     flags.extend(report.flags_repaired.iter().filter_map(|f| said(f, true)));
     lines.append(&mut flags);

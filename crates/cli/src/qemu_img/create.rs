@@ -11,7 +11,7 @@ use anyhow::{Result, anyhow, bail};
 use block::{Storage as _, limits};
 use clap::Args;
 use crypto::Passphrase;
-use image::Format;
+use image::{Format, parallels};
 use io::FileKind;
 use std::path::Path;
 use std::sync::Arc;
@@ -75,7 +75,11 @@ pub fn run(args: &Create) -> Result<u8> {
     };
     let within = |error: anyhow::Error| anyhow!("{file}: {error}");
     let (said, format) = new.settle(&args.objects).map_err(within)?;
-    make(file, format, &said, &args.objects).map_err(within)?;
+    match format {
+        // Ours makes none: it could not write to them.
+        Format::Parallels => empty_parallels(file, &said).map_err(within)?,
+        _ => drop(make(file, format, &said, &args.objects).map_err(within)?),
+    }
     Ok(0)
 }
 
@@ -225,6 +229,23 @@ pub fn make(file: &str, format: Format, said: &Said, objects: &Objects) -> Resul
     let options = options_of(format, said, objects, file)?;
     write(file, format, &options)?;
     Ok(options)
+}
+
+/// Makes an image for others to write.
+fn empty_parallels(file: &str, said: &Said) -> Result<()> {
+    said.check_choices()?;
+    // QEMU rounds both up.
+    let sectors = |bytes| block::align_up(bytes, 512);
+    let mut options = parallels::CreateOptions {
+        size: sectors(said.size().unwrap_or(0)),
+        ..parallels::CreateOptions::default()
+    };
+    if let Some(text) = said.get("cluster_size") {
+        options.cluster_bytes = sectors(block::size::parse(text)?);
+    }
+    create::emptied(path(file), io::Cache::default())
+        .and_then(|storage| Ok(parallels::create(&*storage, &options)?))
+        .map_err(|error| could_not_create(file, &error))
 }
 
 /// Makes the image that `options` describe.

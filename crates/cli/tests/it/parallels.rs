@@ -202,3 +202,35 @@ fn damage_is_found_and_writing_is_refused() {
     }
     assert!(fs::read(dir.path("a.hds")).unwrap() == sound);
 }
+
+#[test]
+fn empty_images_are_made_in_qemu_imgs_place_as_by_it() {
+    let (theirs, ours) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let lines = [
+        "qemu-img create -f parallels a 4M",
+        "qemu-img create -f parallels b 0",
+        "qemu-img create -f parallels -o cluster_size=3k c 5000448",
+        "qemu-img create -f parallels -o cluster_size=2M d 3T",
+        "qemu-img create -f parallels -o cluster_size=1000 e 4M",
+        "qemu-img create -f parallels -b a -F raw e 4M",
+        "qemu-io -f parallels -c write_-P_7_1M_64k a",
+        "qemu-img check -f parallels a",
+        "qemu-img convert -f parallels -O raw a raw",
+        "qemu-img map --output=json -f raw raw",
+    ];
+    crate::beside::same_in(theirs.path(), ours.path(), &lines);
+    for name in ["a", "b", "c", "d", "raw"] {
+        let read = |dir: &std::path::Path| fs::read(dir.join(name)).unwrap();
+        assert!(read(theirs.path()) == read(ours.path()), "{name}");
+    }
+    // What could not be filled is not made.
+    let error = crate::beside::outcome(
+        &[env!("CARGO_BIN_EXE_diskplane"), "qemu-img"],
+        ours.path(),
+        "qemu-img convert -f raw -O parallels raw f",
+    );
+    assert!(
+        error.contains("for reading only") && !ours.path().join("f").exists(),
+        "{error}"
+    );
+}

@@ -17,6 +17,8 @@ fn same_with(rules: &[(&str, &str)], lines: &[&str]) {
         "qemu-img create -q -f qcow2 -b base -F qcow2 over",
         "qemu-io -c write_-P_7_64k_64k over",
         "qemu-img create -q -f raw flat 1M",
+        "qemu-io -f raw -c write_-P_7_0_64k flat",
+        "qemu-img create -q -f raw other 1M",
     ];
     let all: Vec<&str> = setup.iter().chain(lines).copied().collect();
     same_in(theirs.path(), ours.path(), &all);
@@ -35,16 +37,16 @@ fn what_fails_is_told_as_by_qemu_img() {
         &[
             "qemu-img compare blkdebug:read:over base",
             "qemu-img compare blkdebug::over over",
-            "qemu-img compare -f raw blkdebug:any:flat flat",
+            "qemu-img compare -f raw blkdebug:any:flat other",
             "qemu-img compare --image-opts driver=qcow2,file.driver=blkdebug,file.config=read,file.image.filename=over \
-             driver=qcow2,file.filename=over",
+             driver=qcow2,file.filename=base",
             // The state that rules are for.
             "qemu-img compare --image-opts driver=raw,file.driver=blkdebug,file.image.filename=flat,\
              file.set-state.0.event=none,file.set-state.0.new_state=2,file.inject-error.0.event=read_aio,\
-             file.inject-error.0.state=1,file.inject-error.0.errno=28 driver=raw,file.filename=flat",
+             file.inject-error.0.state=1,file.inject-error.0.errno=28 driver=raw,file.filename=other",
             "qemu-img compare --image-opts driver=raw,file.driver=blkdebug,file.image.filename=flat,\
              file.set-state.0.event=none,file.set-state.0.new_state=2,file.inject-error.0.event=read_aio,\
-             file.inject-error.0.state=2,file.inject-error.0.errno=28 driver=raw,file.filename=flat",
+             file.inject-error.0.state=2,file.inject-error.0.errno=28 driver=raw,file.filename=other",
             // Over the format: the guest's accesses.
             "qemu-img compare --image-opts driver=blkdebug,image.driver=qcow2,image.file.filename=over,\
              inject-error.0.event=none,inject-error.0.iotype=read,inject-error.0.sector=128 driver=qcow2,file.filename=base",

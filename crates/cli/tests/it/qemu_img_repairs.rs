@@ -12,10 +12,9 @@ fn image(path: &Path) {
         &["qemu-io", "-c", "write 0 128k", "a"],
     ] {
         let dir = path.parent().unwrap();
-        let done = std::process::Command::new(line[0])
-            .args(&line[1..])
-            .current_dir(dir);
-        assert!({ done }.output().unwrap().status.success());
+        let mut command = std::process::Command::new(line[0]);
+        let output = command.args(&line[1..]).current_dir(dir).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
     }
 }
 
@@ -53,7 +52,14 @@ fn repairs_are_told_as_by_qemu_img() {
         REPAIRS,
     );
     // Too few references: the flag is wrong once the refcount is right.
-    damaged(&[(L2 + 8, &[0x80, 0, 0, 0, 0, 5, 0, 0])], REPAIRS);
+    damaged(
+        &[(L2 + 8, &[0x80, 0, 0, 0, 0, 5, 0, 0])],
+        &[
+            "qemu-img check a",
+            "qemu-img check -r all a",
+            "qemu-img check a",
+        ],
+    );
     // None: the refcounts are made anew, which frees the old ones.
     damaged(
         &[(BLOCK + 5 * 2, &[0, 0])],
@@ -77,7 +83,7 @@ fn a_writer_repairs_a_dirty_image_and_says_so() {
         dirty,
         &["qemu-img amend -o lazy_refcounts=on a", "qemu-img check a"],
     );
-    damaged(dirty, &["qemu-img snapshot -c s a", "qemu-img check a"]);
+    damaged(dirty, &["qemu-img snapshot -c s a"]);
 }
 
 #[test]
