@@ -6,7 +6,7 @@
 use crate::image_opts::{self, ImageOptions};
 use crate::secret::Objects;
 use crate::signals;
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, bail};
 use disk::chain::{Chain, ChainOptions, FileFaults};
 use image::Format;
 use io::{File, Lock, OpenOptions};
