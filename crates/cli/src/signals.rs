@@ -18,7 +18,7 @@ use tool::work::Stop;
 /// What a signal asks of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
-    /// SIGTERM or SIGINT: stop.
+    /// SIGTERM, SIGINT or SIGHUP: stop.
     Stop,
     /// SIGUSR1: print statistics.
     Statistics,
@@ -53,10 +53,13 @@ fn hold(signals: &[i32]) -> Result<libc::sigset_t> {
 }
 
 impl Signals {
-    /// Blocks the signals of a server, SIGTERM, SIGINT and SIGUSR1, for this thread and those that it starts from now
-    /// on, so that they wait to be read here. To be called before any thread is started.
+    /// Blocks the signals of a server, SIGTERM, SIGINT, SIGUSR1 and, where this process does not ignore it, SIGHUP, for this thread
+    /// and those that it starts from now on, so that they wait to be read here. To be called before any thread is started.
     pub fn block() -> Result<Self> {
-        Self::block_these(&[libc::SIGTERM, libc::SIGINT, libc::SIGUSR1])
+        let mut signals = vec![libc::SIGTERM, libc::SIGINT, libc::SIGUSR1];
+        // Of a terminal that is closed; `nohup` has it ignored.
+        signals.extend((!is_ignored(libc::SIGHUP)).then_some(libc::SIGHUP));
+        Self::block_these(&signals)
     }
 
     fn block_these(signals: &[i32]) -> Result<Self> {

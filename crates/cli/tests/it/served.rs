@@ -174,6 +174,40 @@ fn says_ready_and_tells_systemd() {
 }
 
 #[test]
+fn a_terminal_that_is_closed_stops_a_server_unless_it_ignores_that() {
+    let dir = TempDir::new();
+    let image = dir.path("disk.qcow2");
+    qemu::create("qcow2", &image, "16M");
+    for (start, ends) in [("", true), ("trap '' HUP; ", false)] {
+        let socket = dir.path("sock");
+        let line = format!(
+            "{start}exec {} serve {} --nbd unix:{}",
+            binary().display(),
+            image.display(),
+            socket.display()
+        );
+        let mut server = Command::new("sh")
+            .args(["-c", &line])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = String::new();
+        let stdout = server.stdout.take().unwrap();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut ready).unwrap();
+        assert!(ready.starts_with("ready "), "{ready}");
+        let pid = rustix::process::Pid::from_child(&server);
+        rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
+        if !ends {
+            // It serves on, and stops in good order when it is told to.
+            qemu_io(dir.root(), "raw", &nbd(&socket), "read -q -P 0 0 64k\n");
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        }
+        assert!(server.wait().unwrap().success());
+        assert!(!socket.exists());
+    }
+}
+
+#[test]
 fn statistics_come_on_demand_while_it_serves() {
     let dir = TempDir::new();
     let (image, socket) = (dir.path("disk.qcow2"), dir.path("sock"));
