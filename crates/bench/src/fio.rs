@@ -2,7 +2,7 @@
 
 use crate::{
     load::{Flushes, Latencies, Percentiles, Report, Spec, Target},
-    machine::process,
+    machine::{pre_exec, process},
 };
 use block::{Context, Error, ErrorKind, Result};
 use serde_json::Value;
@@ -183,6 +183,7 @@ fn jobs(command: &mut Command) -> Result<Vec<Job>> {
         .arg("--output-format=json+")
         .stdin(Stdio::null())
         .stderr(Stdio::piped());
+    pre_exec::tie(command);
     let output = match command.output() {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             return Err(process::missing("fio"));

@@ -7,7 +7,7 @@ pub(crate) mod initrd;
 pub(crate) mod interrupts;
 pub(crate) mod mount;
 pub(crate) mod others;
-mod pre_exec;
+pub(crate) mod pre_exec;
 pub mod process;
 
 pub use host::Host;
