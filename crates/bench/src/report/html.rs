@@ -25,7 +25,9 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 code{font-size:13px}figure{margin:1rem 0}.wide{overflow-x:auto}summary{cursor:pointer;font-weight:600;padding:.3rem 0}\
 @media screen and (prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}h2,th,td{border-color:#3d444d}\
 .dim{color:#9198a1}.reproduced{color:#3fb950}.reversed{color:#f0883e}}\
-@media print{body{max-width:none;margin:0}figure,tr{break-inside:avoid}details::details-content{content-visibility:visible}}";
+@page{size:A4 landscape;margin:10mm}\
+@media print{body{max-width:none;margin:0}figure,tr{break-inside:avoid}.wide{overflow:visible}.wide table{font-size:9px}\
+.wide th,.wide td{padding:1px 4px}details::details-content{content-visibility:visible}}";
 
 const CHECK: &str = "\
 const model=JSON.parse(document.getElementById('data').textContent);let wrong=0,seen=0;\
@@ -199,18 +201,17 @@ fn table(page: &mut String, cell: &Cell) {
         .iter()
         .flat_map(|side| side.figures.keys().copied())
         .collect();
-    page.push_str("<div class=\"wide\"><table><tr><th>side</th>");
-    for metric in &metrics {
-        let _ = write!(page, "<th class=\"n\">{}</th>", escape(metric.title()));
-    }
-    page.push_str("<th class=\"n\">rounds</th></tr>\n");
+    // A column for each side: there are more figures than sides, and a page is higher than wide.
+    page.push_str("<div class=\"wide\"><table><tr><th></th>");
     for side in &cell.sides {
-        let _ = write!(page, "<tr><td>{}</td>", escape(&side.name));
-        let mut rounds = 0;
-        for metric in &metrics {
+        let _ = write!(page, "<th class=\"n\">{}</th>", escape(&side.name));
+    }
+    page.push_str("</tr>\n");
+    for metric in &metrics {
+        let _ = write!(page, "<tr><td>{}</td>", escape(metric.title()));
+        for side in &cell.sides {
             match side.figures.get(metric) {
                 Some(drawn) => {
-                    rounds = rounds.max(drawn.figure.rounds);
                     let _ = write!(
                         page,
                         "<td class=\"n\" data-cell=\"{}\" data-side=\"{}\" data-metric=\"{}\" data-value=\"{}\">{}\
@@ -226,9 +227,14 @@ fn table(page: &mut String, cell: &Cell) {
                 None => page.push_str("<td class=\"n\">–</td>"),
             }
         }
-        let _ = writeln!(page, "<td class=\"n\">{rounds}</td></tr>");
+        page.push_str("</tr>\n");
     }
-    page.push_str("</table></div>\n");
+    page.push_str("<tr><td>rounds</td>");
+    for side in &cell.sides {
+        let rounds = side.figures.values().map(|drawn| drawn.figure.rounds);
+        let _ = write!(page, "<td class=\"n\">{}</td>", rounds.max().unwrap_or(0));
+    }
+    page.push_str("</tr>\n</table></div>\n");
 }
 
 /// Sources of interrupts that a cell's table has at most.
