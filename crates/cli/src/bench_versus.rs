@@ -28,7 +28,7 @@ pub struct Versus {
     /// Only this cell; may be given many times [default: all]
     #[arg(long = "cell", value_name = "NAME")]
     pub cells: Vec<String>,
-    /// Samples of each side [default: 5, with --quick 3]
+    /// Samples of each side [default: 5]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub samples: Option<u16>,
     /// Seconds that each sample measures [default: 2, with --quick 0.5]
@@ -118,14 +118,25 @@ pub fn run(args: &Versus) -> Result<()> {
     Ok(())
 }
 
-/// Ends the process on SIGINT or SIGTERM, after everything that runs or lies around on its behalf.
+/// Ends the process on SIGINT, SIGTERM or SIGHUP, after everything that runs or lies around on its behalf.
 pub(crate) fn stop_on_signals(mut signals: Signals, then: &'static str) -> Result<()> {
     thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
             while matches!(signals.wait(), Ok(Signal::Statistics)) {}
-            bench::machine::process::abort();
-            eprintln!("\ndiskplane: stopped; servers and images of the run are gone; {then}");
+            let stay = bench::machine::process::abort();
+            match stay.is_empty() {
+                true => eprintln!(
+                    "\ndiskplane: stopped; servers and images of the run are gone; {then}"
+                ),
+                false => eprintln!("\ndiskplane: stopped; servers of the run are gone; {then}"),
+            }
+            for (folder, why) in stay {
+                let folder = folder.display();
+                eprintln!(
+                    "diskplane: {folder}: cannot be removed: {why}; the next run there tries again"
+                );
+            }
             process::exit(INTERRUPTED);
         })
         .context("start a thread for signals")?;
@@ -135,7 +146,7 @@ pub(crate) fn stop_on_signals(mut signals: Signals, then: &'static str) -> Resul
 fn options(args: &Versus) -> Result<Options> {
     let (samples, duration, ramp, sizes) = if args.quick {
         (
-            3,
+            5,
             Duration::from_millis(500),
             Duration::from_millis(150),
             Sizes::QUICK,

@@ -24,6 +24,9 @@ use std::{
 const READY_LIMIT: Duration = Duration::from_secs(30);
 /// How long it may take to finish, flush and close.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
+/// How long a folder is tried to be removed after ^C, and how long each time waits.
+const ABORT_LIMIT: Duration = Duration::from_secs(5);
+const ABORT_PAUSE: Duration = Duration::from_millis(50);
 const POLL: Duration = Duration::from_millis(2);
 /// How often a command at work is looked at.
 const LOOK: Timespec = Timespec {
@@ -53,8 +56,9 @@ fn leftovers() -> MutexGuard<'static, Leftovers> {
 }
 
 /// Kills all servers and removes all temporary files. For a thread that noticed ^C, which is to exit the process next:
-/// a run under way stops at its next step, since the lock that all steps need is never given back.
-pub fn abort() {
+/// a run under way stops at its next step, since the lock that all steps need is never given back. Returns the folders that could
+/// not be removed, and why.
+pub fn abort() -> Vec<(PathBuf, io::Error)> {
     let mut left = leftovers();
     for pid in left.pids.drain(..) {
         // Not waited for yet (that takes it out of the list first), so the number is still the child's.
@@ -64,10 +68,27 @@ pub fn abort() {
             let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
         }
     }
-    for folder in left.folders.drain(..) {
-        let _ = remove_folder(&folder);
-    }
+    let folders: Vec<PathBuf> = left.folders.drain(..).collect();
+    let stay = folders.into_iter().filter_map(|folder| {
+        let why = remove_at_last(&folder).err()?;
+        Some((folder, why))
+    });
+    let stay = stay.collect();
     std::mem::forget(left);
+    stay
+}
+
+/// Removes a folder at which the run, which is stopped, may be at work still: it unmounts and detaches there too, and who comes second
+/// fails.
+fn remove_at_last(folder: &Path) -> io::Result<()> {
+    let began = Instant::now();
+    loop {
+        match remove_folder(folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(_) if began.elapsed() < ABORT_LIMIT => thread::sleep(ABORT_PAUSE),
+            outcome => return outcome,
+        }
+    }
 }
 
 /// Comes back unless [`abort`] was called: then what just failed did so because of that, and nobody is to hear of it.
