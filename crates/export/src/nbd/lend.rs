@@ -63,9 +63,9 @@ impl Backend for AtDisk<'_> {
 /// When a request came; nanoseconds of [`disk::now_ns`].
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Seen {
-    /// Its socket was reported as readable. 0: it was looked at without that.
+    /// Its socket was reported as readable; where it was looked at without that, the turn in which its header was received began.
     pub arrived_ns: u64,
-    /// The turn in which its header was received began.
+    /// Its header was taken.
     pub taken_ns: u64,
 }
 

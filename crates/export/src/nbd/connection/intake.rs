@@ -179,7 +179,14 @@ impl Connection {
             offset: header.offset,
         };
         entry.len = header.len;
-        entry.seen = seen;
+        // Since its turn began it has waited behind those before it.
+        entry.seen = Seen {
+            arrived_ns: match seen.arrived_ns {
+                0 => seen.taken_ns,
+                arrived_ns => arrived_ns,
+            },
+            taken_ns: disk::now_ns(),
+        };
         entry.payload = 0;
         match plan {
             Plan::Work(work @ Work::Write { .. }) => {
