@@ -45,5 +45,7 @@ pub use engine::{
     Aio, Cache, Completion, Counters, Engine, EngineKind, Events, FileSlot, Io, IoOp, Token, Wait,
 };
 pub use eventfd::{EventFd, Waker};
-pub use file::{Alignment, File, FileKind, Lock, OpenOptions, Remote, wait_for_lock};
+pub use file::{
+    Alignment, File, FileKind, Lock, OpenOptions, Remote, may_have_image, wait_for_lock,
+};
 pub use sim::{Change, Fault, FaultOp, Keep, LogEntry, Outage, SimClock, SimDisk, SimOptions};

@@ -5,7 +5,7 @@ use block::{Context, Error, ErrorKind, Result};
 use image::{Format, Parent, vhd, vhdx, vmdk};
 use std::{
     fs,
-    os::unix::fs::{FileTypeExt, MetadataExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -162,8 +162,7 @@ pub(super) fn has_protocol(name: &str) -> bool {
 /// What makes a file this file, whatever its name.
 pub(super) fn identity(path: &Path) -> Result<(u64, u64)> {
     let metadata = fs::metadata(path).context(|| path.display().to_string())?;
-    let kind = metadata.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
+    if !io::may_have_image(&metadata) {
         return Err(Error::invalid(format!(
             "{}: neither a file nor a block device",
             path.display()

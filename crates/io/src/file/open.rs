@@ -5,8 +5,10 @@ use crate::{Cache, gate::Gate, memory::AlignedBuf, sys};
 use block::{Context, Error, ErrorKind, Result};
 use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags};
 use std::{
+    fs::Metadata,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::unix::fs::{FileTypeExt, MetadataExt},
     path::Path,
     sync::{
         Arc, Mutex,
@@ -98,6 +100,9 @@ impl File {
         let kind = match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => FileKind::Regular,
             FileType::BlockDevice => FileKind::BlockDevice,
+            FileType::CharacterDevice if options.read_only && is_empty(stat.st_rdev) => {
+                FileKind::BlockDevice
+            }
             other => {
                 return Err(Error::invalid(format!(
                     "{}: is a {}, neither a regular file nor a block device",
@@ -158,6 +163,20 @@ impl File {
             fd,
         }))
     }
+}
+
+/// Whether an image may be in what this describes: a regular file, a block device, or, for reading only, one of the
+/// kernel's devices that end where they begin (`/dev/null`, `/dev/zero`, `/dev/full`), which QEMU takes for empty disks.
+pub fn may_have_image(metadata: &Metadata) -> bool {
+    let kind = metadata.file_type();
+    kind.is_file() || kind.is_block_device() || kind.is_char_device() && is_empty(metadata.rdev())
+}
+
+/// Whether a character device is one of those. Of others nobody knows what opening and reading does.
+fn is_empty(device: u64) -> bool {
+    /// The driver of memory, and its devices `null`, `zero` and `full` (Linux, `admin-guide/devices.txt`).
+    const MEMORY: u32 = 1;
+    rustix::fs::major(device) == MEMORY && matches!(rustix::fs::minor(device), 3 | 5 | 7)
 }
 
 enum Refusal {

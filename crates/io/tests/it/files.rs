@@ -12,7 +12,17 @@ fn refuses_what_is_no_disk() {
     let dir = scratch();
     let open = |path: &Path| File::open(path, &OpenOptions::reading()).unwrap_err();
     assert_eq!(open(dir.path()).kind(), ErrorKind::Invalid);
-    assert_eq!(open(Path::new("/dev/null")).kind(), ErrorKind::Invalid);
+    assert_eq!(open(Path::new("/dev/urandom")).kind(), ErrorKind::Invalid);
+    // Empty disks to QEMU; but nothing can be written to them durably.
+    for name in ["/dev/null", "/dev/zero", "/dev/full"] {
+        let file = File::open(Path::new(name), &OpenOptions::reading()).unwrap();
+        assert_eq!(
+            (file.kind(), file.len().unwrap()),
+            (FileKind::BlockDevice, 0)
+        );
+        let error = File::open(Path::new(name), &OpenOptions::default()).unwrap_err();
+        assert!(error.to_string().contains("character device"), "{error}");
+    }
     let missing = open(&dir.path().join("missing"));
     assert_eq!(missing.kind(), ErrorKind::NotFound);
     assert!(missing.to_string().contains("missing"), "{missing}");
