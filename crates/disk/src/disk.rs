@@ -6,6 +6,7 @@ use crate::{
     commit::GroupCommit,
     grace::Epochs,
     stats::{QueueStats, QueueTrace, Statistics},
+    unsynced::Unsynced,
     wait::WaitTable,
 };
 use block::{Result, Storage, Zeroed, limits};
@@ -88,6 +89,7 @@ pub struct Disk {
     writeback: AtomicBool,
     pub(crate) waits: WaitTable,
     pub(crate) commits: GroupCommit,
+    pub(crate) unsynced: Unsynced,
     pub(crate) epochs: Epochs,
     trace_entries: u32,
     stats: Mutex<Queues>,
@@ -146,6 +148,7 @@ impl Disk {
             writeback: AtomicBool::new(!options.writethrough),
             waits: WaitTable::default(),
             commits: GroupCommit::default(),
+            unsynced: Unsynced::new(active.files.len()),
             epochs: Epochs::default(),
             trace_entries: options.trace_entries,
             stats: Mutex::default(),

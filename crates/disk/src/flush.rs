@@ -20,7 +20,7 @@ pub(crate) struct Committer {
     pending: u32,
     /// The stage's writes are down and its barrier is at the engine.
     barrier: bool,
-    /// Files of which the barrier was issued.
+    /// Files of which the barrier was issued, or that need none ([`crate::unsynced`]).
     synced: usize,
     error: Option<GuestError>,
 }
@@ -153,8 +153,12 @@ impl DiskQueue {
                     return;
                 }
                 c.barrier = true;
-                let file = self.files[0][c.synced];
+                let nth = c.synced;
                 c.synced += 1;
+                if !self.disk.unsynced.take(nth) {
+                    continue;
+                }
+                let file = self.files[0][nth];
                 c.pending += 1;
                 let Some(sub) = self.take_sub() else { return };
                 let place = Place {

@@ -34,6 +34,7 @@ mod read;
 mod request;
 mod stats;
 mod sub;
+mod unsynced;
 mod wait;
 mod write;
 

@@ -149,9 +149,12 @@ impl DiskQueue {
             return;
         };
         let purpose = std::mem::replace(&mut sub.purpose, Purpose::None);
+        let io = sub.io;
         let error = (completion.errno != 0).then(|| GuestError::of_errno(completion.errno));
+        if self.disk.unsynced.is_kept() {
+            self.note_unsynced(&io, completion.errno);
+        }
         if completion.errno != 0 {
-            let io = sub.io;
             self.log_error(&io, &purpose, completion.errno);
         }
         match purpose {
@@ -241,6 +244,20 @@ impl DiskQueue {
                 self.free_sub(index);
                 self.punched(&freed, error.is_none());
             }
+        }
+    }
+
+    /// Notes that an operation left a file in want of a sync. A change that failed may have done a part.
+    fn note_unsynced(&self, io: &Io, errno: i32) {
+        let changed = match io.op {
+            IoOp::Read => false,
+            IoOp::Sync => errno != 0,
+            IoOp::Write | IoOp::Discard | IoOp::Zero { .. } | IoOp::Allocate => true,
+        };
+        // Only the active image's files are ever changed: few, or an image's extents.
+        let files = self.files.first().filter(|_| changed);
+        if let Some(file) = files.and_then(|files| files.iter().position(|f| *f == io.file)) {
+            self.disk.unsynced.mark(file);
         }
     }
 

@@ -19,8 +19,12 @@ const UNIT: u64 = 512;
 
 type Map = dyn FnMut(GuestOffset, u64) -> Step<Extent> + Send;
 
-/// Maps as its script says; every write is an allocation of which a unit before and one behind it are copied.
-struct Script(Mutex<Box<Map>>);
+/// Maps as its script says; every write is an allocation of which a unit before and one behind it are copied. With
+/// several files, each write is one in place in the file whose number is its unit's.
+struct Script {
+    map: Mutex<Box<Map>>,
+    files: usize,
+}
 
 impl fmt::Debug for Script {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -45,9 +49,14 @@ impl Image for Script {
         SIZE
     }
     fn map(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
-        Ok(self.0.lock().unwrap()(at, len))
+        Ok(self.map.lock().unwrap()(at, len))
     }
     fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>> {
+        if self.files > 1 {
+            let file = FileId((at.0 / UNIT).try_into().unwrap());
+            let offset = HostOffset(at.0);
+            return Ok(Step::Done(Plan::InPlace { file, offset, len }));
+        }
         Ok(Step::Done(Plan::Allocate(Allocation {
             ticket: Ticket(1),
             key: Key(99),
@@ -99,13 +108,27 @@ struct Table {
 
 impl Table {
     fn new(depth: u16, map: impl FnMut(GuestOffset, u64) -> Step<Extent> + Send + 'static) -> Self {
-        let sim = SimDisk::new(SimOptions {
-            size: SIZE,
-            ..SimOptions::default()
-        });
+        Self::of_files(1, depth, map)
+    }
+
+    fn of_files(
+        files: usize,
+        depth: u16,
+        map: impl FnMut(GuestOffset, u64) -> Step<Extent> + Send + 'static,
+    ) -> Self {
+        let file = |_| {
+            let sim = SimDisk::new(SimOptions {
+                size: SIZE,
+                ..SimOptions::default()
+            });
+            File::sim(sim).unwrap()
+        };
         let layer = Layer {
-            image: Arc::new(Script(Mutex::new(Box::new(map)))),
-            files: vec![File::sim(sim).unwrap()],
+            image: Arc::new(Script {
+                map: Mutex::new(Box::new(map)),
+                files,
+            }),
+            files: (0..files).map(file).collect(),
             path: "script".into(),
             format: Format::Qcow2,
             part: None,
@@ -320,4 +343,72 @@ fn a_queue_says_when_a_commit_waits_for_its_next_step() {
     assert!(!table.queue.must_advance());
     let ends = table.ends();
     assert_eq!(table.hand_out(&ends), [1]);
+}
+
+/// A flush; how many barriers it had.
+fn barriers(table: &mut Table) -> usize {
+    table.submit(Op::Flush, 0, 0, 99);
+    table.queue.advance(&mut *table.engine);
+    let ends = table.ends();
+    assert_eq!(table.hand_out(&ends), [99]);
+    ends.len()
+}
+
+/// A write into a file, which ends as `errno` says.
+fn write_file(table: &mut Table, file: u64, errno: i32) {
+    table.submit(Op::Write { fua: false }, file * UNIT, UNIT, file);
+    let mut ends = table.ends();
+    assert_eq!(ends.len(), 1);
+    ends[0].errno = errno;
+    table.queue.completed(&mut *table.engine, &ends[0]);
+    table.queue.advance(&mut *table.engine);
+    assert_eq!(table.queue.done().unwrap().tag, file);
+}
+
+#[test]
+fn a_flush_waits_for_those_files_of_many_that_were_changed() {
+    let mut table = Table::of_files(3, 4, |_, len| zeros(len));
+    assert_eq!(barriers(&mut table), 3, "what was before is not known");
+    assert_eq!(barriers(&mut table), 0);
+    write_file(&mut table, 1, 0);
+    assert_eq!(barriers(&mut table), 1);
+    table.submit(Op::Read, 0, UNIT, 0);
+    assert_eq!(table.hand_out(&[]), [0]);
+    assert_eq!(barriers(&mut table), 0, "a read changes nothing");
+    write_file(&mut table, 0, 0);
+    write_file(&mut table, 2, 0);
+    write_file(&mut table, 2, 0);
+    assert_eq!(barriers(&mut table), 2);
+    write_file(&mut table, 2, 5);
+    assert_eq!(barriers(&mut table), 1, "a part of it may be there");
+    assert_eq!(table.queue.disk().statistics().barriers, 7);
+    // With one file every flush has its barrier.
+    let mut table = Table::new(4, |_, len| zeros(len));
+    assert_eq!([barriers(&mut table), barriers(&mut table)], [1, 1]);
+}
+
+#[test]
+fn a_file_whose_sync_failed_and_one_that_is_written_meanwhile_are_synced_again() {
+    let mut table = Table::of_files(2, 4, |_, len| zeros(len));
+    assert_eq!(barriers(&mut table), 2);
+    write_file(&mut table, 1, 0);
+    table.submit(Op::Flush, 0, 0, 7);
+    table.queue.advance(&mut *table.engine);
+    let mut ends = table.ends();
+    assert_eq!(ends.len(), 1);
+    ends[0].errno = 5;
+    table.queue.completed(&mut *table.engine, &ends[0]);
+    table.queue.advance(&mut *table.engine);
+    let done = table.queue.done().unwrap();
+    assert_eq!((done.tag, done.result), (7, Err(block::GuestError::Io)));
+    assert_eq!(barriers(&mut table), 1, "it is not durable yet");
+    // A write that ends while the barrier is under way is not what that waited for.
+    write_file(&mut table, 1, 0);
+    table.submit(Op::Flush, 0, 0, 7);
+    table.queue.advance(&mut *table.engine);
+    let barrier = table.ends();
+    write_file(&mut table, 1, 0);
+    assert_eq!(table.hand_out(&barrier), [7]);
+    assert_eq!(barriers(&mut table), 1);
+    assert_eq!(barriers(&mut table), 0);
 }
