@@ -36,6 +36,8 @@ struct State {
     current: Vec<Waiter>,
     /// Waiters of the next run.
     next: Vec<Waiter>,
+    /// How a run failed of which nobody waited to hear: what it did not make durable may be gone, whatever later runs do.
+    owed: Option<GuestError>,
     /// The run's buffers between runs.
     run: Option<Box<FlushRun>>,
 }
@@ -56,7 +58,7 @@ impl GroupCommit {
     /// A write ended at the device: a run that began before does not cover it. To be called before anybody is told.
     ///
     /// Either this sees that a run has begun (which is then known not to cover everything), or the run begins, to the processors,
-    /// after this look, and so after the write's end.
+    /// after this look, and so after the write's end and what was noted of it ([`crate::unsynced`]): all are `SeqCst` for that.
     #[inline]
     pub fn changed(&self) {
         if self.covers.load(SeqCst) {
@@ -102,6 +104,11 @@ impl GroupCommit {
         Turn::Lead
     }
 
+    /// How a run failed that nobody has heard of.
+    pub fn owed(&self) -> Option<GuestError> {
+        self.state().owed
+    }
+
     /// The leader begins: everyone who arrived until now is covered. Returns the run's buffers.
     pub fn begin(&self) -> Box<FlushRun> {
         let mut state = self.state();
@@ -121,6 +128,11 @@ impl GroupCommit {
         if result.is_err() {
             self.covers.store(false, SeqCst);
         }
+        let result = match (result, state.current.is_empty()) {
+            (Err(error), true) => Err(*state.owed.get_or_insert(error)),
+            (Ok(()), true) => Ok(()),
+            (result, false) => result.and(state.owed.take().map_or(Ok(()), Err)),
+        };
         // Posted under the lock: the mailboxes' locks are leaves, and `current` keeps its memory.
         for waiter in state.current.drain(..) {
             waiter.mailbox.post(Message::Committed(waiter.slot, result));

@@ -324,7 +324,17 @@ impl Disk {
             active.image.release(&freed, Zeroed::No);
         }
         let image = Arc::clone(&active.image);
-        Driver::new(vec![Member { image, files }], false)?.close()
+        Driver::new(vec![Member { image, files }], false)?.close()?;
+        match self.commits.owed() {
+            None => Ok(()),
+            Some(error) => Err(block::Error::new(
+                block::ErrorKind::Io,
+                format!(
+                    "{}: a flush before failed ({error:?}): what was written may not be durable",
+                    active.path.display()
+                ),
+            )),
+        }
     }
 }
 

@@ -260,7 +260,7 @@ pub struct Statistics {
     /// Commits that began before a flush asked for them: the client flushes after each write that it waits for, or in another
     /// pattern that is known by now.
     pub ahead: u64,
-    /// Flushes that needed no commit of their own: nothing had changed since the last one began.
+    /// Flushes, and writes that must be durable, that needed no commit of their own: nothing had changed since the last one began.
     pub spared: u64,
     /// Metadata blocks loaded: misses of the metadata cache.
     pub metadata_loads: u64,

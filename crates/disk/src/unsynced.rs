@@ -8,9 +8,11 @@
 //! A change is noted when it *ends*, before anybody hears of it: what a flush must cover has ended before the flush
 //! came, and so before its barriers look here. A barrier takes a file's mark before its sync is issued: a
 //! change that ends in between leaves a mark of its own, and the next barrier syncs once more than it had to. A sync that
-//! failed puts its mark back.
+//! failed puts its mark back. A flush may also be covered by a run that began before it came, where nothing was seen to end since
+//! (`commit::GroupCommit::changed`): the mark comes before that look, the run's beginning before its barriers look here, and all four are
+//! `SeqCst`, so that one of the two is seen.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 /// A mark for each file; none at all where there are less than two.
 #[derive(Debug)]
@@ -32,12 +34,12 @@ impl Unsynced {
     pub fn mark(&self, file: usize) {
         // Stored whatever is there: who looked first might see a mark that a barrier has taken meanwhile.
         if let Some(mark) = self.0.get(file) {
-            mark.store(true, Ordering::Release);
+            mark.store(true, SeqCst);
         }
     }
 
     /// Whether a barrier must wait for the file; what was noted until now is the asker's to sync.
     pub fn take(&self, file: usize) -> bool {
-        (self.0.get(file)).is_none_or(|mark| mark.swap(false, Ordering::AcqRel))
+        (self.0.get(file)).is_none_or(|mark| mark.swap(false, SeqCst))
     }
 }
