@@ -17,6 +17,8 @@ use std::sync::Arc;
 
 /// What a name of QEMU's for a file with faults begins with.
 const PREFIX: &str = "blkdebug:";
+/// Rules at most: each event looks at them all.
+const RULES_MAX: usize = 1024;
 /// Bytes of a file of rules, at most.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 /// What an option says of a byte.
@@ -59,6 +61,9 @@ impl Node {
         }
         for said in set {
             rules.push(change(said)?);
+        }
+        if rules.len() > RULES_MAX {
+            bail!("{} rules: at most {RULES_MAX} are possible", rules.len());
         }
         let align = self.limits()?;
         self.look_at_all()?;
@@ -110,9 +115,17 @@ impl Node {
 /// Reads a file of rules, as QEMU reads its configurations.
 fn read_config(path: &str, inject: &mut Vec<Said>, set: &mut Vec<Said>) -> Result<()> {
     use std::io::Read as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
     let failed = |error| anyhow!("Could not read blkdebug config file: {error}");
     let mut text = String::new();
-    let file = std::fs::File::open(path).map_err(failed)?;
+    // A name may be an image's, and a FIFO's: its other end may never be opened.
+    let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    let mut options = std::fs::File::options();
+    let file = options.read(true).custom_flags(flags).open(path);
+    let file = file.map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        bail!("{path}: rules are read from regular files");
+    }
     let mut file = file.take(CONFIG_BYTES_MAX + 1);
     file.read_to_string(&mut text).map_err(failed)?;
     if text.len() as u64 > CONFIG_BYTES_MAX {

@@ -105,6 +105,9 @@ struct Lacks {
     discard: AtomicBool,
 }
 
+/// The largest alignment, in bytes, that a file with faults may ask for: a part of what buffers for other accesses have.
+const FAULTS_ALIGNMENT_MAX: u32 = 64 << 10;
+
 impl File {
     /// The path that it was opened by.
     pub fn path(&self) -> &Path {
@@ -228,8 +231,14 @@ impl File {
     ///
     /// # Errors
     ///
-    /// [`block::ErrorKind::Invalid`] where it is shared already.
+    /// [`block::ErrorKind::Invalid`] where it is shared already, or the alignment is more than any device has (64 KiB).
     pub fn with_faults(file: Arc<File>, faults: Arc<Faults>, align: u32) -> Result<Arc<File>> {
+        // Buffers for what is not aligned are a few times as large, and no larger.
+        if align > FAULTS_ALIGNMENT_MAX {
+            return Err(block::Error::invalid(format!(
+                "accesses aligned to {align} bytes: at most {FAULTS_ALIGNMENT_MAX} are possible"
+            )));
+        }
         let mut file = Arc::try_unwrap(file).map_err(|file| {
             let path = file.path.display();
             block::Error::invalid(format!("{path}: faults of a file that is in use"))
