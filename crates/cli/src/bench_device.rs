@@ -99,7 +99,7 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
         })
         .context("start a thread for signals")?;
     let _ = heard.recv();
-    eprintln!("{}", mounted.kept());
+    crate::say(&format!("{}\n", mounted.kept()));
     Ok(())
 }
 

@@ -99,7 +99,7 @@ fn drive(experiment: &Experiment, options: &Options) -> Result<Set> {
         };
     });
     if terminal {
-        eprint!("\r\x1b[K");
+        crate::say("\r\x1b[K");
     }
     Ok(run?)
 }

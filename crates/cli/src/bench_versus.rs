@@ -92,7 +92,7 @@ pub fn run(args: &Versus) -> Result<()> {
             Event::Record(record) if args.json => print(&format!("{record}\n")),
             Event::Cell(_, outcome) if !args.json => {
                 if terminal {
-                    eprint!("\r\x1b[K");
+                    crate::say("\r\x1b[K");
                 }
                 print(&report::text(outcome))
             }
@@ -125,18 +125,18 @@ pub(crate) fn stop_on_signals(mut signals: Signals, then: &'static str) -> Resul
         .spawn(move || {
             while matches!(signals.wait(), Ok(Signal::Statistics)) {}
             let stay = bench::machine::process::abort();
-            match stay.is_empty() {
-                true => eprintln!(
-                    "\ndiskplane: stopped; servers and images of the run are gone; {then}"
-                ),
-                false => eprintln!("\ndiskplane: stopped; servers of the run are gone; {then}"),
-            }
+            let gone = match stay.is_empty() {
+                true => "servers and images",
+                false => "servers",
+            };
+            let mut text = format!("\ndiskplane: stopped; {gone} of the run are gone; {then}\n");
             for (folder, why) in stay {
                 let folder = folder.display();
-                eprintln!(
-                    "diskplane: {folder}: cannot be removed: {why}; the next run there tries again"
-                );
+                text.push_str(&format!(
+                    "diskplane: {folder}: cannot be removed: {why}; the next run there tries again\n"
+                ));
             }
+            crate::say(&text);
             process::exit(INTERRUPTED);
         })
         .context("start a thread for signals")?;

@@ -117,7 +117,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             if was_stopped(&error) {
-                eprintln!("diskplane: stopped by a signal");
+                say("diskplane: stopped by a signal\n");
                 signals::die_if_stopped();
             }
             complain(&error);
@@ -144,7 +144,11 @@ fn complain(error: &anyhow::Error) {
     // It may have names in it that somebody else made, of files too.
     let text = format!("{error:#}");
     let hint = hint::of(&text).map_or(String::new(), |hint| format!(": {hint}"));
-    eprintln!("diskplane: {}{}", block::plain(&text), block::plain(&hint));
+    say(&format!(
+        "diskplane: {}{}\n",
+        block::plain(&text),
+        block::plain(&hint)
+    ));
 }
 
 /// Whether a command failed since a signal stopped its work.
@@ -171,6 +175,12 @@ fn json(value: &impl serde::Serialize) -> anyhow::Result<String> {
     }
     text.push('\n');
     Ok(text)
+}
+
+/// Says something to whoever still listens: a terminal that was closed gives errors, and they are no reason to end otherwise than
+/// asked for.
+fn say(text: &str) {
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
 }
 
 /// Prints `text`; a reader that has gone (`diskplane map … | head`) is no error.

@@ -9,7 +9,7 @@
 use crate::{
     args::{self, Discard, Stats},
     disks::{self, DiskSpec},
-    print,
+    print, say,
     signals::{Signal, Signals},
     systemd,
 };
@@ -180,7 +180,7 @@ fn print_statistics(form: Stats, served: &[Served]) {
             }
         }
     }
-    eprint!("{text}");
+    say(&text);
 }
 
 fn listen(served: &Served, workers: &[WorkerHandle]) -> Result<Exports> {
