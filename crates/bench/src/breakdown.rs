@@ -55,6 +55,14 @@ impl Default for Protocol {
 }
 
 impl Protocol {
+    /// Requests of a run at most: a server remembers them all, of a flush the read and the write before it too.
+    fn requests_max(&self) -> usize {
+        match self.operation {
+            Operation::Flush => RING_ENTRIES_MAX as usize / 3,
+            _ => RING_ENTRIES_MAX as usize,
+        }
+    }
+
     fn check(&self) -> Result<()> {
         let wrong = |what: String| Err(Error::invalid(what));
         if !matches!(
@@ -75,11 +83,13 @@ impl Protocol {
         }
         if self.runs == 0
             || self.requests == 0
-            || self.requests.max(self.warm_up) > RING_ENTRIES_MAX as usize
+            || self.requests.max(self.warm_up) > self.requests_max()
         {
             return wrong(format!(
-                "{} runs of {} requests: at least one of each, and {RING_ENTRIES_MAX} requests at most",
-                self.runs, self.requests
+                "{} runs of {} requests: at least one of each, and {} requests at most",
+                self.runs,
+                self.requests,
+                self.requests_max()
             ));
         }
         if self.dropped.saturating_mul(2) >= self.requests {

@@ -68,12 +68,11 @@ impl Walk {
         let own = usize::from(kind == Kind::Write);
         let again =
             !at_random && matches!(self.shape.runs, Some(Runs::Identical(_))) && !self.sequential;
+        let (began, end) = self.files[file].last[own];
         let (at, bytes) = match (at_random, again) {
             (true, _) => self.random(file, kind, random),
-            (_, true) => {
-                let (at, end) = self.files[file].last[own];
-                (at, end - at)
-            }
+            // Of a kind, or in a file, that has had none there is nothing to do again.
+            (_, true) if end > began => (began, end - began),
             _ => self.follow(file, kind, random),
         };
         self.files[file].last[own] = (at, at + bytes);
@@ -190,7 +189,8 @@ impl Walk {
         let found = there.and_then(|at| Some((at, self.bytes(kind, range - at, random)?)));
         let found = found.unwrap_or_else(|| {
             let at = match skip {
-                ..0 => range.checked_add_signed(skip).unwrap_or(0),
+                // Room for a request, where less is skipped than that.
+                ..0 => range.saturating_sub(skip.unsigned_abs().max(self.least(kind))),
                 _ => 0,
             };
             let bytes = self.bytes(kind, range - at, random);
@@ -313,6 +313,28 @@ mod tests {
         let spec = spec(Pattern::Rw, 3, Shape::default());
         let kinds = [Kind::Read, Kind::Read, Kind::Write];
         assert_eq!(blocks(&spec, &kinds, 9), [0, 1, 0, 2, 0, 1, 1, 2, 2]);
+    }
+
+    #[test]
+    fn requests_stay_within_their_range_and_have_bytes() {
+        let sized = |skip_bytes| Shape {
+            skip_bytes,
+            ..Shape::default()
+        };
+        // Less is skipped than a request has.
+        for skip in [-512, -3584, -4096, -4608] {
+            let spec = spec(Pattern::Write, 4, sized(skip));
+            for (at, bytes) in walk(&spec, &[Kind::Write], 100) {
+                assert!(at + bytes <= 4 * 4096, "{skip}: {at} {bytes}");
+            }
+        }
+        let same = Shape {
+            runs: Some(Runs::Identical(5)),
+            ..Shape::default()
+        };
+        let spec = spec(Pattern::RandRw, 16, same);
+        let all = walk(&spec, &[Kind::Read, Kind::Write], 100);
+        assert!(all.iter().all(|(_, bytes)| *bytes == 4096));
     }
 
     #[test]
