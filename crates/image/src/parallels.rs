@@ -88,37 +88,55 @@ impl Default for CreateOptions {
 /// Heads, and sectors of a cylinder, that new images tell of. Nobody looks.
 const GEOMETRY: (u32, u64) = (16, 32);
 
+impl CreateOptions {
+    /// Whether such an image can be.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Invalid`], with the reason.
+    pub fn check(&self) -> Result<()> {
+        self.layout().map(drop)
+    }
+
+    /// Sectors of a cluster, entries of the BAT, and the byte at which the data begin and its sector.
+    fn layout(&self) -> Result<(u32, u32, u64, u32)> {
+        let CreateOptions {
+            size,
+            cluster_bytes,
+        } = *self;
+        if cluster_bytes == 0 || !cluster_bytes.is_multiple_of(SECTOR) {
+            return Err(Error::invalid(
+                "cluster_size must be a multiple of 512 bytes",
+            ));
+        }
+        if !size.is_multiple_of(SECTOR) {
+            return Err(Error::invalid("the size must be a multiple of 512 bytes"));
+        }
+        let tracks = u32::try_from(cluster_bytes / SECTOR).ok();
+        let tracks = tracks.filter(|tracks| *tracks <= CLUSTER_SECTORS_MAX);
+        let tracks = tracks.ok_or_else(|| Error::invalid("cluster_size is too large"))?;
+        let entries = u32::try_from(size.div_ceil(cluster_bytes)).ok();
+        let entries = entries.filter(|entries| *entries <= ENTRIES_MAX);
+        let entries = entries.ok_or_else(|| {
+            Error::invalid(format!(
+                "the size is too large for this cluster_size: at most {ENTRIES_MAX} clusters"
+            ))
+        })?;
+        let data = (HEADER_BYTES as u64 + u64::from(entries) * 4).next_multiple_of(cluster_bytes);
+        let data_sectors = u32::try_from(data / SECTOR)
+            .map_err(|_| Error::invalid("the table of clusters is too large"))?;
+        Ok((tracks, entries, data, data_sectors))
+    }
+}
+
 /// Writes an empty image to `storage`, an empty file: a header, and a BAT that fills clusters.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::Invalid`] for what cannot be (nothing is written then), or what the host refused.
 pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
-    let CreateOptions {
-        size,
-        cluster_bytes,
-    } = *options;
-    if cluster_bytes == 0 || !cluster_bytes.is_multiple_of(SECTOR) {
-        return Err(Error::invalid(
-            "cluster_size must be a multiple of 512 bytes",
-        ));
-    }
-    if !size.is_multiple_of(SECTOR) {
-        return Err(Error::invalid("the size must be a multiple of 512 bytes"));
-    }
-    let tracks = u32::try_from(cluster_bytes / SECTOR).ok();
-    let tracks = tracks.filter(|tracks| *tracks <= CLUSTER_SECTORS_MAX);
-    let tracks = tracks.ok_or_else(|| Error::invalid("cluster_size is too large"))?;
-    let entries = u32::try_from(size.div_ceil(cluster_bytes)).ok();
-    let entries = entries.filter(|entries| *entries <= ENTRIES_MAX);
-    let entries = entries.ok_or_else(|| {
-        Error::invalid(format!(
-            "the size is too large for this cluster_size: at most {ENTRIES_MAX} clusters"
-        ))
-    })?;
-    let data = (HEADER_BYTES as u64 + u64::from(entries) * 4).next_multiple_of(cluster_bytes);
-    let data_sectors = u32::try_from(data / SECTOR)
-        .map_err(|_| Error::invalid("the table of clusters is too large"))?;
+    let (tracks, entries, data, data_sectors) = options.layout()?;
+    let CreateOptions { size, .. } = *options;
     let (heads, cylinder) = GEOMETRY;
     let cylinders = size / SECTOR / u64::from(heads) / cylinder;
     let mut header = [0; SECTOR as usize];

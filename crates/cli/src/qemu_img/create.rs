@@ -243,7 +243,9 @@ fn empty_parallels(file: &str, said: &Said) -> Result<()> {
     if let Some(text) = said.get("cluster_size") {
         options.cluster_bytes = sectors(block::size::parse(text)?);
     }
-    create::emptied(path(file), io::Cache::default())
+    let checked = options.check().map_err(Into::into);
+    checked
+        .and_then(|()| create::emptied(path(file), io::Cache::default()))
         .and_then(|storage| Ok(parallels::create(&*storage, &options)?))
         .map_err(|error| could_not_create(file, &error))
 }

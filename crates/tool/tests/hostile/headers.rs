@@ -438,11 +438,21 @@ fn cve_2014_0144_extension_lengths() {
             "run out",
         ),
         (
-            "extension twice",
+            "feature names twice",
             || {
                 plain()
                     .extension(extension::FEATURE_NAMES, &[0; 48])
                     .extension(extension::FEATURE_NAMES, &[0; 48])
+            },
+            "ok",
+            "ok",
+        ),
+        (
+            "extension twice",
+            || {
+                plain()
+                    .extension(extension::BITMAPS, &[0; 24])
+                    .extension(extension::BITMAPS, &[0; 24])
             },
             "a second time",
             "a second time",
