@@ -23,14 +23,14 @@ impl Connection {
             return false;
         }
         self.stall = Stall::None;
-        let seen = Seen {
-            arrived_ns: std::mem::take(&mut self.woken_ns),
-            taken_ns: disk::now_ns(),
+        let arrived_ns = match std::mem::take(&mut self.woken_ns) {
+            0 => disk::now_ns(),
+            woken_ns => woken_ns,
         };
         let mut left = TURN_BYTES;
         let mut worked = false;
         loop {
-            worked |= self.parse(backend, seen);
+            worked |= self.parse(backend, arrived_ns);
             if self.state != State::Open || self.stall != Stall::None {
                 break;
             }
@@ -85,8 +85,8 @@ impl Connection {
         got
     }
 
-    /// Uses what was received as far as it goes.
-    pub(super) fn parse(&mut self, backend: &mut impl Backend, seen: Seen) -> bool {
+    /// Uses what was received as far as it goes; it was there at `arrived_ns`.
+    pub(super) fn parse(&mut self, backend: &mut impl Backend, arrived_ns: u64) -> bool {
         let mut worked = false;
         while self.state == State::Open {
             match &mut self.receiving {
@@ -128,7 +128,7 @@ impl Connection {
                             break;
                         }
                         Some(Ok(header)) => {
-                            if !self.accept(backend, &header, seen) {
+                            if !self.accept(backend, &header, arrived_ns) {
                                 break;
                             }
                         }
@@ -145,7 +145,7 @@ impl Connection {
         &mut self,
         backend: &mut impl Backend,
         header: &Header,
-        seen: Seen,
+        arrived_ns: u64,
     ) -> bool {
         let plan = plan(header, &self.limits);
         if plan == Plan::Disconnect {
@@ -181,10 +181,7 @@ impl Connection {
         entry.len = header.len;
         // Since its turn began it has waited behind those before it.
         entry.seen = Seen {
-            arrived_ns: match seen.arrived_ns {
-                0 => seen.taken_ns,
-                arrived_ns => arrived_ns,
-            },
+            arrived_ns,
             taken_ns: disk::now_ns(),
         };
         entry.payload = 0;
