@@ -146,11 +146,10 @@ fn conduct(
     }
     let after = watched.end()?;
     // Who ended by itself took as long as its last request; who was stopped was there to the end, and perhaps idle.
-    let stopped = hall.total.last.map_or(Duration::ZERO, |last| last - began);
-    let seconds = match limit {
-        _ if stopped.is_zero() => began.elapsed(),
-        Some(_) if !done => stopped.max(spec.duration),
-        _ => stopped,
+    let seconds = match hall.total.last {
+        None => began.elapsed(),
+        Some(last) if done => last - began,
+        Some(last) => (last - began).max(spec.duration),
     };
     report(spec, &hall.total, seconds, after.since(&before))
 }
@@ -179,13 +178,13 @@ fn in_turns(
             phase.store(MEASURE, Ordering::Relaxed);
             hall.wait(Some(began + turn.measure));
             phase.store(REST, Ordering::Relaxed);
-            let turn = began.elapsed();
+            let window = began.elapsed();
             let mut after = watched.end()?;
             hall.wait_for_rest();
-            let all = began.elapsed();
-            measured += turn;
-            if all - turn > DRAIN {
-                measured += all - turn;
+            let drain = began.elapsed() - window;
+            measured += window;
+            if drain > DRAIN {
+                measured += drain;
                 after = watched.end()?;
             }
             used.add(&after.since(&before));
