@@ -394,7 +394,7 @@ mod tests {
     use super::*;
     use crate::load::{
         Against, Spec, Target,
-        plan::{Geometry, Places},
+        plan::{DISK, Places},
     };
 
     /// Answers at once, but for one time when it takes long.
@@ -433,6 +433,20 @@ mod tests {
         }
     }
 
+    /// What the first queue of a load does with the disk.
+    fn course<'v>(spec: &Spec, ios_max: Option<u64>) -> Course<'_, 'v> {
+        let places = Places::new(spec, &DISK).unwrap();
+        Course {
+            plan: Plan::new(spec, places, 0, Against::default()),
+            depth: spec.depth as usize,
+            pace: Pace::new(spec, 0),
+            rests: Rests::new(spec),
+            ios_max,
+            bytes_max: None,
+            verifier: None,
+        }
+    }
+
     /// Requests of a hundred that took more than 5 ms, where the server stalled for 40 ms once.
     fn slow(rate: Option<f64>) -> u64 {
         let spec = Spec {
@@ -442,25 +456,9 @@ mod tests {
             ..Spec::new(Target::VhostUser("none".into()))
         };
         spec.check().unwrap();
-        let disk = Geometry {
-            capacity: 1 << 20,
-            read_only: false,
-            flushes: true,
-            block_bytes: 512,
-        };
-        let places = Places::new(&spec, &disk).unwrap();
-        let course = Course {
-            plan: Plan::new(&spec, places, 0, Against::default()),
-            depth: 1,
-            pace: Pace::new(&spec, 0),
-            rests: None,
-            ios_max: Some(100),
-            bytes_max: None,
-            verifier: None,
-        };
         let phase = AtomicU8::new(MEASURE);
         let mut client = Stalling::default();
-        let outcome = drive(&mut client, course, &phase, || false).unwrap();
+        let outcome = drive(&mut client, course(&spec, Some(100)), &phase, || false).unwrap();
         assert_eq!(outcome.reads, 100);
         let histogram = outcome.read_latency.histogram();
         let slow = histogram
@@ -525,29 +523,13 @@ mod tests {
                 depth: 1,
                 ..Spec::new(Target::VhostUser("none".into()))
             };
-            let disk = Geometry {
-                capacity: 1 << 20,
-                read_only: false,
-                flushes: true,
-                block_bytes: 512,
-            };
-            let places = Places::new(&spec, &disk).unwrap();
-            let course = Course {
-                plan: Plan::new(&spec, places, 0, Against::default()),
-                depth: 1,
-                pace: None,
-                rests: None,
-                ios_max: None,
-                bytes_max: None,
-                verifier: None,
-            };
             let phase = AtomicU8::new(MEASURE);
             let mut client = Late {
                 inner: Stalling::default(),
                 phase: &phase,
                 late,
             };
-            let outcome = drive(&mut client, course, &phase, || false).unwrap();
+            let outcome = drive(&mut client, course(&spec, None), &phase, || false).unwrap();
             let longest = outcome.read_latency.percentiles().max_us;
             (
                 outcome.reads,
@@ -565,14 +547,7 @@ mod tests {
     #[test]
     fn the_usual_rest_of_a_turn_is_noted_and_does_not_count() {
         let spec = Spec::new(Target::VhostUser("none".into()));
-        let disk = Geometry {
-            capacity: 1 << 20,
-            read_only: false,
-            flushes: true,
-            block_bytes: 512,
-        };
-        let places = Places::new(&spec, &disk).unwrap();
-        let request = Plan::new(&spec, places, 0, Against::default()).next(0, None);
+        let request = course(&spec, None).plan.next(0, None);
         let mut tail = Outcome::default();
         tail.count(&request, DRAIN, true);
         for (took, reads) in [(DRAIN, 0), (DRAIN * 2, 1)] {
@@ -634,24 +609,9 @@ mod tests {
         };
         change(&mut spec);
         spec.check().unwrap();
-        let disk = Geometry {
-            capacity: 1 << 20,
-            read_only: false,
-            flushes: true,
-            block_bytes: 512,
-        };
-        let places = Places::new(&spec, &disk).unwrap();
-        let course = Course {
-            plan: Plan::new(&spec, places, 0, Against::default()),
-            depth: depth as usize,
-            pace: Pace::new(&spec, 0),
-            rests: Rests::new(&spec),
-            ios_max: Some(24),
-            bytes_max: None,
-            verifier: None,
-        };
         let mut client = Noting::default();
-        let outcome = drive(&mut client, course, &AtomicU8::new(MEASURE), || false).unwrap();
+        let phase = AtomicU8::new(MEASURE);
+        let outcome = drive(&mut client, course(&spec, Some(24)), &phase, || false).unwrap();
         assert_eq!((outcome.reads, client.came.len()), (24, 24));
         client
     }

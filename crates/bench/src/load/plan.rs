@@ -425,17 +425,19 @@ impl<'a> Plan<'a> {
     }
 }
 
+/// A disk for tests of what loads do with one.
+#[cfg(test)]
+pub(super) const DISK: Geometry = Geometry {
+    capacity: 1 << 20,
+    read_only: false,
+    flushes: true,
+    block_bytes: 512,
+};
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::load::Target;
-
-    const DISK: Geometry = Geometry {
-        capacity: 1 << 20,
-        read_only: false,
-        flushes: true,
-        block_bytes: 512,
-    };
 
     fn spec(pattern: Pattern) -> Spec {
         Spec {

@@ -272,14 +272,7 @@ impl Order {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::load::{Pattern, Target, plan::Geometry};
-
-    const DISK: Geometry = Geometry {
-        capacity: 1 << 20,
-        read_only: false,
-        flushes: true,
-        block_bytes: 512,
-    };
+    use crate::load::{Pattern, Target, plan::DISK};
 
     /// The first requests of a load, of `kinds` in turn.
     fn walk(spec: &Spec, kinds: &[Kind], count: usize) -> Vec<(u64, u64)> {
