@@ -120,17 +120,21 @@ pub struct Load {
     #[arg(long, requires = "file")]
     pub buffered: bool,
     /// With --vhost-user: entries of a virtqueue
-    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 128, requires = "vhost_user", value_parser = clap::value_parser!(u16).range(1..))]
     pub ring: u16,
     /// With --vhost-user: packed virtqueues; else split ones
     #[arg(long, requires = "vhost_user")]
     pub packed: bool,
     /// With --vhost-user: no indirect descriptors
-    #[arg(long)]
+    #[arg(long, requires = "vhost_user")]
     pub no_indirect: bool,
     /// With --vhost-user: no event index
-    #[arg(long)]
+    #[arg(long, requires = "vhost_user")]
     pub no_event_index: bool,
+    /// With --vhost-user: buffers begin so many bytes (less than 4096) behind a page: a server that bypasses the page cache has to
+    /// copy them
+    #[arg(long, value_name = "BYTES", default_value_t = 0, requires = "vhost_user")]
+    pub misalign: u64,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -414,6 +418,7 @@ fn spec(args: &Load) -> Result<Spec> {
         packed: args.packed,
         indirect: !args.no_indirect,
         event_index: !args.no_event_index,
+        misalign_bytes: args.misalign,
         seed: args.seed,
         server_pids: args.pid.clone(),
         count_syscalls: args.syscalls,

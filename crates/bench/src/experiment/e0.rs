@@ -251,6 +251,7 @@ pub(super) fn experiment() -> Experiment {
             striped(4),
         ],
         findings,
+        absent: &[],
         figures: &[Metric::Iops, Metric::P50Us, Metric::CpuUs],
         disk_bytes: (16 << 30, 8 << 30),
     }

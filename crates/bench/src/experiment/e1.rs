@@ -294,6 +294,7 @@ pub(super) fn experiment() -> Experiment {
                   is simulated (diskplane bench device). Rows on NFS say why they are not here.",
         cells: cells.collect(),
         findings,
+        absent: &[],
         figures: &[Metric::Iops, Metric::CpuUs, Metric::P99Us],
         disk_bytes: (1 << 30, 256 << 20),
     }

@@ -356,6 +356,7 @@ pub(super) fn experiment() -> Experiment {
                   against IDE is measured in a Linux guest (--guest DIR), which runs this program's own scenarios.",
         cells,
         findings: findings(),
+        absent: &[],
         figures: &[Metric::MbS, Metric::CpuPercentPerMb, Metric::CpuPercent],
         disk_bytes: (8 << 30, 1 << 30),
     }

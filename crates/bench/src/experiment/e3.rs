@@ -1,7 +1,7 @@
 //! E3: where the latency goes (document 004).
 
 use super::plan::{
-    Cell, Claim, Experiment, Finding, Format, How, Image, QCOW2, RAW, Side, Term, side, term,
+    Cell, Claim, Driver, Experiment, Finding, How, Image, NULL, QCOW2, RAW, Side, Term, side, term,
 };
 use crate::{
     load::Pattern,
@@ -62,7 +62,6 @@ fn cell(kind: &str, bytes: u64, pattern: Pattern, quick: bool) -> Cell {
 fn disks(count: u8) -> Cell {
     let image = Image {
         disks: count,
-        format: Format::Raw,
         ..RAW
     };
     Cell {
@@ -85,17 +84,51 @@ fn disks(count: u8) -> Cell {
     }
 }
 
+/// Virtual machines at once, a disk each: with a server each, or one for all.
+fn machines(count: u8) -> Cell {
+    let image = Image {
+        disks: count,
+        ..RAW
+    };
+    let of = |name: &str, server, server_each| Side {
+        server_each,
+        ..side(name, How::Served(server), image)
+    };
+    Cell {
+        name: format!("vms-{count}"),
+        axes: vec![
+            ("load".to_owned(), "vms".to_owned()),
+            ("vms".to_owned(), count.to_string()),
+        ],
+        load: Load {
+            pattern: Pattern::RandRead,
+            ..ONE_AT_A_TIME
+        },
+        files: None,
+        sides: vec![
+            of("diskplane, a server each", Server::Diskplane, true),
+            of("diskplane, one server", Server::Diskplane, false),
+            of("qsd, a server each", Server::Qsd, true),
+            of("qsd, one server", Server::Qsd, false),
+        ],
+        quick: count == 4,
+    }
+}
+
 /// Queues of one disk, on as many I/O threads where the server has them.
-fn queues(count: u16) -> Cell {
-    let own = |side: Side| Side {
+fn with_queues(side: Side, count: u16) -> Side {
+    Side {
         queues: count,
-        io_threads: if side.how == How::Served(Server::Diskplane) {
-            count
-        } else {
-            1
+        io_threads: match side.how {
+            How::Served(Server::Diskplane) => count,
+            _ => 1,
         },
         ..side
-    };
+    }
+}
+
+fn queues(count: u16) -> Cell {
+    let own = |name, how| with_queues(side(name, how, RAW), count);
     Cell {
         name: format!("queues-{count}"),
         axes: vec![
@@ -105,12 +138,229 @@ fn queues(count: u16) -> Cell {
         load: RANDREAD,
         files: None,
         sides: vec![
-            own(side("bare metal", How::Bare, RAW)),
-            own(side("diskplane raw", How::Served(Server::Diskplane), RAW)),
-            own(side("qsd raw", How::Served(Server::Qsd), RAW)),
+            own("bare metal", How::Bare),
+            own("diskplane raw", How::Served(Server::Diskplane)),
+            own("qsd raw", How::Served(Server::Qsd)),
         ],
         quick: false,
     }
+}
+
+/// Requests in flight in all where numbers of queues are compared.
+const QUEUED: u32 = 32;
+
+/// The same requests in flight over more queues: a disk of zeros, which is no bottleneck.
+fn queues_beside_each_other() -> Cell {
+    let mut sides = Vec::new();
+    for (name, server) in [("diskplane", Server::Diskplane), ("qsd", Server::Qsd)] {
+        for count in [1, 2, 4] {
+            let ending = if count == 1 { "" } else { "s" };
+            let name = format!("{name}, {count} queue{ending}");
+            let depth = Some(QUEUED / u32::from(count));
+            sides.push(Side {
+                driver: Driver {
+                    depth,
+                    ..Driver::USUAL
+                },
+                ..with_queues(side(name, How::Served(server), NULL), count)
+            });
+        }
+    }
+    factor("queues", "multiple queues", RANDREAD, sides, true)
+}
+
+/// A cell of a factor that its sides differ in.
+fn factor(name: &str, factor: &str, load: Load, sides: Vec<Side>, quick: bool) -> Cell {
+    Cell {
+        name: name.to_owned(),
+        axes: vec![("factor".to_owned(), factor.to_owned())],
+        load,
+        files: None,
+        sides,
+        quick,
+    }
+}
+
+/// Bytes behind a page at which guests' buffers begin where they have to be copied: no device takes them there.
+const MISALIGNED: u32 = 2;
+
+/// The data path maps the guest's memory once and has devices read and write there; what is not aligned as `O_DIRECT` wants it is
+/// copied by the server, and what goes through a socket by the kernel.
+fn copies(bytes: u64, quick: bool) -> Cell {
+    let of = |name: &str, server, misalign| Side {
+        driver: Driver {
+            misalign,
+            ..Driver::USUAL
+        },
+        ..side(name, How::Served(server), RAW)
+    };
+    let sides = vec![
+        of("diskplane maps", Server::Diskplane, 0),
+        of("diskplane copies", Server::Diskplane, MISALIGNED),
+        of("diskplane, NBD (the kernel copies)", Server::DiskplaneNbd, 0),
+        of("qsd maps", Server::Qsd, 0),
+        of("qsd copies", Server::Qsd, MISALIGNED),
+    ];
+    let load = Load {
+        block: bytes,
+        depth: 8,
+        ..RANDREAD
+    };
+    let name = format!("copy-{}", short(bytes));
+    factor(&name, "copy or map", load, sides, quick)
+}
+
+/// The same of sixteen virtual machines at once.
+fn copies_of_many() -> Cell {
+    let image = Image { disks: 16, ..RAW };
+    let of = |name: &str, misalign| Side {
+        server_each: true,
+        driver: Driver {
+            misalign,
+            ..Driver::USUAL
+        },
+        ..side(name, How::Served(Server::Diskplane), image)
+    };
+    let sides = vec![of("diskplane maps", 0), of("diskplane copies", MISALIGNED)];
+    let load = Load {
+        depth: 8,
+        ..RANDREAD
+    };
+    factor("copy-16vms", "copy or map", load, sides, false)
+}
+
+/// Every kind of ring.
+fn rings(name: &str, image: Image, quick: bool) -> Cell {
+    let of = |name: &str, server, packed, indirect| Side {
+        driver: Driver {
+            packed,
+            indirect,
+            ..Driver::USUAL
+        },
+        ..side(name, How::Served(server), image)
+    };
+    let (ours, qsd) = (Server::Diskplane, Server::Qsd);
+    let sides = vec![
+        of("diskplane split", ours, false, true),
+        of("diskplane split, no indirect", ours, false, false),
+        of("diskplane packed", ours, true, true),
+        of("diskplane packed, no indirect", ours, true, false),
+        of("qsd split", qsd, false, true),
+        of("qsd split, no indirect", qsd, false, false),
+    ];
+    factor(name, "rings", RANDREAD, sides, quick)
+}
+
+/// Entries of a ring, and descriptors of a request that is not indirect: header, data and status.
+const RING: u32 = 128;
+const CHAIN: u32 = 3;
+
+/// As many requests in flight as a ring holds.
+fn full_rings() -> Cell {
+    let of = |name: &str, server, indirect| Side {
+        driver: Driver {
+            indirect,
+            depth: Some(if indirect { RING } else { RING / CHAIN }),
+            ..Driver::USUAL
+        },
+        ..side(name, How::Served(server), RAW)
+    };
+    let sides = vec![
+        of("diskplane, indirect", Server::Diskplane, true),
+        of("diskplane, no indirect", Server::Diskplane, false),
+        of("qsd, indirect", Server::Qsd, true),
+        of("qsd, no indirect", Server::Qsd, false),
+    ];
+    factor("rings-full", "rings", RANDREAD, sides, true)
+}
+
+/// Proposals of the document that no path here has a switch for.
+const ABSENT: [(&str, &str); 5] = [
+    (
+        "persistent grants",
+        "a vhost-user driver shares its memory once, for as long as it runs; nothing is granted for a request, so there is nothing to keep",
+    ),
+    (
+        "request and response rings apart",
+        "Xen's ring has both; a split virtqueue has had one for each from the beginning, and a packed one is what the proposal would do away with (compared in the cells rings-…)",
+    ),
+    (
+        "TLB flushes avoided where pages were not accessed",
+        "nothing is unmapped while a driver runs, so nothing is flushed",
+    ),
+    (
+        "mapping in the fault handler, only on access",
+        "memory is mapped once, and its pages appear when they are first touched; no request maps anything",
+    ),
+    (
+        "blkback, tapdisk, qemu-qdisk and numbers of dom0's vCPUs",
+        "there is no Xen here, and tapdisk is not packaged for this system",
+    ),
+];
+
+/// What the document says of the factors, of cells whose sides differ in them.
+fn of_factors() -> Vec<Finding> {
+    let beside = |says: &str, cell: &str, (left, right): (&str, &str), metric, claim| Finding {
+        says: says.to_owned(),
+        left: term(cell, left, metric),
+        right: Some(term(cell, right, metric)),
+        claim,
+        published: None,
+    };
+    let copying = ("diskplane copies", "diskplane maps");
+    let indirect = ("diskplane, indirect", "diskplane, no indirect");
+    let (iops, cpu) = (Metric::Iops, Metric::CpuUs);
+    vec![
+        beside(
+            "The penalty of copying can be worth taking: copying is not behind mapping at 4 KiB",
+            "copy-4k",
+            copying,
+            iops,
+            Claim::NotLess(0.05),
+        ),
+        beside(
+            "… and not behind it where many virtual machines do I/O at once (contention on grant tables, which are not here)",
+            "copy-16vms",
+            copying,
+            iops,
+            Claim::NotLess(0.05),
+        ),
+        beside(
+            "Copying has its price: 1 MiB takes more CPU of the server than where it is mapped",
+            "copy-1m",
+            copying,
+            cpu,
+            Claim::More,
+        ),
+        beside(
+            "Indirect I/O: a ring whose requests lead to tables of segments holds more of them, and more is done",
+            "rings-full",
+            indirect,
+            iops,
+            Claim::More,
+        ),
+        beside(
+            "A ring that both sides write to makes inefficient use of CPU caches: a packed one takes more CPU than a split one",
+            "rings-null",
+            ("diskplane packed", "diskplane split"),
+            cpu,
+            Claim::More,
+        ),
+        beside(
+            "A queue for each core scales: two do more than one (diskplane)",
+            "queues",
+            ("diskplane, 2 queues", "diskplane, 1 queue"),
+            iops,
+            Claim::More,
+        ),
+        beside(
+            "… and four do more than one (diskplane)",
+            "queues",
+            ("diskplane, 4 queues", "diskplane, 1 queue"),
+            iops,
+            Claim::More,
+        ),
+    ]
 }
 
 pub(super) fn experiment() -> Experiment {
@@ -124,7 +374,14 @@ pub(super) fn experiment() -> Experiment {
         cells.push(cell("write", 1 << shift, Pattern::Write, false));
     }
     cells.extend([1, 4, 16].map(disks));
+    cells.extend([1, 4, 16].map(machines));
     cells.extend([1, 2, 4].map(queues));
+    cells.push(queues_beside_each_other());
+    cells.push(rings("rings-null", NULL, true));
+    cells.push(rings("rings-raw", RAW, false));
+    cells.push(full_rings());
+    cells.extend([(4 << 10, true), (64 << 10, false), (1 << 20, true)].map(|(b, q)| copies(b, q)));
+    cells.push(copies_of_many());
     let over_bare = |cell: &str, path: &str, metric| Term {
         over: Some("bare metal".to_owned()),
         ..term(cell, path, metric)
@@ -164,6 +421,7 @@ pub(super) fn experiment() -> Experiment {
         claim: Claim::More,
         published: None,
     });
+    findings.extend(of_factors());
     Experiment {
         name: "E3",
         title: "Where the latency goes",
@@ -171,9 +429,12 @@ pub(super) fn experiment() -> Experiment {
         meaning: "Throughput and latency over sizes of requests, one at a time, for bare metal and each data path, on \
                   one file; and diskplane's own stages. The document has Xen's paths (blkback, tapdisk, qdisk); here \
                   they are vhost-user-blk and NBD, and the driver is a load generator instead of a guest's kernel. \
-                  qemu-storage-daemon and qemu-nbd run with io_uring.",
+                  qemu-storage-daemon and qemu-nbd run with io_uring. Factors have cells of their own, whose sides differ in \
+                  nothing else: copy or map (a guest's buffers where the device can take them, or two bytes behind, where the \
+                  server has to copy, and a socket, where the kernel does), kinds of rings, queues, disks and virtual machines.",
         cells,
         findings,
+        absent: &ABSENT,
         figures: &[Metric::MbS, Metric::P50Us, Metric::CpuUs],
         disk_bytes: (2 << 30, 256 << 20),
     }

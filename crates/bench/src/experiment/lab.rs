@@ -119,6 +119,7 @@ impl Lab {
 
     fn host_bytes(&self, image: Image) -> u64 {
         match image.state {
+            _ if image.format == Format::Null => 0,
             // Random writes touch each of its blocks of 2 MiB before long.
             State::Growing if image.format == Format::Vhd => self.disk_bytes + (64 << 20),
             // All of a disk of the device's size.
@@ -131,6 +132,9 @@ impl Lab {
 
     /// The files of an image; a growing one is made anew, others when they are first asked for.
     pub fn files(&mut self, image: Image, say: &mut dyn FnMut(&str)) -> Result<Vec<PathBuf>> {
+        if image.format == Format::Null {
+            return Ok(Vec::new());
+        }
         self.settle_place(image.place, say)?;
         let folder = self.folder(image.place);
         let name = format!(
@@ -172,7 +176,7 @@ impl Lab {
 
     /// Whether an image is there, and stays.
     pub fn has(&self, image: Image) -> bool {
-        image.stays() && self.made.contains(&image)
+        image.format == Format::Null || image.stays() && self.made.contains(&image)
     }
 
     /// Removes images that are not needed any more.

@@ -53,7 +53,12 @@ impl Runner<'_> {
             }
             _ => 0,
         };
+        let driver = side.driver;
         Spec {
+            depth: driver.depth.unwrap_or(load.depth),
+            packed: driver.packed,
+            indirect: driver.indirect,
+            misalign_bytes: driver.misalign.into(),
             duration: self.options.duration,
             ramp: self.options.ramp + Duration::from_secs_f64(load.warm),
             ios_max: (grows > 0).then(|| self.lab.growth / grows),
@@ -259,6 +264,11 @@ mod tests {
                 "read-1m",
                 "read-4m",
                 "disks-4",
+                "queues",
+                "rings-null",
+                "rings-full",
+                "copy-4k",
+                "copy-1m",
             ],
         ];
         for (experiment, expected) in all().iter().zip(expected) {

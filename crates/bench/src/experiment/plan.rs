@@ -22,6 +22,8 @@ pub struct Experiment {
     pub cells: Vec<Cell>,
     /// What the document found.
     pub findings: Vec<Finding>,
+    /// What it speaks of that no path here has: that, and why.
+    pub absent: &'static [(&'static str, &'static str)],
     /// What its bars show.
     pub figures: &'static [Metric],
     /// Bytes of a disk in a full run, and in a quick one.
@@ -114,9 +116,34 @@ impl Client {
     };
 }
 
+/// How a guest's driver makes its requests (vhost-user).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Driver {
+    /// Packed rings; else split ones.
+    pub packed: bool,
+    /// A request takes one descriptor of the ring, which leads to a table of them.
+    pub indirect: bool,
+    /// Bytes by which its buffers lie behind multiples of 4096.
+    pub misalign: u32,
+    /// Requests in flight on each queue, where not those of the cell's load.
+    pub depth: Option<u32>,
+}
+
+impl Driver {
+    /// As Linux does it with a server of split rings.
+    pub const USUAL: Self = Self {
+        packed: false,
+        indirect: true,
+        misalign: 0,
+        depth: None,
+    };
+}
+
 /// What a file holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Format {
+    /// No file: a disk of zeros.
+    Null,
     /// The disk as it is.
     Raw,
     /// qcow2 with clusters of 64 KiB.
@@ -131,6 +158,7 @@ impl Format {
     /// As `create -f` and `serve -f` name it.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Null => "null",
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
             Self::Qed => "qed",
@@ -271,6 +299,11 @@ pub const RAW: Image = Image {
     place: Place::HERE,
     disks: 1,
 };
+/// A disk without a file.
+pub const NULL: Image = Image {
+    format: Format::Null,
+    ..RAW
+};
 /// A qcow2 image that was written full, in order.
 pub const QCOW2: Image = Image {
     format: Format::Qcow2,
@@ -302,6 +335,8 @@ pub struct Side {
     pub writethrough: bool,
     /// Each disk has a server of its own.
     pub server_each: bool,
+    /// How requests are made.
+    pub driver: Driver,
     /// The file system, where there is one on the disk.
     pub client: Client,
     /// Bytes of the metadata cache; by itself where not given.
@@ -329,6 +364,7 @@ pub fn side(name: impl Into<String>, how: How, image: Image) -> Side {
         drops_flushes: false,
         writethrough: false,
         server_each: false,
+        driver: Driver::USUAL,
         client: Client::EXT4,
         table_cache: None,
         table_entry: None,

@@ -278,6 +278,12 @@ pub fn list(experiment: &Experiment) -> String {
         "{} · {}\n{}\n\n",
         experiment.name, experiment.title, experiment.meaning
     );
+    for (what, why) in experiment.absent {
+        let _ = writeln!(text, "not here: {what}: {why}");
+    }
+    if !experiment.absent.is_empty() {
+        text.push('\n');
+    }
     for cell in &experiment.cells {
         let quick = if cell.quick { "" } else { " (--full)" };
         let _ = writeln!(

@@ -258,6 +258,10 @@ pub struct Spec {
     pub indirect: bool,
     /// Use the event index where offered (vhost-user).
     pub event_index: bool,
+    /// Bytes, less than 4096, by which buffers lie behind multiples of that (vhost-user): a server that bypasses the page cache
+    /// has to copy what does not lie as its device wants it.
+    #[serde(default)]
+    pub misalign_bytes: u64,
     /// Seed of offsets and of the mix.
     pub seed: u64,
     /// Processes whose CPU time is the server's.
@@ -329,6 +333,7 @@ impl Spec {
             packed: false,
             indirect: true,
             event_index: true,
+            misalign_bytes: 0,
             seed: 1,
             server_pids: Vec::new(),
             count_syscalls: false,

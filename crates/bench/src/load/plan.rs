@@ -119,6 +119,13 @@ impl Spec {
                 size::human(super::BUFFER_BYTES_MAX)
             ));
         }
+        let of_guest = matches!(self.target, Target::VhostUser(_));
+        if self.misalign_bytes >= 4096 || self.misalign_bytes > 0 && !of_guest {
+            return wrong(format!(
+                "--misalign {}: it is less than 4096, and of --vhost-user",
+                self.misalign_bytes
+            ));
+        }
         if self.flushes == Flushes::Every(0) {
             return wrong("--flush 0: give never, each, or after how many writes".into());
         }

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!   control, 256 bytes a slot:   header │ status │ … │ table: read │ table: write │ table: flush
-//!   data:                        block_bytes a slot, at multiples of 4096
+//!   data:                        block_bytes a slot, at multiples of 4096 (or misalign_bytes behind them)
 //!   descriptors                  indirect: number SLOT is the table's, else 3 from 3 × SLOT on
 //! ```
 //!
@@ -47,7 +47,7 @@ const SPINS: u32 = 1000;
 pub(crate) fn run(spec: &Spec, socket: &Path, by: By<'_>) -> Result<Report> {
     let named = || socket.display().to_string();
     let control = (CONTROL_BYTES * u64::from(spec.depth)).next_multiple_of(4096);
-    let data = spec.block_bytes.next_multiple_of(4096);
+    let data = slot_bytes(spec.misalign_bytes, spec.block_bytes);
     let per_queue = control + data * u64::from(spec.depth);
     let mut features = !0;
     if !spec.indirect {
@@ -108,7 +108,7 @@ pub(crate) fn run(spec: &Spec, socket: &Path, by: By<'_>) -> Result<Report> {
         let (ram, fate) = (machine.ram.clone(), &fate);
         let layout = Layout {
             control: at,
-            data: at + control,
+            data: at + control + spec.misalign_bytes,
             data_bytes: data,
             indirect,
         };
@@ -124,6 +124,11 @@ pub(crate) fn run(spec: &Spec, socket: &Path, by: By<'_>) -> Result<Report> {
             Err(panic) => std::panic::resume_unwind(panic),
         }
     })
+}
+
+/// Bytes from a slot's data to the next one's.
+fn slot_bytes(misalign: u64, block: u64) -> u64 {
+    (misalign + block).next_multiple_of(4096)
 }
 
 const ALIVE: u8 = 0;
@@ -374,5 +379,30 @@ impl Client for Vhost<'_> {
 
     fn notifications(&self) -> (u64, u64) {
         (self.ring.kicks, self.ring.calls)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_lie_where_they_are_asked_to_and_apart() {
+        let layout = |misalign: u64, bytes: u64| Layout {
+            control: BUFFERS,
+            data: BUFFERS + 4096 + misalign,
+            data_bytes: slot_bytes(misalign, bytes),
+            indirect: true,
+        };
+        for (misalign, bytes) in [(0, 4096), (2, 4096), (4095, 512), (2, 1 << 20)] {
+            let layout = layout(misalign, bytes);
+            let mut end = 0;
+            for slot in 0..3 {
+                let (pieces, count) = layout.pieces(slot, Kind::Read, bytes as u32);
+                assert_eq!((count, pieces[1].at % 4096), (3, misalign));
+                assert!(pieces[1].at >= end, "{misalign} {bytes}");
+                end = pieces[1].at + bytes;
+            }
+        }
     }
 }

@@ -175,10 +175,13 @@ fn findings(page: &mut String, model: &Model) {
 }
 
 fn notes(page: &mut String, model: &Model) {
-    if model.notes.is_empty() && model.failures.is_empty() {
+    if model.notes.is_empty() && model.failures.is_empty() && model.absent.is_empty() {
         return;
     }
     page.push_str("<h2>To be known</h2>\n<ul>\n");
+    for (what, why) in &model.absent {
+        let _ = writeln!(page, "<li>not here: {}: {}</li>", escape(what), escape(why));
+    }
     for failure in &model.failures {
         let _ = writeln!(
             page,

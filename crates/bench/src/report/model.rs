@@ -28,6 +28,8 @@ pub struct Model {
     pub cells: Vec<Cell>,
     /// What was published beside what was found.
     pub findings: Vec<Judged>,
+    /// What the document speaks of and no path here has: that, and why.
+    pub absent: Vec<(String, String)>,
     /// What could not be measured.
     pub failures: Vec<Failure>,
     /// What the reader has to know: noise, other work of the machine, sides that are not what was asked for.
@@ -100,6 +102,10 @@ impl Model {
                 Some(known) => known.figures.to_vec(),
                 None => vec![Metric::Iops, Metric::CpuUs, Metric::P50Us, Metric::Runs],
             },
+            absent: known.as_ref().map_or_else(Vec::new, |e| {
+                let absent = e.absent.iter();
+                absent.map(|(what, why)| ((*what).to_owned(), (*why).to_owned())).collect()
+            }),
             findings: known.map_or_else(Vec::new, |e| experiment::judge(&e, set)),
             runs: set.runs.clone(),
             cells: cells(set),

@@ -19,6 +19,9 @@ pub fn terminal(model: &Model) -> String {
         let _ = writeln!(text, "{:<13} {}", judged.verdict, judged.finding.says);
         let _ = writeln!(text, "{:<13} {}", "", judged.why);
     }
+    for (what, why) in &model.absent {
+        let _ = writeln!(text, "· not here: {what}: {why}");
+    }
     for failure in &model.failures {
         let _ = writeln!(
             text,

@@ -57,6 +57,35 @@ fn each_request_is_made_once() {
     }
 }
 
+/// Buffers that no device would take: what is written and read through them is what must be there, to the last byte.
+#[test]
+fn buffers_may_lie_anywhere() {
+    let served = serve(false);
+    let [vhost, nbd] = served.targets();
+    for (misalign_bytes, packed, block_bytes) in [(2, false, 4096), (4095, true, 8192)] {
+        let spec = Spec {
+            misalign_bytes,
+            packed,
+            block_bytes,
+            queues: 2,
+            verify: Some(load::Verify::default()),
+            ..count(vhost.clone(), Pattern::RandRw, 500)
+        };
+        let report = load::run(&spec).unwrap();
+        let verified = report.verify.unwrap();
+        assert_eq!((report.errors, verified.bad()), (0, 0), "{verified:?}");
+        assert!(verified.checked > 0 && verified.written > 0);
+    }
+    for (target, misalign_bytes) in [(vhost, 4096), (nbd, 2)] {
+        let spec = Spec {
+            misalign_bytes,
+            ..Spec::new(target)
+        };
+        let error = load::run(&spec).unwrap_err().to_string();
+        assert!(error.contains("less than 4096, and of --vhost-user"), "{error}");
+    }
+}
+
 /// A sequence over the whole disk leaves no block as it was, and no two slots wrote the same.
 #[test]
 fn writes_carry_data_to_where_they_belong() {

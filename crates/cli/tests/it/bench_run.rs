@@ -178,6 +178,91 @@ fn every_path_is_measured_in_turn_and_what_is_there_is_not_taken_again() {
 }
 
 #[test]
+fn factors_are_what_their_sides_say() {
+    let dir = TempDir::new();
+    // In flight on each queue, queues, packed, indirect, bytes behind a page.
+    type Asked = (u64, u64, bool, bool, u64);
+    let usual = |depth, queues| (depth, queues, false, true, 0);
+    let cells: [(&str, &[(&str, Asked)]); 5] = [
+        (
+            "rings-null",
+            &[
+                ("diskplane split", usual(32, 1)),
+                ("diskplane packed", (32, 1, true, true, 0)),
+                ("diskplane packed, no indirect", (32, 1, true, false, 0)),
+                ("qsd split, no indirect", (32, 1, false, false, 0)),
+            ],
+        ),
+        (
+            "rings-full",
+            &[
+                ("qsd, indirect", usual(128, 1)),
+                ("diskplane, no indirect", (42, 1, false, false, 0)),
+            ],
+        ),
+        (
+            "queues",
+            &[
+                ("diskplane, 1 queue", usual(32, 1)),
+                ("diskplane, 4 queues", usual(8, 4)),
+                ("qsd, 2 queues", usual(16, 2)),
+            ],
+        ),
+        (
+            "copy-4k",
+            &[
+                ("diskplane maps", usual(8, 1)),
+                ("diskplane copies", (8, 1, false, true, 2)),
+                ("diskplane, NBD (the kernel copies)", usual(8, 1)),
+                ("qsd copies", (8, 1, false, true, 2)),
+            ],
+        ),
+        (
+            "vms-4",
+            &[
+                ("diskplane, a server each", usual(1, 1)),
+                ("qsd, one server", usual(1, 1)),
+            ],
+        ),
+    ];
+    for (name, sides) in cells {
+        let run = dir.path(name);
+        let samples = cell(&run, "E3", name, "64M");
+        assert_eq!(records(&run, "failure"), [] as [Value; 0], "{name}");
+        for (side, asked) in sides {
+            let sample = samples.iter().find(|s| s["side"] == *side);
+            let sample = sample.unwrap_or_else(|| panic!("{name}: {side}"));
+            let spec = &sample["detail"]["specs"][0];
+            let of = |what: &str| spec[what].as_u64().unwrap();
+            let is = |what: &str| spec[what] == true;
+            let seen = (
+                of("depth"),
+                of("queues"),
+                is("packed"),
+                is("indirect"),
+                of("misalign_bytes"),
+            );
+            assert_eq!(seen, *asked, "{name}: {side}");
+            assert!(sample["metrics"]["iops"].as_f64() > Some(0.0), "{sample}");
+        }
+        if name == "vms-4" {
+            let servers = |side: &str| {
+                let sample = samples.iter().find(|s| s["side"] == side).unwrap();
+                let specs = sample["detail"]["specs"].as_array().unwrap();
+                let pids = specs.iter().map(|s| s["server_pids"][0].as_u64());
+                let pids: std::collections::BTreeSet<_> = pids.collect();
+                (specs.len(), pids.len())
+            };
+            assert_eq!(servers("diskplane, a server each"), (4, 4));
+            assert_eq!(servers("diskplane, one server"), (4, 1));
+        }
+    }
+    // What the document proposes and nothing here has is said, with why.
+    let page = fs::read_to_string(dir.path("copy-4k").join("report.html")).unwrap();
+    assert!(page.contains("not here: persistent grants: "), "{page}");
+}
+
+#[test]
 fn a_metadata_cache_is_bounded_as_its_row_says() {
     let dir = TempDir::new();
     let dir = dir.path("e0");
