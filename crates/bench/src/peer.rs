@@ -2,7 +2,10 @@
 
 use crate::{
     load::Target,
-    machine::process::{self, Process},
+    machine::{
+        given,
+        process::{self, Process},
+    },
     versus::cell::{Polling, Server},
 };
 use block::{Context, Error, ErrorKind, Result};
@@ -177,8 +180,7 @@ impl Running {
             }
             let name = image.file_name().unwrap_or_default();
             seen.files.push(name.to_string_lossy().into_owned());
-            seen.bytes
-                .push(fs::metadata(&image).map_or(0, |meta| meta.len()));
+            seen.bytes.push(given::bytes(&image).unwrap_or_default());
         }
         Ok(seen)
     }
@@ -344,9 +346,10 @@ fn qsd(setup: &Setup<'_>, sockets: &[PathBuf], ready: &Path) -> Command {
     let engine = setup.engine;
     let locking = setup.locking();
     let file_node = |file: &Path, id: &str, rest: &str| {
+        let driver = file_driver(file);
         joined(&[
             &format!(
-                "driver=file,node-name={id},{cache},aio={engine},discard=unmap,locking={locking}{rest},filename="
+                "driver={driver},node-name={id},{cache},aio={engine},discard=unmap,locking={locking}{rest},filename="
             ),
             &value(file),
         ])
@@ -394,6 +397,14 @@ fn qsd(setup: &Setup<'_>, sockets: &[PathBuf], ready: &Path) -> Command {
     command
 }
 
+/// QEMU's driver for what it is.
+fn file_driver(path: &Path) -> &'static str {
+    match given::is_block_device(path) {
+        true => "host_device",
+        false => "file",
+    }
+}
+
 fn qemu_nbd(setup: &Setup<'_>, sockets: &[PathBuf], ready: &Path) -> Result<Command> {
     if setup.files.len() != 1 || sockets.len() != 1 {
         return Err(Error::unsupported("qemu-nbd serves one file"));
@@ -401,7 +412,7 @@ fn qemu_nbd(setup: &Setup<'_>, sockets: &[PathBuf], ready: &Path) -> Result<Comm
     let (format, locking) = (setup.format, setup.locking());
     let node = |file: &PathBuf| {
         let options =
-            format!("driver={format},file.driver=file,file.locking={locking},file.filename=");
+            format!("driver={format},file.driver={},file.locking={locking},file.filename=", file_driver(file));
         joined(&[&options, &value(file)])
     };
     let mut command = Command::new("qemu-nbd");

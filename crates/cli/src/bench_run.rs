@@ -59,6 +59,13 @@ pub struct RunArgs {
     /// Also draw a flame graph of each server's CPU in DIR/flame (needs perf); the page links to them
     #[arg(long)]
     pub flamegraph: bool,
+    /// A block device that file systems are made on and bare disks are, in place of loop devices on files (E1). All that is on it
+    /// is lost; one that is in use, or on which something is known to be, is refused
+    #[arg(long, value_name = "PATH")]
+    pub device: Option<PathBuf>,
+    /// Take --device also where a file system, partitions or the like are found on it, which are lost
+    #[arg(long, requires = "device")]
+    pub overwrite_device: bool,
     /// Show the cells and their sides, and do nothing
     #[arg(long)]
     pub list: bool,
@@ -151,6 +158,8 @@ fn options(args: &RunArgs, experiment: &Experiment) -> Result<Options> {
         // Who says how many has said how long.
         limit: (quick && args.samples.is_none()).then_some(QUICK),
         disk_bytes,
+        device: args.device.clone(),
+        overwrite: args.overwrite_device,
         command: command(args, experiment),
     })
 }
@@ -173,6 +182,9 @@ fn command(args: &RunArgs, experiment: &Experiment) -> String {
     }
     if let Some(bytes) = args.disk {
         let _ = write!(text, " --disk {bytes}");
+    }
+    if let Some(device) = &args.device {
+        let _ = write!(text, " --device {}", device.display());
     }
     text
 }

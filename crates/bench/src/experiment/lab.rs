@@ -4,6 +4,7 @@ use super::plan::{Format, Image, Medium, Place, State, System};
 use crate::{
     machine::{
         file::preallocate,
+        given::Given,
         mount,
         process::{Folder, Process, remove_file},
     },
@@ -49,6 +50,10 @@ pub(super) struct Lab {
     work: Folder,
     /// Simulated devices, by place; after the folder, whose end unmounts them.
     devices: BTreeMap<Place, Process>,
+    /// What the user gave instead of files of ours below file systems, and what is on it now.
+    given: Option<(Given, Option<Place>)>,
+    /// The block device of [`System::Device`].
+    bare: Option<PathBuf>,
     disk_bytes: u64,
     /// Bytes by which an image may grow in a sample.
     pub growth: u64,
@@ -61,18 +66,20 @@ pub(super) struct Lab {
 }
 
 impl Lab {
-    /// In `dir/work`; what an earlier run left there is removed, mounts and loop devices too.
+    /// In `dir/work`; what an earlier run left there is removed, mounts and loop devices too. `images` are those of each cell.
     pub fn new(
         programs: &Programs,
         dir: &Path,
-        disk_bytes: u64,
-        growth: u64,
-        images: &BTreeSet<Image>,
+        (disk_bytes, growth): (u64, u64),
+        images: &[BTreeSet<Image>],
+        given: Option<Given>,
     ) -> Result<Self> {
         let mut lab = Self {
             programs: programs.clone(),
             work: Folder::create(dir.join("work"))?,
             devices: BTreeMap::new(),
+            given: given.map(|given| (given, None)),
+            bare: None,
             disk_bytes,
             growth,
             needs: BTreeMap::new(),
@@ -80,10 +87,27 @@ impl Lab {
             formatted: BTreeSet::new(),
             made: BTreeSet::new(),
         };
-        for image in images {
-            *lab.needs.entry(image.place).or_default() += lab.host_bytes(*image);
-        }
+        lab.needs = lab.most(images);
         Ok(lab)
+    }
+
+    /// The most that lies on each place at a time: an image from the first cell that has it to the last one.
+    fn most(&self, cells: &[BTreeSet<Image>]) -> BTreeMap<Place, u64> {
+        let mut most: BTreeMap<Place, u64> = BTreeMap::new();
+        for n in 0..cells.len() {
+            let (before, later) = (cells[..=n].iter().flatten(), cells[n..].iter().flatten());
+            let later: BTreeSet<Image> = later.copied().collect();
+            let there: BTreeSet<Image> = before.copied().filter(|i| later.contains(i)).collect();
+            let mut now: BTreeMap<Place, u64> = BTreeMap::new();
+            for image in there {
+                *now.entry(image.place).or_default() += self.host_bytes(image);
+            }
+            for (place, bytes) in now {
+                let own = most.entry(place).or_default();
+                *own = bytes.max(*own);
+            }
+        }
+        most
     }
 
     pub fn work(&self) -> &Path {
@@ -94,9 +118,10 @@ impl Lab {
         &self.programs
     }
 
-    /// The folder of a place.
+    /// The folder of a place, or the block device that it is.
     pub fn folder(&self, place: Place) -> PathBuf {
         match (place.medium, place.system) {
+            (_, System::Device) => self.bare.clone().unwrap_or_else(|| self.work().to_owned()),
             (Medium::Own, System::None) => self.work().to_owned(),
             (_, System::None) => self.device_folder(place).join("device/mount"),
             _ => self.work().join(place.name()),
@@ -113,8 +138,9 @@ impl Lab {
     }
 
     /// Whether the file is there already, since it is the device.
-    fn is_device(place: Place) -> bool {
-        place.medium != Medium::Own && place.system == System::None
+    pub fn is_device(place: Place) -> bool {
+        place.system == System::Device
+            || place.medium != Medium::Own && place.system == System::None
     }
 
     fn host_bytes(&self, image: Image) -> u64 {
@@ -144,9 +170,10 @@ impl Lab {
             image.disks.max(1)
         )
         .to_lowercase();
-        let paths: Vec<PathBuf> = match Self::is_device(image.place) {
-            true => vec![folder.join("disk")],
-            false => (0..image.disks.max(1))
+        let paths: Vec<PathBuf> = match image.place.system {
+            System::Device => vec![folder.clone()],
+            _ if Self::is_device(image.place) => vec![folder.join("disk")],
+            _ => (0..image.disks.max(1))
                 .map(|n| folder.join(format!("{name}-{n}.img")))
                 .collect(),
         };
@@ -240,11 +267,18 @@ impl Lab {
             System::NfsExt4 | System::NfsXfs => return Err(without_nfs()),
             System::Ext4 => "ext4",
             System::Xfs => "xfs",
-            System::None => "",
+            System::None | System::Device => "",
         };
         let own = if kind.is_empty() { 0 } else { FILE_SYSTEM };
         let bytes = self.needs.get(&place).copied().unwrap_or_default() + own;
         let bytes = bytes.next_multiple_of(DEVICE_GRAIN);
+        if let Some((given, _)) = self.given.clone().filter(|_| place.medium == Medium::Own) {
+            given.has_room(bytes)?;
+            say(&format!("making {} on {}", place.name(), given.path.display()));
+            self.vacate()?;
+            self.given = Some((given.clone(), Some(place)));
+            return self.occupy(place, kind, given.path);
+        }
         self.room(self.work(), bytes)?;
         say(&format!(
             "making {} of {}",
@@ -255,13 +289,41 @@ impl Lab {
             Medium::Own => self.preallocated(&place.name(), bytes)?,
             medium => self.device(place, medium, bytes)?,
         };
+        let device = match place.system {
+            System::None => file,
+            _ => mount::attach(&file)?,
+        };
+        self.occupy(place, kind, device)
+    }
+
+    /// Makes a place of a device: a file system on it, where there is to be one.
+    fn occupy(&mut self, place: Place, kind: &str, device: PathBuf) -> Result<()> {
         if !kind.is_empty() {
-            let device = mount::attach(&file)?;
             mount::make(&device, kind)?;
             mount::mount(&device, kind, &self.folder(place), true)?;
+        } else if place.system == System::Device {
+            self.bare = Some(device);
         }
         self.ready.insert(place);
         Ok(())
+    }
+
+    /// Takes away what is on the given device.
+    fn vacate(&mut self) -> Result<()> {
+        let Some((given, Some(place))) = self.given.clone() else {
+            return Ok(());
+        };
+        let folder = self.folder(place);
+        self.ready.remove(&place);
+        self.made.retain(|image| image.place != place);
+        self.formatted.retain(|file| !file.starts_with(&folder));
+        if place.system != System::Device {
+            // It may not have come to that.
+            let mounted = mount::unmount(&folder);
+            tracing::debug!("{}: {mounted:?}", folder.display());
+        }
+        self.given = Some((given.clone(), None));
+        given.clear()
     }
 
     /// A file whose blocks are there: else each write of a sample would have the host's file system find some first.
@@ -303,12 +365,12 @@ impl Lab {
         let mut options: Vec<&str> = vec!["create", "-q", "-f", format];
         match (image.format, image.state) {
             // It has no such option; a growing file is the nearest thing.
-            (Format::Vhd | Format::Qed, State::Falloc | State::Zeroed) => {
+            (Format::Vhd | Format::Qed, State::Falloc | State::Filled | State::Zeroed) => {
                 return Err(Error::unsupported(format!(
                     "{format} images cannot be preallocated"
                 )));
             }
-            (_, State::Falloc) => options.extend(["-o", "preallocation=falloc"]),
+            (_, State::Falloc | State::Filled) => options.extend(["-o", "preallocation=falloc"]),
             (_, State::Zeroed) => options.extend(["-o", "preallocation=full"]),
             _ => {}
         }
@@ -330,7 +392,7 @@ impl Lab {
         if !status.success() {
             return Err(process.failed(&format!("failed ({status})")));
         }
-        if image.state != State::Full {
+        if !matches!(image.state, State::Full | State::Filled) {
             return Ok(());
         }
         self.fill(path, format, bytes)
@@ -375,6 +437,14 @@ impl Lab {
             return Err(server.failed(&error));
         }
         server.stop().map(drop)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if let Err(error) = self.vacate() {
+            tracing::warn!("{error}");
+        }
     }
 }
 

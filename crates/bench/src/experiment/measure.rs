@@ -1,6 +1,7 @@
 //! A side of a cell under load: who is started, what is asked of it, and what is looked at besides.
 
 use super::{
+    lab::Lab,
     plan::{Cell, Format, How, Medium, Side, State},
     runner::Runner,
 };
@@ -57,6 +58,8 @@ impl Runner<'_> {
         Spec {
             depth: driver.depth.unwrap_or(load.depth),
             packed: driver.packed,
+            // A device that was given may be larger than what was written.
+            range_bytes: Lab::is_device(side.image.place).then(|| self.lab.bytes(side.image)),
             indirect: driver.indirect,
             misalign_bytes: driver.misalign.into(),
             duration: self.options.duration,
@@ -249,10 +252,12 @@ mod tests {
             &[
                 "read-raw-ext4",
                 "randread-raw-ext4",
-                "read-raw-xfs",
-                "randread-raw-xfs",
+                "read-qcow2-ext4",
+                "randread-qcow2-ext4",
                 "read-qcow2-falloc-ext4",
                 "randread-qcow2-falloc-ext4",
+                "read-raw-xfs",
+                "randread-raw-xfs",
             ],
             // File systems are mounted by one at a time.
             &[],

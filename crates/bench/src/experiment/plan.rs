@@ -182,6 +182,8 @@ pub enum State {
     Full,
     /// All of it by `fallocate`, and never written before.
     Falloc,
+    /// All of it by `fallocate`, and written full then.
+    Filled,
     /// All of it as zeros that were written.
     Zeroed,
     /// Nothing: a new file for each sample that writes.
@@ -208,6 +210,8 @@ pub enum Medium {
 pub enum System {
     /// Nothing: the file is the device; on the run's own medium it is a file in the folder.
     None,
+    /// Nothing: a block device, the one that the user gave or a loop device.
+    Device,
     /// ext4 on a loop device.
     Ext4,
     /// XFS on a loop device.
@@ -250,10 +254,16 @@ impl Place {
         }
     }
 
+    /// Whether a block device can be given for it.
+    pub fn is_on_device(self) -> bool {
+        self.medium == Medium::Own && self.system != System::None
+    }
+
     /// How folders and notes name it.
     pub fn name(self) -> String {
         let system = match self.system {
             System::None => "",
+            System::Device => "device",
             System::Ext4 => "ext4",
             System::Xfs => "xfs",
             System::NfsExt4 => "nfs-ext4",
@@ -288,7 +298,10 @@ pub struct Image {
 impl Image {
     /// It is made once for a run, and not anew for each sample.
     pub fn stays(self) -> bool {
-        matches!(self.state, State::Full | State::Falloc | State::Zeroed)
+        matches!(
+            self.state,
+            State::Full | State::Falloc | State::Filled | State::Zeroed
+        )
     }
 }
 

@@ -16,7 +16,7 @@ use super::{
     schedule::Schedule,
 };
 use crate::{
-    machine::{Host, process},
+    machine::{Host, given::Given, process},
     metric::{Metric, number},
     peer::Programs,
     record::{self, Record, Sample, Set},
@@ -56,6 +56,10 @@ pub struct Options {
     pub flamegraphs: bool,
     /// Bytes of a disk.
     pub disk_bytes: u64,
+    /// A block device for what lies on one: all of it is lost.
+    pub device: Option<PathBuf>,
+    /// Also where something is known to be on it.
+    pub overwrite: bool,
     /// The command line, for the record.
     pub command: String,
 }
@@ -145,20 +149,29 @@ pub fn run(
 ) -> Result<Set> {
     let began = Instant::now();
     let cells = cells(experiment, options.quick, options.cells.as_deref())?;
+    if options.device.is_some() && !experiment.cells.iter().any(|cell| images(cell).any(|i| i.place.is_on_device())) {
+        return Err(Error::invalid(format!(
+            "--device: {} has no cell of a device; its files are in --out: make a file system on the device, and give a folder there",
+            experiment.name
+        )));
+    }
     fs::create_dir_all(&options.dir).context(|| options.dir.display().to_string())?;
     let dir = fs::canonicalize(&options.dir).context(|| options.dir.display().to_string())?;
     let _lock = process::lock(&dir)?;
     let path = dir.join("records.jsonl");
     let header = header(experiment, options, &dir);
     let (file, set) = open(&path, &header)?;
-    let images: BTreeSet<Image> = cells.iter().flat_map(|cell| images(cell)).collect();
+    let images: Vec<BTreeSet<Image>> = cells.iter().map(|cell| images(cell).collect()).collect();
     let growth = options.disk_bytes.min(1 << 30);
     let mut programs = Programs {
         diskplane: options.diskplane.clone(),
         direct: true,
         spdk: None,
     };
-    let lab = Lab::new(&programs, &dir, options.disk_bytes, growth, &images)?;
+    let given = options.device.as_deref();
+    let given = given.map(|path| Given::look(path, options.overwrite));
+    let sizes = (options.disk_bytes, growth);
+    let lab = Lab::new(&programs, &dir, sizes, &images, given.transpose()?)?;
     programs.direct = process::has_o_direct(lab.work());
     let load = options.ramp + options.duration;
     let mut schedule = Schedule::new(&cells, options.samples, load, options.limit, began);
@@ -218,7 +231,10 @@ fn header(experiment: &Experiment, options: &Options, dir: &Path) -> record::Run
         ramp_s: options.ramp.as_secs_f64(),
         duration_s: options.duration.as_secs_f64(),
         quick: options.quick,
-        sizes: json!({ "disk": options.disk_bytes }),
+        sizes: match &options.device {
+            Some(device) => json!({ "disk": options.disk_bytes, "device": device }),
+            None => json!({ "disk": options.disk_bytes }),
+        },
     }
 }
 
@@ -237,11 +253,13 @@ fn open(path: &Path, header: &record::Run) -> Result<(File, Set)> {
     if let Some(torn) = set.torn {
         file.set_len(torn).context(named)?;
     }
+    let of = |run: &record::Run, what: &str| run.sizes.get(what).cloned();
     if let Some(first) = set.runs.first() {
         let differs = [
             ("experiment", first.experiment != header.experiment),
             ("--seconds", first.duration_s != header.duration_s),
-            ("size of the disks", first.sizes != header.sizes),
+            ("size of the disks", of(first, "disk") != of(header, "disk")),
+            ("--device", of(first, "device") != of(header, "device")),
             ("kernel", first.host.kernel != header.host.kernel),
             (
                 "version of diskplane",

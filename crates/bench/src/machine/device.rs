@@ -4,7 +4,7 @@ use crate::metric::{Metric, Metrics};
 use block::{Context, Result};
 use std::{
     fs::{self, File},
-    os::unix::fs::{FileExt, MetadataExt},
+    os::unix::fs::{FileExt, FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -157,10 +157,14 @@ impl Work {
 pub(crate) struct Device(Option<PathBuf>);
 
 impl Device {
-    /// That of `dir`'s file system; one without a block device is never busy.
-    pub(crate) fn below(dir: &Path) -> Self {
-        Self(fs::metadata(dir).ok().map(|meta| {
-            let (major, minor) = (rustix::fs::major(meta.dev()), rustix::fs::minor(meta.dev()));
+    /// That of `place`'s file system, or itself where it is one; a file system without a block device is never busy.
+    pub(crate) fn below(place: &Path) -> Self {
+        Self(fs::metadata(place).ok().map(|meta| {
+            let number = match meta.file_type().is_block_device() {
+                true => meta.rdev(),
+                false => meta.dev(),
+            };
+            let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
             PathBuf::from(format!("/sys/dev/block/{major}:{minor}/stat"))
         }))
     }

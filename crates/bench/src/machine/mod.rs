@@ -2,6 +2,7 @@
 
 pub(crate) mod device;
 pub(crate) mod file;
+pub(crate) mod given;
 pub mod host;
 pub(crate) mod initrd;
 pub(crate) mod interrupts;

@@ -15,6 +15,9 @@ use std::{
 /// Where `sbin` is not in a user's path.
 const SBIN: [&str; 2] = ["/usr/sbin", "/sbin"];
 
+/// What file systems of ours are called.
+pub(crate) const LABEL: &str = "dp-bench";
+
 /// Attaches a file to a free loop device that bypasses the page cache.
 ///
 /// # Errors
@@ -53,8 +56,79 @@ pub(crate) fn make(device: &Path, kind: &str) -> Result<()> {
         ]),
         _ => make.args(["-q", "-f", "-K"]),
     };
-    make.arg(device);
+    make.args(["-L", LABEL]).arg(device);
     run(make).map(drop)
+}
+
+/// What `blkid` finds on a device: a name and a value for each property, none where it knows nothing of it.
+fn probe(device: &Path) -> Result<Vec<(String, String)>> {
+    /// It found nothing.
+    const NOTHING: i32 = 2;
+    let mut command = tool("blkid");
+    command.args(["--probe", "--output", "export"]).arg(device);
+    let output = command.output().context(|| "blkid (util-linux)")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let pairs = text.lines().filter_map(|line| line.split_once('='));
+    let pairs: Vec<(String, String)> = pairs.map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
+    match output.status.code() {
+        Some(0) => Ok(pairs),
+        Some(NOTHING) => Ok(Vec::new()),
+        // Several signatures contradict each other: there is something.
+        Some(8) => Ok(vec![("TYPE".to_owned(), "several signatures".to_owned())]),
+        _ => Err(Error::new(
+            ErrorKind::Io,
+            format!(
+                "{}: blkid failed ({}): {}",
+                device.display(),
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
+            ),
+        )),
+    }
+}
+
+fn property<'a>(found: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    found.iter().find(|(own, _)| own == name).map(|(_, value)| value.as_str())
+}
+
+/// What is on a device in words, where that is known and not of our making.
+///
+/// # Errors
+///
+/// `blkid` is not there, or failed.
+pub(crate) fn signature(device: &Path) -> Result<Option<String>> {
+    let found = probe(device)?;
+    let label = property(&found, "LABEL");
+    let kind = property(&found, "TYPE");
+    Ok(match (kind, property(&found, "PTTYPE")) {
+        _ if label == Some(LABEL) => None,
+        (Some(kind), _) => Some(match label {
+            Some(label) => format!("{kind} '{label}'"),
+            None => kind.to_owned(),
+        }),
+        (None, Some(table)) => Some(format!("partitions ({table})")),
+        (None, None) => None,
+    })
+}
+
+/// The label of the file system on a device.
+///
+/// # Errors
+///
+/// `blkid` is not there, or failed.
+pub(crate) fn label(device: &Path) -> Result<Option<String>> {
+    Ok(property(&probe(device)?, "LABEL").map(str::to_owned))
+}
+
+/// Removes the signatures on a device.
+///
+/// # Errors
+///
+/// What `wipefs` said.
+pub(crate) fn wipe(device: &Path) -> Result<()> {
+    let mut command = tool("wipefs");
+    command.args(["--all", "--quiet"]).arg(device);
+    run(command).map(drop)
 }
 
 /// Mounts a device's file system; without `barriers` its journal does not flush the device.
@@ -196,7 +270,8 @@ fn unescaped(text: &str) -> PathBuf {
     OsStr::from_bytes(&bytes).into()
 }
 
-fn tool(name: &str) -> Command {
+/// An administrator's program.
+pub(super) fn tool(name: &str) -> Command {
     let found = SBIN.iter().map(|folder| Path::new(folder).join(name));
     let path = found.into_iter().find(|path| path.is_file());
     let mut command = Command::new(path.unwrap_or_else(|| name.into()));

@@ -338,6 +338,84 @@ fn a_simulated_disk_is_a_device_and_nfs_says_why_it_is_not_there() {
     assert!(why.starts_with("not here: "), "{why}");
 }
 
+/// A loop device as a device that a user gives; detached when dropped.
+struct Given(String);
+
+impl Given {
+    fn of(file: &Path, bytes: u64) -> Self {
+        fs::File::create(file).unwrap().set_len(bytes).unwrap();
+        let mut losetup = Command::new("losetup");
+        let output = losetup.args(["--find", "--show"]).arg(file).output();
+        let name = String::from_utf8(output.unwrap().stdout).unwrap();
+        assert!(name.starts_with("/dev/loop"), "{name}");
+        Self(name.trim().to_owned())
+    }
+
+    /// What blkid knows of it.
+    fn signature(&self) -> String {
+        let output = Command::new("/sbin/blkid").args(["-p", &self.0]).output();
+        String::from_utf8(output.unwrap().stdout).unwrap()
+    }
+}
+
+impl Drop for Given {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_given_device_is_used_and_left_clear_and_somebodys_is_not_taken() {
+    if !can_mount() {
+        return;
+    }
+    let dir = TempDir::new();
+    let given = Given::of(&dir.path("backing"), 900 << 20);
+    let on_device = |run: &str, args: &[&str]| {
+        let short = ["--seconds", "0.1", "--samples", "1"];
+        let mut command = bench(&dir.path(run), args);
+        command.args(short).args(["--device", &given.0]);
+        command.output().unwrap()
+    };
+    // As it is, and with a file system on it.
+    for (n, name) in ["randread-raw-device", "randwrite-qcow2-ext4"].iter().enumerate() {
+        let run = n.to_string();
+        let output = on_device(&run, &["E1", "--cells", name]);
+        assert!(output.status.success(), "{output:?}");
+        let run = dir.path(&run);
+        assert_gone(&run);
+        assert_eq!(records(&run, "failure"), [] as [Value; 0], "{name}");
+        let samples = records(&run, "sample");
+        assert_eq!(samples.len(), 7, "{name}");
+        for sample in &samples {
+            let busy = sample["metrics"]["device-busy-percent"].as_f64();
+            assert!(busy > Some(0.0), "{sample}");
+            assert_eq!(sample["seen"]["direct"], true, "{sample}");
+            if n == 0 {
+                assert_eq!(given.0, format!("/dev/{}", sample["seen"]["files"][0].as_str().unwrap()));
+                assert_eq!(sample["seen"]["bytes"][0], 900 << 20);
+                assert_eq!(sample["detail"]["specs"][0]["range_bytes"], 16 << 20);
+            }
+        }
+        assert_eq!(given.signature(), "", "{name}");
+    }
+    // What is somebody's stays so.
+    let made = Command::new("/sbin/mkfs.ext4").args(["-q", "-L", "photos", &given.0]).status();
+    assert!(made.unwrap().success());
+    let words = |output: std::process::Output| {
+        assert!(!output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let said = words(on_device("2", &["E1", "--cells", "randread-raw-device"]));
+    assert!(said.contains("it holds ext4 'photos', which would be lost"), "{said}");
+    assert!(given.signature().contains("photos"));
+    assert!(!dir.path("2").join("work").exists());
+    let said = words(on_device("3", &["E3"]));
+    assert!(said.contains("E3 has no cell of a device"), "{said}");
+    let output = on_device("4", &["E1", "--cells", "randread-raw-device", "--overwrite-device"]);
+    assert!(output.status.success(), "{output:?}");
+}
+
 #[test]
 fn file_systems_on_disks_are_loaded() {
     let nbdfuse = Command::new("nbdfuse").arg("--version").output();
