@@ -9,7 +9,16 @@ use block::{Context, Error, ErrorKind, Result, size};
 use disk::now_ns;
 use nbd::{Client, Options, proto::transmission_flag};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::{os::fd::AsFd, path::Path};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::Read,
+    os::fd::AsFd,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 use trace::{Breakdown, Entry, Operation, RING_ENTRIES_MAX, breakdown::Sample};
 
 /// Bytes of a request at most.
@@ -19,6 +28,9 @@ const PATIENCE: Timespec = Timespec {
     tv_sec: 60,
     tv_nsec: 0,
 };
+
+/// How long a server may take to note what it has answered.
+const NOTED: Duration = Duration::from_secs(5);
 
 /// What is done.
 #[derive(Clone, Copy, Debug)]
@@ -100,6 +112,122 @@ impl Protocol {
         }
         Ok(())
     }
+}
+
+/// A breakdown, and of what: the answer of `trace breakdown`, as it prints it with `--json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Answer {
+    /// What was measured: the image, or the control socket.
+    pub subject: String,
+    /// `vhost-user` or `nbd`; lacks for a running server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub over: Option<String>,
+    /// The engine; lacks for a running server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<String>,
+    /// Which requests.
+    pub operation: String,
+    /// Bytes of each; lacks for a running server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_bytes: Option<u64>,
+    /// Where their time went.
+    pub breakdown: Breakdown,
+}
+
+/// Bytes of such an answer at most.
+const ANSWER_BYTES_MAX: u64 = 1 << 20;
+
+impl Answer {
+    /// Reads one that `trace breakdown --json` printed.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read, or is none.
+    pub fn read(path: &Path) -> Result<Self> {
+        let named = || path.display().to_string();
+        let mut text = String::new();
+        let file = File::open(path).context(named)?;
+        file.take(ANSWER_BYTES_MAX)
+            .read_to_string(&mut text)
+            .context(named)?;
+        let answer: Self = serde_json::from_str(&text).map_err(|error| {
+            Error::invalid(format!(
+                "{}: it is no answer of trace breakdown --json: {error}",
+                named()
+            ))
+        })?;
+        let parts = answer.breakdown.parts.iter();
+        let all = parts.flat_map(|time| [time.mean_ns, time.deviation_ns]);
+        let sound = |ns: f64| ns.is_finite() && ns >= 0.0;
+        match all.chain([answer.breakdown.total_ns]).all(sound) {
+            true => Ok(answer),
+            false => Err(Error::invalid(format!(
+                "{}: a time is less than 0",
+                named()
+            ))),
+        }
+    }
+
+    /// It in a few words, without the subject.
+    pub fn title(&self) -> String {
+        let mut title = self.operation.clone();
+        if let Some(bytes) = self.block_bytes.filter(|_| self.operation != "flushes") {
+            title.push_str(&format!(" of {}", size::human(bytes)));
+        }
+        if let (Some(over), Some(engine)) = (&self.over, &self.engine) {
+            title.push_str(&format!(", one at a time over {over}, {engine}"));
+        }
+        title
+    }
+}
+
+/// [`measure`] at a running server with that control socket, at which nobody else is.
+///
+/// # Errors
+///
+/// Those of [`measure`]; the control socket cannot be asked, or the server keeps no records.
+pub fn of_server(target: &Target, control: &Path, protocol: &Protocol) -> Result<Breakdown> {
+    let mut client = trace::control::Client::connect(control)?;
+    let queues = |client: &mut trace::control::Client| -> Result<Vec<((usize, u64), u64)>> {
+        let disks = client.disks()?.into_iter();
+        let of = |disk: trace::control::DiskInfo| {
+            let queues = disk.queues.into_iter();
+            queues.map(move |queue| ((disk.disk, queue.queue), queue.recorded))
+        };
+        Ok(disks.flat_map(of).collect())
+    };
+    let before: BTreeMap<(usize, u64), u64> = queues(&mut client)?.into_iter().collect();
+    // The queue that we came to, and the number of its next request.
+    let mut own: Option<((usize, u64), u64)> = None;
+    let mut entries = |count: usize| -> Result<Vec<Entry>> {
+        // A request is noted after its client was told.
+        let deadline = Instant::now() + NOTED;
+        loop {
+            for (key, recorded) in queues(&mut client)? {
+                let next = match own {
+                    Some((known, next)) if known == key => next,
+                    Some(_) => continue,
+                    None => before.get(&key).copied().unwrap_or(0),
+                };
+                if recorded >= next + count as u64 {
+                    let (entries, end) = client.entries(key.0, key.1, next, count)?;
+                    own = Some((key, end.next));
+                    return Ok(entries);
+                }
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::new(
+                    ErrorKind::Io,
+                    format!(
+                        "{}: the server noted fewer than {count} requests",
+                        control.display()
+                    ),
+                ));
+            }
+            thread::yield_now();
+        }
+    };
+    measure(target, protocol, &mut entries)
 }
 
 /// Does what `protocol` says at the server `target`, over one queue or connection, and averages. `entries(n)` gives the next `n`

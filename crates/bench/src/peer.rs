@@ -411,8 +411,10 @@ fn qemu_nbd(setup: &Setup<'_>, sockets: &[PathBuf], ready: &Path) -> Result<Comm
     }
     let (format, locking) = (setup.format, setup.locking());
     let node = |file: &PathBuf| {
-        let options =
-            format!("driver={format},file.driver={},file.locking={locking},file.filename=", file_driver(file));
+        let options = format!(
+            "driver={format},file.driver={},file.locking={locking},file.filename=",
+            file_driver(file)
+        );
         joined(&[&options, &value(file)])
     };
     let mut command = Command::new("qemu-nbd");

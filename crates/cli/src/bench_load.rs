@@ -133,7 +133,12 @@ pub struct Load {
     pub no_event_index: bool,
     /// With --vhost-user: buffers begin so many bytes (less than 4096) behind a page: a server that bypasses the page cache has to
     /// copy them
-    #[arg(long, value_name = "BYTES", default_value_t = 0, requires = "vhost_user")]
+    #[arg(
+        long,
+        value_name = "BYTES",
+        default_value_t = 0,
+        requires = "vhost_user"
+    )]
     pub misalign: u64,
     /// Print JSON
     #[arg(long)]

@@ -3,6 +3,7 @@
 use crate::print;
 use anyhow::{Context, Result};
 use bench::{
+    breakdown::Answer,
     record::{self, Set},
     report::{Model, chart::svg::standalone, html, terminal},
 };
@@ -24,6 +25,9 @@ pub struct ReportArgs {
     /// Also write each chart as a file into this folder
     #[arg(long, value_name = "DIR")]
     pub svg: Option<PathBuf>,
+    /// Also show a breakdown that trace breakdown --json printed into FILE; may be given many times
+    #[arg(long, value_name = "FILE")]
+    pub breakdown: Vec<PathBuf>,
     /// Print no summary
     #[arg(short, long)]
     pub quiet: bool,
@@ -34,13 +38,34 @@ pub struct ReportArgs {
 /// Reports on a run.
 pub fn run(args: &ReportArgs) -> Result<()> {
     let set = record::read(&args.run)?;
-    report(&set, args.out.as_deref(), args.svg.as_deref(), args.quiet)
+    let answers: block::Result<Vec<Answer>> = args
+        .breakdown
+        .iter()
+        .map(|path| Answer::read(path))
+        .collect();
+    let model = Model::of(&set).with(answers?);
+    write_report(
+        &set,
+        &model,
+        args.out.as_deref(),
+        args.svg.as_deref(),
+        args.quiet,
+    )
 }
 
 /// Writes the page and the charts of some records, and prints a summary of them.
 pub fn report(set: &Set, out: Option<&Path>, svg: Option<&Path>, quiet: bool) -> Result<()> {
-    let model = Model::of(set);
-    let (page, charts) = html(&model)?;
+    write_report(set, &Model::of(set), out, svg, quiet)
+}
+
+fn write_report(
+    set: &Set,
+    model: &Model,
+    out: Option<&Path>,
+    svg: Option<&Path>,
+    quiet: bool,
+) -> Result<()> {
+    let (page, charts) = html(model)?;
     let beside = set.path.with_file_name("report.html");
     let out = out.unwrap_or(&beside);
     write(out, &page)?;
@@ -56,7 +81,7 @@ pub fn report(set: &Set, out: Option<&Path>, svg: Option<&Path>, quiet: bool) ->
     }
     let text = format!(
         "{}records: {}\nreport: {}\n",
-        terminal(&model),
+        terminal(model),
         set.path.display(),
         out.display()
     );

@@ -197,7 +197,11 @@ fn copies(bytes: u64, quick: bool) -> Cell {
     let sides = vec![
         of("diskplane maps", Server::Diskplane, 0),
         of("diskplane copies", Server::Diskplane, MISALIGNED),
-        of("diskplane, NBD (the kernel copies)", Server::DiskplaneNbd, 0),
+        of(
+            "diskplane, NBD (the kernel copies)",
+            Server::DiskplaneNbd,
+            0,
+        ),
         of("qsd maps", Server::Qsd, 0),
         of("qsd copies", Server::Qsd, MISALIGNED),
     ];

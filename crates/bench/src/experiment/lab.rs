@@ -274,7 +274,11 @@ impl Lab {
         let bytes = bytes.next_multiple_of(DEVICE_GRAIN);
         if let Some((given, _)) = self.given.clone().filter(|_| place.medium == Medium::Own) {
             given.has_room(bytes)?;
-            say(&format!("making {} on {}", place.name(), given.path.display()));
+            say(&format!(
+                "making {} on {}",
+                place.name(),
+                given.path.display()
+            ));
             self.vacate()?;
             self.given = Some((given.clone(), Some(place)));
             return self.occupy(place, kind, given.path);

@@ -6,6 +6,7 @@ use super::{
     runner::Runner,
 };
 use crate::{
+    breakdown::{self, Protocol},
     load::{Spec, Target},
     machine::process,
     peer::{self, Running, Seen, Setup},
@@ -23,6 +24,7 @@ use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
+use trace::Breakdown;
 
 impl Runner<'_> {
     /// Whether all sides of a cell can be up at the same time: on files that are there, that no two of them lock, and that lie
@@ -136,7 +138,7 @@ impl Runner<'_> {
         notes: &mut BTreeSet<String>,
     ) -> Result<Sample> {
         let bare = subject.servers.is_empty();
-        let mut drawn = None;
+        let (mut drawn, mut breakdown) = (None, None);
         if let Ok(measured) = &mut measured {
             if bare {
                 measured.is_of_the_client();
@@ -152,12 +154,14 @@ impl Runner<'_> {
                 let specs: Vec<Spec> = subject.specs.iter().map(own).collect();
                 measured.metrics.extend(sampling::syscalls(&specs)?);
                 drawn = self.flame(cell, side, &subject, notes);
+                breakdown = broken_down(cell, side, &subject, notes);
             }
         }
         let specs = json!(subject.specs);
         let mut sample = subject.finish(measured)?;
         sample.detail["specs"] = specs;
         sample.flamegraph = drawn;
+        sample.breakdown = breakdown;
         Ok(sample)
     }
 
@@ -231,6 +235,38 @@ impl Runner<'_> {
             ));
         }
         Ok((running, seen))
+    }
+}
+
+/// Bytes of requests whose time is broken down at most: eleven hundred are made.
+const BROKEN_DOWN_MAX: u64 = 1 << 20;
+
+/// Where the time of single reads goes at a side's server, by the study's protocol, where the cell has one read at a time and the
+/// server tells.
+fn broken_down(
+    cell: &Cell,
+    side: &Side,
+    subject: &Subject,
+    notes: &mut BTreeSet<String>,
+) -> Option<Breakdown> {
+    let load = &cell.load;
+    let single = load.depth == 1 && !load.writes() && load.block <= BROKEN_DOWN_MAX;
+    let ([spec], true) = (&subject.specs[..], single && !load.poll) else {
+        return None;
+    };
+    let control = spec.control.as_deref()?;
+    let protocol = Protocol {
+        random: load.pattern.is_random(),
+        block_bytes: load.block,
+        ..Protocol::default()
+    };
+    match breakdown::of_server(&spec.target, control, &protocol) {
+        Ok(breakdown) => Some(breakdown),
+        Err(error) => {
+            process::goes_on();
+            notes.insert(format!("{}: no breakdown: {error}", side.name));
+            None
+        }
     }
 }
 

@@ -126,7 +126,9 @@ impl Runner<'_> {
     ) -> ffsb::Spec {
         // A file system has less than its disk, and what is created needs room beside the set.
         let bytes = match side.image.state {
-            State::Full | State::Falloc | State::Filled | State::Zeroed => self.lab.bytes(side.image),
+            State::Full | State::Falloc | State::Filled | State::Zeroed => {
+                self.lab.bytes(side.image)
+            }
             // An image may not grow by more in a sample.
             _ => self.lab.bytes(side.image).min(self.lab.growth),
         };

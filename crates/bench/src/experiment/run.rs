@@ -149,7 +149,12 @@ pub fn run(
 ) -> Result<Set> {
     let began = Instant::now();
     let cells = cells(experiment, options.quick, options.cells.as_deref())?;
-    if options.device.is_some() && !experiment.cells.iter().any(|cell| images(cell).any(|i| i.place.is_on_device())) {
+    if options.device.is_some()
+        && !experiment
+            .cells
+            .iter()
+            .any(|cell| images(cell).any(|i| i.place.is_on_device()))
+    {
         return Err(Error::invalid(format!(
             "--device: {} has no cell of a device; its files are in --out: make a file system on the device, and give a folder there",
             experiment.name

@@ -1,6 +1,6 @@
 //! Which request comes next: offsets, the mix of reads and writes, flushes.
 
-use super::{Against, Flushes, Pattern, Random, Spec, walk::Walk};
+use super::{Against, Flushes, Pattern, Random, Spec, Target, walk::Walk};
 use block::{Error, Result, size};
 use std::time::Duration;
 

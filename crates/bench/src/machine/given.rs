@@ -143,7 +143,11 @@ mod tests {
         look(false).unwrap().clear().unwrap();
         assert_eq!(mount::signature(path).unwrap(), None);
         mount::make(path, "ext4").unwrap();
-        mount::tool("tune2fs").args(["-L", "photos"]).arg(path).output().unwrap();
+        mount::tool("tune2fs")
+            .args(["-L", "photos"])
+            .arg(path)
+            .output()
+            .unwrap();
         let said = error(look(false));
         assert!(
             said.contains("it holds ext4 'photos'") && said.contains("--overwrite-device"),

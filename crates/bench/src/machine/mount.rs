@@ -88,7 +88,10 @@ fn probe(device: &Path) -> Result<Vec<(String, String)>> {
 }
 
 fn property<'a>(found: &'a [(String, String)], name: &str) -> Option<&'a str> {
-    found.iter().find(|(own, _)| own == name).map(|(_, value)| value.as_str())
+    found
+        .iter()
+        .find(|(own, _)| own == name)
+        .map(|(_, value)| value.as_str())
 }
 
 /// What is on a device in words, where that is known and not of our making.

@@ -30,11 +30,11 @@ use std::{
     collections::BTreeMap,
     time::{SystemTime, UNIX_EPOCH},
 };
-use trace::{Buckets, Totals};
+use trace::{Breakdown, Buckets, Totals};
 
 /// [`Run::schema`] of what is written. 2 added `experiment`, `seconds`, `axes`, `latency`, `timeline` and `stages`. 3 made
 /// `stages` the totals of all eight: those of 2 had the means of five, which are read as totals too; it added `flamegraph`,
-/// and later `interrupts` and `guest_interrupts`.
+/// and later `interrupts`, `guest_interrupts` and `breakdown`.
 pub const SCHEMA: u32 = 3;
 
 /// A line.
@@ -122,6 +122,10 @@ pub struct Sample {
     /// Those in the guest.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub guest_interrupts: BTreeMap<String, f64>,
+    /// Where the time of single requests went, by the protocol of the latency study ([`crate::breakdown`]); of the first round of cells
+    /// with one request at a time, at our servers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub breakdown: Option<Breakdown>,
     /// A flame graph of the server under such a load, by its name beside the records.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flamegraph: Option<String>,

@@ -33,7 +33,8 @@ const CHECK: &str = "\
 const model=JSON.parse(document.getElementById('data').textContent);let wrong=0,seen=0;\
 for(const e of document.querySelectorAll('[data-value]')){const d=e.dataset;seen++;\
 const side=d.cell!==undefined&&model.cells.find(c=>c.name===d.cell).sides.find(s=>s.name===d.side);\
-const there=d.finding!==undefined?model.findings[d.finding].ours.median:\
+const part=d.breakdown!==undefined&&model.breakdowns[d.breakdown].breakdown.parts.find(p=>p.part===d.part);\
+const there=part?part.mean_ns:d.finding!==undefined?model.findings[d.finding].ours.median:\
 d.source!==undefined?side.interrupts[d.source]:side.figures[d.metric].median;\
 if(there!==Number(d.value))wrong++}\
 document.documentElement.dataset.checked=wrong?'wrong '+wrong:'ok '+seen;\
@@ -304,7 +305,10 @@ mod tests {
     };
     use serde_json::Value;
     use std::time::Duration;
-    use trace::{Stage, Times, Totals};
+    use trace::{
+        Breakdown, Stage, Times, Totals,
+        breakdown::{Part, PartTime},
+    };
 
     /// Records of an experiment, with a name in them that would be markup.
     fn set() -> Set {
@@ -373,6 +377,8 @@ mod tests {
                             ("<b>".to_owned(), 0.5),
                         ]
                         .into(),
+                        breakdown: (round == 0 && side != "bare metal")
+                            .then(|| broken_down(factor)),
                         guest_interrupts: [("ata_piix".to_owned(), 1.0 / 3.0 + 7.0)].into(),
                         ..Sample::default()
                     });
@@ -387,6 +393,29 @@ mod tests {
         }
         set.samples.extend(more);
         set
+    }
+
+    /// A breakdown of requests that take longer the slower a side is.
+    fn broken_down(factor: f64) -> Breakdown {
+        let part = |part: Part, us: f64| PartTime {
+            part,
+            mean_ns: us * 1000.0 / factor,
+            deviation_ns: 7.0,
+            share: us / 100.0,
+        };
+        let parts = [
+            part(Part::Kick, 10.0 / 3.0),
+            part(Part::In(Stage::Device), 90.0),
+            part(Part::Return, 20.0 / 3.0),
+        ];
+        Breakdown {
+            runs: 10,
+            requests: 100,
+            dropped: 10,
+            total_ns: parts.iter().map(|time| time.mean_ns).sum(),
+            parts: parts.into(),
+            total_deviation_ns: 900.0,
+        }
     }
 
     /// The attributes of every element with a value, as a browser would read them.
@@ -406,8 +435,11 @@ mod tests {
         tags.filter_map(|tag| {
             let value = attribute(tag, "value")?;
             let of = |name| attribute(tag, name).unwrap_or_default();
-            let first = attribute(tag, "finding").unwrap_or_else(|| of("cell"));
-            let metric = attribute(tag, "source").map(|source| format!("source {source}"));
+            let broken = attribute(tag, "breakdown").map(|n| format!("breakdown {n}"));
+            let first = broken.or_else(|| attribute(tag, "finding"));
+            let first = first.unwrap_or_else(|| of("cell"));
+            let source = attribute(tag, "source").map(|source| format!("source {source}"));
+            let metric = source.or_else(|| attribute(tag, "part"));
             Some([
                 first,
                 of("side"),
@@ -456,6 +488,15 @@ mod tests {
         assert!(shown.len() > 100, "{}", shown.len());
         for [place, side, metric, value] in &shown {
             let value: f64 = value.parse().unwrap();
+            let broken = place.strip_prefix("breakdown ").map(|n| {
+                let parts = &data["breakdowns"][n.parse::<usize>().unwrap()]["breakdown"]["parts"];
+                let mut parts = parts.as_array().unwrap().iter();
+                parts.find(|part| part["part"] == *metric).unwrap()["mean_ns"].as_f64()
+            });
+            if let Some(there) = broken {
+                assert_eq!(there, Some(value), "{place} {metric}");
+                continue;
+            }
             let there = match place.parse::<usize>() {
                 Ok(finding) => data["findings"][finding]["ours"]["median"].as_f64(),
                 Err(_) => {
@@ -484,6 +525,22 @@ mod tests {
             (of("virtio0-req.0"), of("guest: ata_piix"), of("<b>")),
             (12, 12, 0)
         );
+        // Two sides of each of three cells (and what was taken over from two of them) have three parts each.
+        let parts = shown.iter().filter(|s| s[0].starts_with("breakdown "));
+        assert_eq!(parts.count(), 3 * model.breakdowns.len());
+        assert_eq!(model.breakdowns.len(), 8);
+        let chart = charts
+            .iter()
+            .find(|chart| chart.name == "breakdown")
+            .unwrap();
+        for words in [
+            "kick: 3.70 µs",
+            "device: 100.00 µs",
+            "10 runs of 100, without 10 fastest",
+            "read-1m",
+        ] {
+            assert!(chart.svg.contains(words), "{words}: {}", chart.svg);
+        }
         // Every figure of every side stands in a table.
         let figures = model
             .cells

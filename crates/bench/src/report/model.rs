@@ -1,6 +1,7 @@
 //! What a report says, as data: it is embedded in the page, and every number on the page is one of these.
 
 use crate::{
+    breakdown::Answer,
     experiment::{self, Experiment, Judged},
     load::timeline,
     metric::Metric,
@@ -9,7 +10,7 @@ use crate::{
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
-use trace::{Buckets, Totals};
+use trace::{Breakdown, Buckets, Totals};
 
 /// A report.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -26,6 +27,8 @@ pub struct Model {
     pub runs: Vec<Run>,
     /// Cells, as they ran.
     pub cells: Vec<Cell>,
+    /// Where the time of single requests went.
+    pub breakdowns: Vec<Broken>,
     /// What was published beside what was found.
     pub findings: Vec<Judged>,
     /// What the document speaks of and no path here has: that, and why.
@@ -37,6 +40,17 @@ pub struct Model {
     /// Figures that are drawn as bars.
     #[serde(skip)]
     pub figures: Vec<Metric>,
+}
+
+/// A breakdown by the protocol of the latency study.
+#[derive(Clone, Debug, Serialize)]
+pub struct Broken {
+    /// What it stands with: a cell, or what was asked for.
+    pub group: String,
+    /// Of what it is: a side, or an image.
+    pub name: String,
+    /// The means.
+    pub breakdown: Breakdown,
 }
 
 /// A cell.
@@ -104,7 +118,9 @@ impl Model {
             },
             absent: known.as_ref().map_or_else(Vec::new, |e| {
                 let absent = e.absent.iter();
-                absent.map(|(what, why)| ((*what).to_owned(), (*why).to_owned())).collect()
+                absent
+                    .map(|(what, why)| ((*what).to_owned(), (*why).to_owned()))
+                    .collect()
             }),
             findings: known.map_or_else(Vec::new, |e| experiment::judge(&e, set)),
             runs: set.runs.clone(),
@@ -123,7 +139,19 @@ impl Model {
             }
         }
         model.notes = notes(set, &model.cells);
+        model.breakdowns = set.samples.iter().filter_map(broken).collect();
         model
+    }
+
+    /// With breakdowns that were measured for themselves.
+    pub fn with(mut self, answers: Vec<Answer>) -> Self {
+        let all = answers.into_iter().map(|answer| Broken {
+            group: answer.title(),
+            name: answer.subject,
+            breakdown: answer.breakdown,
+        });
+        self.breakdowns.extend(all);
+        self
     }
 
     /// The metrics of all sides that have values.
@@ -131,6 +159,14 @@ impl Model {
         let mut sides = self.cells.iter().flat_map(|cell| &cell.sides);
         sides.any(|side| side.figures.contains_key(&metric))
     }
+}
+
+fn broken(sample: &Sample) -> Option<Broken> {
+    Some(Broken {
+        group: sample.cell.clone(),
+        name: label(sample),
+        breakdown: sample.breakdown.clone()?,
+    })
 }
 
 /// Noisy sides that are named one by one.

@@ -82,7 +82,10 @@ fn buffers_may_lie_anywhere() {
             ..Spec::new(target)
         };
         let error = load::run(&spec).unwrap_err().to_string();
-        assert!(error.contains("less than 4096, and of --vhost-user"), "{error}");
+        assert!(
+            error.contains("less than 4096, and of --vhost-user"),
+            "{error}"
+        );
     }
 }
 

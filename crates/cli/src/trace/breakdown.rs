@@ -5,10 +5,10 @@ use crate::{print, table};
 use ::trace::{Breakdown, Entry, Operation, RING_ENTRIES_DEFAULT, breakdown::Sample};
 use anyhow::{Context, Result, bail, ensure};
 use bench::{
-    breakdown::{Protocol, measure},
+    breakdown::{Answer, Protocol, measure},
     load::Target,
 };
-use block::{Error, ErrorKind, size};
+use block::{Error, ErrorKind};
 use disk::{Chain, ChainOptions, Disk, DiskOptions};
 use export::{
     nbd::{self, Nbd, NbdAddress},
@@ -16,7 +16,6 @@ use export::{
     worker::{Polling, Worker, WorkerOptions},
 };
 use io::Aio;
-use serde::Serialize;
 use std::{
     fs,
     os::unix::fs::{DirBuilderExt, FileTypeExt},
@@ -32,25 +31,6 @@ const LOOK: Duration = Duration::from_millis(50);
 const NOTED: Duration = Duration::from_secs(5);
 /// Cells of the widest bar.
 const BAR: f64 = 30.0;
-
-/// The answer, as `--json` prints it.
-#[derive(Debug, Serialize)]
-struct Answer {
-    /// What was measured: the image, or the control socket.
-    subject: String,
-    /// `vhost-user` or `nbd`; lacks for a running server.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    over: Option<&'static str>,
-    /// The engine; lacks for a running server.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    engine: Option<String>,
-    /// Which requests.
-    operation: String,
-    /// Bytes of each; lacks for a running server.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    block_bytes: Option<u64>,
-    breakdown: Breakdown,
-}
 
 /// `trace breakdown`.
 pub fn run(args: &Args) -> Result<()> {
@@ -242,8 +222,8 @@ fn of_image(args: &Args, file: &str) -> Result<Answer> {
     Ok(Answer {
         subject: file.into(),
         over: Some(match args.over {
-            Over::VhostUser => "vhost-user",
-            Over::Nbd => "nbd",
+            Over::VhostUser => "vhost-user".into(),
+            Over::Nbd => "nbd".into(),
         }),
         engine: Some(engine.to_string()),
         operation: pattern,
@@ -309,13 +289,7 @@ fn text(answer: &Answer) -> String {
     let breakdown = &answer.breakdown;
     let mut head = block::plain(&answer.subject);
     head.push_str(": ");
-    head.push_str(&answer.operation);
-    if let Some(bytes) = answer.block_bytes.filter(|_| answer.operation != "flushes") {
-        head.push_str(&format!(" of {}", size::human(bytes)));
-    }
-    if let (Some(over), Some(engine)) = (answer.over, &answer.engine) {
-        head.push_str(&format!(", one at a time over {over}, {engine}"));
-    }
+    head.push_str(&block::plain(&answer.title()));
     head.push_str(&format!(
         "; {} run{} of {}, without {} fastest and {} slowest each\n",
         breakdown.runs,

@@ -36,6 +36,58 @@ fn record(path: &Path, iops: [f64; 4]) {
 }
 
 #[test]
+fn breakdowns_that_were_measured_for_themselves_are_on_the_page() {
+    let dir = TempDir::new();
+    let (run, page, told) = (
+        dir.path("run.jsonl"),
+        dir.path("page.html"),
+        dir.path("told.json"),
+    );
+    record(&run, [100.0, 101.0, 99.0, 100.0]);
+    let mut breakdown = Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")));
+    let short = [
+        "--runs", "2", "-n", "20", "--drop", "2", "--json", "null:1M",
+    ];
+    let output = breakdown
+        .args(["trace", "breakdown"])
+        .args(short)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    std::fs::write(&told, &output.stdout).unwrap();
+    let report = |told: &Path| {
+        let of = ["report", "-q", "-o", page.to_str().unwrap(), "--breakdown"];
+        bench(&of, &[told, &run])
+    };
+    let (good, _, words) = report(&told);
+    assert!(good, "{words}");
+    let text = std::fs::read_to_string(&page).unwrap();
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for part in answer["breakdown"]["parts"].as_array().unwrap() {
+        let value = part["mean_ns"].as_f64().unwrap();
+        let name = part["part"].as_str().unwrap();
+        let shown = format!("data-breakdown=\"0\" data-part=\"{name}\" data-value=\"{value}\"");
+        assert!(text.contains(&shown), "{shown}");
+    }
+    let head = "sequential reads of 4 KiB, one at a time over vhost-user";
+    assert!(text.contains(head), "{text}");
+    if let Some(seen) = testkit::chromium::look(&page) {
+        seen.unwrap();
+    }
+    for (what, says) in [
+        ("{}", "it is no answer of trace breakdown --json"),
+        (
+            &String::from_utf8_lossy(&output.stdout).replacen("mean_ns\": ", "mean_ns\": -", 1),
+            "less than 0",
+        ),
+    ] {
+        std::fs::write(&told, what).unwrap();
+        let (good, _, words) = report(&told);
+        assert!(!good && words.contains(says), "{words}");
+    }
+}
+
+#[test]
 fn runs_are_compared_and_made_tables() {
     let dir = TempDir::new();
     let (a, b) = (dir.path("versus-1.jsonl"), dir.path("b.jsonl"));

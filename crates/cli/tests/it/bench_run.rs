@@ -140,6 +140,20 @@ fn every_path_is_measured_in_turn_and_what_is_there_is_not_taken_again() {
             "{sample}"
         );
         assert_eq!(sample["axes"][1][1], "65536");
+        // By the study's protocol, once.
+        let broken = &sample["breakdown"];
+        assert_eq!(broken.is_object(), ours && sample["round"] == 0, "{sample}");
+        if broken.is_object() {
+            let counts = ["runs", "requests", "dropped"].map(|name| broken[name].as_u64().unwrap());
+            assert_eq!(counts, [10, 100, 10]);
+            let parts = broken["parts"].as_array().unwrap();
+            let sum: f64 = parts.iter().map(|p| p["mean_ns"].as_f64().unwrap()).sum();
+            let total = broken["total_ns"].as_f64().unwrap();
+            assert!(
+                parts.len() == 10 && (sum - total).abs() < total * 1e-6,
+                "{broken}"
+            );
+        }
     }
     assert_eq!(records(&dir, "run").len(), 2);
     let page = fs::read_to_string(dir.join("report.html")).unwrap();
@@ -378,7 +392,10 @@ fn a_given_device_is_used_and_left_clear_and_somebodys_is_not_taken() {
         command.output().unwrap()
     };
     // As it is, and with a file system on it.
-    for (n, name) in ["randread-raw-device", "randwrite-qcow2-ext4"].iter().enumerate() {
+    for (n, name) in ["randread-raw-device", "randwrite-qcow2-ext4"]
+        .iter()
+        .enumerate()
+    {
         let run = n.to_string();
         let output = on_device(&run, &["E1", "--cells", name]);
         assert!(output.status.success(), "{output:?}");
@@ -392,7 +409,10 @@ fn a_given_device_is_used_and_left_clear_and_somebodys_is_not_taken() {
             assert!(busy > Some(0.0), "{sample}");
             assert_eq!(sample["seen"]["direct"], true, "{sample}");
             if n == 0 {
-                assert_eq!(given.0, format!("/dev/{}", sample["seen"]["files"][0].as_str().unwrap()));
+                assert_eq!(
+                    given.0,
+                    format!("/dev/{}", sample["seen"]["files"][0].as_str().unwrap())
+                );
                 assert_eq!(sample["seen"]["bytes"][0], 900 << 20);
                 assert_eq!(sample["detail"]["specs"][0]["range_bytes"], 16 << 20);
             }
@@ -400,19 +420,27 @@ fn a_given_device_is_used_and_left_clear_and_somebodys_is_not_taken() {
         assert_eq!(given.signature(), "", "{name}");
     }
     // What is somebody's stays so.
-    let made = Command::new("/sbin/mkfs.ext4").args(["-q", "-L", "photos", &given.0]).status();
+    let made = Command::new("/sbin/mkfs.ext4")
+        .args(["-q", "-L", "photos", &given.0])
+        .status();
     assert!(made.unwrap().success());
     let words = |output: std::process::Output| {
         assert!(!output.status.success(), "{output:?}");
         String::from_utf8(output.stderr).unwrap()
     };
     let said = words(on_device("2", &["E1", "--cells", "randread-raw-device"]));
-    assert!(said.contains("it holds ext4 'photos', which would be lost"), "{said}");
+    assert!(
+        said.contains("it holds ext4 'photos', which would be lost"),
+        "{said}"
+    );
     assert!(given.signature().contains("photos"));
     assert!(!dir.path("2").join("work").exists());
     let said = words(on_device("3", &["E3"]));
     assert!(said.contains("E3 has no cell of a device"), "{said}");
-    let output = on_device("4", &["E1", "--cells", "randread-raw-device", "--overwrite-device"]);
+    let output = on_device(
+        "4",
+        &["E1", "--cells", "randread-raw-device", "--overwrite-device"],
+    );
     assert!(output.status.success(), "{output:?}");
 }
 

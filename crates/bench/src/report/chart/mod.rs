@@ -3,6 +3,7 @@
 mod bars;
 mod heat;
 mod lines;
+mod parts;
 mod stack;
 pub mod svg;
 mod verdicts;
@@ -10,6 +11,7 @@ mod verdicts;
 pub use bars::bars;
 pub use heat::heat;
 pub use lines::{over_blocks, percentiles};
+pub use parts::parts;
 pub use stack::stack;
 pub use verdicts::verdicts;
 
@@ -48,6 +50,7 @@ pub fn charts(model: &Model) -> Vec<Chart> {
         charts.extend(over_blocks(model, metric));
         charts.extend(bars(model, metric));
     }
+    charts.extend(parts(model));
     charts.extend(stack(model));
     for (n, cell) in model.cells.iter().enumerate() {
         charts.extend(percentiles(cell));
@@ -94,20 +97,22 @@ fn server(name: &str) -> &str {
 }
 
 /// Names of series with their colours, from left to right in as many lines as that takes; how high it is.
-fn legend(svg: &mut Svg, names: &[String], (left, top): (f64, f64)) -> f64 {
+fn legend(svg: &mut Svg, names: &[String], at: (f64, f64)) -> f64 {
+    let coloured = |(n, name): (usize, &String)| (name.clone(), format!("f{}", n % COLOURS));
+    let names: Vec<(String, String)> = names.iter().enumerate().map(coloured).collect();
+    legend_of(svg, &names, at)
+}
+
+/// The same of names with their classes.
+fn legend_of(svg: &mut Svg, names: &[(String, String)], (left, top): (f64, f64)) -> f64 {
     let (mut x, mut y) = (left, top);
-    for (n, name) in names.iter().enumerate() {
+    for (name, class) in names {
         let width = 26.0 + name.chars().count() as f64 * 6.6;
         if x + width > WIDTH && x > left {
             x = left;
             y += 18.0;
         }
-        svg.rect(
-            [x, y - 9.0, 10.0, 10.0],
-            &format!("f{}", n % COLOURS),
-            "",
-            "",
-        );
+        svg.rect([x, y - 9.0, 10.0, 10.0], class, "", "");
         svg.text(x + 15.0, y, Anchor::Start, "", name);
         x += width;
     }

@@ -11,6 +11,7 @@ svg.chart .whisker{stroke:#1f2328;stroke-width:1.4;fill:none}svg.chart .curve{fi
 svg.chart .one{stroke:#1f2328;stroke-width:1;stroke-dasharray:4 3}\
 svg.chart .f0{fill:#0072b2}svg.chart .f1{fill:#d55e00}svg.chart .f2{fill:#009e73}svg.chart .f3{fill:#b0559b}\
 svg.chart .f4{fill:#c98500}svg.chart .f5{fill:#3a9bd0}svg.chart .f6{fill:#7a5195}svg.chart .f7{fill:#7d7d7d}\
+svg.chart .fkick{fill:#9fb3c8}svg.chart .freturn{fill:#c8b39f}\
 svg.chart .s0{stroke:#0072b2}svg.chart .s1{stroke:#d55e00}svg.chart .s2{stroke:#009e73}svg.chart .s3{stroke:#b0559b}\
 svg.chart .s4{stroke:#c98500}svg.chart .s5{stroke:#3a9bd0}svg.chart .s6{stroke:#7a5195}svg.chart .s7{stroke:#7d7d7d}\
 @media screen and (prefers-color-scheme:dark){\
