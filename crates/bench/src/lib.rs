@@ -21,6 +21,7 @@
 pub mod breakdown;
 pub mod compare;
 pub mod driver;
+pub mod equal;
 pub mod experiment;
 pub mod ffsb;
 pub mod fio;

@@ -1,6 +1,7 @@
 //! Starting servers, ours and the peers': the same files, the same flags, the same queues, and the check that it is so.
 
 use crate::{
+    equal::Flushed,
     load::Target,
     machine::{
         given,
@@ -125,6 +126,37 @@ pub struct Seen {
     pub direct: bool,
     /// Queues that clients were offered, as asked for.
     pub queues: u16,
+    /// What a server that is started so does with flushes, where that was looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flushes: Option<Flushed>,
+}
+
+impl Seen {
+    /// Whether another is equal in all that is to be; what grows has another size each time that it is looked at, and is not asked.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        let flushed = |seen: &Self| seen.flushes.map(|f| (f.all(), f.reached == 0));
+        self.files == other.files
+            && (self.direct, self.queues) == (other.direct, other.queues)
+            && flushed(self) == flushed(other)
+    }
+
+    /// In words.
+    pub(crate) fn words(&self) -> String {
+        let queues = match self.queues {
+            1 => "1 queue".to_owned(),
+            n => format!("{n} queues"),
+        };
+        let files = match &self.files[..] {
+            [] => return format!("no file, {queues}"),
+            [file] => file.clone(),
+            files => format!("{} files", files.len()),
+        };
+        let how = if self.direct { "O_DIRECT" } else { "buffered" };
+        let flushes = self
+            .flushes
+            .map_or_else(|| "flushes not looked at".to_owned(), Flushed::words);
+        format!("{files}, {how}, {queues}, {flushes}")
+    }
 }
 
 impl Running {

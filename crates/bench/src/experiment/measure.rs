@@ -199,9 +199,27 @@ impl Runner<'_> {
         work: &Path,
         notes: &mut BTreeSet<String>,
     ) -> Result<(Running, Seen)> {
-        let of_qemu = matches!(server, Server::Qsd | Server::QemuNbd);
-        let direct = side.direct && self.lab.programs().direct;
         let setup = Setup {
+            read_only: !writes,
+            shared,
+            ..self.setup(side, server, files)
+        };
+        let running = peer::start(self.lab.programs(), work, &setup)?;
+        let seen = running.seen(files, side.queues)?;
+        if seen.direct != setup.direct {
+            notes.insert(format!(
+                "not as asked for: {} has O_DIRECT {}",
+                side.name,
+                if seen.direct { "on" } else { "off" }
+            ));
+        }
+        Ok((running, seen))
+    }
+
+    /// How a side's server is started on files that it writes to alone.
+    pub(super) fn setup<'b>(&self, side: &Side, server: Server, files: &'b [PathBuf]) -> Setup<'b> {
+        let of_qemu = matches!(server, Server::Qsd | Server::QemuNbd);
+        Setup {
             server,
             files,
             format: match of_qemu {
@@ -217,24 +235,14 @@ impl Runner<'_> {
             queues: side.queues,
             io_threads: side.io_threads,
             polling: side.polling,
-            direct,
+            direct: side.direct && self.lab.programs().direct,
             drops_flushes: side.drops_flushes,
             writethrough: side.writethrough,
-            read_only: !writes,
-            shared,
+            read_only: false,
+            shared: false,
             table_cache: side.table_cache,
             table_entry: side.table_entry,
-        };
-        let running = peer::start(self.lab.programs(), work, &setup)?;
-        let seen = running.seen(files, side.queues)?;
-        if seen.direct != direct {
-            notes.insert(format!(
-                "not as asked for: {} has O_DIRECT {}",
-                side.name,
-                if seen.direct { "on" } else { "off" }
-            ));
         }
-        Ok((running, seen))
     }
 }
 

@@ -16,6 +16,7 @@ use super::{
     schedule::Schedule,
 };
 use crate::{
+    equal::Probe,
     machine::{Host, given::Given, process},
     metric::{Metric, number},
     peer::Programs,
@@ -186,11 +187,13 @@ pub fn run(
     schedule.go_on();
     let mut bench = Runner {
         options,
+        probe: Probe::new(lab.work()),
         lab,
         file,
         watch,
         schedule,
         last: None,
+        equal: Vec::new(),
     };
     record::append(&bench.file, &Record::Run(Box::new(header)))?;
     if !set.samples.is_empty() {

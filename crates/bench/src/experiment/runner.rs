@@ -7,10 +7,12 @@ use super::{
     schedule::Schedule,
 };
 use crate::{
+    equal::{self, Probe},
     machine::{
         device::{self, Device},
         process,
     },
+    peer::Seen,
     record::{self, Failure, Record, Sample},
     turns::{self, Entrant, What},
 };
@@ -34,6 +36,9 @@ pub(super) struct Runner<'a> {
     pub schedule: Schedule<'a>,
     /// The last result, in a line.
     pub last: Option<String>,
+    pub probe: Probe,
+    /// What was said last of who is equal.
+    pub equal: Vec<String>,
 }
 
 /// A cell at work.
@@ -42,6 +47,8 @@ struct Work<'a> {
     /// How often sides failed.
     failed: BTreeMap<&'a str, usize>,
     notes: BTreeSet<String>,
+    /// What was seen of sides.
+    seen: BTreeMap<&'a str, Seen>,
 }
 
 impl Runner<'_> {
@@ -56,6 +63,7 @@ impl Runner<'_> {
             cell,
             failed: BTreeMap::new(),
             notes: BTreeSet::new(),
+            seen: BTreeMap::new(),
         };
         let mut rounds = 0;
         while rounds < self.options.samples {
@@ -86,10 +94,20 @@ impl Runner<'_> {
         }
         self.schedule.ended();
         let notes: Vec<String> = work.notes.into_iter().collect();
+        let sides = cell.sides.iter();
+        let seen = sides.filter_map(|side| Some((&side.name[..], work.seen.get(&side.name[..])?)));
+        let equal = equal::lines(&seen.collect::<Vec<_>>());
+        if !equal.is_empty() && equal != self.equal {
+            let text = format!("{}: equal are {}", cell.name, equal.join("; "));
+            (self.watch)(Event::Note(&text));
+        }
         record::append(
             &self.file,
-            &Record::Cell(json!({ "cell": cell.name, "rounds": rounds, "notes": notes })),
+            &Record::Cell(
+                json!({ "cell": cell.name, "rounds": rounds, "notes": notes, "equal": equal }),
+            ),
         )?;
+        self.equal = equal;
         Ok(true)
     }
 
@@ -177,7 +195,8 @@ impl Runner<'_> {
     ) -> Result<()> {
         let cell = work.cell;
         match sample {
-            Ok(sample) => {
+            Ok(mut sample) => {
+                self.look(work, side, &mut sample);
                 let sample = Sample {
                     cell: cell.name.clone(),
                     side: side.name.clone(),
@@ -215,6 +234,30 @@ impl Runner<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Adds to what was seen of a side's server what it does with flushes, and says where that is not what was asked for.
+    fn look<'a>(&mut self, work: &mut Work<'a>, side: &'a Side, sample: &mut Sample) {
+        let server = match side.how {
+            How::Served(server) | How::Mounted(Some(server)) | How::Guest(_, Some(server)) => {
+                server
+            }
+            How::Bare | How::Mounted(None) | How::Guest(_, None) => return,
+        };
+        let Some(seen) = &mut sample.seen else { return };
+        let files: Vec<PathBuf> = seen.files.iter().map(PathBuf::from).collect();
+        let setup = self.setup(side, server, &files);
+        let looked = self.probe.look(self.lab.programs(), &setup);
+        match looked {
+            Ok(flushes) => seen.flushes = flushes,
+            Err(why) => {
+                let text = format!("what {} does with flushes was not seen: {why}", side.name);
+                work.notes.insert(text);
+            }
+        }
+        work.notes
+            .extend(equal::differs(&side.name, side.drops_flushes, seen.flushes));
+        work.seen.entry(&side.name).or_insert_with(|| seen.clone());
     }
 
     fn say(&mut self, cell: &str, what: &str) {

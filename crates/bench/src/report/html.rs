@@ -81,6 +81,9 @@ pub fn html(model: &Model) -> Result<(String, Vec<Chart>), serde_json::Error> {
             escape(&cell.name)
         );
         table(&mut page, cell);
+        for line in &cell.equal {
+            let _ = writeln!(page, "<p class=\"dim\">equal: {}</p>", escape(line));
+        }
         interrupts(&mut page, cell);
         flamegraphs(&mut page, cell);
         let own = |chart: &&Chart| chart.cell.as_deref() == Some(&cell.name);

@@ -9,6 +9,7 @@ use crate::{
     statistics::{Figure, Summary},
 };
 use serde::Serialize;
+use serde_json::Value;
 use std::collections::BTreeMap;
 use trace::{Breakdown, Buckets, Totals};
 
@@ -60,6 +61,8 @@ pub struct Cell {
     pub name: String,
     /// Its factors.
     pub axes: Vec<(String, String)>,
+    /// Who was seen to be equal, and in what.
+    pub equal: Vec<String>,
     /// Its sides, as they ran.
     pub sides: Vec<Side>,
 }
@@ -221,6 +224,20 @@ fn is_beside(name: &str) -> bool {
         .is_some_and(|name| name.ends_with(".svg") && name.chars().all(plain))
 }
 
+/// What was said last of who is equal in a cell: lines of an experiment, one of a comparison.
+fn equal(set: &Set, cell: &str) -> Vec<String> {
+    let own = set.cells.iter().filter(|record| record["cell"] == cell);
+    let said = own.filter_map(|record| match &record["equal"] {
+        Value::String(line) => Some(vec![line.clone()]),
+        Value::Array(lines) if !lines.is_empty() => {
+            let lines = lines.iter().filter_map(Value::as_str);
+            Some(lines.map(str::to_owned).collect())
+        }
+        _ => None,
+    });
+    said.last().unwrap_or_default()
+}
+
 fn cells(set: &Set) -> Vec<Cell> {
     let mut cells: Vec<Cell> = Vec::new();
     let mut samples: BTreeMap<(usize, usize), Vec<&Sample>> = BTreeMap::new();
@@ -230,6 +247,7 @@ fn cells(set: &Set) -> Vec<Cell> {
             cells.push(Cell {
                 name: sample.cell.clone(),
                 axes: sample.axes.clone(),
+                equal: equal(set, &sample.cell),
                 sides: Vec::new(),
             });
             cells.len() - 1

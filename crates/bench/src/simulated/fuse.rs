@@ -17,7 +17,10 @@ use std::{
     fs::File,
     io,
     os::unix::fs::FileExt,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -39,6 +42,8 @@ pub(super) struct FileSystem {
     files: Vec<File>,
     setup: Setup,
     made: SystemTime,
+    /// Flushes that programs asked for.
+    flushes: Arc<AtomicU64>,
 }
 
 impl FileSystem {
@@ -48,6 +53,7 @@ impl FileSystem {
             files,
             setup,
             made: SystemTime::now(),
+            flushes: Arc::default(),
         })
     }
 
@@ -55,6 +61,11 @@ impl FileSystem {
     pub(super) fn kept(&self) -> impl Fn() -> Kept + Send + 'static {
         let clock = Arc::clone(&self.clock);
         move || clock.kept()
+    }
+
+    /// How many flushes programs asked for, counted on.
+    pub(super) fn flushes(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.flushes)
     }
 
     fn attr(&self, ino: INodeNo) -> FileAttr {
@@ -245,6 +256,7 @@ impl Filesystem for FileSystem {
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        self.flushes.fetch_add(1, Ordering::Relaxed);
         self.submit(Op::Flush, 0, 0, Box::new(move || reply.ok()));
     }
 

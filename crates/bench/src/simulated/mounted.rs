@@ -8,7 +8,11 @@ use std::{
     fmt,
     fs::{self, File, OpenOptions},
     path::{Path, PathBuf},
-    sync::mpsc::{self, Receiver},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{self, Receiver},
+    },
     thread,
 };
 
@@ -20,6 +24,7 @@ const THREADS: usize = 2;
 pub struct Mounted {
     path: PathBuf,
     kept: Box<dyn Fn() -> Kept + Send>,
+    flushes: Arc<AtomicU64>,
     /// Says when it is not mounted any more.
     gone: Option<Receiver<()>>,
     unmounter: SessionUnmounter,
@@ -65,7 +70,7 @@ impl Mounted {
             .map(|path| open(path, setup.member_bytes()))
             .collect();
         let system = fuse::FileSystem::new(setup, open?)?;
-        let kept = Box::new(system.kept());
+        let (kept, flushes) = (Box::new(system.kept()), system.flushes());
         let point = folder.path().join("mount");
         fs::create_dir(&point).context(|| point.display().to_string())?;
         let mut config = Config::default();
@@ -100,6 +105,7 @@ impl Mounted {
         Ok(Self {
             path: point.join(fuse::DISK),
             kept,
+            flushes,
             gone: Some(gone),
             unmounter,
             folder: Some(folder),
@@ -115,6 +121,11 @@ impl Mounted {
     /// How well the model's times were kept.
     pub fn kept(&self) -> Kept {
         (self.kept)()
+    }
+
+    /// Flushes (`fsync`, `fdatasync`) that programs asked for since it was mounted.
+    pub fn flushes(&self) -> u64 {
+        self.flushes.load(Ordering::Relaxed)
     }
 
     /// Something that waits until somebody unmounts it; `None` if that was asked for before.

@@ -36,6 +36,7 @@ pub use image::Sizes;
 pub use judge::{Judgement, Outcome, Series, Verdict};
 
 use crate::{
+    equal::Probe,
     machine::{Host, device, process},
     peer::{self, Programs},
     record::{self, Record},
@@ -148,6 +149,7 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Event<'_>)) -> Result<Run> {
     let mut bench = Bench {
         options,
         programs,
+        probe: Probe::new(images.work()),
         images,
         cores: host.cores,
         record: &mut |record, watch| {
@@ -211,6 +213,7 @@ struct Bench<'a> {
     options: &'a Options,
     programs: Programs,
     images: Images,
+    probe: Probe,
     cores: usize,
     /// Writes a line of the results file.
     record: &'a mut Writer<'a>,
@@ -238,6 +241,7 @@ impl Bench<'_> {
             }));
         }
         let mut equal: Vec<Option<peer::Seen>> = vec![None; cell.sides.len()];
+        let mut unseen = BTreeSet::new();
         let together = in_turns::possible(cell);
         for round in 0..self.options.samples {
             let times = Times {
@@ -280,7 +284,23 @@ impl Bench<'_> {
                     sample::take(programs, images, cell, side, one.engine, times, seed)
                 });
                 match sample {
-                    Ok(sample) => {
+                    Ok(mut sample) => {
+                        if let Some(seen) = &mut sample.seen {
+                            let files: Vec<PathBuf> =
+                                seen.files.iter().map(PathBuf::from).collect();
+                            let (programs, images) = (&self.programs, &self.images);
+                            let setup =
+                                sides::setup(programs, images, side, one.engine, &files, false);
+                            match self.probe.look(programs, &setup) {
+                                Ok(flushes) => seen.flushes = flushes,
+                                Err(why) => {
+                                    unseen.insert(format!(
+                                        "what {} does with flushes was not seen: {why}",
+                                        side.name
+                                    ));
+                                }
+                            }
+                        }
                         let (metrics, seen) = (sample.metrics.clone(), sample.seen.clone());
                         let record = Record::Sample(Box::new(record::Sample {
                             cell: cell.name.to_owned(),
@@ -318,6 +338,7 @@ impl Bench<'_> {
         }
         let mut outcome = judge::judge(cell, &series, self.cores);
         compare(cell, &equal, &mut outcome);
+        outcome.notes.extend(unseen);
         Ok(outcome)
     }
 }
@@ -370,6 +391,16 @@ fn compare(cell: &Cell, seen: &[Option<peer::Seen>], outcome: &mut Outcome) {
                 ours.direct, theirs.direct, side.name
             ));
         }
+        if let (Some(here), Some(there)) = (ours.flushes, theirs.flushes)
+            && here.all() != there.all()
+        {
+            outcome.notes.push(format!(
+                "not equal: {} here; at {} {}",
+                here.words(),
+                side.name,
+                there.words()
+            ));
+        }
         let peer = matches!(side.server, Server::Qsd | Server::QemuNbd | Server::Spdk);
         if !peer || side.image != first.image {
             continue;
@@ -385,22 +416,14 @@ fn compare(cell: &Cell, seen: &[Option<peer::Seen>], outcome: &mut Outcome) {
         }
     }
     if !equal.is_empty() && !ours.files.is_empty() {
-        let files = match &ours.files[..] {
-            [file] => file.clone(),
-            files => format!("{} files", files.len()),
-        };
-        outcome.equal = Some(format!(
-            "same as {}: {files}, {}, {} queue(s)",
-            equal.join(" and "),
-            if ours.direct { "O_DIRECT" } else { "buffered" },
-            ours.queues
-        ));
+        outcome.equal = Some(format!("same as {}: {}", equal.join(" and "), ours.words()));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::equal::Flushed;
 
     #[test]
     fn cells_are_chosen_by_name_in_the_tables_order() {
@@ -461,6 +484,7 @@ mod tests {
                 bytes: vec![bytes],
                 direct,
                 queues: 1,
+                flushes: None,
             })
         };
         let mut outcome = Outcome::default();
@@ -468,8 +492,24 @@ mod tests {
         assert!(outcome.notes.is_empty());
         assert_eq!(
             outcome.equal.as_deref(),
-            Some("same as qsd: full.raw, O_DIRECT, 1 queue(s)")
+            Some("same as qsd: full.raw, O_DIRECT, 1 queue, flushes not looked at")
         );
+        let flushed = |reached| {
+            let seen = seen(true, 5).unwrap();
+            let flushes = Some(Flushed { asked: 16, reached });
+            Some(peer::Seen { flushes, ..seen })
+        };
+        let mut outcome = Outcome::default();
+        compare(cell, &[flushed(16), flushed(0), None], &mut outcome);
+        assert_eq!(
+            outcome.notes,
+            [
+                "not equal: flushes reach the file here; at qsd flushes are dropped (none of 16 reached the file)"
+            ]
+        );
+        let mut outcome = Outcome::default();
+        compare(cell, &[flushed(16), flushed(20), None], &mut outcome);
+        assert!(outcome.notes.is_empty(), "{outcome:?}");
         for other in [seen(false, 5), seen(true, 6)] {
             let mut outcome = Outcome::default();
             compare(cell, &[seen(true, 5), other, None], &mut outcome);

@@ -1,0 +1,274 @@
+//! Whether those that are compared are equal in all but what they are compared in: the same files, open in the same way, with as
+//! many queues, and flushes that reach the file as often.
+//!
+//! What a server does with flushes cannot be seen at its files. So a server of each configuration is started once more, on a file
+//! of a file system of ours (FUSE) that counts them; it writes and flushes in turn, one at a time:
+//!
+//! ```text
+//!   load        write · flush · write · flush …           as often as `asked`
+//!   server      as the side's: engine, cache mode, format
+//!   file        write, fsync …                            `reached`: those that came
+//! ```
+
+use crate::{
+    load::{self, Flushes, Pattern, Spec},
+    machine::process::{self, Process},
+    peer::{self, Programs, Seen, Setup},
+    simulated::{self, Model, Mounted},
+};
+use block::{Context, Error, Result};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+/// Pairs of a write and a flush.
+const PAIRS: u64 = 16;
+/// Bytes of the disk that they go to, and of the file.
+const DISK: u64 = 8 << 20;
+const FILE: u64 = 64 << 20;
+/// How long making an image may take.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// What came of a server's flushes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Flushed {
+    /// Flushes that were asked for, one at a time, each after a write.
+    pub asked: u64,
+    /// Flushes of the file meanwhile.
+    pub reached: u64,
+}
+
+impl Flushed {
+    /// Each of them reached the file.
+    pub fn all(self) -> bool {
+        self.reached >= self.asked
+    }
+
+    /// In words.
+    pub fn words(self) -> String {
+        match self.reached {
+            0 => format!(
+                "flushes are dropped (none of {} reached the file)",
+                self.asked
+            ),
+            _ if self.all() => "flushes reach the file".to_owned(),
+            n => format!(
+                "some flushes are dropped ({n} of {} reached the file)",
+                self.asked
+            ),
+        }
+    }
+}
+
+/// Looks at what servers do with flushes, once for each way in which they are started.
+#[derive(Debug)]
+pub(crate) struct Probe {
+    work: PathBuf,
+    known: BTreeMap<String, std::result::Result<Flushed, String>>,
+}
+
+impl Probe {
+    /// One that works below `work`.
+    pub(crate) fn new(work: &Path) -> Self {
+        Self {
+            work: work.join("flushes"),
+            known: BTreeMap::new(),
+        }
+    }
+
+    /// What a server that is started so does with flushes; nothing of one without a file.
+    ///
+    /// # Errors
+    ///
+    /// Why that cannot be seen.
+    pub(crate) fn look(
+        &mut self,
+        programs: &Programs,
+        setup: &Setup<'_>,
+    ) -> std::result::Result<Option<Flushed>, String> {
+        if setup.files.is_empty() {
+            return Ok(None);
+        }
+        let how = format!(
+            "{:?} {} {} {} {} {}",
+            setup.server,
+            setup.format,
+            setup.engine,
+            setup.direct,
+            setup.drops_flushes,
+            setup.writethrough
+        );
+        let work = &self.work;
+        let known = self.known.entry(how).or_insert_with(|| {
+            let looked = look(programs, work, setup);
+            looked.map_err(|error| {
+                process::goes_on();
+                error.to_string()
+            })
+        });
+        known.clone().map(Some)
+    }
+}
+
+fn look(programs: &Programs, work: &Path, setup: &Setup<'_>) -> Result<Flushed> {
+    fs::create_dir_all(work).context(|| work.display().to_string())?;
+    let member = work.join("member");
+    image(programs, work, setup.format, &member)?;
+    let device = simulated::Setup {
+        model: Model::Flash {
+            read: Duration::ZERO,
+            write: Duration::ZERO,
+            channels: 32,
+        },
+        ..simulated::Setup::new(FILE)
+    };
+    let mounted = Mounted::start(work, device, std::slice::from_ref(&member))?;
+    let files = [mounted.path().to_owned()];
+    let alone = Setup {
+        files: &files,
+        backing: None,
+        queues: 1,
+        io_threads: 1,
+        read_only: false,
+        shared: false,
+        ..setup.clone()
+    };
+    let server = peer::start(programs, work, &alone)?;
+    let Some(target) = server.targets.first() else {
+        return Err(Error::invalid("no target"));
+    };
+    let spec = Spec {
+        pattern: Pattern::Write,
+        depth: 1,
+        flushes: Flushes::AfterEachWrite,
+        range_bytes: Some(DISK / 2),
+        ios_max: Some(PAIRS),
+        duration: Duration::ZERO,
+        ..Spec::new(target.clone())
+    };
+    let before = mounted.flushes();
+    let report = match load::run(&spec) {
+        Ok(report) => report,
+        Err(error) => return Err(server.failed(&error)),
+    };
+    // Of a load that has ended, before the server closes its image.
+    let reached = mounted.flushes() - before;
+    server.stop()?;
+    drop(mounted);
+    Ok(Flushed {
+        asked: report.flushes,
+        reached,
+    })
+}
+
+/// Makes a file with an image of that format.
+fn image(programs: &Programs, work: &Path, format: &str, path: &Path) -> Result<()> {
+    let named = || path.display().to_string();
+    let file = File::create(path).context(named)?;
+    if format != "raw" {
+        let made = work.join("made");
+        let ours = if format == "vpc" { "vhd" } else { format };
+        let mut create = Command::new(&programs.diskplane);
+        create.args(["create", "-q", "-f", ours]).arg(&made);
+        create.arg(DISK.to_string());
+        let mut process = Process::start("create", &mut create, work)?;
+        let status = process.wait(LIMIT)?;
+        if !status.success() {
+            return Err(process.failed(&format!("failed ({status})")));
+        }
+        let bytes = fs::read(&made).context(|| made.display().to_string())?;
+        fs::remove_file(&made).context(|| made.display().to_string())?;
+        file.write_all_at(&bytes, 0).context(named)?;
+    }
+    file.set_len(FILE).context(named)
+}
+
+/// Where a side does with flushes what it was not asked for, or does not do it.
+pub(crate) fn differs(side: &str, drops: bool, flushes: Option<Flushed>) -> Option<String> {
+    let flushed = flushes?;
+    let is_asked_for = match drops {
+        true => flushed.reached == 0,
+        false => flushed.all(),
+    };
+    (!is_asked_for).then(|| format!("not as asked for: {side}: {}", flushed.words()))
+}
+
+/// Those that are equal, and in what, in a line each; who has no server has nothing to be seen.
+pub(crate) fn lines(seen: &[(&str, &Seen)]) -> Vec<String> {
+    let mut groups: Vec<(&Seen, Vec<&str>)> = Vec::new();
+    for (name, seen) in seen {
+        match groups.iter_mut().find(|(other, _)| other.is_like(seen)) {
+            Some((_, names)) => names.push(name),
+            None => groups.push((seen, vec![name])),
+        }
+    }
+    let line =
+        |(seen, names): (&Seen, Vec<&str>)| format!("{}: {}", names.join(", "), seen.words());
+    groups.into_iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(file: &str, reached: Option<u64>) -> Seen {
+        Seen {
+            files: vec![file.to_owned()],
+            bytes: vec![5],
+            direct: true,
+            queues: 1,
+            flushes: reached.map(|reached| Flushed { asked: 16, reached }),
+        }
+    }
+
+    #[test]
+    fn who_is_equal_stands_in_one_line() {
+        let (a, b, c) = (seen("x", Some(16)), seen("x", Some(17)), seen("x", Some(0)));
+        let (d, e) = (seen("y", Some(5)), seen("x", None));
+        let all = [("a", &a), ("b", &b), ("c", &c), ("d", &d), ("e", &e)];
+        assert_eq!(
+            lines(&all),
+            [
+                "a, b: x, O_DIRECT, 1 queue, flushes reach the file",
+                "c: x, O_DIRECT, 1 queue, flushes are dropped (none of 16 reached the file)",
+                "d: y, O_DIRECT, 1 queue, some flushes are dropped (5 of 16 reached the file)",
+                "e: x, O_DIRECT, 1 queue, flushes not looked at",
+            ]
+        );
+        let of = |drops, reached| differs("qsd", drops, Some(Flushed { asked: 16, reached }));
+        assert_eq!(
+            (of(false, 16), of(true, 0), differs("qsd", true, None)),
+            (None, None, None)
+        );
+        for (drops, reached, says) in [
+            (false, 0, "not as asked for: qsd: flushes are dropped"),
+            (
+                false,
+                15,
+                "not as asked for: qsd: some flushes are dropped (15 of 16",
+            ),
+            (true, 16, "not as asked for: qsd: flushes reach the file"),
+        ] {
+            let said = of(drops, reached).unwrap();
+            assert!(said.starts_with(says), "{said}");
+        }
+        let several = Seen {
+            files: vec!["a".into(), "b".into()],
+            direct: false,
+            queues: 2,
+            ..seen("x", None)
+        };
+        assert_eq!(
+            several.words(),
+            "2 files, buffered, 2 queues, flushes not looked at"
+        );
+        let none = Seen::default();
+        assert_eq!(none.words(), "no file, 0 queues");
+    }
+}
