@@ -34,6 +34,7 @@ qemu-nbd                        qemu-utils
 qemu-storage-daemon             qemu-utils
 nbdinfo                         libnbd-bin
 nbdcopy                         libnbd-bin
+nbdkit                          nbdkit
 fio                             fio
 mkfs.ext4                       e2fsprogs
 e2fsck                          e2fsprogs
@@ -50,6 +51,7 @@ flock                           util-linux
 needs_bench='
 qemu-nbd                        qemu-utils
 qemu-storage-daemon             qemu-utils
+nbdkit                          nbdkit
 fio                             fio
 '
 # cargo-fuzz builds libFuzzer, which is C++.

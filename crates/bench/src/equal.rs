@@ -117,6 +117,11 @@ impl Probe {
 }
 
 fn look(programs: &Programs, work: &Path, setup: &Setup<'_>) -> Result<Flushed> {
+    if matches!(setup.format, "vhd" | "vpc") {
+        return Err(Error::unsupported(
+            "a VHD image ends with its file, which is of one size here",
+        ));
+    }
     fs::create_dir_all(work).context(|| work.display().to_string())?;
     let member = work.join("member");
     image(programs, work, setup.format, &member)?;
@@ -173,9 +178,8 @@ fn image(programs: &Programs, work: &Path, format: &str, path: &Path) -> Result<
     let file = File::create(path).context(named)?;
     if format != "raw" {
         let made = work.join("made");
-        let ours = if format == "vpc" { "vhd" } else { format };
         let mut create = Command::new(&programs.diskplane);
-        create.args(["create", "-q", "-f", ours]).arg(&made);
+        create.args(["create", "-q", "-f", format]).arg(&made);
         create.arg(DISK.to_string());
         let mut process = Process::start("create", &mut create, work)?;
         let status = process.wait(LIMIT)?;

@@ -2,7 +2,7 @@
 
 use crate::{
     equal::Flushed,
-    load::Target,
+    load::{self, Target},
     machine::{
         given,
         process::{self, Process},
@@ -10,6 +10,7 @@ use crate::{
     versus::cell::{Polling, Server},
 };
 use block::{Context, Error, ErrorKind, Result};
+use nbd::handshake;
 use serde::{Deserialize, Serialize};
 use std::{
     ffi::{OsStr, OsString},
@@ -33,6 +34,24 @@ pub(crate) struct Programs {
     /// Whether files are opened with `O_DIRECT`: where the file system has it.
     pub direct: bool,
     pub spdk: Option<PathBuf>,
+}
+
+impl Programs {
+    /// Those of this machine, on files that can be opened with `O_DIRECT` or not.
+    pub(crate) fn look(diskplane: PathBuf, direct: bool) -> Self {
+        Self {
+            diskplane,
+            direct,
+            spdk: find("spdk_tgt"),
+        }
+    }
+}
+
+fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|folder| folder.join(program))
+        .find(|path| path.is_file())
 }
 
 /// How the peer does its I/O. Diskplane picks its own (`--aio auto`).
@@ -111,6 +130,8 @@ pub(crate) struct Running {
     pub command: Vec<String>,
     /// The control socket of a diskplane, which prints its statistics when it is stopped.
     pub control: Option<PathBuf>,
+    /// It opens its files when a client comes.
+    opens_late: bool,
     /// It is killed at the end: SPDK's target waits for seconds for a session that its client has left.
     killed: bool,
 }
@@ -186,6 +207,13 @@ impl Running {
     /// Looks at the server's open files: the images among them, and how they are open.
     pub(crate) fn seen(&self, images: &[PathBuf], queues: u16) -> Result<Seen> {
         let pid = self.pid();
+        let _client = match &self.targets[..] {
+            [Target::Nbd(text), ..] if self.opens_late => {
+                let uri = load::nbd::uri(text)?;
+                Some(handshake::open(&uri, &handshake::Options::default())?)
+            }
+            _ => None,
+        };
         let mut seen = Seen {
             direct: true,
             queues,
@@ -242,6 +270,7 @@ pub(crate) fn start(programs: &Programs, work: &Path, setup: &Setup<'_>) -> Resu
         }
         Server::Qsd => ("qemu-storage-daemon", qsd(setup, &sockets, &ready)),
         Server::QemuNbd => ("qemu-nbd", qemu_nbd(setup, &sockets, &ready)?),
+        Server::Nbdkit => ("nbdkit", nbdkit(setup, &sockets, &ready)?),
         Server::Spdk => ("spdk", spdk(programs, work, &sockets)?),
         Server::Fio | Server::Tool | Server::QemuImg => {
             return Err(Error::invalid("a command is no server"));
@@ -251,19 +280,22 @@ pub(crate) fn start(programs: &Programs, work: &Path, setup: &Setup<'_>) -> Resu
     process.wait_ready(|process| match setup.server {
         server if server.is_ours() => process.stdout().ends_with('\n'),
         // They write their pid files when everything is set up.
-        Server::Qsd | Server::QemuNbd => {
+        Server::Qsd | Server::QemuNbd | Server::Nbdkit => {
             fs::read_to_string(&ready).is_ok_and(|text| text.ends_with('\n'))
         }
         _ => UnixStream::connect(&sockets[0]).is_ok(),
     })?;
     let targets = sockets.into_iter().map(|socket| match setup.server {
-        Server::DiskplaneNbd | Server::QemuNbd => Target::Nbd(format!("unix:{}", socket.display())),
+        Server::DiskplaneNbd | Server::QemuNbd | Server::Nbdkit => {
+            Target::Nbd(format!("unix:{}", socket.display()))
+        }
         _ => Target::VhostUser(socket),
     });
     Ok(Running {
         targets: targets.collect(),
         command: words(&command),
         control: setup.server.is_ours().then_some(control),
+        opens_late: setup.server == Server::Nbdkit,
         killed: setup.server == Server::Spdk,
         process,
     })
@@ -462,6 +494,32 @@ fn qemu_nbd(setup: &Setup<'_>, sockets: &[PathBuf], ready: &Path) -> Result<Comm
         .args(sockets)
         .arg("--image-opts")
         .args(setup.files.iter().map(node));
+    Ok(command)
+}
+
+/// nbdkit on a raw file, or a disk of zeros. It has no `O_DIRECT`; the nearest thing is to have it drop what it has read or written from
+/// the page cache. How many requests of a connection it does at a time is its own default (16 threads).
+fn nbdkit(setup: &Setup<'_>, sockets: &[PathBuf], ready: &Path) -> Result<Command> {
+    let cannot = |what: &str| Err(Error::unsupported(format!("nbdkit {what}")));
+    if setup.drops_flushes || setup.writethrough {
+        return cannot("has no modes that ignore flushes or make each write durable");
+    }
+    let mut command = Command::new("nbdkit");
+    command.args(["--foreground", "--newstyle"]);
+    command.arg("--pidfile").arg(ready);
+    command.arg("--unix").args(sockets.first());
+    if setup.read_only {
+        command.arg("--readonly");
+    }
+    match setup.files {
+        [] => command.args(["null".to_owned(), NULL.to_string()]),
+        [file] if setup.format == "raw" => {
+            command.args(["file", "cache=none"]);
+            command.arg(joined(&[&"file=", file]))
+        }
+        [_] => return cannot("serves raw files"),
+        _ => return cannot("serves one file"),
+    };
     Ok(command)
 }
 

@@ -50,6 +50,8 @@ impl<I: Ord> Company<I> {
             server if server.is_ours() => !writes || self.0.insert(image),
             // Two writers of one table would not do.
             Server::Qsd | Server::QemuNbd => !writes || format == "raw",
+            // What it writes lies in the page cache, and goes to the device in others' turns.
+            Server::Nbdkit => !writes && format == "raw",
             Server::Fio => true,
             _ => false,
         }
@@ -353,5 +355,7 @@ mod tests {
         assert!(!all.takes(Server::Qsd, 2, "qcow2", true));
         assert!(all.takes(Server::QemuNbd, 2, "qcow2", false));
         assert!(!all.takes(Server::Spdk, 2, "raw", false));
+        assert!(all.takes(Server::Nbdkit, 1, "raw", false));
+        assert!(!all.takes(Server::Nbdkit, 1, "raw", true));
     }
 }

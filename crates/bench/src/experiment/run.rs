@@ -169,16 +169,11 @@ pub fn run(
     let (file, set) = open(&path, &header)?;
     let images: Vec<BTreeSet<Image>> = cells.iter().map(|cell| images(cell).collect()).collect();
     let growth = options.disk_bytes.min(1 << 30);
-    let mut programs = Programs {
-        diskplane: options.diskplane.clone(),
-        direct: true,
-        spdk: None,
-    };
+    let programs = Programs::look(options.diskplane.clone(), process::has_o_direct(&dir));
     let given = options.device.as_deref();
     let given = given.map(|path| Given::look(path, options.overwrite));
     let sizes = (options.disk_bytes, growth);
     let lab = Lab::new(&programs, &dir, sizes, &images, given.transpose()?)?;
-    programs.direct = process::has_o_direct(lab.work());
     let load = options.ramp + options.duration;
     let mut schedule = Schedule::new(&cells, options.samples, load, options.limit, began);
     for sample in &set.samples {

@@ -27,6 +27,8 @@ pub struct Host {
     pub qemu_nbd: Option<String>,
     pub fio: Option<String>,
     pub spdk: Option<String>,
+    pub nbdkit: Option<String>,
+    pub tapdisk: Option<String>,
 }
 
 impl Host {
@@ -56,6 +58,8 @@ impl Host {
             qemu_nbd: version("qemu-nbd"),
             fio: version("fio"),
             spdk: version("spdk_tgt"),
+            nbdkit: version("nbdkit"),
+            tapdisk: version("tapdisk"),
         }
     }
 
@@ -73,12 +77,14 @@ impl Host {
             ),
             format!("{} on {}", self.file_system, self.device),
             format!(
-                "diskplane {}; qemu-storage-daemon {}; qemu-nbd {}; fio {}; SPDK {}",
+                "diskplane {}; qemu-storage-daemon {}; qemu-nbd {}; fio {}; nbdkit {}; SPDK {}; tapdisk {}",
                 self.diskplane,
                 or_not(&self.qemu_storage_daemon),
                 or_not(&self.qemu_nbd),
                 or_not(&self.fio),
-                or_not(&self.spdk)
+                or_not(&self.nbdkit),
+                or_not(&self.spdk),
+                or_not(&self.tapdisk)
             ),
         ]
     }

@@ -104,11 +104,28 @@ impl Set {
     fn push(&mut self, record: Record) {
         match record {
             Record::Run(run) => self.runs.push(*run),
-            Record::Sample(sample) => self.samples.push(*sample),
+            Record::Sample(mut sample) => {
+                for name in [&mut sample.cell, &mut sample.side] {
+                    visible(name);
+                }
+                self.samples.push(*sample);
+            }
             Record::Cell(cell) => self.cells.push(cell),
-            Record::Failure(failure) => self.failures.push(failure),
+            Record::Failure(mut failure) => {
+                for name in [&mut failure.cell, &mut failure.side] {
+                    visible(name);
+                }
+                self.failures.push(failure);
+            }
             Record::Other => {}
         }
+    }
+}
+
+/// Replaces what no name has and no page or terminal may be given: control characters.
+fn visible(name: &mut String) {
+    if name.contains(char::is_control) {
+        *name = name.replace(char::is_control, "\u{fffd}");
     }
 }
 

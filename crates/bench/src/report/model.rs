@@ -227,7 +227,7 @@ fn is_beside(name: &str) -> bool {
 /// What was said last of who is equal in a cell: lines of an experiment, one of a comparison.
 fn equal(set: &Set, cell: &str) -> Vec<String> {
     let own = set.cells.iter().filter(|record| record["cell"] == cell);
-    let said = own.filter_map(|record| match &record["equal"] {
+    let mut said = own.filter_map(|record| match &record["equal"] {
         Value::String(line) => Some(vec![line.clone()]),
         Value::Array(lines) if !lines.is_empty() => {
             let lines = lines.iter().filter_map(Value::as_str);
@@ -235,7 +235,7 @@ fn equal(set: &Set, cell: &str) -> Vec<String> {
         }
         _ => None,
     });
-    said.last().unwrap_or_default()
+    said.next_back().unwrap_or_default()
 }
 
 fn cells(set: &Set) -> Vec<Cell> {

@@ -118,7 +118,8 @@ mod tests {
         };
         let model = Model::of(&set);
         let text = terminal(&model);
-        assert_eq!(text.lines().count(), 4 + 2 * model.findings.len(), "{text}");
+        let lines = 4 + 2 * model.findings.len() + model.absent.len();
+        assert_eq!(text.lines().count(), lines, "{text}");
         let line = text.lines().nth(1).unwrap();
         assert!(
             line.contains(&"█".repeat(WIDTH)) && line.contains("2.00 CPU µs/IO"),

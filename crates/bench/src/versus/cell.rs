@@ -117,6 +117,8 @@ pub enum Server {
     Qsd,
     /// `qemu-nbd`, with each of its engines.
     QemuNbd,
+    /// `nbdkit` with its file plugin, which reads and writes by threads of its own and has no `O_DIRECT`.
+    Nbdkit,
     /// SPDK's vhost target.
     Spdk,
     /// fio on the file itself: bare metal.

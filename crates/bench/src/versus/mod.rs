@@ -137,11 +137,8 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Event<'_>)) -> Result<Run> {
     let dir = &fs::canonicalize(dir).context(|| dir.display().to_string())?;
     let _lock = process::lock(dir)?;
     let images = Images::new(&options.diskplane, dir, options.keep, options.sizes)?;
-    let programs = Programs {
-        diskplane: options.diskplane.clone(),
-        direct: process::has_o_direct(images.work()),
-        spdk: find("spdk_tgt"),
-    };
+    let direct = process::has_o_direct(images.work());
+    let programs = Programs::look(options.diskplane.clone(), direct);
     let host = Host::look(dir);
     let seconds = record::now();
     let results = dir.join(format!("versus-{seconds}.jsonl"));
@@ -198,13 +195,6 @@ fn needs(cell: &Cell) -> BTreeSet<Image> {
         .iter()
         .flat_map(|side| side.image.needs())
         .collect()
-}
-
-fn find(program: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path)
-        .map(|folder| folder.join(program))
-        .find(|path| path.is_file())
 }
 
 type Writer<'a> = dyn FnMut(Record, &mut dyn FnMut(Event<'_>)) -> Result<()> + 'a;
@@ -401,7 +391,10 @@ fn compare(cell: &Cell, seen: &[Option<peer::Seen>], outcome: &mut Outcome) {
                 there.words()
             ));
         }
-        let peer = matches!(side.server, Server::Qsd | Server::QemuNbd | Server::Spdk);
+        let peer = matches!(
+            side.server,
+            Server::Qsd | Server::QemuNbd | Server::Nbdkit | Server::Spdk
+        );
         if !peer || side.image != first.image {
             continue;
         }

@@ -11,7 +11,7 @@ use crate::load::{Flushes, Pattern};
 use Metric::{
     BarriersPerFlush, CpuUs, IdlePercent, InDevice, Iops, MemoryMib, P50Us, P99Us, Pairs,
 };
-use Server::{Diskplane, DiskplaneNbd, DiskplaneUntraced, Fio, QemuNbd, Qsd, Spdk};
+use Server::{Diskplane, DiskplaneNbd, DiskplaneUntraced, Fio, Nbdkit, QemuNbd, Qsd, Spdk};
 
 /// Bytes of a cluster.
 const CLUSTER: u64 = 64 << 10;
@@ -287,6 +287,33 @@ pub const CELLS: &[Cell] = &[
         cores: 2,
     },
     Cell {
+        name: "nbdkit-randread",
+        line: "NBD (Unix socket)",
+        meaning: "4 KiB random reads over one connection, beside nbdkit's file plugin: it has no O_DIRECT, and drops from the page cache what it has read (cache=none).",
+        load: RANDREAD,
+        sides: NBDKIT,
+        bars: NBDKIT_BARS,
+        cores: 2,
+    },
+    Cell {
+        name: "nbdkit-randwrite",
+        line: "NBD (Unix socket)",
+        meaning: "The same with writes.",
+        load: RANDWRITE,
+        sides: NBDKIT,
+        bars: NBDKIT_BARS,
+        cores: 2,
+    },
+    Cell {
+        name: "nbdkit-seq-read",
+        line: "NBD (Unix socket)",
+        meaning: "256 KiB sequential reads over one connection, 8 in flight, beside nbdkit.",
+        load: SEQREAD,
+        sides: NBDKIT,
+        bars: NBDKIT_BARS,
+        cores: 2,
+    },
+    Cell {
         name: "grow-seq-4k",
         line: "qcow2 growing, sequential write",
         meaning: "4 KiB sequential writes into a new qcow2 image.",
@@ -555,6 +582,12 @@ const NBD_4: &[Side] = &[
     side("diskplane", DiskplaneNbd, Image::Raw).queues(4),
     side("qemu-nbd", QemuNbd, Image::Raw).queues(4),
 ];
+const NBDKIT: &[Side] = &[
+    side("diskplane", DiskplaneNbd, Image::Raw),
+    side("nbdkit", Nbdkit, Image::Raw),
+];
+/// Not equal in `O_DIRECT`: what the device gives is not compared, what a request costs is.
+const NBDKIT_BARS: &[Bar] = &[shown(Iops, "nbdkit"), at_most(CpuUs, "nbdkit", 1.0)];
 const NBD_BARS: &[Bar] = &[
     at_least(Iops, "qemu-nbd", 1.3),
     at_most(CpuUs, "qemu-nbd", 0.75),

@@ -76,7 +76,7 @@ fn assert_gone(dir: &Path) {
     }
 }
 
-const PATHS: [&str; 7] = [
+const PATHS: [&str; 8] = [
     "bare metal",
     "diskplane raw",
     "diskplane qcow2",
@@ -84,6 +84,7 @@ const PATHS: [&str; 7] = [
     "qsd raw",
     "qsd qcow2",
     "qemu-nbd raw",
+    "nbdkit raw",
 ];
 
 #[test]
@@ -117,7 +118,7 @@ fn every_path_is_measured_in_turn_and_what_is_there_is_not_taken_again() {
         .iter()
         .map(|s| s["round"].as_u64().unwrap())
         .collect();
-    assert_eq!(rounds, [[0; 7], [1; 7]].concat());
+    assert_eq!(rounds, [[0; 8], [1; 8]].concat());
     for sample in &samples {
         let figure = |name: &str| sample["metrics"][name].as_f64().unwrap();
         let mb_s = figure("iops") * 65536.0 / 1e6;
@@ -129,10 +130,9 @@ fn every_path_is_measured_in_turn_and_what_is_there_is_not_taken_again() {
             .iter()
             .filter_map(|b| b[1].as_u64())
             .sum();
-        assert_eq!(
-            Some(count),
-            sample["detail"]["reports"][0]["reads"].as_u64()
-        );
+        // What ended behind a turn has a latency, and is not counted.
+        let reads = sample["detail"]["reports"][0]["reads"].as_u64().unwrap();
+        assert!((reads..=reads + 1).contains(&count), "{count} {reads}");
         let ours = sample["side"].as_str().unwrap().starts_with("diskplane");
         assert_eq!(
             sample["stages"]["read"]["sum_ns"]["device"].as_u64() > Some(0),
@@ -271,6 +271,15 @@ fn factors_are_what_their_sides_say() {
             assert_eq!(servers("diskplane, one server"), (4, 1));
         }
     }
+    // A peer that is not there is named; all others are measured.
+    let run = dir.path("null");
+    let sides: Vec<_> = cell(&run, "E3", "null", "64M");
+    let failed = records(&run, "failure");
+    let spdk = failed.iter().all(|f| f["side"] == "spdk, spinning");
+    assert!(spdk && sides.len() + failed.len() == 7, "{failed:?}");
+    for side in ["nbdkit", "qsd, spinning", "diskplane, NBD"] {
+        assert!(sides.iter().any(|s| s["side"] == side), "{side}");
+    }
     // What the document proposes and nothing here has is said, with why.
     let page = fs::read_to_string(dir.path("copy-4k").join("report.html")).unwrap();
     assert!(page.contains("not here: persistent grants: "), "{page}");
@@ -285,7 +294,7 @@ fn a_metadata_cache_is_bounded_as_its_row_says() {
         "--cells",
         "ioping-write",
         "--seconds",
-        "0.02",
+        "0.3",
         "--samples",
         "1",
     ];
@@ -308,9 +317,41 @@ fn a_metadata_cache_is_bounded_as_its_row_says() {
     assert!(g.contains("direct-unsafe") && g.contains("8388608"), "{g}");
     let auto = command("diskplane auto");
     assert!(!auto.contains("--metadata-cache"), "{auto}");
+    // Servers that are told to drop flushes do; others do not. It is said.
+    if can_mount() {
+        let reached = |side: &str| {
+            let sample = samples.iter().find(|s| s["side"] == side).unwrap();
+            let flushes = &sample["seen"]["flushes"];
+            assert_eq!(flushes["asked"], 16, "{sample}");
+            flushes["reached"].as_u64().unwrap()
+        };
+        for side in ["diskplane F", "diskplane G", "qsd F", "qsd default"] {
+            assert_eq!(reached(side), 0, "{side}");
+        }
+        for side in ["diskplane auto", "qsd auto", "diskplane buffer/flush"] {
+            assert!(reached(side) >= 16, "{side}: {}", reached(side));
+        }
+        let words = String::from_utf8_lossy(&output.stderr);
+        for says in [
+            "ioping-write: equal are ",
+            "flushes are dropped (none of 16 reached the file)",
+            "qsd auto, diskplane auto: qcow2-falloc-1-0.img, O_DIRECT, 1 queue, flushes reach the file",
+        ] {
+            assert!(words.contains(says), "{says}: {words}");
+        }
+        let page = fs::read_to_string(dir.join("report.html")).unwrap();
+        assert!(page.contains("flushes are dropped"));
+    }
     // What was asked for is what was seen.
     for cell in records(&dir, "cell") {
-        assert_eq!(cell["notes"], Value::Array(Vec::new()), "{cell}");
+        let notes = cell["notes"].as_array().unwrap();
+        let says = |note: &&Value| {
+            !note
+                .as_str()
+                .unwrap()
+                .contains("a VHD image ends with its file")
+        };
+        assert_eq!(notes.iter().filter(says).count(), 0, "{cell}");
     }
     assert_gone(&dir);
 }
@@ -552,7 +593,7 @@ fn what_was_interrupted_goes_on_and_has_every_sample_once() {
     let args = [
         "E3",
         "--cells",
-        "*-4k",
+        "*r*-4k",
         "--seconds",
         "0.2",
         "--samples",
@@ -575,8 +616,8 @@ fn what_was_interrupted_goes_on_and_has_every_sample_once() {
         kill_process(Pid::from_child(&running.0), signal).unwrap();
         running.0.wait().unwrap();
     }
-    // Reads, reads at random, writes: seven sides, twice. What a busy machine made fail is tried again by the next run.
-    let all = 3 * 7 * 2;
+    // Reads, reads at random, writes: eight sides, twice. What a busy machine made fail is tried again by the next run.
+    let all = 3 * 8 * 2;
     for n in 0..3 {
         let output = bench(&run, &args).output().unwrap();
         assert!(output.status.success(), "{output:?}");
