@@ -6,8 +6,8 @@
 
 use block::{GuestOffset, Result, Storage, Zeroed};
 use image::{
-    Description, Encryption, Extent, Fill, FlushRun, Freed, Image, Load, MetaWrite, Need, Plan,
-    Reserve, Stage, Step, Ticket, ZeroMode, ZeroPlan,
+    Compressed, Description, Encryption, Extent, Fill, FlushRun, Freed, Image, Load, MetaWrite,
+    Need, Plan, Reserve, Stage, Step, Ticket, ZeroMode, ZeroPlan,
 };
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -249,8 +249,8 @@ impl Image for Mutated {
         self.image.reserve_failed(reserve);
     }
 
-    fn decompress(&self, input: &[u8], output: &mut [u8]) -> Result<()> {
-        self.image.decompress(input, output)
+    fn decompress(&self, cluster: &Compressed, input: &[u8], output: &mut [u8]) -> Result<()> {
+        self.image.decompress(cluster, input, output)
     }
 
     fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {

@@ -29,6 +29,7 @@ mod grace;
 mod habit;
 mod memory;
 mod needs;
+mod packed;
 mod queue;
 mod read;
 mod request;

@@ -21,6 +21,7 @@ use crate::{
     grace::Member,
     habit::Habit,
     memory::Pieces,
+    packed::Kept,
     request::{Done, Owner, Request, Slot, State, StatusExtent, TableFull, Task},
     stats::{Ended, QueueStats},
     sub::{Purpose, Sub},
@@ -89,6 +90,10 @@ pub struct DiskQueue {
     pub(crate) encrypted: Box<[bool]>,
     /// Bytes of ciphertext in buffers of in-place reads and writes.
     pub(crate) crypt_bytes: u64,
+    /// Bytes of compressed clusters that are being read.
+    pub(crate) packed_bytes: u64,
+    /// The compressed cluster that was unpacked last.
+    pub(crate) kept: Option<Kept>,
     pub(crate) stalled: VecDeque<u32>,
     done: VecDeque<Done>,
     status_done: Vec<(u64, Vec<StatusExtent>)>,
@@ -177,6 +182,8 @@ impl DiskQueue {
             }),
             encrypted,
             crypt_bytes: 0,
+            packed_bytes: 0,
+            kept: None,
             stalled: VecDeque::with_capacity(slots),
             done: VecDeque::with_capacity(depth),
             status_done: Vec::new(),

@@ -7,7 +7,7 @@ use crate::{
     sub::{Place, Purpose},
 };
 use block::{GuestOffset, Storage};
-use image::{Compressed, Extent, ExtentKind, FileId, Step};
+use image::{Extent, ExtentKind, FileId, Step};
 use io::{Engine, IoOp};
 
 /// What the chain holds at a place.
@@ -101,8 +101,9 @@ impl DiskQueue {
             ExtentKind::Untouched => {}
             ExtentKind::Compressed(cluster) => {
                 self.note_data(index);
-                if !self.read_compressed(engine, index, layer, cluster, pos, extent.len) {
-                    return Next::Fail(block::GuestError::Io);
+                let read = self.read_compressed(engine, index, layer, cluster, pos, extent.len);
+                if let Err(next) = read {
+                    return next;
                 }
             }
         }
@@ -159,43 +160,6 @@ impl DiskQueue {
         } else {
             memory::push_zeros(len, out);
         }
-    }
-
-    fn read_compressed(
-        &mut self,
-        engine: &mut dyn Engine,
-        index: u32,
-        layer: u8,
-        cluster: Compressed,
-        pos: u64,
-        len: u64,
-    ) -> bool {
-        let inside = u64::from(cluster.skip) + len <= u64::from(cluster.unpacked_len);
-        debug_assert!(inside, "a compressed extent lies within its cluster");
-        let Some(sub) = inside.then(|| self.take_sub()).flatten() else {
-            return false;
-        };
-        let buffer = self.buffers.take(cluster.len as usize);
-        let piece = buffer.piece(0, cluster.len as usize);
-        self.subs[sub as usize].buffer = Some(buffer);
-        self.subs[sub as usize].iov.push(piece);
-        self.slots[index as usize].pending += 1;
-        let purpose = Purpose::Unpack {
-            slot: index,
-            layer,
-            cluster,
-            to: pos,
-            len,
-        };
-        let file = self.file(layer, cluster.file);
-        let (offset, bytes) = (cluster.offset.0, u64::from(cluster.len));
-        let place = Place {
-            file,
-            offset,
-            len: bytes,
-        };
-        self.issue(engine, sub, purpose, IoOp::Read, place, None);
-        true
     }
 
     /// Adds the next run to a status query.

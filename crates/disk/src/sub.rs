@@ -171,6 +171,7 @@ impl DiskQueue {
                 len,
             } => {
                 let error = error.or_else(|| self.unpack(index, slot, layer, &cluster, to, len));
+                self.packed_bytes -= u64::from(cluster.len);
                 self.free_sub(index);
                 self.part_ended(slot, error);
             }
@@ -259,38 +260,5 @@ impl DiskQueue {
         if let Some(file) = files.and_then(|files| files.iter().position(|f| *f == io.file)) {
             self.disk.unsynced.mark(file);
         }
-    }
-
-    /// Unpacks the compressed cluster in the operation's buffer to the request's memory.
-    fn unpack(
-        &mut self,
-        index: u32,
-        slot: u32,
-        layer: u8,
-        cluster: &Compressed,
-        to: u64,
-        len: u64,
-    ) -> Option<GuestError> {
-        let buffer = self.subs[index as usize].buffer.as_ref()?;
-        let mut unpacked = self.buffers.take(cluster.unpacked_len as usize);
-        let result = self.disk.layers[layer as usize].image.decompress(
-            &buffer[..cluster.len as usize],
-            &mut unpacked[..cluster.unpacked_len as usize],
-        );
-        let error = match result {
-            Ok(()) => {
-                let bytes = &unpacked[..cluster.unpacked_len as usize];
-                let skip = cluster.skip as usize;
-                memory::scatter(
-                    self.slots[slot as usize].iov.get(),
-                    to,
-                    &bytes[skip..skip + len as usize],
-                );
-                None
-            }
-            Err(error) => Some(self.refuse(layer, &error)),
-        };
-        self.buffers.give(unpacked);
-        error
     }
 }

@@ -145,6 +145,8 @@ pub struct Compressed {
     pub unpacked_len: u32,
     /// Where the extent's first byte lies in the unpacked cluster.
     pub skip: u32,
+    /// What lies there never changes while the image is open: what was unpacked once may be kept.
+    pub lasting: bool,
 }
 
 /// Names an [`Allocation`] until it is committed or aborted.
@@ -536,10 +538,10 @@ pub trait Image: Send + Sync + Debug {
         let _ = reserve;
     }
 
-    /// Unpacks one compressed cluster: `input` are [`Compressed::len`] bytes (fewer at the end of the
-    /// file), `output` [`Compressed::unpacked_len`].
-    fn decompress(&self, input: &[u8], output: &mut [u8]) -> Result<()> {
-        let _ = (input, output);
+    /// Unpacks `cluster`, which came out of [`Image::map`]: `input` are its [`Compressed::len`] bytes (fewer at the end of
+    /// the file), `output` [`Compressed::unpacked_len`].
+    fn decompress(&self, cluster: &Compressed, input: &[u8], output: &mut [u8]) -> Result<()> {
+        let _ = (cluster, input, output);
         Err(Error::corrupt(format!(
             "{} images have no compressed clusters",
             self.describe().format

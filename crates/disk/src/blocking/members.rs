@@ -6,36 +6,49 @@ use block::faults::Event;
 use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, align_up};
 use crypto::SectorCipher;
 use image::{Compressed, Encryption, FileId};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Bytes of the largest cluster of which several are unpacked at a time.
+const APART_MAX: u32 = 2 << 20;
+
+/// An unpacked cluster: which one, and its bytes.
+type Kept = ((usize, FileId, HostOffset), Vec<u8>);
 
 /// The images of a chain, the active one first.
 #[derive(Clone, Debug)]
-pub(super) struct Members(Arc<[Member]>);
+pub(super) struct Members {
+    images: Arc<[Member]>,
+    /// The compressed cluster that was unpacked last in part.
+    kept: Arc<Mutex<Option<Kept>>>,
+}
 
 impl Members {
     pub fn new(members: Vec<Member>) -> Self {
-        Self(members.into())
+        Self {
+            images: members.into(),
+            kept: Arc::default(),
+        }
     }
 
     pub fn first(&self) -> Option<&Member> {
-        self.0.first()
+        self.images.first()
     }
 
     /// Whether the two are of one driver.
     pub fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+        Arc::ptr_eq(&self.images, &other.images)
     }
 
     pub fn get(&self, depth: usize) -> Option<&Member> {
-        self.0.get(depth)
+        self.images.get(depth)
     }
 
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.images.len()
     }
 
     pub fn member(&self, depth: usize) -> Result<&Member> {
-        self.0
+        self.images
             .get(depth)
             .ok_or_else(|| Error::invalid(format!("the chain has no image {depth}")))
     }
@@ -101,24 +114,62 @@ impl Members {
         storage.write_at(start.0, &sectors)
     }
 
+    /// Reads a part of a compressed cluster: that from its `skip` on that `out` has room for.
+    ///
+    /// What never changes is kept, if another part of it may be asked for. Large clusters are unpacked one after the other:
+    /// each takes up to three times its size of memory.
     pub fn unpack(&self, depth: usize, packed: &Compressed, out: &mut [u8]) -> Result<()> {
+        let whole = out.len() as u64 == u64::from(packed.unpacked_len);
+        if !packed.lasting || whole && packed.unpacked_len <= APART_MAX {
+            return part_of(&self.unpacked(depth, packed)?, packed, out);
+        }
+        let key = (depth, packed.file, packed.offset);
+        let mut kept = self.kept();
+        if let Some((_, bytes)) = kept.as_ref().filter(|(of, _)| *of == key) {
+            return part_of(bytes, packed, out);
+        }
+        let bytes = if packed.unpacked_len > APART_MAX {
+            // Its memory first.
+            *kept = None;
+            self.unpacked(depth, packed)?
+        } else {
+            drop(kept);
+            let bytes = self.unpacked(depth, packed)?;
+            kept = self.kept();
+            bytes
+        };
+        part_of(&bytes, packed, out)?;
+        *kept = Some((key, bytes));
+        Ok(())
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Option<Kept>> {
+        // It holds a whole cluster or none, whoever panicked.
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unpacked(&self, depth: usize, packed: &Compressed) -> Result<Vec<u8>> {
         let file = self.file(depth, packed.file)?;
         let there = file.len()?.saturating_sub(packed.offset.0);
         let mut input = vec![0; usize_of(u64::from(packed.len).min(there))?];
         file.event(Event::ReadCompressed);
         file.read_at(packed.offset.0, &mut input)?;
         let mut unpacked = vec![0; usize_of(u64::from(packed.unpacked_len))?];
-        self.member(depth)?
-            .image
-            .decompress(&input, &mut unpacked)?;
-        let skip = usize_of(u64::from(packed.skip))?;
-        let part = unpacked
-            .get(skip..)
-            .and_then(|rest| rest.get(..out.len()))
-            .ok_or_else(|| Error::corrupt("an extent runs out of its compressed cluster"))?;
-        out.copy_from_slice(part);
-        Ok(())
+        let image = &self.member(depth)?.image;
+        image.decompress(packed, &input, &mut unpacked)?;
+        Ok(unpacked)
     }
+}
+
+/// The part of an unpacked cluster that was asked for.
+fn part_of(unpacked: &[u8], packed: &Compressed, out: &mut [u8]) -> Result<()> {
+    let skip = usize_of(u64::from(packed.skip))?;
+    let part = unpacked
+        .get(skip..)
+        .and_then(|rest| rest.get(..out.len()))
+        .ok_or_else(|| Error::corrupt("an extent runs out of its compressed cluster"))?;
+    out.copy_from_slice(part);
+    Ok(())
 }
 
 /// The cipher of an image that was opened with its passphrase.

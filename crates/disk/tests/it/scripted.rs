@@ -80,9 +80,6 @@ impl Image for Script {
     fn load_failed(&self, _load: &Load) {}
     fn reserved(&self, _reserve: &Reserve, _zeroed: Zeroed) {}
     fn reserve_failed(&self, _reserve: &Reserve) {}
-    fn decompress(&self, _input: &[u8], _output: &mut [u8]) -> Result<()> {
-        Ok(())
-    }
     fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
         run.seal();
         Ok(())

@@ -2,8 +2,10 @@
 
 use super::testing::{Checked, Driver, MemFile, Rng, check, run};
 use super::{Compression, CreateOptions, OpenOptions, Qcow2, features};
-use crate::{ExtentKind, Fill, FlushRun, Image, Need, Plan, Step, ZeroMode, ZeroPlan};
-use block::{ErrorKind, GuestOffset, Storage, Zeroed};
+use crate::{
+    Compressed, ExtentKind, FileId, Fill, FlushRun, Image, Need, Plan, Step, ZeroMode, ZeroPlan,
+};
+use block::{ErrorKind, GuestOffset, HostOffset, Storage, Zeroed};
 use std::fs;
 
 const CLUSTER: u64 = 65536;
@@ -359,14 +361,25 @@ fn compressed_clusters_are_read_overwritten_and_freed() {
 fn garbage_does_not_unpack() {
     let driver = fresh(1 << 20);
     let mut output = vec![0; CLUSTER as usize];
+    let mut unpack = |input: &[u8]| {
+        let place = Compressed {
+            file: FileId::IMAGE,
+            offset: HostOffset(0),
+            len: input.len() as u32,
+            unpacked_len: CLUSTER as u32,
+            skip: 0,
+            lasting: false,
+        };
+        driver.image.decompress(&place, input, &mut output)
+    };
     let mut rng = Rng(1);
     for len in [0, 1, 100, 5000] {
         let input: Vec<u8> = (0..len).map(|_| rng.next() as u8).collect();
-        let error = driver.image.decompress(&input, &mut output).unwrap_err();
+        let error = unpack(&input).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt);
     }
     // Sound, but too short.
-    let error = driver.image.decompress(&[3, 0], &mut output).unwrap_err();
+    let error = unpack(&[3, 0]).unwrap_err();
     assert!(error.to_string().contains("unpacks to 0 bytes"), "{error}");
 }
 

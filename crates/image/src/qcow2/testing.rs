@@ -285,7 +285,7 @@ impl<I: Image> Driver<I> {
                 ExtentKind::Compressed(c) => {
                     let input = read_short(&self.file, c.offset.0, c.len as usize)?;
                     let mut unpacked = vec![0; c.unpacked_len as usize];
-                    self.image.decompress(&input, &mut unpacked)?;
+                    self.image.decompress(&c, &input, &mut unpacked)?;
                     out.extend(&unpacked[c.skip as usize..c.skip as usize + n]);
                 }
             }

@@ -292,6 +292,7 @@ impl Vmdk {
                 len: fits(most)?,
                 unpacked_len: fits(unpacked)?,
                 skip: fits(skip)?,
+                lasting: true,
             }),
         }))
     }
@@ -498,7 +499,7 @@ impl Image for Vmdk {
         self.end_reserve(reserve, None);
     }
 
-    fn decompress(&self, input: &[u8], output: &mut [u8]) -> Result<()> {
+    fn decompress(&self, _: &Compressed, input: &[u8], output: &mut [u8]) -> Result<()> {
         let compressed = self
             .extents
             .iter()
