@@ -96,6 +96,19 @@ const WORKLOADS: &[Workload] = &[
         queues: &[0, 2],
     },
     Workload {
+        name: "qcow",
+        script: "storm 40 flush=3 len=48k discard=2 unmap=2 zero=2; kill; storm 20 flush=3; crash; storm 20; close; storm 10",
+        images: &[
+            "qcow cluster_size=4k",
+            "qcow cluster_size=4k size=5M",
+            "qcow cluster_size=4k compressed",
+            "qcow cluster_size=512 size=300k backing",
+            "qcow cluster_size=512 size=200k compressed over cluster_size=4k size=170k compressed over raw",
+            "cluster_size=4k size=512k over qcow cluster_size=4k size=300k compressed",
+        ],
+        queues: &[0, 2],
+    },
+    Workload {
         name: "vhd",
         script: "storm 40 flush=3 len=48k discard=2 unmap=2 zero=2; kill; storm 20 flush=3; crash; storm 20; close; storm 10",
         images: &[
@@ -346,6 +359,7 @@ const WORKLOADS: &[Workload] = &[
             "cluster_size=64k size=1M over raw size=300k",
             "cluster_size=16k extended_l2 size=512k over cluster_size=4k size=200k compressed over raw size=400k",
             "qed=2 cluster_size=4k size=512k over qed=2 cluster_size=8k size=300k filled",
+            "qcow cluster_size=512 size=256k over qcow cluster_size=4k size=256k filled",
             "cluster_size=4k size=512k over vhd cluster_size=8k size=512k",
             "vhd cluster_size=8k size=512k over vhd cluster_size=4k size=512k filled",
             "vmdk cluster_size=4k size=512k over vmdk=zeroed+single cluster_size=4k size=512k filled",

@@ -61,6 +61,9 @@ impl Judge {
         ) {
             return self.judge_growing(world, model, allowed, look);
         }
+        if format == Format::Qcow {
+            return self.judge_qcow(world, model, allowed, look);
+        }
         if format == Format::Qed {
             return self.judge_qed(world, model, allowed, look);
         }
@@ -119,6 +122,28 @@ impl Judge {
             true => Ok(()),
             false => Err("mended by qemu, it reads otherwise".to_owned()),
         }
+    }
+
+    /// A qcow image is sound as it is, reads as it may, by QEMU too, and can be written to.
+    fn judge_qcow(
+        &self,
+        world: &World,
+        model: &Model,
+        allowed: &Allowed,
+        look: Look,
+    ) -> Result<(), String> {
+        check_qcow(world)?;
+        let bytes = world.content().map_err(|e| e.to_string())?;
+        model.judge(allowed, &bytes)?;
+        if look != Look::Quick {
+            self.write_files(world, "image.qcow2")?;
+            self.peer_reads(&bytes, Format::Qcow)?;
+        }
+        if look == Look::Close {
+            let world = go_on_writing(world, model, allowed)?;
+            check_qcow(&world).map_err(|what| format!("after going on: {what}"))?;
+        }
+        Ok(())
     }
 
     /// A QED image is sound without a repair and without the need-check bit.
@@ -405,6 +430,8 @@ pub fn check_image(
 ) -> block::Result<Report> {
     let file: &dyn Storage = &*disks[0];
     match spec.format() {
+        // There is none.
+        Format::Qcow => Ok(Report::default()),
         Format::Qed => tool::check::qed::check(file, options),
         Format::Vhd => tool::check::vhd::check(file, options),
         Format::Vhdx => tool::check::vhdx::check(file, options),
@@ -439,6 +466,14 @@ fn check_qed(world: &World) -> Result<(), String> {
     match report.corruptions + report.check_errors {
         0 => Ok(()),
         _ => Err(format!("check: {:?}", report.findings)),
+    }
+}
+
+/// No entry of a qcow image leads to no place, or to one that another has.
+fn check_qcow(world: &World) -> Result<(), String> {
+    match testkit::qcow::check(&world.image().bytes()) {
+        Some(found) if found == testkit::qcow::Found::default() => Ok(()),
+        found => Err(format!("check: {found:?}")),
     }
 }
 

@@ -2,10 +2,11 @@
 //!
 //! ```text
 //!   size=1M cluster_size=4k refcount_bits=1 compat=0.10 extended_l2 lazy_refcounts zstd backing junk=256k
-//!   qed qed=2 vhd vhd=fixed vhdx vhdx=fixed vdi vdi=static vmdk vmdk=zeroed+single+split data_file data_file_raw luks filled compressed over cluster_size=64k size=700k compressed over raw
+//!   qcow qed qed=2 vhd vhd=fixed vhdx vhdx=fixed vdi vdi=static vmdk vmdk=zeroed+single+split data_file data_file_raw luks filled compressed over cluster_size=64k size=700k compressed over raw
 //! ```
 //!
-//! `qed` is a QED image, with tables of so many clusters; `vhd` a VHD image with blocks of the cluster size, over
+//! `qcow` is a qcow image of version 1 (clusters of 512 bytes over another image, else of 4 KiB: `cluster_size` is to say the
+//! same); `qed` is a QED image, with tables of so many clusters; `vhd` a VHD image with blocks of the cluster size, over
 //! another a differencing one; `vdi` a VDI image likewise, over nothing; `vmdk` one with grains of that size ([`vmdk`]). With `data_file` the guest's data are in a file of their own, with `luks` they are encrypted. `filled` and
 //! `compressed` images hold something from the beginning, as it is or compressed where that makes it smaller.
 //! `over` begins the words of the image below, which is filled and may be `raw`; `backing` is a raw one that is a little
@@ -15,7 +16,7 @@ use crate::vmdk;
 use crypto::Passphrase;
 use crypto::luks::{FormatOptions, Volume};
 use image::qcow2::{Compression, CreateOptions};
-use image::{Format, qed, vdi, vhd, vhdx};
+use image::{Format, qcow, qed, vdi, vhd, vhdx};
 use std::sync::Arc;
 
 /// What the backing file is called in the image that is number `above` of the chain, 0 the active one.
@@ -48,6 +49,8 @@ pub struct Spec {
     pub create: CreateOptions,
     /// It is a raw image; of the options only the size counts.
     pub raw: bool,
+    /// It is a qcow image of version 1; of the options only the size and the backing file count.
+    pub qcow: bool,
     /// It is a QED image with tables of so many clusters; of the options only sizes and the backing file count.
     pub qed: Option<u64>,
     /// It is a VHD image of that type; of the options only sizes count.
@@ -119,6 +122,7 @@ impl Spec {
                 ..CreateOptions::default()
             },
             raw: false,
+            qcow: false,
             qed: None,
             vhd: None,
             vdi: None,
@@ -155,6 +159,7 @@ impl Spec {
                 }
                 "zstd" => create.compression = Compression::Zstd,
                 "raw" => spec.raw = true,
+                "qcow" => spec.qcow = true,
                 "qed" => spec.qed = Some(if value.is_empty() { 4 } else { number()? }),
                 "vhd" => {
                     spec.vhd = Some(match value {
@@ -191,6 +196,7 @@ impl Spec {
     pub fn format(&self) -> Format {
         match self {
             Spec { raw: true, .. } => Format::Raw,
+            Spec { qcow: true, .. } => Format::Qcow,
             Spec { qed: Some(_), .. } => Format::Qed,
             Spec { vhd: Some(_), .. } => Format::Vhd,
             Spec { vhdx: Some(_), .. } => Format::Vhdx,
@@ -255,6 +261,15 @@ impl Spec {
             parent: parent.transpose()?,
             ..vhdx::CreateOptions::default()
         })
+    }
+
+    /// How a qcow image is made.
+    pub fn qcow(&self) -> qcow::CreateOptions {
+        let backing = self.create.backing.as_ref();
+        qcow::CreateOptions {
+            size: self.create.size,
+            backing: backing.map(|(name, _)| name.clone()),
+        }
     }
 
     /// How a QED image is made.

@@ -8,8 +8,8 @@ use crate::spec::{Content, Spec, backing, passphrase};
 use crate::vmdk;
 use block::{Context, Error, Result, Storage};
 use disk::{Chain, Layer};
-use image::qcow2::{self, Compressor, ImageWriter};
-use image::{Format, Raw, qed, vdi, vhd, vhdx};
+use image::qcow2::{self, ImageWriter};
+use image::{Format, Raw, Sequential, qcow, qed, vdi, vhd, vhdx};
 use io::{File, SimClock, SimDisk, SimOptions};
 use std::sync::Arc;
 
@@ -92,6 +92,8 @@ impl World {
         let id = depth + 1;
         if spec.raw {
             image.set_len(spec.create.size)?;
+        } else if spec.qcow {
+            qcow::create(&*image, &spec.qcow())?;
         } else if let Some(table_size) = spec.qed {
             qed::create(&*image, &spec.qed(table_size))?;
         } else if let Some(disk_type) = spec.vhd {
@@ -143,8 +145,11 @@ impl World {
 
     /// Makes the image with compressed clusters.
     fn compress(&mut self, id: usize, random: &mut Random) -> Result<()> {
-        let mut writer = ImageWriter::new(&*self.disks[0], &self.spec.create)?;
-        let mut compressor = Compressor::new(self.spec.create.compression)?;
+        let mut writer: Box<dyn Sequential> = match self.spec.qcow {
+            true => Box::new(qcow::ImageWriter::new(&*self.disks[0], &self.spec.qcow())?),
+            false => Box::new(ImageWriter::new(&*self.disks[0], &self.spec.create)?),
+        };
+        let mut packer = writer.packer()?;
         let sectors = writer.cluster_size() / SECTOR;
         let end = self.spec.create.size / SECTOR;
         let mut packed = Vec::new();
@@ -156,7 +161,7 @@ impl World {
                 0 => {}
                 1 => writer.put_zero(guest)?,
                 2 => writer.put_data(guest, &bytes)?,
-                _ if compressor.pack(&bytes, &mut packed) => {
+                _ if packer.pack(&bytes, &mut packed) => {
                     writer.put_compressed(guest, &packed)?;
                 }
                 _ => writer.put_data(guest, &bytes)?,
@@ -245,6 +250,13 @@ impl World {
             }
             let (image, format): (Arc<dyn image::Image>, _) = if spec.raw {
                 (Arc::new(Raw::open(file)?), Format::Raw)
+            } else if spec.qcow {
+                let options = qcow::OpenOptions {
+                    read_only: writable != Some(depth),
+                    ..qcow::OpenOptions::default()
+                };
+                let image = qcow::Qcow::open(file, &options).context(|| "open")?;
+                (Arc::new(image), Format::Qcow)
             } else if spec.qed.is_some() {
                 let options = qed::OpenOptions {
                     read_only: writable != Some(depth),

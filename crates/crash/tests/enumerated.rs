@@ -42,6 +42,7 @@ workloads! {
     overwrite: "overwrite",
     pairs: "pairs",
     copy_on_write: "copy-on-write",
+    qcow: "qcow",
     qed: "qed",
     vhd: "vhd",
     vdi: "vdi",

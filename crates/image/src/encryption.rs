@@ -1,8 +1,12 @@
 //! How the data of an image are encrypted: what the disk layer needs to know.
 
+use block::Result;
 use block::{GuestOffset, HostOffset};
-use crypto::{Algorithm, SectorCipher, luks};
+use crypto::{Algorithm, Ivgen, MasterKey, Mode, Passphrase, SectorCipher, Suite, luks};
 use std::sync::Arc;
+
+/// Bytes of a key of [`Method::Aes`].
+const AES_KEY_LEN: usize = 16;
 
 /// Which way an image is encrypted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +30,35 @@ pub struct Encryption {
 }
 
 impl Encryption {
+    /// That of an image of QEMU's first way; unlocked where the passphrase is given.
+    pub(crate) fn aes(passphrase: Option<&Passphrase>) -> Result<Self> {
+        let suite = Suite {
+            algorithm: Algorithm::Aes(128),
+            mode: Mode::Cbc,
+            ivgen: Ivgen::Plain64,
+            ..Suite::default()
+        };
+        let cipher = |passphrase| {
+            SectorCipher::new(&suite, &MasterKey::of_passphrase(passphrase, AES_KEY_LEN))
+        };
+        Ok(Self {
+            method: Method::Aes,
+            cipher: passphrase.map(cipher).transpose()?.map(Arc::new),
+        })
+    }
+
+    /// Why it keeps an image from being written.
+    pub(crate) fn read_only_because(&self) -> Option<String> {
+        match (&self.method, &self.cipher) {
+            (Method::Aes, _) => Some(
+                "its encryption is AES (crypt_method 1), which is not safe: nobody writes it any more"
+                    .into(),
+            ),
+            (_, None) => Some("it is encrypted, and was opened without its passphrase".into()),
+            _ => None,
+        }
+    }
+
     /// The number that a sector's encryption depends on: of guest byte `guest`, stored at `host`.
     pub fn sector(&self, guest: GuestOffset, host: HostOffset) -> u64 {
         match self.method {

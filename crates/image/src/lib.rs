@@ -13,6 +13,7 @@ mod metadata;
 mod null;
 pub mod parallels;
 mod probe;
+pub mod qcow;
 pub mod qcow2;
 pub mod qed;
 mod raw;

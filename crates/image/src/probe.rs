@@ -4,7 +4,7 @@
 //! a guest writes what it likes at the start of a raw disk, another format's header included,
 //! so raw has to be said by the user or by the image that names the file.
 
-use crate::{luks, parallels, vdi, vhd, vhdx, vmdk};
+use crate::{luks, parallels, qcow, vdi, vhd, vhdx, vmdk};
 use block::{Error, ErrorKind, Result, Storage};
 use serde::Serialize;
 use std::{fmt, str::FromStr};
@@ -19,6 +19,8 @@ pub enum Format {
     Null,
     /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+    /// QEMU's copy-on-write format, version 1.
+    Qcow,
     /// QEMU's enhanced disk format of 2010.
     Qed,
     /// VMware's format: a descriptor, and files with the disk in grains or as it is.
@@ -37,7 +39,8 @@ pub enum Format {
 
 impl Format {
     /// Formats that a file can have, as messages list them.
-    pub const NAMES: &'static str = "raw, qcow2, qed, vhd, vhdx, vdi, vmdk, luks or parallels";
+    pub const NAMES: &'static str =
+        "raw, qcow2, qcow, qed, vhd, vhdx, vdi, vmdk, luks or parallels";
 
     /// The name, as after `-f`.
     pub fn name(self) -> &'static str {
@@ -45,6 +48,7 @@ impl Format {
             Format::Raw => "raw",
             Format::Null => "null",
             Format::Qcow2 => "qcow2",
+            Format::Qcow => "qcow",
             Format::Qed => "qed",
             Format::Vhd => "vhd",
             Format::Vhdx => "vhdx",
@@ -92,6 +96,7 @@ impl FromStr for Format {
         match text {
             "raw" => Ok(Format::Raw),
             "qcow2" => Ok(Format::Qcow2),
+            "qcow" => Ok(Format::Qcow),
             "qed" => Ok(Format::Qed),
             "vhd" | "vpc" => Ok(Format::Vhd),
             "vhdx" => Ok(Format::Vhdx),
@@ -144,12 +149,15 @@ pub fn probe_bytes(start: &[u8]) -> Option<Format> {
     if vmdk::Descriptor::shows(start) {
         return Some(Format::Vmdk);
     }
-    let version = start.get(4..8)?;
     if start.starts_with(&crate::qed::MAGIC) {
         return Some(Format::Qed);
     }
-    // Version 1 has the same magic, but is another format (qcow).
-    (start.starts_with(&QCOW2_MAGIC) && version != [0, 0, 0, 1]).then_some(Format::Qcow2)
+    // Version 1 has the same magic, but is another format.
+    if start.starts_with(&qcow::MAGIC) {
+        return Some(Format::Qcow);
+    }
+    let is_qcow2 = start.starts_with(&QCOW2_MAGIC) && start.len() >= 8;
+    is_qcow2.then_some(Format::Qcow2)
 }
 
 /// Bytes at the start of a cloop image: it is a shell script that mounts itself (QEMU's `block/cloop.c`).
@@ -170,9 +178,6 @@ const DMG_TRAILER: &[u8] = b"koly\0\0\0\x04\0\0\x02\0";
 /// converted to a copy of its tables.
 fn unread(start: &[u8]) -> Option<&'static str> {
     let has = |(at, magic): &(usize, &[u8])| start.get(*at..).is_some_and(|s| s.starts_with(magic));
-    if start.starts_with(&QCOW2_MAGIC) && start.get(4..8) == Some(&[0, 0, 0, 1]) {
-        return Some("qcow version 1");
-    }
     if BOCHS_MAGIC.iter().all(has) {
         return Some("bochs");
     }
@@ -237,8 +242,8 @@ mod tests {
         for (start, format) in [
             (&b"QFI\xfb\0\0\0\x03"[..], Some(Format::Qcow2)),
             (b"QFI\xfb\0\0\0\x02", Some(Format::Qcow2)),
-            (b"QFI\xfb\0\0\0\x01", None),
-            (b"QFI\xfb", None),
+            (b"QFI\xfb\0\0\0\x01", Some(Format::Qcow)),
+            (b"QFI\xfb\0\0\0", None),
             (b"QED\0\0\0\x01\0", Some(Format::Qed)),
             (b"vhdxfile\0", Some(Format::Vhdx)),
             (b"vhdxfil\0\0", None),
@@ -282,10 +287,6 @@ mod tests {
         let mut early = dmg.clone();
         early.push(0);
         for (bytes, name) in [
-            (
-                b"QFI\xfb\0\0\0\x01 and more".to_vec(),
-                Some("qcow version 1"),
-            ),
             (bochs, Some("bochs")),
             (undoable, None),
             (CLOOP_MAGIC.to_vec(), Some("cloop")),
@@ -312,6 +313,7 @@ mod tests {
         for format in [
             Format::Raw,
             Format::Qcow2,
+            Format::Qcow,
             Format::Qed,
             Format::Vhd,
             Format::Vhdx,

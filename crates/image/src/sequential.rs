@@ -1,6 +1,6 @@
 //! Images that are written in one go, from their first cluster to their last, compressed where their format has it.
 
-use crate::{qcow2, vmdk};
+use crate::{qcow, qcow2, vmdk};
 use block::Result;
 use std::fmt::Debug;
 
@@ -59,7 +59,7 @@ pub trait Pack: Send {
 
 /// The same methods, of formats' own types.
 macro_rules! sequential {
-    ($writer:ty, $packer:expr, $compressor:ty) => {
+    ($writer:ty, $packer:expr) => {
         impl Sequential for $writer {
             fn cluster_size(&self) -> u64 {
                 <$writer>::cluster_size(self)
@@ -93,7 +93,12 @@ macro_rules! sequential {
                 <$writer>::finish(*self)
             }
         }
+    };
+}
 
+/// The same of formats' own packers.
+macro_rules! packer {
+    ($compressor:ty) => {
         impl Pack for $compressor {
             fn pack(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> bool {
                 <$compressor>::pack(self, cluster, out)
@@ -102,17 +107,21 @@ macro_rules! sequential {
     };
 }
 
-sequential!(
-    qcow2::ImageWriter<'_>,
-    |writer: &qcow2::ImageWriter<'_>| -> Result<Box<dyn Pack>> {
-        Ok(Box::new(qcow2::Compressor::new(writer.compression())?))
-    },
-    qcow2::Compressor
-);
+sequential!(qcow2::ImageWriter<'_>, |writer: &qcow2::ImageWriter<'_>| {
+    qcow2_packer(writer.compression())
+});
+sequential!(qcow::ImageWriter<'_>, |_: &qcow::ImageWriter<'_>| {
+    qcow2_packer(qcow2::Compression::Zlib)
+});
 sequential!(
     vmdk::StreamWriter<'_>,
     |_: &vmdk::StreamWriter<'_>| -> Result<Box<dyn Pack>> {
         Ok(Box::new(vmdk::Compressor::default()))
-    },
-    vmdk::Compressor
+    }
 );
+packer!(qcow2::Compressor);
+packer!(vmdk::Compressor);
+
+fn qcow2_packer(compression: qcow2::Compression) -> Result<Box<dyn Pack>> {
+    Ok(Box::new(qcow2::Compressor::new(compression)?))
+}

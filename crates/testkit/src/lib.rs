@@ -42,6 +42,7 @@ pub mod forge;
 pub mod guest;
 pub mod memory;
 mod process;
+pub mod qcow;
 pub mod qemu;
 pub mod report;
 pub mod rich;

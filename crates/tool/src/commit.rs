@@ -20,7 +20,7 @@ use crate::work::Work;
 use block::{Error, Result, Storage};
 use disk::blocking::{Driver, Member};
 use disk::chain::{Chain, Layer};
-use image::{ExtentKind, FileId, Format, qcow2, qed, vhd, vhdx, vmdk};
+use image::{ExtentKind, FileId, Format, qcow, qcow2, qed, vhd, vhdx, vmdk};
 
 /// Bytes that are copied at once.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -150,7 +150,7 @@ pub fn keeps_id(above: &[Layer]) -> bool {
 pub fn can_empty(format: Format) -> bool {
     matches!(
         format,
-        Format::Qcow2 | Format::Qed | Format::Vhd | Format::Vhdx | Format::Vmdk
+        Format::Qcow2 | Format::Qcow | Format::Qed | Format::Vhd | Format::Vhdx | Format::Vmdk
     )
 }
 
@@ -166,6 +166,7 @@ pub fn empty(overlay: &Layer) -> Result<()> {
     let file = file.ok_or_else(|| Error::invalid("an image without a file"))?;
     match overlay.format {
         Format::Qcow2 => qcow2::rebase::empty(&**file)?,
+        Format::Qcow => return qcow::empty(&**file),
         Format::Qed => return qed::rebase::empty(&**file),
         Format::Vhd => return vhd::empty(&**file),
         Format::Vhdx => return vhdx::empty(&**file),

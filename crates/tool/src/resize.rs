@@ -61,6 +61,7 @@ pub(crate) fn resize_known(
         | Format::Vhdx
         | Format::Vdi
         | Format::Vmdk
+        | Format::Qcow
         | Format::Luks
         | Format::Parallels
         | Format::Null => member.image.size(),
@@ -75,9 +76,9 @@ pub(crate) fn resize_known(
             "{name}: a {format} image cannot shrink: convert it into a smaller one"
         )));
     }
-    if format == Format::Vmdk {
+    if matches!(format, Format::Vmdk | Format::Qcow) {
         return Err(Error::unsupported(format!(
-            "{name}: a vmdk image cannot be resized: convert it into another one"
+            "{name}: a {format} image cannot be resized: convert it into another one"
         )));
     }
     permit(old, options).context(|| &name)?;
@@ -98,7 +99,7 @@ pub(crate) fn resize_known(
         Format::Vhd => grow_vhd(members, &**file, old, options).context(|| &name)?,
         Format::Vhdx => grow_vhdx(members, &**file, old, options, keeps_id).context(|| &name)?,
         Format::Vdi => grow_vdi(&**file, options).context(|| &name)?,
-        Format::Vmdk | Format::Null => {
+        Format::Vmdk | Format::Qcow | Format::Null => {
             return Err(Error::invalid(format!(
                 "{name}: {format} has the size that it is given"
             )));

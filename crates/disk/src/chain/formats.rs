@@ -4,7 +4,7 @@ use super::names::{Seen, once, resolve};
 use super::{ChainOptions, Part, open_named};
 use block::{Context, Error, ErrorKind, Result, Storage};
 use crypto::Passphrase;
-use image::{Format, Image, Parallels, Raw, luks, qcow2, qed, vdi, vhd, vhdx, vmdk};
+use image::{Format, Image, Parallels, Raw, luks, qcow, qcow2, qed, vdi, vhd, vhdx, vmdk};
 use io::{File, Lock};
 use std::{path::Path, sync::Arc};
 
@@ -87,6 +87,14 @@ pub(super) fn open_image(
                 ..qcow2::OpenOptions::default()
             };
             Arc::new(qcow2::Qcow2::open(storage, &options)?)
+        }
+        Format::Qcow => {
+            let options = qcow::OpenOptions {
+                read_only,
+                cache_bytes: keys.options.cache_bytes,
+                passphrase: keys.next(),
+            };
+            Arc::new(qcow::Qcow::open(storage, &options)?)
         }
         Format::Qed => {
             let options = qed::OpenOptions {

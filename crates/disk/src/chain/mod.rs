@@ -176,13 +176,19 @@ impl Layer {
         Some(FileFaults { rules, align })
     }
 
-    /// Whether holes of its file `id` are zeros to the guest: in a raw image, an external data file, and a QED, VHD, VHDX, VDI
-    /// or VMDK image, in which holes are punched without a change of the tables. Other formats know themselves what is allocated;
+    /// Whether holes of its file `id` are zeros to the guest: in a raw image, an external data file, and a qcow, QED, VHD, VHDX,
+    /// VDI or VMDK image, in which holes are punched without a change of the tables. Other formats know themselves what is allocated;
     /// and a hole is not zeros where the data are encrypted.
     pub fn holes_are_zeros(&self, id: FileId) -> bool {
         let tells = matches!(
             self.format,
-            Format::Raw | Format::Qed | Format::Vhd | Format::Vhdx | Format::Vdi | Format::Vmdk
+            Format::Raw
+                | Format::Qcow
+                | Format::Qed
+                | Format::Vhd
+                | Format::Vhdx
+                | Format::Vdi
+                | Format::Vmdk
         ) || id == FileId::DATA;
         tells && self.image.encryption().is_none()
     }
@@ -212,8 +218,7 @@ pub struct Chain {
 impl Chain {
     /// Opens `spec` (a path, the name of an NBD export, or `null:SIZE`) and all its backing images.
     ///
-    /// Without a format in `options`, qcow2, QED, VHD, VHDX, VDI, LUKS and Parallels' are known by their magic, and a file that shows none counts as
-    /// raw only when it is opened read-only: a guest that could write such a file could make
+    /// Without a format in `options`, the format is known by its magic, and a file that shows none counts as raw only when it is opened read-only: a guest that could write such a file could make
     /// it show any format next time.
     ///
     /// # Errors
@@ -318,8 +323,8 @@ impl Chain {
             let (name, path) =
                 resolve_any(&above.path, &names, &options.allow_backing).context(named)?;
             let format = match (above.format, description.backing_format.as_deref()) {
-                // The format can record raw only: that it is another.
-                (Format::Qed, None) => None,
+                // The format can record raw only: that it is another; or nothing.
+                (Format::Qed | Format::Qcow, None) => None,
                 (_, None) if options.probe_backing => None,
                 (_, said) => Some(recorded(&above.path, &name, said).context(named)?),
             };

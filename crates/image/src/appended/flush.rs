@@ -24,9 +24,9 @@
 //! A run that failed part of the way may have made any part of it durable. All it covered is dirty again, and
 //! written again in the same order.
 
-use super::Appended;
 use super::map::OVERLAP;
 use super::state::{Covered, State};
+use super::{Appended, Around};
 use crate::FlushRun;
 use crate::metadata::cache::{Changed, Owner};
 use crate::metadata::{FRESH, FRESH_ZEROED, extend};
@@ -109,14 +109,40 @@ impl Appended {
             }
         }
         st.scratch = changed;
-        let l1 = &self.tables.l1;
-        st.l1_changed.take(|sector| {
-            let part = l1.get(sector * 64..sector * 64 + 64).unwrap_or_default();
-            let host = self.l1_offset + sector as u64 * SECTOR;
-            let words = part.iter().map(|w| w.load(Ordering::Relaxed));
-            self.push(run, host, words.map(|raw| raw & !(FRESH | FRESH_ZEROED)));
-        });
+        st.l1_changed.take(|sector| self.push_l1(run, sector));
         Ok(st.covered.ordered)
+    }
+
+    /// Appends a sector of the L1 table, with what else is in it.
+    fn push_l1(&self, run: &mut FlushRun, sector: usize) {
+        let start = run.bytes.len();
+        let Around { before, behind } = &self.l1_around;
+        let entries = self.tables.l1.get(..self.l1_entries).unwrap_or_default();
+        let put = |bytes: &[u8], at: usize, out: &mut Vec<u8>| {
+            let bytes = bytes.get(at * 8..at * 8 + 8);
+            out.extend_from_slice(bytes.unwrap_or(&[0; 8]));
+        };
+        for place in sector * 64..sector * 64 + 64 {
+            match place.checked_sub(before.len() / 8) {
+                None => put(before, place, &mut run.bytes),
+                Some(index) => match entries.get(index) {
+                    Some(entry) => {
+                        let raw = entry.load(Ordering::Relaxed);
+                        self.form
+                            .encode(raw & !(FRESH | FRESH_ZEROED), &mut run.bytes);
+                    }
+                    None => put(behind, index - entries.len(), &mut run.bytes),
+                },
+            }
+        }
+        let first = self.l1_offset - before.len() as u64;
+        extend(run, self.file, first + sector as u64 * SECTOR, start);
+    }
+
+    /// Notes a change of L1 entry `index`.
+    pub(super) fn mark_l1(&self, st: &mut State, index: usize) {
+        st.l1_changed
+            .mark_entry(self.l1_around.before.len() / 8 + index);
     }
 
     /// Where the copy of a changed slice is, in formats that have copies.

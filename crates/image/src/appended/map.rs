@@ -7,13 +7,17 @@ use crate::metadata::tables::{Entries, Slot, Tables};
 use crate::metadata::{
     Ask, FRESH, FRESH_ZEROED, Growing, Halt, Layout, Place, STEPS_MAX, Walk, ZERO,
 };
-use crate::{Extent, ExtentKind, Load, Need, Plan, Step};
+use crate::{Compressed, Extent, ExtentKind, Load, Need, Plan, Step};
 use block::{Error, GuestOffset, HostOffset, Result};
 use std::sync::atomic::Ordering;
 
 /// In memory only, in L2 entries: the cluster holds a table, or lies behind the end that the file had at open and is not
-/// this entry's. No sound entry has this bit.
-pub(super) const OVERLAP: u64 = 1 << 63;
+/// this entry's. No sound entry has this bit: those of clusters are multiples of sectors.
+pub(super) const OVERLAP: u64 = 4;
+/// In memory only, in L2 entries: compressed bytes that the file does not have.
+const STRAY: u64 = 1 << 62 | OVERLAP;
+/// In L2 entries of formats that have compressed clusters.
+const COMPRESSED: u64 = 1 << 63;
 /// In memory only, in L1 entries: low bits are set in the file. (Bits 0 and 1 are our marks.)
 pub(crate) const L1_UNSOUND: u64 = 4;
 
@@ -24,6 +28,11 @@ pub(super) enum Entry {
     Zero,
     /// A cluster of data at this offset of the file.
     Data(u64),
+    /// `len` compressed bytes at this offset of the file, at any alignment.
+    Compressed {
+        offset: u64,
+        len: u64,
+    },
 }
 
 /// Why an entry is not sound.
@@ -32,6 +41,8 @@ pub(crate) enum Bad {
     Misaligned,
     Outside,
     Overlap,
+    /// Compressed bytes, but none.
+    Nothing,
 }
 
 impl Bad {
@@ -40,6 +51,7 @@ impl Bad {
             Bad::Misaligned => "points between clusters",
             Bad::Outside => "points into the header or the tables, or behind the end of the file",
             Bad::Overlap => "points at a cluster that holds a table",
+            Bad::Nothing => "is of a compressed cluster of 0 bytes",
         }
     }
 }
@@ -109,6 +121,15 @@ impl Walk for Appended {
                         },
                     }
                 }
+                Ok(Entry::Compressed { offset, len }) => ExtentKind::Compressed(Compressed {
+                    file: self.file,
+                    offset: HostOffset(offset),
+                    // All are less than a cluster, or that.
+                    len: len as u32,
+                    unpacked_len: g.cluster() as u32,
+                    skip: skip as u32,
+                    lasting: true,
+                }),
                 Err(bad) if run.len() == 0 => return Err(bad),
                 Err(_) => return Ok(false),
             };
@@ -169,19 +190,35 @@ impl Appended {
             ZERO => return Ok(Entry::Zero),
             _ => {}
         }
-        if raw & (self.align - 1) != 0 {
-            return Err(Bad::Misaligned);
+        if raw & COMPRESSED != 0 && self.form.has_compressed() {
+            return self.decode_compressed(raw);
+        }
+        match raw & (self.align - 1) {
+            0 => {}
+            OVERLAP if raw - OVERLAP < self.end_at_open => return Err(Bad::Overlap),
+            OVERLAP => return Err(Bad::Outside),
+            _ => return Err(Bad::Misaligned),
         }
         let end = self.end.load(Ordering::Acquire);
         let outside = raw < self.head_end || raw >= end;
         if outside || end - raw < self.layout.cluster() && !self.cut_off {
-            let at = raw & !OVERLAP;
-            return Err(match raw & OVERLAP != 0 && at < self.end_at_open {
-                true => Bad::Overlap,
-                false => Bad::Outside,
-            });
+            return Err(Bad::Outside);
         }
         Ok(Entry::Data(raw))
+    }
+
+    /// The same of a compressed cluster: below bit 63 the length in as many bits as a cluster's size has, and the offset.
+    fn decode_compressed(&self, raw: u64) -> Result<Entry, Bad> {
+        let shift = 63 - self.layout.cluster_bits;
+        let offset = raw & ((1 << shift) - 1);
+        let len = (raw & !COMPRESSED) >> shift;
+        if len == 0 {
+            return Err(Bad::Nothing);
+        }
+        if offset < self.head_end || offset + len > self.end.load(Ordering::Acquire) {
+            return Err(Bad::Outside);
+        }
+        Ok(Entry::Compressed { offset, len })
     }
 
     /// How many bytes the file has from `host` on.
@@ -203,6 +240,8 @@ impl Appended {
                 };
                 count.min(usize::try_from(left).unwrap_or(count))
             }
+            // Each has bytes of its own.
+            Ok(Entry::Compressed { .. }) => count.min(1),
             _ => count,
         };
         (entry, count)
@@ -335,14 +374,26 @@ impl Appended {
         let behind = raw.saturating_add(self.layout.cluster()) > self.end_at_open && !self.cut_off;
         match self.decode(raw) {
             Ok(Entry::Data(_)) if behind && !ours => (raw | OVERLAP, true),
-            Ok(Entry::Data(host)) if places.holds(host >> self.layout.cluster_bits) => {
-                (raw | OVERLAP, false)
+            Ok(Entry::Data(host)) if self.touches_table(places, host) => (raw | OVERLAP, false),
+            // Nothing is written through it; but whatever the file gets there would be read as its bytes.
+            Ok(Entry::Compressed { offset, len }) if !ours && offset + len > self.end_at_open => {
+                (STRAY, true)
+            }
+            Err(Bad::Outside) if raw & COMPRESSED != 0 && self.form.has_compressed() => {
+                (STRAY, true)
             }
             // Marked, lest the file grows over it.
             Err(Bad::Outside) if behind => (raw | OVERLAP, true),
             Err(Bad::Outside) => (raw, true),
             _ => (raw, false),
         }
+    }
+
+    /// Whether the cluster at `host`, which need not begin where others do, shares bytes with a table.
+    fn touches_table(&self, places: &Places, host: u64) -> bool {
+        let bits = self.layout.cluster_bits;
+        let last = (host + self.layout.cluster() - 1) >> bits;
+        places.holds(host >> bits) || places.holds(last)
     }
 
     /// Gives up a load that nobody will carry out.

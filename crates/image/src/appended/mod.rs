@@ -1,5 +1,5 @@
 //! Clusters found through two levels of tables, of which new ones come from the end of the file: what QED images and
-//! the sparse extents of VMDK images share.
+//! the sparse extents of VMDK images and qcow images of version 1 share.
 //!
 //! ```text
 //!   header │ tables … │ clusters, in the order in which they were needed …
@@ -9,8 +9,9 @@
 //! ```
 //!
 //! There are no refcounts: a cluster is what one entry refers to. So nothing is ever freed; a discard punches its hole
-//! in place. In memory an entry is the offset of its cluster in bytes, or 1 for zeros, whatever it is in the file
-//! ([`Form`]).
+//! in place, and the bytes of a compressed cluster that is written to (qcow) stay where they are. In memory an entry is the
+//! offset of its cluster in bytes, or 1 for zeros, whatever it is in the file ([`Form`]); that of a compressed cluster is as
+//! qcow has it.
 //!
 //! **Entries behind the end of the file.** The file grows over them, and what a guest then writes belongs to two of its
 //! clusters, or is a table. So an L2 slice is judged when it is first read from the file: an entry behind the end at open
@@ -21,8 +22,9 @@
 //! twice, and nothing finds it where the cluster leaked. A check beforehand finds all of them.
 //!
 //! * `form`: entries in the file. `map`, `write`, `zero`: the questions. `space`: free clusters. `state`: what the lock
-//!   guards. `flush`: the order on disk.
+//!   guards. `flush`: the order on disk. `close`.
 
+mod close;
 mod flush;
 mod form;
 mod map;
@@ -62,6 +64,10 @@ pub(crate) struct Appended {
     tables: Tables,
     /// Where the L1 table is.
     l1_offset: u64,
+    /// What else is in its first and last sector.
+    l1_around: Around,
+    /// Its entries in the file.
+    l1_entries: usize,
     /// Offsets of the tables' copies that are kept in step, one for each L1 entry; empty where there are none.
     copies: Box<[u64]>,
     /// Clusters of an L2 table that is added.
@@ -91,6 +97,15 @@ pub(crate) struct Appended {
     damaged: AtomicBool,
 }
 
+/// The bytes that share the first and the last sector of an L1 table with it: whole entries.
+#[derive(Debug, Default)]
+pub(crate) struct Around {
+    /// Before it.
+    pub(crate) before: Vec<u8>,
+    /// Behind it.
+    pub(crate) behind: Vec<u8>,
+}
+
 /// What [`Appended::new`] is told.
 #[derive(Debug)]
 pub(crate) struct Setup {
@@ -104,8 +119,10 @@ pub(crate) struct Setup {
     pub(crate) layout: Layout,
     /// The L1 table's entries as [`Form::l1`] has them, as many as the disk needs.
     pub(crate) l1: Vec<u64>,
-    /// Where the L1 table is in the file.
+    /// Where the L1 table is in the file: a multiple of 8.
     pub(crate) l1_offset: u64,
+    /// What else is in its first and last sector, where it is to be written.
+    pub(crate) l1_around: Around,
     /// See [`Appended::copies`].
     pub(crate) copies: Vec<u64>,
     /// Clusters of an L2 table.
@@ -116,7 +133,7 @@ pub(crate) struct Setup {
     pub(crate) head_end: u64,
     /// No table begins before.
     pub(crate) tables_from: u64,
-    /// Up to where clusters are sound: whole clusters.
+    /// Up to where clusters are sound.
     pub(crate) end: u64,
     /// See [`Appended::cut_off`]: then sectors are, up to `end`.
     pub(crate) cut_off: bool,
@@ -143,8 +160,9 @@ impl Appended {
         let frames = slices.min(budget.min(CACHE_BYTES_MAX) >> layout.slice_bits);
         let frames = frames.clamp(FRAMES_MIN, FRAMES_MAX) as usize;
         let mut l1 = setup.l1;
+        let l1_entries = l1.len();
         l1.resize(l1.len().next_multiple_of(64), 0);
-        let sectors = l1.len() / 64;
+        let sectors = (setup.l1_around.before.len() / 8 + l1_entries).div_ceil(64);
         // Bits 0 and 1 are our marks: an entry that has them in the file is made unsound by bit 2 too.
         let marks = FRESH | FRESH_ZEROED;
         let l1 = l1
@@ -169,6 +187,8 @@ impl Appended {
             form: setup.form,
             tables: Tables::new(&layout, l1, frames),
             l1_offset: setup.l1_offset,
+            l1_around: setup.l1_around,
+            l1_entries,
             copies: setup.copies.into(),
             table_clusters: setup.table_clusters,
             head_end: setup.head_end,

@@ -6,6 +6,7 @@ use crate::metadata::{Ask, Halt, Sectors, Span, Tickets};
 use crate::{Need, Step};
 use block::Result;
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 /// New L2 tables that may wait for a flush.
 pub(super) const FRESH_TABLES_MAX: usize = 1024;
@@ -37,11 +38,10 @@ impl Span for Pending {
 pub(crate) struct Places {
     /// First clusters of the L2 tables.
     pub(crate) tables: BTreeSet<u64>,
-    /// Clusters of a table.
+    /// Clusters of an L2 table.
     pub(crate) table_size: u64,
-    /// First cluster of the L1 table.
-    /// Whether there are any.
-    pub(crate) l1: Option<u64>,
+    /// Clusters that hold what is neither (the L1 table, a header), a few runs.
+    pub(crate) fixed: Vec<Range<u64>>,
 }
 
 impl Places {
@@ -49,7 +49,17 @@ impl Places {
     pub(super) fn holds(&self, cluster: u64) -> bool {
         let within = |first: u64| cluster >= first && cluster - first < self.table_size;
         let last = self.tables.range(..=cluster).next_back();
-        self.l1.is_some_and(within) || last.is_some_and(|first| within(*first))
+        let fixed = || self.fixed.iter().any(|range| range.contains(&cluster));
+        last.is_some_and(|first| within(*first)) || fixed()
+    }
+
+    /// Notes an L2 table that begins with cluster `first`. `false` where another table has one of its clusters.
+    pub(crate) fn claim(&mut self, first: u64) -> bool {
+        let end = first + self.table_size;
+        let near = self.tables.range(..end).next_back();
+        let free = near.is_none_or(|other| other + self.table_size <= first)
+            && self.fixed.iter().all(|r| r.end <= first || end <= r.start);
+        free && self.tables.insert(first)
     }
 }
 

@@ -45,7 +45,7 @@ impl Appended {
         st.places.tables.insert(run.first);
         // An entry that refers to it must not be durable before it is there as zeros.
         st.ordered |= run.first + run.count > st.space.durable;
-        st.l1_changed.mark_entry(place.l1);
+        self.mark_l1(st, place.l1);
         // Less than 2^27 L1 entries.
         st.fresh_tables.push(place.l1 as u32);
         Ok(())
@@ -106,6 +106,10 @@ impl Appended {
             }
             Entry::Zero => (like(&|_, e| e == entry), true),
             Entry::Unallocated => (like(&|_, e| e == entry), !self.has_backing),
+            Entry::Compressed { .. } => {
+                let packed = |_, e| matches!(e, Entry::Compressed { .. });
+                (like(&packed), false)
+            }
         };
         let run = self.alloc(st, count)?;
         let durable = run.first + run.count <= st.space.durable;

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | data | punched in place | zeroed in place |
 //! | zeros, or unallocated without a backing file | as it is | as it is |
+//! | compressed | as it is | zeros are written |
 //! | unallocated, backing file | as it is | entry 1; of a part, or without such entries: zeros are written |
 //!
 //! A cluster of data keeps its place: the format could not note that it is free.
@@ -83,7 +84,8 @@ impl Appended {
                 Entry::Zero => Change::Keep,
                 Entry::Unallocated if reads_zeros => Change::Keep,
                 Entry::Unallocated if whole(c) && self.form.has_zeros() => Change::Mark,
-                Entry::Unallocated => Change::Write,
+                Entry::Compressed { .. } if mode == ZeroMode::Discard => Change::Keep,
+                Entry::Unallocated | Entry::Compressed { .. } => Change::Write,
                 Entry::Data(host) => {
                     let (from, len) = part(c);
                     let place = host + (from & (g.cluster() - 1));

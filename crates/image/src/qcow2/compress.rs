@@ -83,7 +83,7 @@ fn deflated_len_max(len: usize) -> usize {
 /// Unpacks `input`, which may go on behind the compressed data, into all of `output`.
 ///
 /// Fails with [`block::ErrorKind::Corrupt`] for data that is not what it should be, or too short.
-pub(super) fn unpack(compression: Compression, input: &[u8], output: &mut [u8]) -> Result<()> {
+pub(crate) fn unpack(compression: Compression, input: &[u8], output: &mut [u8]) -> Result<()> {
     match compression {
         Compression::Zlib => inflate(input, output),
         Compression::Zstd => unzstd(input, output),

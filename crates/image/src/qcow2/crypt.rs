@@ -13,7 +13,7 @@ use super::{Header, OpenOptions, Qcow2, extensions};
 use crate::encryption::{Encryption, Method};
 use crate::{Step, ZeroPlan};
 use block::{Error, Result, Storage};
-use crypto::{Algorithm, Ivgen, MasterKey, Mode, Passphrase, SectorCipher, Suite, luks};
+use crypto::{SectorCipher, luks};
 use std::sync::Arc;
 
 /// `crypt_method` without encryption.
@@ -24,8 +24,6 @@ pub const CRYPT_AES: u32 = 1;
 pub const CRYPT_LUKS: u32 = 2;
 /// Most bytes of a LUKS header with its key slots: twice what the largest keys take is never reached.
 const LUKS_BYTES_MAX: u64 = 64 << 20;
-/// Bytes of a key of [`CRYPT_AES`].
-const AES_KEY_LEN: usize = 16;
 
 /// Where the LUKS header is: offset and length in bytes.
 ///
@@ -91,8 +89,9 @@ pub(super) fn open(
     let (method, cipher) = match header.crypt_method {
         CRYPT_NONE => return Ok(None),
         CRYPT_AES => {
-            let cipher = passphrase.map(aes_cipher).transpose()?;
-            (Method::Aes, cipher)
+            let aes = Encryption::aes(passphrase)?;
+            let cipher = options.cipher.clone().or(aes.cipher);
+            return Ok(Some(Encryption { cipher, ..aes }));
         }
         _ => {
             let (offset, luks) = luks_header(storage, header)?;
@@ -108,29 +107,6 @@ pub(super) fn open(
     };
     let cipher = options.cipher.clone().or(cipher.map(Arc::new));
     Ok(Some(Encryption { method, cipher }))
-}
-
-fn aes_cipher(passphrase: &Passphrase) -> Result<SectorCipher> {
-    let suite = Suite {
-        algorithm: Algorithm::Aes(128),
-        mode: Mode::Cbc,
-        ivgen: Ivgen::Plain64,
-        ..Suite::default()
-    };
-    SectorCipher::new(&suite, &MasterKey::of_passphrase(passphrase, AES_KEY_LEN))
-}
-
-/// Why the encryption keeps an image from being written.
-pub(super) fn read_only_because(encryption: Option<&Encryption>) -> Option<String> {
-    let encryption = encryption?;
-    match (&encryption.method, &encryption.cipher) {
-        (Method::Aes, _) => Some(
-            "its encryption is AES (crypt_method 1), which is not safe: nobody writes it any more"
-                .into(),
-        ),
-        (_, None) => Some("it is encrypted, and was opened without its passphrase".into()),
-        _ => None,
-    }
 }
 
 impl Qcow2 {

@@ -74,6 +74,7 @@ mod zero;
 
 pub use amend::{AmendOptions, amend};
 pub use compress::Compressor;
+pub(crate) use compress::unpack;
 pub use compress_image::ImageWriter;
 pub use create::{CreateOptions, create};
 pub use downgrade::downgrade;
@@ -87,8 +88,8 @@ use crate::contract::own_file;
 use crate::metadata::{Walk, cache, tables};
 use crate::words::{read_u32, read_u64};
 use crate::{
-    DataFile, Description, Encryption, Extent, FlushRun, Freed, Image, Load, Need, Pack,
-    PackedPlace, Plan, Reserve, Step, Ticket, ZeroMode, ZeroPlan,
+    Compressed, DataFile, Description, Encryption, Extent, FlushRun, Freed, Image, Load, Need,
+    Pack, PackedPlace, Plan, Reserve, Step, Ticket, ZeroMode, ZeroPlan,
 };
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
 use cache::Owner;
@@ -390,7 +391,7 @@ impl Image for Qcow2 {
         self.end_reserve(&mut self.lock(), reserve, None);
     }
 
-    fn decompress(&self, input: &[u8], output: &mut [u8]) -> Result<()> {
+    fn decompress(&self, _: &Compressed, input: &[u8], output: &mut [u8]) -> Result<()> {
         compress::unpack(self.compression, input, output).map_err(|e| e.within(&self.name))
     }
 

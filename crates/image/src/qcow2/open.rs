@@ -73,7 +73,7 @@ impl Qcow2 {
         let mut first_sector = [0; 512];
         let mut lacks = header
             .read_only_because()
-            .or_else(|| crypt::read_only_because(encryption.as_ref()));
+            .or_else(|| encryption.as_ref()?.read_only_because());
         if file_len < 512 {
             return Err(Error::corrupt("header: the file ends inside it"));
         }

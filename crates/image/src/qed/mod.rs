@@ -16,10 +16,9 @@
 //! crash leaves has leaked clusters at worst. An image that has the bit is readable, and written to only after a check
 //! (`tool::check`) has cleared it.
 //!
-//! * `header`, `create`, `resize`, `rebase`: the format of a closed image. `open`, `close`. Everything else:
+//! * `header`, `create`, `resize`, `rebase`: the format of a closed image. `open`. Everything else:
 //!   `crate::appended`, where entries behind the end of the file are judged too.
 
-mod close;
 mod create;
 mod header;
 mod open;
@@ -128,7 +127,7 @@ impl Image for Qed {
     }
 
     fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
-        self.begin_flush(run)
+        self.core.fill_flush(run)
     }
 
     fn flush_end(&self, run: &mut FlushRun, ok: bool) {
@@ -141,6 +140,6 @@ impl Image for Qed {
     }
 
     fn close(&self, files: &[&dyn Storage]) -> Result<()> {
-        self.close_blocking(own_file(files, &self.name)?)
+        self.core.close_blocking(own_file(files, &self.name)?)
     }
 }

@@ -3,7 +3,7 @@
 use super::Qed;
 use super::header::Header;
 use crate::FileId;
-use crate::appended::{Appended, Form, Places, Setup, words_of};
+use crate::appended::{Appended, Around, Form, Places, Setup, words_of};
 use crate::metadata::{Layout, TICKETS_MAX, read_short};
 use block::{Context, Result, Storage, limits};
 
@@ -54,9 +54,12 @@ impl Qed {
         });
         let mut places = Places {
             table_size: u64::from(header.table_size),
-            l1: Some(header.l1_table_offset >> bits),
             ..Places::default()
         };
+        let l1_first = header.l1_table_offset >> bits;
+        places
+            .fixed
+            .push(l1_first..l1_first + u64::from(header.table_size));
         if !options.read_only
             && let Err(what) = claim(&mut places, &header, &l1[..tables as usize], file_len)
         {
@@ -86,6 +89,7 @@ impl Qed {
             layout,
             l1,
             l1_offset: header.l1_table_offset,
+            l1_around: Around::default(),
             copies: Vec::new(),
             table_clusters: u64::from(header.table_size),
             places,
@@ -114,25 +118,16 @@ fn claim(places: &mut Places, header: &Header, l1: &[u64], file_len: u64) -> Res
     let cluster = u64::from(header.cluster_size);
     let head = u64::from(header.header_size) * cluster;
     let end = file_len & !(cluster - 1);
-    let size = places.table_size;
     for (index, raw) in l1.iter().copied().enumerate().filter(|(_, raw)| *raw != 0) {
         let table_end = raw.checked_add(header.table_bytes());
         if !raw.is_multiple_of(cluster) || raw < head || table_end.is_none_or(|e| e > end) {
             return Err(format!("L1 entry {index} is {raw:#x}"));
         }
-        let first = raw / cluster;
-        let near = places.tables.range(..first + size).next_back();
-        let taken = near.is_some_and(|other| other + size > first);
-        if taken
-            || places
-                .l1
-                .is_some_and(|l1| l1 < first + size && first < l1 + size)
-        {
+        if !places.claim(raw / cluster) {
             return Err(format!(
                 "L1 entry {index}: the L2 table at {raw:#x} overlaps another table"
             ));
         }
-        places.tables.insert(first);
     }
     Ok(())
 }

@@ -300,7 +300,7 @@ fn wrong_entries_are_errors() {
         let error = driver.write(0, &[2; 512]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{entry:#x}: {error}");
         assert!(driver.read(0, 512).is_err());
-        if entry.is_multiple_of(4096) && entry >= len && entry != 1 << 63 {
+        if entry.is_multiple_of(4096) && entry >= len {
             // It must not come to refer to what the file gets there: nothing is written any more.
             let error = driver.write(8192, &[3; 512]).unwrap_err();
             assert!(error.to_string().contains("not written to"), "{error}");

@@ -6,7 +6,7 @@ use super::header::{
 };
 use super::{Cid, Extent, Kind, Vmdk};
 use crate::FileId;
-use crate::appended::{Appended, Form, Places, Setup, words_of};
+use crate::appended::{Appended, Around, Form, Places, Setup, words_of};
 use crate::metadata::{CACHE_BYTES_DEFAULT, Layout, TICKETS_MAX, read_short};
 use block::{Context, Error, Result, Storage, align_up, limits};
 use std::ops::Range;
@@ -329,6 +329,7 @@ impl Opener<'_> {
             layout,
             l1: tables.l1,
             l1_offset: tables.directory * SECTOR,
+            l1_around: Around::default(),
             copies: tables.copies,
             table_clusters: 1,
             places: Places::default(),

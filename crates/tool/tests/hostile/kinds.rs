@@ -6,7 +6,7 @@ use block::{Error, ErrorKind, Result, Storage};
 use disk::blocking::{Driver, Member};
 use image::vhd::DiskType;
 use image::vmdk::{Parts, StreamWriter, Subformat};
-use image::{Format, Image, Parallels, qed, vdi, vhd, vhdx, vmdk};
+use image::{Format, Image, Parallels, qcow, qed, vdi, vhd, vhdx, vmdk};
 use std::sync::{Arc, OnceLock};
 use testkit::memory::{Meddling, Memory};
 use testkit::vhd::seal;
@@ -26,6 +26,8 @@ const CALLS_MAX: u64 = 400_000;
 /// The images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// Version 1.
+    Qcow,
     /// With tables of one cluster.
     Qed,
     /// Of each type.
@@ -45,7 +47,8 @@ pub enum Kind {
 }
 
 /// All of them.
-pub const KINDS: [Kind; 10] = [
+pub const KINDS: [Kind; 11] = [
+    Kind::Qcow,
     Kind::Qed,
     Kind::Vhd(DiskType::Dynamic),
     Kind::Vhd(DiskType::Differencing),
@@ -124,6 +127,7 @@ impl Kind {
 
     fn format(self) -> Format {
         match self {
+            Kind::Qcow => Format::Qcow,
             Kind::Qed => Format::Qed,
             Kind::Vhd(_) => Format::Vhd,
             Kind::Vdi => Format::Vdi,
@@ -156,6 +160,13 @@ impl Kind {
                     size: 3 * REACH,
                     block_bytes: Some(1 << 20),
                     ..vhdx::CreateOptions::default()
+                },
+            ),
+            Kind::Qcow => qcow::create(
+                &*file,
+                &qcow::CreateOptions {
+                    size: 3 * REACH,
+                    backing: None,
                 },
             ),
             Kind::Qed => qed::create(
@@ -205,6 +216,13 @@ impl Kind {
     fn member(self, file: &Arc<Memory>, read_only: bool) -> Result<Member> {
         let mut files = vec![Arc::clone(file) as Arc<dyn Storage>];
         let image: Arc<dyn Image> = match self {
+            Kind::Qcow => Arc::new(qcow::Qcow::open(
+                &**file,
+                &qcow::OpenOptions {
+                    read_only,
+                    ..qcow::OpenOptions::default()
+                },
+            )?),
             Kind::Qed => Arc::new(qed::Qed::open(
                 &**file,
                 &qed::OpenOptions {
@@ -266,6 +284,7 @@ impl Kind {
             ..CheckOptions::default()
         };
         match self {
+            Kind::Qcow => tables_of_qcow(file),
             Kind::Qed => check::qed::check(&**file, &options),
             Kind::Vhd(_) => check::vhd::check(&**file, &options),
             Kind::Vdi => check::vdi::check(&**file, &options),
@@ -282,6 +301,7 @@ impl Kind {
     /// What is done to closed images.
     fn edits(self) -> &'static [Edit] {
         match self {
+            Kind::Qcow => &[grow, |_, file| qcow::empty(&**file)],
             Kind::Qed => &[
                 grow,
                 |_, file| qed::rebase::set_backing(&**file, Some(("below", true))),
@@ -327,6 +347,17 @@ impl Kind {
             Kind::Parallels => &[grow],
         }
     }
+}
+
+/// What would be found by a check, which there is none of.
+fn tables_of_qcow(file: &Arc<Memory>) -> Result<Report> {
+    let found = testkit::qcow::check(&bytes_of(file));
+    let found = found.ok_or_else(|| Error::corrupt("no qcow header"))?;
+    Ok(Report {
+        corruptions: found.wrong + found.twice,
+        overlaps: found.twice,
+        ..Report::default()
+    })
 }
 
 /// A Parallels image with clusters of the same size, in no order.
@@ -527,7 +558,10 @@ fn apply(kind: Kind, bytes: &mut Vec<u8>, (place, how, number): Change) {
     let number = u64::from(number);
     // The places of a word in what `at` begins, and then in tables.
     let at = match (kind, place) {
-        (Kind::Qed, 0..8) => place * 8,
+        (Kind::Qed | Kind::Qcow, 0..8) => place * 8,
+        // The first three entries of the L1 table, and the two tables.
+        (Kind::Qcow, 8..24) => 48 + place % 3 * 8,
+        (Kind::Qcow, 24..96) => (1 + place % 9) * CLUSTER + number % 9 * 8,
         // The tables: the L1 table, and what follows it.
         (Kind::Qed, 8..24) => CLUSTER + place % 3 * 8,
         (Kind::Qed, 24..96) => (2 + place % 12) * CLUSTER + number % 9 * 8,
