@@ -142,7 +142,8 @@ pub fn of(
         Format::Vdi => vdi::check(storage, options).map(Some),
         Format::Vmdk => Err(block::Error::invalid("a vmdk image may have several files")),
         Format::Parallels => parallels::check(storage, options).map(Some),
-        Format::Raw | Format::Null | Format::Luks => Ok(None),
+        // Of what a qcow image has QEMU checks nothing either.
+        Format::Raw | Format::Null | Format::Luks | Format::Qcow => Ok(None),
     }
 }
 

@@ -4,7 +4,7 @@ use crate::{args, open, options, options::Options, partial::Partial, signals};
 use anyhow::{Context, Result, bail};
 use block::{ErrorKind, Storage, limits, size};
 use disk::chain::{self, Chain, ChainOptions};
-use image::{Format, luks, qcow2, qed, vdi, vhd, vhdx, vmdk};
+use image::{Format, luks, qcow, qcow2, qed, vdi, vhd, vhdx, vmdk};
 use io::{Cache, File, FileKind, OpenOptions};
 use std::{
     fs,
@@ -113,6 +113,10 @@ pub fn run(args: &args::Create) -> Result<()> {
         let block = size::human(options.vhdx.block_bytes());
         line.push_str(&format!(", {kind}, blocks of {block}"));
     }
+    if format == Format::Qcow {
+        let cluster = size::human(options.qcow.cluster_size());
+        line.push_str(&format!(", clusters of {cluster}"));
+    }
     if format == Format::Qed {
         let cluster = size::human(options.qed.cluster_size);
         line.push_str(&format!(", clusters of {cluster}"));
@@ -173,7 +177,7 @@ fn make(file: &Path, format: Format, options: &Options) -> Result<()> {
 }
 
 /// The formats that new images can have.
-pub const NEW_NAMES: &str = "raw, qcow2, qed, vhd, vhdx, vdi, vmdk or luks";
+pub const NEW_NAMES: &str = "raw, qcow2, qcow, qed, vhd, vhdx, vdi, vmdk or luks";
 
 /// The format that was said (by `flag`), or that a new file's name says.
 pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result<Format> {
@@ -189,6 +193,7 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
     let extension = file.extension().and_then(|e| e.to_str());
     Ok(match extension {
         Some("qcow2") => Format::Qcow2,
+        Some("qcow") => Format::Qcow,
         Some("qed") => Format::Qed,
         Some("vhd" | "vpc") => Format::Vhd,
         Some("vhdx") => Format::Vhdx,
@@ -207,7 +212,9 @@ pub(crate) fn format_of(said: Option<Format>, file: &Path, flag: &str) -> Result
 /// Refuses a backing file (said by `flag`) for a format that is not made with one.
 pub(crate) fn refuse_backing(flag: &str, format: Format) -> Result<()> {
     match format {
-        Format::Qcow2 | Format::Qed | Format::Vhd | Format::Vhdx | Format::Vmdk => Ok(()),
+        Format::Qcow2 | Format::Qcow | Format::Qed | Format::Vhd | Format::Vhdx | Format::Vmdk => {
+            Ok(())
+        }
         Format::Raw | Format::Null | Format::Vdi | Format::Luks | Format::Parallels => {
             bail!("{flag}: {format} images have no backing file")
         }
@@ -490,7 +497,7 @@ fn write_fixed(
 ) -> Result<()> {
     match format {
         Format::Qcow2 => write_qcow2(file, options, stop),
-        Format::Qed | Format::Vhdx => bail!(
+        Format::Qcow | Format::Qed | Format::Vhdx => bail!(
             "{}: a {format} image grows, which a device cannot",
             path.display()
         ),
@@ -580,6 +587,7 @@ pub(crate) fn emptied(path: &Path, cache: Cache) -> Result<Arc<File>> {
 fn fill(file: &File, format: Format, options: &Options, stop: &Stop) -> Result<()> {
     match format {
         Format::Qcow2 => write_qcow2(file, options, stop),
+        Format::Qcow => qcow::create(file, &options.qcow).map_err(Into::into),
         Format::Qed => qed::create(file, &options.qed).map_err(Into::into),
         Format::Vhd => write_vhd(file, options, stop),
         Format::Vhdx => write_vhdx(file, options, stop),

@@ -7,7 +7,7 @@ use anyhow::{Result, anyhow, bail};
 use block::{Storage, size};
 use crypto::{Passphrase, luks::Volume};
 use image::{
-    Format, Sequential,
+    Format, Sequential, qcow,
     qcow2::{self, Compression, CreateOptions},
     qed,
     vdi::{self, ImageType},
@@ -48,6 +48,13 @@ const QCOW2: [(&str, &str); 11] = [
         "off, metadata, falloc or full; with a backing file only beside extended_l2=on [off]",
     ),
     ("refcount_bits", "1 to 64, a power of two [16]"),
+];
+const QCOW: [(&str, &str); 2] = [
+    ("backing_file", "name of the backing file (as -b)"),
+    (
+        "backing_fmt",
+        "its format (as -F), which the image does not record: it is known by its magic, or raw",
+    ),
 ];
 const QED: [(&str, &str); 4] = [
     ("backing_file", "name of the backing file (as -b)"),
@@ -155,6 +162,8 @@ const LATER: [&str; 1] = ["extent_size_hint"];
 pub struct Options {
     /// For qcow2; the size and the backing file are filled in later.
     pub qcow2: CreateOptions,
+    /// For qcow, as well.
+    pub qcow: qcow::CreateOptions,
     /// For QED, as well.
     pub qed: qed::CreateOptions,
     /// For vhd; the size is filled in later.
@@ -201,6 +210,7 @@ impl Options {
     ) -> block::Result<Box<dyn Sequential + 'a>> {
         Ok(match format {
             Format::Vmdk => Box::new(vmdk::StreamWriter::new(file, &self.vmdk)?),
+            Format::Qcow => Box::new(qcow::ImageWriter::new(file, &self.qcow)?),
             _ => Box::new(qcow2::ImageWriter::new(file, &self.qcow2)?),
         })
     }
@@ -218,6 +228,7 @@ impl Options {
         below: Format,
     ) -> Result<()> {
         self.qcow2.backing = Some((name.to_owned(), below.qemu_name().to_owned()));
+        self.qcow.backing = Some(name.to_owned());
         self.qed.backing = Some((name.to_owned(), below == Format::Raw));
         if format == Format::Vhd {
             self.set_vhd_parent(crate::create::vhd_parent(file, name, below)?)?;
@@ -268,12 +279,14 @@ impl Options {
     /// Why not.
     pub fn settle(&mut self, format: Format, bytes: u64) -> Result<u64> {
         self.qcow2.size = bytes;
+        self.qcow.size = bytes;
         self.qed.size = bytes;
         self.vhd.size = bytes;
         self.vhdx.size = bytes;
         self.vmdk.size = bytes;
         match format {
             Format::Qcow2 => self.qcow2.validate()?,
+            Format::Qcow => self.qcow.validate()?,
             Format::Qed => self.qed.validate()?,
             Format::Vhd => {
                 self.vhd.validate()?;
@@ -468,6 +481,7 @@ fn version(value: &str) -> Option<u32> {
 fn table(format: Format) -> impl Iterator<Item = (&'static str, &'static str)> {
     let (own, encryption): (&[_], &[_]) = match format {
         Format::Qcow2 => (&QCOW2, &encrypt::OPTIONS),
+        Format::Qcow => (&QCOW, &[]),
         Format::Qed => (&QED, &[]),
         Format::Vhd => (&VHD, &[]),
         Format::Vhdx => (&VHDX, &[]),

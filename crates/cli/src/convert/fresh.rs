@@ -160,7 +160,7 @@ impl Copying<'_> {
                 "-c: of vmdk images only streamOptimized ones have compressed grains: -o subformat=streamOptimized"
             );
         }
-        if args.compress && !matches!(format, Format::Qcow2 | Format::Vmdk) {
+        if args.compress && !matches!(format, Format::Qcow2 | Format::Qcow | Format::Vmdk) {
             bail!("-c: {format} images have no compressed clusters");
         }
         if args.compress && options.preallocation != Preallocation::Off {

@@ -230,6 +230,9 @@ pub fn run(args: &Convert) -> Result<u8> {
         progress: match args.shown.progress() {
             true => {
                 let chunk = match &options {
+                    Some(options) if args.compress && format == Format::Qcow => {
+                        options.qcow.cluster_size()
+                    }
                     Some(options) if args.compress => options.qcow2.cluster_size,
                     _ => CHUNK_BYTES,
                 };
@@ -479,7 +482,7 @@ fn backing(args: &Convert, said: &Said, file: &str) -> Result<Option<Chain>> {
 
 fn refuse_compressed(format: Format, said: &Said) -> Result<()> {
     let streams = format == Format::Vmdk && said.get("subformat") == Some("streamOptimized");
-    if format != Format::Qcow2 && !streams {
+    if !matches!(format, Format::Qcow2 | Format::Qcow) && !streams {
         bail!("Compression not supported for this file format");
     }
     if said.get("encrypt.format").is_some() || said.get("encryption").is_some() {

@@ -398,6 +398,9 @@ pub fn own_words(format: Format, error: anyhow::Error) -> anyhow::Error {
             return anyhow!("QED table size must be within range [1, 16] and power of 2");
         }
     }
+    if format == Format::Qcow && text.contains("1 sector at least") {
+        return anyhow!("Image size is too small, cannot be zero length");
+    }
     if format == Format::Vhdx && text.starts_with("blocks of ") {
         return anyhow!("Block size must be a power of two");
     }

@@ -48,13 +48,32 @@ const FILE: [Known; 4] = [
     ),
 ];
 
-const QCOW2: &[Known] = &[
+const ENCRYPTION: Known = (
+    "encryption",
+    Flag,
+    None,
+    "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+);
+const QCOW: &[Known] = &[
+    DISK_SIZE,
+    BACKING_FILE,
+    (BACKING_FMT.0, Text, None, "Format of the backing image"),
+    ENCRYPTION,
     (
-        "encryption",
-        Flag,
+        "encrypt.format",
+        Text,
         None,
-        "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+        "Encrypt the image, format choices: 'aes'",
     ),
+    (
+        "encrypt.key-secret",
+        Text,
+        None,
+        "ID of the secret that provides the AES encryption key",
+    ),
+];
+const QCOW2: &[Known] = &[
+    ENCRYPTION,
     (
         "encrypt.format",
         Text,
@@ -293,6 +312,7 @@ const PARALLELS: &[Known] = &[
 fn of_format(name: &str) -> &'static [Known] {
     match name {
         "qcow2" => QCOW2,
+        "qcow" => QCOW,
         "qed" => QED,
         "vpc" => VPC,
         "vdi" => VDI,

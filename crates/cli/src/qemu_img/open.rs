@@ -680,6 +680,7 @@ pub fn need_key(
         Format::Luks => true,
         // What is wrong with a header is said by others.
         Format::Qcow2 => image::qcow2::Header::read(file).is_ok_and(|h| h.crypt_method != 0),
+        Format::Qcow => image::qcow::Header::read(file).is_ok_and(|h| h.encrypted),
         _ => false,
     };
     if encrypted {

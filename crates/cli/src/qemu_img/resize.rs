@@ -142,7 +142,7 @@ pub fn run(args: &Resize) -> Result<u8> {
         }
     }
     match format {
-        Format::Vmdk | Format::Vhd | Format::Vhdx | Format::Vdi => {
+        Format::Vmdk | Format::Vhd | Format::Vhdx | Format::Vdi | Format::Qcow => {
             bail!("Image format driver does not support resize")
         }
         Format::Qed if new < old => bail!("Shrinking images is currently not supported"),

@@ -522,7 +522,7 @@ fn sizes_without_a_suffix_and_formats_that_are_not_made_are_told() {
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success(), "{said}");
         assert!(
-            said.contains("raw, qcow2, qed, vhd, vhdx, vdi, vmdk or luks"),
+            said.contains("raw, qcow2, qcow, qed, vhd, vhdx, vdi, vmdk or luks"),
             "{said}"
         );
         assert!(!said.contains("luks or parallels"), "{said}");

@@ -36,6 +36,7 @@ mod luks;
 mod nbd;
 mod overlays;
 mod parallels;
+mod qcow;
 mod qed;
 mod qemu_img;
 mod qemu_img_blkdebug;
