@@ -146,8 +146,8 @@ pub fn ratio_of_medians(of: &[f64], to: &[f64]) -> Option<Figure> {
         .filter_map(|_| divided(redrawn(of, &mut random), redrawn(to, &mut random)))
         .collect();
     let (low, high) = middle_95(&mut draws)?;
-    let part = |summary: &Summary| error(summary) / summary.median;
-    let error = middle * part(&of_ends).hypot(part(&to_ends));
+    // Of each median's part; a dividend of 0 has an error all the same.
+    let error = error(&of_ends).hypot(middle * error(&to_ends)) / to_ends.median;
     let (low, high) = (low.min(middle - error).max(0.0), high.max(middle + error));
     Some(Figure {
         rounds: of.len().min(to.len()),
@@ -278,6 +278,14 @@ mod tests {
         assert!(figure.low < 2.0 && figure.high > 2.0, "{figure:?}");
         assert_eq!((figure.min, figure.max), (18.0 / 11.0, 22.0 / 9.0));
         assert_eq!(ratio_of_medians(&[1.0], &[0.0]), None);
+        // A dividend that is mostly 0 is 0, and not surely so.
+        let zero = ratio_of_medians(&[0.0; 3], &[2.0; 3]).unwrap();
+        assert_eq!((zero.median, zero.low, zero.high), (0.0, 0.0, 0.0));
+        let some = ratio_of_medians(&[0.0, 4.0, 0.0, 4.0, 0.0], &[2.0; 5]).unwrap();
+        assert_eq!((some.median, some.low), (0.0, 0.0));
+        assert!(some.high >= 2.0 && some.high.is_finite(), "{some:?}");
+        let wide = ratio_of_medians(&[-4.0, 0.0, 4.0], &[2.0; 3]).unwrap();
+        assert_eq!((wide.median, wide.high), (0.0, ERRORS[1] * 4.0 / 2.0));
         assert_eq!(ratio_of_medians(&[], &[1.0]), None);
     }
 
