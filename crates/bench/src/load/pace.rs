@@ -6,6 +6,9 @@ use super::{
 };
 use std::time::{Duration, Instant};
 
+/// As good as never.
+const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// Requests that are due at their time, whatever has ended until then.
 #[derive(Debug)]
 pub(super) struct Pace {
@@ -19,6 +22,8 @@ struct Lane {
     kind: Option<Kind>,
     rate: Rate,
     due: Instant,
+    /// How long after the beginning its first request is due: queues take turns, and do not all send at a time.
+    behind: Duration,
 }
 
 impl Pace {
@@ -38,7 +43,19 @@ impl Pace {
         let due = Instant::now();
         let lanes = all.into_iter().filter_map(|(kind, rate)| {
             let rate = share(rate?);
-            Some(Lane { kind, rate, due })
+            let behind = match rates.poisson {
+                true => Duration::ZERO,
+                false => rate
+                    .time(spec.block_bytes)
+                    .min(FAR)
+                    .mul_f64(f64::from(queue) / queues),
+            };
+            Some(Lane {
+                kind,
+                rate,
+                due: due + behind,
+                behind,
+            })
         });
         let mut lanes: Vec<Lane> = lanes.collect();
         // Of a load of one kind the other's rate means nothing.
@@ -53,7 +70,9 @@ impl Pace {
 
     /// Begins anew.
     pub(super) fn restart(&mut self, now: Instant) {
-        self.lanes.iter_mut().for_each(|lane| lane.due = now);
+        self.lanes
+            .iter_mut()
+            .for_each(|lane| lane.due = now + lane.behind);
     }
 
     /// When the next request is due.
@@ -76,9 +95,7 @@ impl Pace {
         if let Some(random) = &mut self.poisson {
             time = time.mul_f64(-(1.0 - random.part()).ln());
         }
-        // Never, where it is too far.
-        let far = Duration::from_secs(365 * 24 * 3600);
-        lane.due += time.min(far);
+        lane.due += time.min(FAR);
     }
 }
 
@@ -164,6 +181,29 @@ mod tests {
         (0..1000).for_each(|_| pace.sent(4096));
         let seconds = (pace.due() - now).as_secs_f64();
         assert!((0.85..1.15).contains(&seconds), "{seconds}");
+    }
+
+    #[test]
+    fn queues_of_a_rate_take_turns() {
+        let spec = Spec {
+            rate: Some(1000.0),
+            queues: 4,
+            poll: true,
+            ..Spec::new(Target::Nbd("x".into()))
+        };
+        let now = Instant::now();
+        let mut dues = Vec::new();
+        for queue in 0..4 {
+            let mut pace = Pace::new(&spec, queue).unwrap();
+            pace.restart(now);
+            for _ in 0..3 {
+                dues.push(pace.due() - now);
+                pace.sent(4096);
+            }
+        }
+        dues.sort_unstable();
+        let even: Vec<Duration> = (0..12).map(Duration::from_millis).collect();
+        assert_eq!(dues, even);
     }
 
     #[test]
