@@ -69,6 +69,29 @@ mod tests {
     use super::*;
 
     #[test]
+    fn numbers_are_those_of_the_records() {
+        // Of which a quick reader gets the last digit wrong.
+        for text in [
+            "14769.230769230768",
+            "1.7976931348623157",
+            "0.30000000000000004",
+            "8.255e-4",
+        ] {
+            let json = format!("{{\"metrics\":{{\"iops\":{text}}}}}");
+            let sample: Sample = serde_json::from_str(&json).unwrap();
+            let table = csv(std::slice::from_ref(&sample));
+            let shown = table.trim_end().rsplit(',').next().unwrap();
+            assert_eq!(shown.parse::<f64>(), text.parse::<f64>());
+            assert!(
+                serde_json::to_string(&sample)
+                    .unwrap()
+                    .contains(&format!("\"iops\":{text}"))
+                    || text.contains('e')
+            );
+        }
+    }
+
+    #[test]
     fn every_figure_has_its_column() {
         let one = Sample {
             cell: "a,\"b\"".to_owned(),
