@@ -212,11 +212,12 @@ impl Places {
             )));
         };
         let stride = spec.stride_bytes.unwrap_or(spec.block_bytes);
-        for (name, value) in [
+        let own = [
             ("--bs", spec.block_bytes),
             ("--stride", stride),
             ("--start", spec.start_bytes),
-        ] {
+        ];
+        for (name, value) in own.into_iter().chain(spec.shape.units(spec)) {
             if !value.is_multiple_of(disk.block_bytes.max(1)) {
                 return Err(Error::invalid(format!(
                     "{name} {value}: the disk takes multiples of {}",

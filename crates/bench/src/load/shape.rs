@@ -196,6 +196,29 @@ impl Shape {
         }
     }
 
+    /// Numbers of bytes that a disk of larger blocks must be asked for in multiples of its own, with what they are.
+    pub(super) fn units(&self, spec: &Spec) -> impl Iterator<Item = (&'static str, u64)> {
+        let of = |name, sizes: Option<&Sizes>| {
+            let units = match sizes {
+                Some(Sizes::Range(least, _)) => vec![*least],
+                Some(Sizes::Split(parts)) => {
+                    parts.iter().filter(|p| p.1 > 0).map(|p| p.0).collect()
+                }
+                None => Vec::new(),
+            };
+            units.into_iter().map(move |unit| (name, unit))
+        };
+        let reads = self.reads.as_ref().filter(|_| spec.has(Kind::Read));
+        let writes = self.writes.as_ref().filter(|_| spec.has(Kind::Write));
+        let places = [
+            ("blockalign", self.align_bytes.unwrap_or(0)),
+            ("bytes between requests", self.skip_bytes.unsigned_abs()),
+        ];
+        of("a read of", reads)
+            .chain(of("a write of", writes))
+            .chain(places)
+    }
+
     /// What can be said of it before the target is known.
     pub(super) fn check(&self, spec: &Spec) -> Result<()> {
         let wrong = |text: String| Err(Error::invalid(text));
@@ -274,7 +297,63 @@ impl Shape {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::load::{Target, Verify};
+    use crate::load::{
+        Pattern, Target, Verify,
+        plan::{DISK, Geometry, Places},
+    };
+
+    #[test]
+    fn disks_of_larger_blocks_take_multiples_of_them() {
+        type Change = fn(&mut Shape);
+        let cases: [(Change, Option<&str>); 7] = [
+            (|_| (), None),
+            (
+                |s| s.reads = Some(Sizes::Range(512, 4096)),
+                Some("a read of 512"),
+            ),
+            (
+                |s| s.reads = Some(Sizes::Split(vec![(4096, 90), (512, 10)])),
+                Some("a read of 512"),
+            ),
+            (
+                |s| s.reads = Some(Sizes::Split(vec![(4096, 100), (512, 0)])),
+                None,
+            ),
+            // There are none.
+            (|s| s.writes = Some(Sizes::Range(512, 4096)), None),
+            (|s| s.align_bytes = Some(1024), Some("blockalign 1024")),
+            (
+                |s| s.skip_bytes = -2048,
+                Some("bytes between requests 2048"),
+            ),
+        ];
+        for (change, says) in cases {
+            let mut spec = Spec {
+                pattern: Pattern::RandRead,
+                ..Spec::new(Target::Nbd("x".into()))
+            };
+            change(&mut spec.shape);
+            spec.check().unwrap();
+            Places::new(&spec, &DISK).unwrap();
+            let large = Geometry {
+                block_bytes: 4096,
+                ..DISK
+            };
+            let said = Places::new(&spec, &large)
+                .map(drop)
+                .map_err(|e| e.to_string());
+            match says {
+                None => assert_eq!(said, Ok(())),
+                Some(says) => {
+                    let said = said.unwrap_err();
+                    assert!(
+                        said.contains(&format!("{says}: the disk takes multiples of 4096")),
+                        "{said}"
+                    );
+                }
+            }
+        }
+    }
 
     #[test]
     fn sizes_are_drawn_by_their_parts() {
