@@ -3,10 +3,15 @@
 use super::{Advise, facts::Facts};
 use anyhow::{Context, Result};
 use bench::load::{self, Pattern, Spec, Target};
-use rustix::fs::{FallocateFlags, fallocate};
+use block::size;
+use rustix::{
+    fs::{FallocateFlags, SeekFrom, fallocate, seek},
+    io::Errno,
+};
 use serde::Serialize;
 use std::{
     fs::{self, File},
+    ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -82,6 +87,33 @@ fn reads(measured: &mut Measured, facts: &Facts, path: &Path, time: Duration) {
         measured.notes.push(note);
         return;
     }
+    // Reads of holes and of what was never written bring zeros, without the device.
+    let part = match largest_data(path) {
+        Ok(part) if part.end - part.start >= READ_BYTES_MIN => part,
+        Ok(part) => {
+            measured.notes.push(format!(
+                "{}: not measured: its largest piece of data has {}, and reads of holes cost no device time: fill it, or give --write-test",
+                path.display(),
+                size::human(part.end - part.start)
+            ));
+            return;
+        }
+        Err(error) => {
+            measured
+                .notes
+                .push(format!("{}: not measured: {error}", path.display()));
+            return;
+        }
+    };
+    let block = u64::from(facts.alignment).max(4096);
+    let start = part.start.next_multiple_of(block);
+    if part.end - part.start < length {
+        measured.notes.push(format!(
+            "{}: read in its largest piece of data, {} at {start}",
+            path.display(),
+            size::human(part.end - part.start)
+        ));
+    }
     let mut ways = vec![
         (facts.engine.as_str(), facts.direct, 32),
         (facts.engine.as_str(), facts.direct, 1),
@@ -95,7 +127,9 @@ fn reads(measured: &mut Measured, facts: &Facts, path: &Path, time: Duration) {
     for (engine, direct, depth) in ways {
         let spec = Spec {
             pattern: Pattern::RandRead,
-            block_bytes: u64::from(facts.alignment).max(4096),
+            block_bytes: block,
+            start_bytes: start,
+            range_bytes: Some((part.end - start) / block * block),
             depth,
             ramp: each / 5,
             duration: each - each / 5,
@@ -119,6 +153,35 @@ fn reads(measured: &mut Measured, facts: &Facts, path: &Path, time: Duration) {
             Err(error) => measured.notes.push(format!("{engine}: {error}")),
         }
     }
+}
+
+/// Runs of data that are looked at, at most.
+const RUNS_MAX: usize = 100_000;
+
+/// The longest run of a file that is data; all of a device. An empty one where there is none.
+fn largest_data(path: &Path) -> Result<Range<u64>> {
+    let named = || path.display().to_string();
+    let file = File::open(path).with_context(named)?;
+    let length = seek(&file, SeekFrom::End(0)).with_context(named)?;
+    if !file.metadata().with_context(named)?.is_file() {
+        return Ok(0..length);
+    }
+    let (mut largest, mut at) = (0..0, 0);
+    for _ in 0..RUNS_MAX {
+        let start = match seek(&file, SeekFrom::Data(at)) {
+            // No data behind it.
+            Err(Errno::NXIO) => break,
+            // A file system that knows no holes.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(0..length),
+            start => start.with_context(named)?,
+        };
+        let end = seek(&file, SeekFrom::Hole(start)).with_context(named)?;
+        if end - start > largest.end - largest.start {
+            largest = start..end;
+        }
+        at = end;
+    }
+    Ok(largest)
 }
 
 /// A file that goes when this does.
@@ -219,5 +282,27 @@ impl Measured {
         }
         lines.extend(self.notes.iter().cloned());
         lines
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_piece_of_data_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sparse");
+        let file = File::create(&path).unwrap();
+        file.set_len(64 << 20).unwrap();
+        assert!(largest_data(&path).unwrap().is_empty());
+        for (at, bytes) in [(1, 1), (8, 3), (20, 2)] {
+            file.write_all_at(&vec![1; bytes << 20], at << 20).unwrap();
+        }
+        assert_eq!(largest_data(&path).unwrap(), 8 << 20..11 << 20);
+        // Allocated is not written.
+        fallocate(&file, FallocateFlags::KEEP_SIZE, 32 << 20, 16 << 20).unwrap();
+        file.sync_all().unwrap();
+        assert_eq!(largest_data(&path).unwrap(), 8 << 20..11 << 20);
     }
 }

@@ -130,6 +130,43 @@ fn it_measures_only_when_asked_and_leaves_nothing() {
 }
 
 #[test]
+fn holes_are_not_measured() {
+    let dir = TempDir::new();
+    let dir = dir.path("").to_owned();
+    let sparse = fs::File::create(dir.join("sparse.raw")).unwrap();
+    sparse.set_len(64 << 20).unwrap();
+    let args = [
+        "advise",
+        "-f",
+        "raw",
+        "--measure",
+        "--seconds",
+        "1",
+        "--json",
+        "sparse.raw",
+    ];
+    let answer = || -> Value {
+        let answers: Value = serde_json::from_str(&good(&dir, &args)).unwrap();
+        answers[0]["measured"].clone()
+    };
+    let measured = answer();
+    assert_eq!(measured["rates"], Value::Array(Vec::new()));
+    let why = measured["notes"][0].as_str().unwrap();
+    assert!(
+        why.contains("not measured: its largest piece of data has 0"),
+        "{why}"
+    );
+    std::os::unix::fs::FileExt::write_all_at(&sparse, &vec![1; 3 << 20], 5 << 20).unwrap();
+    let measured = answer();
+    assert!(
+        !measured["rates"].as_array().unwrap().is_empty(),
+        "{measured}"
+    );
+    let where_ = measured["notes"][0].as_str().unwrap();
+    assert!(where_.contains("3 MiB at 5242880"), "{where_}");
+}
+
+#[test]
 fn locked_images_and_devices_get_advice_that_fits_them() {
     let dir = TempDir::new();
     let dir = dir.path("").to_owned();
