@@ -1,6 +1,6 @@
 //! `diskplane bench report`: pages, charts and a summary of a run's records.
 
-use crate::print;
+use crate::{partial::Partial, print};
 use anyhow::{Context, Result};
 use bench::{
     breakdown::Answer,
@@ -92,9 +92,7 @@ fn write_report(
 
 /// Under another name until it is whole.
 fn write(path: &Path, text: &str) -> Result<()> {
-    let mut part = path.as_os_str().to_owned();
-    part.push(".part");
-    let part = PathBuf::from(part);
-    fs::write(&part, text).with_context(|| part.display().to_string())?;
-    fs::rename(&part, path).with_context(|| path.display().to_string())
+    let part = Partial::new(path);
+    fs::write(part.path(), text).with_context(|| path.display().to_string())?;
+    part.replace()
 }

@@ -84,7 +84,24 @@ pub fn run(args: &RunArgs) -> Result<()> {
         "what was measured is kept: the same command goes on with it",
     )?;
     let set = drive(&experiment, &options)?;
-    bench_report::report(&set, None, args.svg.as_deref(), false)
+    bench_report::report(&set, None, args.svg.as_deref(), false)?;
+    let cells = experiment::cells(&experiment, options.quick, options.cells.as_deref())?;
+    let measured = set
+        .samples
+        .iter()
+        .any(|sample| cells.iter().any(|cell| cell.name == sample.cell));
+    if measured {
+        return Ok(());
+    }
+    match set.failures.last() {
+        Some(failure) => bail!(
+            "nothing could be measured: {}, {}: {}",
+            failure.cell,
+            failure.side,
+            failure.why
+        ),
+        None => bail!("nothing was measured: there was no time for it (give --samples)"),
+    }
 }
 
 fn drive(experiment: &Experiment, options: &Options) -> Result<Set> {

@@ -1,10 +1,10 @@
 //! `diskplane bench versus`.
 
 use crate::{
-    print,
+    partial, print,
     signals::{Signal, Signals},
 };
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use bench::versus::{self, Event, Options, Run, Sizes, report};
 use clap::Args;
 use std::{
@@ -115,28 +115,42 @@ pub fn run(args: &Versus) -> Result<()> {
         let page = insert(&page, &markdown(args, &options, &run)?);
         fs::write(path, page).with_context(|| path.display().to_string())?;
     }
+    let measured = run.outcomes.iter().any(|outcome| outcome.failed.is_none());
+    ensure!(measured, "nothing could be measured: each cell says why");
     Ok(())
 }
 
 /// Ends the process on SIGINT, SIGTERM or SIGHUP, after everything that runs or lies around on its behalf.
-pub(crate) fn stop_on_signals(mut signals: Signals, then: &'static str) -> Result<()> {
+pub(crate) fn stop_on_signals(signals: Signals, then: &'static str) -> Result<()> {
+    end_on_signals(signals, move |stay| {
+        let gone = match stay.is_empty() {
+            true => "servers and images",
+            false => "servers",
+        };
+        let mut text = format!("\ndiskplane: stopped; {gone} of the run are gone; {then}\n");
+        for (folder, why) in stay {
+            let folder = folder.display();
+            text.push_str(&format!(
+                "diskplane: {folder}: cannot be removed: {why}; the next run there tries again\n"
+            ));
+        }
+        text
+    })
+}
+
+/// The same, with what is said then of folders that stay.
+pub(crate) fn end_on_signals(
+    mut signals: Signals,
+    says: impl Fn(Vec<(PathBuf, std::io::Error)>) -> String + Send + 'static,
+) -> Result<()> {
     thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
             while matches!(signals.wait(), Ok(Signal::Statistics)) {}
             let stay = bench::machine::process::abort();
-            let gone = match stay.is_empty() {
-                true => "servers and images",
-                false => "servers",
-            };
-            let mut text = format!("\ndiskplane: stopped; {gone} of the run are gone; {then}\n");
-            for (folder, why) in stay {
-                let folder = folder.display();
-                text.push_str(&format!(
-                    "diskplane: {folder}: cannot be removed: {why}; the next run there tries again\n"
-                ));
-            }
-            crate::say(&text);
+            // Files in the making go too.
+            let _held = partial::abandon();
+            crate::say(&says(stay));
             process::exit(INTERRUPTED);
         })
         .context("start a thread for signals")?;

@@ -124,6 +124,16 @@ impl Partial {
         }
     }
 
+    /// Gives the file its name, in place of what has it: of what can be made again, and need not be durable.
+    pub fn replace(mut self) -> Result<()> {
+        // As in `finish`.
+        let mut paths = unfinished();
+        fs::rename(&self.path, &self.target).with_context(|| self.target.display().to_string())?;
+        self.settle(&mut paths);
+        self.keep = true;
+        Ok(())
+    }
+
     /// Gives the file its name, durably. A file that came there meanwhile is not replaced.
     pub fn finish(mut self) -> Result<()> {
         // A signal that ends the process comes before the renaming or after it.
@@ -192,6 +202,11 @@ mod tests {
         let error = second.finish().unwrap_err().to_string();
         assert!(error.contains("exists already"), "{error}");
         assert_eq!(fs::read(&target).unwrap(), b"1");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        let third = Partial::new(&target);
+        fs::write(third.path(), "3").unwrap();
+        third.replace().unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"3");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 

@@ -56,6 +56,15 @@ impl Set {
     ///
     /// What the file system said, with the file; it is too small.
     pub(super) fn ready(spec: &Spec) -> Result<Self> {
+        if !spec.dir.is_dir() {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!(
+                    "{}: there is no such folder: make it, or mount there what is to be loaded",
+                    spec.dir.display()
+                ),
+            ));
+        }
         let root = spec.dir.join("ffsb");
         // What loads left before there was a mark has a note.
         if !root.join("set.json").is_file() {

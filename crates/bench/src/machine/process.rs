@@ -12,7 +12,7 @@ use rustix::{
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -207,9 +207,23 @@ pub(crate) fn has_o_direct(dir: &Path) -> bool {
 
 /// A folder that is removed with everything in it, also with what is mounted there.
 #[derive(Debug)]
-pub(crate) struct Folder(PathBuf);
+pub struct Folder(PathBuf);
 
 impl Folder {
+    /// A new one among the system's temporary files, for this user alone.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be made, or another is there.
+    pub fn temporary(name: &str) -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("{name}-{}", std::process::id()));
+        let mut left = leftovers();
+        let made = fs::DirBuilder::new().mode(0o700).create(&path);
+        made.context(|| path.display().to_string())?;
+        left.folders.push(path.clone());
+        Ok(Self(path))
+    }
+
     /// Makes `path`; what a run left there that was killed is removed.
     ///
     /// # Errors
@@ -231,7 +245,8 @@ impl Folder {
         Ok(Self(path))
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
         &self.0
     }
 }

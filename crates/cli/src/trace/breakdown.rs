@@ -1,12 +1,13 @@
 //! `trace breakdown`: in which stages the time of requests goes.
 
 use super::{Asked, Breakdown as Args, Over, Server, us};
-use crate::{print, table};
+use crate::{bench_versus::end_on_signals, print, signals::Signals, table};
 use ::trace::{Breakdown, Entry, Operation, RING_ENTRIES_DEFAULT, breakdown::Sample};
 use anyhow::{Context, Result, bail, ensure};
 use bench::{
     breakdown::{Answer, Protocol, measure},
     load::Target,
+    machine::process::Folder,
 };
 use block::{Error, ErrorKind};
 use disk::{Chain, ChainOptions, Disk, DiskOptions};
@@ -18,8 +19,8 @@ use export::{
 use io::Aio;
 use std::{
     fs,
-    os::unix::fs::{DirBuilderExt, FileTypeExt},
-    path::{Path, PathBuf},
+    os::unix::fs::FileTypeExt,
+    path::Path,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -137,28 +138,6 @@ fn of_server(args: &Args, control: &Path) -> Result<Answer> {
     })
 }
 
-/// A folder for a socket, gone when this is.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> Result<Self> {
-        let name = format!("diskplane-trace-{}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        let mut builder = fs::DirBuilder::new();
-        builder
-            .mode(0o700)
-            .create(&path)
-            .with_context(|| path.display().to_string())?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 /// By the study's protocol, of an image that is served for it.
 fn of_image(args: &Args, file: &str) -> Result<Answer> {
     let is_socket = fs::metadata(file).is_ok_and(|meta| meta.file_type().is_socket());
@@ -166,6 +145,17 @@ fn of_image(args: &Args, file: &str) -> Result<Answer> {
         !is_socket,
         "{file} is a socket, not an image: a running server is asked with --control {file}"
     );
+    // Before anything starts a thread, so that all of them leave these signals to the one that waits for them.
+    end_on_signals(Signals::block()?, |stay| {
+        let mut text = "\ndiskplane: stopped by a signal\n".to_owned();
+        for (folder, why) in stay {
+            text.push_str(&format!(
+                "diskplane: {}: cannot be removed: {why}\n",
+                folder.display()
+            ));
+        }
+        text
+    })?;
     let (operation, random) = operation(args.rw.unwrap_or(Asked::Read));
     let protocol = Protocol {
         operation,
@@ -238,8 +228,8 @@ fn serve_and_measure(
     worker: &export::worker::WorkerHandle,
     protocol: &Protocol,
 ) -> Result<Breakdown> {
-    let folder = Folder::new()?;
-    let socket = folder.0.join("socket");
+    let folder = Folder::temporary("diskplane-trace")?;
+    let socket = folder.path().join("socket");
     let workers = std::slice::from_ref(worker);
     let (mut next, mut queue) = (0, None);
     let mut entries = |count: usize| -> block::Result<Vec<Entry>> {

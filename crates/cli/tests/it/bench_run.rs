@@ -33,14 +33,21 @@ fn on_disks_of(disk: &str, dir: &Path, args: &[&str]) -> Command {
     command
 }
 
-/// One short sample of each side of a cell; its samples, and nothing is left.
+/// One short sample of each side of a cell; its samples, and nothing is left. Without any, it was no success.
 fn cell(dir: &Path, experiment: &str, cell: &str, disk: &str) -> Vec<Value> {
     let args = ["--seconds", "0.1", "--samples", "1", "--cells", cell];
     let mut command = on_disks_of(disk, dir, &[&[experiment], &args[..]].concat());
     let output = command.output().unwrap();
-    assert!(output.status.success(), "{output:?}");
+    let samples = records(dir, "sample");
+    assert_eq!(output.status.success(), !samples.is_empty(), "{output:?}");
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(
+        words.contains("nothing could be measured: "),
+        samples.is_empty(),
+        "{words}"
+    );
     assert_gone(dir);
-    records(dir, "sample")
+    samples
 }
 
 /// Whether this machine lets us attach, mount and simulate.

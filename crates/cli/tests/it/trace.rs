@@ -1,10 +1,11 @@
 //! `diskplane trace` on a running server, and by its own protocol.
 
 use bench::driver::{IN, Machine, OUT, Setup};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::{
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 use testkit::{Serve, TempDir};
 
@@ -236,6 +237,31 @@ fn an_image_is_broken_down() {
         &[],
     ] {
         refused(&[&["breakdown"], wrong].concat());
+    }
+}
+
+#[test]
+fn who_is_stopped_leaves_no_folder() {
+    let dir = TempDir::new();
+    let temporary = dir.path("tmp");
+    std::fs::create_dir(&temporary).unwrap();
+    let there = || std::fs::read_dir(&temporary).unwrap().flatten().next();
+    for signal in [Signal::INT, Signal::TERM] {
+        let mut command = Command::new(binary());
+        command.args(["trace", "breakdown", "--runs", "1000000", "null:1M"]);
+        command.env("TMPDIR", &temporary);
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        while there().is_none() {
+            assert!(child.try_wait().unwrap().is_none(), "it ended");
+            std::thread::yield_now();
+        }
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(130), "{output:?}");
+        let words = String::from_utf8_lossy(&output.stderr);
+        assert!(words.contains("stopped by a signal"), "{words}");
+        assert!(there().is_none(), "{:?}", there());
     }
 }
 
