@@ -1,4 +1,7 @@
 //! fio instead of our generators, where it is installed: the same loads, and its figures in the same reports.
+//!
+//! Latencies are fio's `lat`: from when a request is made to when its end is seen, submission included, which is what ours
+//! are. (Its `clat` begins when the request was submitted.)
 
 use crate::{
     load::{Flushes, Latencies, Percentiles, Report, Spec, Target},
@@ -14,7 +17,9 @@ use std::{
 };
 
 /// What it is told always: threads instead of processes, numbers of the seed that is given, and files as they are.
-pub(crate) const HABITS: [&str; 4] = [
+pub(crate) const HABITS: [&str; 5] = [
+    // Of the whole request, as ours: `clat` begins when it was submitted.
+    "--lat_percentiles=1",
     "--thread",
     "--randrepeat=0",
     "--allow_file_create=0",
@@ -63,12 +68,13 @@ pub fn run_file(path: &Path) -> Result<Vec<Job>> {
         false => Path::new(".").join(path),
     };
     let mut command = Command::new("fio");
-    command.arg(path);
+    // Before the file: what goes for its jobs.
+    command.arg(HABITS[0]).arg(path);
     jobs(&mut command)
 }
 
 /// fio's command line for a load.
-fn arguments(spec: &Spec) -> Result<Vec<OsString>> {
+pub(crate) fn arguments(spec: &Spec) -> Result<Vec<OsString>> {
     spec.check()?;
     let cannot = |what: &str| Err(Error::unsupported(format!("--engine fio: {what}")));
     if spec.verify.is_some() || spec.poll || spec.stride_bytes.is_some() {
@@ -206,7 +212,7 @@ fn jobs(command: &mut Command) -> Result<Vec<Job>> {
 }
 
 /// The jobs in fio's report.
-fn parse(text: &str) -> Option<Vec<Job>> {
+pub(crate) fn parse(text: &str) -> Option<Vec<Job>> {
     let all = json(text)?;
     let jobs = all["jobs"].as_array()?.iter();
     jobs.map(job).collect()
@@ -216,7 +222,9 @@ fn job(job: &Value) -> Option<Job> {
     let direction = |name: &str| {
         let of = &job[name];
         let mut latencies = Latencies::default();
-        for (ns, count) in of["clat_ns"]["bins"].as_object().into_iter().flatten() {
+        // The whole latency (`lat`); where a job's own options leave that out, from submission on (`clat`).
+        let bins = ["lat_ns", "clat_ns"].map(|kind| of[kind]["bins"].as_object());
+        for (ns, count) in bins.into_iter().flatten().next().into_iter().flatten() {
             let ns = Duration::from_nanos(ns.parse().unwrap_or(0));
             latencies.add_many(ns, count.as_u64().unwrap_or(0));
         }
@@ -224,7 +232,7 @@ fn job(job: &Value) -> Option<Job> {
     };
     let (read, mut both) = direction("read");
     let (write, write_latency) = direction("write");
-    let read_latency = both.percentiles();
+    let (read_latency, read_histogram) = (both.percentiles(), both.histogram());
     both.merge(&write_latency);
     let count = |of: &Value| of["total_ios"].as_u64();
     let sum = |field: &str| Some(read[field].as_f64()? + write[field].as_f64()?);
@@ -262,6 +270,11 @@ fn job(job: &Value) -> Option<Job> {
             client_cpu_us_per_io: cpu("usr_cpu") + cpu("sys_cpu"),
             client_user_us_per_io: cpu("usr_cpu"),
             histogram: both.histogram(),
+            kinds: [
+                read_histogram,
+                write_latency.histogram(),
+                trace::Buckets::default(),
+            ],
             ..Report::default()
         },
     })
@@ -363,6 +376,20 @@ mod tests {
             expected.map(|e| (e.1, e.2, e.3)).to_vec(),
             ours.iter().map(|o| (o.1, o.2, o.3)).collect::<Vec<_>>()
         );
+    }
+
+    #[test]
+    fn the_whole_latency_is_taken() {
+        let text = r#"{"jobs": [{"jobname": "x", "error": 0, "usr_cpu": 1.0, "sys_cpu": 1.0, "sync": {},
+            "read": {"total_ios": 4, "io_bytes": 16384, "iops": 4.0, "bw_bytes": 16384, "runtime": 1000,
+                     "clat_ns": {"bins": {"5000": 4}}, "lat_ns": {"bins": {"9000": 4}}},
+            "write": {"total_ios": 2, "io_bytes": 0, "iops": 0.0, "bw_bytes": 0, "runtime": 0,
+                      "clat_ns": {"bins": {"7000": 2}}, "lat_ns": {"mean": 1.0}}}]}"#;
+        let report = parse(text).unwrap().remove(0).report;
+        let median = |p: Percentiles| p.p50_us.round();
+        assert_eq!(median(report.read_latency), 9.0);
+        assert_eq!(median(report.write_latency), 7.0);
+        assert_eq!(report.latency.count, 6);
     }
 
     #[test]

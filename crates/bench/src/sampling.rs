@@ -210,7 +210,7 @@ pub(crate) fn figures(reports: &[Report], pids: &[u32]) -> Result<Measured> {
     }
     let all = match reports {
         [one] => one.latency,
-        _ => together(reports, &latency),
+        _ => Percentiles::merged(reports.iter().map(|r| &r.latency), &latency),
     };
     let mut metrics = Metrics::from([
         (Metric::Iops, iops),
@@ -271,29 +271,6 @@ pub(crate) fn figures(reports: &[Report], pids: &[u32]) -> Result<Measured> {
         timeline,
         reports: serde_json::to_value(reports).unwrap_or_default(),
     })
-}
-
-/// The latencies of all requests of several loads, whose merged histogram is `latency`: percentiles to its buckets' width (1/32).
-fn together(reports: &[Report], latency: &Buckets) -> Percentiles {
-    let at = |part: f64| latency.quantile_ns(part).unwrap_or(0) as f64 / 1000.0;
-    let own = || reports.iter().map(|r| r.latency);
-    let count = own().map(|l| l.count).sum();
-    let max_us = own().map(|l| l.max_us).fold(0.0, f64::max);
-    let of = |part: f64| at(part).min(max_us);
-    Percentiles {
-        count,
-        min_us: own()
-            .filter(|l| l.count > 0)
-            .map(|l| l.min_us)
-            .fold(max_us, f64::min),
-        mean_us: own().map(|l| l.mean_us * l.count as f64).sum::<f64>() / count.max(1) as f64,
-        p50_us: of(0.5),
-        p90_us: of(0.9),
-        p99_us: of(0.99),
-        p99_9_us: of(0.999),
-        p99_99_us: of(0.9999),
-        max_us,
-    }
 }
 
 /// Bytes as MiB.

@@ -6,7 +6,10 @@ use crate::{args::bytes, print, table};
 use ::trace::Stage;
 use anyhow::{Context as _, Result, bail, ensure};
 use bench::load::{self, Flushes, Pattern, Percentiles, Report, Spec, Target, Verified, Verify};
-use bench::{flame, jobfile};
+use bench::{
+    flame,
+    jobfile::{self, Told},
+};
 use block::size;
 use clap::{ArgGroup, Args, ValueEnum};
 use io::Aio;
@@ -260,8 +263,19 @@ fn flamegraph(args: &Load, spec: &Spec, out: &Path) -> Result<Report> {
     Ok(flame::around(pids, out, &spec.title(), || load::run(spec))?)
 }
 
-/// Whether all that was verified is as it must be.
+/// Whether anything was measured, and all that was verified is as it must be.
 fn is_as_written(reports: &[Report]) -> Result<()> {
+    for report in reports {
+        let ended = report.reads + report.writes + report.flushes;
+        ensure!(
+            ended > 0,
+            "no request ended while it was measured: give more --seconds"
+        );
+        ensure!(
+            report.errors < ended,
+            "all {ended} requests failed: nothing was measured"
+        );
+    }
     let verified = reports.iter().filter_map(|report| report.verify.as_ref());
     let bad: u64 = verified.map(Verified::bad).sum();
     ensure!(
@@ -279,6 +293,21 @@ struct JobAnswer<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     spec: Option<&'a Spec>,
     report: &'a Report,
+    /// How many jobs that is the report of, where they are reported together (`group_reporting`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    jobs: Option<usize>,
+}
+
+impl<'a> JobAnswer<'a> {
+    fn of(told: &'a Told<'_>) -> Option<Self> {
+        let first = told.jobs.first()?;
+        Some(Self {
+            name: &first.name,
+            spec: Some(&first.spec),
+            report: &told.report,
+            jobs: (told.jobs.len() > 1).then_some(told.jobs.len()),
+        })
+    }
 }
 
 /// Runs the jobs of a job file.
@@ -296,11 +325,15 @@ fn jobs(args: &Load, path: &Path) -> Result<()> {
                 name: &job.name,
                 spec: None,
                 report: &job.report,
+                jobs: None,
             })
             .collect();
         return say_jobs(args, &answers);
     }
-    let jobs = jobfile::read(path, target.as_ref(), args.ignore_unknown)?;
+    let mut jobs = jobfile::read(path, target.as_ref(), args.ignore_unknown)?;
+    for job in &mut jobs.jobs {
+        job.spec.answer_max = patience(&job.spec);
+    }
     for note in &jobs.notes {
         eprintln!("diskplane: note: {}", block::plain(note));
     }
@@ -308,16 +341,8 @@ fn jobs(args: &Load, path: &Path) -> Result<()> {
         let names: Vec<&str> = group.iter().map(|job| job.name.as_str()).collect();
         tracing::info!("running {}", names.join(", "));
     })?;
-    let answers: Vec<JobAnswer<'_>> = jobs
-        .jobs
-        .iter()
-        .zip(&reports)
-        .map(|(job, report)| JobAnswer {
-            name: &job.name,
-            spec: Some(&job.spec),
-            report,
-        })
-        .collect();
+    let told = jobs.told(&reports);
+    let answers: Vec<JobAnswer<'_>> = told.iter().filter_map(JobAnswer::of).collect();
     say_jobs(args, &answers)?;
     is_as_written(&reports)
 }
@@ -329,6 +354,9 @@ fn say_jobs(args: &Load, answers: &[JobAnswer<'_>]) -> Result<()> {
     let mut text = String::new();
     for answer in answers {
         let _ = write!(text, "{}: ", block::plain(answer.name));
+        if let Some(jobs) = answer.jobs {
+            let _ = write!(text, "{jobs} jobs together: ");
+        }
         match answer.spec {
             Some(spec) => text.push_str(&self::text(spec, answer.report)),
             None => {
@@ -424,12 +452,22 @@ fn spec(args: &Load) -> Result<Spec> {
         indirect: !args.no_indirect,
         event_index: !args.no_event_index,
         misalign_bytes: args.misalign,
+        answer_max: patience(&base),
         seed: args.seed,
         server_pids: args.pid.clone(),
         count_syscalls: args.syscalls,
         control: args.control.clone(),
         ..base
     })
+}
+
+/// How long the target of a load may be silent.
+fn patience(spec: &Spec) -> Duration {
+    match spec.target {
+        // Zero is for ever.
+        Target::Nbd(_) => crate::open::nbd_silence().unwrap_or_default(),
+        _ => spec.answer_max,
+    }
 }
 
 /// The report for people.

@@ -44,12 +44,18 @@ pub fn set_nbd_timeout(silence: Option<Duration>) {
     let _ = NBD_SILENCE.set(silence);
 }
 
+/// How long NBD servers may be silent. `None`: for ever.
+pub fn nbd_silence() -> Option<Duration> {
+    let own = nbd::Options::default().silence;
+    NBD_SILENCE.get().copied().unwrap_or(own)
+}
+
 /// How NBD servers are waited for.
 pub fn server() -> nbd::Options {
     let own = nbd::Options::default();
     nbd::Options {
         cancelled: Some(signals::are_caught),
-        silence: NBD_SILENCE.get().copied().unwrap_or(own.silence),
+        silence: nbd_silence(),
         reconnect_for: Some(Duration::ZERO),
         ..own
     }

@@ -122,7 +122,7 @@ impl Raw {
             }
         };
         let count = paths.len().max(1) as u64;
-        let bytes = |size: Option<Size>, of: &str| bytes(size, paths.first(), of);
+        let bytes = |size: Option<Size>, of: &str| bytes_of(size, paths.first(), of);
         let increment = bytes(self.offset_increment, "offset_increment")?.unwrap_or(0);
         let start = bytes(self.offset, "offset")?.unwrap_or(0);
         let Some(start) = increment
@@ -131,9 +131,23 @@ impl Raw {
         else {
             return wrong("its offset and offset_increment are too much");
         };
-        // Of all files together.
-        let whole = match (bytes(self.size, "size")?, self.file_size) {
-            (Some(size), _) => Some(size),
+        // Of all files together; percent are of each.
+        let whole = match (self.size, self.file_size) {
+            (Some(Size::Percent(_)), _) => {
+                let each = paths
+                    .iter()
+                    .map(|path| bytes_of(self.size, Some(path), "size"));
+                let each = match paths.is_empty() {
+                    true => bytes(self.size, "size")?,
+                    false => each
+                        .collect::<Result<Vec<_>, _>>()?
+                        .into_iter()
+                        .flatten()
+                        .min(),
+                };
+                each.and_then(|each| each.checked_mul(count))
+            }
+            (Some(size), _) => bytes(Some(size), "size")?,
             (None, each) => each.and_then(|each| each.checked_mul(count)),
         };
         let range = whole.map(|whole| whole / count);
@@ -369,7 +383,7 @@ fn length(path: &Path) -> Option<u64> {
 }
 
 /// A size in bytes, where it is in percent of the file.
-fn bytes(size: Option<Size>, file: Option<&PathBuf>, of: &str) -> Result<Option<u64>, Wrong> {
+fn bytes_of(size: Option<Size>, file: Option<&PathBuf>, of: &str) -> Result<Option<u64>, Wrong> {
     Ok(match size {
         None => None,
         Some(Size::Bytes(bytes)) => Some(bytes),

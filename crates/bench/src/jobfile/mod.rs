@@ -21,7 +21,7 @@ pub use files::Layout;
 use lines::Given;
 use make::{Setting, Wrong};
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     path::Path,
     sync::{Condvar, Mutex, PoisonError},
     time::Duration,
@@ -41,7 +41,7 @@ pub struct Job {
     pub together: bool,
     /// It begins so much later (`startdelay`).
     pub delay: Duration,
-    /// It begins when all jobs of this name are over (`wait_for`).
+    /// It begins when all jobs before it that have this name are over (`wait_for`).
     pub waits_for: Option<String>,
     /// Its files.
     pub layout: Layout,
@@ -109,13 +109,51 @@ pub fn read(path: &Path, target: Option<&Target>, ignore_unknown: bool) -> Resul
             path.display()
         )));
     }
+    let at_once = jobs
+        .chunk_by(|a, b| a.group == b.group)
+        .any(|group| group.len() > 1);
+    if at_once && matches!(target, Some(Target::VhostUser(_))) {
+        notes.insert(
+            "a vhost-user-blk server has one driver: jobs that are to run at the same time run one after the other".to_owned(),
+        );
+    }
     Ok(Jobs {
         jobs,
         notes: notes.into_iter().collect(),
     })
 }
 
+/// A report, and the jobs that it is of.
+#[derive(Clone, Debug)]
+pub struct Told<'a> {
+    /// One, or all of a group that are reported together.
+    pub jobs: &'a [Job],
+    /// What they did.
+    pub report: Report,
+}
+
 impl Jobs {
+    /// Reports as they are shown: those of jobs of a group with `group_reporting` as one, by the first one's name. What was
+    /// verified stays with its job.
+    pub fn told(&self, reports: &[Report]) -> Vec<Told<'_>> {
+        let is_together = |a: &Job, b: &Job| {
+            let verify = a.spec.verify.is_some() || b.spec.verify.is_some();
+            a.group == b.group && a.together && b.together && !verify
+        };
+        let mut rest = reports;
+        let groups = self.jobs.chunk_by(is_together);
+        let told = groups.map(|jobs| {
+            let (own, later) = rest.split_at(jobs.len().min(rest.len()));
+            rest = later;
+            let report = match own {
+                [one] => one.clone(),
+                several => Report::merged(several),
+            };
+            Told { jobs, report }
+        });
+        told.collect()
+    }
+
     /// Makes what is missing of their files, and runs all jobs, group by group; their reports, in their order. `watch` is told
     /// what comes next.
     ///
@@ -131,14 +169,23 @@ impl Jobs {
         let mut failed = None;
         for group in self.jobs.chunk_by(|a, b| a.group == b.group) {
             watch(group);
+            // Jobs of one file are not to lock each other out.
+            let specs: Vec<&Spec> = group.iter().map(|job| &job.spec).collect();
+            let _locked = match load::file::lock(&specs) {
+                Ok(locked) => locked,
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            };
             let others = Others::of(group);
-            let run = |job: &Job| {
-                let report = others.run(job);
-                report.map_err(|e| e.within(job.name.clone()))
+            let run = |place: usize| {
+                let report = others.run(place);
+                report.map_err(|e| e.within(group[place].name.clone()))
             };
             let all = std::thread::scope(|scope| {
                 let run = &run;
-                let jobs = group.iter().map(|job| scope.spawn(move || run(job)));
+                let jobs = (0..group.len()).map(|place| scope.spawn(move || run(place)));
                 sampling::join(jobs.collect())
             });
             match all {
@@ -157,53 +204,55 @@ impl Jobs {
     }
 }
 
-/// How many jobs of each name of a group are not over.
-struct Others {
-    running: Mutex<BTreeMap<String, usize>>,
+/// Which jobs of a group are over.
+struct Others<'a> {
+    group: &'a [Job],
+    over: Mutex<Vec<bool>>,
     changed: Condvar,
+    /// Who drives a vhost-user-blk server.
+    driver: Mutex<()>,
 }
 
-impl Others {
-    fn of(group: &[Job]) -> Self {
-        let mut running = BTreeMap::new();
-        for job in group {
-            *running.entry(job.name.clone()).or_default() += 1;
-        }
+impl<'a> Others<'a> {
+    fn of(group: &'a [Job]) -> Self {
         Self {
-            running: Mutex::new(running),
+            group,
+            over: Mutex::new(vec![false; group.len()]),
             changed: Condvar::new(),
+            driver: Mutex::new(()),
         }
     }
 
-    /// Runs a job when it is its time.
-    fn run(&self, job: &Job) -> Result<Report> {
+    /// Runs the job at a place of the group when it is its time.
+    fn run(&self, place: usize) -> Result<Report> {
+        let job = &self.group[place];
         if let Some(name) = &job.waits_for {
-            let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-            let waits = |running: &mut BTreeMap<String, usize>| {
-                running.get(name).is_some_and(|count| *count > 0)
-            };
+            // Those before it: one behind it that has the same name may wait for this one.
+            let before = self.group[..place].iter().enumerate();
+            let before = before.filter(|(_, other)| other.name == *name);
+            let places: Vec<usize> = before.map(|(place, _)| place).collect();
+            let over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
+            let waits = |over: &mut Vec<bool>| places.iter().any(|place| !over[*place]);
             // Poisoned: a job panicked, which is passed on when all have ended.
-            drop(self.changed.wait_while(running, waits));
+            drop(self.changed.wait_while(over, waits));
         }
-        let _over = Over(self, &job.name);
+        let _over = Over(self, place);
         std::thread::sleep(job.delay);
-        load::run(&job.spec)
+        // A server of vhost-user-blk has one driver at a time.
+        let is_of_guest = matches!(job.spec.target, Target::VhostUser(_));
+        let _alone =
+            is_of_guest.then(|| self.driver.lock().unwrap_or_else(PoisonError::into_inner));
+        load::run_locked(&job.spec)
     }
 }
 
 /// Tells the others that a job is over, however it ends.
-struct Over<'a>(&'a Others, &'a str);
+struct Over<'a, 'b>(&'a Others<'b>, usize);
 
-impl Drop for Over<'_> {
+impl Drop for Over<'_, '_> {
     fn drop(&mut self) {
-        let Self(others, name) = self;
-        let mut running = others
-            .running
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = running.get_mut(*name) {
-            *count -= 1;
-        }
+        let Self(others, place) = self;
+        others.over.lock().unwrap_or_else(PoisonError::into_inner)[*place] = true;
         others.changed.notify_all();
     }
 }
@@ -370,16 +419,16 @@ mod tests {
         let over = Mutex::new(Vec::new());
         let others = Others::of(&jobs.jobs);
         std::thread::scope(|scope| {
-            for job in jobs.jobs.iter().rev() {
+            for (place, job) in jobs.jobs.iter().enumerate().rev() {
                 let (over, others) = (&over, &others);
                 scope.spawn(move || {
                     job.layout.prepare(1).unwrap();
-                    others.run(job).unwrap();
+                    others.run(place).unwrap();
                     over.lock().unwrap().push(job.name.clone());
                 });
             }
         });
-        assert_eq!(others.running.lock().unwrap().values().sum::<usize>(), 0);
+        assert_eq!(*others.over.lock().unwrap(), [true; 3]);
         assert_eq!(over.lock().unwrap().last().map(String::as_str), Some("b"));
         jobs.run(|_| {}).unwrap();
         assert!(!dir.path().join("f").exists());
@@ -445,5 +494,87 @@ mod tests {
             "{:?}",
             jobs.notes
         );
+    }
+
+    /// A job file that is run, with its reports.
+    fn ran(text: &str) -> (Jobs, Vec<Report>) {
+        let jobs = jobs(text).unwrap();
+        let reports = jobs.run(|_| {}).unwrap();
+        (jobs, reports)
+    }
+
+    #[test]
+    fn jobs_of_one_file_run_at_the_same_time_and_are_told_as_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("shared");
+        let text = format!(
+            "[global]\nfilename={}\nsize=1m\nnorandommap\nnumber_ios=64\n[reads]\nrw=randread\nnumjobs=2\ngroup_reporting\n\
+             [writes]\nrw=randwrite\ngroup_reporting\n[apart]\nrw=randwrite\nverify=md5\nsize=512k\ngroup_reporting\n\
+             [later]\nstonewall\nrw=read\n",
+            file.display()
+        );
+        let (jobs, reports) = ran(&text);
+        let counts = reports.iter().map(|r| (r.reads, r.writes, r.errors));
+        assert_eq!(
+            counts.collect::<Vec<_>>(),
+            [(64, 0, 0), (64, 0, 0), (0, 64, 0), (0, 64, 0), (64, 0, 0)]
+        );
+        let told = jobs.told(&reports);
+        let told: Vec<_> = told
+            .iter()
+            .map(|told| {
+                (
+                    &told.jobs[0].name[..],
+                    told.jobs.len(),
+                    told.report.reads,
+                    told.report.writes,
+                )
+            })
+            .collect();
+        assert_eq!(
+            told,
+            [
+                ("reads", 3, 128, 64),
+                ("apart", 1, 0, 64),
+                ("later", 1, 64, 0)
+            ]
+        );
+    }
+
+    #[test]
+    fn who_waits_for_a_name_waits_for_those_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        // The second `a` waits for `b`, which waits for the first.
+        let text = format!(
+            "[global]\nfilename={}\nsize=64k\nnumber_ios=4\n[a]\nrw=write\n[b]\nwait_for=a\nrw=read\n[a]\nwait_for=b\nrw=write\n",
+            file.display()
+        );
+        let (_, reports) = ran(&text);
+        let counts = reports.iter().map(|r| (r.reads, r.writes));
+        assert_eq!(counts.collect::<Vec<_>>(), [(0, 4), (4, 0), (0, 4)]);
+        let error = jobs("[a]\nfilename=x\nsize=4k\nwait_for=a\n")
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("no job before it"), "{error}");
+    }
+
+    #[test]
+    fn sizes_in_percent_are_of_each_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, bytes: u64| {
+            let path = dir.path().join(name);
+            fs::File::create(&path).unwrap().set_len(bytes).unwrap();
+            path.display().to_string()
+        };
+        let (a, b) = (file("a", 4 << 20), file("b", 2 << 20));
+        let range = |files: &str| {
+            let text = format!("[x]\nfilename={files}\nsize=50%\nrw=write\n");
+            let job = jobs(&text).unwrap().jobs.remove(0);
+            (job.spec.range_bytes, job.spec.ios_max)
+        };
+        assert_eq!(range(&a), (Some(2 << 20), Some(512)));
+        // Of the smaller one what each has room for.
+        assert_eq!(range(&format!("{a}:{b}")), (Some(1 << 20), Some(512)));
     }
 }

@@ -1,7 +1,7 @@
 //! One queue's loop: keep requests in flight, count what ends.
 
 use super::{
-    Latencies, Timeline,
+    Latencies, Spec, Target, Timeline,
     pace::{Pace, Rests},
     plan::{Kind, Plan, Request},
     verify::Verifier,
@@ -19,15 +19,50 @@ pub(crate) const RAMP: u8 = 0;
 pub(crate) const MEASURE: u8 = 1;
 /// No more requests; those in flight end and count.
 pub(crate) const STOP: u8 = 2;
-/// Between two turns: no more requests for now. Those in flight end; their latencies are noted, and where that takes longer than
-/// [`DRAIN`] they and the time count as the turn's, so that no turn's end hides a server that stalls.
+/// Between two turns: no more requests for now. Those in flight end; their latencies are noted, and where that takes long they and
+/// the time count as the turn's ([`Rest`]), so that no turn's end hides a server that stalls.
 pub(crate) const REST: u8 = 3;
 
-/// How long what is in flight at the end of a turn may take without being counted.
-pub(crate) const DRAIN: Duration = Duration::from_millis(20);
+/// What a queue is told that has nothing in flight after a turn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Rest {
+    /// There is another turn, which begins now.
+    pub goes_on: bool,
+    /// What ended since the turn was over counts as the turn's: of all queues together that took long.
+    pub tail_counts: bool,
+}
 
 /// How long a server may leave all requests unanswered.
-const ANSWER_MAX: Duration = Duration::from_secs(60);
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    limit: Duration,
+    hint: &'static str,
+}
+
+impl Patience {
+    pub(crate) fn of(spec: &Spec) -> Self {
+        Self {
+            limit: spec.answer_max,
+            hint: match spec.target {
+                Target::Nbd(_) => ": a longer wait is allowed by --nbd-timeout",
+                Target::VhostUser(_) | Target::File { .. } => "",
+            },
+        }
+    }
+
+    /// Whether nothing since `began` is too long.
+    fn is_over(self, began: Instant) -> bool {
+        !self.limit.is_zero() && began.elapsed() > self.limit
+    }
+
+    fn over(self, what: &str) -> Error {
+        let Self { limit, hint } = self;
+        Error::new(
+            ErrorKind::Io,
+            format!("{what} answered for {} s{hint}", limit.as_secs_f64()),
+        )
+    }
+}
 
 /// How one queue reaches its target. Requests are known by their slot, 0 to the depth.
 pub(crate) trait Client {
@@ -93,9 +128,9 @@ impl Outcome {
         }
     }
 
-    /// Notes what ended after a turn.
-    fn drained(&mut self, tail: &Self, took: Duration) {
-        if took > DRAIN {
+    /// Notes what ended after a turn, of which it counts or not.
+    fn drained(&mut self, tail: &Self, counts: bool) {
+        if counts {
             self.merge(tail);
             return;
         }
@@ -153,18 +188,20 @@ pub(crate) struct Course<'a, 'v> {
     pub bytes_max: Option<u64>,
     /// Says what blocks are.
     pub verifier: Option<&'a mut Verifier<'v>>,
+    /// How long the target may be silent.
+    pub patience: Patience,
 }
 
 /// Keeps [`Course::depth`] requests in flight until `phase` says [`STOP`] or as many were counted as are to be,
 /// and until all of them have ended. When it says [`REST`] and none is in flight, `rest` is called, which returns at
-/// the next turn; with `false` where there is none. Where there is a pace, requests begin when they are due instead, as far
+/// the next turn, or when there is none. Where there is a pace, requests begin when they are due instead, as far
 /// as the depth allows, and their latency counts from then; where the plan has a time to think, each slot rests for that long after an
 /// answer. With a verifier blocks are what that says, and a queue that has written flushes at its end.
 pub(crate) fn drive(
     client: &mut impl Client,
     course: Course<'_, '_>,
     phase: &AtomicU8,
-    mut rest: impl FnMut() -> bool,
+    mut rest: impl FnMut() -> Rest,
 ) -> Result<Outcome> {
     let Course {
         mut plan,
@@ -174,6 +211,7 @@ pub(crate) fn drive(
         ios_max,
         bytes_max,
         mut verifier,
+        patience,
     } = course;
     let mut outcome = Outcome::default();
     let mut began = Instant::now();
@@ -184,8 +222,8 @@ pub(crate) fn drive(
     let mut ended = Vec::with_capacity(depth);
     let mut in_flight = 0;
     let mut measuring = false;
-    // What has ended since the turn was over, and when it was.
-    let mut tail: Option<(Outcome, Instant)> = None;
+    // What has ended since the turn was over.
+    let mut tail: Option<Outcome> = None;
     let mut before = (0, 0);
     // Reads and writes that may still be asked for, and their bytes.
     let mut left = (u64::MAX, u64::MAX);
@@ -202,7 +240,7 @@ pub(crate) fn drive(
         if measuring && matches!(state, RAMP | REST) {
             measuring = false;
             earlier += origin.elapsed();
-            tail = (state == REST).then(|| (Outcome::default(), Instant::now()));
+            tail = (state == REST).then(Outcome::default);
             outcome.notified(before, client.notifications());
         } else if !measuring && matches!(state, MEASURE | STOP) {
             measuring = true;
@@ -261,15 +299,18 @@ pub(crate) fn drive(
             in_flight += 1;
         }
         if in_flight == 0 {
-            if let Some((tail, over)) = tail.take() {
-                outcome.drained(&tail, over.elapsed());
-            }
-            if state == REST && rest() {
-                began = Instant::now();
-                if let Some(pace) = &mut pace {
-                    pace.restart(began);
+            if state == REST {
+                let rest = rest();
+                if let Some(tail) = tail.take() {
+                    outcome.drained(&tail, rest.tail_counts);
                 }
-                continue;
+                if rest.goes_on {
+                    began = Instant::now();
+                    if let Some(pace) = &mut pace {
+                        pace.restart(began);
+                    }
+                    continue;
+                }
             }
             let held = rests.as_mut().filter(|rests| rests.holds() && goes_on);
             if let Some(rests) = held {
@@ -296,14 +337,8 @@ pub(crate) fn drive(
         client.reap(&mut ended)?;
         let now = Instant::now();
         if ended.is_empty() {
-            if now - began > ANSWER_MAX {
-                return Err(Error::new(
-                    ErrorKind::Io,
-                    format!(
-                        "none of {in_flight} requests was answered for {} s",
-                        ANSWER_MAX.as_secs()
-                    ),
-                ));
+            if patience.is_over(began) {
+                return Err(patience.over(&format!("none of {in_flight} requests was")));
             }
             continue;
         }
@@ -314,7 +349,7 @@ pub(crate) fn drive(
             if let Some(verifier) = &mut verifier {
                 verifier.end(client, slot, ok);
             }
-            if let Some((tail, _)) = &mut tail {
+            if let Some(tail) = &mut tail {
                 tail.count(&request, now.saturating_duration_since(since), ok);
             }
             if measuring {
@@ -343,11 +378,13 @@ pub(crate) fn drive(
     }
     if written {
         match verifier {
-            Some(verifier) if plan.can_flush() => flush(client, Some(verifier), Request::flush(0))?,
+            Some(verifier) if plan.can_flush() => {
+                flush(client, Some(verifier), Request::flush(0), patience)?
+            }
             Some(_) => {}
             None => {
                 for last in plan.last_flushes() {
-                    flush(client, None, last)?;
+                    flush(client, None, last, patience)?;
                 }
             }
         }
@@ -360,6 +397,7 @@ fn flush(
     client: &mut impl Client,
     mut verifier: Option<&mut Verifier<'_>>,
     request: Request,
+    patience: Patience,
 ) -> Result<()> {
     let began = Instant::now();
     let request = match &mut verifier {
@@ -369,12 +407,8 @@ fn flush(
     client.submit(0, request)?;
     let mut ended = Vec::new();
     while ended.is_empty() {
-        if began.elapsed() > ANSWER_MAX {
-            let text = format!(
-                "the last flush was not answered for {} s",
-                ANSWER_MAX.as_secs()
-            );
-            return Err(Error::new(ErrorKind::Io, text));
+        if patience.is_over(began) {
+            return Err(patience.over("the last flush was not"));
         }
         client.send()?;
         client.reap(&mut ended)?;
@@ -393,7 +427,7 @@ fn flush(
 mod tests {
     use super::*;
     use crate::load::{
-        Against, Spec, Target,
+        Against,
         plan::{DISK, Places},
     };
 
@@ -444,6 +478,7 @@ mod tests {
             ios_max,
             bytes_max: None,
             verifier: None,
+            patience: Patience::of(spec),
         }
     }
 
@@ -458,7 +493,7 @@ mod tests {
         spec.check().unwrap();
         let phase = AtomicU8::new(MEASURE);
         let mut client = Stalling::default();
-        let outcome = drive(&mut client, course(&spec, Some(100)), &phase, || false).unwrap();
+        let outcome = drive(&mut client, course(&spec, Some(100)), &phase, Rest::default).unwrap();
         assert_eq!(outcome.reads, 100);
         let histogram = outcome.read_latency.histogram();
         let slow = histogram
@@ -529,7 +564,11 @@ mod tests {
                 phase: &phase,
                 late,
             };
-            let outcome = drive(&mut client, course(&spec, None), &phase, || false).unwrap();
+            let over = || Rest {
+                goes_on: false,
+                tail_counts: !late.is_zero(),
+            };
+            let outcome = drive(&mut client, course(&spec, None), &phase, over).unwrap();
             let longest = outcome.read_latency.percentiles().max_us;
             (
                 outcome.reads,
@@ -537,9 +576,10 @@ mod tests {
                 longest,
             )
         };
-        // It is seen in any case, and the turn's where it was long.
-        assert_eq!(late(Duration::ZERO).1, 3);
-        let (reads, seen, longest) = late(DRAIN * 2);
+        // It is seen in any case, and the turn's where that is said.
+        let (reads, seen, _) = late(Duration::ZERO);
+        assert_eq!((reads, seen), (2, 3));
+        let (reads, seen, longest) = late(Duration::from_millis(40));
         assert_eq!((reads, seen), (3, 3));
         assert!(longest >= 40_000.0, "{longest}");
     }
@@ -549,10 +589,10 @@ mod tests {
         let spec = Spec::new(Target::VhostUser("none".into()));
         let request = course(&spec, None).plan.next(0, None);
         let mut tail = Outcome::default();
-        tail.count(&request, DRAIN, true);
-        for (took, reads) in [(DRAIN, 0), (DRAIN * 2, 1)] {
+        tail.count(&request, Duration::from_millis(20), true);
+        for (counts, reads) in [(false, 0), (true, 1)] {
             let mut outcome = Outcome::default();
-            outcome.drained(&tail, took);
+            outcome.drained(&tail, counts);
             assert_eq!((outcome.reads, outcome.bytes), (reads, reads * 4096));
             assert_eq!(outcome.read_latency.percentiles().count, 1);
         }
@@ -611,7 +651,7 @@ mod tests {
         spec.check().unwrap();
         let mut client = Noting::default();
         let phase = AtomicU8::new(MEASURE);
-        let outcome = drive(&mut client, course(&spec, Some(24)), &phase, || false).unwrap();
+        let outcome = drive(&mut client, course(&spec, Some(24)), &phase, Rest::default).unwrap();
         assert_eq!((outcome.reads, client.came.len()), (24, 24));
         client
     }

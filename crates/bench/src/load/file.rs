@@ -2,7 +2,7 @@
 //! to an engine.
 
 use super::{
-    By, Report, Spec,
+    By, Report, Spec, Target,
     drive::{Client, Ended},
     fill,
     plan::{Geometry, Kind, Places, Request},
@@ -10,10 +10,11 @@ use super::{
 };
 use block::{Context, Error, ErrorKind, IoVec, Result};
 use io::{
-    Aio, Cache, Engine, EngineKind, EngineOptions, Events, File, FileSlot, Io, IoOp, OpenOptions,
-    Token, Wait, memory::AlignedBuf,
+    Aio, Cache, Engine, EngineKind, EngineOptions, Events, File, FileSlot, Io, IoOp, Lock,
+    OpenOptions, Token, Wait, memory::AlignedBuf,
 };
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -37,11 +38,14 @@ pub(crate) fn run(
         } else {
             Cache::Writeback
         },
-        ..if spec.writes() {
-            OpenOptions::default()
-        } else {
-            OpenOptions::reading()
-        }
+        ..access(spec.writes())
+    };
+    let options = match by.locked {
+        true => OpenOptions {
+            lock: Lock::None,
+            ..options
+        },
+        false => options,
     };
     let paths = [path]
         .into_iter()
@@ -68,6 +72,35 @@ pub(crate) fn run(
         move || Bare::new(spec, &files, span, kind, queue).context(|| path.display().to_string())
     });
     run_queues(spec, places, openers.collect(), by).context(named)
+}
+
+/// How files are opened that are written or read.
+fn access(writes: bool) -> OpenOptions {
+    match writes {
+        true => OpenOptions::default(),
+        false => OpenOptions::reading(),
+    }
+}
+
+/// Locks the files of loads that are to run at the same time ([`super::run_locked`]), as long as what comes back is there.
+pub(crate) fn lock(specs: &[&Spec]) -> Result<Vec<Arc<File>>> {
+    let mut files: BTreeMap<&Path, bool> = BTreeMap::new();
+    for spec in specs {
+        let Target::File { path, .. } = &spec.target else {
+            continue;
+        };
+        for path in [path].into_iter().chain(&spec.shape.more_files) {
+            *files.entry(path).or_default() |= spec.writes();
+        }
+    }
+    let locked = files.into_iter().map(|(path, writes)| {
+        let options = OpenOptions {
+            cache: Cache::Writeback,
+            ..access(writes)
+        };
+        io::wait_for_lock(|| File::open(path, &options))
+    });
+    locked.collect()
 }
 
 struct Bare {

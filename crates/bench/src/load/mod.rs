@@ -1,8 +1,9 @@
 //! A load: what is asked of a disk ([`Spec`]), and what came back ([`Report`]).
 
 mod drive;
-mod file;
+pub(crate) mod file;
 mod latency;
+mod merged;
 pub(crate) mod nbd;
 mod pace;
 mod plan;
@@ -50,13 +51,27 @@ pub const BUFFER_BYTES_MAX: u64 = 4 << 30;
 /// # Errors
 ///
 /// [`block::ErrorKind::Invalid`] when the target cannot do what is asked, with what to change; else the target is not there,
-/// breaks its protocol, vanishes, or answers nothing for a minute. Requests that fail count as
+/// breaks its protocol, vanishes, or answers nothing for [`Spec::answer_max`]. Requests that fail count as
 /// [`Report::errors`] and end nothing.
 pub fn run(spec: &Spec) -> Result<Report> {
     spec.check()?;
+    run_checked(spec, false)
+}
+
+/// [`run`] on files that the caller has locked: loads of one process at the same time would lock each other out.
+pub(crate) fn run_locked(spec: &Spec) -> Result<Report> {
+    spec.check()?;
+    run_checked(spec, true)
+}
+
+fn run_checked(spec: &Spec, locked: bool) -> Result<Report> {
+    let by = By {
+        locked,
+        ..By::default()
+    };
     match &spec.verify {
-        Some(verify) => verify::run(spec, verify),
-        None => run_on(spec, By::default()),
+        Some(verify) => verify::run(spec, verify, by),
+        None => run_on(spec, by),
     }
 }
 
@@ -67,6 +82,8 @@ pub(crate) struct By<'a> {
     turns: Option<&'a Turns>,
     /// It verifies.
     against: Against<'a>,
+    /// Whoever runs it has its files locked.
+    locked: bool,
 }
 
 /// What a load verifies.
@@ -262,6 +279,9 @@ pub struct Spec {
     /// has to copy what does not lie as its device wants it.
     #[serde(default)]
     pub misalign_bytes: u64,
+    /// How long the target may leave all requests unanswered; zero: for ever.
+    #[serde(default = "a_minute")]
+    pub answer_max: Duration,
     /// Seed of offsets and of the mix.
     pub seed: u64,
     /// Processes whose CPU time is the server's.
@@ -272,6 +292,10 @@ pub struct Spec {
     /// The control socket of a diskplane server, which is asked for the time that requests spend in its stages.
     #[serde(default)]
     pub control: Option<PathBuf>,
+}
+
+fn a_minute() -> Duration {
+    Duration::from_secs(60)
 }
 
 fn is_plain(shape: &Shape) -> bool {
@@ -334,6 +358,7 @@ impl Spec {
             indirect: true,
             event_index: true,
             misalign_bytes: 0,
+            answer_max: a_minute(),
             seed: 1,
             server_pids: Vec::new(),
             count_syscalls: false,
@@ -410,6 +435,9 @@ pub struct Report {
     /// All latencies of reads and writes; in records beside the report, not in it.
     #[serde(skip)]
     pub histogram: Buckets,
+    /// Those of reads, of writes and of flushes, likewise.
+    #[serde(skip)]
+    pub kinds: [Buckets; 3],
     /// When they were how long, likewise.
     #[serde(skip)]
     pub timeline: timeline::Stored,
@@ -436,6 +464,11 @@ impl Report {
             write_latency: write_latency.percentiles(),
             latency: both.percentiles(),
             histogram: both.histogram(),
+            kinds: [
+                read_latency.histogram(),
+                write_latency.histogram(),
+                Buckets::default(),
+            ],
             ..Self::default()
         }
     }

@@ -2,7 +2,7 @@
 
 use super::{
     By, Report, Spec,
-    drive::{self, Client, Course, DRAIN, MEASURE, Outcome, RAMP, REST, STOP},
+    drive::{self, Client, Course, MEASURE, Outcome, Patience, RAMP, REST, Rest, STOP},
     pace::{Pace, Rests},
     plan::{self, Places, Plan},
     turns::Turns,
@@ -12,12 +12,15 @@ use super::{
 use block::{Error, Result};
 use std::{
     sync::{
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicU8, Ordering},
         mpsc::{self, Receiver, RecvTimeoutError, Sender},
     },
     thread,
     time::{Duration, Instant},
 };
+
+/// How long what is in flight at the end of a turn may take, of all queues together, without being counted.
+const DRAIN: Duration = Duration::from_millis(20);
 
 enum Message {
     /// A queue is connected.
@@ -41,8 +44,10 @@ where
     O: FnOnce() -> Result<C> + Send,
 {
     let phase = AtomicU8::new(if spec.ramp.is_zero() { MEASURE } else { RAMP });
+    // Of the turn that is over: decided before the queues are told to go on, or to end.
+    let tail_counts = AtomicBool::new(false);
     let queues = openers.len() as u64;
-    let By { turns, against } = by;
+    let By { turns, against, .. } = by;
     if let Some(ledger) = against.ledger {
         ledger.prepare(&places, queues * u64::from(spec.depth))?;
     }
@@ -52,7 +57,7 @@ where
         for (queue, open) in (0u32..).zip(openers) {
             let (gate, pass) = mpsc::channel();
             gates.push(gate);
-            let (tell, phase) = (tell.clone(), &phase);
+            let (tell, phase, tail_counts) = (tell.clone(), &phase, &tail_counts);
             let report = tell.clone();
             let is_counted = turns.is_none();
             let share = move |all: Option<u64>| {
@@ -66,7 +71,11 @@ where
                 if pass.recv().is_err() {
                     return Ok(Box::default());
                 }
-                let rest = || tell.send(Message::Rests).is_ok() && pass.recv().is_ok();
+                let rest = || Rest {
+                    goes_on: tell.send(Message::Rests).is_ok() && pass.recv().is_ok(),
+                    // Read behind what the gate said.
+                    tail_counts: tail_counts.load(Ordering::Acquire),
+                };
                 let depth = spec.depth as usize;
                 let block = spec.block_bytes as usize;
                 let mut verifier = against.ledger.map(|l| Verifier::new(l, block, depth));
@@ -78,6 +87,7 @@ where
                     ios_max: share(spec.ios_max),
                     bytes_max: share(spec.shape.bytes_max),
                     verifier: verifier.as_mut(),
+                    patience: Patience::of(spec),
                 };
                 drive::drive(&mut client, course, phase, rest).map(Box::new)
             };
@@ -89,14 +99,25 @@ where
                 .map_err(|e| Error::os("starting a thread", e))?;
         }
         drop(tell);
-        conduct(spec, &phase, gates, &hear, turns)
+        let stage = Stage {
+            phase: &phase,
+            tail_counts: &tail_counts,
+        };
+        conduct(spec, &stage, gates, &hear, turns)
     })
+}
+
+/// What the conductor shows to all queues.
+struct Stage<'a> {
+    phase: &'a AtomicU8,
+    /// What ended behind the last turn counts as the turn's.
+    tail_counts: &'a AtomicBool,
 }
 
 /// The thread that measures: lets the queues go, and takes what they bring.
 fn conduct(
     spec: &Spec,
-    phase: &AtomicU8,
+    stage: &Stage<'_>,
     gates: Vec<Sender<()>>,
     hear: &Receiver<Message>,
     turns: Option<&Turns>,
@@ -122,9 +143,10 @@ fn conduct(
     }
     let mut watched = Watched::of(spec)?;
     if let Some(turns) = turns {
-        let (seconds, used) = in_turns(&mut watched, phase, gates, &mut hall, turns)?;
+        let (seconds, used) = in_turns(&mut watched, stage, gates, &mut hall, turns)?;
         return report(spec, &hall.total, seconds, used);
     }
+    let phase = stage.phase;
     let mut before = watched.begin()?;
     let mut began = Instant::now();
     for gate in gates {
@@ -157,11 +179,12 @@ fn conduct(
 /// Runs when `turns` says so, until there are no more; what was measured, and used meanwhile.
 fn in_turns(
     watched: &mut Watched<'_>,
-    phase: &AtomicU8,
+    stage: &Stage<'_>,
     gates: Vec<Sender<()>>,
     hall: &mut Hall<'_>,
     turns: &Turns,
 ) -> Result<(Duration, Usage)> {
+    let phase = stage.phase;
     let mut measured = Duration::ZERO;
     let mut used = Usage::default();
     while let Some(turn) = turns.next() {
@@ -183,7 +206,10 @@ fn in_turns(
             hall.wait_for_rest();
             let drain = began.elapsed() - window;
             measured += window;
-            if drain > DRAIN {
+            // For the time and for what ended in it.
+            let counts = drain > DRAIN;
+            stage.tail_counts.store(counts, Ordering::Release);
+            if counts {
                 measured += drain;
                 after = watched.end()?;
             }
@@ -284,6 +310,7 @@ fn report(spec: &Spec, total: &Outcome, seconds: Duration, used: Usage) -> Resul
             (total.writes, &total.write_latency),
         )
     };
+    report.kinds[2] = total.flush_latency.histogram();
     used.tell(&spec.server_pids, ios, requests, &mut report)?;
     Ok(report)
 }

@@ -201,7 +201,8 @@ fn parse(text: &str) -> Option<(Metrics, Value)> {
     let percent = job["usr_cpu"].as_f64()? + job["sys_cpu"].as_f64()?;
     let p50 = ["read", "write"]
         .iter()
-        .filter_map(|rw| job[rw]["clat_ns"]["percentile"]["50.000000"].as_f64())
+        // The whole request's, as ours.
+        .filter_map(|rw| job[rw]["lat_ns"]["percentile"]["50.000000"].as_f64())
         .fold(0.0, f64::max);
     if iops <= 0.0 || seconds <= 0.0 {
         return None;
@@ -228,8 +229,8 @@ mod tests {
     fn figures_are_read_from_json() {
         let text = r#"note: something
             {"fio version": "fio-3.33", "jobs": [{"error": 0, "usr_cpu": 10.0, "sys_cpu": 20.0,
-              "read": {"iops": 3000.0, "runtime": 2000, "clat_ns": {"percentile": {"50.000000": 90000}}},
-              "write": {"iops": 1000.0, "runtime": 2000, "clat_ns": {"percentile": {"50.000000": 80000}}}}]}"#;
+              "read": {"iops": 3000.0, "runtime": 2000, "lat_ns": {"percentile": {"50.000000": 90000}}},
+              "write": {"iops": 1000.0, "runtime": 2000, "lat_ns": {"percentile": {"50.000000": 80000}}}}]}"#;
         let (metrics, _) = parse(text).unwrap();
         assert_eq!(metrics[&Metric::Iops], 4000.0);
         assert_eq!(metrics[&Metric::Pairs], 2000.0);

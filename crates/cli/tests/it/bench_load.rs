@@ -319,3 +319,107 @@ fn what_does_not_go_together_is_refused() {
     assert_eq!(answer["report"]["reads"], 40);
     assert!(answer["report"]["iops"].as_f64() < Some(530.0), "{answer}");
 }
+
+#[test]
+fn servers_that_say_nothing_are_waited_for_as_long_as_is_said() {
+    let dir = TempDir::new();
+    let dir = dir.path("").to_owned();
+    let load = |socket: &str| {
+        let uri = format!("nbd+unix:///?socket={socket}");
+        let args = [
+            "--nbd-timeout",
+            "1",
+            "bench",
+            "load",
+            "--nbd",
+            &uri,
+            "--seconds",
+            "0.1",
+        ];
+        refused(&dir, &args)
+    };
+    // One that takes connections, and one that takes requests too.
+    let _mute = std::os::unix::net::UnixListener::bind(dir.join("mute")).unwrap();
+    let words = load("mute");
+    assert!(
+        words.contains("connection 1 of 1: handshake: greeting: the server does not answer"),
+        "{words}"
+    );
+    let mut nbdkit = Command::new("nbdkit");
+    nbdkit
+        .current_dir(&dir)
+        .args(["--foreground", "--unix", "slow", "--pidfile", "pid"]);
+    nbdkit.args(["--filter=delay", "null", "1M", "rdelay=1000"]);
+    let Ok(child) = nbdkit.stdout(Stdio::null()).spawn() else {
+        return eprintln!("not tested: nbdkit is not installed");
+    };
+    let _slow = Server(child);
+    while !fs::read_to_string(dir.join("pid")).is_ok_and(|pid| pid.ends_with('\n')) {
+        std::thread::yield_now();
+    }
+    let words = load("slow");
+    let says =
+        "none of 32 requests was answered for 1 s: a longer wait is allowed by --nbd-timeout";
+    assert!(words.contains(says), "{words}");
+}
+
+#[test]
+fn what_means_nothing_there_is_refused_and_what_failed_altogether_is_no_success() {
+    let dir = TempDir::new();
+    let dir = dir.path("").to_owned();
+    fs::write(dir.join("f"), vec![0; 1 << 20]).unwrap();
+    let file = ["bench", "load", "--file", "f", "--buffered", "--ios", "4"];
+    for option in [
+        &["--ring", "256"][..],
+        &["--no-indirect"],
+        &["--no-event-index"],
+        &["--misalign", "2"],
+        &["--packed"],
+    ] {
+        let args = [&file[..], option].concat();
+        let words = failure(&args, &diskplane(&dir, &args), 1);
+        assert!(words.contains("--vhost-user <SOCK>"), "{option:?}: {words}");
+    }
+    // A folder that is not there is not made.
+    let words = refused(
+        &dir,
+        &[
+            "bench",
+            "ffsb",
+            "--seconds",
+            "0.1",
+            "--size",
+            "1M",
+            "nowhere",
+        ],
+    );
+    assert!(
+        words.contains("nowhere: there is no such folder"),
+        "{words}"
+    );
+    assert!(!dir.join("nowhere").exists());
+    // All of its requests fail.
+    let nbdkit = Command::new("nbdkit").arg("--version").output();
+    if nbdkit.is_err() {
+        return eprintln!("not tested: nbdkit is not installed");
+    }
+    let mut run = Command::new("nbdkit");
+    run.current_dir(&dir).args([
+        "--unix",
+        "bad",
+        "--filter=error",
+        "null",
+        "1M",
+        "error-rate=100%",
+        "--run",
+    ]);
+    let load = "bench load --nbd nbd+unix:///?socket=bad --ios 8 --depth 1";
+    run.arg(format!("{} {load}", binary().display()));
+    let output = run.output().unwrap();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{output:?}");
+    assert!(
+        words.contains("all 8 requests failed: nothing was measured"),
+        "{words}"
+    );
+}

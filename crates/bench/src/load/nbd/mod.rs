@@ -31,6 +31,8 @@ use std::{io::IoSlice, time::Duration};
 
 /// How long a thread sleeps for replies before it looks around.
 const TICK: Duration = Duration::from_millis(500);
+/// How long a handshake may take, where requests may take longer.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(20);
 /// Pieces of one `sendmsg`.
 const PIECES_MAX: usize = 128;
 /// How often a polling client looks before it sees to other things.
@@ -41,8 +43,11 @@ pub(crate) fn run(spec: &Spec, text: &str, by: By<'_>) -> Result<Report> {
     let mut connections = Vec::new();
     for number in 1..=spec.queues {
         let named = || format!("{text}: connection {number} of {}", spec.queues);
-        let (socket, export) =
-            handshake::open(&uri, &handshake::Options::default()).context(named)?;
+        let options = handshake::Options {
+            time: (!spec.answer_max.is_zero()).then(|| spec.answer_max.min(HANDSHAKE_MAX)),
+            ..handshake::Options::default()
+        };
+        let (socket, export) = handshake::open(&uri, &options).context(named)?;
         // Before there is a second one: such a server may take no more, and leave it waiting.
         if spec.verify.is_some()
             && spec.queues > 1

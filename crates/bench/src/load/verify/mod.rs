@@ -125,7 +125,7 @@ impl Verified {
 ///
 /// Those of a load, and those of the state. Where the load fails the state knows all that may be on the disk then, as it does where
 /// this process is killed.
-pub(super) fn run(spec: &Spec, options: &Verify) -> Result<Report> {
+pub(super) fn run(spec: &Spec, options: &Verify, by: By<'_>) -> Result<Report> {
     let (state, known) = match &options.state {
         Some(path) => {
             let (state, known) = State::open(path, spec)?;
@@ -146,15 +146,15 @@ pub(super) fn run(spec: &Spec, options: &Verify) -> Result<Report> {
     if let Some(state) = state {
         ledger.keep_in(state);
     }
-    let report = load(spec, &ledger, known.is_some())?;
+    let report = load(spec, &ledger, known.is_some(), by.locked)?;
     ledger.close()?;
     Ok(report)
 }
 
-fn load(spec: &Spec, ledger: &Ledger, goes_on: bool) -> Result<Report> {
+fn load(spec: &Spec, ledger: &Ledger, goes_on: bool, locked: bool) -> Result<Report> {
     let mut unread = 0;
     if goes_on {
-        unread += sweep(spec, ledger)?;
+        unread += sweep(spec, ledger, locked)?;
     }
     let against = Against {
         ledger: Some(ledger),
@@ -162,11 +162,12 @@ fn load(spec: &Spec, ledger: &Ledger, goes_on: bool) -> Result<Report> {
     };
     let by = By {
         against,
+        locked,
         ..By::default()
     };
     let mut report = super::run_on(spec, by)?;
     if ledger.lock().written > 0 {
-        unread += sweep(spec, ledger)?;
+        unread += sweep(spec, ledger, locked)?;
     }
     let inner = ledger.lock();
     let [wrong, stale, torn] = inner.counts;
@@ -184,7 +185,7 @@ fn load(spec: &Spec, ledger: &Ledger, goes_on: bool) -> Result<Report> {
 }
 
 /// Reads all blocks of which something is known; how many could not be read.
-fn sweep(spec: &Spec, ledger: &Ledger) -> Result<u64> {
+fn sweep(spec: &Spec, ledger: &Ledger, locked: bool) -> Result<u64> {
     let known = ledger.known();
     if known.is_empty() {
         return Ok(0);
@@ -209,6 +210,7 @@ fn sweep(spec: &Spec, ledger: &Ledger) -> Result<u64> {
     };
     let by = By {
         against,
+        locked,
         ..By::default()
     };
     Ok(super::run_on(&reads, by)?.errors)
