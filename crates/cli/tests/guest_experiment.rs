@@ -1,6 +1,7 @@
-//! An experiment's cells in a guest, as a user runs them. Six guests boot one after the other, which takes minutes under
+//! An experiment's cells in a guest, as a user runs them. Six guests a cell boot one after the other, which takes minutes under
 //! emulation: `make soak ARGS=guest` runs it, and `make test` does not. It needs `make setup`.
 
+use serde_json::Value;
 use std::process::Command;
 use testkit::{TempDir, command};
 
@@ -8,10 +9,35 @@ use testkit::{TempDir, command};
 /// QEMU used.
 #[test]
 fn an_experiment_runs_in_a_guest() {
+    runs("guest-random-reads-16");
+}
+
+/// The same by fio, on the disk as it is.
+#[test]
+fn fio_runs_in_a_guest() {
+    for sample in runs("guest-fio-randread") {
+        let report = &sample["detail"]["reports"][0];
+        assert!(
+            report["reads"].as_u64() > Some(0) && report["writes"] == 0,
+            "{sample}"
+        );
+        let spec = &sample["detail"]["specs"][0];
+        assert_eq!(
+            (&spec["depth"], &spec["block_bytes"]),
+            (&32.into(), &4096.into())
+        );
+        // Boot is not part of it.
+        let seconds = report["seconds"].as_f64().unwrap();
+        assert!((0.9..3.0).contains(&seconds), "{sample}");
+    }
+}
+
+/// Runs a cell, and looks at what all of them have; its samples.
+fn runs(cell: &str) -> Vec<Value> {
     let dir = TempDir::new();
     let out = dir.path("run");
     let mut bench = Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")));
-    bench.args(["bench", "run", "E2", "--cells", "guest-random-reads-16"]);
+    bench.args(["bench", "run", "E2", "--cells", cell]);
     bench.args(["--samples", "1", "--seconds", "1", "--disk", "128M"]);
     bench
         .arg("--guest")
@@ -21,12 +47,15 @@ fn an_experiment_runs_in_a_guest() {
     command::run(&mut bench);
     let text = std::fs::read_to_string(out.join("records.jsonl")).unwrap();
     let records = text.lines().map(|line| serde_json::from_str(line).unwrap());
-    let records: Vec<serde_json::Value> = records.collect();
-    let of = |kind: &str| -> Vec<_> { records.iter().filter(|r| r["record"] == kind).collect() };
-    assert_eq!(of("failure"), [] as [&serde_json::Value; 0]);
+    let records: Vec<Value> = records.collect();
+    let of = |kind: &str| -> Vec<Value> {
+        let own = records.iter().filter(|r| r["record"] == kind);
+        own.cloned().collect()
+    };
+    assert_eq!(of("failure"), [] as [Value; 0]);
     let samples = of("sample");
     assert_eq!(samples.len(), 6);
-    for sample in samples {
+    for sample in &samples {
         let side = sample["side"].as_str().unwrap();
         let figure = |name: &str| sample["metrics"][name].as_f64();
         for name in [
@@ -66,4 +95,5 @@ fn an_experiment_runs_in_a_guest() {
         );
     }
     assert!(!out.join("work").exists());
+    samples
 }

@@ -7,7 +7,7 @@ use super::plan::{
 use crate::{
     ffsb::Scenario,
     metric::Metric,
-    versus::cell::{NONE, Server},
+    versus::cell::{Load, NONE, RANDREAD, RANDWRITE, Server},
 };
 
 const OURS: How = How::Mounted(Some(Server::DiskplaneNbd));
@@ -227,6 +227,21 @@ fn in_guest((scenario, threads): (Scenario, usize)) -> Cell {
     }
 }
 
+/// The same by fio, on the disk as it is: 32 requests of 4 KiB at a time.
+fn fio_in_guest((name, load): (&str, Load)) -> Cell {
+    let of_files = in_guest(IN_GUEST[0]);
+    Cell {
+        name: format!("guest-fio-{name}"),
+        axes: vec![
+            ("guest".to_owned(), "Linux".to_owned()),
+            ("fio".to_owned(), name.to_owned()),
+        ],
+        load,
+        files: None,
+        ..of_files
+    }
+}
+
 fn findings() -> Vec<Finding> {
     let mut findings = Vec::new();
     let mb_s = |cell: &str, side: &str| -> Term { term(cell, side, Metric::MbS) };
@@ -343,6 +358,8 @@ pub(super) fn experiment() -> Experiment {
     }
     cells.extend(toggles());
     cells.extend(IN_GUEST.map(in_guest));
+    let by_fio = [("randread", RANDREAD), ("randwrite", RANDWRITE)];
+    cells.extend(by_fio.map(fio_in_guest));
     Experiment {
         name: "E2",
         title: "File systems on virtual disks",

@@ -1,23 +1,26 @@
-//! Disks of a Linux guest: FFSB's scenarios inside, on ext4 on the whole disk.
+//! Disks of a Linux guest: FFSB's scenarios inside, on ext4 on the whole disk, or fio on the disk as it is.
 //!
 //! ```text
 //!   guest    diskplane bench ffsb /mnt          this program itself, in the initramfs            (guest/init: bench)
 //!            ext4 · virtio_blk or ata_piix
+//!         or fio --filename=/dev/vda            the host's, in the initramfs                     (guest/init: fio)
+//!            virtio_blk or ata_piix
 //!   QEMU     vhost-user-blk │ virtio-blk-pci or ide-hd on NBD │ the same on QEMU's own block layer
 //!            our server, qemu-storage-daemon │ our server, qemu-nbd │ –
 //!   image
 //! ```
 //!
-//! The guest prints its records and what its kernel counted on a serial port. What servers, QEMU and this machine did is
+//! The guest prints its records, or fio's report, and what its kernel counted on a serial port. What servers, QEMU and this machine did is
 //! looked at here, from the line with which the load begins to the one with which it ends.
 
 use super::{
-    plan::{Bus, Cell, Side},
+    plan::{Bus, Cell, Files, Side},
     runner::Runner,
 };
 use crate::{
+    fio,
     load::{
-        Report, Target,
+        Report, Spec, Target,
         usage::{self, Watched},
     },
     machine::{
@@ -159,7 +162,46 @@ fn sample(lines: &[String]) -> Option<(Sample, Report)> {
     Some((sample, report))
 }
 
+/// What fio said of its load.
+fn of_fio(lines: &[String], spec: &Spec) -> Option<(Sample, Report)> {
+    let mut jobs = fio::parse(&file(lines, "fio"))?;
+    let report = jobs.pop().filter(|_| jobs.is_empty())?.report;
+    let detail = json!({ "specs": [spec] });
+    let told = Sample {
+        detail,
+        ..Sample::default()
+    };
+    Some((told, report))
+}
+
+/// What a guest is to do.
+enum Asked {
+    /// A scenario on files of so many MiB together.
+    Files(Files, u64),
+    /// A load on the disk.
+    Disk(Box<Spec>),
+}
+
 impl Runner<'_> {
+    /// What a side's guest is to do in a cell.
+    fn asked(&self, cell: &Cell, side: &Side, bus: Bus, seed: u64) -> Asked {
+        if let Some(files) = cell.files {
+            let spec = self.files_spec(files, side, Path::new("/mnt"), seed);
+            return Asked::Files(files, (spec.space_bytes >> 20).clamp(16, FILES_MIB_MAX));
+        }
+        let disk = Target::File {
+            path: bus.device().into(),
+            engine: "native".to_owned(),
+            direct: true,
+        };
+        Asked::Disk(Box::new(Spec {
+            duration: self.options.duration,
+            range_bytes: Some(self.lab.bytes(side.image)),
+            seed,
+            ..cell.load.spec(disk, side.queues)
+        }))
+    }
+
     /// Takes a sample of a load on a file system in a guest.
     pub(super) fn guest(
         &mut self,
@@ -179,14 +221,9 @@ impl Runner<'_> {
         let server =
             server.map(|server| self.start(side, server, images, (true, false), &work, notes));
         let server = server.transpose()?;
-        let mut guest = self.boot(
-            cell,
-            side,
-            bus,
-            server.as_ref().map(|(s, _)| &s.targets[..]),
-            image,
-            seed,
-        )?;
+        let asked = self.asked(cell, side, bus, seed);
+        let targets = server.as_ref().map(|(s, _)| &s.targets[..]);
+        let mut guest = self.boot(&asked, side, bus, targets, image, seed)?;
         guest.wait_for("bench=begin")?;
         let pids: Vec<u32> = server.iter().map(|(running, _)| running.pid()).collect();
         let control = server.iter().find_map(|(running, _)| running.control_of(0));
@@ -205,7 +242,11 @@ impl Runner<'_> {
         device.add_to(&mut of_device);
         guest.wait_for("result=ok")?;
         let lines = guest.lines();
-        let Some((told, mut report)) = sample(&lines) else {
+        let told = match &asked {
+            Asked::Files(..) => sample(&lines),
+            Asked::Disk(spec) => of_fio(&lines, spec),
+        };
+        let Some((told, mut report)) = told else {
             return Err(guest.failed("handed out no record that can be read"));
         };
         guest.qemu.wait(LIMIT)?;
@@ -241,17 +282,17 @@ impl Runner<'_> {
         Ok(sample)
     }
 
-    /// Boots a guest with one disk that does a cell's load.
+    /// Boots a guest with one disk that does what is asked.
     fn boot(
         &self,
-        cell: &Cell,
+        asked: &Asked,
         side: &Side,
         bus: Bus,
         targets: Option<&[Target]>,
         image: &Path,
         seed: u64,
     ) -> Result<Guest> {
-        let (Some(folder), Some(files)) = (&self.options.guest, cell.files) else {
+        let Some(folder) = &self.options.guest else {
             return Err(Error::unsupported(
                 "needs a guest: give --guest DIR, the folder that scripts/guest-build.sh prints",
             ));
@@ -261,12 +302,20 @@ impl Runner<'_> {
         let turn = turn.context(|| folder.display().to_string())?;
         let work = self.lab.work();
         let initramfs = self.initramfs(folder)?;
-        let mib = (self
-            .files_spec(files, side, Path::new("/mnt"), seed)
-            .space_bytes
-            >> 20)
-            .clamp(16, FILES_MIB_MAX);
-        let seconds = self.options.duration.as_secs_f64();
+        let device = bus.device();
+        let run = match asked {
+            Asked::Files(files, mib) => format!(
+                "dp.run=bench:{device} dp.ffsb={} dp.threads={} dp.mb={mib} dp.seconds={} dp.seed={seed}",
+                files.scenario.name(),
+                files.threads,
+                self.options.duration.as_secs_f64()
+            ),
+            Asked::Disk(spec) => {
+                let options = fio::arguments(spec)?;
+                let options: Vec<_> = options.iter().map(|word| word.to_string_lossy()).collect();
+                format!("dp.run=fio:{device} dp.fio={}", options.join(","))
+            }
+        };
         let memory = "1024M";
         let mut command = Command::new("qemu-system-x86_64");
         // A machine that has both buses.
@@ -298,11 +347,7 @@ impl Runner<'_> {
         command.arg("-kernel").arg(folder.join("vmlinuz"));
         command.arg("-initrd").arg(initramfs);
         command.arg("-append").arg(format!(
-            "console=ttyS0 panic=-1 quiet mitigations=off dp.run=bench:{} dp.ffsb={} dp.threads={} dp.mb={mib} \
-             dp.seconds={seconds} dp.seed={seed}",
-            bus.device(),
-            files.scenario.name(),
-            files.threads
+            "console=ttyS0 panic=-1 quiet mitigations=off {run}"
         ));
         attach(
             &mut command,
@@ -467,6 +512,35 @@ mod tests {
             [("ata_piix".to_owned(), 10.0)].into()
         );
         assert!(super::sample(&lines[..2]).is_none());
+    }
+
+    #[test]
+    fn what_fio_said_in_a_guest_is_read() {
+        let report = r#"{"jobs": [{"jobname": "load", "error": 0, "usr_cpu": 10.0, "sys_cpu": 10.0, "sync": {},
+"read": {"total_ios": 500, "io_bytes": 2048000, "iops": 250.0, "bw_bytes": 1024000, "runtime": 2000,
+"lat_ns": {"bins": {"4000000": 500}}},
+"write": {"total_ios": 0, "io_bytes": 0, "iops": 0.0, "bw_bytes": 0, "runtime": 0}}]}"#;
+        let handed: Vec<String> = report
+            .lines()
+            .map(|line| format!("file.fio {line}"))
+            .collect();
+        let spec = Spec::new(Target::Nbd("x".into()));
+        let (told, report) = of_fio(&handed, &spec).unwrap();
+        assert_eq!(
+            (report.reads, report.iops, report.seconds),
+            (500, 250.0, 2.0)
+        );
+        assert_eq!(
+            (
+                report.latency.count,
+                (report.latency.p50_us / 100.0).round()
+            ),
+            (500, 40.0)
+        );
+        // 20 % of a core for 4 ms a read.
+        assert!((report.client_cpu_us_per_io - 800.0).abs() < 1e-6);
+        assert_eq!(told.detail["specs"][0]["depth"], 32);
+        assert!(of_fio(&handed[1..], &spec).is_none());
     }
 
     #[test]
