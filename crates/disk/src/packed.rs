@@ -9,8 +9,8 @@ use crate::{
     queue::{DiskQueue, Next},
     sub::{Place, Purpose},
 };
-use block::{GuestError, HostOffset};
-use image::{Compressed, FileId};
+use block::GuestError;
+use image::Compressed;
 use io::{Engine, IoOp, memory::AlignedBuf};
 
 /// Packed bytes under way above which no further ones are read.
@@ -22,8 +22,7 @@ const KEPT_MAX: u32 = 2 << 20;
 #[derive(Debug)]
 pub(crate) struct Kept {
     layer: u8,
-    file: FileId,
-    offset: HostOffset,
+    cluster: Compressed,
     buffer: AlignedBuf,
 }
 
@@ -106,8 +105,7 @@ impl DiskQueue {
         }
         let kept = self.kept.replace(Kept {
             layer,
-            file: cluster.file,
-            offset: cluster.offset,
+            cluster: *cluster,
             buffer: unpacked,
         });
         if let Some(old) = kept {
@@ -130,6 +128,6 @@ impl DiskQueue {
 impl Kept {
     /// Whether it is `cluster` of that image.
     fn is(&self, layer: u8, cluster: &Compressed) -> bool {
-        (self.layer, self.file, self.offset) == (layer, cluster.file, cluster.offset)
+        self.layer == layer && self.cluster.is_of(cluster)
     }
 }

@@ -145,8 +145,17 @@ pub struct Compressed {
     pub unpacked_len: u32,
     /// Where the extent's first byte lies in the unpacked cluster.
     pub skip: u32,
+    /// How it is packed, in formats that have several ways: the format's own note.
+    pub packing: u32,
     /// What lies there never changes while the image is open: what was unpacked once may be kept.
     pub lasting: bool,
+}
+
+impl Compressed {
+    /// Whether the two are parts of the same cluster.
+    pub fn is_of(&self, other: &Self) -> bool {
+        Self { skip: 0, ..*self } == Self { skip: 0, ..*other }
+    }
 }
 
 /// Names an [`Allocation`] until it is committed or aborted.

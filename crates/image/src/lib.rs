@@ -6,8 +6,12 @@
 #![forbid(unsafe_code)]
 
 mod appended;
+pub mod bochs;
+pub mod cloop;
 mod contract;
+pub mod dmg;
 mod encryption;
+mod inflate;
 pub mod luks;
 mod metadata;
 mod null;
@@ -24,11 +28,14 @@ pub mod vhdx;
 pub mod vmdk;
 mod words;
 
+pub use bochs::Bochs;
+pub use cloop::Cloop;
 pub use contract::{
     Allocation, Compressed, DataFile, Description, Extent, ExtentKind, FileId, Fill, FlushRun,
     Freed, Image, Key, Load, MetaWrite, Need, PackedPlace, Parent, Plan, Reserve, Stage, Step,
     Ticket, ZeroMode, ZeroPlan,
 };
+pub use dmg::Dmg;
 pub use encryption::{Encryption, Method};
 pub use null::Null;
 pub use parallels::Parallels;

@@ -4,7 +4,7 @@
 //! a guest writes what it likes at the start of a raw disk, another format's header included,
 //! so raw has to be said by the user or by the image that names the file.
 
-use crate::{luks, parallels, qcow, vdi, vhd, vhdx, vmdk};
+use crate::{bochs, cloop, dmg, luks, parallels, qcow, vdi, vhd, vhdx, vmdk};
 use block::{Error, ErrorKind, Result, Storage};
 use serde::Serialize;
 use std::{fmt, str::FromStr};
@@ -35,12 +35,18 @@ pub enum Format {
     Luks,
     /// Parallels' expandable images, for reading.
     Parallels,
+    /// Growing disk images of Bochs, for reading.
+    Bochs,
+    /// Images of the compressed loop driver, for reading.
+    Cloop,
+    /// Apple's disk images, for reading.
+    Dmg,
 }
 
 impl Format {
     /// Formats that a file can have, as messages list them.
     pub const NAMES: &'static str =
-        "raw, qcow2, qcow, qed, vhd, vhdx, vdi, vmdk, luks or parallels";
+        "raw, qcow2, qcow, qed, vhd, vhdx, vdi, vmdk, luks, parallels, bochs, cloop or dmg";
 
     /// The name, as after `-f`.
     pub fn name(self) -> &'static str {
@@ -55,6 +61,9 @@ impl Format {
             Format::Vdi => "vdi",
             Format::Luks => "luks",
             Format::Parallels => "parallels",
+            Format::Bochs => "bochs",
+            Format::Cloop => "cloop",
+            Format::Dmg => "dmg",
             Format::Vmdk => "vmdk",
         }
     }
@@ -103,6 +112,9 @@ impl FromStr for Format {
             "vdi" => Ok(Format::Vdi),
             "luks" => Ok(Format::Luks),
             "parallels" => Ok(Format::Parallels),
+            "bochs" => Ok(Format::Bochs),
+            "cloop" => Ok(Format::Cloop),
+            "dmg" => Ok(Format::Dmg),
             "vmdk" => Ok(Format::Vmdk),
             _ => Err(Error::new(
                 ErrorKind::Unsupported,
@@ -140,6 +152,12 @@ pub fn probe_bytes(start: &[u8]) -> Option<Format> {
     if is_parallels(&parallels::MAGIC_OLD) || is_parallels(&parallels::MAGIC_EXT) {
         return Some(Format::Parallels);
     }
+    if bochs::shows(start) {
+        return Some(Format::Bochs);
+    }
+    if start.starts_with(cloop::MAGIC) {
+        return Some(Format::Cloop);
+    }
     if start.starts_with(&luks::MAGIC) {
         return Some(Format::Luks);
     }
@@ -160,47 +178,28 @@ pub fn probe_bytes(start: &[u8]) -> Option<Format> {
     is_qcow2.then_some(Format::Qcow2)
 }
 
-/// Bytes at the start of a cloop image: it is a shell script that mounts itself (QEMU's `block/cloop.c`).
-const CLOOP_MAGIC: &[u8] =
-    b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n";
-
-/// Where a Bochs image has its strings, each up to a NUL (QEMU's `block/bochs.h`).
-const BOCHS_MAGIC: [(usize, &[u8]); 3] = [
-    (0, b"Bochs Virtual HD Image\0"),
-    (32, b"Redolog\0"),
-    (48, b"Growing\0"),
-];
-
-/// Bytes of the last sector of an Apple disk image, from its start: magic, version 4, its own size (QEMU's `block/dmg.c`).
+/// Bytes of the last sector of an Apple disk image, from its start: magic, version 4, its own size.
 const DMG_TRAILER: &[u8] = b"koly\0\0\0\x04\0\0\x02\0";
 
-/// What QEMU reads and nobody here does, where `start`, the first bytes of a file, shows it: taken as a raw disk it would be
-/// converted to a copy of its tables.
-fn unread(start: &[u8]) -> Option<&'static str> {
-    let has = |(at, magic): &(usize, &[u8])| start.get(*at..).is_some_and(|s| s.starts_with(magic));
-    if BOCHS_MAGIC.iter().all(has) {
-        return Some("bochs");
-    }
-    start.starts_with(CLOOP_MAGIC).then_some("cloop")
-}
-
-/// Whether the last sector of `file` is that of an Apple disk image.
-fn dmg_trailer(file: &dyn Storage) -> Result<bool> {
-    let Some(at) = file.len()?.checked_sub(512) else {
+/// Whether `file` ends as an Apple disk image.
+fn has_dmg_trailer(file: &dyn Storage) -> Result<bool> {
+    let Some(at) = dmg::trailer(file)? else {
         return Ok(false);
     };
-    let mut bytes = [0; 512];
-    file.read_at(at, &mut bytes)?;
-    Ok(bytes.starts_with(DMG_TRAILER))
+    let mut bytes = [0; DMG_TRAILER.len()];
+    let fits = file.len()?.saturating_sub(at) >= bytes.len() as u64;
+    if fits {
+        file.read_at(at, &mut bytes)?;
+    }
+    Ok(bytes == DMG_TRAILER)
 }
 
 /// The format whose magic `file` shows; `None` where it shows none.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Invalid`] for what may be a fixed VHD image, which shows itself only in its last sector, or a raw disk
-/// with such bytes at its end; [`ErrorKind::Unsupported`] for an image of a format that only QEMU reads; and what
-/// reading the file fails with.
+/// [`ErrorKind::Invalid`] for what may be a fixed VHD image, or an Apple disk image whose name does not end in `.dmg`: they
+/// show themselves only at the file's end, where a raw disk may hold such bytes too; and what reading the file fails with.
 pub fn probe(file: &dyn Storage) -> Result<Option<Format>> {
     let mut start = [0; PROBE_BYTES];
     // At most the array's.
@@ -210,26 +209,27 @@ pub fn probe(file: &dyn Storage) -> Result<Option<Format>> {
         return Ok(None);
     }
     file.read_at(0, start)?;
-    let found = probe_bytes(start);
-    let other = match unread(start) {
-        None if found.is_none() && dmg_trailer(file)? => Some("dmg"),
-        other => other,
+    if let Some(found) = probe_bytes(start) {
+        return Ok(Some(found));
+    }
+    let doubtful = if has_dmg_trailer(file)? {
+        if file.name().ends_with(".dmg") {
+            return Ok(Some(Format::Dmg));
+        }
+        Format::Dmg
+    } else if vhd::fixed_footer(file)? {
+        Format::Vhd
+    } else {
+        return Ok(None);
     };
-    if let Some(other) = other {
-        return Err(Error::unsupported(format!(
-            "{}: an image in format {other}, which diskplane does not read: have QEMU's own qemu-img convert it to qcow2, \
-             or say -f raw to take its bytes as they are",
-            file.name()
-        )));
-    }
-    if found.is_none() && vhd::fixed_footer(file)? {
-        return Err(Error::invalid(format!(
-            "{}: its last sector is the footer of a fixed VHD image, but a raw disk may hold such bytes too: say -f \
-             vhd or -f raw",
-            file.name()
-        )));
-    }
-    Ok(found)
+    let what = match doubtful {
+        Format::Dmg => "it ends with the trailer of an Apple disk image",
+        _ => "its last sector is the footer of a fixed VHD image",
+    };
+    Err(Error::invalid(format!(
+        "{}: {what}, but a raw disk may hold such bytes too: say -f {doubtful} or -f raw",
+        file.name()
+    )))
 }
 
 #[cfg(test)]
@@ -275,37 +275,34 @@ mod tests {
     }
 
     #[test]
-    fn formats_that_only_qemu_reads_are_named_and_not_taken_as_raw() {
-        let mut bochs = vec![0; 1024];
-        for (at, magic) in BOCHS_MAGIC {
-            bochs[at..at + magic.len()].copy_from_slice(magic);
-        }
+    fn formats_of_others_are_known_by_all_of_their_magic() {
+        let bochs = testkit::bochs::image(false, 512, &[1; 512]);
         let mut undoable = bochs.clone();
         undoable[48] = b'X';
-        let mut dmg = vec![0; 1024];
-        dmg[512..512 + DMG_TRAILER.len()].copy_from_slice(DMG_TRAILER);
+        let cloop = testkit::cloop::image(512, &[1; 512], testkit::cloop::stored);
+        let dmg = testkit::dmg::image(
+            &[(testkit::dmg::RAW, 1, vec![1; 512])],
+            testkit::dmg::Tables::List,
+        );
         let mut early = dmg.clone();
-        early.push(0);
-        for (bytes, name) in [
-            (bochs, Some("bochs")),
-            (undoable, None),
-            (CLOOP_MAGIC.to_vec(), Some("cloop")),
-            (CLOOP_MAGIC[..CLOOP_MAGIC.len() - 1].to_vec(), None),
-            (dmg, Some("dmg")),
-            (early, None),
-            (b"koly".to_vec(), None),
+        early.resize(early.len() + 1024, 0);
+        for (bytes, want) in [
+            (&bochs, Some(Format::Bochs)),
+            (&undoable, None),
+            (&cloop, Some(Format::Cloop)),
+            (&cloop[..cloop::MAGIC.len() - 1].to_vec(), None),
+            (&early, None),
+            (&b"koly".to_vec(), None),
         ] {
-            let file = MemFile::of(bytes);
-            match (probe(&file), name) {
-                (Ok(found), None) => assert_eq!(found, None),
-                (Err(error), Some(name)) => {
-                    assert_eq!(error.kind(), ErrorKind::Unsupported);
-                    let text = error.to_string();
-                    assert!(text.contains(&format!("in format {name}, ")), "{text}");
-                }
-                (found, name) => panic!("{found:?} where {name:?} was expected"),
-            }
+            assert_eq!(probe(&MemFile::of(bytes.clone())).unwrap(), want);
         }
+        // It is called something else: QEMU takes it as raw, and nobody guesses here.
+        let error = probe(&MemFile::of(dmg)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(
+            error.to_string().contains("say -f dmg or -f raw"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -320,15 +317,18 @@ mod tests {
             Format::Vdi,
             Format::Luks,
             Format::Parallels,
+            Format::Bochs,
+            Format::Cloop,
+            Format::Dmg,
             Format::Vmdk,
         ] {
             assert_eq!(format.qemu_name().parse::<Format>().unwrap(), format);
             assert_eq!(format.name().parse::<Format>().unwrap(), format);
         }
-        let error = "dmg".parse::<Format>().unwrap_err().to_string();
+        let error = "dmgs".parse::<Format>().unwrap_err().to_string();
         assert_eq!(
             error,
-            format!("format 'dmg' is not supported: {}", Format::NAMES)
+            format!("format 'dmgs' is not supported: {}", Format::NAMES)
         );
     }
 }

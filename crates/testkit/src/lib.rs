@@ -36,8 +36,11 @@
 //! ```
 
 pub mod allocations;
+pub mod bochs;
 pub mod chromium;
+pub mod cloop;
 pub mod command;
+pub mod dmg;
 pub mod forge;
 pub mod guest;
 pub mod memory;

@@ -64,6 +64,9 @@ pub(crate) fn resize_known(
         | Format::Qcow
         | Format::Luks
         | Format::Parallels
+        | Format::Bochs
+        | Format::Cloop
+        | Format::Dmg
         | Format::Null => member.image.size(),
         Format::Raw => file.len()?,
     };
@@ -88,9 +91,9 @@ pub(crate) fn resize_known(
             let header = luks::header(&**file)?;
             raw(&**file, format, header.payload_offset, old, options).context(|| &name)?;
         }
-        Format::Parallels => {
+        Format::Parallels | Format::Bochs | Format::Cloop | Format::Dmg => {
             return Err(Error::unsupported(format!(
-                "{name}: parallels images are for reading only: convert it into another format"
+                "{name}: {format} images are for reading only: convert it into another format"
             )));
         }
         Format::Qcow2 if options.size < old => shrink(member, &**file, &name, options)?,

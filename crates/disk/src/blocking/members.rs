@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 const APART_MAX: u32 = 2 << 20;
 
 /// An unpacked cluster: which one, and its bytes.
-type Kept = ((usize, FileId, HostOffset), Vec<u8>);
+type Kept = ((usize, Compressed), Vec<u8>);
 
 /// The images of a chain, the active one first.
 #[derive(Clone, Debug)]
@@ -123,9 +123,11 @@ impl Members {
         if !packed.lasting || whole && packed.unpacked_len <= APART_MAX {
             return part_of(&self.unpacked(depth, packed)?, packed, out);
         }
-        let key = (depth, packed.file, packed.offset);
         let mut kept = self.kept();
-        if let Some((_, bytes)) = kept.as_ref().filter(|(of, _)| *of == key) {
+        if let Some((_, bytes)) = kept
+            .as_ref()
+            .filter(|((at, of), _)| *at == depth && of.is_of(packed))
+        {
             return part_of(bytes, packed, out);
         }
         let bytes = if packed.unpacked_len > APART_MAX {
@@ -139,7 +141,7 @@ impl Members {
             bytes
         };
         part_of(&bytes, packed, out)?;
-        *kept = Some((key, bytes));
+        *kept = Some(((depth, *packed), bytes));
         Ok(())
     }
 

@@ -4,7 +4,9 @@ use super::names::{Seen, once, resolve};
 use super::{ChainOptions, Part, open_named};
 use block::{Context, Error, ErrorKind, Result, Storage};
 use crypto::Passphrase;
-use image::{Format, Image, Parallels, Raw, luks, qcow, qcow2, qed, vdi, vhd, vhdx, vmdk};
+use image::{
+    Bochs, Cloop, Dmg, Format, Image, Parallels, Raw, luks, qcow, qcow2, qed, vdi, vhd, vhdx, vmdk,
+};
 use io::{File, Lock};
 use std::{path::Path, sync::Arc};
 
@@ -135,6 +137,9 @@ pub(super) fn open_image(
             Arc::new(luks::Luks::open(storage, &options)?)
         }
         Format::Parallels => Arc::new(Parallels::open(storage)?),
+        Format::Bochs => Arc::new(Bochs::open(storage)?),
+        Format::Cloop => Arc::new(Cloop::open(storage)?),
+        Format::Dmg => Arc::new(Dmg::open(storage)?),
         Format::Vmdk => return Err(Error::invalid("a vmdk image may have several files")),
         Format::Null => {
             return Err(Error::invalid("null is no format of a file: say null:SIZE"));

@@ -128,6 +128,7 @@ impl Walk for Appended {
                     len: len as u32,
                     unpacked_len: g.cluster() as u32,
                     skip: skip as u32,
+                    packing: 0,
                     lasting: true,
                 }),
                 Err(bad) if run.len() == 0 => return Err(bad),

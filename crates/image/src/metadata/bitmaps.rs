@@ -9,7 +9,7 @@
 //! odd version meanwhile, and another one afterwards: who read it looks again.
 //!
 //! VDI's map is kept so by pages too, whose bits are entries of 32 ([`Bitmaps::entry`], [`Frame::set_entry`]): what is said of
-//! a bit holds for an entry.
+//! a bit holds for an entry. So are cloop's offsets ([`Bitmaps::word`]).
 
 use super::{Ask, Halt};
 use crate::{FileId, Key, Load, Need};
@@ -123,6 +123,13 @@ impl Frame {
             .map(|half| u32::from_le_bytes(*half))
     }
 
+    /// The big-endian 64-bit number `index`, of those that have the highest bit first.
+    fn word(&self, index: usize) -> Option<u64> {
+        self.words()
+            .get(index)
+            .map(|word| word.load(Ordering::Acquire))
+    }
+
     /// Changes the little-endian 32-bit entry `index`. What it leads to is down. One thread at a time.
     pub(crate) fn set_entry(&self, index: usize, entry: u32) {
         let Some(word) = self.words().get(index / 2) else {
@@ -217,6 +224,12 @@ impl Bitmaps {
     #[inline]
     pub(crate) fn entry(&self, page: u64, index: usize) -> Option<u32> {
         self.look(page, |frame| frame.entry(index))?
+    }
+
+    /// The 64-bit number `index` of a page. `None` when it is not in memory.
+    #[inline]
+    pub(crate) fn word(&self, page: u64, index: usize) -> Option<u64> {
+        self.look(page, |frame| frame.word(index))?
     }
 
     /// What a frame says while it is that of `bitmap`; `None` when none is.

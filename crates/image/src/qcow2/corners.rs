@@ -368,6 +368,7 @@ fn garbage_does_not_unpack() {
             len: input.len() as u32,
             unpacked_len: CLUSTER as u32,
             skip: 0,
+            packing: 0,
             lasting: false,
         };
         driver.image.decompress(&place, input, &mut output)

@@ -122,6 +122,7 @@ impl Qcow2 {
                 len: len as u32,
                 unpacked_len: self.geometry.cluster() as u32,
                 skip: skip as u32,
+                packing: 0,
                 lasting: false,
             }),
         }

@@ -485,3 +485,14 @@ pub(crate) fn run(program: &str, args: &[&str]) -> String {
     assert!(out.status.success(), "{program} {args:?}: {text}");
     text
 }
+
+/// What QEMU reads of the image of `format` in `bytes`, which lies over nothing.
+pub(crate) fn by_qemu(format: &str, bytes: &[u8]) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let [from, to] = ["image", "out.raw"].map(|name| dir.path().join(name));
+    std::fs::write(&from, bytes).unwrap();
+    let paths = [from.to_str().unwrap(), to.to_str().unwrap()];
+    let args = ["convert", "-f", format, "-O", "raw", paths[0], paths[1]];
+    run("qemu-img", &args);
+    std::fs::read(&to).unwrap()
+}

@@ -292,6 +292,7 @@ impl Vmdk {
                 len: fits(most)?,
                 unpacked_len: fits(unpacked)?,
                 skip: fits(skip)?,
+                packing: 0,
                 lasting: true,
             }),
         }))

@@ -5,15 +5,18 @@
 use block::{Error, ErrorKind, Result, Storage};
 use disk::blocking::{Driver, Member};
 use image::vhd::DiskType;
-use image::vmdk::{Parts, StreamWriter, Subformat};
-use image::{Format, Image, Parallels, qcow, qed, vdi, vhd, vhdx, vmdk};
+use image::vmdk::Parts;
+use image::{Bochs, Cloop, Dmg, Format, Image, Parallels, qcow, qed, vdi, vhd, vhdx, vmdk};
+use made::{part, sparse_image};
 use std::sync::{Arc, OnceLock};
 use testkit::memory::{Meddling, Memory};
 use testkit::vhd::seal;
-use testkit::vmdk::fit;
 use tool::check::{self, CheckOptions, Repair, Report};
 use tool::prealloc::Preallocation;
 use tool::resize::{ResizeOptions, resize};
+
+#[path = "made.rs"]
+mod made;
 
 /// Bytes of a QED cluster, of a VHD or VDI block and of a VMDK grain.
 const CLUSTER: u64 = 4096;
@@ -36,6 +39,12 @@ pub enum Kind {
     Vdi,
     /// Made here, since nothing makes any.
     Parallels,
+    /// Made there too.
+    Bochs,
+    /// Likewise.
+    Cloop,
+    /// Likewise.
+    Dmg,
     /// Dynamic.
     Vhdx,
     /// A sparse file, with redundant grain tables.
@@ -47,7 +56,7 @@ pub enum Kind {
 }
 
 /// All of them.
-pub const KINDS: [Kind; 11] = [
+pub const KINDS: [Kind; 14] = [
     Kind::Qcow,
     Kind::Qed,
     Kind::Vhd(DiskType::Dynamic),
@@ -55,6 +64,9 @@ pub const KINDS: [Kind; 11] = [
     Kind::Vhd(DiskType::Fixed),
     Kind::Vdi,
     Kind::Parallels,
+    Kind::Bochs,
+    Kind::Cloop,
+    Kind::Dmg,
     Kind::Vhdx,
     Kind::VmdkSparse,
     Kind::VmdkStream,
@@ -64,50 +76,6 @@ pub const KINDS: [Kind; 11] = [
 /// The file of an image.
 pub fn storage(bytes: &[u8]) -> Arc<Memory> {
     Arc::new(Memory::new(bytes, SPACE, CALLS_MAX))
-}
-
-/// Sectors of the first of three extents of a disk, which is sparse as the last one is; the other is flat.
-const PART: u64 = 400;
-
-/// The file of a name that a descriptor has, sound: sparse where its name begins with an s, else of some bytes.
-fn part(name: &str) -> Memory {
-    static SPARSE: OnceLock<Vec<u8>> = OnceLock::new();
-    if !name.starts_with('s') {
-        let flat = Memory::new(&[0x5a; 9000], SPACE, CALLS_MAX);
-        flat.set_len(1 << 20).expect("a length");
-        return flat;
-    }
-    let bytes = SPARSE.get_or_init(|| {
-        let file = storage(&[]);
-        let new = vmdk::CreateOptions {
-            subformat: Subformat::TwoGbMaxExtentSparse,
-            ..sparse("image.vmdk")
-        };
-        new.files()[0].write(&*file).expect("an extent");
-        let mut bytes = bytes_of(&file);
-        fit(&mut bytes, PART, CLUSTER / 512, false);
-        bytes
-    });
-    Memory::new(bytes, SPACE, CALLS_MAX)
-}
-
-/// A sparse VMDK image of so many tables that there are enough for small ones.
-fn sparse(name: &str) -> vmdk::CreateOptions {
-    vmdk::CreateOptions {
-        size: 3 * REACH / (128 * CLUSTER) * (32 << 20),
-        zeroed_grain: true,
-        name: name.to_owned(),
-        ..vmdk::CreateOptions::default()
-    }
-}
-
-fn descriptor() -> Vec<u8> {
-    format!(
-        "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\ncreateType=\"custom\"\n\
-         # Extents\nRW {PART} SPARSE \"s1\"\nRW 700 FLAT \"flat\" 9\nRW {PART} SPARSE \"s2\"\n\
-         RW 300 FLAT \"flat\" 1000\n\nddb.adapterType = \"ide\"\n"
-    )
-    .into_bytes()
 }
 
 fn bytes_of(file: &Memory) -> Vec<u8> {
@@ -132,6 +100,9 @@ impl Kind {
             Kind::Vhd(_) => Format::Vhd,
             Kind::Vdi => Format::Vdi,
             Kind::Parallels => Format::Parallels,
+            Kind::Bochs => Format::Bochs,
+            Kind::Cloop => Format::Cloop,
+            Kind::Dmg => Format::Dmg,
             Kind::Vhdx => Format::Vhdx,
             Kind::VmdkSparse | Kind::VmdkStream | Kind::VmdkParts => Format::Vmdk,
         }
@@ -150,9 +121,12 @@ impl Kind {
     fn make(self) -> Vec<u8> {
         let file = storage(&[]);
         match self {
-            Kind::Parallels => return parallels(),
-            Kind::VmdkParts => return descriptor(),
-            Kind::VmdkStream => return stream(&file),
+            Kind::Parallels => return made::parallels(),
+            Kind::Bochs => return made::bochs(),
+            Kind::Cloop => return made::cloop(),
+            Kind::Dmg => return made::dmg(),
+            Kind::VmdkParts => return made::descriptor(),
+            Kind::VmdkStream => return made::stream(&file),
             Kind::VmdkSparse => sparse_image(&file),
             Kind::Vhdx => vhdx::create(
                 &*file,
@@ -238,6 +212,9 @@ impl Kind {
                 },
             )?),
             Kind::Parallels => Arc::new(Parallels::open(&**file)?),
+            Kind::Bochs => Arc::new(Bochs::open(&**file)?),
+            Kind::Cloop => Arc::new(Cloop::open(&**file)?),
+            Kind::Dmg => Arc::new(Dmg::open(&**file)?),
             Kind::Vdi => Arc::new(vdi::Vdi::open(
                 &**file,
                 &vdi::OpenOptions {
@@ -289,6 +266,10 @@ impl Kind {
             Kind::Vhd(_) => check::vhd::check(&**file, &options),
             Kind::Vdi => check::vdi::check(&**file, &options),
             Kind::Parallels => check::parallels::check(&**file, &options),
+            // There is none but what opening looks at.
+            Kind::Bochs | Kind::Cloop | Kind::Dmg => {
+                self.member(file, true).map(|_| Report::default())
+            }
             Kind::Vhdx => check::vhdx::check(&**file, &options),
             Kind::VmdkSparse | Kind::VmdkStream | Kind::VmdkParts => {
                 let (parts, files) = Self::parts(file)?;
@@ -344,7 +325,7 @@ impl Kind {
                 },
                 |_, file| vmdk::set_parent(&**file, None),
             ],
-            Kind::Parallels => &[grow],
+            Kind::Parallels | Kind::Bochs | Kind::Cloop | Kind::Dmg => &[grow],
         }
     }
 }
@@ -358,60 +339,6 @@ fn tables_of_qcow(file: &Arc<Memory>) -> Result<Report> {
         overlaps: found.twice,
         ..Report::default()
     })
-}
-
-/// A Parallels image with clusters of the same size, in no order.
-fn parallels() -> Vec<u8> {
-    let entries: [u32; 20] = std::array::from_fn(|n| match n {
-        0 | 1 | 3 => 4 - n as u32,
-        _ => 0,
-    });
-    let head = [2u32, 16, 40, 8, 20, 160, 0, 0x312e_3276, 8, 0, 0, 0];
-    let mut bytes = b"WithouFreSpacExt".to_vec();
-    bytes.extend(
-        head.iter()
-            .chain(&entries)
-            .flat_map(|word| word.to_le_bytes()),
-    );
-    bytes.resize(5 * CLUSTER as usize, 0x5a);
-    bytes
-}
-
-/// A sparse VMDK image with small grains and tables.
-fn sparse_image(file: &Arc<Memory>) -> Result<()> {
-    let new = sparse("image.vmdk");
-    new.write(&**file)?;
-    let mut bytes = bytes_of(file);
-    let sectors = 3 * REACH / 512;
-    fit(&mut bytes, sectors, CLUSTER / 512, false);
-    let head = String::from_utf8_lossy(&bytes[512..21 * 512]);
-    let line = |sectors: u64| format!("RW {sectors} SPARSE");
-    let mut head = head
-        .replace(&line(new.size / 512), &line(sectors))
-        .into_bytes();
-    head.resize(20 * 512, 0);
-    bytes[512..21 * 512].copy_from_slice(&head);
-    file.write_at(0, &bytes)
-}
-
-/// A compressed VMDK image.
-fn stream(file: &Arc<Memory>) -> Vec<u8> {
-    let new = vmdk::CreateOptions {
-        size: 20 << 16,
-        subformat: Subformat::StreamOptimized,
-        zeroed_grain: true,
-        name: "image.vmdk".to_owned(),
-        ..vmdk::CreateOptions::default()
-    };
-    let mut writer = StreamWriter::new(&**file, &new).expect("an image");
-    for guest in [0, 1, 3] {
-        // Not the same from sector to sector, so that there is something to inflate.
-        let grain: Vec<u8> = (0..1u32 << 16).map(|n| (n / 300 + guest) as u8).collect();
-        writer.put_data(u64::from(guest), &grain).expect("a grain");
-    }
-    writer.put_zero(4).expect("zeros");
-    writer.finish().expect("an image");
-    bytes_of(file)
 }
 
 /// Something that is done to an image which nobody has open.
@@ -572,6 +499,14 @@ fn apply(kind: Kind, bytes: &mut Vec<u8>, (place, how, number): Change) {
         (Kind::Vdi, 0..8) => 0x40 + place * 4,
         (Kind::Vdi, 8..24) => 0x150 + (place - 8) * 4,
         (Kind::Parallels, 0..16) => place * 4,
+        // Of Bochs the header's fields, the catalog, and the first bitmaps; of cloop the header and its offsets; of Apple's the
+        // trailer, and the first table with its chunks.
+        (Kind::Bochs, 0..8) => 64 + place * 4,
+        (Kind::Bochs, 8..60) => 512 + (place - 8) % 40 * 4,
+        (Kind::Bochs, 60..96) => 1024 + number % 9 * (CLUSTER + 512) + place % 2 * 4,
+        (Kind::Cloop, 0..96) => 128 + place * 4,
+        (Kind::Dmg, 0..40) => len.saturating_sub(512) + DMG_FIELDS[place as usize % 7],
+        (Kind::Dmg, 40..96) => len.saturating_sub(512 + DMG_FORK) + number % DMG_FORK / 4 * 4,
         (Kind::Parallels, 16..96) => 64 + (place - 16) % 20 * 4,
         (Kind::Vdi, 24..96) => 0x200 + (place - 24) % 16 * 4,
         // The headers, the region table, the metadata and its items, the log, the block table.
@@ -616,7 +551,7 @@ fn apply(kind: Kind, bytes: &mut Vec<u8>, (place, how, number): Change) {
             &((value / 512) as u32).to_le_bytes()
         }
         (Kind::VmdkSparse | Kind::VmdkStream, _) => &(value as u32).to_le_bytes(),
-        (Kind::Vdi | Kind::Parallels, _) => &(value as u32).to_le_bytes(),
+        (Kind::Vdi | Kind::Parallels | Kind::Bochs, _) => &(value as u32).to_le_bytes(),
         (Kind::Vhd(_), 12..80) => &(value as u32).to_be_bytes(),
         _ => &value.to_be_bytes(),
     };
@@ -627,6 +562,11 @@ fn apply(kind: Kind, bytes: &mut Vec<u8>, (place, how, number): Change) {
 /// Where our new VHDX images have metadata and block table.
 const VHDX_METADATA: u64 = 3 << 20;
 const VHDX_TABLE: u64 = 2 << 20;
+
+/// Bytes of the resource fork before the trailer of an Apple disk image.
+const DMG_FORK: u64 = 16 + 2 * (4 + 204) + (2 * 75 + 2) * 40;
+/// Where the fields of that are.
+const DMG_FIELDS: [u64; 7] = [0, 0x18, 0x28, 0x30, 0xd8, 0xe0, 0x1ec];
 
 /// Where the fields of a VMDK header begin.
 const VMDK_FIELDS: [u64; 12] = [4, 8, 12, 20, 28, 36, 44, 48, 56, 64, 72, 77];
