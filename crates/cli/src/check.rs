@@ -142,8 +142,14 @@ pub fn of(
         Format::Vdi => vdi::check(storage, options).map(Some),
         Format::Vmdk => Err(block::Error::invalid("a vmdk image may have several files")),
         Format::Parallels => parallels::check(storage, options).map(Some),
-        // Of what a qcow image has QEMU checks nothing either.
-        Format::Raw | Format::Null | Format::Luks | Format::Qcow => Ok(None),
+        // Of what the last four have QEMU checks nothing either.
+        Format::Raw
+        | Format::Null
+        | Format::Luks
+        | Format::Qcow
+        | Format::Bochs
+        | Format::Cloop
+        | Format::Dmg => Ok(None),
     }
 }
 

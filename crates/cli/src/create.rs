@@ -215,7 +215,14 @@ pub(crate) fn refuse_backing(flag: &str, format: Format) -> Result<()> {
         Format::Qcow2 | Format::Qcow | Format::Qed | Format::Vhd | Format::Vhdx | Format::Vmdk => {
             Ok(())
         }
-        Format::Raw | Format::Null | Format::Vdi | Format::Luks | Format::Parallels => {
+        Format::Raw
+        | Format::Null
+        | Format::Vdi
+        | Format::Luks
+        | Format::Parallels
+        | Format::Bochs
+        | Format::Cloop
+        | Format::Dmg => {
             bail!("{flag}: {format} images have no backing file")
         }
     }

@@ -309,8 +309,8 @@ impl Options {
                 self.vdi.validate()?;
             }
             Format::Luks => drop(image::luks::file_bytes(self.encrypt.len()?, bytes)?),
-            Format::Parallels => {
-                bail!("parallels images are for reading only: no new ones are made")
+            Format::Parallels | Format::Bochs | Format::Cloop | Format::Dmg => {
+                bail!("{format} images are for reading only: no new ones are made")
             }
             Format::Vmdk => self.vmdk.validate()?,
             Format::Raw | Format::Null => {}
@@ -487,7 +487,7 @@ fn table(format: Format) -> impl Iterator<Item = (&'static str, &'static str)> {
         Format::Vhdx => (&VHDX, &[]),
         Format::Vdi => (&VDI, &[]),
         Format::Luks => (&LUKS, &encrypt::OPTIONS),
-        Format::Parallels => (&[], &[]),
+        Format::Parallels | Format::Bochs | Format::Cloop | Format::Dmg => (&[], &[]),
         Format::Vmdk => (&VMDK, &[]),
         Format::Raw | Format::Null => (&RAW, &[]),
     };

@@ -58,7 +58,7 @@ pub struct Convert {
     /// Format of SRC [default: known by its magic, else raw]
     #[arg(short = 'f', long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
-    /// Format of DST: raw, qcow2, qcow, qed, vhd, vhdx, vdi, vmdk or luks [default: by DST's extension, .qcow2, .qed, .vhd, .vpc, .vhdx, .vdi, .vmdk, .luks, .raw or .img]
+    /// Format of DST: raw, qcow2, qcow, qed, vhd, vhdx, vdi, vmdk or luks [default: by DST's extension, .qcow2, .qcow, .qed, .vhd, .vpc, .vhdx, .vdi, .vmdk, .luks, .raw or .img]
     #[arg(short = 'O', long, value_name = "FMT", value_parser = new_format)]
     pub target_format: Option<Format>,
     /// Options of DST's format, as key=value,…: `diskplane create -f FMT -o help FILE` lists them

@@ -12,7 +12,7 @@ pub struct Create {
     /// Print nothing but errors
     #[arg(short, long)]
     pub quiet: bool,
-    /// Format of the new image: raw, qcow2, qcow, qed, vhd, vhdx, vdi, vmdk or luks [default: by FILE's extension, .qcow2, .qed, .vhd, .vpc, .vhdx, .vdi, .vmdk, .luks, .raw or .img]
+    /// Format of the new image: raw, qcow2, qcow, qed, vhd, vhdx, vdi, vmdk or luks [default: by FILE's extension, .qcow2, .qcow, .qed, .vhd, .vpc, .vhdx, .vdi, .vmdk, .luks, .raw or .img]
     #[arg(short, long, value_name = "FMT", value_parser = new_format)]
     pub format: Option<Format>,
     /// Options of the format, as key=value,…: `-o help` lists them

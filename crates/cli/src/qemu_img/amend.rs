@@ -246,10 +246,7 @@ fn in_qemus_words(error: Error, slot: Option<&str>) -> Error {
 /// Prints the options of a format that can be amended.
 fn help(format: &str) -> Result<u8> {
     let Some(known) = open::format_named(format) else {
-        match create_options::is_read_only(format) {
-            true => bail!("Format driver '{format}' does not support option amendment"),
-            false => bail!("Unknown file format '{format}'"),
-        }
+        bail!("Unknown file format '{format}'");
     };
     match create_options::amend_help(known) {
         Some(text) => print(&text).map(|()| 0),

@@ -153,9 +153,7 @@ pub fn run(args: &Convert) -> Result<u8> {
     refuse(args, &list)?;
     let format = args.target_format.as_deref().unwrap_or("raw");
     if line::wants_help(&list) {
-        if open::format_named(format).is_none() {
-            return Err(create_options::not_made(format));
-        }
+        create_options::of_new(format)?;
         print(&create_options::help(format, args.files.len() > 1))?;
         return Ok(0);
     }
@@ -405,13 +403,13 @@ impl Made<'_> {
             return Ok((Said::default(), Format::Raw));
         }
         let format = match open::format_named(self.format) {
-            Some(format) => format,
+            Some(format) if args.no_create => format,
             None if args.no_create => bail!(
                 "Could not open '{}': Unknown driver '{}'",
                 self.file,
                 self.format
             ),
-            None => return Err(create_options::not_made(self.format)),
+            _ => create_options::of_new(self.format)?,
         };
         if !args.no_create {
             open::check_protocol(self.file)?;

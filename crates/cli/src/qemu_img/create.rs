@@ -84,9 +84,7 @@ pub fn run(args: &Create) -> Result<u8> {
 }
 
 fn help(format: &str, with_file: bool) -> Result<u8> {
-    if open::format_named(format).is_none() {
-        return Err(create_options::not_made(format));
-    }
+    create_options::of_new(format)?;
     print(&create_options::help(format, with_file))?;
     Ok(0)
 }
@@ -106,9 +104,7 @@ struct New<'a> {
 impl New<'_> {
     /// Decides what the image is to be, and says so.
     fn settle(&self, objects: &Objects) -> Result<(Said, Format)> {
-        let Some(format) = open::format_named(self.format) else {
-            return Err(create_options::not_made(self.format));
-        };
+        let format = create_options::of_new(self.format)?;
         open::check_protocol(self.file)?;
         let mut said = Said::parse(self.format, self.list)?;
         match (said.size(), self.size) {

@@ -331,16 +331,18 @@ fn known(name: &str) -> Vec<Known> {
     own.iter().chain(FILE.iter().filter(has)).copied().collect()
 }
 
-/// Whether `name` is a format of QEMU, which diskplane does not have, that it only reads.
-pub fn is_read_only(name: &str) -> bool {
-    matches!(name, "bochs" | "cloop" | "dmg")
-}
-
-/// Why no image of the format `name` is made, which diskplane does not have.
-pub fn not_made(name: &str) -> anyhow::Error {
-    match is_read_only(name) {
-        true => anyhow!("Format driver '{name}' does not support image creation"),
-        false => anyhow!("Unknown file format '{name}'"),
+/// The format that QEMU calls `name`, of which images can be made.
+///
+/// # Errors
+///
+/// In QEMU's words.
+pub fn of_new(name: &str) -> Result<Format> {
+    match super::open::format_named(name) {
+        None => bail!("Unknown file format '{name}'"),
+        Some(Format::Bochs | Format::Cloop | Format::Dmg) => {
+            bail!("Format driver '{name}' does not support image creation")
+        }
+        Some(format) => Ok(format),
     }
 }
 

@@ -198,7 +198,7 @@ fn node(name: &str, layer: &Layer) -> Result<Map<String, Value>> {
     put("filename", name.into());
     put("format", layer.format.qemu_name().into());
     put("virtual-size", description.size.into());
-    if description.cluster_size > 1 {
+    if description.cluster_size > 1 && tells_of_itself(layer.format) {
         put("cluster-size", description.cluster_size.into());
     }
     if layer.image.encryption().is_some() {
@@ -236,7 +236,8 @@ fn node(name: &str, layer: &Layer) -> Result<Map<String, Value>> {
         }
         children.push(json!({"name": "file", "info": protocol(&layer.path, file)?}));
         // Of a raw disk there QEMU knows as little as of the export.
-        if layer.format != Format::Raw || server_of(layer).is_none() {
+        let only_bytes = layer.format == Format::Raw && server_of(layer).is_some();
+        if !only_bytes && tells_of_itself(layer.format) {
             put("dirty-flag", is_dirty(layer.format, &**file)?.into());
         }
         if let Some(specific) = specific(layer, &**file)? {
@@ -308,6 +309,11 @@ fn protocol(path: &Path, file: &File) -> Result<Value> {
         "format-specific": {"type": kind, "data": {}},
         "children": [],
     }))
+}
+
+/// Whether QEMU's driver says anything of an image but its size (`bdrv_get_info`).
+fn tells_of_itself(format: Format) -> bool {
+    !matches!(format, Format::Bochs | Format::Cloop | Format::Dmg)
 }
 
 /// Whether the image was not closed, as it says itself.

@@ -79,9 +79,7 @@ pub fn run(args: &Measure) -> Result<u8> {
         }
     })?;
     let target = args.target_format.as_deref().unwrap_or("raw");
-    let Some(format) = open::format_named(target) else {
-        return Err(create_options::not_made(target));
-    };
+    let format = create_options::of_new(target)?;
     let list = line::joined(&args.options)?;
     let said = Said::parse(target, &list).map_err(|error| {
         anyhow!("{error}\nqemu-img: Invalid options for file format '{target}'")

@@ -63,8 +63,7 @@ const COMMANDS: [(&str, &str); 15] = [
 ];
 
 /// The drivers that images are opened by, one behind the other as QEMU lists its own: scripts look there for theirs.
-const FORMATS: &str =
-    "file host_device luks nbd null-aio null-co parallels qcow qcow2 qed raw vdi vhdx vmdk vpc";
+const FORMATS: &str = "bochs cloop dmg file host_device luks nbd null-aio null-co parallels qcow qcow2 qed raw vdi vhdx vmdk vpc";
 
 /// Whether a program of that name is to be `qemu-img`.
 pub fn is_name(program: &OsStr) -> bool {

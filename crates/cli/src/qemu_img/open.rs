@@ -571,6 +571,11 @@ fn in_qemus_words(why: &str) -> String {
     {
         return "Image is too big".to_owned();
     }
+    // Those that QEMU only reads, too.
+    let only_read = |name| why.contains(&format!("{name} images are for reading only"));
+    if ["bochs", "cloop", "dmg"].into_iter().any(only_read) {
+        return "Image is read-only".to_owned();
+    }
     if let Some(features) = why.strip_prefix("needs a feature that diskplane lacks: ") {
         return unsupported(features);
     }

@@ -142,7 +142,14 @@ pub fn run(args: &Resize) -> Result<u8> {
         }
     }
     match format {
-        Format::Vmdk | Format::Vhd | Format::Vhdx | Format::Vdi | Format::Qcow => {
+        Format::Vmdk
+        | Format::Vhd
+        | Format::Vhdx
+        | Format::Vdi
+        | Format::Qcow
+        | Format::Bochs
+        | Format::Cloop
+        | Format::Dmg => {
             bail!("Image format driver does not support resize")
         }
         Format::Qed if new < old => bail!("Shrinking images is currently not supported"),

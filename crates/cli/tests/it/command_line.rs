@@ -128,7 +128,7 @@ fn create_refuses_what_cannot_be_and_leaves_nothing_behind() {
     fs::write(dir.join("there.raw"), b"precious").unwrap();
     for (args, says) in [
         (&["there.raw", "1M"][..], "the file exists already"),
-        (&["x.dmg", "1M"], "say -f raw, qcow2, qed, "),
+        (&["x.dmg", "1M"], "say -f raw, qcow2, qcow, qed, "),
         (&["x.qcow2"], "say how large the disk is to be"),
         (&["x.qcow2", "8E"], "is too large"),
         (

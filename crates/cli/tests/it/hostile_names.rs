@@ -141,7 +141,7 @@ fn formats_of_backing_files_are_not_guessed() {
     fs::write(own.join("base"), [0; 4096]).unwrap();
     for (format, says) in [
         ("", "not recorded"),
-        ("dmg", "not supported"),
+        ("udif", "not supported"),
         ("null", "not supported"),
         ("\x1b[2J", "not supported"),
         ("json", "not supported"),
