@@ -17,10 +17,10 @@ use crate::{args, open};
 use anyhow::{Context as _, Result};
 use block::{RangeKind, Storage, size};
 use disk::{
-    blocking::{ChainExtent, Driver},
+    blocking::{ChainExtent, CutOff, Driver},
     chain::{Chain, ChainOptions},
 };
-use image::{ExtentKind, FileId};
+use image::{ExtentKind, FileId, Format};
 use serde::Serialize;
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
@@ -225,7 +225,13 @@ fn one(chain: &Chain, driver: &mut Driver, start: u64, len: u64) -> Result<Entry
                             (entry.present, entry.offset) = (false, None);
                         }
                     }
-                    None => (entry.data, entry.zero) = (false, true),
+                    // Behind the end of a raw disk's file are zeros; of another's something is missing.
+                    None if tells.is_some_and(|l| l.format == Format::Raw)
+                        || chain.cut_off == CutOff::Zeros =>
+                    {
+                        (entry.data, entry.zero) = (false, true);
+                    }
+                    None => {}
                 }
             }
         }

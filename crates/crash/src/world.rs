@@ -321,11 +321,7 @@ impl World {
                 part: None,
             });
         }
-        Ok(Chain {
-            layers,
-            read_only: writable.is_none(),
-            faults: None,
-        })
+        Ok(Chain::new(layers, writable.is_none()))
     }
 
     /// All that the guest sees, read by the blocking driver.

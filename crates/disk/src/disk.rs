@@ -353,11 +353,7 @@ mod tests {
             format: image::Format::Null,
             part: None,
         };
-        let chain = Chain {
-            layers: vec![layer],
-            read_only: false,
-            faults: None,
-        };
+        let chain = Chain::new(vec![layer], false);
         Disk::new(chain, DiskOptions::default()).unwrap()
     }
 

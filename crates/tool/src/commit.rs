@@ -79,17 +79,12 @@ pub fn commit(
         base = open()?;
     }
     let below = base.members();
-    let top = Chain {
-        layers: above.to_vec(),
-        read_only: true,
-        faults: None,
-    };
-    let mut members: Vec<Member> = top.members();
+    let mut members: Vec<Member> = Chain::new(above.to_vec(), true).members();
     members.extend(below.iter().cloned());
     let mut copying = Copying {
         above: above.len(),
-        reading: Driver::new(members, true)?,
-        writing: Driver::new(below, false)?,
+        reading: Driver::new(members, true)?.with_cut_off(base.cut_off),
+        writing: Driver::new(below, false)?.with_cut_off(base.cut_off),
         report,
     };
     let copied = copying.run(work);

@@ -88,6 +88,10 @@ fn data_of(source: &mut Source<'_>, cluster: u64, work: &mut Work<'_>) -> Result
     while at < size {
         work.reached(at)?;
         let run = source.run(at, size - at)?;
+        if run.lost {
+            // What cannot be converted is not measured: that fails, and says why.
+            source.read(at, &mut [0])?;
+        }
         let mut end = at + run.len;
         if run.data && run.allocated && !run.zero {
             end = end.next_multiple_of(cluster);

@@ -106,10 +106,10 @@ pub fn copy_differences(
     let mut packer = compress.then(|| driver.packer()).transpose()?;
     let mut packed = Vec::new();
     let cluster = (overlay.layers.first()).map_or(1, |layer| layer.unit_bytes());
+    let below = overlay.layers.get(1..).unwrap_or_default().to_vec();
     let below = Chain {
-        layers: overlay.layers.get(1..).unwrap_or_default().to_vec(),
-        read_only: true,
-        faults: None,
+        cut_off: overlay.cut_off,
+        ..Chain::new(below, true)
     };
     let nothing = || Source::join(&[]);
     let mut old = match below.layers.is_empty() {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 /// Bytes of what cannot be read that are given up at once, where a smaller part is not known.
 const SECTOR: u64 = 512;
-/// Places of unreadable bytes that are kept; of more only the number of bytes.
+/// Places of unreadable bytes that are kept, the first ones of the disk; of more only the number of bytes.
 pub const UNREADABLE_MAX: usize = 100;
 
 /// Bytes that could not be read, and read as zeros instead.
@@ -51,6 +51,8 @@ pub struct Run {
     pub allocated: bool,
     /// Bytes are stored for it.
     pub data: bool,
+    /// Its file is cut off before it: reading it fails.
+    pub lost: bool,
     /// Where its bytes are in one piece, where they are as the guest reads them.
     pub place: Option<Place>,
 }
@@ -58,10 +60,21 @@ pub struct Run {
 impl Run {
     fn nothing(len: u64) -> Self {
         Self {
-            len,
             zero: true,
             allocated: false,
             data: false,
+            ..Self::data(len)
+        }
+    }
+
+    /// Something that has to be read.
+    fn data(len: u64) -> Self {
+        Self {
+            len,
+            zero: false,
+            allocated: true,
+            data: true,
+            lost: false,
             place: None,
         }
     }
@@ -89,8 +102,6 @@ pub struct Source<'a> {
     size: u64,
     /// What cannot be read counts as zeros.
     salvage: bool,
-    /// What a file is too short for is noted too: up to here it has been.
-    cut_off: Option<u64>,
     unreadable: Vec<Unreadable>,
     unreadable_bytes: u64,
 }
@@ -106,7 +117,6 @@ impl<'a> Source<'a> {
             parts: Vec::new(),
             size: 0,
             salvage: false,
-            cut_off: None,
             unreadable: Vec::new(),
             unreadable_bytes: 0,
         };
@@ -172,14 +182,6 @@ impl<'a> Source<'a> {
         self
     }
 
-    /// Notes what is read from behind the end of a file that is too short, as what cannot be read: it reads as zeros, without
-    /// an error, where a qcow2 image says that there are data. What is noted is what [`Source::run`] comes by, in order.
-    #[must_use]
-    pub fn noting_cut_off(mut self, note: bool) -> Self {
-        self.cut_off = note.then_some(0);
-        self
-    }
-
     /// Bytes.
     pub fn size(&self) -> u64 {
         self.size
@@ -213,36 +215,9 @@ impl<'a> Source<'a> {
         };
         match part.run(here, most.min(left)) {
             // Whoever reads it finds out, and notes it.
-            Err(_) if salvage => Ok(Run {
-                len: part.unit_left(here).min(most).min(left),
-                zero: false,
-                allocated: true,
-                data: true,
-                place: None,
-            }),
-            Ok(run) => {
-                if let (Some(noted), Some(place)) = (self.cut_off, &run.place) {
-                    let there = place.file.len()?.saturating_sub(place.offset);
-                    self.note_cut_off(at + there.min(run.len), at + run.len, noted);
-                }
-                Ok(run)
-            }
-            failed => failed,
+            Err(_) if salvage => Ok(Run::data(part.unit_left(here).min(most).min(left))),
+            found => found,
         }
-    }
-
-    /// Notes that the bytes from `at` to before `end` are not there, but for what was `noted` before.
-    fn note_cut_off(&mut self, at: u64, end: u64, noted: u64) {
-        let at = at.max(noted);
-        if at >= end {
-            return;
-        }
-        self.cut_off = Some(end);
-        self.note(Unreadable {
-            at,
-            len: end - at,
-            error: "its place is behind the end of the file, which is cut off".to_owned(),
-        });
     }
 
     /// How many of `most` bytes from `at` on are known to be zeros.
@@ -322,28 +297,24 @@ impl<'a> Source<'a> {
         self.salvage
     }
 
+    /// Notes what could not be read. Copiers come by in any order.
     fn note(&mut self, found: Unreadable) {
         self.unreadable_bytes += found.len;
-        if let Some(last) = self.unreadable.last_mut()
-            && last.at + last.len == found.at
-        {
-            last.len += found.len;
-        } else if self.unreadable.len() < UNREADABLE_MAX {
-            self.unreadable.push(found);
-        }
+        let places = &mut self.unreadable;
+        places.insert(places.partition_point(|place| place.at < found.at), found);
+        places.dedup_by(|next, before| {
+            let goes_on = before.at + before.len == next.at;
+            before.len += if goes_on { next.len } else { 0 };
+            goes_on
+        });
+        places.truncate(UNREADABLE_MAX);
     }
 }
 
 impl Part<'_> {
     fn run(&mut self, at: u64, most: u64) -> Result<Run> {
         let found = self.driver.extent_at(at, most)?;
-        let mut run = Run {
-            len: found.len,
-            zero: false,
-            allocated: true,
-            data: true,
-            place: None,
-        };
+        let mut run = Run::data(found.len);
         let (file, offset) = match found.kind {
             ExtentKind::Zero { .. } => {
                 (run.zero, run.data) = (true, false);
@@ -364,6 +335,13 @@ impl Part<'_> {
         let Some(storage) = layer.files.get(usize::from(file.0)) else {
             return Ok(run);
         };
+        match self.driver.readable(found.depth, file, offset, run.len)? {
+            0 => {
+                run.lost = true;
+                return Ok(run);
+            }
+            readable => run.len = readable,
+        }
         if layer.image.encryption().is_none() {
             let files = self.identities.get(found.depth);
             let identity = files.and_then(|files| files.get(usize::from(file.0)));
@@ -405,8 +383,10 @@ impl Part<'_> {
         let (mut at, mut rest) = (at, buf);
         while !rest.is_empty() {
             let asked = rest.len() as u64;
-            let (len, step) = match self.driver.extent_at(at, asked) {
-                Ok(extent) => (extent.len, SECTOR),
+            let (len, step) = match self.run(at, asked) {
+                // Nothing of it is there.
+                Ok(run) if run.lost => (run.len, u64::MAX),
+                Ok(run) => (run.len, SECTOR),
                 // No table: nothing of the cluster.
                 Err(_) => (self.unit_left(at).min(asked), u64::MAX),
             };

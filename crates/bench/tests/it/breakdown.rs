@@ -30,17 +30,16 @@ fn slow() -> Served {
     };
     qcow2::create(&*file, &create).unwrap();
     let image = Qcow2::open(&*file, &qcow2::OpenOptions::default()).unwrap();
-    let chain = Chain {
-        layers: vec![Layer {
+    let chain = Chain::new(
+        vec![Layer {
             image: Arc::new(image),
             files: vec![file],
             path: "sim".into(),
             format: Format::Qcow2,
             part: None,
         }],
-        read_only: false,
-        faults: None,
-    };
+        false,
+);
     serve_chain(
         TempDir::new(),
         chain,

@@ -213,8 +213,7 @@ impl Copying<'_> {
             (Some(window), [chain]) => Source::window(chain, window.skip, window.len),
             (_, chains) => Source::join(&chains.iter().collect::<Vec<_>>()),
         };
-        let salvage = self.args.salvage;
-        Ok(source?.salvaging(salvage).noting_cut_off(salvage))
+        Ok(source?.salvaging(self.args.salvage))
     }
 
     fn options(&self) -> ConvertOptions<'_> {

@@ -9,6 +9,7 @@ use anyhow::{Error, Result, anyhow};
 use block::faults::Faults;
 use block::{ErrorKind, Storage};
 use crypto::Passphrase;
+use disk::blocking::CutOff;
 use disk::chain::{Below, Chain, ChainOptions, FileFaults, Layer, Part};
 use image::Format;
 use image::vhd::SizeFrom;
@@ -74,6 +75,7 @@ pub fn trusting() -> ChainOptions {
         repair: Some(super::check::mend),
         probe_backing: true,
         names: Some(below),
+        cut_off: CutOff::Zeros,
         ..ChainOptions::default()
     }
 }

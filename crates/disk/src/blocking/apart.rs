@@ -155,14 +155,18 @@ impl Placed {
     /// whole run in less time than for each page of it that is written. A hint: where there is none, writing says so.
     pub fn reserve(&self) {
         if let (None, Some((file, host))) = (self.ticket, self.place)
-            && let Ok(file) = self.members.file(0, file)
+            && let Ok(storage) = self.members.file(0, file)
         {
-            let _ = file.allocate(host.0, self.len);
+            let _ = (self.members).changing(file, || storage.allocate(host.0, self.len));
         }
     }
 
     /// The bytes are there: they are the disk's now.
     pub fn finish(mut self) {
+        if let Some((file, _)) = self.place {
+            // Others may have put them there ([`Placed::place`]).
+            self.members.unsynced.mark(usize::from(file.0));
+        }
         if let (Some(ticket), Some(first)) = (self.ticket.take(), self.members.first()) {
             first.image.commit(ticket);
         }

@@ -1,11 +1,13 @@
 //! The images of a chain with their files, for any thread: bytes in and out of places that are known.
 
+use super::cut_off::{self, CutOff};
 use super::{Member, usize_of};
 use crate::crypt::SECTOR;
+use crate::unsynced::Unsynced;
 use block::faults::Event;
 use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, align_up};
 use crypto::SectorCipher;
-use image::{Compressed, Encryption, FileId};
+use image::{Compressed, Encryption, FileId, Load};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes of the largest cluster of which several are unpacked at a time.
@@ -20,13 +22,19 @@ pub(super) struct Members {
     images: Arc<[Member]>,
     /// The compressed cluster that was unpacked last in part.
     kept: Arc<Mutex<Option<Kept>>>,
+    /// Which files of the active image a barrier has to wait for.
+    pub unsynced: Arc<Unsynced>,
+    pub cut_off: CutOff,
 }
 
 impl Members {
     pub fn new(members: Vec<Member>) -> Self {
+        let files = members.first().map_or(0, |first| first.files.len());
         Self {
             images: members.into(),
             kept: Arc::default(),
+            unsynced: Arc::new(Unsynced::new(files)),
+            cut_off: CutOff::default(),
         }
     }
 
@@ -61,7 +69,25 @@ impl Members {
         })
     }
 
-    /// Asks the image at `depth` until it has an answer, doing what it needs in between.
+    /// Does `change` to one of the active image's files: barriers wait for it from then on.
+    pub fn changing<T>(&self, file: FileId, change: impl FnOnce() -> Result<T>) -> Result<T> {
+        let done = change();
+        // Of what failed a part may be there.
+        self.unsynced.mark(usize::from(file.0));
+        done
+    }
+
+    /// The table that `load` asks for.
+    pub fn load(&self, depth: usize, load: &Load) -> Result<Vec<u8>> {
+        let file = self.file(depth, load.file)?;
+        let mut bytes = vec![0; usize_of(u64::from(load.len))?];
+        let there = read_padded(&*file, load.offset, &mut bytes)?;
+        if there == 0 && self.cut_off == CutOff::Refused {
+            return Err(cut_off::table(&*file, load.offset));
+        }
+        Ok(bytes)
+    }
+
     /// The bytes at `offset` of a file, decrypted where the image's data are encrypted.
     pub fn read_data(
         &self,
@@ -73,17 +99,40 @@ impl Members {
     ) -> Result<()> {
         let storage = self.file(depth, file)?;
         let Some(encryption) = self.member(depth)?.image.encryption() else {
-            return read_padded(&*storage, offset, buf);
+            let there = read_padded(&*storage, offset, buf)?;
+            return self.judge(&*storage, guest, offset, there, buf.len());
         };
         let cipher = cipher_of(encryption)?;
         let sector = encryption.sector(guest, offset);
         let skip = usize_of(offset.0 % SECTOR)?;
         let mut sectors = vec![0; usize_of(align_up((skip + buf.len()) as u64, SECTOR))?];
-        read_padded(&*storage, HostOffset(offset.0 - skip as u64), &mut sectors)?;
+        let start = HostOffset(offset.0 - skip as u64);
+        let there = read_padded(&*storage, start, &mut sectors)?;
+        self.judge(&*storage, guest, offset, there.saturating_sub(skip), buf.len())?;
         cipher.decrypt(sector, &mut sectors);
         let plain = sectors.iter().skip(skip);
         buf.iter_mut().zip(plain).for_each(|(to, from)| *to = *from);
         Ok(())
+    }
+
+    /// Refuses bytes of the disk, `len` at `offset` of a file, of which only the first `there` are in it.
+    fn judge(
+        &self,
+        file: &dyn Storage,
+        guest: GuestOffset,
+        offset: HostOffset,
+        there: usize,
+        len: usize,
+    ) -> Result<()> {
+        if there == len || self.cut_off == CutOff::Zeros {
+            return Ok(());
+        }
+        let end = file.len()?;
+        let there = cut_off::there(end, offset, len as u64);
+        match there == len as u64 {
+            true => Ok(()),
+            false => Err(cut_off::data(file, guest.plus(there), offset.plus(there), end)),
+        }
     }
 
     /// Writes the active image's bytes at `offset` of a file, encrypted where its data are. Of a sector that is
@@ -97,7 +146,7 @@ impl Members {
     ) -> Result<()> {
         let storage = self.file(0, file)?;
         let Some(encryption) = self.member(0)?.image.encryption() else {
-            return storage.write_at(offset.0, data);
+            return self.changing(file, || storage.write_at(offset.0, data));
         };
         let cipher = cipher_of(encryption)?;
         let skip = usize_of(offset.0 % SECTOR)?;
@@ -111,7 +160,7 @@ impl Members {
         let plain = sectors.iter_mut().skip(skip);
         plain.zip(data).for_each(|(to, from)| *to = *from);
         cipher.encrypt(sector, &mut sectors);
-        storage.write_at(start.0, &sectors)
+        self.changing(file, || storage.write_at(start.0, &sectors))
     }
 
     /// Reads a part of a compressed cluster: that from its `skip` on that `out` has room for.
@@ -158,7 +207,13 @@ impl Members {
         file.read_at(packed.offset.0, &mut input)?;
         let mut unpacked = vec![0; usize_of(u64::from(packed.unpacked_len))?];
         let image = &self.member(depth)?.image;
-        image.decompress(packed, &input, &mut unpacked)?;
+        let done = image.decompress(packed, &input, &mut unpacked);
+        // What is packed may end before its last sector does, and the file with it: only where it cannot be unpacked
+        // something is missing.
+        done.map_err(|error| match (input.len() as u64) < u64::from(packed.len) {
+            true => cut_off::packed(&*file, packed, error),
+            false => error,
+        })?;
         Ok(unpacked)
     }
 }
@@ -182,13 +237,13 @@ fn cipher_of(encryption: &Encryption) -> Result<&SectorCipher> {
     })
 }
 
-/// Reads from `file`; what lies behind its end are zeros.
-pub(super) fn read_padded(file: &dyn Storage, offset: HostOffset, buf: &mut [u8]) -> Result<()> {
+/// Reads from `file`; what lies behind its end are zeros. Returns how many bytes lie before.
+fn read_padded(file: &dyn Storage, offset: HostOffset, buf: &mut [u8]) -> Result<usize> {
     let there = usize_of(file.len()?.saturating_sub(offset.0))?.min(buf.len());
     let (inside, behind) = buf.split_at_mut(there);
     behind.fill(0);
-    if inside.is_empty() {
-        return Ok(());
+    if !inside.is_empty() {
+        file.read_at(offset.0, inside)?;
     }
-    file.read_at(offset.0, inside)
+    Ok(there)
 }

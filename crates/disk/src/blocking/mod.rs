@@ -14,17 +14,20 @@
 //! ```
 
 mod apart;
+mod cut_off;
 mod members;
 
 pub use apart::{Fragment, Placed, read};
+pub use cut_off::CutOff;
 
 use block::faults::{Event, Faults, IoType};
 use block::{Context, Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed};
 use image::{
-    Allocation, ExtentKind, Fill, FlushRun, Freed, Image, Load, Need, Plan, Reserve, Step,
+    Allocation, ExtentKind, FileId, Fill, FlushRun, Freed, Image, Need, Plan, Reserve, Step,
     ZeroMode, ZeroPlan,
 };
-use members::{Members, read_padded};
+use members::Members;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Bytes that are copied or zeroed at a time.
@@ -64,6 +67,8 @@ pub struct Driver {
     read_only: bool,
     run: FlushRun,
     faults: Option<Arc<Faults>>,
+    /// Where files of the images ended when that was asked last.
+    ends: HashMap<(usize, FileId), u64>,
 }
 
 impl Driver {
@@ -77,6 +82,7 @@ impl Driver {
             read_only,
             run: FlushRun::default(),
             faults: None,
+            ends: HashMap::new(),
         })
     }
 
@@ -84,6 +90,37 @@ impl Driver {
     #[must_use]
     pub fn with_faults(self, faults: Option<Arc<Faults>>) -> Self {
         Self { faults, ..self }
+    }
+
+    /// The same disk, of which bytes that a file is too short for become what `cut_off` says.
+    #[must_use]
+    pub fn with_cut_off(mut self, cut_off: CutOff) -> Self {
+        self.members.cut_off = cut_off;
+        self
+    }
+
+    /// How many of `len` bytes of the disk at `offset` of a file of the image at `depth` can be read, or read as zeros by
+    /// [`CutOff::Zeros`]: all of them, unless the file is cut off.
+    ///
+    /// # Errors
+    ///
+    /// No such image or file; what asking the host fails with.
+    pub fn readable(
+        &mut self,
+        depth: usize,
+        file: FileId,
+        offset: HostOffset,
+        len: u64,
+    ) -> Result<u64> {
+        if self.members.cut_off == CutOff::Zeros {
+            return Ok(len);
+        }
+        let end = self.ends.entry((depth, file)).or_default();
+        if offset.0.saturating_add(len) > *end {
+            // It may have grown.
+            *end = self.members.file(depth, file)?.len()?;
+        }
+        Ok(cut_off::there(*end, offset, len))
     }
 
     /// Fails an access of the guest that is to fail.
@@ -184,14 +221,17 @@ impl Driver {
             let len = match plan {
                 Plan::Drop { len } => len,
                 Plan::InPlace { file, offset, len } => {
-                    each(&*self.members.file(0, file)?, offset, len)?;
+                    let storage = self.members.file(0, file)?;
+                    (self.members).changing(file, || each(&*storage, offset, len))?;
                     len
                 }
                 Plan::Allocate(new) => {
                     let done = self
                         .fill_with_zeros(GuestOffset(at), &new)
                         .and_then(|host| {
-                            each(&*self.members.file(0, new.file)?, host, new.write_len)
+                            let storage = self.members.file(0, new.file)?;
+                            (self.members)
+                                .changing(new.file, || each(&*storage, host, new.write_len))
                         });
                     let image = &self.members.member(0)?.image;
                     match done {
@@ -220,7 +260,8 @@ impl Driver {
         // What is encrypted is zeroed when it is the guest's.
         if !new.zeroed && !self.is_encrypted() {
             let file = self.members.file(0, new.file)?;
-            file.write_zeroes(from.0, new.write_len, false)?;
+            let zero = || file.write_zeroes(from.0, new.write_len, false);
+            self.members.changing(new.file, zero)?;
         }
         Ok(from)
     }
@@ -333,7 +374,7 @@ impl Driver {
     ) -> Result<()> {
         match need {
             Need::Load(load) => {
-                let bytes = self.load(depth, &load).inspect_err(|_| {
+                let bytes = self.members.load(depth, &load).inspect_err(|_| {
                     image.load_failed(&load);
                 })?;
                 image.loaded(&load, &bytes)
@@ -356,7 +397,9 @@ impl Driver {
         refused: &mut Option<u64>,
     ) -> Result<()> {
         let file = self.members.file(depth, reserve.file);
-        match file.and_then(|f| f.allocate(reserve.offset.0, reserve.len)) {
+        let allocate = |f: Arc<dyn Storage>| f.allocate(reserve.offset.0, reserve.len);
+        let allocated = file.and_then(|f| self.members.changing(reserve.file, || allocate(f)));
+        match allocated {
             Ok(zeroed) => {
                 image.reserved(reserve, zeroed);
                 *refused = None;
@@ -372,16 +415,6 @@ impl Driver {
                 }
             }
         }
-    }
-
-    fn load(&self, depth: usize, load: &Load) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; usize_of(u64::from(load.len))?];
-        read_padded(
-            &*self.members.file(depth, load.file)?,
-            load.offset,
-            &mut bytes,
-        )?;
-        Ok(bytes)
     }
 
     /// Writes the guest range `from..to` of an allocation, which the guest did not.
@@ -426,11 +459,11 @@ impl Driver {
             let len = match plan {
                 ZeroPlan::Done { len } | ZeroPlan::Skip { len } => len,
                 ZeroPlan::Host { file, offset, len } => {
-                    let file = self.members.file(0, file)?;
-                    match mode {
-                        ZeroMode::Discard => file.discard(offset.0, len)?,
-                        ZeroMode::Zero { unmap } => file.write_zeroes(offset.0, len, unmap)?,
-                    }
+                    let storage = self.members.file(0, file)?;
+                    self.members.changing(file, || match mode {
+                        ZeroMode::Discard => storage.discard(offset.0, len),
+                        ZeroMode::Zero { unmap } => storage.write_zeroes(offset.0, len, unmap),
+                    })?;
                     len
                 }
                 ZeroPlan::Write { len } => {
@@ -460,13 +493,14 @@ impl Driver {
                 let bytes = bytes.ok_or_else(|| {
                     Error::corrupt(format!("{write:?} lies outside the flush's bytes"))
                 })?;
-                self.members
-                    .file(0, write.file)?
-                    .write_at(write.offset.0, bytes)?;
+                let file = self.members.file(0, write.file)?;
+                (self.members).changing(write.file, || file.write_at(write.offset.0, bytes))?;
             }
-            for file in &member.files {
-                file.event(Event::FlushToDisk);
-                file.sync()?;
+            for (nth, file) in member.files.iter().enumerate() {
+                if self.members.unsynced.take(nth) {
+                    file.event(Event::FlushToDisk);
+                    file.sync().inspect_err(|_| self.members.unsynced.mark(nth))?;
+                }
             }
         }
         Ok(())
@@ -480,7 +514,8 @@ impl Driver {
             let file = self.members.file(0, space.file)?;
             file.event(Event::ClusterFree);
             // The hole is a courtesy: where it fails the space is still free.
-            let zeroed = match file.write_zeroes(space.offset.0, space.len, true) {
+            let hole = || file.write_zeroes(space.offset.0, space.len, true);
+            let zeroed = match self.members.changing(space.file, hole) {
                 Ok(()) => Zeroed::Yes,
                 Err(_) => Zeroed::No,
             };

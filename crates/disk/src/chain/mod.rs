@@ -25,7 +25,7 @@ mod server;
 pub use names::is_file_name;
 pub use server::open_export;
 
-use crate::blocking::{Driver, Member};
+use crate::blocking::{CutOff, Driver, Member};
 use block::faults::Faults;
 use block::{Context, Error, ErrorKind, Result, Storage, limits};
 use crypto::Passphrase;
@@ -145,6 +145,9 @@ pub struct ChainOptions {
     pub opened: Option<Arc<File>>,
     /// How NBD servers are waited for.
     pub server: nbd::Options,
+    /// What becomes of bytes of the disk that a file is too short for, where a [`Driver`] reads them. (A served disk shows guests
+    /// zeros there, as QEMU does.)
+    pub cut_off: CutOff,
     /// Understands names with a protocol that images have for their backing files. Without it those are refused.
     pub names: Option<Names>,
     /// Open a backing file whose format the image above does not record as what its magic says, or else as raw, as QEMU
@@ -213,9 +216,21 @@ pub struct Chain {
     pub read_only: bool,
     /// Accesses of the guest that are to fail.
     pub faults: Option<Arc<Faults>>,
+    /// See [`ChainOptions::cut_off`].
+    pub cut_off: CutOff,
 }
 
 impl Chain {
+    /// A chain of images that are open, the active one first.
+    pub fn new(layers: Vec<Layer>, read_only: bool) -> Self {
+        Self {
+            layers,
+            read_only,
+            faults: None,
+            cut_off: CutOff::default(),
+        }
+    }
+
     /// Opens `spec` (a path, the name of an NBD export, or `null:SIZE`) and all its backing images.
     ///
     /// Without a format in `options`, the format is known by its magic, and a file that shows none counts as raw only when it is opened read-only: a guest that could write such a file could make
@@ -239,9 +254,8 @@ impl Chain {
         if let Some(null) = text.and_then(Null::parse) {
             layers.push(null_layer(null?, path));
             return Ok(Self {
-                layers,
-                read_only: options.read_only,
                 faults: options.disk_faults.clone(),
+                ..Self::new(layers, options.read_only)
             });
         }
         let mut seen = Seen::new();
@@ -341,6 +355,7 @@ impl Chain {
             layers,
             read_only: options.read_only,
             faults: options.disk_faults.clone(),
+            cut_off: options.cut_off,
         })
     }
 
@@ -360,7 +375,9 @@ impl Chain {
     /// A blocking driver of the chain.
     pub fn driver(&self) -> Result<Driver> {
         let driver = Driver::new(self.members(), self.read_only)?;
-        Ok(driver.with_faults(self.faults.clone()))
+        Ok(driver
+            .with_faults(self.faults.clone())
+            .with_cut_off(self.cut_off))
     }
 }
 

@@ -130,11 +130,7 @@ impl Table {
             format: Format::Qcow2,
             part: None,
         };
-        let chain = Chain {
-            layers: vec![layer],
-            read_only: false,
-            faults: None,
-        };
+        let chain = Chain::new(vec![layer], false);
         let disk = Disk::new(chain, DiskOptions::default()).unwrap();
         let mut engine = io::open_engine(EngineKind::Sim, &EngineOptions::default()).unwrap();
         let options = QueueOptions {

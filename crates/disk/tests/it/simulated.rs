@@ -35,17 +35,16 @@ fn image(dir: &Path, options: &str, seed: u64) -> Arc<SimDisk> {
 fn chain(sim: &Arc<SimDisk>) -> Chain {
     let file = File::sim(Arc::clone(sim)).expect("a file");
     let image = Qcow2::open(&*file, &qcow2::OpenOptions::default()).expect("the image opens");
-    Chain {
-        layers: vec![Layer {
+    Chain::new(
+        vec![Layer {
             image: Arc::new(image),
             files: vec![file],
             path: "sim".into(),
             format: Format::Qcow2,
             part: None,
         }],
-        read_only: false,
-        faults: None,
-    }
+        false,
+)
 }
 
 fn rig(sim: &Arc<SimDisk>) -> (Arc<Disk>, Rig) {
