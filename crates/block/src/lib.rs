@@ -10,6 +10,7 @@
 mod error;
 pub mod faults;
 pub mod limits;
+pub mod name;
 mod offset;
 mod op;
 mod prefetch;

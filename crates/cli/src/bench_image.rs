@@ -78,13 +78,13 @@ pub struct Image {
     #[allow(missing_docs)]
     pub keys: Keys,
     /// Image, or null:SIZE
-    pub image: String,
+    pub image: PathBuf,
 }
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Json<'a> {
-    filename: &'a str,
+struct Json {
+    filename: String,
     engine: String,
     requests: u64,
     flushes: u64,
@@ -124,7 +124,7 @@ pub fn run(args: &Image) -> Result<()> {
     let iops = outcome.requests as f64 / seconds;
     print(&match args.json {
         true => crate::json(&Json {
-            filename: &args.image,
+            filename: args.image.display().to_string(),
             engine: kind.to_string(),
             requests: outcome.requests,
             flushes: outcome.flushes,

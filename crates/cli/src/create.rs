@@ -167,7 +167,7 @@ fn make(file: &Path, format: Format, options: &Options) -> Result<()> {
     let mut partial = Partial::new(file);
     if let Some(name) = &options.qcow2.data_file {
         // The image has another name until it is complete.
-        let data = file.parent().unwrap_or(Path::new("")).join(name);
+        let data = file.parent().unwrap_or(Path::new("")).join(block::name::path(name));
         refuse_as_data(file, &data)?;
         partial.add(data);
     }
@@ -230,17 +230,14 @@ pub(crate) fn refuse_backing(flag: &str, format: Format) -> Result<()> {
 
 /// The file that is called `name` from the directory of `file`, open for reading, and its absolute name.
 pub(crate) fn parent(file: &Path, name: &str) -> Result<(Arc<File>, String)> {
-    let path = file.parent().unwrap_or(Path::new("")).join(name);
+    let path = file.parent().unwrap_or(Path::new("")).join(block::name::path(name));
     let path = fs::canonicalize(&path).with_context(|| path.display().to_string())?;
-    let Some(absolute) = path.to_str() else {
-        bail!("{}: the name is not UTF-8", path.display());
-    };
     let read_only = OpenOptions {
         read_only: true,
         lock: io::Lock::None,
         ..OpenOptions::default()
     };
-    Ok((File::open(&path, &read_only)?, absolute.to_owned()))
+    Ok((File::open(&path, &read_only)?, block::name::text(&path)))
 }
 
 /// What a differencing VHD image at `file` says of the parent `name`, which is there.
@@ -251,7 +248,7 @@ pub(crate) fn vhd_parent(file: &Path, name: &str, format: Format) -> Result<vhd:
         Format::Raw => vhd::UniqueId::NONE,
         other => bail!("{name}: a vhd image lies over vhd or raw, not over {other}"),
     };
-    let changed = fs::metadata(&absolute)?.modified()?;
+    let changed = fs::metadata(block::name::path(&absolute))?.modified()?;
     let changed = changed
         .duration_since(std::time::UNIX_EPOCH)
         .unwrap_or_default();
@@ -265,9 +262,9 @@ pub(crate) fn vhd_parent(file: &Path, name: &str, format: Format) -> Result<vhd:
 
 /// The name of a new image's file, as its descriptor is to have it.
 pub(crate) fn file_name(file: &Path) -> Result<String> {
-    let name = file.file_name().and_then(|name| name.to_str());
-    let name = name.with_context(|| format!("{}: no name of a file in UTF-8", file.display()))?;
-    Ok(name.to_owned())
+    let name = file.file_name();
+    let name = name.with_context(|| format!("{}: no name of a file", file.display()))?;
+    Ok(block::name::text(name))
 }
 
 /// What a VMDK image at `file` says of the parent `name`, which is there: the name, and its CID.
@@ -275,7 +272,7 @@ pub(crate) fn vmdk_parent(file: &Path, name: &str, format: Format) -> Result<(St
     if format != Format::Vmdk {
         bail!("{name}: a vmdk image lies over vmdk, not over {format}");
     }
-    let path = file.parent().unwrap_or(Path::new("")).join(name);
+    let path = file.parent().unwrap_or(Path::new("")).join(block::name::path(name));
     let base = open::file(&path, open::Access::ReadUnlocked)?;
     let parts = vmdk::Parts::read(&*base)?;
     Ok((name.to_owned(), parts.descriptor.cid))
@@ -361,7 +358,7 @@ pub(crate) fn write_all(path: &Path, format: Format, options: &Options, stop: &S
         bail!(exists(path));
     }
     // As with backing files, a relative name starts at the directory of the image that stores it.
-    let data = path.parent().unwrap_or(Path::new("")).join(name);
+    let data = path.parent().unwrap_or(Path::new("")).join(block::name::path(name));
     refuse_as_data(path, &data)?;
     let is_new = !data.exists();
     // A failure takes a new file away again.
@@ -702,16 +699,16 @@ fn write_raw(file: &File, options: &Options, stop: &Stop) -> Result<()> {
 
 /// Says so when the new image's backing or data file will not be opened without being allowed.
 pub(crate) fn warn_of_policy(path: &Path, format: Format, names_files: bool) {
-    let Some(spec) = path.to_str().filter(|_| names_files) else {
+    if !names_files {
         return;
-    };
+    }
     let options = ChainOptions {
         format: Some(format),
         read_only: true,
         allow_locked: true,
         ..ChainOptions::default()
     };
-    if let Err(error) = Chain::open(spec, &options)
+    if let Err(error) = Chain::open(path, &options)
         && error.kind() == ErrorKind::Denied
     {
         eprintln!("diskplane: note: {}", block::plain(&error.to_string()));

@@ -2,6 +2,7 @@
 
 use crate::{args::Serve, options::split, secret::Keys};
 use anyhow::{Result, anyhow, bail};
+use block::name;
 use crypto::Passphrase;
 use export::nbd::NbdAddress;
 use image::Format;
@@ -10,7 +11,7 @@ use std::{path::PathBuf, str::FromStr, sync::Arc};
 /// A disk to serve, and where.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DiskSpec {
-    /// Image, or `null:SIZE`.
+    /// Image (its name as [`block::name`] has it), or `null:SIZE`.
     pub file: String,
     /// Format of the image; by its magic where not given.
     pub format: Option<Format>,
@@ -85,16 +86,16 @@ impl FromStr for DiskArgument {
                 .ok_or_else(|| anyhow!("{pair}: give it as key=value"))?;
             match key {
                 "format" => disk.format = Some(value.parse()?),
-                "vhost-user" => disk.vhost_user = Some(value.into()),
+                "vhost-user" => disk.vhost_user = Some(name::path(value)),
                 "nbd" => disk.nbd = Some(value.parse().map_err(|e| anyhow!("nbd={value}: {e}"))?),
-                "data-file" => disk.data_file = Some(value.into()),
+                "data-file" => disk.data_file = Some(name::path(value)),
                 "snapshot" => disk.snapshot = Some(value.to_owned()),
                 "queues" => {
                     let queues = value.parse().ok().filter(|n| (1..=256).contains(n));
                     disk.queues =
                         Some(queues.ok_or_else(|| anyhow!("queues={value}: it must be 1 to 256"))?);
                 }
-                "key-file" => disk.key_files.push(value.into()),
+                "key-file" => disk.key_files.push(name::path(value)),
                 "key-secret" => disk.key_secrets.push(value.to_owned()),
                 "read-only" => {
                     disk.read_only = Some(match value {

@@ -165,6 +165,7 @@ fn done(outcome: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
 /// `value` as JSON, for a program or a terminal: `serde_json` escapes what is ASCII of the characters that steer one.
 fn json(value: &impl serde::Serialize) -> anyhow::Result<String> {
     let plain = serde_json::to_string_pretty(value)?;
+    let plain = block::name::shown(&plain);
     let mut text = String::with_capacity(plain.len() + 1);
     for c in plain.chars() {
         match c != '\n' && block::steers(c) {
@@ -180,13 +181,13 @@ fn json(value: &impl serde::Serialize) -> anyhow::Result<String> {
 /// Says something to whoever still listens: a terminal that was closed gives errors, and they are no reason to end otherwise than
 /// asked for.
 fn say(text: &str) {
-    let _ = std::io::stderr().lock().write_all(text.as_bytes());
+    let _ = std::io::stderr().lock().write_all(&block::name::bytes(text));
 }
 
 /// Prints `text`; a reader that has gone (`diskplane map … | head`) is no error.
 fn print(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match out.write_all(&block::name::bytes(text)).and_then(|()| out.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }

@@ -120,7 +120,7 @@ pub fn at_server(path: &Path) -> Option<&str> {
 pub fn beside(above: &Path, name: &str) -> PathBuf {
     match nbd::is_name(name) {
         true => PathBuf::from(name),
-        false => above.parent().unwrap_or(Path::new("")).join(name),
+        false => above.parent().unwrap_or(Path::new("")).join(block::name::path(name)),
     }
 }
 
@@ -166,12 +166,11 @@ pub fn resolve(
     objects: &Objects,
     options: ChainOptions,
 ) -> Result<(PathBuf, ChainOptions)> {
-    let Some(name) = name
-        .to_str()
-        .filter(|name| image_opts || image_opts::is_json(name))
-    else {
+    let text = block::name::text(name);
+    if !image_opts && !image_opts::is_json(&text) {
         return Ok((name.to_owned(), options));
-    };
+    }
+    let name = text.as_str();
     let said = ImageOptions::parse(name).with_context(|| format!("'{name}'"))?;
     if said.read_only && !options.read_only {
         bail!("'{name}': {}", image_opts::READ_ONLY);
@@ -208,13 +207,11 @@ pub fn resolve(
 
 /// Refuses to write the image at `depth` below the one that `name` names, where its file is for reading only.
 pub fn refuse_base(name: &Path, image_opts: bool, depth: usize) -> Result<()> {
-    let Some(name) = name
-        .to_str()
-        .filter(|name| image_opts || image_opts::is_json(name))
-    else {
+    let name = block::name::text(name);
+    if !image_opts && !image_opts::is_json(&name) {
         return Ok(());
-    };
-    match ImageOptions::parse(name)?.read_only_below.contains(&depth) {
+    }
+    match ImageOptions::parse(&name)?.read_only_below.contains(&depth) {
         true => bail!(image_opts::READ_ONLY),
         false => Ok(()),
     }

@@ -103,7 +103,7 @@ fn allow_descriptors() {
 /// Opens the chain, waiting a moment for a process before that has just ended.
 fn open(args: &args::Serve, spec: &DiskSpec) -> Result<Chain> {
     let options = chain_options(args, spec)?;
-    Ok(io::wait_for_lock(|| Chain::open(&spec.file, &options))?)
+    Ok(io::wait_for_lock(|| Chain::open(name::path(&spec.file), &options))?)
 }
 
 fn start_workers(
@@ -141,7 +141,7 @@ fn serve(
         exports.push(listening);
     }
     let told = served.iter().map(|one| Told {
-        file: one.spec.file.clone(),
+        file: name::shown(&one.spec.file).into_owned(),
         disk: one.disk.clone(),
     });
     let control = match &args.control {
@@ -175,7 +175,7 @@ fn print_statistics(form: Stats, served: &[Served]) {
                 let _ = writeln!(text, "{}", statistics.table());
             }
             Stats::Json => {
-                let line = serde_json::json!({ "disk": spec.file, "statistics": statistics });
+                let line = serde_json::json!({ "disk": name::shown(&spec.file), "statistics": statistics });
                 let _ = writeln!(text, "{line}");
             }
         }
@@ -186,6 +186,7 @@ fn print_statistics(form: Stats, served: &[Served]) {
 fn listen(served: &Served, workers: &[WorkerHandle]) -> Result<Exports> {
     let Served { spec, disk } = served;
     let name = Path::new(&spec.file).file_stem().unwrap_or_default();
+    // Of a name in any bytes what a serial number can have is left.
     let name = name.to_string_lossy();
     let vhost_user = match &spec.vhost_user {
         Some(path) => {

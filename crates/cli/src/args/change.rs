@@ -53,7 +53,7 @@ pub struct Amend {
     #[arg(short, long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
     /// What to change, as key=value,…: `-o help` lists it
-    #[arg(short, long = "option", value_name = "K=V,…")]
+    #[arg(short, long = "option", value_name = "K=V,…", value_parser = name())]
     pub options: Vec<String>,
     /// Print nothing but errors
     #[arg(short, long, conflicts_with = "json")]

@@ -66,7 +66,8 @@ pub struct Convert {
         short,
         long = "option",
         value_name = "K=V,…",
-        conflicts_with = "no_create"
+        conflicts_with = "no_create",
+        value_parser = name()
     )]
     pub options: Vec<String>,
     /// Make DST an overlay of BASE: what reads the same there is left out
@@ -75,7 +76,8 @@ pub struct Convert {
         short_alias = 'b',
         long,
         value_name = "BASE",
-        requires = "backing_format"
+        requires = "backing_format",
+        value_parser = name()
     )]
     pub backing: Option<String>,
     /// Format of BASE
@@ -162,7 +164,7 @@ impl Convert {
             image_opts: false,
             force_share: false,
             data_file: None,
-            files: vec![source.into(), target.into()],
+            files: vec![block::name::path(source), block::name::path(target)],
         }
     }
 
@@ -209,7 +211,7 @@ pub struct Dd {
     #[allow(missing_docs)]
     pub keys: Keys,
     /// if=FILE of=FILE bs=SIZE count=N skip=N
-    #[arg(required = true, num_args = 1.., value_name = "KEY=VALUE")]
+    #[arg(required = true, num_args = 1.., value_name = "KEY=VALUE", value_parser = name())]
     pub operands: Vec<String>,
 }
 
@@ -299,7 +301,7 @@ pub struct Rebase {
     #[arg(short, long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
     /// The new backing file; a relative name starts at the image's directory. '': none
-    #[arg(short, long, value_name = "BASE")]
+    #[arg(short, long, value_name = "BASE", value_parser = name())]
     pub backing: String,
     /// Its format
     #[arg(short = 'F', long, value_name = "FMT", value_parser = format)]

@@ -16,14 +16,14 @@ pub struct Create {
     #[arg(short, long, value_name = "FMT", value_parser = new_format)]
     pub format: Option<Format>,
     /// Options of the format, as key=value,…: `-o help` lists them
-    #[arg(short, long = "option", value_name = "K=V,…")]
+    #[arg(short, long = "option", value_name = "K=V,…", value_parser = name())]
     pub options: Vec<String>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub keys: Keys,
     /// The new image shows what BASE holds wherever it was not written. It gets subclusters, which
     /// make small writes cheap, unless -o extended_l2=off says otherwise
-    #[arg(short, long, value_name = "BASE", requires = "backing_format")]
+    #[arg(short, long, value_name = "BASE", requires = "backing_format", value_parser = name())]
     pub backing: Option<String>,
     /// Format of BASE
     #[arg(short = 'F', long, value_name = "FMT", value_parser = format, requires = "backing")]
@@ -43,7 +43,7 @@ pub struct Measure {
     #[arg(short = 'O', long, value_name = "FMT", default_value = "raw", value_parser = format)]
     pub target_format: Format,
     /// Its options, as key=value,…, as of `create`
-    #[arg(short, long = "option", value_name = "K=V,…")]
+    #[arg(short, long = "option", value_name = "K=V,…", value_parser = name())]
     pub options: Vec<String>,
     /// Measure a new image of a disk of that size
     #[arg(short, long, value_name = "SIZE", value_parser = bytes, conflicts_with = "file")]

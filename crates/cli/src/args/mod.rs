@@ -27,6 +27,7 @@ use crate::{
 };
 use anyhow::anyhow;
 use block::{Result, size};
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use image::Format;
 
@@ -150,6 +151,11 @@ pub enum BenchCommand {
     Compare(CompareRuns),
     /// Print the samples of a run as a table (CSV)
     Csv(Csv),
+}
+
+/// Takes a file's name, or what has one in it (`key=value`), whatever its bytes: see [`block::name`].
+pub(crate) fn name() -> impl TypedValueParser<Value = String> {
+    OsStringValueParser::new().map(block::name::text)
 }
 
 pub(crate) fn bytes(text: &str) -> Result<u64> {

@@ -44,7 +44,7 @@ pub struct Serve {
     #[arg(short, long, value_name = "FMT", value_parser = format)]
     pub format: Option<Format>,
     /// Image to serve, or null:SIZE
-    #[arg(required_unless_present = "disk")]
+    #[arg(required_unless_present = "disk", value_parser = name())]
     pub file: Option<String>,
     /// Serve it over vhost-user-blk on this Unix socket
     #[arg(long, value_name = "SOCK")]
@@ -54,7 +54,7 @@ pub struct Serve {
     pub nbd: Option<NbdAddress>,
     /// Serve this disk too, on the same I/O threads; may be given many times. Keys: vhost-user=SOCK,
     /// nbd=ADDRESS, format=FMT, queues=N, read-only=on|off, data-file=PATH, snapshot=NAME; what it does not say is as for all disks
-    #[arg(long, value_name = "FILE,K=V,…", value_parser = str::parse::<DiskArgument>)]
+    #[arg(long, value_name = "FILE,K=V,…", value_parser = name().try_map(|text| text.parse::<DiskArgument>()))]
     pub disk: Vec<DiskArgument>,
     /// Queues that a virtual machine may use
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]

@@ -200,7 +200,7 @@ impl ImageOptions {
         let named = blkdebug::split_name(name)?;
         Some(named.and_then(|(config, path)| {
             Ok(Self {
-                path: path.into(),
+                path: block::name::path(path),
                 faults: Some(blkdebug::of_config(config)?),
                 ..Self::default()
             })
@@ -294,7 +294,7 @@ impl ImageOptions {
                 if place.faults.is_some() {
                     bail!("data-file.driver=blkdebug: only the image's own file can have faults");
                 }
-                Some(PathBuf::from(place.name))
+                Some(block::name::path(&place.name))
             }
         };
         if data_file.is_some() && !first {
@@ -313,12 +313,12 @@ impl ImageOptions {
         ))?;
         match first {
             true => {
-                (self.path, self.format, self.part) = (path.into(), format, part);
+                (self.path, self.format, self.part) = (block::name::path(&path), format, part);
                 (self.data_file, self.window) = (data_file, window);
                 self.faults = faults;
             }
             false => {
-                let path = path.into();
+                let path = block::name::path(&path);
                 self.below.push(Below::Image {
                     path,
                     format,

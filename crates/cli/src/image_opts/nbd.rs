@@ -38,7 +38,7 @@ impl Node {
             _ if filename.is_some() => {
                 bail!("NBD server address and filename are mutually exclusive")
             }
-            (Some("unix") | None, Some(path), None, None) => Server::Unix(path.into()),
+            (Some("unix") | None, Some(path), None, None) => Server::Unix(block::name::path(&path)),
             (Some("inet") | None, None, Some(host), port) => {
                 let port = match port {
                     Some(port) => port

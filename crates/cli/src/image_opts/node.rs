@@ -343,7 +343,7 @@ impl Node {
 /// Refuses the file `name` where it is none that the protocol `driver`, which was said, is for.
 pub fn check_kind(driver: &str, name: &str) -> Result<()> {
     // One that is not there is told when it is opened.
-    let Ok(there) = std::fs::metadata(name) else {
+    let Ok(there) = std::fs::metadata(block::name::path(name)) else {
         return Ok(());
     };
     let kind = there.file_type();

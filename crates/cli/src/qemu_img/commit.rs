@@ -85,7 +85,7 @@ fn depth_of(base: &str, layers: &[Layer]) -> Option<usize> {
     let found = pairs.enumerate().find(|(_, (above, layer))| {
         let named = above.image.describe().backing;
         let from = above.path.parent().unwrap_or(Path::new(""));
-        let meant = std::fs::canonicalize(from.join(base)).ok();
+        let meant = std::fs::canonicalize(from.join(block::name::path(base))).ok();
         named.as_deref() == Some(base)
             || meant.is_some() && meant == std::fs::canonicalize(&layer.path).ok()
     });

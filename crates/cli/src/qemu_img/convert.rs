@@ -459,7 +459,7 @@ fn backing(args: &Convert, said: &Said, file: &str) -> Result<Option<Chain>> {
     if format.is_none() && !args.no_create {
         bail!("Use of backing file requires explicit backing format");
     }
-    let path = create::below(create::path(file), name);
+    let path = create::below(&create::path(file), name);
     let base = Name {
         text: &path,
         format,
@@ -576,8 +576,8 @@ fn made(args: &Convert, file: &str, format: Format, said: &Said) -> Result<Optio
 /// Whether a new image at `file` reads as zeros: a raw disk on a device is what the device holds, and zeros of a luks image
 /// are not encrypted ones.
 pub fn reads_as_zeros(file: &str, format: Format) -> bool {
-    let device = crate::open::at_server(create::path(file)).is_some()
-        || crate::open::file(create::path(file), Access::ReadUnlocked)
+    let device = crate::open::at_server(&create::path(file)).is_some()
+        || crate::open::file(&create::path(file), Access::ReadUnlocked)
             .is_ok_and(|file| file.is_fixed());
     format != Format::Luks && (format != Format::Raw || !device)
 }
@@ -630,7 +630,7 @@ fn compressed(copy: Copy<'_>, options: &Options) -> Result<(), Failed> {
     // Before the target is touched.
     refuse_to_pack(options)?;
     let torn = |why| Failed { why, torn: true };
-    let file = crate::create::emptied(create::path(copy.file), copy.how.cache)?;
+    let file = crate::create::emptied(&create::path(copy.file), copy.how.cache)?;
     let writer = options.sequential(copy.format, &*file);
     let writer = writer.map_err(|error| torn(error.into()))?;
     let target = Target::Compressed { writer };

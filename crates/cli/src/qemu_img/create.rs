@@ -13,7 +13,7 @@ use clap::Args;
 use crypto::Passphrase;
 use image::{Format, parallels};
 use io::FileKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tool::work::Stop;
 
@@ -168,7 +168,7 @@ impl New<'_> {
                 None => bail!("Backing file specified without backing format"),
             };
         }
-        let path = below(path(self.file), backing);
+        let path = below(&path(self.file), backing);
         let name = Name {
             text: &path,
             format: format.as_deref(),
@@ -206,9 +206,9 @@ pub fn once<'a>(name: &str, text: &'a str) -> &'a str {
 }
 
 /// The path that a name means.
-pub fn path(name: &str) -> &Path {
+pub fn path(name: &str) -> PathBuf {
     let own = name.strip_prefix("file:");
-    Path::new(own.or(name.strip_prefix("host_device:")).unwrap_or(name))
+    block::name::path(own.or(name.strip_prefix("host_device:")).unwrap_or(name))
 }
 
 /// Where the backing file `name` of the image `file` is.
@@ -217,7 +217,7 @@ pub fn below(file: &Path, name: &str) -> String {
         return name.to_owned();
     }
     let directory = file.parent().unwrap_or(Path::new(""));
-    directory.join(name).display().to_string()
+    block::name::text(directory.join(block::name::path(name)))
 }
 
 /// Makes the image at `file`, in place of what is there. Returns how.
@@ -241,16 +241,16 @@ fn empty_parallels(file: &str, said: &Said) -> Result<()> {
     }
     let checked = options.check().map_err(Into::into);
     checked
-        .and_then(|()| create::emptied(path(file), io::Cache::default()))
+        .and_then(|()| create::emptied(&path(file), io::Cache::default()))
         .and_then(|storage| Ok(parallels::create(&*storage, &options)?))
         .map_err(|error| could_not_create(file, &error))
 }
 
 /// Makes the image that `options` describe.
 pub fn write(file: &str, format: Format, options: &Options) -> Result<()> {
-    create::write_all(path(file), format, options, &Stop::default())
+    create::write_all(&path(file), format, options, &Stop::default())
         .and_then(|()| match format {
-            Format::Raw => give_first_block(path(file)),
+            Format::Raw => give_first_block(&path(file)),
             _ => Ok(()),
         })
         .map_err(|error| could_not_create(file, &error))
@@ -308,11 +308,11 @@ pub fn options_of(format: Format, said: &Said, objects: &Objects, file: &str) ->
             .get("backing_fmt")
             .map(str::parse::<Format>)
             .transpose()?;
-        options.set_backing(format, path(file), name, below.unwrap_or(Format::Raw))?;
+        options.set_backing(format, &path(file), name, below.unwrap_or(Format::Raw))?;
     }
     options.qcow2.size = size;
     if format == Format::Vmdk {
-        options.vmdk.name = crate::create::file_name(Path::new(file))?;
+        options.vmdk.name = crate::create::file_name(&path(file))?;
     }
     if format == Format::Qcow2 {
         options.choose();

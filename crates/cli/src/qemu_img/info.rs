@@ -76,11 +76,11 @@ pub fn run(args: &Info) -> Result<u8> {
             break;
         }
         // Options are shown as what they name.
-        let path = active.path.display().to_string();
+        let path = block::name::text(active.path);
         let path = match disk::chain::is_file_name(&path) {
             true => path,
             // An export is shown as a URI, in whatever form it was named.
-            false if let Some(file) = server_of(active) => file.path().display().to_string(),
+            false if let Some(file) = server_of(active) => block::name::text(file.path()),
             // It is one of a file all the same.
             false => format!("./{path}"),
         };
@@ -127,7 +127,7 @@ fn options_of(said: &ImageOptions, layer: &Layer) -> String {
         Some(part) => part_of(&layer.path, part),
         None => {
             let protocol = first.map_or("file", |file| driver_of(file));
-            json!({"driver": protocol, "filename": layer.path.display().to_string()})
+            json!({"driver": protocol, "filename": block::name::text(layer.path)})
         }
     };
     object.insert("file".into(), file);
@@ -175,7 +175,7 @@ fn nothing(
 
 /// The options that say which part of the file `path` is meant.
 fn part_of(path: &Path, (offset, size): (u64, u64)) -> Value {
-    let file = json!({"driver": "file", "filename": path.display().to_string()});
+    let file = json!({"driver": "file", "filename": block::name::text(path)});
     json!({"driver": "raw", "offset": offset, "size": size, "file": file})
 }
 
@@ -259,7 +259,7 @@ fn node(name: &str, layer: &Layer) -> Result<Map<String, Value>> {
 pub fn full(above: &str, name: &str) -> String {
     let above = above.strip_prefix("file:").unwrap_or(above);
     match disk::chain::is_file_name(name) {
-        true => super::create::below(super::create::path(above), name),
+        true => super::create::below(&super::create::path(above), name),
         false => name.to_owned(),
     }
 }
@@ -294,14 +294,14 @@ fn protocol(path: &Path, file: &File) -> Result<Value> {
     }
     if file.kind() == FileKind::Remote {
         return Ok(json!({
-            "filename": file.path().display().to_string(),
+            "filename": block::name::text(file.path()),
             "format": kind,
             "virtual-size": block::align_up(file.len()?, 512),
             "children": [],
         }));
     }
     Ok(json!({
-        "filename": path.display().to_string(),
+        "filename": block::name::text(path),
         "format": kind,
         "virtual-size": block::align_up(file.len()?, 512),
         "actual-size": actual_size(path)?,
@@ -402,7 +402,7 @@ fn extents<'a>(
     let files = layer.files.iter().skip(1);
     lines
         .zip(files)
-        .map(|(line, file)| (line, directory.join(&line.file), file))
+        .map(|(line, file)| (line, directory.join(block::name::path(&line.file)), file))
         .collect()
 }
 
@@ -415,7 +415,7 @@ fn vmdk_facts(layer: &Layer, file: &dyn Storage) -> Result<Map<String, Value>> {
         1 => {
             let mut extent = json!({
                 "virtual-size": description.size,
-                "filename": layer.path.display().to_string(),
+                "filename": block::name::text(layer.path),
                 "cluster-size": description.cluster_size,
                 "format": "",
             });
@@ -429,7 +429,7 @@ fn vmdk_facts(layer: &Layer, file: &dyn Storage) -> Result<Map<String, Value>> {
             let extent = |(line, path, _): &(&vmdk::ExtentLine, PathBuf, &Arc<File>)| {
                 let mut extent = json!({
                     "virtual-size": line.sectors.saturating_mul(512),
-                    "filename": path.display().to_string(),
+                    "filename": block::name::text(path),
                     "format": line.kind.name(),
                 });
                 let packed = description.cluster_size > 1 && line.kind == vmdk::ExtentType::Sparse;

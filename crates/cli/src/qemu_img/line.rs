@@ -55,15 +55,16 @@ pub fn parse<T: Args + FromArgMatches>(name: &'static str, arguments: &[OsString
     });
     let long = command.get_arguments().filter_map(Arg::get_long);
     let long: Vec<String> = long.map(|name| format!("--{name}")).collect();
+    // From here on names are text, whatever their bytes.
+    let arguments: Vec<String> = arguments.iter().map(block::name::text).collect();
     let parsed = command
-        .try_get_matches_from(arguments)
+        .try_get_matches_from(&arguments)
         .and_then(|matches| T::from_arg_matches(&matches));
     match parsed {
         Ok(parsed) => Parsed::Go(parsed),
         Err(error) if !error.use_stderr() => Parsed::Help(error.render().to_string()),
         Err(error) => {
-            let last = arguments.last().map(|last| last.to_string_lossy());
-            let last = last.as_deref().unwrap_or_default();
+            let last = arguments.last().map_or("", String::as_str);
             Parsed::Wrong(format!("qemu-img {name}: {}", wrong(&error, &long, last)))
         }
     }

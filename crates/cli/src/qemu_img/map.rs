@@ -124,7 +124,7 @@ fn json(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
 
 /// The names of each image's files with data, by their numbers, as they lead to each other.
 fn names(file: &Path, chain: &Chain) -> Result<Vec<Vec<String>>> {
-    let mut name = file.display().to_string();
+    let mut name = block::name::text(file);
     // Which of its contexts was asked for is no part of an export's name.
     if let Ok(export) = nbd::Uri::parse(&name) {
         let context = None;

@@ -109,7 +109,10 @@ fn complain(error: &Error) {
     // It may have names in it that somebody else made, of files too.
     let text = format!("{error:#}");
     let lines: Vec<String> = text.lines().map(block::plain).collect();
-    eprintln!("qemu-img: {}", open::without_number(&lines.join("\n")));
+    crate::say(&format!(
+        "qemu-img: {}\n",
+        open::without_number(&lines.join("\n"))
+    ));
 }
 
 /// Why there is no command to do.

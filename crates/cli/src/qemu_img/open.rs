@@ -98,7 +98,7 @@ pub fn chain_and_options(
     if named.passphrases.is_empty() {
         named.passphrases.clone_from(&how.passphrases);
     }
-    let path = text_of(&named.path)?;
+    let path = &block::name::text(&named.path);
     let failed = |error: block::Error| could_not(explain(path, &error, how.write));
     let cache = named.cache.unwrap_or(how.cache);
     let mut opened = None;
@@ -225,7 +225,7 @@ impl Named {
             }
             let path = null.as_deref().unwrap_or(name.text);
             return Ok(Self {
-                path: super::create::path(path).to_owned(),
+                path: super::create::path(path),
                 format: if null.is_some() {
                     Some(Format::Null)
                 } else {
@@ -326,7 +326,7 @@ pub fn check_protocol(name: &str) -> Result<()> {
 
 /// Refuses to write the image at `depth` below the one that `name` names, where its file is for reading only.
 pub fn refuse_base(name: &Name<'_>, depth: usize) -> Result<()> {
-    open::refuse_base(Path::new(name.text), name.image_opts, depth)
+    open::refuse_base(&block::name::path(name.text), name.image_opts, depth)
 }
 
 /// What a backing file's name with a protocol means.
@@ -338,7 +338,7 @@ fn below(name: &str) -> block::Result<Below> {
         faults: None,
     };
     if let Some(path) = name.strip_prefix("file:") {
-        return Ok(image(path.into(), None, None));
+        return Ok(image(block::name::path(path), None, None));
     }
     if let Some(null) = null_named(name) {
         return Ok(image(null.into(), Some(Format::Null), None));
@@ -381,12 +381,6 @@ fn below(name: &str) -> block::Result<Below> {
             "a backing file's name that names secrets, a data file, another backing file or faults of the disk",
         )),
     }
-}
-
-/// `path` as messages have it: it came from text.
-fn text_of(path: &Path) -> Result<&str> {
-    path.to_str()
-        .ok_or_else(|| anyhow!("{}: the name is not UTF-8", path.display()))
 }
 
 /// The format that QEMU calls `name`; it knows none of our other names (its word for `vhd` is `vpc`).
@@ -445,17 +439,23 @@ pub fn active(chain: &Chain) -> Result<&Layer> {
 
 /// What QEMU says where a file cannot be opened, for writing or not, as far as it is the same thing.
 pub fn explain(path: &str, error: &block::Error, write: bool) -> Error {
-    let text = error.to_string();
+    // Errors show the names of files, which may be no UTF-8.
+    let text = match block::name::shown(path) {
+        shown if shown == path => error.to_string(),
+        shown => error.to_string().replace(&*shown, path),
+    };
     let own = text.strip_prefix(&format!("{path}: ")).unwrap_or(&text);
     if let Some(below) = own.strip_prefix("backing file: ") {
-        let directory = Path::new(path).parent().unwrap_or(Path::new(""));
+        let directory = block::name::path(path);
+        let directory = directory.parent().unwrap_or(Path::new(""));
         return anyhow!(
             "Could not open backing file: {}",
             reason(below, error, Some(directory), false)
         );
     }
     if let Some(below) = own.strip_prefix("data file: ") {
-        let directory = Path::new(path).parent().unwrap_or(Path::new(""));
+        let directory = block::name::path(path);
+        let directory = directory.parent().unwrap_or(Path::new(""));
         return anyhow!(
             "Could not open '{path}': {}",
             reason(below, error, Some(directory), write)
@@ -468,7 +468,8 @@ pub fn explain(path: &str, error: &block::Error, write: bool) -> Error {
 fn reason(text: &str, error: &block::Error, directory: Option<&Path>, write: bool) -> String {
     // Another image of the chain has the same trouble one step further down.
     if let Some((above, below)) = text.split_once(": backing file: ") {
-        let directory = Path::new(above).parent().unwrap_or(Path::new(""));
+        let directory = block::name::path(above);
+        let directory = directory.parent().unwrap_or(Path::new(""));
         let below = reason(below, error, Some(directory), false);
         return format!("Could not open backing file: {below}");
     }
@@ -483,7 +484,7 @@ fn reason(text: &str, error: &block::Error, directory: Option<&Path>, write: boo
         return of_server(&export, error, why);
     }
     let name = match directory {
-        Some(directory) => directory.join(name).display().to_string(),
+        Some(directory) => block::name::text(directory.join(block::name::path(name))),
         None => name.to_owned(),
     };
     match error.kind() {
@@ -517,7 +518,7 @@ fn of_server(export: &nbd::Uri, error: &block::Error, why: &str) -> String {
         return "Could not open image: Invalid argument".to_owned();
     }
     let server = match &export.server {
-        Server::Unix(path) => path.display().to_string(),
+        Server::Unix(path) => block::name::text(path),
         Server::Tcp(host, port) => format!("{host}:{port}"),
     };
     // The address stands between "connecting" and why that failed.
@@ -636,7 +637,7 @@ pub fn shared_file(
     if access == Access::Write {
         named.refuse_writing().map_err(could_not)?;
     }
-    let path = text_of(&named.path)?;
+    let path = &block::name::text(&named.path);
     let failed = |error: &block::Error| could_not(explain(path, error, access == Access::Write));
     if named.part.or(named.window).is_some() {
         return Err(could_not(anyhow!(

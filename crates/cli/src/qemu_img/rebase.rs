@@ -67,7 +67,7 @@ pub fn run(args: &Rebase) -> Result<u8> {
     }
     // Without a name there is none.
     let backing = args.backing.as_deref().filter(|name| !name.is_empty());
-    let change = |file: &dyn block::Storage, format: Format| -> Result<()> {
+    let change = |file: &io::File, format: Format| -> Result<()> {
         let failed = |why: String| {
             let name = backing.unwrap_or_default();
             anyhow!("Could not change the backing file to '{name}': {why}")
@@ -85,7 +85,7 @@ pub fn run(args: &Rebase) -> Result<u8> {
                     let changed = image::qcow2::rebase::set_backing(file, Some((name, recorded)));
                     return changed.map_err(|error| failed(error.to_string()));
                 }
-                let link = link(Path::new(&file.name()), format, name, below);
+                let link = link(file.path(), format, name, below);
                 Some(link.map_err(|error| failed(format!("{error:#}")))?)
             }
             (Some(_), None) => return Err(failed("backing format must be specified".to_owned())),

@@ -88,7 +88,7 @@ fn put(text: &mut String, value: &Value, depth: usize) {
 /// A JSON string as QEMU writes it: all that is not ASCII as `\uXXXX`.
 pub fn string(text: &mut String, value: &str) {
     text.push('"');
-    for c in value.chars() {
+    for c in block::name::shown(value).chars() {
         match c {
             '"' => text.push_str("\\\""),
             '\\' => text.push_str("\\\\"),

@@ -411,7 +411,7 @@ fn open_data_file(
     };
     let file = match (said, &data.name) {
         (Some(said), _) => {
-            once(seen, said, &said.to_string_lossy()).context(named)?;
+            once(seen, said, &block::name::text(said)).context(named)?;
             open_file(said, options, read_only, lock).context(named)?
         }
         (None, Some(name)) => {
@@ -566,7 +566,7 @@ fn open_said(
     let shown = path.display();
     let path = fs::canonicalize(path).context(|| format!("'{shown}'"));
     let path = path.context(named)?;
-    once(seen, &path, &path.to_string_lossy()).context(named)?;
+    once(seen, &path, &block::name::text(&path)).context(named)?;
     let probe = || -> Result<Format> {
         let file = open_file(&path, options, true, Lock::None)?;
         Ok(image::probe(&*file)?.unwrap_or(Format::Raw))

@@ -1,7 +1,7 @@
 //! What a name in an image may mean: the policy of [`super`].
 
 use super::Layer;
-use block::{Context, Error, ErrorKind, Result};
+use block::{Context, Error, ErrorKind, Result, name};
 use image::{Format, Parent, vhd, vhdx, vmdk};
 use std::{
     fs,
@@ -12,13 +12,18 @@ use std::{
 /// Device and inode of each file of a chain.
 pub(super) type Seen = Vec<(u64, u64)>;
 
+/// A name from an image, or of the user, for a message.
+pub(super) fn shown(name: &str) -> String {
+    name::shown(name).escape_default().to_string()
+}
+
 /// Notes that the file at `path`, called `name`, is in the chain; it must not be there already.
 pub(super) fn once(seen: &mut Seen, path: &Path, name: &str) -> Result<()> {
     let this = identity(path)?;
     if seen.contains(&this) {
         return Err(Error::corrupt(format!(
             "'{}' is in the chain already: the chain is a loop",
-            name.escape_default()
+            shown(name)
         )));
     }
     seen.push(this);
@@ -28,13 +33,13 @@ pub(super) fn once(seen: &mut Seen, path: &Path, name: &str) -> Result<()> {
 /// The format that the image `above` records for its backing file `name`.
 pub(super) fn recorded(above: &Path, name: &str, format: Option<&str>) -> Result<Format> {
     match format {
-        Some(format) => Format::recorded(format).context(|| format!("'{}'", name.escape_default())),
+        Some(format) => Format::recorded(format).context(|| format!("'{}'", shown(name))),
         None => Err(Error::new(
             ErrorKind::Denied,
             format!(
                 "the format of '{0}' is not recorded in the image, and is not guessed: record it with \
                  diskplane rebase -u -b '{0}' -F raw|qcow2 '{1}'",
-                name.escape_default(),
+                shown(name),
                 above.display()
             ),
         )),
@@ -104,7 +109,7 @@ fn shown_id(id: &[u8; 16]) -> String {
 
 /// The file that `name`, stored in the image at `above`, may mean, or why it may not.
 pub(super) fn resolve(above: &Path, name: &str, allowed: &[PathBuf]) -> Result<PathBuf> {
-    let shown = name.escape_default();
+    let shown = shown(name);
     if has_protocol(name) {
         return Err(Error::new(
             ErrorKind::Denied,
@@ -115,13 +120,13 @@ pub(super) fn resolve(above: &Path, name: &str, allowed: &[PathBuf]) -> Result<P
     // opened, also where that is a symbolic link.
     let directory = above.parent().unwrap_or(Path::new(""));
     let at_server = super::server::name(above).is_some();
-    if at_server && !Path::new(name).is_absolute() {
+    if at_server && !name.starts_with('/') {
         return Err(Error::new(
             ErrorKind::Denied,
             format!("'{shown}' is a name at the server, which has no directory"),
         ));
     }
-    let path = fs::canonicalize(directory.join(name)).context(|| format!("'{shown}'"))?;
+    let path = fs::canonicalize(directory.join(name::path(name))).context(|| format!("'{shown}'"))?;
     if !at_server {
         let real = fs::canonicalize(above).context(|| above.display().to_string())?;
         if real.parent().is_some_and(|own| path.starts_with(own)) {

@@ -123,7 +123,7 @@ pub fn amend(storage: &dyn Storage, name: &str, options: &AmendOptions) -> Resul
         if !data_file.is_empty() {
             header.extensions.push(Extension {
                 kind: extensions::DATA_FILE_NAME,
-                data: data_file.as_bytes().to_vec(),
+                data: block::name::bytes(data_file).into_owned(),
             });
         }
     }

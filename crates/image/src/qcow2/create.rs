@@ -181,10 +181,10 @@ impl CreateOptions {
             return wrong("preallocation of an encrypted image needs compat=1.1".into());
         }
         if let Some((name, format)) = &self.backing {
-            if name.is_empty() || name.len() > limits::FILE_NAME_BYTES_MAX || name.contains('\0') {
+            if !block::name::fits(name, limits::FILE_NAME_BYTES_MAX) {
                 return wrong(format!(
                     "the backing file's name has {} bytes: 1 to {} without a zero byte are possible",
-                    name.len(),
+                    block::name::len(name),
                     limits::FILE_NAME_BYTES_MAX
                 ));
             }
@@ -216,10 +216,10 @@ impl CreateOptions {
                 false => Ok(()),
             };
         };
-        if name.is_empty() || name.len() > limits::FILE_NAME_BYTES_MAX || name.contains('\0') {
+        if !block::name::fits(name, limits::FILE_NAME_BYTES_MAX) {
             return Err(Error::invalid(format!(
                 "the data file's name has {} bytes: 1 to {} without a zero byte are possible",
-                name.len(),
+                block::name::len(name),
                 limits::FILE_NAME_BYTES_MAX
             )));
         }
@@ -277,7 +277,7 @@ impl CreateOptions {
         if let Some(name) = &self.data_file {
             extensions.push(Extension {
                 kind: extensions::DATA_FILE_NAME,
-                data: name.as_bytes().to_vec(),
+                data: block::name::bytes(name).into_owned(),
             });
         }
         if self.encryption.is_some() {

@@ -254,12 +254,7 @@ impl Header {
                 "header: the backing file's name at byte {start} contains a zero byte"
             )));
         }
-        let name = std::str::from_utf8(name).map_err(|_| {
-            Error::unsupported(format!(
-                "header: the backing file's name at byte {start} is not UTF-8"
-            ))
-        })?;
-        Ok(Some((start, name.to_owned())))
+        Ok(Some((start, block::name::of_bytes(name))))
     }
 
     /// Checks everything that a parsed or hand-made header must fulfil.
@@ -438,9 +433,9 @@ impl Header {
     pub fn encode(&self) -> Result<Vec<u8>> {
         let mut out = self.encode_fields(0);
         extensions::encode(&self.extensions, &mut out)?;
-        let name = self.backing.as_deref().unwrap_or_default().as_bytes();
+        let name = self.backing_bytes();
         let name_at = if name.is_empty() { 0 } else { out.len() };
-        out.extend_from_slice(name);
+        out.extend_from_slice(&name);
         if out.len() as u64 > self.cluster_size() {
             return Err(Error::invalid(format!(
                 "header, extensions and backing file's name take {} bytes, more than a cluster",
@@ -500,6 +495,11 @@ impl Header {
         Some(&found.data)
     }
 
+    /// The backing file's name as the image stores it; empty where there is none.
+    pub(crate) fn backing_bytes(&self) -> Cow<'_, [u8]> {
+        block::name::bytes(self.backing.as_deref().unwrap_or_default())
+    }
+
     /// The backing file's format as the image stores it.
     pub fn backing_format(&self) -> Option<String> {
         self.extension(extensions::BACKING_FORMAT)
@@ -520,8 +520,7 @@ impl Header {
     ///
     /// # Errors
     ///
-    /// [`block::ErrorKind::Corrupt`] for a name that cannot be one, [`block::ErrorKind::Unsupported`] for one
-    /// that is not UTF-8.
+    /// [`block::ErrorKind::Corrupt`] for a name that cannot be one.
     pub fn data_file(&self) -> Result<Option<DataFile>> {
         if !self.has_data_file() {
             return Ok(None);
@@ -540,11 +539,7 @@ impl Header {
                     "header: the data file's name contains a zero byte",
                 ));
             }
-            Some(name) => Some(
-                std::str::from_utf8(name)
-                    .map_err(|_| Error::unsupported("header: the data file's name is not UTF-8"))?
-                    .to_owned(),
-            ),
+            Some(name) => Some(block::name::of_bytes(name)),
         };
         Ok(Some(DataFile {
             name,

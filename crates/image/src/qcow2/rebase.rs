@@ -27,10 +27,10 @@ pub fn set_backing(storage: &dyn Storage, backing: Option<(&str, &str)>) -> Resu
     header.backing = None;
     if let Some((file, format)) = backing {
         let refused = |text: String| Err(Error::invalid(text).within(&name));
-        if file.is_empty() || file.len() > limits::FILE_NAME_BYTES_MAX || file.contains('\0') {
+        if !block::name::fits(file, limits::FILE_NAME_BYTES_MAX) {
             return refused(format!(
                 "a backing file's name of {} bytes: it has 1 to {}, none of them 0",
-                file.len(),
+                block::name::len(file),
                 limits::FILE_NAME_BYTES_MAX
             ));
         }

@@ -62,10 +62,10 @@ impl CreateOptions {
         }
         if let Some((name, _)) = &self.backing {
             let most = (cluster as usize - HEADER_LEN).min(block::limits::FILE_NAME_BYTES_MAX);
-            if name.is_empty() || name.len() > most || name.contains('\0') {
+            if !block::name::fits(name, most) {
                 return Err(Error::invalid(format!(
                     "the backing file's name has {} bytes: 1 to {most} without a zero byte are possible",
-                    name.len()
+                    block::name::len(name)
                 )));
             }
         }
@@ -99,7 +99,7 @@ impl CreateOptions {
             } else {
                 HEADER_LEN as u32
             },
-            backing_filename_size: name.len() as u32,
+            backing_filename_size: block::name::len(name) as u32,
             backing: None,
         }
     }
@@ -120,7 +120,7 @@ fn write(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
     storage.set_len(end)?;
     let mut first = header.to_bytes().to_vec();
     if let Some((name, _)) = &options.backing {
-        first.extend_from_slice(name.as_bytes());
+        first.extend_from_slice(&block::name::bytes(name));
     }
     first.resize(first.len().next_multiple_of(512), 0);
     storage.sync()?;

@@ -34,13 +34,14 @@ fn change(storage: &dyn Storage, backing: Option<(&str, bool)>) -> Result<()> {
     (header.backing_filename_offset, header.backing_filename_size) = (0, 0);
     if let Some((name, raw)) = backing {
         let most = limits::FILE_NAME_BYTES_MAX;
-        if name.is_empty() || name.len() > most || name.contains('\0') {
+        if !block::name::fits(name, most) {
             return Err(Error::invalid(format!(
                 "a backing file's name of {} bytes: it has 1 to {most}, none of them 0",
-                name.len()
+                block::name::len(name)
             )));
         }
-        let len = name.len() as u64;
+        let bytes = block::name::bytes(name);
+        let len = bytes.len() as u64;
         let head = u64::from(header.header_size) * u64::from(header.cluster_size);
         let behind = old.end.next_multiple_of(512);
         let is_free = |at: &u64| {
@@ -53,7 +54,7 @@ fn change(storage: &dyn Storage, backing: Option<(&str, bool)>) -> Result<()> {
                 "the old backing file's name leaves no room for another one in the header",
             )
         })?;
-        storage.write_at(at, name.as_bytes())?;
+        storage.write_at(at, &bytes)?;
         storage.sync()?;
         header.features |= F_BACKING_FILE;
         if raw {

@@ -7,7 +7,7 @@
 //! | `W2ku` | an absolute path; XenServer puts the relative one here too | UTF-16, little-endian |
 
 use super::header::{Header, LOCATORS, Locator};
-use block::{Context, Error, Result, Storage};
+use block::{Context, Error, Result, Storage, name};
 
 /// Bytes of the longest name that is read: paths of 4096 UTF-16 units.
 pub const NAME_BYTES_MAX: u32 = 8192;
@@ -66,7 +66,7 @@ pub(super) fn names(
 
 fn decode(code: [u8; 4], bytes: &[u8]) -> Option<String> {
     let name = if code == MACX {
-        let text = std::str::from_utf8(bytes).ok()?;
+        let text = block::name::of_bytes(bytes);
         text.trim_end_matches('\0')
             .strip_prefix("file://")?
             .to_owned()
@@ -108,7 +108,7 @@ impl NewParent {
         header.parent_id = self.unique_id;
         header.parent_timestamp = self.timestamp;
         let file_name = self.absolute.rsplit('/').next().unwrap_or_default();
-        header.parent_name = file_name.to_owned();
+        header.parent_name = name::shown(file_name).into_owned();
         let relative = match self.name.starts_with('/') {
             true => None,
             false => Some(format!("./{}", self.name.trim_start_matches("./"))),
@@ -118,8 +118,12 @@ impl NewParent {
             name.encode_utf16().flat_map(u16::to_le_bytes).collect()
         };
         let url = format!("file://{}", relative.as_ref().unwrap_or(&self.absolute));
-        let mut entries = vec![(MACX, url.into_bytes()), (W2KU, windows(&self.absolute))];
-        entries.extend(relative.map(|name| (W2RU, windows(&name))));
+        let mut entries = vec![(MACX, name::bytes(&url).into_owned())];
+        // Windows has no such names.
+        if name::is_utf8(&self.absolute) {
+            entries.push((W2KU, windows(&self.absolute)));
+            entries.extend(relative.map(|name| (W2RU, windows(&name))));
+        }
         let mut bytes: Vec<u8> = Vec::new();
         debug_assert!(entries.len() <= LOCATORS);
         for (locator, (code, name)) in header.locators.iter_mut().zip(entries) {
@@ -160,7 +164,11 @@ mod tests {
                 Some("/sr/base.vhd"),
             ),
             (MACX, b"./base.vhd".to_vec(), None),
-            (MACX, b"file://\xff".to_vec(), None),
+            (
+                MACX,
+                b"file://\xff".to_vec(),
+                Some(name::of_bytes(b"\xff").as_str()),
+            ),
             (MACX, b"file://a\0b".to_vec(), None),
             (W2RU, wide(".\\sub\\base.vhd"), Some("./sub/base.vhd")),
             (W2KU, wide("C:\\vm\\base.vhd\0"), Some("/vm/base.vhd")),

@@ -55,6 +55,12 @@ impl Locator {
                     name.escape_default()
                 )));
             }
+            if !block::name::is_utf8(name) {
+                return Err(Error::unsupported(format!(
+                    "the parent's name '{}' is not UTF-8: the format cannot hold it; give the file another name",
+                    block::name::shown(name).escape_default()
+                )));
+            }
             Ok(name.replace('/', "\\"))
         };
         let mut pairs = vec![(LINKAGES[0].to_owned(), format!("{{{parent}}}"))];

@@ -215,19 +215,17 @@ impl CreateOptions {
             ("toolsversion", self.tools_version.as_ref()),
         ] {
             let Some(text) = text else { continue };
-            if text.is_empty()
-                || text.len() > limits::FILE_NAME_BYTES_MAX
-                || text.contains(['"', '\n', '\r', '\0'])
-            {
+            let fits = block::name::fits(text, limits::FILE_NAME_BYTES_MAX);
+            if !fits || text.contains(['"', '\n', '\r']) {
                 return Err(Error::invalid(format!(
                     "{what} '{}': a descriptor has 1 to {} bytes for it, and no quotes, line ends and zeros in it",
-                    text.escape_default(),
+                    block::name::shown(text).escape_default(),
                     limits::FILE_NAME_BYTES_MAX
                 )));
             }
         }
         if !flat && !self.subformat.is_split() {
-            let len = self.text(u32::MAX).len() as u64;
+            let len = block::name::len(&self.text(u32::MAX)) as u64;
             let most = DESCRIPTOR_SECTORS * SECTOR;
             if len > most {
                 return Err(Error::invalid(format!(
@@ -280,9 +278,10 @@ impl CreateOptions {
     pub fn write(&self, file: &dyn Storage) -> Result<()> {
         self.validate()?;
         let text = self.text(new_cid()?);
+        let text = block::name::bytes(&text);
         let write = || match self.subformat.is_flat() || self.subformat.is_split() {
-            true => file.write_at(0, text.as_bytes()).and_then(|()| file.sync()),
-            false => write_sparse(file, &self.header(), text.as_bytes()),
+            true => file.write_at(0, &text).and_then(|()| file.sync()),
+            false => write_sparse(file, &self.header(), &text),
         };
         write().context(|| format!("{}: create", file.name()))
     }

@@ -191,8 +191,8 @@ impl Found {
         if text.is_empty() || text.starts_with(b"#") {
             return Ok(());
         }
-        // Names in another encoding could not be opened anyway.
-        let text = std::str::from_utf8(text).map_err(|_| corrupt("it is no UTF-8"))?;
+        // Names of files may be anything.
+        let text = &block::name::of_bytes(text);
         let (word, rest) = text.split_once([' ', '\t']).unwrap_or((text, ""));
         let access = match word {
             "RW" => Some(Access::Rw),
@@ -341,10 +341,10 @@ fn extent(access: Access, rest: &str) -> Result<ExtentLine> {
 }
 
 fn check_name(name: &str) -> Result<()> {
-    if name.is_empty() || name.len() > limits::FILE_NAME_BYTES_MAX {
+    if name.is_empty() || block::name::len(name) > limits::FILE_NAME_BYTES_MAX {
         return Err(corrupt(format!(
             "a name of {} bytes: it has 1 to {}",
-            name.len(),
+            block::name::len(name),
             limits::FILE_NAME_BYTES_MAX
         )));
     }

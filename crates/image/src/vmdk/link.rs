@@ -38,10 +38,10 @@ fn change(file: &dyn Storage, parent: Option<(&str, u32)>) -> Result<()> {
     if let Some((name, _)) = parent {
         let most = limits::FILE_NAME_BYTES_MAX;
         let cannot = |c: char| c == '"' || c.is_control();
-        if name.is_empty() || name.len() > most || name.contains(cannot) {
+        if !block::name::fits(name, most) || name.contains(cannot) {
             return Err(Error::invalid(format!(
                 "the parent's name '{}': a descriptor has names of 1 to {most} bytes without quotes and control characters",
-                name.escape_default()
+                block::name::shown(name).escape_default()
             )));
         }
     }
@@ -203,7 +203,8 @@ fn relink(lines: &[u8], parent: Option<(&str, u32)>, sparing: bool) -> Vec<u8> {
         let cid = parent.map_or(NO_PARENT, |(_, cid)| cid);
         new.extend_from_slice(format!("parentCID={cid:08x}{end}").as_bytes());
         if let Some((name, _)) = parent {
-            new.extend_from_slice(format!("parentFileNameHint=\"{name}\"{end}").as_bytes());
+            let hint = format!("parentFileNameHint=\"{name}\"{end}");
+            new.extend_from_slice(&block::name::bytes(&hint));
         }
     }
     new

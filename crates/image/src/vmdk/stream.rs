@@ -116,7 +116,7 @@ impl<'a> StreamWriter<'a> {
         }
         let header = options.header();
         let text = options.text(new_cid()?);
-        write_body(storage, &header, text.as_bytes()).context(|| storage.name())?;
+        write_body(storage, &header, &block::name::bytes(&text)).context(|| storage.name())?;
         Ok(Self {
             storage,
             has_backing: options.parent.is_some(),

@@ -134,7 +134,7 @@ struct Cluster {
 impl Cluster {
     /// `header` with its name at `name_at`, or right behind the rest. `None` where that does not fit.
     fn of(header: &Header, name_at: Option<usize>) -> Option<Self> {
-        let name = header.backing.as_deref().unwrap_or_default().as_bytes();
+        let name = header.backing_bytes();
         let mut bytes = header.encode_fields(0);
         extensions::encode(&header.extensions, &mut bytes).ok()?;
         let front = bytes.len();
@@ -164,7 +164,7 @@ fn is_names(extension: &Extension) -> bool {
 
 /// Where a name goes that is in nobody's way.
 fn at_end(header: &Header) -> usize {
-    let name = header.backing.as_deref().unwrap_or_default();
+    let name = header.backing_bytes();
     (header.cluster_size() as usize).saturating_sub(name.len()) & !7
 }
 
@@ -191,7 +191,7 @@ fn place(header: &Header) -> Result<Cluster> {
 fn beside(header: &Header, end: usize) -> Option<Cluster> {
     let mut header = header.clone();
     header.extensions.sort_by_key(is_names);
-    let name = header.backing.as_deref().unwrap_or_default();
+    let name = header.backing_bytes();
     let at = end.saturating_sub(name.len()) & !7;
     Cluster::of(&header, Some(at)).filter(|cluster| cluster.front <= end)
 }
@@ -209,7 +209,7 @@ fn used(now: &[u8], old: &Header) -> usize {
         Some(name) => {
             let at = crate::qcow2::read_u64(now, 8).unwrap_or(0);
             let at = usize::try_from(at).unwrap_or(now.len());
-            front.max(at.saturating_add(name.len()))
+            front.max(at.saturating_add(block::name::len(name)))
         }
     }
 }
