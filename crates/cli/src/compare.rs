@@ -96,7 +96,7 @@ fn outcome(args: &args::Compare) -> Result<Outcome, Failed> {
     let found = compare(a, b, args.strict, &mut work);
     bar.finish_and_clear();
     found.map_err(|failure| match failure {
-        Failure::Map(error) => (MAPPING, error.into()),
+        Failure::Map { error, .. } => (MAPPING, error.into()),
         Failure::Read { error, .. } | Failure::Stopped(error) => (READING, error.into()),
     })
 }

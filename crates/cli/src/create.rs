@@ -167,7 +167,10 @@ fn make(file: &Path, format: Format, options: &Options) -> Result<()> {
     let mut partial = Partial::new(file);
     if let Some(name) = &options.qcow2.data_file {
         // The image has another name until it is complete.
-        let data = file.parent().unwrap_or(Path::new("")).join(block::name::path(name));
+        let data = file
+            .parent()
+            .unwrap_or(Path::new(""))
+            .join(block::name::path(name));
         refuse_as_data(file, &data)?;
         partial.add(data);
     }
@@ -230,7 +233,10 @@ pub(crate) fn refuse_backing(flag: &str, format: Format) -> Result<()> {
 
 /// The file that is called `name` from the directory of `file`, open for reading, and its absolute name.
 pub(crate) fn parent(file: &Path, name: &str) -> Result<(Arc<File>, String)> {
-    let path = file.parent().unwrap_or(Path::new("")).join(block::name::path(name));
+    let path = file
+        .parent()
+        .unwrap_or(Path::new(""))
+        .join(block::name::path(name));
     let path = fs::canonicalize(&path).with_context(|| path.display().to_string())?;
     let read_only = OpenOptions {
         read_only: true,
@@ -272,7 +278,10 @@ pub(crate) fn vmdk_parent(file: &Path, name: &str, format: Format) -> Result<(St
     if format != Format::Vmdk {
         bail!("{name}: a vmdk image lies over vmdk, not over {format}");
     }
-    let path = file.parent().unwrap_or(Path::new("")).join(block::name::path(name));
+    let path = file
+        .parent()
+        .unwrap_or(Path::new(""))
+        .join(block::name::path(name));
     let base = open::file(&path, open::Access::ReadUnlocked)?;
     let parts = vmdk::Parts::read(&*base)?;
     Ok((name.to_owned(), parts.descriptor.cid))
@@ -358,7 +367,10 @@ pub(crate) fn write_all(path: &Path, format: Format, options: &Options, stop: &S
         bail!(exists(path));
     }
     // As with backing files, a relative name starts at the directory of the image that stores it.
-    let data = path.parent().unwrap_or(Path::new("")).join(block::name::path(name));
+    let data = path
+        .parent()
+        .unwrap_or(Path::new(""))
+        .join(block::name::path(name));
     refuse_as_data(path, &data)?;
     let is_new = !data.exists();
     // A failure takes a new file away again.
@@ -454,7 +466,9 @@ fn write_vmdk(path: &Path, options: &vmdk::CreateOptions, overwrite: bool) -> Re
     };
     let mut all = || {
         for extent in options.files() {
-            make(&directory.join(&extent.name), &|file| extent.write(file))?;
+            make(&directory.join(block::name::path(&extent.name)), &|file| {
+                extent.write(file)
+            })?;
         }
         make(path, &|file| options.write(file))
     };

@@ -181,13 +181,18 @@ fn json(value: &impl serde::Serialize) -> anyhow::Result<String> {
 /// Says something to whoever still listens: a terminal that was closed gives errors, and they are no reason to end otherwise than
 /// asked for.
 fn say(text: &str) {
-    let _ = std::io::stderr().lock().write_all(&block::name::bytes(text));
+    let _ = std::io::stderr()
+        .lock()
+        .write_all(&block::name::bytes(text));
 }
 
 /// Prints `text`; a reader that has gone (`diskplane map … | head`) is no error.
 fn print(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    match out.write_all(&block::name::bytes(text)).and_then(|()| out.flush()) {
+    match out
+        .write_all(&block::name::bytes(text))
+        .and_then(|()| out.flush())
+    {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }

@@ -120,7 +120,10 @@ pub fn at_server(path: &Path) -> Option<&str> {
 pub fn beside(above: &Path, name: &str) -> PathBuf {
     match nbd::is_name(name) {
         true => PathBuf::from(name),
-        false => above.parent().unwrap_or(Path::new("")).join(block::name::path(name)),
+        false => above
+            .parent()
+            .unwrap_or(Path::new(""))
+            .join(block::name::path(name)),
     }
 }
 

@@ -14,7 +14,7 @@ use crate::{
     systemd,
 };
 use anyhow::{Context, Result};
-use block::size;
+use block::{name, size};
 use disk::{Chain, ChainOptions, Disk, DiskOptions};
 use export::{
     control::{self, Told},
@@ -103,7 +103,9 @@ fn allow_descriptors() {
 /// Opens the chain, waiting a moment for a process before that has just ended.
 fn open(args: &args::Serve, spec: &DiskSpec) -> Result<Chain> {
     let options = chain_options(args, spec)?;
-    Ok(io::wait_for_lock(|| Chain::open(name::path(&spec.file), &options))?)
+    Ok(io::wait_for_lock(|| {
+        Chain::open(name::path(&spec.file), &options)
+    })?)
 }
 
 fn start_workers(

@@ -67,7 +67,12 @@ pub struct Outcome {
 #[derive(Debug)]
 pub enum Failure {
     /// Asking what is allocated.
-    Map(Error),
+    Map {
+        /// Which of the two: 0 or 1.
+        image: usize,
+        /// Why.
+        error: Error,
+    },
     /// Reading data.
     Read {
         /// Which of the two: 0 or 1.
@@ -176,13 +181,13 @@ impl Walk<'_, '_, '_, '_> {
 
     /// Goes on to the next piece, or behind what is the same without being read.
     fn step(&mut self, piece: &mut Piece) -> Result<bool, Found> {
-        let map = |error| Found::Failure(Failure::Map(error));
+        let map = |image| move |error| Found::Failure(Failure::Map { image, error });
         let stopped = |error| Found::Failure(Failure::Stopped(error));
         let at = self.at;
         let read = |image| move |error| Found::Failure(Failure::Read { image, at, error });
         self.work.reached(at).map_err(stopped)?;
-        let here = self.a.run(at, self.end - at).map_err(map)?;
-        let there = self.b.run(at, here.len).map_err(map)?;
+        let here = self.a.run(at, self.end - at).map_err(map(0))?;
+        let there = self.b.run(at, here.len).map_err(map(1))?;
         let len = here.len.min(there.len);
         if self.strict && status(&here) != status(&there) {
             return Err(Found::Difference(Difference::Status { at }));

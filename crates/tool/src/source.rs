@@ -18,7 +18,11 @@ const SECTOR: u64 = 512;
 /// Places of unreadable bytes that are kept, the first ones of the disk; of more only the number of bytes.
 pub const UNREADABLE_MAX: usize = 100;
 
-/// Bytes that could not be read, and read as zeros instead.
+/// What an error begins with where a disk's map fails, before the first byte of what was asked about.
+pub const UNMAPPED: &str = "it cannot be found out what the disk has at byte";
+
+/// Bytes that could not be read, and read as zeros instead; or of which it could not be found out what they are made of, and
+/// that were read all the same.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unreadable {
     /// First byte on the disk.
@@ -27,6 +31,30 @@ pub struct Unreadable {
     pub len: u64,
     /// Why.
     pub error: String,
+    /// What the host said, where it was that.
+    pub errno: Option<i32>,
+}
+
+impl Unreadable {
+    fn new(at: u64, len: u64, error: &Error) -> Self {
+        Self {
+            at,
+            len,
+            error: error.to_string(),
+            errno: error.os_errno(),
+        }
+    }
+}
+
+/// What of a disk was not as it should be, and is known only with [`Source::salvaging`]. At most [`UNREADABLE_MAX`] places of each.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Damage {
+    /// What could not be read.
+    pub unreadable: Vec<Unreadable>,
+    /// How many bytes that was in all.
+    pub unreadable_bytes: u64,
+    /// What it could not be found out of what it is made of.
+    pub unmapped: Vec<Unreadable>,
 }
 
 /// Where bytes of a disk are, as the guest reads them.
@@ -102,8 +130,9 @@ pub struct Source<'a> {
     size: u64,
     /// What cannot be read counts as zeros.
     salvage: bool,
-    unreadable: Vec<Unreadable>,
-    unreadable_bytes: u64,
+    damage: Damage,
+    /// The map failed for the smallest part that was asked about last.
+    fails: bool,
 }
 
 impl<'a> Source<'a> {
@@ -117,8 +146,8 @@ impl<'a> Source<'a> {
             parts: Vec::new(),
             size: 0,
             salvage: false,
-            unreadable: Vec::new(),
-            unreadable_bytes: 0,
+            damage: Damage::default(),
+            fails: false,
         };
         for chain in chains {
             source.push(chain, 0, u64::MAX)?;
@@ -187,9 +216,9 @@ impl<'a> Source<'a> {
         self.size
     }
 
-    /// What could not be read so far, at most [`UNREADABLE_MAX`] places, and how many bytes that was in all.
-    pub fn unreadable(self) -> (Vec<Unreadable>, u64) {
-        (self.unreadable, self.unreadable_bytes)
+    /// What was not as it should be so far.
+    pub fn damage(self) -> Damage {
+        self.damage
     }
 
     /// The part with the byte at `at`, where in its chain that is, and how many bytes of it follow.
@@ -207,16 +236,30 @@ impl<'a> Source<'a> {
     ///
     /// # Errors
     ///
-    /// What reading the format's tables, or asking the host, fails with.
+    /// What reading the format's tables, or asking the host, fails with, after [`UNMAPPED`].
     pub fn run(&mut self, at: u64, most: u64) -> Result<Run> {
-        let salvage = self.salvage;
+        let (salvage, failed) = (self.salvage, self.fails);
         let Some((part, here, left)) = self.part(at) else {
             return Ok(Run::nothing(most));
         };
-        match part.run(here, most.min(left)) {
-            // Whoever reads it finds out, and notes it.
-            Err(_) if salvage => Ok(Run::data(part.unit_left(here).min(most).min(left))),
-            found => found,
+        let most = most.min(left);
+        let unit = part.unit_left(here).min(most);
+        // Where one part failed the next is likely to.
+        let mut asked = if failed { unit } else { most };
+        let mut found = part.run(here, asked);
+        // Of a smaller part it may be known.
+        while found.is_err() && salvage && asked > SECTOR && !failed {
+            asked = asked.div_ceil(4).next_multiple_of(SECTOR);
+            found = part.run(here, asked);
+        }
+        self.fails = found.is_err();
+        match found {
+            Err(error) if salvage => {
+                // Whoever reads it finds out whether it is lost.
+                put(&mut self.damage.unmapped, Unreadable::new(at, unit, &error));
+                Ok(Run::data(unit))
+            }
+            found => found.map_err(|error| error.within(format!("{UNMAPPED} {at}"))),
         }
     }
 
@@ -297,16 +340,23 @@ impl<'a> Source<'a> {
         self.salvage
     }
 
-    /// Notes what could not be read. Copiers come by in any order.
     fn note(&mut self, found: Unreadable) {
-        self.unreadable_bytes += found.len;
-        let places = &mut self.unreadable;
-        places.insert(places.partition_point(|place| place.at < found.at), found);
+        self.damage.unreadable_bytes += found.len;
+        let places = &mut self.damage.unreadable;
+        put(places, found);
         places.dedup_by(|next, before| {
             let goes_on = before.at + before.len == next.at;
             before.len += if goes_on { next.len } else { 0 };
             goes_on
         });
+    }
+}
+
+/// Puts a place that is not known yet among the first ones. Copiers come by in any order.
+fn put(places: &mut Vec<Unreadable>, found: Unreadable) {
+    let nth = places.partition_point(|place| place.at < found.at);
+    if places.get(nth).is_none_or(|place| place.at != found.at) {
+        places.insert(nth, found);
         places.truncate(UNREADABLE_MAX);
     }
 }
@@ -398,11 +448,7 @@ impl Part<'_> {
                 for piece in now.chunks_mut(step) {
                     if let Err(error) = self.driver.read(here, piece) {
                         piece.fill(0);
-                        lost.push(Unreadable {
-                            at: here,
-                            len: piece.len() as u64,
-                            error: error.to_string(),
-                        });
+                        lost.push(Unreadable::new(here, piece.len() as u64, &error));
                     }
                     here += piece.len() as u64;
                 }

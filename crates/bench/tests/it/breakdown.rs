@@ -39,7 +39,7 @@ fn slow() -> Served {
             part: None,
         }],
         false,
-);
+    );
     serve_chain(
         TempDir::new(),
         chain,

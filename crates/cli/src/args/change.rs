@@ -1,6 +1,6 @@
 //! Commands that change what an image is: `snapshot`, `amend` and `resize`.
 
-use super::format;
+use super::{format, name};
 use crate::resize::NewSize;
 use crate::secret::{Keys, Objects};
 use clap::{ArgGroup, Args};

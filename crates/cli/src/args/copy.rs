@@ -1,6 +1,6 @@
 //! Commands that move disks' content: `convert`, `dd`, `commit` and `rebase`; and `compare`.
 
-use super::{format, new_format, rate, sparse};
+use super::{format, name, new_format, rate, sparse};
 use crate::secret::Keys;
 use clap::Args;
 use image::Format;

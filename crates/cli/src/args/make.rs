@@ -1,6 +1,6 @@
 //! Commands about images that do not exist yet: `create` and `measure`.
 
-use super::{Form, bytes, format, new_format};
+use super::{Form, bytes, format, name, new_format};
 use crate::secret::Keys;
 use clap::Args;
 use image::Format;

@@ -1,8 +1,9 @@
 //! `serve`.
 
-use super::{bytes, format};
+use super::{bytes, format, name};
 use crate::{disks::DiskArgument, secret::Keys};
 use block::Result;
+use clap::builder::TypedValueParser as _;
 use clap::{ArgGroup, Args, ValueEnum};
 use export::{nbd::NbdAddress, worker::Polling};
 use image::Format;

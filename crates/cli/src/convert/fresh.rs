@@ -87,7 +87,7 @@ impl Copying<'_> {
             .iter()
             .filter(|_| format == Format::Vmdk)
         {
-            partial.add(self.target.with_file_name(&extent.name));
+            partial.add(self.target.with_file_name(block::name::path(&extent.name)));
         }
         let path = partial.path().to_owned();
         let mut made = Made {

@@ -10,6 +10,7 @@
 //! | `offloaded`, `resumed` | of `written`: bytes that the host copied (`-C`), that were there already (`--resume`) |
 //! | `compressed-clusters`, `compressed-bytes` | how many clusters were compressed, and what they take in the file |
 //! | `unreadable-bytes`, `unreadable` | with `--salvage`: how many, and array of objects with `offset`, `length`, `error` of the first 100 places |
+//! | `unmapped` | with `--salvage`: the same of what it could not be found out of what it is made of; it was read instead |
 //! | `bitmaps`, `bitmaps-left-out` | with `--bitmaps`: arrays of names, copied and inconsistent |
 //! | `file-size`, `actual-size` | bytes of the target's file, and bytes that it takes on the host |
 
@@ -21,6 +22,7 @@ use block::{plain, size};
 use serde::Serialize;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use tool::source::Unreadable;
 
 /// Places of unreadable bytes that people get to see; with `--json` there are more.
 const SHOWN_MAX: usize = 20;
@@ -43,6 +45,8 @@ struct Json<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     unreadable: Option<Vec<Hole<'a>>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    unmapped: Option<Vec<Hole<'a>>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     bitmaps: Option<&'a [String]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     bitmaps_left_out: Option<&'a [String]>,
@@ -59,9 +63,20 @@ struct Hole<'a> {
     error: &'a str,
 }
 
+impl<'a> Hole<'a> {
+    fn of(found: &'a Unreadable) -> Self {
+        Self {
+            offset: found.at,
+            length: found.len,
+            error: &found.error,
+        }
+    }
+}
+
 /// Says what was copied.
-pub(super) fn print(args: &Arguments, copied: &Copied) -> Result<()> {
+pub(super) fn print<'a>(args: &Arguments, copied: &'a Copied) -> Result<()> {
     let Copied { format, report, .. } = copied;
+    let damage = &report.damage;
     let (names, target) = args.files()?;
     let metadata = match open::at_server(target) {
         Some(_) => None,
@@ -71,11 +86,8 @@ pub(super) fn print(args: &Arguments, copied: &Copied) -> Result<()> {
     let actual_size = metadata.as_ref().map(actual);
     let file_size = metadata.map(|there| there.len());
     if args.moving.json {
-        let places = report.unreadable.iter().map(|found| Hole {
-            offset: found.at,
-            length: found.len,
-            error: &found.error,
-        });
+        let places =
+            |places: &'a [Unreadable]| args.salvage.then(|| places.iter().map(Hole::of).collect());
         let json = Json {
             filename: target.display().to_string(),
             format: format.name(),
@@ -87,8 +99,9 @@ pub(super) fn print(args: &Arguments, copied: &Copied) -> Result<()> {
             resumed: report.resumed,
             compressed_clusters: report.compressed_clusters,
             compressed_bytes: report.compressed_bytes,
-            unreadable_bytes: args.salvage.then_some(report.unreadable_bytes),
-            unreadable: args.salvage.then(|| places.collect()),
+            unreadable_bytes: args.salvage.then_some(damage.unreadable_bytes),
+            unreadable: places(&damage.unreadable),
+            unmapped: places(&damage.unmapped),
             bitmaps: args.bitmaps.then_some(&copied.bitmaps),
             bitmaps_left_out: args.bitmaps.then_some(&copied.bitmaps_left_out),
             file_size,
@@ -96,7 +109,15 @@ pub(super) fn print(args: &Arguments, copied: &Copied) -> Result<()> {
         };
         return crate::print(&crate::json(&json)?);
     }
-    for found in report.unreadable.iter().take(SHOWN_MAX) {
+    for found in damage.unmapped.iter().take(SHOWN_MAX) {
+        eprintln!(
+            "diskplane: note: it could not be found out what {} bytes at {:#x} are made of, they were read instead: {}",
+            found.len,
+            found.at,
+            plain(&found.error)
+        );
+    }
+    for found in damage.unreadable.iter().take(SHOWN_MAX) {
         eprintln!(
             "diskplane: note: {} bytes at {:#x} are zeros now: {}",
             found.len,
@@ -124,7 +145,7 @@ pub(super) fn print(args: &Arguments, copied: &Copied) -> Result<()> {
     add(report.same, &format!("as in {base}"));
     add(report.offloaded, "copied by the host");
     add(report.resumed, "there already");
-    add(report.unreadable_bytes, "unreadable");
+    add(damage.unreadable_bytes, "unreadable");
     if report.compressed_clusters > 0 {
         let packed = size::human(report.compressed_bytes);
         line.push_str(&format!(

@@ -66,11 +66,10 @@ pub fn run(args: &Compare) -> Result<u8> {
         Err(Stopped::Code(code)) => Ok(code),
         Err(Stopped::Failed(failure, sizes)) => match failure {
             Failure::Stopped(error) => Err(error.into()),
-            Failure::Map(error) if is_stop(&error) => Err(error.into()),
-            Failure::Map(error) => {
-                super::complain(&anyhow!(
-                    "Sector allocation test failed for {first} and {second}: {error}"
-                ));
+            Failure::Map { error, .. } if is_stop(&error) => Err(error.into()),
+            Failure::Map { image, .. } => {
+                let name = if image == 0 { first } else { second };
+                super::complain(&anyhow!("Sector allocation test failed for {name}"));
                 Ok(MAPPING)
             }
             Failure::Read { error, .. } if is_stop(&error) => Err(error.into()),

@@ -19,7 +19,7 @@ use io::Cache;
 use tool::bitmap;
 use tool::convert::{ConvertOptions, SPARSE_BYTES, Target, convert};
 use tool::prealloc::Preallocation;
-use tool::source::Source;
+use tool::source::{Damage, Source, UNMAPPED, Unreadable};
 use tool::work::Work;
 
 /// Bytes that `-S` takes at most.
@@ -129,6 +129,8 @@ pub struct Copy<'a> {
     pub rate: Option<u64>,
     /// Show how far it is.
     pub progress: Option<Steps<'a>>,
+    /// Do not warn of what could not be read.
+    pub quiet: bool,
 }
 
 /// A copy that was not made.
@@ -239,6 +241,7 @@ pub fn run(args: &Convert) -> Result<u8> {
             }
             false => None,
         },
+        quiet: args.shown.quiet,
     };
     let packs = |options: &&Options| args.compress || options.packs_always(format);
     let copied = match options.as_ref().filter(packs) {
@@ -596,7 +599,14 @@ impl Copy<'_> {
             resume: false,
             packs: self.compress,
         };
-        let copied = work(self.source, target, &self.options, self.rate, self.progress);
+        let copied = work(
+            self.source,
+            target,
+            &self.options,
+            self.rate,
+            self.progress,
+            self.quiet,
+        );
         // What was written stays, as in QEMU, and the image is a sound one.
         let closed = driver.close().map_err(anyhow::Error::from);
         let torn = closed.is_err();
@@ -634,7 +644,15 @@ fn compressed(copy: Copy<'_>, options: &Options) -> Result<(), Failed> {
     let writer = options.sequential(copy.format, &*file);
     let writer = writer.map_err(|error| torn(error.into()))?;
     let target = Target::Compressed { writer };
-    work(copy.source, target, &copy.options, copy.rate, copy.progress).map_err(torn)
+    work(
+        copy.source,
+        target,
+        &copy.options,
+        copy.rate,
+        copy.progress,
+        copy.quiet,
+    )
+    .map_err(torn)
 }
 
 fn refuse_to_pack(options: &Options) -> Result<()> {
@@ -653,6 +671,7 @@ fn work(
     options: &ConvertOptions<'_>,
     rate: Option<u64>,
     mut steps: Option<Steps<'_>>,
+    quiet: bool,
 ) -> Result<()> {
     let stop = signals::stop_on_signals()?;
     let mut progress = Progress::new(source.size(), steps.is_some());
@@ -662,14 +681,43 @@ fn work(
     };
     let mut work = Work::new(stop, &mut tell);
     work.rate = rate;
-    let report = convert(source, target, options, &mut work)?;
+    let report = convert(source, target, options, &mut work).map_err(unmapped)?;
     progress.end();
-    for found in &report.unreadable {
-        eprintln!(
-            "qemu-img: warning: error while reading offset {}: {}",
-            found.at,
-            block::plain(&found.error)
-        );
+    if !quiet {
+        warn_of(&report.damage);
     }
     Ok(())
+}
+
+/// Why a copy was not made, where the source's map failed.
+fn unmapped(error: block::Error) -> anyhow::Error {
+    let text = error.to_string();
+    let offset = text
+        .strip_prefix(UNMAPPED)
+        .and_then(|rest| rest.trim_start().split(':').next());
+    match offset {
+        Some(offset) => anyhow!(
+            "error while reading block status at offset {offset}: {}",
+            open::os_reason(&error)
+        ),
+        None => error.into(),
+    }
+}
+
+/// Says what was not as it should be, of each sector: in qemu-img's order, which looks at the map once to count, and then
+/// again while it copies.
+fn warn_of(damage: &Damage) {
+    let sectors = |found: &Unreadable| (found.at..found.at + found.len).step_by(512);
+    let unmapped = || damage.unmapped.iter().map(|found| (found.at, true, found));
+    let unreadable = (damage.unreadable.iter())
+        .flat_map(|found| sectors(found).map(move |at| (at, false, found)));
+    let mut second: Vec<_> = unmapped().chain(unreadable).collect();
+    second.sort_by_key(|(at, is_map, _)| (*at, !is_map));
+    for (at, is_map, found) in unmapped().chain(second) {
+        let what = if is_map { "block status at " } else { "" };
+        crate::say(&format!(
+            "qemu-img: warning: error while reading {what}offset {at}: {}\n",
+            block::plain(&open::reason_of(found.errno, &found.error))
+        ));
+    }
 }

@@ -83,6 +83,7 @@ pub fn run(args: &Dd) -> Result<u8> {
         compress: false,
         rate: None,
         progress: None,
+        quiet: false,
     };
     copy.run(&[], &args.spec.objects)
         .map_err(|failed| failed.why)?;

@@ -76,7 +76,7 @@ pub fn run(args: &Info) -> Result<u8> {
             break;
         }
         // Options are shown as what they name.
-        let path = block::name::text(active.path);
+        let path = block::name::text(&active.path);
         let path = match disk::chain::is_file_name(&path) {
             true => path,
             // An export is shown as a URI, in whatever form it was named.
@@ -127,7 +127,7 @@ fn options_of(said: &ImageOptions, layer: &Layer) -> String {
         Some(part) => part_of(&layer.path, part),
         None => {
             let protocol = first.map_or("file", |file| driver_of(file));
-            json!({"driver": protocol, "filename": block::name::text(layer.path)})
+            json!({"driver": protocol, "filename": block::name::text(&layer.path)})
         }
     };
     object.insert("file".into(), file);
@@ -415,7 +415,7 @@ fn vmdk_facts(layer: &Layer, file: &dyn Storage) -> Result<Map<String, Value>> {
         1 => {
             let mut extent = json!({
                 "virtual-size": description.size,
-                "filename": block::name::text(layer.path),
+                "filename": block::name::text(&layer.path),
                 "cluster-size": description.cluster_size,
                 "format": "",
             });

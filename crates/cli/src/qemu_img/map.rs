@@ -5,7 +5,7 @@ use super::line;
 use super::open::{self, How};
 use super::spec::{Image, Output};
 use crate::map::{Entry, finish, walk};
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use disk::chain::Chain;
 use image::{FileId, Format, vmdk};
@@ -47,7 +47,9 @@ pub fn run(args: &Map) -> Result<u8> {
         force_share: args.force_share,
         ..How::default()
     };
-    let chain = open::chain(&name, &how, &args.image.spec.objects)?;
+    let mut chain = open::chain(&name, &how, &args.image.spec.objects)?;
+    // As QEMU does, it looks below what has the disk's accesses fail.
+    chain.faults = None;
     let range = start..start.saturating_add(length);
     // A map may have millions of lines: none of them is kept.
     let mut out = BufWriter::new(io::stdout().lock());
@@ -60,7 +62,10 @@ pub fn run(args: &Map) -> Result<u8> {
             &mut out,
         ),
     };
-    finish(written, out)?;
+    finish(written, out).map_err(|error| match error.downcast_ref::<block::Error>() {
+        Some(own) => anyhow!("Could not read file metadata: {}", open::os_reason(own)),
+        None => error,
+    })?;
     Ok(0)
 }
 
@@ -175,13 +180,12 @@ fn human(
             0 => "0".to_owned(),
             number => format!("{number:#x}"),
         };
-        writeln!(
-            out,
-            "{:<16}{:<16}{:<16}{file}",
+        let line = format!(
+            "{:<16}{:<16}{:<16}{file}\n",
             hex(entry.start),
             hex(entry.length),
             hex(offset)
-        )?;
-        Ok(())
+        );
+        Ok(out.write_all(&block::name::bytes(&line))?)
     })
 }

@@ -11,7 +11,7 @@ use crate::{measure, print, signals};
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use serde_json::json;
-use tool::source::Source;
+use tool::source::{Source, UNMAPPED};
 use tool::work::Work;
 
 /// `measure`.
@@ -103,6 +103,10 @@ pub fn run(args: &Measure) -> Result<u8> {
         &mut work,
     );
     let measured = measured.map_err(|error| {
+        let own = error.downcast_ref::<block::Error>();
+        if let Some(own) = own.filter(|own| own.to_string().starts_with(UNMAPPED)) {
+            return anyhow!("Unable to get block status: {}", open::os_reason(own));
+        }
         let error = create::own_words(format, error);
         // Here qemu-img does not say of which format.
         let of_it = format!(" for file format '{}'", format.qemu_name());

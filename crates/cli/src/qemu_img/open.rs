@@ -617,9 +617,14 @@ pub fn without_number(text: &str) -> String {
 
 /// Why it failed: what the operating system said, where that is the cause.
 pub fn os_reason(error: &block::Error) -> String {
-    match error.os_errno() {
+    reason_of(error.os_errno(), &error.to_string())
+}
+
+/// As [`os_reason`], of an error that said `text`.
+pub fn reason_of(errno: Option<i32>, text: &str) -> String {
+    match errno {
         Some(errno) => without_number(&std::io::Error::from_raw_os_error(errno).to_string()),
-        None => error.to_string(),
+        None => text.to_owned(),
     }
 }
 

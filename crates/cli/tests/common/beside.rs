@@ -1,7 +1,28 @@
 //! Command lines of qemu-img, done by the installed one and by `diskplane qemu-img` beside each other.
 
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::Path;
 use std::process::Command;
+
+/// `word` with the bytes that it writes as `\xNN`.
+fn bytes(word: &str) -> OsString {
+    let mut pieces = word.split("\\x");
+    let mut bytes = pieces.next().unwrap().as_bytes().to_vec();
+    for piece in pieces {
+        bytes.push(u8::from_str_radix(&piece[..2], 16).unwrap());
+        bytes.extend_from_slice(&piece.as_bytes()[2..]);
+    }
+    OsString::from_vec(bytes)
+}
+
+/// What was printed, with what is no UTF-8 as `\xNN`.
+fn text(printed: &[u8]) -> String {
+    let chunks = printed.utf8_chunks();
+    chunks
+        .map(|chunk| format!("{}{}", chunk.valid(), chunk.invalid().escape_ascii()))
+        .collect()
+}
 
 /// What a command line printed, both streams, and its exit code.
 pub fn outcome(program: &[&str], dir: &Path, line: &str) -> String {
@@ -20,11 +41,12 @@ pub fn outcome(program: &[&str], dir: &Path, line: &str) -> String {
         "''" => String::new(),
         word => word.replace("DIR", &dir.display().to_string()),
     });
+    let words = words.map(|word| bytes(&word));
     let output = command.args(words).current_dir(dir).output().unwrap();
     let text = format!(
         "{}{}code {:?}\n",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
+        text(&output.stdout),
+        text(&output.stderr),
         output.status.code()
     );
     normal(&text.replace(&dir.display().to_string(), "DIR"))

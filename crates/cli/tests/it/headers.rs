@@ -373,7 +373,8 @@ fn a_downgrade_drops_what_version_2_has_no_place_for() {
         "extended_l2=on",
         "refcount_bits=8",
         "compression_type=zstd",
-        "data_file=data",
+        // QEMU takes a relative name from where it runs.
+        &format!("data_file={}", dir.join("data").display()),
     ] {
         qemu::create_with("qcow2", dir.join("b.qcow2"), "1M", options);
         if options.contains("zstd") {

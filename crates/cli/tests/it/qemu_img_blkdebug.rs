@@ -1,7 +1,7 @@
 //! Accesses that fail on purpose (`blkdebug`), beside the installed qemu-img.
 
 use crate::beside::{same, same_in};
-use crate::common::{diskplane, good, refused};
+use crate::common::{diskplane, good, json, refused};
 use std::fs;
 
 /// A qcow2 image over another, and rules for their files.
@@ -60,6 +60,60 @@ fn what_fails_is_told_as_by_qemu_img() {
             "qemu-img map --image-opts driver=blkdebug,image.driver=raw,image.file.filename=flat,inject-error.0.errno=5",
         ],
     );
+}
+
+/// What a disk is made of cannot be found out (QEMU's test 251).
+#[test]
+fn a_map_that_fails_is_told_as_by_qemu_img() {
+    let above = "json:{'driver':'blkdebug','image':{'driver':'qcow2','file':{'driver':'file','filename':'over'}},\
+                 'inject-error':[{'event':'none','iotype':'block-status','sector':129},\
+                 {'event':'none','iotype':'block-status','sector':300},\
+                 {'event':'none','iotype':'read','sector':129},{'event':'none','iotype':'read','sector':200},\
+                 {'event':'none','iotype':'read','sector':201}]}";
+    let below = "json:{'driver':'raw','file':{'driver':'blkdebug','image':{'driver':'file','filename':'flat'},\
+                 'inject-error':[{'event':'none','iotype':'block-status'}]}}";
+    let lines: Vec<String> = [above, below]
+        .iter()
+        .flat_map(|image| {
+            [
+                format!("qemu-img convert {image} -O raw copy"),
+                format!("qemu-img map {image}"),
+                format!("qemu-img measure -O raw {image}"),
+                format!("qemu-img measure -O qcow2 {image}"),
+                format!("qemu-img compare {image} base"),
+                format!("qemu-img compare base {image}"),
+            ]
+        })
+        .chain([
+            format!("qemu-img convert --salvage {above} -O raw saved"),
+            format!("qemu-img convert -q --salvage {above} -O raw quiet"),
+            "qemu-img compare -f raw -F raw saved quiet".to_owned(),
+            "qemu-img compare -F raw over saved".to_owned(),
+        ])
+        .collect();
+    let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
+    same_with(&[], &lines);
+}
+
+#[test]
+fn our_own_convert_tells_of_it_too() {
+    let dir = testkit::TempDir::new();
+    let root = dir.root();
+    fs::write(root.join("a.raw"), [7; 65536]).unwrap();
+    let image = "driver=blkdebug,image.driver=raw,image.file.filename=a.raw,inject-error.0.event=none,\
+                 inject-error.0.iotype=block-status,inject-error.0.sector=3";
+    let convert = ["convert", "--image-opts", image, "b.qcow2"];
+    let error = refused(root, &convert);
+    assert!(
+        error.contains("it cannot be found out what the disk has at byte 0"),
+        "{error}"
+    );
+    let convert = ["convert", "--salvage", "--json", "--image-opts", image, "b.qcow2"];
+    let report = json(&good(root, &convert));
+    assert_eq!(report["unreadable-bytes"], 0, "{report}");
+    assert_eq!(report["unmapped"][0]["offset"], 3 * 512, "{report}");
+    assert_eq!(report["unmapped"].as_array().unwrap().len(), 1, "{report}");
+    good(root, &["compare", "-f", "raw", "a.raw", "b.qcow2"]);
 }
 
 #[test]

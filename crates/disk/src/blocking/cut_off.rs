@@ -22,7 +22,8 @@ pub enum CutOff {
 }
 
 /// What helps, behind each message.
-const HELP: &str = "'diskplane check' says what else is wrong, 'diskplane convert --salvage' copies what is left";
+const HELP: &str =
+    "'diskplane check' says what else is wrong, 'diskplane convert --salvage' copies what is left";
 
 /// How many of `len` bytes at `offset` a file has that ends at byte `end`: a sector that it ends in counts as a whole.
 pub(crate) fn there(end: u64, offset: HostOffset, len: u64) -> u64 {

@@ -108,7 +108,13 @@ impl Members {
         let mut sectors = vec![0; usize_of(align_up((skip + buf.len()) as u64, SECTOR))?];
         let start = HostOffset(offset.0 - skip as u64);
         let there = read_padded(&*storage, start, &mut sectors)?;
-        self.judge(&*storage, guest, offset, there.saturating_sub(skip), buf.len())?;
+        self.judge(
+            &*storage,
+            guest,
+            offset,
+            there.saturating_sub(skip),
+            buf.len(),
+        )?;
         cipher.decrypt(sector, &mut sectors);
         let plain = sectors.iter().skip(skip);
         buf.iter_mut().zip(plain).for_each(|(to, from)| *to = *from);
@@ -131,7 +137,12 @@ impl Members {
         let there = cut_off::there(end, offset, len as u64);
         match there == len as u64 {
             true => Ok(()),
-            false => Err(cut_off::data(file, guest.plus(there), offset.plus(there), end)),
+            false => Err(cut_off::data(
+                file,
+                guest.plus(there),
+                offset.plus(there),
+                end,
+            )),
         }
     }
 

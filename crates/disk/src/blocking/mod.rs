@@ -499,7 +499,8 @@ impl Driver {
             for (nth, file) in member.files.iter().enumerate() {
                 if self.members.unsynced.take(nth) {
                     file.event(Event::FlushToDisk);
-                    file.sync().inspect_err(|_| self.members.unsynced.mark(nth))?;
+                    file.sync()
+                        .inspect_err(|_| self.members.unsynced.mark(nth))?;
                 }
             }
         }
@@ -676,6 +677,114 @@ mod tests {
         disk.close().unwrap();
         assert_eq!(*file.bytes.lock().unwrap(), [7; 512]);
         assert_eq!(*file.syncs.lock().unwrap(), 0);
+    }
+
+    /// A disk of `size` bytes in `file`, whatever that has.
+    fn raw_of(size: u64, file: &Arc<Memory>) -> Driver {
+        let image = Arc::new(Raw::with_size(size).unwrap());
+        let files: Vec<Arc<dyn Storage>> = vec![file.clone()];
+        Driver::new(vec![Member { image, files }], true).unwrap()
+    }
+
+    #[test]
+    fn what_a_file_is_too_short_for_is_read_as_asked_for() {
+        let file = Memory::with(&[7; 1000]);
+        let mut buf = [1; 4096];
+        let mut disk = raw_of(4096, &file);
+        let error = disk.read(0, &mut buf).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(
+            error
+                .to_string()
+                .contains("guest offset 0x400 are at 0x400"),
+            "{error}"
+        );
+        assert!(disk.read(4000, &mut buf[..1]).is_err());
+        // Up to the end of the sector that the file ends in.
+        disk.read(0, &mut buf[..1024]).unwrap();
+        assert_eq!(
+            disk.readable(0, FileId::IMAGE, HostOffset(512), 4096)
+                .unwrap(),
+            512
+        );
+        // The file may grow.
+        file.set_len(4096).unwrap();
+        assert_eq!(
+            disk.readable(0, FileId::IMAGE, HostOffset(512), 3584)
+                .unwrap(),
+            3584
+        );
+        file.set_len(1000).unwrap();
+        let mut disk = raw_of(4096, &file).with_cut_off(CutOff::Zeros);
+        disk.read(0, &mut buf).unwrap();
+        assert!(buf[..1000] == [7; 1000] && buf[1000..].iter().all(|byte| *byte == 0));
+        assert_eq!(
+            disk.readable(0, FileId::IMAGE, HostOffset(512), 4096)
+                .unwrap(),
+            4096
+        );
+    }
+
+    /// A disk of two files, each with 4096 bytes of it.
+    #[derive(Debug)]
+    struct Halves;
+
+    fn half(at: GuestOffset, len: u64) -> (FileId, HostOffset, u64) {
+        let within = at.0 % 4096;
+        let file = FileId(u16::try_from(at.0 / 4096).unwrap());
+        (file, HostOffset(within), len.min(4096 - within))
+    }
+
+    impl Image for Halves {
+        fn describe(&self) -> image::Description {
+            image::Description::new("halves", self.size(), 1)
+        }
+        fn size(&self) -> u64 {
+            8192
+        }
+        fn map(&self, at: GuestOffset, len: u64) -> Result<Step<image::Extent>> {
+            let (file, offset, len) = half(at, len);
+            let kind = ExtentKind::Data { file, offset };
+            Ok(Step::Done(image::Extent { len, kind }))
+        }
+        fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>> {
+            let (file, offset, len) = half(at, len);
+            Ok(Step::Done(Plan::InPlace { file, offset, len }))
+        }
+        fn plan_zero(&self, at: GuestOffset, len: u64, _: ZeroMode) -> Result<Step<ZeroPlan>> {
+            let (file, offset, len) = half(at, len);
+            Ok(Step::Done(ZeroPlan::Host { file, offset, len }))
+        }
+    }
+
+    #[test]
+    fn a_barrier_waits_for_files_that_were_changed() {
+        let memory = [Memory::with(&[0; 4096]), Memory::with(&[0; 4096])];
+        let files: Vec<Arc<dyn Storage>> = memory.iter().map(|file| file.clone() as _).collect();
+        let image = Arc::new(Halves);
+        let mut disk = Driver::new(vec![Member { image, files }], false).unwrap();
+        let flushed = |disk: &mut Driver| {
+            disk.flush().unwrap();
+            let syncs = |file: &Arc<Memory>| std::mem::take(&mut *file.syncs.lock().unwrap());
+            [syncs(&memory[0]), syncs(&memory[1])]
+        };
+        // Nobody knows what was done to them before.
+        assert_eq!(flushed(&mut disk), [1, 1]);
+        assert_eq!(flushed(&mut disk), [0, 0]);
+        disk.write(0, &[1; 100]).unwrap();
+        assert_eq!(flushed(&mut disk), [1, 0]);
+        disk.write_zeroes(5000, 100, true).unwrap();
+        assert_eq!(flushed(&mut disk), [0, 1]);
+        disk.write(4000, &[1; 200]).unwrap();
+        assert_eq!(flushed(&mut disk), [1, 1]);
+        // Others write what was placed: it counts when they are done.
+        let placed = disk.place(4096, 100).unwrap().unwrap();
+        let (file, at) = placed.place().unwrap().unwrap();
+        file.write_at(at.0, &[2; 100]).unwrap();
+        placed.finish();
+        assert_eq!(flushed(&mut disk), [0, 1]);
+        disk.preallocate(0, 100, |_, _, _| Ok(())).unwrap();
+        assert_eq!(flushed(&mut disk), [1, 0]);
     }
 
     #[test]

@@ -126,7 +126,8 @@ pub(super) fn resolve(above: &Path, name: &str, allowed: &[PathBuf]) -> Result<P
             format!("'{shown}' is a name at the server, which has no directory"),
         ));
     }
-    let path = fs::canonicalize(directory.join(name::path(name))).context(|| format!("'{shown}'"))?;
+    let path =
+        fs::canonicalize(directory.join(name::path(name))).context(|| format!("'{shown}'"))?;
     if !at_server {
         let real = fs::canonicalize(above).context(|| above.display().to_string())?;
         if real.parent().is_some_and(|own| path.starts_with(own)) {

@@ -44,7 +44,7 @@ fn chain(sim: &Arc<SimDisk>) -> Chain {
             part: None,
         }],
         false,
-)
+    )
 }
 
 fn rig(sim: &Arc<SimDisk>) -> (Arc<Disk>, Rig) {

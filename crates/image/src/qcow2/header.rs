@@ -16,6 +16,7 @@ use super::features::{self, FeatureKind};
 use super::{read_u32, read_u64};
 use crate::DataFile;
 use block::{Context, Error, Result, Storage, limits};
+use std::borrow::Cow;
 
 /// The first four bytes of every image.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -464,7 +465,7 @@ impl Header {
             put(104, &[self.compression_type]);
             put(105, &self.unknown_fields);
         }
-        let name_len = self.backing.as_ref().map_or(0, String::len);
+        let name_len = self.backing_bytes().len();
         let head: [(usize, &[u8]); 13] = [
             (0, &MAGIC),
             (4, &self.version.to_be_bytes()),

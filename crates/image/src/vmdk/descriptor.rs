@@ -222,8 +222,10 @@ impl Found {
                 .ok_or_else(|| corrupt(format!("{}: its value has no end", plain(key))))?,
             None => value,
         };
-        // `value` is a part of `line`.
-        let from = at + (value.as_ptr() as usize).wrapping_sub(line.as_ptr() as usize);
+        // `value` is a part of `text`, which is `line` without what surrounds it.
+        let before = (value.as_ptr() as usize).wrapping_sub(text.as_ptr() as usize);
+        let before = text.get(..before).map_or(0, block::name::len);
+        let from = at + line.len() - line.trim_ascii_start().len() + before;
         self.set(key, value, from)
     }
 

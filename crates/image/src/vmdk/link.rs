@@ -96,7 +96,7 @@ fn rewrite(text: &[u8], parent: Option<(&str, u32)>) -> Result<Vec<(usize, Vec<u
         Error::unsupported(format!(
             "the parent's name has {} bytes: the sector of the descriptor that says which image is the parent has no room for \
              it: give it a shorter name, or convert the image",
-            parent.map_or(0, |(name, _)| name.len())
+            parent.map_or(0, |(name, _)| block::name::len(name))
         ))
     };
     if text.len() < LEN {

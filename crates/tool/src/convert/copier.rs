@@ -344,14 +344,13 @@ impl<'a, 'w> Crew<'a, 'w> {
         let feed = self.feed.into_inner();
         let feed = feed.unwrap_or_else(PoisonError::into_inner);
         let read = feed.read;
-        let (unreadable, unreadable_bytes) = feed.unreadable();
+        let damage = feed.damage();
         (ledger.work.progress)(self.size);
         Ok(Report {
             size: self.size,
             read,
             zero: self.size - ledger.report.same - ledger.report.written,
-            unreadable,
-            unreadable_bytes,
+            damage,
             ..ledger.report
         })
     }

@@ -1,7 +1,7 @@
 //! What is copied next: the source's map, walked once from its beginning to its end.
 
 use super::{OFFLOAD_BYTES, Piece, Unit, piece_bytes};
-use crate::source::{Source, Unreadable};
+use crate::source::{Damage, Source};
 use block::{Result, is_zero};
 
 pub(super) struct Feed<'a> {
@@ -143,8 +143,8 @@ impl<'a> Feed<'a> {
         self.source.read(at, piece.bytes_mut(len))
     }
 
-    pub fn unreadable(self) -> (Vec<Unreadable>, u64) {
-        self.source.unreadable()
+    pub fn damage(self) -> Damage {
+        self.source.damage()
     }
 }
 

@@ -24,7 +24,7 @@ mod target;
 pub use target::Target;
 
 use crate::buffer::Buffer;
-use crate::source::{Place, Source, Unreadable};
+use crate::source::{Damage, Place, Source};
 use crate::work::Work;
 use block::{Error, Result};
 use copier::{Crew, Hands};
@@ -98,10 +98,8 @@ pub struct Report {
     pub compressed_clusters: u64,
     /// See above.
     pub compressed_bytes: u64,
-    /// Bytes that could not be read, and count as zeros.
-    pub unreadable_bytes: u64,
-    /// Where they are; the first [`crate::source::UNREADABLE_MAX`] places.
-    pub unreadable: Vec<Unreadable>,
+    /// What of the source could not be read, and counts as zeros, and what it could not be found out of what it is made of.
+    pub damage: Damage,
 }
 
 /// What becomes of one unit: a cluster, or 4 KiB.

@@ -149,7 +149,7 @@ impl Cluster {
         }
         put(&mut bytes, 0, &header.encode_fields(at as u64));
         bytes.resize(cluster, 0);
-        put(&mut bytes, at, name);
+        put(&mut bytes, at, &name);
         Some(Self {
             bytes,
             name: at..end,
