@@ -93,6 +93,14 @@ pub struct Outcome {
 /// What the run or the engine cannot do, and the first request that failed (by then the others have ended too).
 pub fn run(disk: &Arc<Disk>, kind: EngineKind, run: &Run) -> Result<Outcome> {
     run.validate()?;
+    // One that goes beyond the end comes later, and fails; here none would fit.
+    if u64::from(run.len) > disk.size() {
+        return Err(Error::invalid(format!(
+            "requests of {} bytes do not fit a disk of {}",
+            run.len,
+            disk.size()
+        )));
+    }
     let mut engine = io::open_engine(kind, &EngineOptions::default())?;
     let waker = Arc::new(Waker::new()?);
     engine.watch(waker.as_fd(), u64::MAX, false)?;

@@ -59,6 +59,8 @@ words! {
         ReadCompressed = "read_compressed",
         /// Data of the guest are written.
         WriteAio = "write_aio",
+        /// A compressed cluster is written.
+        WriteCompressed = "write_compressed",
         /// What a new cluster needs around the guest's data is read,
         CowRead = "cow_read",
         /// and written.

@@ -150,7 +150,7 @@ fn base(args: &args::Rebase, file: &Path, name: &str, format: Format) -> Result<
         ..ChainOptions::default()
     };
     let chain = open::chain(&path, &options).context("-b")?;
-    let overlay = std::fs::canonicalize(file)?;
+    let overlay = std::fs::canonicalize(file).with_context(|| file.display().to_string())?;
     let is_overlay = |path: &Path| std::fs::canonicalize(path).is_ok_and(|path| path == overlay);
     if chain.layers.iter().any(|layer| is_overlay(&layer.path)) {
         bail!(

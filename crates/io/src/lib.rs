@@ -46,6 +46,6 @@ pub use engine::{
 };
 pub use eventfd::{EventFd, Waker};
 pub use file::{
-    Alignment, File, FileKind, Lock, OpenOptions, Remote, may_have_image, wait_for_lock,
+    Alignment, File, FileKind, Lock, OpenOptions, Remote, refuse_as_image, wait_for_lock,
 };
 pub use sim::{Change, Fault, FaultOp, Keep, LogEntry, Outage, SimClock, SimDisk, SimOptions};

@@ -248,8 +248,11 @@ impl<'a> Source<'a> {
         let mut asked = if failed { unit } else { most };
         let mut found = part.run(here, asked);
         // Of a smaller part it may be known.
-        while found.is_err() && salvage && asked > SECTOR && !failed {
-            asked = asked.div_ceil(4).next_multiple_of(SECTOR);
+        while found.is_err() && salvage && asked > SECTOR {
+            asked = match failed {
+                true => SECTOR,
+                false => asked.div_ceil(4).next_multiple_of(SECTOR),
+            };
             found = part.run(here, asked);
         }
         self.fails = found.is_err();
@@ -437,8 +440,12 @@ impl Part<'_> {
                 // Nothing of it is there.
                 Ok(run) if run.lost => (run.len, u64::MAX),
                 Ok(run) => (run.len, SECTOR),
-                // No table: nothing of the cluster.
-                Err(_) => (self.unit_left(at).min(asked), u64::MAX),
+                Err(_) => {
+                    let len = self.unit_left(at).min(asked);
+                    // No table: nothing of the cluster.
+                    let is_mapped = self.driver.is_mapped(at, len);
+                    (len, if is_mapped { SECTOR } else { u64::MAX })
+                }
             };
             // At most the buffer's.
             let (now, later) = rest.split_at_mut(len as usize);

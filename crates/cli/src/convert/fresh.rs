@@ -101,6 +101,7 @@ impl Copying<'_> {
         };
         let report = self
             .fill(&mut made, false, &options, work)
+            .map_err(|error| self.name_other(error))
             // Nobody is to see the name before all is there.
             .and_then(|report| self.copy_bitmaps(&path, &entries).map(|()| report))
             .map_err(|error| partial.name(error));
@@ -183,7 +184,7 @@ impl Copying<'_> {
     fn data_file(&self, options: &options::Options) -> Option<PathBuf> {
         let directory = self.target.parent().unwrap_or(Path::new(""));
         let name = options.qcow2.data_file.as_ref();
-        name.map(|name| directory.join(name))
+        name.map(|name| directory.join(block::name::path(name)))
     }
 
     /// The passphrase that a new image is to be encrypted with, if it is to be.

@@ -2,8 +2,8 @@
 
 use super::Copying;
 use crate::{open, options};
-use anyhow::{Context, Result, bail};
-use block::Storage;
+use anyhow::{Context, Error, Result, bail};
+use block::{ErrorKind, Storage};
 use image::{Format, qcow2};
 use std::os::unix::fs::MetadataExt;
 use std::{fs, path::Path};
@@ -32,7 +32,8 @@ impl Copying<'_> {
         }
         // What a raw disk holds may look like anything.
         let said = (format == Format::Raw).then_some(format);
-        let (file, found) = open::image(path, said, open::Access::Write)?;
+        let opened = open::image(path, said, open::Access::Write);
+        let (file, found) = opened.map_err(|error| self.name_other(error))?;
         // Whoever may write to the directory could put a link in the way, to a file that only we may write to.
         if file.identity()? != (there.dev(), there.ino()) {
             bail!(foreign());
@@ -70,6 +71,21 @@ impl Copying<'_> {
             bitmap::remove_all(&*file)?;
         }
         Ok(true)
+    }
+}
+
+impl Copying<'_> {
+    /// Says of `error`, where that is so, that another `--resume` is making the same target.
+    pub(super) fn name_other(&self, error: Error) -> Error {
+        let own = error.downcast_ref::<block::Error>();
+        let is_locked = own.is_some_and(|error| error.kind() == ErrorKind::Locked);
+        match is_locked && self.args.resume {
+            true => error.context(format!(
+                "{}: another convert --resume is making it: wait until that one is done",
+                self.target.display()
+            )),
+            false => error,
+        }
     }
 }
 

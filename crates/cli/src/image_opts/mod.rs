@@ -48,6 +48,8 @@ pub struct ImageOptions {
     pub path: PathBuf,
     /// Its format; absent: to be found out.
     pub format: Option<Format>,
+    /// The file itself is the disk: a driver of files or exports was named, and none of a format.
+    pub is_protocol: bool,
     /// Accesses to its file that are to fail.
     pub faults: Option<FileFaults>,
     /// Accesses to the disk that are to fail.
@@ -248,9 +250,13 @@ impl ImageOptions {
                     "Block protocol '{protocol}' doesn't support the option"
                 ))?;
                 node::check_kind(protocol, &name)?;
+                self.is_protocol |= first;
                 (name, Some(Format::Raw))
             }
-            Some("nbd") => (node.nbd()?, Some(Format::Raw)),
+            Some("nbd") => {
+                self.is_protocol |= first;
+                (node.nbd()?, Some(Format::Raw))
+            }
             Some(null @ ("null-co" | "null-aio")) => (node.null(null)?, Some(Format::Null)),
             Some(name) => {
                 let format = name.parse::<Format>();

@@ -113,6 +113,11 @@ pub fn run(args: &Bench) -> Result<u8> {
         ..How::default()
     };
     let chain = open::chain(&name, &how, &args.image.spec.objects)?;
+    if aio == Aio::Only(EngineKind::Native) && !cache.direct() {
+        bail!(
+            "Could not open '{file}': aio=native was specified, but it requires cache.direct=on, which was not specified."
+        );
+    }
     // With -q too, as qemu-img does.
     let what = if args.write { "write" } else { "read" };
     print(&format!(

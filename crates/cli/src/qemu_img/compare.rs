@@ -21,10 +21,20 @@ pub struct Compare {
     #[arg(short, long)]
     progress: bool,
     /// specify FILENAME1 image format explicitly
-    #[arg(short = 'f', long = "a-format", value_name = "FMT")]
+    #[arg(
+        short = 'f',
+        long = "a-format",
+        alias = "left-format",
+        value_name = "FMT"
+    )]
     format: Option<String>,
     /// specify FILENAME2 image format explicitly
-    #[arg(short = 'F', long = "b-format", value_name = "FMT")]
+    #[arg(
+        short = 'F',
+        long = "b-format",
+        alias = "right-format",
+        value_name = "FMT"
+    )]
     second_format: Option<String>,
     /// indicates that FILENAMEs are complete image specifications instead of file names
     #[arg(long)]

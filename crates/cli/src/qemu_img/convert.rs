@@ -34,32 +34,37 @@ const COROUTINES: u64 = 8;
 pub struct Convert {
     #[command(flatten)]
     shown: Shown,
-    /// specify SRC_FILENAME source image format explicitly
-    #[arg(short = 'f', long, alias = "format", value_name = "SRC_FMT")]
-    source_format: Option<String>,
     /// indicates that SRC_FILENAME is a complete image specification instead of a file name
     #[arg(long, alias = "image-opts")]
     source_image_opts: bool,
-    /// specify source snapshot parameters
-    #[arg(short = 'l', long, value_name = "SNAPSHOT_PARAMS")]
-    source_snapshot: Option<String>,
+    /// specify SRC_FILENAME source image format explicitly
+    #[arg(short = 'f', long, value_name = "SRC_FMT")]
+    source_format: Option<String>,
     /// source image(s) cache mode (writeback)
     #[arg(short = 'T', long, value_name = "SRC_CACHE")]
     source_cache: Option<String>,
-    /// specify TGT_FILENAME image format (default is raw)
-    #[arg(short = 'O', long, value_name = "TGT_FMT")]
-    target_format: Option<String>,
+    /// specify source snapshot parameters
+    #[arg(short = 'l', long = "snapshot", value_name = "SNAPSHOT_PARAMS")]
+    source_snapshot: Option<String>,
+    #[command(flatten)]
+    pub(super) objects: Objects,
     /// indicates that TGT_FILENAME is a complete image specification instead of a file name
     #[arg(long)]
     target_image_opts: bool,
+    /// the target reads as zeros (with -n)
+    #[arg(long)]
+    target_is_zero: bool,
+    /// specify TGT_FILENAME image format (default is raw)
+    #[arg(short = 'O', long = "output-format", value_name = "TGT_FMT")]
+    target_format: Option<String>,
     /// TARGET_FMT-specific options
-    #[arg(short = 'o', long, value_name = "TGT_OPTS")]
+    #[arg(short = 'o', long = "options", value_name = "TGT_OPTS")]
     target_options: Vec<String>,
     /// create compressed output image (qcow2 format only)
-    #[arg(short, long)]
+    #[arg(short)]
     compress: bool,
     /// cache mode when opening output image (unsafe)
-    #[arg(short = 't', long, value_name = "TGT_CACHE")]
+    #[arg(short = 't', long = "output-cache", value_name = "TGT_CACHE")]
     target_cache: Option<String>,
     /// create output to be a CoW on top of BACKING_FILENAME
     #[arg(short = 'B', long, value_name = "BACKING_FILENAME")]
@@ -68,20 +73,11 @@ pub struct Convert {
     #[arg(short = 'F', long, value_name = "BACKING_FMT")]
     backing_format: Option<String>,
     /// omit target volume creation
-    #[arg(short, long)]
+    #[arg(short)]
     no_create: bool,
-    /// the target reads as zeros (with -n)
-    #[arg(long)]
-    target_is_zero: bool,
     /// zeros that become a hole, at least
     #[arg(short = 'S', long, value_name = "SPARSE_SIZE")]
     sparse_size: Option<String>,
-    /// also copy any persistent bitmaps present in source
-    #[arg(long)]
-    bitmaps: bool,
-    /// skip (do not error out) any broken bitmaps
-    #[arg(long)]
-    skip_broken_bitmaps: bool,
     /// open images in shared mode for concurrent access
     #[arg(short = 'U', long)]
     force_share: bool,
@@ -100,8 +96,12 @@ pub struct Convert {
     /// the target need not have the disk's order
     #[arg(short = 'W', long)]
     oob_writes: bool,
-    #[command(flatten)]
-    pub(super) objects: Objects,
+    /// also copy any persistent bitmaps present in source
+    #[arg(long)]
+    bitmaps: bool,
+    /// skip (do not error out) any broken bitmaps
+    #[arg(long)]
+    skip_broken_bitmaps: bool,
     /// SRC_FILENAME [SRC_FILENAME2 [...]] TGT_FILENAME
     #[arg(value_name = "SRC_FILENAME… TGT_FILENAME")]
     files: Vec<String>,

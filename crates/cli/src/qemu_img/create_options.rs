@@ -512,6 +512,8 @@ fn value_of(kind: Kind, name: &str, value: &str) -> Result<String> {
 pub struct Said {
     format: String,
     values: BTreeMap<&'static str, String>,
+    /// Switches as they were said: they are shown so.
+    words: BTreeMap<&'static str, String>,
 }
 
 impl Said {
@@ -523,7 +525,7 @@ impl Said {
     pub fn parse(format: &str, list: &str) -> Result<Self> {
         let mut said = Self {
             format: format.to_owned(),
-            values: BTreeMap::new(),
+            ..Self::default()
         };
         for piece in crate::options::split(list) {
             let (name, value) = pair(&known(format), &piece);
@@ -542,8 +544,11 @@ impl Said {
         let Some((name, kind, ..)) = known.iter().find(|known| known.0 == name) else {
             bail!("Invalid parameter '{name}'");
         };
-        let value = value_of(*kind, name, value)?;
-        self.values.insert(name, value);
+        let meant = value_of(*kind, name, value)?;
+        if *kind == Flag {
+            self.words.insert(name, value.to_owned());
+        }
+        self.values.insert(name, meant);
         Ok(())
     }
 
@@ -604,7 +609,8 @@ impl Said {
     pub fn line(&self) -> String {
         let mut text = String::new();
         for (name, _, default, _) in known(&self.format) {
-            if let Some(value) = self.get(name).or(default) {
+            let word = self.words.get(name).map(String::as_str);
+            if let Some(value) = word.or(self.get(name)).or(default) {
                 text.push_str(&format!(" {name}={}", value.replace(',', ",,")));
             }
         }

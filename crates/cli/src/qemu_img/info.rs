@@ -84,6 +84,11 @@ pub fn run(args: &Info) -> Result<u8> {
             // It is one of a file all the same.
             false => format!("./{path}"),
         };
+        if let (true, Some(file)) = (is_file(by_options, &name)?, active.files.first()) {
+            let node = protocol(&active.path, file)?;
+            nodes.push(node.as_object().cloned().unwrap_or_default());
+            break;
+        }
         let mut shown = node(&path, active)?;
         if by_options || image_opts::is_json(&name) {
             let said = ImageOptions::parse(&name)?;
@@ -116,6 +121,14 @@ pub fn run(args: &Info) -> Result<u8> {
         }
     })?;
     Ok(0)
+}
+
+/// Whether options name a file, or an export, and no image in it: QEMU shows what they are of.
+fn is_file(by_options: bool, name: &str) -> Result<bool> {
+    if !by_options && !image_opts::is_json(name) {
+        return Ok(false);
+    }
+    Ok(ImageOptions::parse(name)?.is_protocol)
 }
 
 /// The name of an image that is more than its file, as QEMU has it: `json:{…}`.

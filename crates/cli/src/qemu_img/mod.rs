@@ -108,11 +108,36 @@ pub fn run(arguments: &[OsString]) -> ExitCode {
 fn complain(error: &Error) {
     // It may have names in it that somebody else made, of files too.
     let text = format!("{error:#}");
+    let text = own_words(&text);
     let lines: Vec<String> = text.lines().map(block::plain).collect();
     crate::say(&format!(
         "qemu-img: {}\n",
         open::without_number(&lines.join("\n"))
     ));
+}
+
+/// `text` with qemu-img's commands and options in place of diskplane's own, which are not to be had under this name.
+fn own_words(text: &str) -> String {
+    let known = [
+        ("diskplane check --repair ", "qemu-img check -r "),
+        ("run diskplane ", "run qemu-img "),
+        ("use diskplane ", "use qemu-img "),
+        ("(diskplane ", "(qemu-img "),
+        ("with diskplane ", "with qemu-img "),
+        (
+            ": give its passphrase with --key-file FILE",
+            ": give its passphrase with --object secret,… and --image-opts",
+        ),
+        (
+            "can only be opened with --read-only: ",
+            "can only be opened for reading: ",
+        ),
+    ];
+    let mut text = text.to_owned();
+    for (ours, theirs) in known {
+        text = text.replace(ours, theirs);
+    }
+    text
 }
 
 /// Why there is no command to do.

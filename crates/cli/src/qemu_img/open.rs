@@ -114,6 +114,9 @@ pub fn chain_and_options(
                         ..OpenOptions::default()
                     };
                     let file = disk::chain::open_export(export, &options, &named.server);
+                    let file = file.and_then(|file| open::faulty(file, named.faults.as_ref()));
+                    // It has its faults now.
+                    named.faults = None;
                     probe_in(opened.insert(file.map_err(failed)?))
                 }
                 None => probe(&named.path, named.window),
@@ -501,7 +504,7 @@ fn reason(text: &str, error: &block::Error, directory: Option<&Path>, write: boo
         ErrorKind::Denied if why.contains("os error") => {
             format!("Could not open '{name}': {}", without_number(why))
         }
-        _ if why == "is a directory, neither a regular file nor a block device" => {
+        _ if why == "is a directory, neither a file nor a block device" => {
             format!("'file' driver requires '{name}' to be a regular file")
         }
         _ => in_qemus_words(why),
@@ -675,7 +678,8 @@ pub fn shared_file(
             (file()?, format)
         }
     };
-    if name.format.is_none() && format == Format::Raw && access == Access::Write {
+    let is_guessed = named.format.is_none() && format == Format::Raw;
+    if is_guessed && access == Access::Write {
         warn_of_raw(name.text);
     }
     Ok((file, format))

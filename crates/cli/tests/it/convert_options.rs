@@ -642,6 +642,24 @@ fn a_copy_goes_on_where_it_was_cut_off() {
         line.contains("a vhd image cannot be gone on with"),
         "{line}"
     );
+    // Two at a time: the one that came second is told what to wait for.
+    for target in ["c.raw", "c.qcow2"] {
+        let args = [
+            "convert", "--resume", "-m", "1", "-r", "1k", "a.raw", target,
+        ];
+        let part = dir.join(format!("{target}.part"));
+        let begun = |_: &Path| fs::metadata(&part).is_ok_and(|part| part.blocks() > 0);
+        let first = begin(dir, &args, begun);
+        let line = refused(dir, &["convert", "--resume", "a.raw", target]);
+        assert!(
+            line.contains(&format!(
+                "{target}: another convert --resume is making it: wait"
+            )),
+            "{line}"
+        );
+        stop(first, 15);
+        fs::remove_file(&part).unwrap();
+    }
     // Another copy's part.
     fs::write(dir.join("b.raw.part"), [1; 512]).unwrap();
     let line = refused(dir, &["convert", "--resume", "a.raw", "b.raw"]);

@@ -138,7 +138,11 @@ fn a_packed_cluster_that_is_missing_is_told() {
     let dir = dir.root();
     let text: Vec<u8> = (0..1 << 20).map(|n: u64| (n * n >> 7) as u8).collect();
     fs::write(dir.join("a.raw"), text).unwrap();
-    good(dir, &["convert", "-f", "raw", "-c", "a.raw", "a.qcow2"]);
+    // There clusters come last.
+    let convert = [
+        "convert", "-f", "raw", "-c", "-O", "qcow2", "a.raw", "a.qcow2",
+    ];
+    qemu_img(dir, &convert);
     cut(&dir.join("a.qcow2"), len(&dir.join("a.qcow2")) - 65536);
     let line = refused(dir, &["convert", "a.qcow2", "b.raw"]);
     assert!(
@@ -183,7 +187,7 @@ fn no_format_gives_zeros_for_what_is_lost() {
         let line = refused(dir, &args);
         assert!(line.contains(file), "{case}: {line}");
         assert!(!dir.join("copy.raw").exists(), "{case}");
-        if format == "vhdx" {
+        if matches!(format, "vhdx" | "vpc") {
             // Which is not opened at all.
             continue;
         }
@@ -226,9 +230,7 @@ fn files_that_end_with_their_disk_are_whole() {
         let dir = dir.root();
         let options = options.replace("=data", &format!("={}", dir.join("data").display()));
         let size = ((1 << 20) + 512).to_string();
-        let create = [
-            "create", "-q", "-f", "qcow2", "-o", &options, "a", &size,
-        ];
+        let create = ["create", "-q", "-f", "qcow2", "-o", &options, "a", &size];
         qemu_img(dir, &create);
         let convert = |to| good(dir, &["convert", "-O", "raw", "a", to]);
         convert("empty");

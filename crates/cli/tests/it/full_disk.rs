@@ -8,9 +8,10 @@ use crate::common::{self, binary, qemu_img, run};
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use testkit::TempDir;
+use testkit::{TempDir, qemu};
 
 const MIB: usize = 1 << 20;
 
@@ -224,6 +225,96 @@ fn a_copy_that_fails_in_qemu_imgs_place_leaves_an_image() {
         assert!(as_well, "{what}: qemu-img leaves {theirs:?}, we {ours:?}");
     }
     drop(dir);
+}
+
+/// Wherever the space ends, what a commit leaves of a VHDX base can be opened by whoever comes next: its log is empty, or is put in
+/// its place first, by QEMU and by us.
+#[test]
+fn a_vhdx_base_has_no_log_or_one_that_is_replayed() {
+    let dir = TempDir::new();
+    let root = dir.root();
+    qemu_img(
+        root,
+        &[
+            "create",
+            "-q",
+            "-f",
+            "vhdx",
+            "-o",
+            "block_size=1M",
+            "new",
+            "64M",
+        ],
+    );
+    // A file's holes take space when they are written: the log's too.
+    let sparse = ["--sparse=always", "new", "base"];
+    assert!(run("cp", root, &sparse).status.success());
+    let taken = fs::metadata(dir.path("base")).unwrap().blocks() * 512;
+    let (mut failed, mut with_log) = (0, 0);
+    // The first entries of the log, and the first block.
+    for kib in (taken / 1024..taken / 1024 + 80)
+        .step_by(4)
+        .chain((1032..1080).step_by(4))
+    {
+        let dir = TempDir::new();
+        let at = dir.path("small");
+        fs::create_dir(&at).unwrap();
+        let size = format!("size={kib}k");
+        let mount = ["-t", "tmpfs", "-o", &size, "none", at.to_str().unwrap()];
+        if !run("mount", root, &mount).status.success() {
+            eprintln!("skipped: no tmpfs of its own here");
+            return;
+        }
+        let small = Small(at);
+        let base = small.0.join("base");
+        let copy = ["--sparse=always", "base", base.to_str().unwrap()];
+        if !run("cp", root, &copy).status.success() {
+            continue;
+        }
+        let top = dir.path("top");
+        let over = [
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-b",
+            "small/base",
+            "-F",
+            "vhdx",
+            "top",
+        ];
+        qemu_img(dir.root(), &over);
+        qemu::io("qcow2", &top, &["write -P 7 0 1M"]);
+        let commit = run(binary(), dir.root(), &["commit", "top"]);
+        failed += usize::from(!commit.status.success());
+        let bytes = fs::read(&base).unwrap();
+        let guid = |at: usize| bytes[at + 48..at + 64].iter().any(|byte| *byte != 0);
+        with_log += usize::from(guid(64 << 10) || guid(128 << 10));
+        // Where there is room.
+        for name in ["ours", "theirs"] {
+            fs::copy(&base, dir.path(name)).unwrap();
+        }
+        let repair = ["check", "--repair", "all", "ours"];
+        assert!(run(binary(), dir.root(), &repair).status.success(), "{kib}");
+        let zeros = ["write -z 32M 1M"];
+        qemu::io("vhdx", dir.path("theirs"), &zeros);
+        for name in ["ours", "theirs"] {
+            qemu_img(dir.root(), &["check", "-q", "-f", "vhdx", name]);
+        }
+        let same = [
+            "compare", "-q", "-f", "vhdx", "-F", "vhdx", "ours", "theirs",
+        ];
+        qemu_img(dir.root(), &same);
+        // And the work can be done again.
+        let more = ["-o", "remount,size=16m", small.0.to_str().unwrap()];
+        assert!(run("mount", root, &more).status.success());
+        if !commit.status.success() {
+            let again = run(binary(), dir.root(), &["commit", "top"]);
+            assert!(again.status.success(), "{kib}: {again:?}");
+        }
+        qemu::io("vhdx", &base, &["read -P 7 0 1M"]);
+    }
+    assert!(failed > 10 && with_log > 0, "{failed} {with_log}");
 }
 
 /// A command, what it is done to, and what the disk reads as afterwards.

@@ -45,6 +45,7 @@ mod qemu_img_blkdebug;
 mod qemu_img_options;
 mod qemu_img_refusals;
 mod qemu_img_repairs;
+mod qemu_img_words;
 mod served;
 mod snapshot;
 mod trace;

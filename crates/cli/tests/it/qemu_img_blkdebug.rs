@@ -85,7 +85,7 @@ fn a_map_that_fails_is_told_as_by_qemu_img() {
             ]
         })
         .chain([
-            format!("qemu-img convert --salvage {above} -O raw saved"),
+            format!("qemu-img convert -m 1 --salvage {above} -O raw saved"),
             format!("qemu-img convert -q --salvage {above} -O raw quiet"),
             "qemu-img compare -f raw -F raw saved quiet".to_owned(),
             "qemu-img compare -F raw over saved".to_owned(),
@@ -108,7 +108,14 @@ fn our_own_convert_tells_of_it_too() {
         error.contains("it cannot be found out what the disk has at byte 0"),
         "{error}"
     );
-    let convert = ["convert", "--salvage", "--json", "--image-opts", image, "b.qcow2"];
+    let convert = [
+        "convert",
+        "--salvage",
+        "--json",
+        "--image-opts",
+        image,
+        "b.qcow2",
+    ];
     let report = json(&good(root, &convert));
     assert_eq!(report["unreadable-bytes"], 0, "{report}");
     assert_eq!(report["unmapped"][0]["offset"], 3 * 512, "{report}");

@@ -105,6 +105,8 @@ pub struct Placed {
     /// `None`: the image forgets what is written.
     place: Option<(FileId, HostOffset)>,
     ticket: Option<Ticket>,
+    /// Its bytes are a cluster's, packed.
+    packed: bool,
 }
 
 impl Placed {
@@ -126,7 +128,11 @@ impl Placed {
     pub fn write(&self, data: &[u8]) -> Result<()> {
         match self.place {
             Some((file, host)) => {
-                self.members.file(0, file)?.event(Event::WriteAio);
+                let event = match self.packed {
+                    true => Event::WriteCompressed,
+                    false => Event::WriteAio,
+                };
+                self.members.file(0, file)?.event(event);
                 self.members.write_data(file, self.at, host, data)
             }
             None => Ok(()),
@@ -191,6 +197,11 @@ impl Driver {
         self.check(at, len)?;
         self.fault(IoType::Read, at, len)?;
         self.locate_from(0, at, len, into)
+    }
+
+    /// Whether it is known where `len` bytes at `at` are, whatever reading them or asking for their status fails with.
+    pub fn is_mapped(&mut self, at: u64, len: u64) -> bool {
+        self.locate_from(0, at, len, &mut Vec::new()).is_ok()
     }
 
     /// As the image at `depth` and those below it have them.
@@ -262,6 +273,7 @@ impl Driver {
             len: 0,
             place: None,
             ticket: None,
+            packed: false,
         };
         placed.len = match plan {
             Plan::Drop { len } => len,
@@ -307,6 +319,7 @@ impl Driver {
             len: u64::from(len),
             place: Some((place.file, place.offset)),
             ticket: Some(place.ticket),
+            packed: true,
         }))
     }
 

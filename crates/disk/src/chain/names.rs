@@ -168,11 +168,8 @@ pub(super) fn has_protocol(name: &str) -> bool {
 /// What makes a file this file, whatever its name.
 pub(super) fn identity(path: &Path) -> Result<(u64, u64)> {
     let metadata = fs::metadata(path).context(|| path.display().to_string())?;
-    if !io::may_have_image(&metadata) {
-        return Err(Error::invalid(format!(
-            "{}: neither a file nor a block device",
-            path.display()
-        )));
+    if let Some(why) = io::refuse_as_image(&metadata) {
+        return Err(Error::invalid(format!("{}: {why}", path.display())));
     }
     Ok((metadata.dev(), metadata.ino()))
 }

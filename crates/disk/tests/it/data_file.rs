@@ -3,6 +3,7 @@
 use crate::peer;
 
 use disk::ChainOptions;
+use disk::blocking::CutOff;
 use peer::{check, open_chain, qemu_img, qemu_io};
 use std::{fs, os::unix::fs::symlink, path::Path};
 
@@ -128,16 +129,27 @@ fn a_short_data_file_reads_as_zeros_and_grows() {
     make_full(dir);
     let data = fs::OpenOptions::new().write(true).open(dir.join("data"));
     data.unwrap().set_len(100 << 10).unwrap();
-    let mut driver = open_chain(&dir.join("disk"), &ChainOptions::default())
-        .unwrap()
-        .driver()
-        .unwrap();
     let mut bytes = vec![1; 1 << 20];
+    let chain = open_chain(&dir.join("disk"), &ChainOptions::default()).unwrap();
+    let error = chain.driver().unwrap().read(0, &mut bytes).unwrap_err();
+    assert!(
+        error.to_string().contains("guest offset 0x19000"),
+        "{error}"
+    );
+    drop(chain);
+    // Where that is asked for, as in QEMU.
+    let options = ChainOptions {
+        cut_off: CutOff::Zeros,
+        ..ChainOptions::default()
+    };
+    let chain = open_chain(&dir.join("disk"), &options).unwrap();
+    let mut driver = chain.driver().unwrap();
     driver.read(0, &mut bytes).unwrap();
     assert!(bytes[..100 << 10].iter().all(|b| *b == 7));
     assert!(bytes[100 << 10..].iter().all(|b| *b == 0));
     driver.write(500 << 10, &[9; 512]).unwrap();
     driver.close().unwrap();
+    drop(chain);
     check(dir, "disk");
     qemu_io(
         dir,

@@ -20,7 +20,7 @@ mod window;
 
 pub(crate) use blocking::GateHeld;
 pub use lock::{Lock, wait_for_lock};
-pub use open::{OpenOptions, may_have_image};
+pub use open::{OpenOptions, refuse_as_image};
 pub use remote::Remote;
 
 use crate::{Cache, gate::Gate, sim::SimDisk};

@@ -104,11 +104,8 @@ impl File {
                 FileKind::BlockDevice
             }
             other => {
-                return Err(Error::invalid(format!(
-                    "{}: is a {}, neither a regular file nor a block device",
-                    path.display(),
-                    type_name(other)
-                )));
+                let path = path.display();
+                return Err(Error::invalid(format!("{path}: {}", no_place(other))));
             }
         };
         let wanted = options.cache.direct();
@@ -167,9 +164,20 @@ impl File {
 
 /// Whether an image may be in what this describes: a regular file, a block device, or, for reading only, one of the
 /// kernel's devices that end where they begin (`/dev/null`, `/dev/zero`, `/dev/full`), which QEMU takes for empty disks.
-pub fn may_have_image(metadata: &Metadata) -> bool {
+/// Else why not.
+pub fn refuse_as_image(metadata: &Metadata) -> Option<String> {
     let kind = metadata.file_type();
-    kind.is_file() || kind.is_block_device() || kind.is_char_device() && is_empty(metadata.rdev())
+    let may = kind.is_file()
+        || kind.is_block_device()
+        || kind.is_char_device() && is_empty(metadata.rdev());
+    (!may).then(|| no_place(FileType::from_raw_mode(metadata.mode())))
+}
+
+fn no_place(kind: FileType) -> String {
+    format!(
+        "is a {}, neither a file nor a block device",
+        type_name(kind)
+    )
 }
 
 /// Whether a character device is one of those. Of others nobody knows what opening and reading does.
