@@ -45,11 +45,11 @@ impl CreateOptions {
             )));
         }
         if let Some(name) = &self.backing
-            && (name.is_empty() || name.len() > BACKING_NAME_MAX as usize || name.contains('\0'))
+            && !block::name::fits(name, BACKING_NAME_MAX as usize)
         {
             return Err(Error::invalid(format!(
                 "the backing file's name has {} bytes: 1 to {BACKING_NAME_MAX} without a zero byte are possible",
-                name.len()
+                block::name::len(name)
             )));
         }
         Ok(())
@@ -62,7 +62,7 @@ impl CreateOptions {
 
     /// The header, of options that were checked.
     pub(super) fn header(&self) -> Header {
-        let name_len = self.backing.as_ref().map_or(0, String::len) as u64;
+        let name_len = self.backing.as_deref().map_or(0, block::name::len) as u64;
         let (cluster_bits, l2_bits) = match self.backing {
             Some(_) => OVERLAY,
             None => ALONE,
@@ -107,7 +107,7 @@ pub(super) fn begin(storage: &dyn Storage, header: &Header) -> Result<()> {
 /// Writes name and header, which makes an image of `storage`. All else is there.
 pub(super) fn seal(storage: &dyn Storage, header: &Header) -> Result<()> {
     if let Some(name) = &header.backing {
-        storage.write_at(header.backing_file_offset, name.as_bytes())?;
+        storage.write_at(header.backing_file_offset, &block::name::bytes(name))?;
     }
     storage.sync()?;
     storage.write_at(0, &header.to_bytes())?;

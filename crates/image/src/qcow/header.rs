@@ -239,10 +239,10 @@ impl Header {
         // At most 1023 bytes.
         let mut name = vec![0; len as usize];
         storage.read_at(at, &mut name)?;
-        match String::from_utf8(name) {
-            Ok(name) if !name.contains('\0') => Ok(Some(name)),
-            _ => Err(Error::unsupported(format!(
-                "header: the backing file's name at {at:#x} is not UTF-8, or has a zero byte"
+        match name.contains(&0) {
+            false => Ok(Some(block::name::of_bytes(&name))),
+            true => Err(Error::unsupported(format!(
+                "header: the backing file's name at {at:#x} has a zero byte"
             ))),
         }
     }
