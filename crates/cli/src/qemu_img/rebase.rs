@@ -98,7 +98,7 @@ pub fn run(args: &Rebase) -> Result<u8> {
         open::need_key(&name, &*storage, format, &args.image.spec.objects)?;
         refuse(args, format)?;
         super::check::mend(&*storage, format)?;
-        change(&*storage, format)?;
+        change(&storage, format)?;
         return Ok(0);
     }
     let how = How {

@@ -136,7 +136,7 @@ fn tables_that_are_missing_are_not_empty_ones() {
 fn a_packed_cluster_that_is_missing_is_told() {
     let dir = TempDir::new();
     let dir = dir.root();
-    let text: Vec<u8> = (0..1 << 20).map(|n: u64| (n * n >> 7) as u8).collect();
+    let text: Vec<u8> = (0..1 << 20).map(|n: u64| ((n * n) >> 7) as u8).collect();
     fs::write(dir.join("a.raw"), text).unwrap();
     // There clusters come last.
     let convert = [
@@ -159,6 +159,7 @@ fn no_format_gives_zeros_for_what_is_lost() {
         ("qcow2", "extended_l2=on", "a"),
         ("qcow2", "data_file=data", "data"),
         ("qcow2", "data_file=data,data_file_raw=on", "data"),
+        ("qcow", "", "a"),
         ("qed", "", "a"),
         ("vpc", "", "a"),
         ("vhdx", "", "a"),
@@ -187,7 +188,7 @@ fn no_format_gives_zeros_for_what_is_lost() {
         let line = refused(dir, &args);
         assert!(line.contains(file), "{case}: {line}");
         assert!(!dir.join("copy.raw").exists(), "{case}");
-        if matches!(format, "vhdx" | "vpc") {
+        if matches!(format, "vhdx" | "vpc") || file == "a-flat.vmdk" {
             // Which is not opened at all.
             continue;
         }
