@@ -77,12 +77,13 @@ impl Members {
         done
     }
 
-    /// The table that `load` asks for.
-    pub fn load(&self, depth: usize, load: &Load) -> Result<Vec<u8>> {
+    /// The table that `load` asks for. Of a file that does not grow (`fixed`) none can be missing; in one that does, a missing one
+    /// stays empty once it was looked at: what comes to lie there is none.
+    pub fn load(&self, depth: usize, load: &Load, fixed: bool) -> Result<Vec<u8>> {
         let file = self.file(depth, load.file)?;
         let mut bytes = vec![0; usize_of(u64::from(load.len))?];
         let there = read_padded(&*file, load.offset, &mut bytes)?;
-        if there == 0 && self.cut_off == CutOff::Refused {
+        if there == 0 && fixed && self.cut_off == CutOff::Refused {
             return Err(cut_off::table(&*file, load.offset));
         }
         Ok(bytes)

@@ -374,7 +374,8 @@ impl Driver {
     ) -> Result<()> {
         match need {
             Need::Load(load) => {
-                let bytes = self.members.load(depth, &load).inspect_err(|_| {
+                let fixed = self.read_only || depth > 0;
+                let bytes = self.members.load(depth, &load, fixed).inspect_err(|_| {
                     image.load_failed(&load);
                 })?;
                 image.loaded(&load, &bytes)

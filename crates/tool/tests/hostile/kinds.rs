@@ -443,8 +443,10 @@ pub fn abuse(kind: Kind, bytes: &[u8]) -> bool {
             }
             // What became an error is no harm; what was one must not become another's data.
             if let Some(after) = look(&mut driver, *at) {
+                // What the file was too short for cannot be read until it has grown over it: then the rest of it is zeros.
+                let grown = before.is_none() && !after.contains(&0xa5);
                 assert!(
-                    before.as_ref() == Some(&after),
+                    grown || before.as_ref() == Some(&after),
                     "what was not written at {at:#x} reads otherwise"
                 );
             }
