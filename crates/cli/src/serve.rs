@@ -241,6 +241,7 @@ fn disk_options(args: &args::Serve, spec: &DiskSpec) -> DiskOptions {
         writethrough: args.cache.writethrough(),
         discard: args.discard == Discard::Unmap,
         flush_ahead: !args.no_flush_ahead,
+        prewrite: !args.no_prewrite,
         trace_entries: args.trace_ring,
     }
 }

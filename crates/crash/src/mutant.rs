@@ -6,8 +6,8 @@
 
 use block::{GuestOffset, Result, Storage, Zeroed};
 use image::{
-    Compressed, Description, Encryption, Extent, Fill, FlushRun, Freed, Image, Load, MetaWrite,
-    Need, Plan, Reserve, Stage, Step, Ticket, ZeroMode, ZeroPlan,
+    Compressed, Description, Encryption, Extent, Fill, FlushRun, Foreseen, Freed, Image, Load,
+    MetaWrite, Plan, Prewrite, Reserve, Stage, Step, Ticket, ZeroMode, ZeroPlan,
 };
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -199,7 +199,7 @@ impl Image for Mutated {
         Ok(step)
     }
 
-    fn foresee(&self) -> Option<Need> {
+    fn foresee(&self) -> Option<Foreseen> {
         self.image.foresee()
     }
 
@@ -247,6 +247,14 @@ impl Image for Mutated {
 
     fn reserve_failed(&self, reserve: &Reserve) {
         self.image.reserve_failed(reserve);
+    }
+
+    fn prewrite(&self, on: bool) {
+        self.image.prewrite(on);
+    }
+
+    fn prewritten(&self, prewrite: &Prewrite, ok: bool) {
+        self.image.prewritten(prewrite, ok);
     }
 
     fn decompress(&self, cluster: &Compressed, input: &[u8], output: &mut [u8]) -> Result<()> {

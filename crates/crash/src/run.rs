@@ -254,10 +254,12 @@ impl Run {
         let chain = self.world.open(false, self.plan.mutant)?;
         Ok(match self.plan.queues {
             0 => Drive::Blocking(chain.driver()?),
-            queues => Drive::Queues(Queues::new(
-                Disk::new(chain, DiskOptions::default())?,
-                queues,
-            )?),
+            queues => {
+                let disk = Disk::new(chain, DiskOptions::default())?;
+                // As on a file system where it pays.
+                disk.layers()[0].image.prewrite(true);
+                Drive::Queues(Queues::new(disk, queues)?)
+            }
         })
     }
 

@@ -11,10 +11,11 @@ use crate::{
 };
 use block::{Result, Storage, Zeroed, limits};
 use image::Freed;
+use io::{File, memory::AlignedBuf};
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -32,6 +33,9 @@ pub struct DiskOptions {
     pub discard: bool,
     /// Begin the commit of a flush that is to be expected when the write before it has ended (see [`crate::Statistics::ahead`]).
     pub flush_ahead: bool,
+    /// Write zeros to space of the active image before it is used, where a client flushes after each few writes and that spares the flushes
+    /// a commit of the file system's journal ([`io::File::has_unwritten_extents`]).
+    pub prewrite: bool,
     /// Requests that each queue remembers with the times of their stages, 64 bytes each: rounded up to a power of two,
     /// at most [`trace::RING_ENTRIES_MAX`], fewer when there are many queues (see [`Disk::queue_traces`]). 0: none, and
     /// no histograms of stages.
@@ -45,6 +49,7 @@ impl Default for DiskOptions {
             writethrough: false,
             discard: true,
             flush_ahead: true,
+            prewrite: true,
             trace_entries: trace::RING_ENTRIES_DEFAULT,
         }
     }
@@ -99,6 +104,7 @@ pub struct Disk {
     /// have passed; the next queue takes it over.
     pub(crate) orphans: Mutex<Vec<(u64, Freed)>>,
     cluster_size: u64,
+    zeros: OnceLock<AlignedBuf>,
 }
 
 impl Disk {
@@ -139,6 +145,10 @@ impl Disk {
                 active.path.display()
             )));
         }
+        let unwritten = |file: &Arc<File>| file.has_unwritten_extents();
+        if options.prewrite && !options.read_only && active.files.first().is_some_and(unwritten) {
+            active.image.prewrite(true);
+        }
         Ok(Arc::new(Disk {
             size: active.image.size(),
             read_only: options.read_only,
@@ -155,6 +165,7 @@ impl Disk {
             past_stats: QueueStats::new(0, u32::from(options.trace_entries > 0)),
             orphans: Mutex::default(),
             cluster_size: description.cluster_size,
+            zeros: OnceLock::new(),
             layers,
         }))
     }
@@ -197,6 +208,13 @@ impl Disk {
     /// Whether discards give space back.
     pub fn can_discard(&self) -> bool {
         self.discard && !self.read_only
+    }
+
+    /// Zeros to write, for all queues.
+    pub(crate) fn zeros(&self) -> &AlignedBuf {
+        const BYTES: usize = 256 << 10;
+        const PAGE: usize = 4096;
+        self.zeros.get_or_init(|| AlignedBuf::new(BYTES, PAGE))
     }
 
     /// Whether commits may begin before they are asked for.

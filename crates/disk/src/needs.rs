@@ -8,7 +8,7 @@ use crate::{
     wait::Waiter,
 };
 use block::GuestError;
-use image::{Key, Need};
+use image::{Foreseen, Key, Need};
 use io::{Engine, FileSlot, IoOp};
 
 impl DiskQueue {
@@ -119,7 +119,7 @@ impl DiskQueue {
         }
         match self.disk.layers[0].image.foresee() {
             None => {}
-            Some(Need::Reserve(reserve)) => {
+            Some(Foreseen::Reserve(reserve)) => {
                 let Some(sub) = self.take_sub() else { return };
                 self.reserving += 1;
                 let purpose = Purpose::Reserve {
@@ -131,12 +131,25 @@ impl DiskQueue {
                 let place = Place { file, offset, len };
                 self.issue(engine, sub, purpose, IoOp::Allocate, place, None);
             }
-            Some(Need::Commit) => {
+            Some(Foreseen::Commit) => {
                 self.lead_commit();
             }
-            Some(Need::Load(load)) => {
-                debug_assert!(false, "loads are not foreseen");
-                self.disk.layers[0].image.load_failed(&load);
+            Some(Foreseen::Prewrite(prewrite)) => {
+                let Some(sub) = self.take_sub() else { return };
+                self.reserving += 1;
+                self.stats.prewrite(prewrite.len);
+                let zeros = self.disk.zeros();
+                let mut left = prewrite.len as usize;
+                while left > 0 {
+                    let piece = zeros.piece(0, left.min(zeros.len()));
+                    left -= piece.len();
+                    self.subs[sub as usize].iov.push(piece);
+                }
+                let file = self.file(0, prewrite.file);
+                let (offset, len) = (prewrite.offset.0, prewrite.len);
+                let place = Place { file, offset, len };
+                let purpose = Purpose::Prewrite { prewrite };
+                self.issue(engine, sub, purpose, IoOp::Write, place, None);
             }
         }
     }

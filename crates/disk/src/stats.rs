@@ -4,7 +4,7 @@
 //! crate [`trace`].
 
 use crate::clock;
-use block::{GuestError, Op};
+use block::{GuestError, Op, size};
 use serde::Serialize;
 use std::{
     fmt::Write as _,
@@ -45,6 +45,7 @@ pub(crate) struct QueueStats {
     barriers: Counter,
     ahead: Counter,
     spared: Counter,
+    prewritten: Counter,
     loads: Counter,
     copies: Counter,
     joins: Counter,
@@ -68,6 +69,7 @@ impl QueueStats {
             barriers: Counter::default(),
             ahead: Counter::default(),
             spared: Counter::default(),
+            prewritten: Counter::default(),
             loads: Counter::default(),
             copies: Counter::default(),
             joins: Counter::default(),
@@ -173,6 +175,7 @@ impl QueueStats {
         self.barriers.add(other.barriers.get());
         self.ahead.add(other.ahead.get());
         self.spared.add(other.spared.get());
+        self.prewritten.add(other.prewritten.get());
         self.loads.add(other.loads.get());
         self.copies.add(other.copies.get());
         self.joins.add(other.joins.get());
@@ -190,6 +193,10 @@ impl QueueStats {
 
     pub fn ahead(&self) {
         self.ahead.add(1);
+    }
+
+    pub fn prewrite(&self, bytes: u64) {
+        self.prewritten.add(bytes);
     }
 
     pub fn spare(&self) {
@@ -262,6 +269,8 @@ pub struct Statistics {
     pub ahead: u64,
     /// Flushes, and writes that must be durable, that needed no commit of their own: nothing had changed since the last one began.
     pub spared: u64,
+    /// Bytes of zeros written to space before it was used (see [`crate::DiskOptions::prewrite`]).
+    pub prewritten: u64,
     /// Metadata blocks loaded: misses of the metadata cache.
     pub metadata_loads: u64,
     /// Copy-on-write fills: allocations of which something was read first.
@@ -323,6 +332,7 @@ impl Statistics {
             barriers: total(|q| &q.barriers),
             ahead: total(|q| &q.ahead),
             spared: total(|q| &q.spared),
+            prewritten: total(|q| &q.prewritten),
             metadata_loads: total(|q| &q.loads),
             copies: total(|q| &q.copies),
             joins: total(|q| &q.joins),
@@ -417,12 +427,13 @@ impl Statistics {
         }
         let _ = writeln!(
             text,
-            "commits {} ({} ahead), barriers {}, flushes spared {}, metadata loads {}, copy-on-write fills {}, joined writes {}, waits {}, \
+            "commits {} ({} ahead), barriers {}, flushes spared {}, prewritten {}, metadata loads {}, copy-on-write fills {}, joined writes {}, waits {}, \
              stalls {}",
             self.commits,
             self.ahead,
             self.barriers,
             self.spared,
+            size::human(self.prewritten),
             self.metadata_loads,
             self.copies,
             self.joins,

@@ -3,7 +3,7 @@
 
 use crate::{crypt::Sealed, memory, queue::DiskQueue};
 use block::{GuestError, IoVec};
-use image::{Compressed, Freed, Load, Reserve};
+use image::{Compressed, Freed, Load, Prewrite, Reserve};
 use io::{Completion, Engine, FileSlot, Io, IoOp, Token, memory::AlignedBuf};
 
 /// What an operation is for.
@@ -29,6 +29,8 @@ pub(crate) enum Purpose {
     Load { slot: u32, layer: u8, load: Load },
     /// Space that a request waits for, or (without one) that will be needed soon.
     Reserve { slot: Option<u32>, reserve: Reserve },
+    /// Zeros in space that will be needed soon.
+    Prewrite { prewrite: Prewrite },
     /// The one write of an allocation.
     Fill { fill: u32 },
     /// A metadata write or barrier of the commit that this queue leads.
@@ -232,6 +234,12 @@ impl DiskQueue {
                     Some(slot) => self.metadata_ended(engine, slot, error),
                     None => self.reserving -= 1,
                 }
+            }
+            Purpose::Prewrite { prewrite } => {
+                let image = &self.disk.layers[0].image;
+                image.prewritten(&prewrite, error.is_none());
+                self.free_sub(index);
+                self.reserving -= 1;
             }
             Purpose::Fill { fill } => {
                 self.free_sub(index);

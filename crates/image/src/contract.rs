@@ -73,6 +73,17 @@ pub enum Need {
     Commit,
 }
 
+/// What will be lacking soon ([`Image::foresee`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Foreseen {
+    /// Space at the end of the file.
+    Reserve(Reserve),
+    /// Too much metadata waits to be written: run a flush.
+    Commit,
+    /// Written zeros; only after [`Image::prewrite`].
+    Prewrite(Prewrite),
+}
+
 /// A metadata block to read and hand to [`Image::loaded`], or to give up with [`Image::load_failed`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Load {
@@ -97,6 +108,18 @@ pub struct Reserve {
     /// First byte.
     pub offset: HostOffset,
     /// Bytes.
+    pub len: u64,
+}
+
+/// Free space that reads as zeros, and to which zeros are to be written so that the file system has nothing to note any more when data
+/// are. Reported through [`Image::prewritten`]; until then nobody is given a part of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prewrite {
+    /// File to write.
+    pub file: FileId,
+    /// First byte; aligned as clusters are.
+    pub offset: HostOffset,
+    /// Bytes, a multiple of the cluster size.
     pub len: u64,
 }
 
@@ -499,10 +522,9 @@ pub trait Image: Send + Sync + Debug {
             .and(Err(Error::unsupported("compressed clusters")))
     }
 
-    /// What will be lacking soon: a reservation (given to one caller, as by `plan_write`) or a
-    /// flush. The disk layer asks once a turn and has it done while requests go on, so that none comes to
-    /// wait for it. No lock while there is nothing.
-    fn foresee(&self) -> Option<Need> {
+    /// What will be lacking soon; space and zeros are given to one caller, as by `plan_write`. The disk layer asks once a turn and
+    /// has it done while requests go on, so that none comes to wait for it. No lock while there is nothing.
+    fn foresee(&self) -> Option<Foreseen> {
         None
     }
 
@@ -545,6 +567,17 @@ pub trait Image: Send + Sync + Debug {
     /// The space could not be had.
     fn reserve_failed(&self, reserve: &Reserve) {
         let _ = reserve;
+    }
+
+    /// Whether [`Foreseen::Prewrite`] may be asked for: the file's space is reserved without being written, and whoever is first to
+    /// write there costs the next flush a journal's commit.
+    fn prewrite(&self, on: bool) {
+        let _ = on;
+    }
+
+    /// The zeros are written (`ok`), or could not be.
+    fn prewritten(&self, prewrite: &Prewrite, ok: bool) {
+        let _ = (prewrite, ok);
     }
 
     /// Unpacks `cluster`, which came out of [`Image::map`]: `input` are its [`Compressed::len`] bytes (fewer at the end of

@@ -32,8 +32,8 @@ pub use bochs::Bochs;
 pub use cloop::Cloop;
 pub use contract::{
     Allocation, Compressed, DataFile, Description, Extent, ExtentKind, FileId, Fill, FlushRun,
-    Freed, Image, Key, Load, MetaWrite, Need, PackedPlace, Parent, Plan, Reserve, Stage, Step,
-    Ticket, ZeroMode, ZeroPlan,
+    Foreseen, Freed, Image, Key, Load, MetaWrite, Need, PackedPlace, Parent, Plan, Prewrite,
+    Reserve, Stage, Step, Ticket, ZeroMode, ZeroPlan,
 };
 pub use dmg::Dmg;
 pub use encryption::{Encryption, Method};

@@ -1,6 +1,6 @@
 //! Commits that begin before a flush asks for them, and flushes that need none.
 
-use crate::common::{Rig, open, qemu_create};
+use crate::common::{Rig, arg, open, qemu_create, run};
 use block::{GuestError, Op};
 use disk::{Disk, DiskOptions, Statistics};
 use image::Format;
@@ -15,7 +15,7 @@ struct Pairs {
     disk: Arc<Disk>,
     rig: Rig,
     at: u64,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Pairs {
@@ -29,7 +29,7 @@ impl Pairs {
             disk,
             rig,
             at: 0,
-            _dir: dir,
+            dir,
         }
     }
 
@@ -97,6 +97,36 @@ fn a_disk_that_is_told_so_flushes_only_when_asked() {
     pairs.learn();
     let counts = pairs.counts(Pairs::learn);
     assert_eq!(counts, (LEARNED, 0, 0));
+}
+
+#[test]
+fn space_is_written_before_it_is_used_where_each_write_is_flushed() {
+    let mut pairs = Pairs::new(DiskOptions::default());
+    let prewritten = |pairs: &Pairs| pairs.disk.statistics().prewritten;
+    pairs.learn();
+    assert_eq!(prewritten(&pairs), 0, "a buffered file");
+    pairs.disk.layers()[0].image.prewrite(true);
+    for _ in 0..40 {
+        pairs.learn();
+    }
+    // Half a lot ahead at least, and two of them at most.
+    pairs.rig.drain();
+    let taken = 40 * LEARNED * CLUSTER;
+    let spare = prewritten(&pairs).checked_sub(taken - 64 * CLUSTER);
+    assert!(
+        spare.is_some_and(|spare| spare < 256 * CLUSTER),
+        "{spare:?}"
+    );
+    // No zeros came over what was written.
+    for at in (0..pairs.at).step_by(CLUSTER as usize) {
+        let read = pairs.rig.one(Op::Read, at, Vec::new(), 4096);
+        assert_eq!(read, Ok(vec![7; 4096]), "at {at}");
+    }
+    pairs.rig.detach();
+    pairs.disk.close().unwrap();
+    drop(pairs.disk);
+    let path = pairs.dir.path().join("pairs.qcow2");
+    run("qemu-img", &["check", arg(&path)]);
 }
 
 #[test]

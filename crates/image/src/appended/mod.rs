@@ -42,7 +42,7 @@ use crate::metadata::tables::{FRAMES_MAX, Tables};
 use crate::metadata::{
     CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX, FRESH, FRESH_ZEROED, Layout, Sectors, Tickets, Walk,
 };
-use crate::{FileId, Load, Need, Plan, Reserve, Step, Ticket, ZeroMode, ZeroPlan};
+use crate::{FileId, Foreseen, Load, Plan, Reserve, Step, Ticket, ZeroMode, ZeroPlan};
 use block::{Error, ErrorKind, GuestOffset, Result, Zeroed};
 use map::L1_UNSOUND;
 use space::Space;
@@ -277,16 +277,16 @@ impl Appended {
     }
 
     /// See [`crate::Image::foresee`].
-    pub(crate) fn foresee(&self) -> Option<Need> {
+    pub(crate) fn foresee(&self) -> Option<Foreseen> {
         if !self.ahead.load(Ordering::Relaxed) {
             return None;
         }
         let mut st = self.lock();
         self.ahead.store(false, Ordering::Relaxed);
         if let Some(reserve) = self.reserve_ahead(&mut st) {
-            return Some(Need::Reserve(reserve));
+            return Some(Foreseen::Reserve(reserve));
         }
-        st.flush_soon().then_some(Need::Commit)
+        st.flush_soon().then_some(Foreseen::Commit)
     }
 
     /// See [`crate::Image::commit`], and with `false` [`crate::Image::abort`].

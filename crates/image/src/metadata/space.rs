@@ -1,6 +1,6 @@
 //! Space for new blocks behind the last one of a file, for formats that never give a block back.
 
-use crate::{FileId, Key, Need, Reserve};
+use crate::{FileId, Foreseen, Key, Reserve};
 use block::{HostOffset, Zeroed};
 
 /// Bytes that are reserved at the end of the file at once, at most: an eighth of what the image has.
@@ -78,13 +78,13 @@ impl Space {
     }
 
     /// A reservation before it is lacking, of which the first block begins at `at`. `left` blocks are lacking of the disk.
-    pub(crate) fn ahead(&mut self, strides: &Strides, at: u64, left: u64) -> Option<Need> {
+    pub(crate) fn ahead(&mut self, strides: &Strides, at: u64, left: u64) -> Option<Foreseen> {
         // An image that is only begun is no reason to take more.
         let begun = self.blocks < 8 || self.most == 1;
         if self.reserving || !self.is_short(strides) || left <= 1 || begun {
             return None;
         }
-        Some(Need::Reserve(self.reserve(strides, at, left)))
+        Some(Foreseen::Reserve(self.reserve(strides, at, left)))
     }
 
     /// A reservation ended; `None` when the space could not be had.

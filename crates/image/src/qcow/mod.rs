@@ -39,8 +39,8 @@ use crate::appended::Appended;
 use crate::contract::own_file;
 use crate::metadata::Walk;
 use crate::{
-    Compressed, Description, Encryption, Extent, FlushRun, Image, Load, Need, Plan, Reserve, Step,
-    Ticket, ZeroMode, ZeroPlan, qcow2,
+    Compressed, Description, Encryption, Extent, FlushRun, Foreseen, Image, Load, Plan, Reserve,
+    Step, Ticket, ZeroMode, ZeroPlan, qcow2,
 };
 use block::{GuestOffset, Result, Storage, Zeroed, size};
 
@@ -92,7 +92,7 @@ impl Image for Qcow {
         self.core.plan_write(at, len)
     }
 
-    fn foresee(&self) -> Option<Need> {
+    fn foresee(&self) -> Option<Foreseen> {
         self.core.foresee()
     }
 

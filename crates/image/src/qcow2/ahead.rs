@@ -7,11 +7,20 @@
 //!
 //! Counting is done by a flush, beside what else it writes, when there are few allocations from flush to flush:
 //! a guest that writes and flushes in turn. After a crash these clusters are leaks; a clean close gives them back.
+//!
+//! Their zeros may be written, too, before they are used ([`crate::Image::prewrite`]): space that is only reserved is an
+//! *unwritten* extent, the first write there has the file system note that it is not any more, and the flush behind it waits for a
+//! commit of the file system's journal. (4 KiB, `fdatasync`, one at a time, on ext4: the barrier took 200 µs in reserved space and 50
+//! in written space.) Worth its bandwidth where a guest flushes after each few writes, which leave the device idle most of the
+//! time, and only there: once in the life of each cluster.
 
 use super::Qcow2;
 use super::alloc::{Piece, Run};
 use super::cache::Owner;
 use super::state::State;
+use crate::{FileId, Prewrite};
+use block::HostOffset;
+use std::sync::atomic::Ordering;
 
 /// Clusters counted for each that was allocated since the last flush, so that few flushes count.
 const FLUSHES: u64 = 16;
@@ -20,6 +29,10 @@ const LOT_MIN: u64 = 64;
 const LOT_MAX: u64 = 512;
 /// Bytes that one flush counts at most: what a crash may leak, twice.
 const LOT_BYTES_MAX: u64 = 16 << 20;
+/// Zeros are written to lots where the guest allocates no more bytes than this from flush to flush.
+const PREWRITE_PER_FLUSH_MAX: u64 = 256 << 10;
+/// Bytes of zeros that are written at once.
+const PREWRITE_BYTES: u64 = 1 << 20;
 /// Lots at a time: one to take from, one being counted.
 const LOTS_MAX: usize = 2;
 
@@ -32,6 +45,10 @@ struct Lot {
     frame: u32,
     /// A flush that wrote the refcounts has succeeded.
     durable: bool,
+    /// Clusters at its end to which zeros are still to be written. Until there are none it is not taken from.
+    unwritten: u64,
+    /// The first of these are being written.
+    writing: bool,
 }
 
 /// The clusters counted ahead.
@@ -40,12 +57,26 @@ pub(super) struct Ahead {
     lots: Vec<Lot>,
     /// Clusters allocated since the last flush began.
     recent: u64,
+    /// Zeros are to be written to lots.
+    prewrites: bool,
 }
 
 impl Ahead {
     /// Notes an allocation.
     pub(super) fn allocated(&mut self, count: u64) {
         self.recent += count;
+    }
+
+    /// See [`crate::Image::prewrite`].
+    pub(super) fn prewrite(&mut self, on: bool) {
+        self.prewrites = on;
+    }
+
+    /// Whether a lot lacks zeros that nobody writes.
+    pub(super) fn wants_zeros(&self) -> bool {
+        self.lots
+            .iter()
+            .any(|lot| lot.unwritten > 0 && !lot.writing)
     }
 
     /// The flush under way has succeeded. No lot is added while one is under way.
@@ -59,7 +90,8 @@ impl Ahead {
 impl Qcow2 {
     /// Up to `want` clusters counted ahead.
     pub(super) fn take_ahead(&self, st: &mut State, want: u64) -> Option<Piece> {
-        let lot = st.ahead.lots.first_mut().filter(|lot| lot.durable)?;
+        let ready = |lot: &&mut Lot| lot.durable && lot.unwritten == 0;
+        let lot = st.ahead.lots.first_mut().filter(ready)?;
         let piece = Piece {
             first: lot.first,
             count: want.min(lot.count),
@@ -83,7 +115,11 @@ impl Qcow2 {
         let most = (LOT_BYTES_MAX >> self.geometry.cluster_bits).clamp(1, LOT_MAX);
         let want = (recent * FLUSHES).clamp(LOT_MIN, LOT_MAX).min(most);
         let left: u64 = st.ahead.lots.iter().map(|lot| lot.count).sum();
-        let enough = left > 2 * recent && left > want / 4;
+        let prewrites =
+            st.ahead.prewrites && recent << self.geometry.cluster_bits <= PREWRITE_PER_FLUSH_MAX;
+        // Written lots take longer to be ready.
+        let spare = if prewrites { want / 2 } else { want / 4 };
+        let enough = left > 2 * recent && left > spare;
         // With a data file, the guest's writes take no clusters of this one.
         if self.geometry.data_file
             || recent == 0
@@ -109,6 +145,8 @@ impl Qcow2 {
                 count,
                 frame,
                 durable: false,
+                unwritten: if prewrites { count } else { 0 },
+                writing: false,
             })
         });
         let Some(lot) = found else { return };
@@ -118,6 +156,45 @@ impl Qcow2 {
             self.set_refcount(st, lot.frame, cluster, 1);
         }
         st.ahead.lots.push(lot);
+        if prewrites {
+            self.ahead.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The next zeros to write, for one caller.
+    pub(super) fn next_prewrite(&self, st: &mut State) -> Option<Prewrite> {
+        let bits = self.geometry.cluster_bits;
+        let lot = st.ahead.lots.iter_mut().find(|lot| lot.unwritten > 0)?;
+        if lot.writing {
+            return None;
+        }
+        lot.writing = true;
+        let count = lot.unwritten.min((PREWRITE_BYTES >> bits).max(1));
+        Some(Prewrite {
+            file: FileId::IMAGE,
+            offset: HostOffset((lot.first + lot.count - lot.unwritten) << bits),
+            len: count << bits,
+        })
+    }
+
+    /// Zeros were written, or could not be: then no more are.
+    pub(super) fn end_prewrite(&self, st: &mut State, prewrite: &Prewrite, ok: bool) {
+        let bits = self.geometry.cluster_bits;
+        let Some(lot) = st.ahead.lots.iter_mut().find(|lot| lot.writing) else {
+            return;
+        };
+        lot.writing = false;
+        lot.unwritten = lot.unwritten.saturating_sub(prewrite.len >> bits);
+        if !ok {
+            // They are zeros all the same.
+            st.ahead.prewrites = false;
+            for lot in &mut st.ahead.lots {
+                lot.unwritten = 0;
+            }
+        }
+        if st.ahead.wants_zeros() {
+            self.ahead.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Makes clusters free again that were allocated, written perhaps, and never referred to.

@@ -89,7 +89,7 @@ impl Qcow2 {
 mod tests {
     use super::super::testing::{Driver, MemFile};
     use super::super::{CreateOptions, Header, OpenOptions, features};
-    use crate::{Image, Need, ZeroMode};
+    use crate::{Foreseen, Image, ZeroMode};
     use block::ErrorKind;
 
     const CLUSTER: u64 = 4096;
@@ -154,7 +154,7 @@ mod tests {
             }
             assert_eq!(file.word(72), 0);
             // Whoever does not flush is asked to.
-            assert_eq!(driver.image.foresee(), Some(Need::Commit));
+            assert_eq!(driver.image.foresee(), Some(Foreseen::Commit));
             assert!(driver.image.is_dirty());
             driver.flush().unwrap();
             assert_eq!(file.word(72), features::CORRUPT);

@@ -1,8 +1,8 @@
 //! Images that grow: clusters counted ahead, space reserved ahead, flushes asked for ahead.
 
-use super::testing::{Checked, Driver, MemFile, check};
+use super::testing::{Change, Checked, Driver, MemFile, check};
 use super::{CreateOptions, OpenOptions};
-use crate::{FileId, FlushRun, Image, Need, Plan, Step};
+use crate::{FileId, FlushRun, Foreseen, Image, Need, Plan, Prewrite, Step};
 use block::{GuestOffset, Storage};
 use std::fs;
 
@@ -131,6 +131,115 @@ fn counting_ahead_waits_for_the_end_of_the_flush() {
     assert_eq!(driver.barriers, 3);
 }
 
+/// Has what is foreseen done, but for zeros, which are returned.
+fn look_ahead(driver: &mut Driver) -> Option<Prewrite> {
+    while let Some(soon) = driver.image.foresee() {
+        match soon {
+            Foreseen::Prewrite(prewrite) => return Some(prewrite),
+            soon => driver.foreseen(soon).unwrap(),
+        }
+    }
+    None
+}
+
+/// What the guest wrote lies on no zeros that were written after it. Returns how many of its writes of `len` bytes lie on ones
+/// that were written before, and how many do not.
+fn on_zeros(file: &MemFile, len: usize) -> (usize, usize) {
+    let (mut zeros, mut data) = (Vec::new(), Vec::new());
+    let (mut on, mut off) = (0, 0);
+    for change in file.journal() {
+        let Change::Write(at, bytes) = change else {
+            continue;
+        };
+        let range = at..at + bytes.len() as u64;
+        if bytes.iter().all(|b| *b == 0) && bytes.len() as u64 >= CLUSTER {
+            let hit = |d: &u64| range.contains(d);
+            assert!(!data.iter().any(hit), "zeros over data at {range:?}");
+            zeros.push(range);
+        } else if bytes.len() == len && bytes.iter().all(|b| *b == 1) {
+            data.push(at);
+            match zeros.iter().any(|z| z.contains(&at)) {
+                true => on += 1,
+                false => off += 1,
+            }
+        }
+    }
+    (on, off)
+}
+
+#[test]
+fn where_flushes_are_many_clusters_are_written_before_they_are_taken() {
+    let mut driver = fresh(4096, false);
+    driver.image.prewrite(true);
+    driver.file.record();
+    for i in 0..1000 {
+        driver.write(i * 3 * CLUSTER, &[1; 512]).unwrap();
+        driver.flush().unwrap();
+        if let Some(prewrite) = look_ahead(&mut driver) {
+            driver.foreseen(Foreseen::Prewrite(prewrite)).unwrap();
+        }
+    }
+    assert_eq!(on_zeros(&driver.file, 512), (999, 1));
+    // The first counts its own cluster and table.
+    assert_eq!(driver.barriers, 1001);
+    let file = driver.file.clone();
+    driver.close();
+    assert_eq!(checked(&file), Checked::Clean);
+}
+
+#[test]
+fn nobody_is_given_a_cluster_while_zeros_are_on_their_way_there() {
+    let mut driver = fresh(4096, false);
+    driver.image.prewrite(true);
+    driver.file.record();
+    let mut late = None;
+    for i in 0..1000 {
+        driver.write(i * 3 * CLUSTER, &[1; 512]).unwrap();
+        driver.flush().unwrap();
+        // Each takes as long as eighty writes.
+        if i % 80 == 79
+            && let Some(prewrite) = late.take()
+        {
+            driver.foreseen(Foreseen::Prewrite(prewrite)).unwrap();
+        }
+        if late.is_none() {
+            late = look_ahead(&mut driver);
+        }
+    }
+    let (on, off) = on_zeros(&driver.file, 512);
+    assert!(on > 100 && off > 100, "{on} {off}");
+    let file = driver.file.clone();
+    driver.close();
+    assert_eq!(checked(&file), Checked::Clean);
+}
+
+#[test]
+fn zeros_are_not_worth_writing_for_who_flushes_seldom_or_where_they_fail() {
+    let mut driver = fresh(1 << 16, false);
+    driver.image.prewrite(true);
+    let mut at = 0;
+    let mut wanted = |driver: &mut Driver, writes: u64| {
+        for _ in 0..writes {
+            driver.write(at, &[1; 512]).unwrap();
+            at += CLUSTER;
+        }
+        driver.flush().unwrap();
+        look_ahead(driver)
+    };
+    for _ in 0..20 {
+        assert_eq!(wanted(&mut driver, 65), None, "more than 256 KiB");
+    }
+    // The lots that are there are used up first.
+    let prewrite = (0..1200).find_map(|_| wanted(&mut driver, 1));
+    driver.image.prewritten(&prewrite.unwrap(), false);
+    for _ in 0..300 {
+        assert_eq!(wanted(&mut driver, 1), None, "after a failure");
+    }
+    let file = driver.file.clone();
+    driver.close();
+    assert_eq!(checked(&file), Checked::Clean);
+}
+
 #[test]
 fn space_is_reserved_before_it_is_lacking() {
     let mut driver = fresh(1 << 20, false);
@@ -152,9 +261,9 @@ fn space_is_reserved_before_it_is_lacking() {
         };
         driver.image.commit(allocation.ticket);
         if let Some(need) = driver.image.foresee() {
-            foreseen += u32::from(matches!(need, Need::Reserve(_)));
+            foreseen += u32::from(matches!(need, Foreseen::Reserve(_)));
             assert_eq!(driver.image.foresee(), None, "given to one caller");
-            driver.need(need).unwrap();
+            driver.foreseen(need).unwrap();
         }
     }
     assert_eq!(lacked, 1, "only the first");
@@ -171,7 +280,7 @@ fn a_reservation_ahead_that_fails_is_not_repeated_until_space_is_lacking() {
     for i in 0..2_000 {
         driver.write(i * CLUSTER, &[1; 512]).unwrap();
         match driver.image.foresee() {
-            Some(Need::Reserve(reserve)) => {
+            Some(Foreseen::Reserve(reserve)) => {
                 assert_eq!(reserve.file, FileId::IMAGE);
                 driver.image.reserve_failed(&reserve);
                 failed += 1;
@@ -212,8 +321,8 @@ fn a_flush_is_asked_for_before_the_cache_is_full() {
             driver.image.commit(allocation.ticket);
         }
         if let Some(need) = driver.image.foresee() {
-            foreseen += u32::from(need == Need::Commit);
-            driver.need(need).unwrap();
+            foreseen += u32::from(need == Foreseen::Commit);
+            driver.foreseen(need).unwrap();
         }
     }
     assert_eq!(lacked, 0, "no write has to wait for a flush");

@@ -88,8 +88,8 @@ use crate::contract::own_file;
 use crate::metadata::{Walk, cache, tables};
 use crate::words::{read_u32, read_u64};
 use crate::{
-    Compressed, DataFile, Description, Encryption, Extent, FlushRun, Freed, Image, Load, Need,
-    Pack, PackedPlace, Plan, Reserve, Step, Ticket, ZeroMode, ZeroPlan,
+    Compressed, DataFile, Description, Encryption, Extent, FlushRun, Foreseen, Freed, Image, Load,
+    Need, Pack, PackedPlace, Plan, Prewrite, Reserve, Step, Ticket, ZeroMode, ZeroPlan,
 };
 use block::{Error, ErrorKind, GuestOffset, Result, Storage, Zeroed, size};
 use cache::Owner;
@@ -307,16 +307,22 @@ impl Image for Qcow2 {
         self.note_change(at, len);
     }
 
-    fn foresee(&self) -> Option<Need> {
+    fn foresee(&self) -> Option<Foreseen> {
         if !self.ahead.load(Ordering::Relaxed) {
             return None;
         }
         let mut st = self.lock();
         self.ahead.store(false, Ordering::Relaxed);
         if let Some(reserve) = self.reserve_ahead(&mut st) {
-            return Some(Need::Reserve(reserve));
+            self.ahead.store(st.ahead.wants_zeros(), Ordering::Relaxed);
+            return Some(Foreseen::Reserve(reserve));
         }
-        (st.flush_soon() || self.mark_soon(&st)).then_some(Need::Commit)
+        if st.flush_soon() || self.mark_soon(&st) {
+            // What else there is, is asked for after it.
+            self.ahead.store(st.ahead.wants_zeros(), Ordering::Relaxed);
+            return Some(Foreseen::Commit);
+        }
+        self.next_prewrite(&mut st).map(Foreseen::Prewrite)
     }
 
     fn commit(&self, ticket: Ticket) {
@@ -389,6 +395,14 @@ impl Image for Qcow2 {
 
     fn reserve_failed(&self, reserve: &Reserve) {
         self.end_reserve(&mut self.lock(), reserve, None);
+    }
+
+    fn prewrite(&self, on: bool) {
+        self.lock().ahead.prewrite(on);
+    }
+
+    fn prewritten(&self, prewrite: &Prewrite, ok: bool) {
+        self.end_prewrite(&mut self.lock(), prewrite, ok);
     }
 
     fn decompress(&self, _: &Compressed, input: &[u8], output: &mut [u8]) -> Result<()> {

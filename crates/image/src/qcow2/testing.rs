@@ -3,8 +3,8 @@
 use super::close::read_short;
 use super::{CreateOptions, OpenOptions, Qcow2, create};
 use crate::{
-    Allocation, ExtentKind, Fill, FlushRun, Freed, Image, Need, Plan, Step, Ticket, ZeroMode,
-    ZeroPlan,
+    Allocation, ExtentKind, Fill, FlushRun, Foreseen, Freed, Image, Need, Plan, Step, Ticket,
+    ZeroMode, ZeroPlan,
 };
 use block::{Error, GuestOffset, Range, RangeKind, Result, Storage, Zeroed};
 use std::path::Path;
@@ -247,6 +247,20 @@ impl<I: Image> Driver<I> {
                 }
             },
             Need::Commit => self.flush(),
+        }
+    }
+
+    /// Does what the image asks for before it is lacking.
+    pub(crate) fn foreseen(&mut self, soon: Foreseen) -> Result<()> {
+        match soon {
+            Foreseen::Reserve(reserve) => self.need(Need::Reserve(reserve)),
+            Foreseen::Commit => self.flush(),
+            Foreseen::Prewrite(prewrite) => {
+                let zeros = vec![0; prewrite.len as usize];
+                let written = self.file.write_at(prewrite.offset.0, &zeros);
+                self.image.prewritten(&prewrite, written.is_ok());
+                written
+            }
         }
     }
 

@@ -39,7 +39,7 @@ use crate::appended::Appended;
 use crate::contract::own_file;
 use crate::metadata::Walk;
 use crate::{
-    Description, Extent, FlushRun, Image, Load, Need, Plan, Reserve, Step, Ticket, ZeroMode,
+    Description, Extent, FlushRun, Foreseen, Image, Load, Plan, Reserve, Step, Ticket, ZeroMode,
     ZeroPlan,
 };
 use block::{GuestOffset, Result, Storage, Zeroed, size};
@@ -94,7 +94,7 @@ impl Image for Qed {
         self.core.plan_write(at, len)
     }
 
-    fn foresee(&self) -> Option<Need> {
+    fn foresee(&self) -> Option<Foreseen> {
         self.core.foresee()
     }
 

@@ -36,7 +36,7 @@ pub use repair::repair;
 pub use resize::grow;
 
 use crate::contract::{
-    Description, Extent, FlushRun, Image, Load, Need, Plan, Reserve, Step, Ticket, ZeroMode,
+    Description, Extent, FlushRun, Foreseen, Image, Load, Plan, Reserve, Step, Ticket, ZeroMode,
     ZeroPlan, own_file,
 };
 use crate::metadata::bitmaps::Bitmaps;
@@ -140,7 +140,7 @@ impl Image for Vdi {
         step(self.plan_at(at, len))
     }
 
-    fn foresee(&self) -> Option<Need> {
+    fn foresee(&self) -> Option<Foreseen> {
         if !self.ahead.load(Ordering::Relaxed) {
             return None;
         }

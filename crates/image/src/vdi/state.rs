@@ -5,7 +5,7 @@ use super::header::Header;
 use super::holes::Holes;
 use crate::metadata::bitmaps::{Busy, Uses};
 use crate::metadata::{Ask, Halt, Space, Span, Strides, Tickets, key_of};
-use crate::{Allocation, FileId, Fill, Key, Need, Plan, Reserve, Ticket};
+use crate::{Allocation, FileId, Fill, Foreseen, Key, Need, Plan, Reserve, Ticket};
 use block::{Error, ErrorKind, GuestOffset, HostOffset, Zeroed};
 use std::sync::atomic::Ordering;
 
@@ -227,7 +227,7 @@ impl Vdi {
     }
 
     /// What will be lacking soon.
-    pub(super) fn reserve_ahead(&self, st: &mut State) -> Option<Need> {
+    pub(super) fn reserve_ahead(&self, st: &mut State) -> Option<Foreseen> {
         let at = st.space.end.max(st.space.next);
         self.entry_of(at).ok()?;
         let left = self.lacking(st);

@@ -43,7 +43,7 @@ pub use open::{Layout, OpenOptions, fixed_footer, mend};
 pub use resize::grow;
 
 use crate::contract::{
-    Description, Extent, FlushRun, Image, Load, Need, Parent, Plan, Reserve, Step, Ticket,
+    Description, Extent, FlushRun, Foreseen, Image, Load, Parent, Plan, Reserve, Step, Ticket,
     ZeroMode, ZeroPlan, own_file,
 };
 use crate::metadata::step;
@@ -188,7 +188,7 @@ impl Image for Vhd {
         step(self.plan_at(at, len))
     }
 
-    fn foresee(&self) -> Option<Need> {
+    fn foresee(&self) -> Option<Foreseen> {
         if !self.ahead.load(Ordering::Relaxed) {
             return None;
         }

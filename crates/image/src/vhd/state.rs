@@ -4,7 +4,7 @@ use super::Vhd;
 use super::tables::NONE;
 use crate::metadata::bitmaps::{Busy, Uses};
 use crate::metadata::{Ask, Halt, Sectors, Space, Span, Strides, Tickets};
-use crate::{Key, Load, Need, Reserve};
+use crate::{Foreseen, Key, Load, Need, Reserve};
 use block::{Result, Zeroed};
 use std::sync::atomic::Ordering;
 
@@ -194,7 +194,7 @@ impl Vhd {
     }
 
     /// What will be lacking soon.
-    pub(super) fn reserve_ahead(&self, st: &mut State) -> Option<Need> {
+    pub(super) fn reserve_ahead(&self, st: &mut State) -> Option<Foreseen> {
         let at = st.space.end.max(self.place_at(st.space.next));
         self.entry_of(at).ok()?;
         let left = self.tables.blocks().saturating_sub(st.space.blocks);

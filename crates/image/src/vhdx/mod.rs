@@ -46,7 +46,7 @@ pub use region::{Regions, TABLES_AT};
 pub use resize::{grow, repair};
 
 use crate::contract::{
-    Description, Extent, FlushRun, Image, Load, Need, Parent, Plan, Reserve, Step, Ticket,
+    Description, Extent, FlushRun, Foreseen, Image, Load, Parent, Plan, Reserve, Step, Ticket,
     ZeroMode, ZeroPlan, own_file,
 };
 use crate::metadata::bitmaps::Bitmaps;
@@ -189,7 +189,7 @@ impl Image for Vhdx {
         step(self.plan_at(at, len))
     }
 
-    fn foresee(&self) -> Option<Need> {
+    fn foresee(&self) -> Option<Foreseen> {
         if !self.ahead.load(Ordering::Relaxed) {
             return None;
         }

@@ -7,7 +7,7 @@ use super::log::{SECTOR, SECTORS_MAX};
 use super::{FILE_BYTES_MAX, MIB, Vhdx};
 use crate::metadata::bitmaps::{Busy, Uses};
 use crate::metadata::{Ask, Halt, Span, Tickets};
-use crate::{FileId, Key, Need, Reserve};
+use crate::{FileId, Foreseen, Key, Need, Reserve};
 use block::{Error, ErrorKind, HostOffset, Zeroed};
 use std::sync::atomic::Ordering;
 
@@ -323,17 +323,17 @@ impl Vhdx {
     }
 
     /// What will be lacking soon.
-    pub(super) fn foresee_in(&self, st: &mut State) -> Option<Need> {
+    pub(super) fn foresee_in(&self, st: &mut State) -> Option<Foreseen> {
         let space = &st.space;
         let soon = space.end - space.next.min(space.end) < self.block_bytes() * 2;
         let left = self.layout.metadata.blocks() > space.blocks + 1;
         // An image that is only begun is no reason to take more.
         if soon && left && !space.reserving && space.blocks >= 8 && space.most > 1 {
             let at = space.end;
-            return self.reserve(st, at).ok().map(Need::Reserve);
+            return self.reserve(st, at).ok().map(Foreseen::Reserve);
         }
         (st.running == Running::Barrier && st.is_dirty() && st.to_log() > SECTORS_MAX / 2)
-            .then_some(Need::Commit)
+            .then_some(Foreseen::Commit)
     }
 
     /// A reservation ended; `None` when the space could not be had.

@@ -39,8 +39,8 @@ pub use stream::{Compressor, StreamWriter};
 
 use crate::appended::Appended;
 use crate::contract::{
-    Compressed, Description, Extent as Run, ExtentKind, FileId, FlushRun, Image, Key, Load,
-    MetaWrite, Need, Parent, Plan, Reserve, Step, Ticket, ZeroMode, ZeroPlan,
+    Compressed, Description, Extent as Run, ExtentKind, FileId, FlushRun, Foreseen, Image, Key,
+    Load, MetaWrite, Need, Parent, Plan, Reserve, Step, Ticket, ZeroMode, ZeroPlan,
 };
 use crate::metadata::{Walk, carry_out, read_short};
 use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed, align_up, size};
@@ -157,9 +157,14 @@ pub struct Vmdk {
     recent: AtomicUsize,
 }
 
+/// Gives a key of extent `nth` its number.
+fn tag(key: Key, nth: usize) -> Key {
+    Key(key.0 | (nth as u64) << TAG_SHIFT)
+}
+
 /// Gives the keys in an answer of extent `nth` its number.
 fn tagged<T>(step: Step<T>, nth: usize) -> Step<T> {
-    let tag = |key: Key| Key(key.0 | (nth as u64) << TAG_SHIFT);
+    let tag = |key| tag(key, nth);
     match step {
         Step::Done(done) => Step::Done(done),
         Step::Wait(key) => Step::Wait(tag(key)),
@@ -428,13 +433,15 @@ impl Image for Vmdk {
         }
     }
 
-    fn foresee(&self) -> Option<Need> {
+    fn foresee(&self) -> Option<Foreseen> {
         let nth = self.recent.load(Ordering::Relaxed);
-        let need = self.core(nth)?.foresee()?;
-        match tagged(Step::<()>::Need(need), nth) {
-            Step::Need(need) => Some(need),
-            _ => None,
-        }
+        Some(match self.core(nth)?.foresee()? {
+            Foreseen::Reserve(reserve) => Foreseen::Reserve(Reserve {
+                key: tag(reserve.key, nth),
+                ..reserve
+            }),
+            other => other,
+        })
     }
 
     fn commit(&self, ticket: Ticket) {

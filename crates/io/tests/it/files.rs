@@ -46,6 +46,25 @@ fn direct_is_in_effect_where_asked_for() {
     assert_eq!(again.alignment(), io::Alignment::NONE);
 }
 
+#[test]
+fn whether_a_first_write_changes_the_file_systems_records() {
+    let dir = scratch();
+    let path = dir.path().join("f");
+    std::fs::write(&path, [0; 4096]).unwrap();
+    let open = |cache| File::open(&path, &options(cache)).unwrap();
+    let unwritten = |cache| open(cache).has_unwritten_extents();
+    let mut stat = Command::new("stat");
+    let stat = stat.args(["-f", "-c", "%T"]).arg(&path).output().unwrap();
+    let said = String::from_utf8(stat.stdout).unwrap();
+    let there = ["ext2/ext3", "xfs"].contains(&said.trim());
+    assert_eq!(unwritten(Cache::None), there, "{said}");
+    assert_eq!(unwritten(Cache::Directsync), there, "{said}");
+    // Through the page cache zeros would be one more thing to wait for.
+    assert!(!unwritten(Cache::Writeback));
+    // These wait for nothing.
+    assert!(!unwritten(Cache::DirectUnsafe));
+}
+
 /// procfs refuses O_DIRECT on every kernel.
 #[test]
 fn refused_direct_is_said_or_noted() {
