@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     fio,
-    load::{turns::Turn, usage},
+    load::{Flushes, turns::Turn, usage},
     peer,
 };
 use block::{Context, Error, ErrorKind, Result};
@@ -85,6 +85,16 @@ impl Job<'_> {
             .arg(format!("--offset={}", self.range.0));
         if let Some(bytes) = self.range.1 {
             command.arg(format!("--size={bytes}"));
+        }
+        // After so many writes, and it waits for it: as one slot of our generator does, and so the same at depth 1.
+        match self.load.flushes {
+            Flushes::Never => {}
+            Flushes::AfterEachWrite => {
+                command.arg("--fdatasync=1");
+            }
+            Flushes::Every(writes) => {
+                command.arg(format!("--fdatasync={writes}"));
+            }
         }
         command
     }

@@ -61,6 +61,12 @@ const FLUSH_1: Load = Load {
     flushes: Flushes::AfterEachWrite,
     ..GROW
 };
+/// The same from fio.
+const OPENS_FLUSH_1: Load = Load {
+    flushes: Flushes::AfterEachWrite,
+    depth: 1,
+    ..OPENS
+};
 const FLUSH_16: Load = Load {
     depth: 16,
     ..FLUSH_1
@@ -184,11 +190,12 @@ pub const CELLS: &[Cell] = &[
     Cell {
         name: "latency-sleeping",
         line: "depth 1 read latency, sleeping and adaptive",
-        meaning: "One 4 KiB read at a time of the raw file; servers that never spin: qemu-storage-daemon without an iothread, diskplane with --poll-max 0.",
+        meaning: "One 4 KiB read at a time of the raw file; servers that never spin: qemu-storage-daemon without an iothread, diskplane with --poll-max 0. IOPS are what the mean latency leaves; fio's on the same file are the device's own.",
         load: DEPTH_1,
         sides: &[
             side("diskplane", Diskplane, Image::Raw).polling(Polling::Never),
             side("qsd", Qsd, Image::Raw).polling(Polling::Never),
+            side("fio", Fio, Image::Raw),
         ],
         bars: LATENCY_BARS,
         cores: 2,
@@ -201,6 +208,7 @@ pub const CELLS: &[Cell] = &[
         sides: &[
             side("diskplane", Diskplane, Image::Raw).polling(Polling::Adaptive),
             side("qsd", Qsd, Image::Raw).polling(Polling::Adaptive),
+            side("fio", Fio, Image::Raw),
         ],
         bars: LATENCY_BARS,
         cores: 2,
@@ -423,11 +431,16 @@ pub const CELLS: &[Cell] = &[
     Cell {
         name: "flush-1",
         line: "write, flush, write, flush",
-        meaning: "A random 4 KiB write into a new image, a flush, a write …: one at a time. IOPS counts the writes.",
+        meaning: "A random 4 KiB write into a new image, a flush, a write …: one at a time. IOPS counts the writes. Beside them fio's (4 KiB at the start of each 64 KiB, fdatasync) to a file that is preallocated but unwritten, which has no metadata of its own to write.",
         load: FLUSH_1,
-        sides: FLUSH,
+        sides: &[
+            side("diskplane", Diskplane, Image::Growing),
+            side("qsd", Qsd, Image::Growing),
+            side("device", Fio, Image::Unwritten).load(OPENS_FLUSH_1),
+        ],
         bars: &[
             at_least(Iops, "qsd", 1.3),
+            shown(Iops, "device"),
             alone(BarriersPerFlush, Limit::AtMost(2.0)),
         ],
         cores: 2,
@@ -555,7 +568,12 @@ const SEQ_BARS: &[Bar] = &[
     shown(Iops, "qsd"),
     shown(InDevice, "fio"),
 ];
-const LATENCY_BARS: &[Bar] = &[at_most(P50Us, "qsd", 0.9), shown(P99Us, "qsd")];
+const LATENCY_BARS: &[Bar] = &[
+    at_most(P50Us, "qsd", 0.9),
+    shown(P99Us, "qsd"),
+    shown(Iops, "qsd"),
+    shown(Iops, "fio"),
+];
 const FULL: &[Side] = &[
     side("diskplane", Diskplane, Image::Qcow2),
     side("raw", Diskplane, Image::Raw),
