@@ -11,11 +11,11 @@ use crate::{
 };
 use block::{Result, Storage, Zeroed, limits};
 use image::Freed;
-use io::{File, memory::AlignedBuf};
+use io::File;
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -104,7 +104,6 @@ pub struct Disk {
     /// have passed; the next queue takes it over.
     pub(crate) orphans: Mutex<Vec<(u64, Freed)>>,
     cluster_size: u64,
-    zeros: OnceLock<AlignedBuf>,
 }
 
 impl Disk {
@@ -165,7 +164,6 @@ impl Disk {
             past_stats: QueueStats::new(0, u32::from(options.trace_entries > 0)),
             orphans: Mutex::default(),
             cluster_size: description.cluster_size,
-            zeros: OnceLock::new(),
             layers,
         }))
     }
@@ -208,13 +206,6 @@ impl Disk {
     /// Whether discards give space back.
     pub fn can_discard(&self) -> bool {
         self.discard && !self.read_only
-    }
-
-    /// Zeros to write, for all queues.
-    pub(crate) fn zeros(&self) -> &AlignedBuf {
-        const BYTES: usize = 256 << 10;
-        const PAGE: usize = 4096;
-        self.zeros.get_or_init(|| AlignedBuf::new(BYTES, PAGE))
     }
 
     /// Whether commits may begin before they are asked for.

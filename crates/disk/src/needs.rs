@@ -9,7 +9,16 @@ use crate::{
 };
 use block::GuestError;
 use image::{Foreseen, Key, Need};
-use io::{Engine, FileSlot, IoOp};
+use io::{Engine, FileSlot, IoOp, memory::AlignedBuf};
+use std::sync::OnceLock;
+
+/// Zeros to write: only ever read, by all queues there are.
+fn zeros() -> &'static AlignedBuf {
+    const BYTES: usize = 256 << 10;
+    const PAGE: usize = 4096;
+    static ZEROS: OnceLock<AlignedBuf> = OnceLock::new();
+    ZEROS.get_or_init(|| AlignedBuf::new(BYTES, PAGE))
+}
 
 impl DiskQueue {
     /// Parks the request until `key` of `layer` is woken; `Continue` asks once more first.
@@ -112,16 +121,17 @@ impl DiskQueue {
         }
     }
 
-    /// Begins what the active image will need soon, so that no request comes to wait for it.
+    /// Begins what the active image will need soon, so that no request comes to wait for it. Only in turns that brought
+    /// requests: a queue that is emptied comes to its end.
     pub(crate) fn look_ahead(&mut self, engine: &mut dyn Engine) {
-        if self.commit_lacks_room() || !self.has_sub() {
+        if self.commit_lacks_room() || !self.has_sub() || !std::mem::take(&mut self.came) {
             return;
         }
         match self.disk.layers[0].image.foresee() {
             None => {}
             Some(Foreseen::Reserve(reserve)) => {
                 let Some(sub) = self.take_sub() else { return };
-                self.reserving += 1;
+                self.unasked += 1;
                 let purpose = Purpose::Reserve {
                     slot: None,
                     reserve,
@@ -136,9 +146,8 @@ impl DiskQueue {
             }
             Some(Foreseen::Prewrite(prewrite)) => {
                 let Some(sub) = self.take_sub() else { return };
-                self.reserving += 1;
-                self.stats.prewrite(prewrite.len);
-                let zeros = self.disk.zeros();
+                self.unasked += 1;
+                let zeros = zeros();
                 let mut left = prewrite.len as usize;
                 while left > 0 {
                     let piece = zeros.piece(0, left.min(zeros.len()));

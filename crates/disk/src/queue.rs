@@ -108,8 +108,10 @@ pub struct DiskQueue {
     pub(crate) retired: VecDeque<(u64, Freed)>,
     pub(crate) freed: Vec<Freed>,
     pub(crate) punches: usize,
-    /// Reservations under way that no request waits for.
-    pub(crate) reserving: usize,
+    /// Reservations and writes of zeros under way, for which no request waits.
+    pub(crate) unasked: usize,
+    /// A request was submitted since it was asked what will be needed soon.
+    pub(crate) came: bool,
     epochs: Member,
     pub(crate) stats: Arc<QueueStats>,
     /// Requests submitted since the last advance: they go to the engine with the next turn.
@@ -201,7 +203,8 @@ impl DiskQueue {
                 .collect(),
             freed: Vec::new(),
             punches: 0,
-            reserving: 0,
+            unasked: 0,
+            came: false,
             epochs: disk.epochs.join(),
             stats: disk.new_stats(),
             batch: Vec::with_capacity(depth),
@@ -235,7 +238,7 @@ impl DiskQueue {
         self.in_flight > 0
             || self.leads
             || self.committer.is_some()
-            || self.punches + self.reserving > 0
+            || self.punches + self.unasked > 0
     }
 
     /// Whether a commit or a fill waits for the next [`Self::advance`]: to be called before the thread
@@ -281,6 +284,7 @@ impl DiskQueue {
             return Err(request);
         };
         self.habit.came(request.op == Op::Flush);
+        self.came = true;
         let checked = self.check(&request);
         let durable = match request.op {
             Op::Write { fua } | Op::WriteZeroes { fua, .. } => fua || !self.disk.writeback(),
@@ -714,6 +718,10 @@ impl DiskQueue {
             && GuestError::of_errno(errno) == GuestError::NoSpace
         {
             // Asked for less then; a request that fails for it says so (see `meet`).
+            return;
+        }
+        if let Purpose::Prewrite { .. } = purpose {
+            // Nobody lacks it; what needs the space says so.
             return;
         }
         if self.may_log() {

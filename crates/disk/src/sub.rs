@@ -232,14 +232,17 @@ impl DiskQueue {
                 self.disk.waits.wake(0, reserve.key);
                 match slot {
                     Some(slot) => self.metadata_ended(engine, slot, error),
-                    None => self.reserving -= 1,
+                    None => self.unasked -= 1,
                 }
             }
             Purpose::Prewrite { prewrite } => {
                 let image = &self.disk.layers[0].image;
                 image.prewritten(&prewrite, error.is_none());
+                if error.is_none() {
+                    self.stats.prewrite(prewrite.len);
+                }
                 self.free_sub(index);
-                self.reserving -= 1;
+                self.unasked -= 1;
             }
             Purpose::Fill { fill } => {
                 self.free_sub(index);

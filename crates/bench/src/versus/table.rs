@@ -431,12 +431,12 @@ pub const CELLS: &[Cell] = &[
     Cell {
         name: "flush-1",
         line: "write, flush, write, flush",
-        meaning: "A random 4 KiB write into a new image, a flush, a write …: one at a time. IOPS counts the writes. Beside them fio's (4 KiB at the start of each 64 KiB, fdatasync) to a file that is preallocated but unwritten, which has no metadata of its own to write.",
+        meaning: "A random 4 KiB write into a new image, a flush, a write …: one at a time. IOPS counts the writes. Beside them fio's (4 KiB at the start of each 64 KiB, fdatasync) to the raw file that was written full: neither an image's metadata nor the file system's journal to write.",
         load: FLUSH_1,
         sides: &[
             side("diskplane", Diskplane, Image::Growing),
             side("qsd", Qsd, Image::Growing),
-            side("device", Fio, Image::Unwritten).load(OPENS_FLUSH_1),
+            side("device", Fio, Image::Raw).load(OPENS_FLUSH_1),
         ],
         bars: &[
             at_least(Iops, "qsd", 1.3),

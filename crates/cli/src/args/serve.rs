@@ -99,8 +99,9 @@ pub struct Serve {
     /// the answer to the write is on its way
     #[arg(long)]
     pub no_flush_ahead: bool,
-    /// Never write zeros to space of an image before it is used; otherwise, where a client flushes after each few writes (O_DIRECT, ext4
-    /// or xfs), the flushes need no commit of the file system's journal then
+    /// Never write zeros to space of an image before it is used; otherwise, where a client flushes after each few small writes to a
+    /// growing qcow2 image (O_DIRECT, ext4 or xfs), the flushes need no commit of the file system's journal then, for one more write of
+    /// each cluster in its life
     #[arg(long)]
     pub no_prewrite: bool,
     /// Also open backing and data files below DIR, not only below each image's own directory; an NBD export's name lets images

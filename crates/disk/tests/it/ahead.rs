@@ -1,10 +1,10 @@
 //! Commits that begin before a flush asks for them, and flushes that need none.
 
-use crate::common::{Rig, arg, open, qemu_create, run};
+use crate::common::{Rig, arg, open_cached, qemu_create, run};
 use block::{GuestError, Op};
 use disk::{Disk, DiskOptions, Statistics};
 use image::Format;
-use io::EngineKind;
+use io::{Cache, EngineKind};
 use std::sync::Arc;
 
 const CLUSTER: u64 = 64 << 10;
@@ -20,10 +20,14 @@ struct Pairs {
 
 impl Pairs {
     fn new(options: DiskOptions) -> Self {
+        Self::cached(options, Cache::Writeback)
+    }
+
+    fn cached(options: DiskOptions, cache: Cache) -> Self {
         let dir = crate::common::dir();
         let path = dir.path().join("pairs.qcow2");
         qemu_create(&path, "", None, 1 << 30);
-        let disk = open(&path, Format::Qcow2, options);
+        let disk = open_cached(&path, Format::Qcow2, options, cache);
         let rig = Rig::new(&disk, EngineKind::IoUring, 16);
         Self {
             disk,
@@ -101,7 +105,7 @@ fn a_disk_that_is_told_so_flushes_only_when_asked() {
 
 #[test]
 fn space_is_written_before_it_is_used_where_each_write_is_flushed() {
-    let mut pairs = Pairs::new(DiskOptions::default());
+    let mut pairs = Pairs::cached(DiskOptions::default(), Cache::Writeback);
     let prewritten = |pairs: &Pairs| pairs.disk.statistics().prewritten;
     pairs.learn();
     assert_eq!(prewritten(&pairs), 0, "a buffered file");
@@ -127,6 +131,50 @@ fn space_is_written_before_it_is_used_where_each_write_is_flushed() {
     drop(pairs.disk);
     let path = pairs.dir.path().join("pairs.qcow2");
     run("qemu-img", &["check", arg(&path)]);
+}
+
+#[test]
+fn space_is_written_before_it_is_used_only_where_that_pays() {
+    let prewritten = |options, cache, whole: bool| {
+        let mut pairs = Pairs::cached(options, cache);
+        for _ in 0..20 * LEARNED {
+            match whole {
+                false => pairs.write(false),
+                true => {
+                    let data = vec![7; CLUSTER as usize];
+                    let wrote = one(&mut pairs.rig, Op::Write { fua: false }, pairs.at, data);
+                    assert_eq!(wrote, Ok(()));
+                    pairs.at += CLUSTER;
+                }
+            }
+            pairs.flush();
+        }
+        pairs.rig.drain();
+        pairs.disk.statistics().prewritten
+    };
+    let (asked, not) = (
+        DiskOptions::default(),
+        DiskOptions {
+            prewrite: false,
+            ..DiskOptions::default()
+        },
+    );
+    // The files of this test are on the file system of the next one's.
+    let file = tempfile::NamedTempFile::new_in(crate::common::dir().path().parent().unwrap());
+    let options = io::OpenOptions {
+        cache: Cache::None,
+        ..io::OpenOptions::default()
+    };
+    let file = io::File::open(file.unwrap().path(), &options).unwrap();
+    let there = file.has_unwritten_extents();
+    assert_eq!(prewritten(asked, Cache::None, false) > 0, there);
+    assert_eq!(
+        prewritten(asked, Cache::None, true),
+        0,
+        "clusters are written whole"
+    );
+    assert_eq!(prewritten(asked, Cache::DirectUnsafe, false), 0);
+    assert_eq!(prewritten(not, Cache::None, false), 0);
 }
 
 #[test]

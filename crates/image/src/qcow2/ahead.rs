@@ -12,7 +12,7 @@
 //! *unwritten* extent, the first write there has the file system note that it is not any more, and the flush behind it waits for a
 //! commit of the file system's journal. (4 KiB, `fdatasync`, one at a time, on ext4: the barrier took 200 µs in reserved space and 50
 //! in written space.) Worth its bandwidth where a guest flushes after each few writes, which leave the device idle most of the
-//! time, and only there: once in the life of each cluster.
+//! time, and which write only a part of each cluster at first: once in the life of a cluster.
 
 use super::Qcow2;
 use super::alloc::{Piece, Run};
@@ -31,8 +31,8 @@ const LOT_MAX: u64 = 512;
 const LOT_BYTES_MAX: u64 = 16 << 20;
 /// Zeros are written to lots where the guest allocates no more bytes than this from flush to flush.
 const PREWRITE_PER_FLUSH_MAX: u64 = 256 << 10;
-/// Bytes of zeros that are written at once.
-const PREWRITE_BYTES: u64 = 1 << 20;
+/// Bytes of zeros that are written at once: few, so that the guest's own writes do not wait for them long.
+const PREWRITE_BYTES: u64 = 256 << 10;
 /// Lots at a time: one to take from, one being counted.
 const LOTS_MAX: usize = 2;
 
@@ -57,6 +57,8 @@ pub(super) struct Ahead {
     lots: Vec<Lot>,
     /// Clusters allocated since the last flush began.
     recent: u64,
+    /// Bytes that the allocations since then write: the guest's, and what is copied around them.
+    written: u64,
     /// Zeros are to be written to lots.
     prewrites: bool,
 }
@@ -65,6 +67,11 @@ impl Ahead {
     /// Notes an allocation.
     pub(super) fn allocated(&mut self, count: u64) {
         self.recent += count;
+    }
+
+    /// Notes that an allocation writes so many bytes.
+    pub(super) fn wrote(&mut self, bytes: u64) {
+        self.written += bytes;
     }
 
     /// See [`crate::Image::prewrite`].
@@ -112,11 +119,14 @@ impl Qcow2 {
     /// is about to begin writes their refcounts.
     pub(super) fn count_ahead(&self, st: &mut State) {
         let recent = std::mem::take(&mut st.ahead.recent);
+        let written = std::mem::take(&mut st.ahead.written);
+        let allocated = recent << self.geometry.cluster_bits;
         let most = (LOT_BYTES_MAX >> self.geometry.cluster_bits).clamp(1, LOT_MAX);
         let want = (recent * FLUSHES).clamp(LOT_MIN, LOT_MAX).min(most);
         let left: u64 = st.ahead.lots.iter().map(|lot| lot.count).sum();
+        // Who writes clusters whole gains little: zeros would only double what is written.
         let prewrites =
-            st.ahead.prewrites && recent << self.geometry.cluster_bits <= PREWRITE_PER_FLUSH_MAX;
+            st.ahead.prewrites && allocated <= PREWRITE_PER_FLUSH_MAX && written <= allocated / 2;
         // Written lots take longer to be ready.
         let spare = if prewrites { want / 2 } else { want / 4 };
         let enough = left > 2 * recent && left > spare;
@@ -169,7 +179,7 @@ impl Qcow2 {
             return None;
         }
         lot.writing = true;
-        let count = lot.unwritten.min((PREWRITE_BYTES >> bits).max(1));
+        let count = lot.unwritten.min(PREWRITE_BYTES >> bits);
         Some(Prewrite {
             file: FileId::IMAGE,
             offset: HostOffset((lot.first + lot.count - lot.unwritten) << bits),

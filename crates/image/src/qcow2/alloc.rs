@@ -302,6 +302,8 @@ impl Qcow2 {
     /// A free cluster that becomes metadata: its refcount is 1 from here on.
     pub(super) fn alloc_meta(&self, st: &mut State) -> Ask<Piece> {
         let piece = self.alloc(st, 1)?;
+        // Neither written whole nor in part: no reason for or against zeros.
+        st.ahead.wrote(self.geometry.cluster() / 2);
         if !piece.counted {
             self.set_refcount(st, piece.frame, piece.first, 1);
             st.ordered = true;

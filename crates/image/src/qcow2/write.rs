@@ -269,6 +269,10 @@ impl Qcow2 {
         // A tail behind the disk's end needs no care: nobody can read it before the
         // disk grows, and it is filled like the rest.
         let whole = at.0 == start && write_len == bytes;
+        st.ahead.wrote(match fill {
+            Fill::Existing => bytes,
+            Fill::Zero | Fill::Nothing => write_len,
+        });
         Ok(Plan::Allocate(Allocation {
             ticket,
             key: key_of(ticket),
