@@ -247,7 +247,7 @@ mod tests {
         let error = recorded(top, "b", None).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Denied);
         assert!(error.to_string().contains("rebase -u -b 'b'"), "{error}");
-        let error = recorded(top, "b", Some("dmg")).unwrap_err();
+        let error = recorded(top, "b", Some("vvfat")).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
     }
 }

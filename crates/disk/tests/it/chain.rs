@@ -102,9 +102,9 @@ fn refuses_names_that_are_no_files_below() {
         ),
         (
             "base.raw",
-            Some("dmg"),
+            Some("vvfat"),
             ErrorKind::Unsupported,
-            "'dmg' is not supported",
+            "'vvfat' is not supported",
         ),
         (
             "link",
