@@ -213,7 +213,7 @@ pub(crate) fn lines(seen: &[(&str, &Seen)]) -> Vec<String> {
         }
     }
     let line =
-        |(seen, names): (&Seen, Vec<&str>)| format!("{}: {}", names.join(", "), seen.words());
+        |(seen, names): (&Seen, Vec<&str>)| format!("{}: {}", names.join(" = "), seen.words());
     groups.into_iter().map(line).collect()
 }
 
@@ -239,7 +239,7 @@ mod tests {
         assert_eq!(
             lines(&all),
             [
-                "a, b: x, O_DIRECT, 1 queue, flushes reach the file",
+                "a = b: x, O_DIRECT, 1 queue, flushes reach the file",
                 "c: x, O_DIRECT, 1 queue, flushes are dropped (none of 16 reached the file)",
                 "d: y, O_DIRECT, 1 queue, some flushes are dropped (5 of 16 reached the file)",
                 "e: x, O_DIRECT, 1 queue, flushes not looked at",

@@ -170,6 +170,8 @@ pub fn run(
     let images: Vec<BTreeSet<Image>> = cells.iter().map(|cell| images(cell).collect()).collect();
     let growth = options.disk_bytes.min(1 << 30);
     let programs = Programs::look(options.diskplane.clone(), process::has_o_direct(&dir));
+    // A device is in use while a file system of a run that was killed is mounted there.
+    process::Folder::clear(&dir.join("work"))?;
     let given = options.device.as_deref();
     let given = given.map(|path| Given::look(path, options.overwrite));
     let sizes = (options.disk_bytes, growth);

@@ -132,6 +132,12 @@ pub struct Told<'a> {
     pub report: Report,
 }
 
+impl Job {
+    fn is_of_guest(&self) -> bool {
+        matches!(self.spec.target, Target::VhostUser(_))
+    }
+}
+
 impl Jobs {
     /// Reports as they are shown: those of jobs of a group with `group_reporting` as one, by the first one's name. What was
     /// verified stays with its job.
@@ -147,7 +153,8 @@ impl Jobs {
             rest = later;
             let report = match own {
                 [one] => one.clone(),
-                several => Report::merged(several),
+                // A server of vhost-user-blk has one driver at a time.
+                several => Report::merged(several, jobs[0].is_of_guest()),
             };
             Told { jobs, report }
         });
@@ -239,9 +246,9 @@ impl<'a> Others<'a> {
         let _over = Over(self, place);
         std::thread::sleep(job.delay);
         // A server of vhost-user-blk has one driver at a time.
-        let is_of_guest = matches!(job.spec.target, Target::VhostUser(_));
-        let _alone =
-            is_of_guest.then(|| self.driver.lock().unwrap_or_else(PoisonError::into_inner));
+        let _alone = job
+            .is_of_guest()
+            .then(|| self.driver.lock().unwrap_or_else(PoisonError::into_inner));
         load::run_locked(&job.spec)
     }
 }

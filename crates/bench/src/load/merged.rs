@@ -27,22 +27,37 @@ impl Percentiles {
 }
 
 impl Report {
-    /// What loads of one process did together, from the first one's beginning to the last one's end. What was verified, and the
+    /// What loads of one process did together: at the same time, or `in_turn`, one after the other. What was verified, and the
     /// server's stages, are left to their own reports.
-    pub fn merged(reports: &[Self]) -> Self {
+    pub fn merged(reports: &[Self], in_turn: bool) -> Self {
         let sum = |of: fn(&Self) -> u64| reports.iter().map(of).sum();
         let all = |of: fn(&Self) -> f64| reports.iter().map(of).sum::<f64>();
         let requests = |r: &Self| (r.reads + r.writes + r.flushes) as f64;
         let asked = reports.iter().map(requests).sum::<f64>().max(1.0);
-        let iops = all(|r| r.iops);
+        let longest = reports.iter().map(|r| r.seconds).fold(0.0, f64::max);
+        let seconds = if in_turn { all(|r| r.seconds) } else { longest };
+        // What each did in a second of its own time; in turn, of the time of all.
+        let rate = |of: fn(&Self) -> f64| match in_turn {
+            false => all(of),
+            true if seconds > 0.0 => {
+                let done = reports.iter().map(|r| of(r) * r.seconds);
+                done.sum::<f64>() / seconds
+            }
+            true => 0.0,
+        };
+        let iops = rate(|r| r.iops);
         let per_request = |of: fn(&Self) -> f64| {
             let calls: f64 = reports.iter().map(|r| of(r) * requests(r)).sum();
             calls / asked
         };
-        // Each divides the whole process's time by its own requests.
+        // Each divides the whole process's time by its own requests: at the same time it is the same time.
         let per_io = |of: fn(&Self) -> f64| {
-            let rates = reports.iter().map(|r| of(r) * r.iops);
-            let rate = rates.sum::<f64>() / reports.len().max(1) as f64;
+            let share = |r: &Self| match in_turn {
+                true => r.seconds / seconds.max(f64::MIN_POSITIVE),
+                false => 1.0 / reports.len() as f64,
+            };
+            let rates = reports.iter().map(|r| of(r) * r.iops * share(r));
+            let rate = rates.sum::<f64>();
             if iops > 0.0 { rate / iops } else { 0.0 }
         };
         let buckets = |of: fn(&Self) -> &Buckets| {
@@ -62,14 +77,14 @@ impl Report {
         let mut timeline = super::timeline::Stored::default();
         reports.iter().for_each(|r| timeline.merge(&r.timeline));
         Self {
-            seconds: reports.iter().map(|r| r.seconds).fold(0.0, f64::max),
+            seconds,
             reads: sum(|r| r.reads),
             writes: sum(|r| r.writes),
             flushes: sum(|r| r.flushes),
             errors: sum(|r| r.errors),
             bytes: sum(|r| r.bytes),
             iops,
-            mb_s: all(|r| r.mb_s),
+            mb_s: rate(|r| r.mb_s),
             read_latency: latency(|r| &r.read_latency, &histograms[0]),
             write_latency: latency(|r| &r.write_latency, &histograms[1]),
             flush_latency: latency(|r| &r.flush_latency, &histograms[2]),
@@ -109,7 +124,7 @@ mod tests {
 
     #[test]
     fn loads_at_the_same_time_are_one() {
-        let merged = Report::merged(&[report(100, 10), report(300, 1000)]);
+        let merged = Report::merged(&[report(100, 10), report(300, 1000)], false);
         assert_eq!(
             (merged.reads, merged.bytes, merged.seconds),
             (400, 400 * 4096, 1.0)
@@ -122,6 +137,19 @@ mod tests {
         assert!((latency.min_us - 10.0).abs() < 0.1 && (latency.mean_us - 752.5).abs() < 1.0);
         assert!((950.0..1050.0).contains(&latency.p50_us), "{latency:?}");
         assert_eq!(merged.write_latency.count, 0);
-        assert_eq!(Report::merged(&[]).reads, 0);
+        for in_turn in [false, true] {
+            let nothing = Report::merged(&[], in_turn);
+            assert_eq!((nothing.reads, nothing.iops), (0, 0.0));
+        }
+    }
+
+    #[test]
+    fn loads_one_after_the_other_take_longer() {
+        let merged = Report::merged(&[report(100, 10), report(300, 1000)], true);
+        assert_eq!((merged.reads, merged.seconds), (400, 2.0));
+        assert_eq!(merged.iops, 200.0);
+        assert!((merged.mb_s * 1e6 - 200.0 * 4096.0).abs() < 1e-3);
+        // Of each second all: two for 400 requests.
+        assert!((merged.client_cpu_us_per_io - 5000.0).abs() < 1e-6);
     }
 }

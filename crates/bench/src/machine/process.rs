@@ -198,9 +198,20 @@ pub(crate) fn lock(dir: &Path) -> Result<File> {
 
 /// Whether files in `dir` can be opened with `O_DIRECT`.
 pub(crate) fn has_o_direct(dir: &Path) -> bool {
-    let path = dir.join("direct");
-    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
-    let can = open(&path, flags, Mode::from_raw_mode(0o600)).is_ok();
+    // A new one: the folder may be a user's, and so may any name in it.
+    let new = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
+    let make = |n: u32| {
+        let path = dir.join(format!(".diskplane-{}-{n}", std::process::id()));
+        match open(&path, new, Mode::from_raw_mode(0o600)) {
+            Err(rustix::io::Errno::EXIST) => None,
+            made => Some(made.map(|_| path)),
+        }
+    };
+    let Some(Ok(path)) = (0..100).find_map(make) else {
+        return false;
+    };
+    let flags = OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
+    let can = open(&path, flags, Mode::empty()).is_ok();
     let _ = fs::remove_file(path);
     can
 }
@@ -230,19 +241,30 @@ impl Folder {
     ///
     /// What is there is not of such a run.
     pub(crate) fn create(path: PathBuf) -> Result<Self> {
+        Self::clear(&path)?;
         let mut left = leftovers();
-        if is_left_over(&path)? {
-            tracing::warn!(
-                "{}: removing what a run that was killed left",
-                path.display()
-            );
-            remove_folder(&path).context(|| format!("{}: remove", path.display()))?;
-        }
         fs::create_dir_all(&path).context(|| format!("{}: create", path.display()))?;
         // Before there is anything else: who is killed now leaves an empty folder.
         mark(&path)?;
         left.folders.push(path.clone());
         Ok(Self(path))
+    }
+
+    /// Removes what a run left at `path` that was killed, with what is mounted there.
+    ///
+    /// # Errors
+    ///
+    /// What is there is not of such a run.
+    pub(crate) fn clear(path: &Path) -> Result<()> {
+        let _left = leftovers();
+        if is_left_over(path)? {
+            tracing::warn!(
+                "{}: removing what a run that was killed left",
+                path.display()
+            );
+            remove_folder(path).context(|| format!("{}: remove", path.display()))?;
+        }
+        Ok(())
     }
 
     /// Where it is.

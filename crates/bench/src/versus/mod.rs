@@ -404,7 +404,9 @@ fn compare(cell: &Cell, seen: &[Option<peer::Seen>], outcome: &mut Outcome) {
                 "not equal: {:?} {:?} here, {:?} {:?} at {}",
                 ours.files, ours.bytes, theirs.files, theirs.bytes, side.name
             ));
-        } else {
+        } else if theirs.direct == ours.direct
+            && theirs.flushes.map(|f| f.all()) == ours.flushes.map(|f| f.all())
+        {
             equal.push(side.name);
         }
     }

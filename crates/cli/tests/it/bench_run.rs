@@ -342,7 +342,7 @@ fn a_metadata_cache_is_bounded_as_its_row_says() {
         for says in [
             "ioping-write: equal are ",
             "flushes are dropped (none of 16 reached the file)",
-            "qsd auto, diskplane auto: qcow2-falloc-1-0.img, O_DIRECT, 1 queue, flushes reach the file",
+            "qsd auto = diskplane auto: qcow2-falloc-1-0.img, O_DIRECT, 1 queue, flushes reach the file",
         ] {
             assert!(words.contains(says), "{says}: {words}");
         }
