@@ -38,6 +38,9 @@ impl Default for Judge {
     }
 }
 
+/// A check of a format, which says what is wrong.
+type Sound = fn(&World) -> Result<(), String>;
+
 impl Judge {
     /// What is wrong with a crashed image, if the guest may find what `allowed` says.
     ///
@@ -61,11 +64,8 @@ impl Judge {
         ) {
             return self.judge_growing(world, model, allowed, look);
         }
-        if format == Format::Qcow {
-            return self.judge_qcow(world, model, allowed, look);
-        }
-        if format == Format::Qed {
-            return self.judge_qed(world, model, allowed, look);
+        if matches!(format, Format::Qed | Format::Qcow) {
+            return self.judge_appended(world, model, allowed, look);
         }
         if allowed.absent && Header::read(&**world.image()).is_err() {
             return Ok(());
@@ -124,55 +124,43 @@ impl Judge {
         }
     }
 
-    /// A qcow image is sound as it is, reads as it may, by QEMU too, and can be written to.
-    fn judge_qcow(
+    /// A QED or qcow image is sound without a repair, the former without the need-check bit, reads as it may, by QEMU too, and can be
+    /// written to.
+    fn judge_appended(
         &self,
         world: &World,
         model: &Model,
         allowed: &Allowed,
         look: Look,
     ) -> Result<(), String> {
-        check_qcow(world)?;
-        let bytes = world.content().map_err(|e| e.to_string())?;
-        model.judge(allowed, &bytes)?;
-        if look != Look::Quick {
-            self.write_files(world, "image.qcow2")?;
-            self.peer_reads(&bytes, Format::Qcow)?;
-        }
-        if look == Look::Close {
-            let world = go_on_writing(world, model, allowed)?;
-            check_qcow(&world).map_err(|what| format!("after going on: {what}"))?;
-        }
-        Ok(())
-    }
-
-    /// A QED image is sound without a repair and without the need-check bit.
-    fn judge_qed(
-        &self,
-        world: &World,
-        model: &Model,
-        allowed: &Allowed,
-        look: Look,
-    ) -> Result<(), String> {
-        let header = qed::Header::read(&**world.image()).map_err(|e| e.to_string())?;
-        if header.needs_check() {
-            return Err("the need-check bit is set".to_owned());
-        }
-        check_qed(world)?;
-        let bytes = world.content().map_err(|e| e.to_string())?;
-        model.judge(allowed, &bytes)?;
-        // QEMU opens no image with tables of one cluster.
-        let peer = header.table_size > 1;
-        if look != Look::Quick && peer {
-            self.peer(world, Format::Qed)?;
-        }
-        if look == Look::Close {
-            if peer {
-                self.peer_reads(&bytes, Format::Qed)?;
+        let format = world.spec.format();
+        let (sound, peer): (Sound, bool) = match format {
+            Format::Qed => {
+                let header = qed::Header::read(&**world.image()).map_err(|e| e.to_string())?;
+                if header.needs_check() {
+                    return Err("the need-check bit is set".to_owned());
+                }
+                // QEMU opens no image with tables of one cluster.
+                (check_qed, header.table_size > 1)
             }
-            let after = |what| format!("after going on: {what}");
+            _ => (check_qcow, true),
+        };
+        sound(world)?;
+        let bytes = world.content().map_err(|e| e.to_string())?;
+        model.judge(allowed, &bytes)?;
+        if look != Look::Quick && peer {
+            match format {
+                Format::Qed => self.peer(world, format)?,
+                // Which qemu-img cannot check.
+                _ => self.write_files(world, "image.qcow2")?,
+            }
+            if look == Look::Close || format == Format::Qcow {
+                self.peer_reads(&bytes, format)?;
+            }
+        }
+        if look == Look::Close {
             let world = go_on_writing(world, model, allowed)?;
-            check_qed(&world).map_err(after)?;
+            sound(&world).map_err(|what| format!("after going on: {what}"))?;
         }
         Ok(())
     }

@@ -39,6 +39,7 @@ pub mod spec;
 pub mod states;
 pub mod vmdk;
 pub mod whole;
+mod workloads;
 pub mod world;
 
 pub use cases::Case;

@@ -2,6 +2,7 @@
 //! who is at it, or a table that is full.
 
 use crate::{
+    memory,
     queue::{DiskQueue, Next},
     request::State,
     sub::{Place, Purpose},
@@ -9,16 +10,7 @@ use crate::{
 };
 use block::GuestError;
 use image::{Foreseen, Key, Need};
-use io::{Engine, FileSlot, IoOp, memory::AlignedBuf};
-use std::sync::OnceLock;
-
-/// Zeros to write: only ever read, by all queues there are.
-fn zeros() -> &'static AlignedBuf {
-    const BYTES: usize = 256 << 10;
-    const PAGE: usize = 4096;
-    static ZEROS: OnceLock<AlignedBuf> = OnceLock::new();
-    ZEROS.get_or_init(|| AlignedBuf::new(BYTES, PAGE))
-}
+use io::{Engine, FileSlot, IoOp};
 
 impl DiskQueue {
     /// Parks the request until `key` of `layer` is woken; `Continue` asks once more first.
@@ -147,13 +139,7 @@ impl DiskQueue {
             Some(Foreseen::Prewrite(prewrite)) => {
                 let Some(sub) = self.take_sub() else { return };
                 self.unasked += 1;
-                let zeros = zeros();
-                let mut left = prewrite.len as usize;
-                while left > 0 {
-                    let piece = zeros.piece(0, left.min(zeros.len()));
-                    left -= piece.len();
-                    self.subs[sub as usize].iov.push(piece);
-                }
+                memory::push_zeros(prewrite.len, &mut self.subs[sub as usize].iov);
                 let file = self.file(0, prewrite.file);
                 let (offset, len) = (prewrite.offset.0, prewrite.len);
                 let place = Place { file, offset, len };

@@ -21,12 +21,13 @@ mod tests;
 
 use crate::contract::{
     Description, Extent, ExtentKind, FileId, Image, Load, Plan, Step, ZeroMode, ZeroPlan,
+    reading_only, why_reading_only,
 };
-use crate::metadata::bitmaps::{Bitmaps, Busy, Order, Uses};
-use crate::metadata::{Ask, step};
+use crate::head;
+use crate::metadata::bitmaps::Order;
+use crate::metadata::{Ask, Reading, step};
 use crate::words::{read_u32_le, read_u64_le};
-use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, limits, size};
-use std::sync::{Mutex, PoisonError};
+use block::{Error, GuestOffset, HostOffset, Result, Storage, limits, size};
 
 /// Where an image has its strings, each up to a NUL.
 pub const MAGIC: [(usize, &[u8]); 3] = [
@@ -51,9 +52,6 @@ const SECTOR: u64 = 512;
 const CHUNK: usize = 64 << 10;
 /// Memory for bitmaps, of 2 KiB each at most.
 const CACHE_BYTES: u64 = 4 << 20;
-
-/// Why such images are not written.
-const READING_ONLY: &str = "bochs images are for reading only: convert it into another format";
 
 /// What a header says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,7 +80,7 @@ impl Header {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Corrupt`] for what cannot be, [`ErrorKind::Unsupported`] for what is too large; the field is named.
+    /// [`block::ErrorKind::Corrupt`] for what cannot be, [`block::ErrorKind::Unsupported`] for what is too large; the field is named.
     pub fn parse(raw: &[u8; HEADER_BYTES]) -> Result<Self> {
         let word = |at| read_u32_le(raw, at).unwrap_or(0);
         if !shows(raw) {
@@ -158,8 +156,7 @@ pub struct Bochs {
     header: Header,
     catalog: Vec<u32>,
     file_bytes: u64,
-    bitmaps: Bitmaps,
-    uses: Mutex<Uses>,
+    bitmaps: Reading,
 }
 
 impl Bochs {
@@ -175,12 +172,7 @@ impl Bochs {
 
     fn open_unnamed(file: &dyn Storage) -> Result<Self> {
         let file_bytes = file.len()?;
-        let mut raw = [0; HEADER_BYTES];
-        if file_bytes < HEADER_BYTES as u64 {
-            return Err(Error::corrupt("header: the file ends inside it"));
-        }
-        file.read_at(0, &mut raw)?;
-        let header = Header::parse(&raw)?;
+        let header = Header::parse(&head::read(file, file_bytes)?)?;
         let mut at = header.header_bytes;
         let end = at + u64::from(header.entries) * 4;
         if end > file_bytes {
@@ -205,20 +197,15 @@ impl Bochs {
             name: file.name(),
             catalog,
             file_bytes,
-            bitmaps: Bitmaps::new(
+            bitmaps: Reading::new(
+                file.name(),
                 u64::from(header.entries),
                 frames as usize,
                 bits,
                 Order::LowFirst,
             ),
-            uses: Mutex::new(Uses::new(frames as usize)),
             header,
         })
-    }
-
-    fn read_only(&self) -> Error {
-        let text = format!("{}: {READING_ONLY}", self.name);
-        Error::new(ErrorKind::ReadOnly, text)
     }
 
     /// An extent that lies behind the end of the file.
@@ -246,24 +233,11 @@ impl Bochs {
             return Err(self.outside(extent, number).into());
         }
         let (first, end) = (within / SECTOR, (within + len).div_ceil(SECTOR));
-        let run = match self.bitmaps.run(extent, first, end) {
-            Some(run) => run,
-            None => {
-                // The frame is the bitmap's only as long as the lock is held.
-                let mut uses = self.uses.lock().unwrap_or_else(PoisonError::into_inner);
-                let idle = Busy {
-                    dirty: false,
-                    ticket: None,
-                };
-                let frame = uses.frame_of(&self.bitmaps, extent, idle, || {
-                    // At most 2 KiB.
-                    Ok((bitmap, header.bits_bytes() as u32))
-                })?;
-                let frame = self.bitmaps.frame(frame);
-                let lost = || Error::corrupt(format!("{}: no bitmap {extent}", self.name));
-                frame.ok_or_else(lost)?.run(first, end)
-            }
-        };
+        // At most 2 KiB.
+        let at = (bitmap, header.bits_bytes() as u32);
+        let run = self
+            .bitmaps
+            .ask(extent, at, |bitmaps| bitmaps.run(extent, first, end))?;
         let len = len.min((first + run.sectors) * SECTOR - within);
         if !run.present {
             return Ok(Extent {
@@ -283,24 +257,13 @@ impl Bochs {
             }),
         }
     }
-
-    fn end_load(&self, load: &Load, bytes: Option<&[u8]>) -> Result<()> {
-        let mut uses = self.uses.lock().unwrap_or_else(PoisonError::into_inner);
-        match uses.loaded(&self.bitmaps, load, bytes) {
-            Some(_) => Ok(()),
-            None => Err(Error::invalid(format!(
-                "{}: a load nobody asked for",
-                self.name
-            ))),
-        }
-    }
 }
 
 impl Image for Bochs {
     fn describe(&self) -> Description {
         let used = self.catalog.iter().filter(|entry| **entry != ABSENT);
         Description {
-            read_only_because: Some(READING_ONLY.to_owned()),
+            read_only_because: Some(why_reading_only("bochs")),
             facts: vec![(
                 "extents",
                 format!(
@@ -323,18 +286,18 @@ impl Image for Bochs {
     }
 
     fn plan_write(&self, _: GuestOffset, _: u64) -> Result<Step<Plan>> {
-        Err(self.read_only())
+        Err(reading_only(&self.name, "bochs"))
     }
 
     fn plan_zero(&self, _: GuestOffset, _: u64, _: ZeroMode) -> Result<Step<ZeroPlan>> {
-        Err(self.read_only())
+        Err(reading_only(&self.name, "bochs"))
     }
 
     fn loaded(&self, load: &Load, bytes: &[u8]) -> Result<()> {
-        self.end_load(load, Some(bytes))
+        self.bitmaps.end_load(load, Some(bytes))
     }
 
     fn load_failed(&self, load: &Load) {
-        let _ = self.end_load(load, None);
+        let _ = self.bitmaps.end_load(load, None);
     }
 }

@@ -16,14 +16,14 @@ mod tests;
 
 use crate::contract::{
     Compressed, Description, Extent, ExtentKind, FileId, Image, Load, Plan, Step, ZeroMode,
-    ZeroPlan,
+    ZeroPlan, reading_only, why_reading_only,
 };
+use crate::head;
 use crate::inflate;
-use crate::metadata::bitmaps::{Bitmaps, Busy, Order, Uses};
-use crate::metadata::{Ask, step};
+use crate::metadata::bitmaps::Order;
+use crate::metadata::{Ask, Reading, step};
 use crate::words::read_u32;
-use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage};
-use std::sync::{Mutex, PoisonError};
+use block::{Error, GuestOffset, HostOffset, Result, Storage};
 
 /// Bytes at the start of an image.
 pub const MAGIC: &[u8] =
@@ -45,9 +45,6 @@ const CACHE_BYTES: u64 = 16 << 20;
 /// Bytes of the offsets that are looked at at a time.
 const CHUNK: usize = 1 << 20;
 
-/// Why such images are not written.
-const READING_ONLY: &str = "cloop images are for reading only: convert it into another format";
-
 /// An open image.
 #[derive(Debug)]
 pub struct Cloop {
@@ -55,8 +52,7 @@ pub struct Cloop {
     block_bytes: u32,
     blocks: u32,
     file_bytes: u64,
-    pages: Bitmaps,
-    uses: Mutex<Uses>,
+    pages: Reading,
 }
 
 impl Cloop {
@@ -64,7 +60,7 @@ impl Cloop {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Corrupt`] for what cannot be, [`ErrorKind::Unsupported`] for what is too large; the field is named.
+    /// [`block::ErrorKind::Corrupt`] for what cannot be, [`block::ErrorKind::Unsupported`] for what is too large; the field is named.
     pub fn open(file: &dyn Storage) -> Result<Self> {
         let name = file.name();
         Self::open_unnamed(file).map_err(|error| error.within(name))
@@ -73,7 +69,7 @@ impl Cloop {
     fn open_unnamed(file: &dyn Storage) -> Result<Self> {
         let file_bytes = file.len()?;
         if file_bytes < OFFSETS_AT {
-            return Err(Error::corrupt("header: the file ends inside it"));
+            return Err(head::cut_off());
         }
         let mut head = [0; 8];
         file.read_at(HEADER_AT, &mut head)?;
@@ -110,8 +106,7 @@ impl Cloop {
             block_bytes,
             blocks,
             file_bytes,
-            pages: Bitmaps::new(count, frames, PAGE_BYTES * 8, Order::HighFirst),
-            uses: Mutex::new(Uses::new(frames)),
+            pages: Reading::new(file.name(), count, frames, PAGE_BYTES * 8, Order::HighFirst),
         };
         image.look_through(file)?;
         Ok(image)
@@ -138,29 +133,12 @@ impl Cloop {
         Ok(())
     }
 
-    fn read_only(&self) -> Error {
-        let text = format!("{}: {READING_ONLY}", self.name);
-        Error::new(ErrorKind::ReadOnly, text)
-    }
-
     /// The offset with that number.
     fn offset(&self, index: u64) -> Ask<u64> {
         let word = OFFSETS_AT / 8 + index;
         let (page, place) = (word / PAGE_WORDS, (word % PAGE_WORDS) as usize);
-        if let Some(offset) = self.pages.word(page, place) {
-            return Ok(offset);
-        }
-        // The frame is the page's only as long as the lock is held.
-        let mut uses = self.uses.lock().unwrap_or_else(PoisonError::into_inner);
-        let idle = Busy {
-            dirty: false,
-            ticket: None,
-        };
-        uses.frame_of(&self.pages, page, idle, || {
-            Ok((page * PAGE_BYTES, PAGE_BYTES as u32))
-        })?;
-        let lost = || Error::corrupt(format!("{}: no offset {index}", self.name));
-        Ok(self.pages.word(page, place).ok_or_else(lost)?)
+        let at = (page * PAGE_BYTES, PAGE_BYTES as u32);
+        self.pages.ask(page, at, |pages| pages.word(page, place))
     }
 
     fn map_at(&self, at: GuestOffset, len: u64) -> Ask<Extent> {
@@ -190,17 +168,6 @@ impl Cloop {
             }),
         })
     }
-
-    fn end_load(&self, load: &Load, bytes: Option<&[u8]>) -> Result<()> {
-        let mut uses = self.uses.lock().unwrap_or_else(PoisonError::into_inner);
-        match uses.loaded(&self.pages, load, bytes) {
-            Some(_) => Ok(()),
-            None => Err(Error::invalid(format!(
-                "{}: a load nobody asked for",
-                self.name
-            ))),
-        }
-    }
 }
 
 /// Refuses a block from one offset to another that cannot be.
@@ -225,7 +192,7 @@ fn judge(block: u64, from: u64, to: u64) -> Result<()> {
 impl Image for Cloop {
     fn describe(&self) -> Description {
         Description {
-            read_only_because: Some(READING_ONLY.to_owned()),
+            read_only_because: Some(why_reading_only("cloop")),
             facts: vec![("blocks", self.blocks.to_string())],
             ..Description::new("cloop", self.size(), u64::from(self.block_bytes))
         }
@@ -240,19 +207,19 @@ impl Image for Cloop {
     }
 
     fn plan_write(&self, _: GuestOffset, _: u64) -> Result<Step<Plan>> {
-        Err(self.read_only())
+        Err(reading_only(&self.name, "cloop"))
     }
 
     fn plan_zero(&self, _: GuestOffset, _: u64, _: ZeroMode) -> Result<Step<ZeroPlan>> {
-        Err(self.read_only())
+        Err(reading_only(&self.name, "cloop"))
     }
 
     fn loaded(&self, load: &Load, bytes: &[u8]) -> Result<()> {
-        self.end_load(load, Some(bytes))
+        self.pages.end_load(load, Some(bytes))
     }
 
     fn load_failed(&self, load: &Load) {
-        let _ = self.end_load(load, None);
+        let _ = self.pages.end_load(load, None);
     }
 
     fn decompress(&self, _: &Compressed, input: &[u8], output: &mut [u8]) -> Result<()> {

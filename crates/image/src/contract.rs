@@ -31,7 +31,7 @@
 //! by then have ended and the hole is punched. Only then is it allocated again.
 
 use crate::{Encryption, Pack};
-use block::{Error, GuestOffset, HostOffset, Result, Storage, Zeroed};
+use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, Zeroed};
 use std::fmt::Debug;
 
 /// Which of an image's files: 0 is the image file itself, 1 an external data file; or those that a descriptor names, from
@@ -458,6 +458,17 @@ impl Description {
 pub(crate) fn own_file<'a>(files: &[&'a dyn Storage], name: &str) -> Result<&'a dyn Storage> {
     let file = files.first().copied();
     file.ok_or_else(|| Error::invalid(format!("{name}: closed without its file")))
+}
+
+/// Why images of `format` are not written: diskplane has no writer for it.
+pub(crate) fn why_reading_only(format: &str) -> String {
+    format!("{format} images are for reading only: convert it into another format")
+}
+
+/// What writing to such an image fails with.
+pub(crate) fn reading_only(name: &str, format: &str) -> Error {
+    let text = format!("{name}: {}", why_reading_only(format));
+    Error::new(ErrorKind::ReadOnly, text)
 }
 
 /// An open image of some format. See the module's documentation for the rules.

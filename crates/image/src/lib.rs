@@ -11,6 +11,7 @@ pub mod cloop;
 mod contract;
 pub mod dmg;
 mod encryption;
+mod head;
 mod inflate;
 pub mod luks;
 mod metadata;

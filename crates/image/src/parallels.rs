@@ -17,11 +17,12 @@
 //! The BAT is kept in memory. An entry that leads to no cluster of the file is found when it is asked for.
 
 use crate::contract::{
-    Description, Extent, ExtentKind, FileId, Image, Plan, Step, ZeroMode, ZeroPlan,
+    Description, Extent, ExtentKind, FileId, Image, Plan, Step, ZeroMode, ZeroPlan, reading_only,
+    why_reading_only,
 };
 use crate::metadata::{Growing, STEPS_MAX};
 use crate::words::{read_u32_le, read_u64_le};
-use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage, limits, size};
+use block::{Error, GuestOffset, HostOffset, Result, Storage, limits, size};
 
 /// The beginning of images whose entries are of sectors.
 pub const MAGIC_OLD: [u8; 16] = *b"WithoutFreeSpace";
@@ -42,9 +43,6 @@ const CHUNK: usize = 64 << 10;
 
 const SECTOR: u64 = 512;
 const IN_USE: u32 = 0x746f_6e59;
-
-/// Why such images are not written.
-const READING_ONLY: &str = "parallels images are for reading only: convert it into another format";
 
 /// A header, and where it says that things are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,7 +91,7 @@ impl CreateOptions {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Invalid`], with the reason.
+    /// [`block::ErrorKind::Invalid`], with the reason.
     pub fn check(&self) -> Result<()> {
         self.layout().map(drop)
     }
@@ -133,7 +131,7 @@ impl CreateOptions {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Invalid`] for what cannot be (nothing is written then), or what the host refused.
+/// [`block::ErrorKind::Invalid`] for what cannot be (nothing is written then), or what the host refused.
 pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
     let (tracks, entries, data, data_sectors) = options.layout()?;
     let CreateOptions { size, .. } = *options;
@@ -177,7 +175,7 @@ impl Header {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Corrupt`] for what cannot be, [`ErrorKind::Unsupported`] for what is too large; the field is named.
+    /// [`block::ErrorKind::Corrupt`] for what cannot be, [`block::ErrorKind::Unsupported`] for what is too large; the field is named.
     pub fn read(file: &dyn Storage) -> Result<Self> {
         let file_bytes = file.len()?;
         let read = || -> Result<Self> {
@@ -361,13 +359,6 @@ impl Parallels {
         })
     }
 
-    fn read_only(&self) -> Error {
-        Error::new(
-            ErrorKind::ReadOnly,
-            format!("{}: {READING_ONLY}", self.name),
-        )
-    }
-
     fn map_at(&self, at: GuestOffset, len: u64) -> Result<Extent> {
         let cluster_bytes = self.header.cluster_bytes;
         let mut run = Growing::new(at.0, len);
@@ -429,7 +420,7 @@ impl Image for Parallels {
             facts.push(("in use", "it was not closed cleanly, or is open".to_owned()));
         }
         Description {
-            read_only_because: Some(READING_ONLY.to_owned()),
+            read_only_because: Some(why_reading_only("parallels")),
             facts,
             ..Description::new("parallels", header.disk_bytes, header.cluster_bytes)
         }
@@ -444,10 +435,10 @@ impl Image for Parallels {
     }
 
     fn plan_write(&self, _: GuestOffset, _: u64) -> Result<Step<Plan>> {
-        Err(self.read_only())
+        Err(reading_only(&self.name, "parallels"))
     }
 
     fn plan_zero(&self, _: GuestOffset, _: u64, _: ZeroMode) -> Result<Step<ZeroPlan>> {
-        Err(self.read_only())
+        Err(reading_only(&self.name, "parallels"))
     }
 }

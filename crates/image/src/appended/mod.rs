@@ -22,19 +22,20 @@
 //! twice, and nothing finds it where the cluster leaked. A check beforehand finds all of them.
 //!
 //! * `form`: entries in the file. `map`, `write`, `zero`: the questions. `space`: free clusters. `state`: what the lock
-//!   guards. `flush`: the order on disk. `close`.
+//!   guards. `flush`: the order on disk. `close`. `over`: an image whose format has no more than this and a header.
 
 mod close;
 mod flush;
 mod form;
 mod map;
+mod over;
 mod space;
 mod state;
 mod write;
 mod zero;
 
 pub(crate) use form::{Form, words_of};
-
+pub(crate) use over::{Head, Over};
 pub(crate) use state::Places;
 
 use crate::metadata::cache::Cache;

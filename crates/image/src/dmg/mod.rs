@@ -18,9 +18,10 @@ pub use table::{TABLES_BYTES_MAX, trailer};
 
 use crate::contract::{
     Compressed, Description, Extent, ExtentKind, FileId, Image, Plan, Step, ZeroMode, ZeroPlan,
+    reading_only, why_reading_only,
 };
 use crate::inflate;
-use block::{Error, ErrorKind, GuestOffset, HostOffset, Result, Storage};
+use block::{Error, GuestOffset, HostOffset, Result, Storage};
 use table::{Chunk, Kind};
 
 /// Most sectors of a packed chunk, as in QEMU.
@@ -29,9 +30,6 @@ pub const CHUNK_SECTORS_MAX: u64 = CHUNK_BYTES_MAX / SECTOR;
 pub const CHUNK_BYTES_MAX: u64 = 64 << 20;
 
 const SECTOR: u64 = 512;
-
-/// Why such images are not written.
-const READING_ONLY: &str = "dmg images are for reading only: convert it into another format";
 
 /// An open image.
 #[derive(Debug)]
@@ -48,7 +46,7 @@ impl Dmg {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Corrupt`] for what cannot be, [`ErrorKind::Unsupported`] for what is too large; the place is named.
+    /// [`block::ErrorKind::Corrupt`] for what cannot be, [`block::ErrorKind::Unsupported`] for what is too large; the place is named.
     pub fn open(file: &dyn Storage) -> Result<Self> {
         let name = file.name();
         let read = table::read(file).map_err(|error| error.within(&name))?;
@@ -58,11 +56,6 @@ impl Dmg {
             file_bytes: file.len()?,
             chunks: read.chunks,
         })
-    }
-
-    fn read_only(&self) -> Error {
-        let text = format!("{}: {READING_ONLY}", self.name);
-        Error::new(ErrorKind::ReadOnly, text)
     }
 
     fn corrupt(&self, chunk: &Chunk, what: &str) -> Error {
@@ -150,7 +143,7 @@ impl Image for Dmg {
             .map(|(kind, count)| format!("{count} {}", kind.name()))
             .collect();
         Description {
-            read_only_because: Some(READING_ONLY.to_owned()),
+            read_only_because: Some(why_reading_only("dmg")),
             facts: vec![("chunks", kinds.join(", "))],
             ..Description::new("dmg", self.disk_bytes, 1)
         }
@@ -165,11 +158,11 @@ impl Image for Dmg {
     }
 
     fn plan_write(&self, _: GuestOffset, _: u64) -> Result<Step<Plan>> {
-        Err(self.read_only())
+        Err(reading_only(&self.name, "dmg"))
     }
 
     fn plan_zero(&self, _: GuestOffset, _: u64, _: ZeroMode) -> Result<Step<ZeroPlan>> {
-        Err(self.read_only())
+        Err(reading_only(&self.name, "dmg"))
     }
 
     fn decompress(&self, cluster: &Compressed, input: &[u8], output: &mut [u8]) -> Result<()> {

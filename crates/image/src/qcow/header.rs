@@ -7,6 +7,7 @@
 //!   16 backing_file_size        33 l2_bits (8)
 //! ```
 
+use crate::head::{self, wrong};
 use crate::words::{read_u32, read_u64};
 use block::{Context, Error, Result, Storage, limits, size};
 
@@ -51,10 +52,6 @@ pub struct Header {
     pub backing: Option<String>,
 }
 
-fn wrong(field: &str, byte: usize, what: impl std::fmt::Display) -> Error {
-    Error::corrupt(format!("header: {field} at byte {byte} {what}"))
-}
-
 impl Header {
     /// Reads the header of `storage` and judges it: what it refers to lies within the file.
     ///
@@ -67,12 +64,7 @@ impl Header {
 
     pub(super) fn read_unnamed(storage: &dyn Storage) -> Result<Self> {
         let len = storage.len()?;
-        let mut bytes = [0; HEADER_LEN];
-        if len < HEADER_LEN as u64 {
-            return Err(Error::corrupt("header: the file ends inside it"));
-        }
-        storage.read_at(0, &mut bytes)?;
-        let mut header = Self::parse(&bytes)?;
+        let mut header = Self::parse(&head::read(storage, len)?)?;
         header.validate(len)?;
         header.backing = header.read_backing(storage, len)?;
         Ok(header)
@@ -129,20 +121,17 @@ impl Header {
         } else {
             CRYPT_NONE
         };
-        let fields = MAGIC
-            .into_iter()
-            .chain(self.backing_file_offset.to_be_bytes())
-            .chain(self.backing_file_size.to_be_bytes())
-            .chain(self.mtime.to_be_bytes())
-            .chain(self.size.to_be_bytes())
-            .chain(bits)
-            .chain(crypt.to_be_bytes())
-            .chain(self.l1_table_offset.to_be_bytes());
-        let mut bytes = [0; HEADER_LEN];
-        for (to, from) in bytes.iter_mut().zip(fields) {
-            *to = from;
-        }
-        bytes
+        head::packed(
+            MAGIC
+                .into_iter()
+                .chain(self.backing_file_offset.to_be_bytes())
+                .chain(self.backing_file_size.to_be_bytes())
+                .chain(self.mtime.to_be_bytes())
+                .chain(self.size.to_be_bytes())
+                .chain(bits)
+                .chain(crypt.to_be_bytes())
+                .chain(self.l1_table_offset.to_be_bytes()),
+        )
     }
 
     /// Judges the fields, for a file of `file_len` bytes.

@@ -35,118 +35,27 @@ pub use header::{BACKING_NAME_MAX, HEADER_LEN, Header, L1_ENTRIES_MAX, MAGIC};
 pub use open::OpenOptions;
 pub use stream::ImageWriter;
 
-use crate::appended::Appended;
-use crate::contract::own_file;
-use crate::metadata::Walk;
-use crate::{
-    Compressed, Description, Encryption, Extent, FlushRun, Foreseen, Image, Load, Plan, Reserve,
-    Step, Ticket, ZeroMode, ZeroPlan, qcow2,
-};
-use block::{GuestOffset, Result, Storage, Zeroed, size};
+use crate::appended::{Head, Over};
+use crate::{Description, qcow2};
+use block::{Result, size};
 
 /// An open image.
-#[derive(Debug)]
-pub struct Qcow {
-    name: String,
-    header: Header,
-    /// Why it must not be written, when it must not.
-    lacks: Option<String>,
-    encryption: Option<Encryption>,
-    core: Appended,
-}
+pub type Qcow = Over<Header>;
 
-impl Qcow {
-    /// Its header as it was when the image was opened.
-    pub fn header(&self) -> &Header {
-        &self.header
-    }
-}
-
-impl Image for Qcow {
+impl Head for Header {
     fn describe(&self) -> Description {
-        let h = &self.header;
         Description {
-            backing: h.backing.clone(),
-            read_only_because: self.lacks.clone(),
-            facts: vec![
-                ("table size", size::human(h.table_bytes())),
-                ("metadata cache", self.core.cache_fact()),
-            ],
-            ..Description::new("qcow", h.disk_bytes(), h.cluster_size())
+            backing: self.backing.clone(),
+            facts: vec![("table size", size::human(self.table_bytes()))],
+            ..Description::new("qcow", self.disk_bytes(), self.cluster_size())
         }
     }
 
-    fn size(&self) -> u64 {
-        self.header.disk_bytes()
+    fn disk_bytes(&self) -> u64 {
+        self.disk_bytes()
     }
 
-    fn map(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
-        self.core.map_extent(at, len)
-    }
-
-    fn expect(&self, at: GuestOffset) {
-        self.core.expect_at(at);
-    }
-
-    fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>> {
-        self.core.plan_write(at, len)
-    }
-
-    fn foresee(&self) -> Option<Foreseen> {
-        self.core.foresee()
-    }
-
-    fn commit(&self, ticket: Ticket) {
-        self.core.end_allocation(ticket, true);
-    }
-
-    fn abort(&self, ticket: Ticket) {
-        self.core.end_allocation(ticket, false);
-    }
-
-    fn plan_zero(&self, at: GuestOffset, len: u64, mode: ZeroMode) -> Result<Step<ZeroPlan>> {
-        self.core.plan_zero(at, len, mode)
-    }
-
-    fn loaded(&self, load: &Load, bytes: &[u8]) -> Result<()> {
-        self.core.loaded(load, bytes)
-    }
-
-    fn load_failed(&self, load: &Load) {
-        self.core.load_failed(load);
-    }
-
-    fn reserved(&self, reserve: &Reserve, zeroed: Zeroed) {
-        self.core.reserved(reserve, Some(zeroed));
-    }
-
-    fn reserve_failed(&self, reserve: &Reserve) {
-        self.core.reserved(reserve, None);
-    }
-
-    fn decompress(&self, _: &Compressed, input: &[u8], output: &mut [u8]) -> Result<()> {
-        let unpacked = qcow2::unpack(qcow2::Compression::Zlib, input, output);
-        unpacked.map_err(|error| error.within(&self.name))
-    }
-
-    fn encryption(&self) -> Option<&Encryption> {
-        self.encryption.as_ref()
-    }
-
-    fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
-        self.core.fill_flush(run)
-    }
-
-    fn flush_end(&self, run: &mut FlushRun, ok: bool) {
-        self.core.end_flush(ok);
-        run.clear();
-    }
-
-    fn is_dirty(&self) -> bool {
-        self.core.is_dirty()
-    }
-
-    fn close(&self, files: &[&dyn Storage]) -> Result<()> {
-        self.core.close_blocking(own_file(files, &self.name)?)
+    fn unpack(&self, input: &[u8], output: &mut [u8]) -> Result<()> {
+        qcow2::unpack(qcow2::Compression::Zlib, input, output)
     }
 }

@@ -31,46 +31,9 @@ fn open(file: &MemFile) -> Driver<Qcow> {
     Driver::of(file.clone(), image)
 }
 
-fn bytes(rng: &mut Rng, len: u64) -> Vec<u8> {
-    let value = rng.below(255) as u8 + 1;
-    (0..len).map(|i| value ^ (i >> 9) as u8).collect()
-}
-
 /// What cannot be compressed.
 fn noise(rng: &mut Rng, len: u64) -> Vec<u8> {
     (0..len).map(|_| (rng.next() >> 20) as u8).collect()
-}
-
-/// A random change of disk and model.
-fn change(driver: &mut Driver<Qcow>, model: &mut [u8], rng: &mut Rng, len_max: u64) {
-    let sectors = model.len() as u64 / 512;
-    let first = rng.below(sectors);
-    let count = (1 + rng.below(len_max / 512)).min(sectors - first);
-    let (at, len) = (first * 512, count * 512);
-    let part = &mut model[at as usize..(at + len) as usize];
-    match rng.below(8) {
-        0 => {
-            driver
-                .zero(at, len, ZeroMode::Zero { unmap: true })
-                .unwrap();
-            part.fill(0);
-        }
-        1 => {
-            driver.zero(at, len, ZeroMode::Discard).unwrap();
-            // It may be zeros now, or what it was.
-            let now = driver.read(at, len).unwrap();
-            for (new, old) in now.chunks(512).zip(part.chunks(512)) {
-                assert!(new == old || new.iter().all(|b| *b == 0));
-            }
-            part.copy_from_slice(&now);
-        }
-        2 => driver.flush().unwrap(),
-        _ => {
-            let data = bytes(rng, len);
-            driver.write(at, &data).unwrap();
-            part.copy_from_slice(&data);
-        }
-    }
 }
 
 /// What QEMU reads of the image in `bytes`, over `backing`.
@@ -92,7 +55,7 @@ fn behaves_as_the_model_and_qemu_reads_the_same() {
             let mut rng = Rng(seed);
             let size = (40 << kind.0).min(1 << 20) + 512;
             let backing = match backing_name {
-                Some(_) => bytes(&mut rng, size - 1024),
+                Some(_) => rng.bytes(size - 1024),
                 None => Vec::new(),
             };
             let mut model = backing.clone();
@@ -102,7 +65,7 @@ fn behaves_as_the_model_and_qemu_reads_the_same() {
             let mut driver = open(&file);
             driver.backing.clone_from(&backing);
             for turn in 0..60 {
-                change(&mut driver, &mut model, &mut rng, 3 << kind.0);
+                driver.change(&mut model, &mut rng, 3 << kind.0);
                 if turn % 20 == 19 {
                     assert!(driver.read(0, size).unwrap() == model, "{kind:?}");
                     driver.close();
@@ -124,7 +87,7 @@ fn content(rng: &mut Rng, clusters: u64, cluster: u64) -> Vec<Option<Vec<u8>>> {
             0 => None,
             1 => Some(vec![0; cluster as usize]),
             2 => Some(noise(rng, cluster)),
-            _ => Some(bytes(rng, cluster)),
+            _ => Some(rng.bytes(cluster)),
         })
         .collect()
 }
@@ -193,7 +156,7 @@ fn compressed_images_are_what_qemu_reads_and_may_be_written_to() {
             .count();
         assert!(compressed > content.len() / 3, "{compressed}");
         for _ in 0..100 {
-            change(&mut driver, &mut model, &mut rng, 3 * cluster);
+            driver.change(&mut model, &mut rng, 3 * cluster);
         }
         assert!(driver.read(0, options.size).unwrap() == model);
         let bytes = driver.close();
@@ -205,7 +168,7 @@ fn compressed_images_are_what_qemu_reads_and_may_be_written_to() {
 fn what_qemu_writes_reads_the_same() {
     let dir = tempfile::tempdir().unwrap();
     let mut rng = Rng(9);
-    let mut disk = bytes(&mut rng, 3 << 20);
+    let mut disk = rng.bytes(3 << 20);
     disk[1 << 20..(1 << 20) + 70_000].fill(0);
     let part = noise(&mut rng, 100_000);
     disk[2_000_000..2_100_000].copy_from_slice(&part);

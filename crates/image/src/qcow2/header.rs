@@ -15,6 +15,7 @@ use super::extensions::{self, Extension};
 use super::features::{self, FeatureKind};
 use super::{read_u32, read_u64};
 use crate::DataFile;
+use crate::head::{self, wrong};
 use block::{Context, Error, Result, Storage, limits};
 use std::borrow::Cow;
 
@@ -87,10 +88,6 @@ pub struct Header {
     pub extensions: Vec<Extension>,
 }
 
-fn wrong(field: &str, byte: usize, what: impl std::fmt::Display) -> Error {
-    Error::corrupt(format!("header: {field} at byte {byte} {what}"))
-}
-
 impl Header {
     /// Reads and parses the header of `storage`. Does not judge features: see
     /// [`Header::check_features`].
@@ -118,9 +115,7 @@ impl Header {
                 "header: the first 4 bytes are not 'QFI\\xfb': not a qcow2 image",
             ));
         }
-        let field = |at| {
-            read_u32(bytes, at).ok_or_else(|| Error::corrupt("header: the file ends inside it"))
-        };
+        let field = |at| read_u32(bytes, at).ok_or_else(head::cut_off);
         let version = field(4)?;
         if !matches!(version, 2 | 3) {
             return Err(Error::unsupported(format!(
@@ -154,7 +149,7 @@ impl Header {
         let cluster_bits = Self::cluster_bits_of(bytes)?;
         let cluster_size = 1usize << cluster_bits;
         let bytes = bytes.get(..cluster_size).unwrap_or(bytes);
-        let short = || Error::corrupt("header: the file ends inside it");
+        let short = head::cut_off;
         let u32_at = |at| read_u32(bytes, at).ok_or_else(short);
         let u64_at = |at| read_u64(bytes, at).ok_or_else(short);
 

@@ -14,6 +14,7 @@ use super::snapshot;
 use super::state::{Covered, Places, Sectors, State};
 use super::tables::{FRAMES_MAX, Tables};
 use super::{Qcow2, bitmap, damaged};
+use crate::head;
 pub use crate::metadata::{CACHE_BYTES_DEFAULT, CACHE_BYTES_MAX};
 use crate::metadata::{FRAMES_MIN, Tickets};
 use block::{Context, Error, ErrorKind, Result, Storage};
@@ -75,7 +76,7 @@ impl Qcow2 {
             .read_only_because()
             .or_else(|| encryption.as_ref()?.read_only_because());
         if file_len < 512 {
-            return Err(Error::corrupt("header: the file ends inside it"));
+            return Err(head::cut_off());
         }
         storage.read_at(0, &mut first_sector)?;
         let mut damage = |what: String| {

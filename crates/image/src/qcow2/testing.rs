@@ -175,6 +175,12 @@ impl Rng {
     pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.next() % end.max(1)
     }
+
+    /// Bytes that differ from sector to sector, the first of which are not zeros.
+    pub(crate) fn bytes(&mut self, len: u64) -> Vec<u8> {
+        let value = self.below(255) as u8 + 1;
+        (0..len).map(|i| value ^ (i >> 9) as u8).collect()
+    }
 }
 
 /// An image on a [`MemFile`], driven call by call.
@@ -361,6 +367,36 @@ impl<I: Image> Driver<I> {
             done += len as usize;
         }
         Ok(())
+    }
+
+    /// A random change, of up to `len_max` bytes, of the disk and of `model`, which has its bytes.
+    pub(crate) fn change(&mut self, model: &mut [u8], rng: &mut Rng, len_max: u64) {
+        let sectors = model.len() as u64 / 512;
+        let first = rng.below(sectors);
+        let count = (1 + rng.below(len_max / 512)).min(sectors - first);
+        let (at, len) = (first * 512, count * 512);
+        let part = &mut model[at as usize..(at + len) as usize];
+        match rng.below(8) {
+            0 => {
+                self.zero(at, len, ZeroMode::Zero { unmap: true }).unwrap();
+                part.fill(0);
+            }
+            1 => {
+                self.zero(at, len, ZeroMode::Discard).unwrap();
+                // It may be zeros now, or what it was.
+                let now = self.read(at, len).unwrap();
+                for (new, old) in now.chunks(512).zip(part.chunks(512)) {
+                    assert!(new == old || new.iter().all(|b| *b == 0));
+                }
+                part.copy_from_slice(&now);
+            }
+            2 => self.flush().unwrap(),
+            _ => {
+                let data = rng.bytes(len);
+                self.write(at, &data).unwrap();
+                part.copy_from_slice(&data);
+            }
+        }
     }
 
     pub(crate) fn zero(&mut self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {

@@ -7,6 +7,7 @@
 //!   12 header_size                                   60 backing_filename_size
 //! ```
 
+use crate::head::{self, wrong};
 use block::{Context, Error, Result, Storage, limits};
 
 /// The first four bytes of every image.
@@ -56,10 +57,6 @@ pub struct Header {
     pub backing: Option<String>,
 }
 
-fn wrong(field: &str, byte: usize, what: impl std::fmt::Display) -> Error {
-    Error::corrupt(format!("header: {field} at byte {byte} {what}"))
-}
-
 /// The largest disk with clusters of `cluster` bytes and tables of `table` clusters.
 pub fn disk_bytes_max(cluster: u64, table: u64) -> u64 {
     let entries = u128::from(table) * u128::from(cluster) / 8;
@@ -79,12 +76,7 @@ impl Header {
 
     pub(super) fn read_unnamed(storage: &dyn Storage) -> Result<Self> {
         let len = storage.len()?;
-        let mut bytes = [0; HEADER_LEN];
-        if len < HEADER_LEN as u64 {
-            return Err(Error::corrupt("header: the file ends inside it"));
-        }
-        storage.read_at(0, &mut bytes)?;
-        let mut header = Self::parse(&bytes)?;
+        let mut header = Self::parse(&head::read(storage, len)?)?;
         header.validate(len)?;
         header.backing = header.read_backing(storage, len)?;
         Ok(header)
@@ -114,23 +106,20 @@ impl Header {
 
     /// The bytes of all fields.
     pub fn to_bytes(&self) -> [u8; HEADER_LEN] {
-        let fields = MAGIC
-            .into_iter()
-            .chain(self.cluster_size.to_le_bytes())
-            .chain(self.table_size.to_le_bytes())
-            .chain(self.header_size.to_le_bytes())
-            .chain(self.features.to_le_bytes())
-            .chain(self.compat_features.to_le_bytes())
-            .chain(self.autoclear_features.to_le_bytes())
-            .chain(self.l1_table_offset.to_le_bytes())
-            .chain(self.image_size.to_le_bytes())
-            .chain(self.backing_filename_offset.to_le_bytes())
-            .chain(self.backing_filename_size.to_le_bytes());
-        let mut bytes = [0; HEADER_LEN];
-        for (to, from) in bytes.iter_mut().zip(fields) {
-            *to = from;
-        }
-        bytes
+        head::packed(
+            MAGIC
+                .into_iter()
+                .chain(self.cluster_size.to_le_bytes())
+                .chain(self.table_size.to_le_bytes())
+                .chain(self.header_size.to_le_bytes())
+                .chain(self.features.to_le_bytes())
+                .chain(self.compat_features.to_le_bytes())
+                .chain(self.autoclear_features.to_le_bytes())
+                .chain(self.l1_table_offset.to_le_bytes())
+                .chain(self.image_size.to_le_bytes())
+                .chain(self.backing_filename_offset.to_le_bytes())
+                .chain(self.backing_filename_size.to_le_bytes()),
+        )
     }
 
     /// Judges the fields of a file of `file_len` bytes.

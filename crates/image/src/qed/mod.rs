@@ -35,111 +35,28 @@ pub use header::{
 pub use open::OpenOptions;
 pub use resize::{clear_need_check, grow, may_grow};
 
-use crate::appended::Appended;
-use crate::contract::own_file;
-use crate::metadata::Walk;
-use crate::{
-    Description, Extent, FlushRun, Foreseen, Image, Load, Plan, Reserve, Step, Ticket, ZeroMode,
-    ZeroPlan,
-};
-use block::{GuestOffset, Result, Storage, Zeroed, size};
+use crate::Description;
+use crate::appended::{Head, Over};
+use block::size;
 
 /// An open QED image.
-#[derive(Debug)]
-pub struct Qed {
-    name: String,
-    header: Header,
-    /// Why it must not be written, when it must not.
-    lacks: Option<String>,
-    core: Appended,
-}
+pub type Qed = Over<Header>;
 
-impl Qed {
-    /// Its header as it was when the image was opened.
-    pub fn header(&self) -> &Header {
-        &self.header
-    }
-}
-
-impl Image for Qed {
+impl Head for Header {
     fn describe(&self) -> Description {
-        let h = &self.header;
-        let mut facts = vec![("table size", size::human(h.table_bytes()))];
-        if h.needs_check() {
+        let mut facts = vec![("table size", size::human(self.table_bytes()))];
+        if self.needs_check() {
             facts.push(("need check", true.to_string()));
         }
-        facts.push(("metadata cache", self.core.cache_fact()));
         Description {
-            backing: h.backing.clone(),
-            backing_format: h.backing_format().map(str::to_owned),
-            read_only_because: self.lacks.clone(),
+            backing: self.backing.clone(),
+            backing_format: self.backing_format().map(str::to_owned),
             facts,
-            ..Description::new("qed", h.image_size, u64::from(h.cluster_size))
+            ..Description::new("qed", self.image_size, u64::from(self.cluster_size))
         }
     }
 
-    fn size(&self) -> u64 {
-        self.header.image_size
-    }
-
-    fn map(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
-        self.core.map_extent(at, len)
-    }
-
-    fn expect(&self, at: GuestOffset) {
-        self.core.expect_at(at);
-    }
-
-    fn plan_write(&self, at: GuestOffset, len: u64) -> Result<Step<Plan>> {
-        self.core.plan_write(at, len)
-    }
-
-    fn foresee(&self) -> Option<Foreseen> {
-        self.core.foresee()
-    }
-
-    fn commit(&self, ticket: Ticket) {
-        self.core.end_allocation(ticket, true);
-    }
-
-    fn abort(&self, ticket: Ticket) {
-        self.core.end_allocation(ticket, false);
-    }
-
-    fn plan_zero(&self, at: GuestOffset, len: u64, mode: ZeroMode) -> Result<Step<ZeroPlan>> {
-        self.core.plan_zero(at, len, mode)
-    }
-
-    fn loaded(&self, load: &Load, bytes: &[u8]) -> Result<()> {
-        self.core.loaded(load, bytes)
-    }
-
-    fn load_failed(&self, load: &Load) {
-        self.core.load_failed(load);
-    }
-
-    fn reserved(&self, reserve: &Reserve, zeroed: Zeroed) {
-        self.core.reserved(reserve, Some(zeroed));
-    }
-
-    fn reserve_failed(&self, reserve: &Reserve) {
-        self.core.reserved(reserve, None);
-    }
-
-    fn flush_begin(&self, run: &mut FlushRun) -> Result<()> {
-        self.core.fill_flush(run)
-    }
-
-    fn flush_end(&self, run: &mut FlushRun, ok: bool) {
-        self.core.end_flush(ok);
-        run.clear();
-    }
-
-    fn is_dirty(&self) -> bool {
-        self.core.is_dirty()
-    }
-
-    fn close(&self, files: &[&dyn Storage]) -> Result<()> {
-        self.core.close_blocking(own_file(files, &self.name)?)
+    fn disk_bytes(&self) -> u64 {
+        self.image_size
     }
 }

@@ -107,6 +107,7 @@ impl Qed {
         Ok(Self {
             name: name.to_owned(),
             lacks,
+            encryption: None,
             core,
             header,
         })

@@ -39,43 +39,6 @@ fn over(size: u64, kind: (u64, u64), backing: &[u8]) -> (CreateOptions, Driver<Q
     (options, driver)
 }
 
-fn bytes(rng: &mut Rng, len: u64) -> Vec<u8> {
-    let value = rng.below(255) as u8 + 1;
-    (0..len).map(|i| value ^ (i >> 9) as u8).collect()
-}
-
-/// A random change of disk and model.
-fn change(driver: &mut Driver<Qed>, model: &mut [u8], rng: &mut Rng, len_max: u64) {
-    let sectors = model.len() as u64 / 512;
-    let first = rng.below(sectors);
-    let count = (1 + rng.below(len_max / 512)).min(sectors - first);
-    let (at, len) = (first * 512, count * 512);
-    let part = &mut model[at as usize..(at + len) as usize];
-    match rng.below(8) {
-        0 => {
-            driver
-                .zero(at, len, ZeroMode::Zero { unmap: true })
-                .unwrap();
-            part.fill(0);
-        }
-        1 => {
-            driver.zero(at, len, ZeroMode::Discard).unwrap();
-            // It may be zeros now, or what it was.
-            let now = driver.read(at, len).unwrap();
-            for (new, old) in now.chunks(512).zip(part.chunks(512)) {
-                assert!(new == old || new.iter().all(|b| *b == 0));
-            }
-            part.copy_from_slice(&now);
-        }
-        2 => driver.flush().unwrap(),
-        _ => {
-            let data = bytes(rng, len);
-            driver.write(at, &data).unwrap();
-            part.copy_from_slice(&data);
-        }
-    }
-}
-
 /// What QEMU makes of the image in `bytes`.
 fn judged(dir: &Path, bytes: &[u8]) -> Checked {
     let path = dir.join("judged.qed");
@@ -91,14 +54,14 @@ fn behaves_as_the_model_and_qemu_reads_the_same() {
             let mut rng = Rng(seed);
             let size = (kind.0 * 40).min(3 << 20) + 512;
             let backing = match with_backing {
-                true => bytes(&mut rng, size - 1024),
+                true => rng.bytes(size - 1024),
                 false => Vec::new(),
             };
             let mut model = backing.clone();
             model.resize(size as usize, 0);
             let (_, mut driver) = over(size, kind, &backing);
             for turn in 0..40 {
-                change(&mut driver, &mut model, &mut rng, 3 * kind.0.min(65536));
+                driver.change(&mut model, &mut rng, 3 * kind.0.min(65536));
                 if turn % 20 == 19 {
                     assert!(driver.read(0, size).unwrap() == model, "{kind:?}");
                     let file = driver.file.clone();

@@ -12,6 +12,7 @@
 //! ESX server sparse extents (specification: "ESX Server Sparse Extent") begin with `COWD`; those of space-efficient disks
 //! are described by QEMU's `block/vmdk.c` only.
 
+use crate::head::wrong;
 use block::{Error, Result, Storage, align_up, limits};
 
 /// Bytes of a sector.
@@ -79,10 +80,6 @@ pub struct Header {
     pub compression: u16,
     /// Bytes 73 to 76.
     pub new_lines: [u8; 4],
-}
-
-fn wrong(field: &str, byte: usize, what: impl std::fmt::Display) -> Error {
-    Error::corrupt(format!("header: {field} at byte {byte} {what}"))
 }
 
 pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
