@@ -111,7 +111,9 @@ pub(super) fn read(file: &dyn Storage) -> Result<Tables> {
         ));
     };
     let mut bytes = [0; TRAILER_BYTES];
-    let there = (file.len()? - end).min(TRAILER_BYTES as u64) as usize;
+    // It may have become shorter since.
+    let len = file.len()?.saturating_sub(end);
+    let there = len.min(TRAILER_BYTES as u64) as usize;
     file.read_at(end, bytes.get_mut(..there).unwrap_or_default())?;
     let field = |at| read_u64(&bytes, at).unwrap_or(0);
     let wrong = |what: &str, at: usize| {
