@@ -233,19 +233,7 @@ fn a_copy_that_fails_in_qemu_imgs_place_leaves_an_image() {
 fn a_vhdx_base_has_no_log_or_one_that_is_replayed() {
     let dir = TempDir::new();
     let root = dir.root();
-    qemu_img(
-        root,
-        &[
-            "create",
-            "-q",
-            "-f",
-            "vhdx",
-            "-o",
-            "block_size=1M",
-            "new",
-            "64M",
-        ],
-    );
+    done(root, "qemu-img create -q -f vhdx -o block_size=1M new 64M");
     // A file's holes take space when they are written: the log's too.
     let sparse = ["--sparse=always", "new", "base"];
     assert!(run("cp", root, &sparse).status.success());
@@ -272,18 +260,10 @@ fn a_vhdx_base_has_no_log_or_one_that_is_replayed() {
             continue;
         }
         let top = dir.path("top");
-        let over = [
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-b",
-            "small/base",
-            "-F",
-            "vhdx",
-            "top",
-        ];
-        qemu_img(dir.root(), &over);
+        done(
+            dir.root(),
+            "qemu-img create -q -f qcow2 -b small/base -F vhdx top",
+        );
         qemu::io("qcow2", &top, &["write -P 7 0 1M"]);
         let commit = run(binary(), dir.root(), &["commit", "top"]);
         failed += usize::from(!commit.status.success());
