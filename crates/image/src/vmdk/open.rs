@@ -402,10 +402,9 @@ pub struct Tables {
     pub copies: Vec<u64>,
     /// No grain begins before this byte.
     pub head_end: u64,
-    /// What of header, descriptor, directories and tables lies on another of them, if anything; not told of compressed
-    /// extents and ESX's.
+    /// What of header, descriptor, directories and tables lies on another of them, if anything; not told of ESX's extents.
     pub overlap: Option<String>,
-    /// Where the last of these ends; not told of the same.
+    /// Where the last of these ends; not told of ESX's extents and compressed ones.
     meta_end: u64,
     /// Whether grains are compressed.
     pub compressed: bool,
@@ -446,10 +445,9 @@ impl Tables {
         let head_end =
             (header.descriptor.saturating_add(header.descriptor_len)).saturating_mul(SECTOR);
         let l1 = read_directory(file, header.directory, header.directory_entries())?;
-        let (meta_end, overlap) = match header.is_compressed() {
-            true => (0, None),
-            false => places(header, &l1, &copies),
-        };
+        let (meta_end, overlap) = places(header, &l1, &copies);
+        // Compressed extents may have their tables behind their grains.
+        let meta_end = if header.is_compressed() { 0 } else { meta_end };
         let head_end = match &overlap {
             // Behind the tables, not where the header has the first grain: QEMU minds only where the file ends.
             None if meta_end <= header.overhead.saturating_mul(SECTOR) => head_end.max(meta_end),

@@ -82,18 +82,21 @@ fn words_of_other_formats_that_say_too_much() {
 }
 
 /// What the tests below have found: a capacity that overflows, a redundant table on the descriptor that a repair wrote there,
-/// grains before the place that the header gives them, entries behind the end of the disk that lead out of the file.
+/// grains before the place that the header gives them, entries behind the end of the disk that lead out of the file; redundant
+/// tables of a compressed image on its descriptor.
 #[test]
 fn what_was_found_does_no_harm_again() {
     let found = [
-        ((2, 216, 0), 0),
-        ((18, 91, 16_353_022), 0),
-        ((9, 214, 1_147_026), 0),
-        ((14, 64, 11_366_394), 8192),
+        (Kind::VmdkSparse, (2, 216, 0), 0),
+        (Kind::VmdkSparse, (18, 91, 16_353_022), 0),
+        (Kind::VmdkSparse, (9, 214, 1_147_026), 0),
+        (Kind::VmdkSparse, (14, 64, 11_366_394), 8192),
+        (Kind::VmdkStream, (157, 16, 122_688), 0),
+        (Kind::VmdkStream, (16, 247, 15_827_904), 0),
     ];
-    for (change, cut) in found {
-        let bytes = damaged(Kind::VmdkSparse, &[change], false);
-        abuse(Kind::VmdkSparse, &bytes[..bytes.len() - cut]);
+    for (kind, change, cut) in found {
+        let bytes = damaged(kind, &[change], false);
+        abuse(kind, &bytes[..bytes.len() - cut]);
     }
 }
 
