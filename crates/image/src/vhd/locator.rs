@@ -8,6 +8,7 @@
 
 use super::header::{Header, LOCATORS, Locator};
 use block::{Context, Error, Result, Storage, name};
+use std::ops::Range;
 
 /// Bytes of the longest name that is read: paths of 4096 UTF-16 units.
 pub const NAME_BYTES_MAX: u32 = 8192;
@@ -15,6 +16,20 @@ pub const NAME_BYTES_MAX: u32 = 8192;
 const MACX: [u8; 4] = *b"MACX";
 const W2RU: [u8; 4] = *b"W2ru";
 const W2KU: [u8; 4] = *b"W2ku";
+
+impl Locator {
+    /// Whether its name is one that is read here.
+    fn is_path(&self) -> bool {
+        [MACX, W2RU, W2KU].contains(&self.code)
+    }
+
+    /// Where its name is in the file, if it is one that is read here.
+    pub(super) fn name_at(&self) -> Option<Range<u64>> {
+        let end = self.offset.checked_add(u64::from(self.len))?;
+        let can_be = self.is_path() && self.len <= NAME_BYTES_MAX;
+        can_be.then_some(self.offset..end)
+    }
+}
 
 /// The names that the locators of `header` have, relative ones first; and why others could not be read.
 ///
@@ -28,7 +43,7 @@ pub(super) fn names(
 ) -> Result<(Vec<String>, Vec<String>)> {
     let (mut names, mut faults): (Vec<String>, Vec<String>) = Default::default();
     for (index, locator) in header.locators.iter().enumerate() {
-        if ![MACX, W2RU, W2KU].contains(&locator.code) {
+        if !locator.is_path() {
             // None, or of a kind that only its own system can follow.
             continue;
         }

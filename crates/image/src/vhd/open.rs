@@ -189,11 +189,16 @@ impl Layout {
 
     /// Whether `len` bytes at `at` are where no block may lie.
     pub fn is_taken(&self, at: u64, len: u64) -> bool {
+        let on_it = |there: &Range<u64>| at < there.end && there.start < at + len;
+        let header = self.header.as_ref();
+        let differs = self.footer.disk_type == DiskType::Differencing;
+        let mut locators = header
+            .filter(|_| differs)
+            .into_iter()
+            .flat_map(|h| &h.locators);
         at < FOOTER_BYTES as u64
-            || self
-                .tables()
-                .iter()
-                .any(|t| at < t.end && t.start < at + len)
+            || self.tables().iter().any(on_it)
+            || locators.any(|locator| locator.name_at().as_ref().is_some_and(on_it))
     }
 
     /// Hands all entries of the table out in order.
@@ -456,7 +461,7 @@ impl Blocks {
         let on_table = |entry: &&u32| layout.is_taken(u64::from(**entry) * 512, span);
         if let Some(first) = sorted.iter().find(on_table) {
             return refused(format!(
-                "a block at sector {first} lies on the image's tables"
+                "a block at sector {first} lies on the image's tables or its parent's names"
             ));
         }
         let mut pairs = sorted.windows(2);

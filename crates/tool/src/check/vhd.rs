@@ -110,7 +110,10 @@ fn inspect(storage: &dyn Storage, budget: u64) -> Result<(Report, u64)> {
         if layout.is_taken(at, span) {
             tally.overlaps += 1;
             tally.found(Severity::Corruption, 1, || {
-                format!("{}: it lies on the image's tables", place())
+                format!(
+                    "{}: it lies on the image's tables or its parent's names",
+                    place()
+                )
             });
         }
         // What aligns the next one is no fragment.

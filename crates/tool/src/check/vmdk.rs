@@ -223,7 +223,7 @@ impl Checking {
         }
     }
 
-    /// Judges a grain at byte `at` of the file. Its sector, where it is one.
+    /// Judges a grain at byte `at` of the file. Its sector, where it is one in the file.
     fn grain(&mut self, (at, guest): (u64, u64), tables: &Tables, len: u64) -> Option<u32> {
         let place = || format!("guest offset {guest:#x}: its grain table entry says byte {at:#x}");
         let grain = tables.grain * SECTOR;
@@ -243,14 +243,16 @@ impl Checking {
             self.tally.found(Severity::Corruption, 1, || {
                 format!("{}, behind the end of the file, {len:#x}", place())
             });
-        } else if tables.is_plain() && at + grain > len.next_multiple_of(grain) {
-            self.tally.found(Severity::Corruption, 1, || {
-                format!(
-                    "{}, and the file ends within the grain, at {len:#x}",
-                    place()
-                )
-            });
         } else {
+            // What is there of it may lie on another one, whatever is wrong with it.
+            if tables.is_plain() && at + grain > len.next_multiple_of(grain) {
+                self.tally.found(Severity::Corruption, 1, || {
+                    format!(
+                        "{}, and the file ends within the grain, at {len:#x}",
+                        place()
+                    )
+                });
+            }
             return sector;
         }
         None

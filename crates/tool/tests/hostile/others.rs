@@ -2,6 +2,7 @@
 
 use super::kinds::{self, Change, KINDS, Kind, abuse, damaged, storage};
 use super::{ALLOCATOR, BYTES_MAX, MEASURING};
+use image::vhd::DiskType;
 use proptest::prelude::*;
 use proptest::strategy::Union;
 use std::sync::PoisonError;
@@ -83,7 +84,8 @@ fn words_of_other_formats_that_say_too_much() {
 
 /// What the tests below have found: a capacity that overflows, a redundant table on the descriptor that a repair wrote there,
 /// grains before the place that the header gives them, entries behind the end of the disk that lead out of the file; redundant
-/// tables of a compressed image on its descriptor.
+/// tables of a compressed image on its descriptor, data that look like what is written, a block on the name of a
+/// VHD's parent.
 #[test]
 fn what_was_found_does_no_harm_again() {
     let found = [
@@ -93,6 +95,8 @@ fn what_was_found_does_no_harm_again() {
         (Kind::VmdkSparse, (14, 64, 11_366_394), 8192),
         (Kind::VmdkStream, (157, 16, 122_688), 0),
         (Kind::VmdkStream, (16, 247, 15_827_904), 0),
+        (Kind::VmdkSparse, (20480, 155, 14_540_633), 512),
+        (Kind::Vhd(DiskType::Differencing), (36, 64, 10_343_552), 0),
     ];
     for (kind, change, cut) in found {
         let bytes = damaged(kind, &[change], false);
