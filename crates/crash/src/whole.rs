@@ -125,8 +125,8 @@ const OPERATIONS: &[(&str, Operation)] = &[
     }),
     ("bitmap-merge", |ground, words| {
         bitmaps(ground, |bitmaps| {
-            let source = bitmaps.bits(words[1].as_bytes())?;
-            bitmaps.merge(words[0].as_bytes(), &source)
+            let mut source = bitmaps.stored(words[1].as_bytes())?;
+            bitmaps.merge(words[0].as_bytes(), &mut source)
         })
     }),
     ("bitmap-remove", |ground, words| {

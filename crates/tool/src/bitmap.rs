@@ -29,7 +29,7 @@ pub enum Action {
 /// Does `actions`, in their order, to the bitmap `name` of the image in `storage`, which nobody else may use. All of
 /// them are in force afterwards, or none. Bitmaps to merge are of the image in `source`, or of the same image.
 ///
-/// Memory: two bitmaps, each at most 512 MiB, and the image's directory of bitmaps.
+/// Memory: a piece and the table of two bitmaps, and the image's directory of bitmaps.
 ///
 /// # Errors
 ///
@@ -49,11 +49,11 @@ pub fn apply(
             Action::Enable => bitmaps.set_enabled(name, true)?,
             Action::Disable => bitmaps.set_enabled(name, false)?,
             Action::Merge { source: from } => {
-                let bits = match source {
-                    Some(other) => bitmap::load(other, from)?,
-                    None => bitmaps.bits(from)?,
+                let mut bits = match source {
+                    Some(other) => bitmap::open(other, from)?,
+                    None => bitmaps.stored(from)?,
                 };
-                bitmaps.merge(name, &bits)?;
+                bitmaps.merge(name, &mut bits)?;
             }
         }
     }
@@ -69,7 +69,7 @@ pub struct Listed {
     pub dirty_bytes: Option<u64>,
 }
 
-/// The bitmaps of the image in `storage`, in their order. Memory: one bitmap, at most 512 MiB.
+/// The bitmaps of the image in `storage`, in their order. Memory: a piece of a bitmap, and its table.
 ///
 /// # Errors
 ///
@@ -78,7 +78,7 @@ pub fn list(storage: &dyn Storage) -> Result<Vec<Listed>> {
     let entries = bitmap::list(storage)?.into_iter().map(|entry| {
         let dirty_bytes = match entry.in_use() || entry.incompatible() {
             true => None,
-            false => Some(bitmap::load(storage, entry.raw_name())?.dirty_bytes()),
+            false => Some(bitmap::open(storage, entry.raw_name())?.dirty_bytes()?),
         };
         Ok(Listed { entry, dirty_bytes })
     });
@@ -139,8 +139,7 @@ pub fn to_copy(source: &dyn Storage, broken: Broken) -> Result<(Vec<Entry>, Vec<
 }
 
 /// Copies bitmaps `entries` of the image in `source` to the image in `target`, which nobody else may use, with their
-/// granularity and state. All of them are there afterwards, or none. Memory: two bitmaps at a time, and those that
-/// are new.
+/// granularity and state. All of them are there afterwards, or none. Memory: as [`apply`].
 ///
 /// # Errors
 ///
@@ -153,7 +152,7 @@ pub fn copy(source: &dyn Storage, entries: &[Entry], target: &dyn Storage) -> Re
     for entry in entries {
         let name = entry.raw_name();
         bitmaps.add(name, Some(entry.granularity()))?;
-        bitmaps.merge(name, &bitmap::load(source, name)?)?;
+        bitmaps.merge(name, &mut bitmap::open(source, name)?)?;
         bitmaps.set_enabled(name, entry.auto())?;
     }
     bitmaps.commit()

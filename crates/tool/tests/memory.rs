@@ -3,16 +3,23 @@
 #[allow(dead_code, unused_imports)]
 mod common;
 
+use block::Storage;
 use common::{Rng, damage_of, open, qemu_check};
+use disk::blocking::Driver;
 use disk::{Chain, ChainOptions};
-use image::Format;
+use image::{Format, qcow2};
 use std::fs;
 use testkit::{TempDir, qemu};
 use tool::bitmap::{Action, Broken, apply, copy, list, to_copy};
 use tool::check::{CheckOptions, Repair, Report, check};
 use tool::compare::compare;
+use tool::prealloc::Preallocation;
+use tool::resize::{ResizeOptions, resize};
 use tool::source::Source;
 use tool::work::{Stop, Work};
+
+/// The header's extension that says where the directory of bitmaps is (specification: "Header extensions").
+const BITMAPS_EXTENSION: u32 = 0x2385_2875;
 
 /// The most memory that this process had, in KiB.
 fn peak_kib() -> u64 {
@@ -154,6 +161,70 @@ fn bitmaps_of_512_mib_are_merged_and_copied_in_less_than_64_mib() {
     let listed = list(&*target).expect("lists");
     let copied: Vec<_> = listed.iter().map(|bitmap| bitmap.dirty_bytes).collect();
     assert_eq!(copied, dirty);
+    let peak = peak_kib();
+    assert!(peak < 64 << 10, "{peak} KiB");
+}
+
+/// A bitmap of 128 MiB with bits of both kinds everywhere: all entries of its table name the same data, which only a change of
+/// it would mind.
+#[test]
+fn a_mixed_bitmap_takes_a_piece_of_it_at_a_time() {
+    let dir = TempDir::new();
+    let (from, to) = (dir.path("a.qcow2"), dir.path("b.qcow2"));
+    for path in [&from, &to] {
+        qemu::create("qcow2", path, "512G");
+    }
+    let file = changed(&from);
+    let add = Action::Add {
+        granularity: Some(512),
+    };
+    apply(&*file, b"b", std::slice::from_ref(&add), None).expect("adds");
+    let end = file.len().expect("a length");
+    file.write_at(end, &[0x55; 64 << 10]).expect("writes");
+    // The table, of 2048 entries: the directory's first word says where. That is behind two words of the header's extension.
+    let header = qcow2::Header::read(&*file).expect("a header");
+    let extension = header.extension(BITMAPS_EXTENSION).expect("bitmaps");
+    let word = extension.get(16..24).and_then(|word| word.try_into().ok());
+    let directory = word.map(u64::from_be_bytes).expect("an offset");
+    let mut table = [0; 8];
+    file.read_at(directory, &mut table).expect("reads");
+    let entries: Vec<u8> = (0..2048).flat_map(|_| end.to_be_bytes()).collect();
+    file.write_at(u64::from_be_bytes(table), &entries)
+        .expect("writes");
+    let half = Some(256 << 30);
+    let listed = list(&*file).expect("lists");
+    assert_eq!(listed[0].dirty_bytes, half);
+
+    let (entries, _) = to_copy(&*file, Broken::Refuse).expect("sound");
+    let target = changed(&to);
+    copy(&*file, &entries, &*target).expect("copies");
+    apply(&*target, b"again", &[add], None).expect("adds");
+    let merge = Action::Merge {
+        source: b"b".to_vec(),
+    };
+    apply(&*target, b"again", &[merge], None).expect("merges");
+    drop(target);
+    // A disk that is written, and one that grows.
+    let options = ChainOptions {
+        format: Some(Format::Qcow2),
+        ..ChainOptions::default()
+    };
+    let name = to.to_str().expect("UTF-8");
+    let opened = || io::wait_for_lock(|| Chain::open(name, &options)).expect("opens");
+    let mut driver = Driver::new(opened().members(), false).expect("a driver");
+    driver.write(512, &[1; 512]).expect("writes");
+    driver.close().expect("closes");
+    let grow = ResizeOptions {
+        size: 600 << 30,
+        shrink: false,
+        preallocation: Preallocation::Off,
+    };
+    resize(&opened().members(), Format::Qcow2, &grow).expect("grows");
+    let target = changed(&to);
+    let listed = list(&*target).expect("lists");
+    let dirty: Vec<_> = listed.iter().map(|bitmap| bitmap.dirty_bytes).collect();
+    // The sector at 512 has no bit in 0x55.
+    assert_eq!(dirty, [half.map(|bytes| bytes + 512); 2]);
     let peak = peak_kib();
     assert!(peak < 64 << 10, "{peak} KiB");
 }

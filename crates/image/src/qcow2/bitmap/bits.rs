@@ -12,8 +12,10 @@ const WORD: u64 = 64;
 const PAGE_WORDS: usize = 512;
 /// Bits of a page.
 const PAGE: u64 = PAGE_WORDS as u64 * WORD;
+/// Bits of a [piece](Bits::piece), 4 MiB of them: at least two clusters of a bitmap's data.
+pub(super) const PIECE: u64 = 1 << 25;
 
-/// A bit for each `2^granularity_bits` bytes of a disk, the first at its start.
+/// A bit for each `2^granularity_bits` bytes of a disk, or of a part of it, the first at its start.
 ///
 /// Bits are set from any thread and without ordering anything else: who reads them has met all who set them before.
 /// Only the first bit of a page takes a lock. Memory: 4 KiB for each page that has bits of both kinds, and 32 bytes for
@@ -21,8 +23,8 @@ const PAGE: u64 = PAGE_WORDS as u64 * WORD;
 #[derive(Debug)]
 pub struct Bits {
     granularity_bits: u32,
-    /// Bytes of the disk.
-    size: u64,
+    /// Bytes of the disk. They begin where a page of the whole disk's does.
+    range: Range<u64>,
     pages: Vec<Page>,
 }
 
@@ -87,15 +89,29 @@ impl Bits {
     ///
     /// `Invalid` where the bits would take more than 512 MiB.
     pub fn new(size: u64, granularity_bits: u32) -> Result<Self> {
-        let bytes = bytes_needed(size, granularity_bits);
-        check_bytes(bytes)?;
-        // At most 128 Ki pages.
-        let pages = bytes.div_ceil(PAGE / 8) as usize;
-        Ok(Self {
+        check_bytes(bytes_needed(size, granularity_bits))?;
+        Ok(Self::of(0..size, granularity_bits))
+    }
+
+    /// Piece `nth` of those of a disk of `size` bytes, no bit set: [`PIECE`] bits, or what is left of them.
+    pub(super) fn piece(nth: u64, size: u64, granularity_bits: u32) -> Self {
+        let bytes = PIECE << granularity_bits;
+        let start = nth.saturating_mul(bytes).min(size);
+        Self::of(
+            start..start.saturating_add(bytes).min(size),
             granularity_bits,
-            size,
+        )
+    }
+
+    /// At most 128 Ki pages.
+    fn of(range: Range<u64>, granularity_bits: u32) -> Self {
+        let bytes = bytes_needed(range.end - range.start, granularity_bits);
+        let pages = bytes.div_ceil(PAGE / 8) as usize;
+        Self {
+            granularity_bits,
+            range,
             pages: std::iter::repeat_with(Page::default).take(pages).collect(),
-        })
+        }
     }
 
     /// log2 of the bytes of the disk that a bit stands for.
@@ -103,25 +119,26 @@ impl Bits {
         self.granularity_bits
     }
 
-    /// Bytes of the disk.
-    pub fn size(&self) -> u64 {
-        self.size
+    /// Bytes of the disk that there are bits for.
+    pub fn range(&self) -> Range<u64> {
+        self.range.clone()
     }
 
     /// How many bits there are.
     fn count(&self) -> u64 {
-        self.size.div_ceil(1 << self.granularity_bits)
+        (self.range.end - self.range.start).div_ceil(1 << self.granularity_bits)
     }
 
-    /// Sets the bits of all that `len` bytes at `at` touch; what lies behind the disk's end is left out.
+    /// Sets the bits of all that `len` bytes at `at` touch; what there are no bits for is left out.
     #[inline]
     pub fn mark(&self, at: u64, len: u64) {
-        let end = at.saturating_add(len).min(self.size);
+        let end = at.saturating_add(len).min(self.range.end);
+        let at = at.max(self.range.start);
         if at >= end {
             return;
         }
-        let first = at >> self.granularity_bits;
-        let last = (end - 1) >> self.granularity_bits;
+        let first = (at - self.range.start) >> self.granularity_bits;
+        let last = (end - 1 - self.range.start) >> self.granularity_bits;
         self.set(first, last);
     }
 
@@ -159,20 +176,21 @@ impl Bits {
 
     /// Sets all bits.
     pub fn mark_all(&self) {
-        self.mark(0, self.size);
+        self.mark(self.range.start, self.range.end - self.range.start);
     }
 
     /// The first run of bytes at or behind `at` whose bits are set, as start and end;
     /// neither passes the end of the disk.
     pub fn next_dirty(&self, at: u64) -> Option<(u64, u64)> {
+        let Range { start, end } = self.range;
         // Within the last bit, and behind the disk, there is nothing left.
-        if at >= self.size {
+        if at >= end {
             return None;
         }
-        let first = self.find(at >> self.granularity_bits, true)?;
-        let end = self.find(first, false).unwrap_or(self.count());
-        let start = (first << self.granularity_bits).max(at);
-        Some((start, (end << self.granularity_bits).min(self.size)))
+        let first = self.find(at.saturating_sub(start) >> self.granularity_bits, true)?;
+        let behind = self.find(first, false).unwrap_or(self.count());
+        let byte = |bit: u64| start + (bit << self.granularity_bits);
+        Some((byte(first).max(at), byte(behind).min(end)))
     }
 
     /// The first bit at or behind `bit` that is set, or clear.
@@ -216,49 +234,63 @@ impl Bits {
         // The last bit may stand for less.
         let last = self.count().saturating_sub(1);
         match self.find(last, true) {
-            Some(_) => bytes - ((self.count() << self.granularity_bits) - self.size),
+            Some(_) => {
+                let all = self.range.end - self.range.start;
+                bytes - ((self.count() << self.granularity_bits) - all)
+            }
             None => bytes,
         }
     }
 
-    /// Sets the bits of all that has a bit in `other`, whatever granularity that has.
-    ///
-    /// # Errors
-    ///
-    /// `Invalid` where they are of disks of different size.
-    pub fn merge(&self, other: &Bits) -> Result<()> {
-        if self.size != other.size {
-            return Err(Error::invalid(format!(
-                "bitmaps of disks of {} and of {} bytes cannot be merged",
-                self.size, other.size
-            )));
+    /// Sets the bits of all that has a bit in `other`, whatever granularity and part of the disk that has.
+    pub fn merge(&self, other: &Bits) {
+        if self.granularity_bits != other.granularity_bits {
+            return self.merge_runs(other, self.range());
         }
-        if self.granularity_bits == other.granularity_bits {
-            for (to, from) in self.pages.iter().zip(&other.pages) {
-                match from.seen() {
-                    Seen::Zeros => {}
-                    Seen::Ones => to.set_all(),
-                    Seen::Words(words) => {
-                        for (at, word) in words.iter().enumerate() {
-                            match word.load(Ordering::Relaxed) {
-                                0 => {}
-                                word => to.set(at, word),
-                            }
-                        }
-                    }
+        // Those of the same granularity have pages that begin at the same places.
+        let page_bytes = PAGE << self.granularity_bits;
+        let start = self.range.start.max(other.range.start);
+        let end = self.range.end.min(other.range.end);
+        for at in (start..end.max(start)).step_by(page_bytes as usize) {
+            let page = |bits: &Bits| ((at - bits.range.start) / page_bytes) as usize;
+            let (to, from) = (page(self), page(other));
+            let bits = |range: Range<u64>| range.end - range.start;
+            let there = bits(other.bits_of(from));
+            let words = match other.pages.get(from).map(Page::seen) {
+                None | Some(Seen::Zeros) => continue,
+                Some(Seen::Ones) => {
+                    self.mark(at, there << self.granularity_bits);
+                    continue;
+                }
+                Some(Seen::Words(words)) => words,
+            };
+            // Where this disk ends before, it has no place for all of them.
+            if bits(self.bits_of(to)) < there {
+                self.merge_runs(other, at..at + page_bytes);
+                continue;
+            }
+            let Some(to) = self.pages.get(to) else {
+                continue;
+            };
+            for (at, word) in words.iter().enumerate() {
+                match word.load(Ordering::Relaxed) {
+                    0 => {}
+                    word => to.set(at, word),
                 }
             }
-            return Ok(());
         }
-        let mut at = 0;
-        while let Some((start, end)) = other.next_dirty(at) {
-            self.mark(start, end - start);
-            at = end;
-        }
-        Ok(())
     }
 
-    /// The bits that the disk has in cluster `index` of the bitmap's data.
+    /// The same, run by run, of what `other` has in `range`.
+    fn merge_runs(&self, other: &Bits, range: Range<u64>) {
+        let mut at = range.start;
+        while let Some((start, end)) = other.next_dirty(at).filter(|run| run.0 < range.end) {
+            self.mark(start, end.min(range.end) - start);
+            at = end;
+        }
+    }
+
+    /// The bits that the disk has in cluster `index`, counted from their beginning, of the bitmap's data.
     fn part(&self, index: u64, cluster: u64) -> Range<u64> {
         let bits = cluster * 8;
         let start = index.saturating_mul(bits).min(self.count());
@@ -382,7 +414,7 @@ mod tests {
         let mut at = 0;
         while let Some((start, end)) = bits.next_dirty(at) {
             assert!(
-                start >= at && end > start && end <= bits.size,
+                start >= at && end > start && end <= bits.range.end,
                 "{start} {end}"
             );
             for byte in (start..end).step_by(1 << bits.granularity_bits) {
@@ -440,7 +472,7 @@ mod tests {
 
             // What another one has, whatever a bit of that stands for.
             let other = made(size, b, &more);
-            bits.merge(&other).unwrap();
+            bits.merge(&other);
             let mut want = model(size, a, &marks);
             let coarse = model(size, b, &more);
             for (n, set) in coarse.iter().enumerate().filter(|(_, set)| **set) {
@@ -456,11 +488,9 @@ mod tests {
     }
 
     #[test]
-    fn too_many_bits_and_other_disks_are_refused() {
+    fn too_many_bits_are_refused() {
         let error = Bits::new(1 << 42, 9).unwrap_err();
         assert!(error.to_string().contains("512") || error.to_string().contains("536870912"));
-        let (a, b) = (Bits::new(1 << 20, 9), Bits::new(1 << 21, 9));
-        assert!(a.unwrap().merge(&b.unwrap()).is_err());
         // A disk without bytes has no bits, and that harms nobody.
         let none = Bits::new(0, 16).unwrap();
         none.mark_all();
@@ -487,8 +517,8 @@ mod tests {
             all.put_out(index, &mut cluster);
             read.take_in(index, &cluster);
         }
-        merged.merge(&all).unwrap();
-        merged.merge(&some).unwrap();
+        merged.merge(&all);
+        merged.merge(&some);
         for bits in [&read, &merged] {
             assert_eq!(bits.dirty_bytes(), size);
         }
@@ -502,5 +532,34 @@ mod tests {
         bits.take_in(0, &[0xff; 512]);
         assert_eq!(bits.dirty_bytes(), 100 << 9);
         assert_eq!(bits.next_dirty(0), Some((0, 100 << 9)));
+    }
+
+    /// What a piece takes of a whole disk's bits, and gives to another one's, that has another end perhaps.
+    #[test]
+    fn pieces_are_parts_of_the_whole() {
+        let piece = PIECE << 9;
+        let size = 2 * piece + (PAGE << 9) + 5000;
+        let marks = [
+            (0, 700),
+            (piece - 512, 1024),
+            (piece + ((3 * PAGE) << 9), (2 * PAGE) << 9),
+            (size - 9000, 9000),
+        ];
+        let whole = made(size, 9, &marks);
+        for (granularity_bits, end) in [(9, size), (9, size - 6000), (9, size + 6000), (12, size)] {
+            let got = made(end, granularity_bits, &[]);
+            let mut dirty = 0;
+            for nth in 0..3 {
+                let part = Bits::piece(nth, size, 9);
+                part.merge(&whole);
+                dirty += part.dirty_bytes();
+                assert!(part.next_dirty(0).unwrap().0 >= nth * piece);
+                got.merge(&part);
+            }
+            assert_eq!(dirty, whole.dirty_bytes());
+            let want = made(end, granularity_bits, &marks);
+            assert_eq!(seen(&got), seen(&want), "{granularity_bits} {end}");
+        }
+        assert_eq!(Bits::piece(3, size, 9).next_dirty(0), None);
     }
 }

@@ -218,6 +218,13 @@ impl Directory {
             })
     }
 
+    /// The bitmap called `name`.
+    pub(super) fn entry(&self, name: &[u8]) -> Result<&Entry> {
+        let nth = self.position(name)?;
+        let entry = self.entries.get(nth);
+        entry.ok_or_else(|| Error::invalid("no such bitmap"))
+    }
+
     /// The directory's bytes.
     pub(super) fn encode(&self) -> Result<Vec<u8>> {
         if self.entries.len() > BITMAPS_MAX as usize {

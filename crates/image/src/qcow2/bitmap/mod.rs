@@ -7,7 +7,7 @@
 //!   to be trusted
 //! ```
 //!
-//! * `directory`: which bitmaps there are. `table`: their bits on disk. `bits`: in memory.
+//! * `directory`: which bitmaps there are. `table`: their bits on disk; `stored`: read piece by piece. `bits`: in memory.
 //! * `ops`: what is done to the bitmaps of an image that nobody has open.
 //! * `track`: the enabled bitmaps of an image that is open for writing.
 //!
@@ -30,6 +30,7 @@
 mod bits;
 mod directory;
 mod ops;
+mod stored;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -37,5 +38,6 @@ mod track;
 
 pub use bits::Bits;
 pub use directory::{Directory, Entry};
-pub use ops::{Bitmaps, granularity_default, list, load, resize};
+pub use ops::{Bitmaps, granularity_default, list, load, open, resize};
+pub use stored::{Source, Stored};
 pub(super) use track::{Ready, Tracker};

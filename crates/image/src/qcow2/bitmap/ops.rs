@@ -2,6 +2,7 @@
 
 use super::bits::{Bits, bytes_needed, check_bytes};
 use super::directory::{Directory, Entry, shown};
+use super::stored::{Source, Stored};
 use super::table;
 use crate::qcow2::Header;
 use crate::qcow2::check::{
@@ -20,23 +21,29 @@ pub fn list(storage: &dyn Storage) -> Result<Vec<Entry>> {
     Ok(read().context(|| storage.name())?.entries)
 }
 
-/// Reads the bits of the bitmap called `name` of the image in `storage`. Memory: at most 512 MiB.
+/// The bitmap called `name` of the image in `storage`, to be read.
 ///
 /// # Errors
 ///
 /// `NotFound`; `Corrupt` for an inconsistent or damaged bitmap; `Unsupported` for one with extra data that nobody
 /// knows; what reading fails with.
-pub fn load(storage: &dyn Storage, name: &[u8]) -> Result<Bits> {
+pub fn open<'a>(storage: &'a dyn Storage, name: &[u8]) -> Result<Stored<'a>> {
     let read = || {
         let header = Header::read_unnamed(storage)?;
         let directory = Directory::read(storage, &header)?;
-        let nth = directory.position(name)?;
-        match directory.entries.get(nth) {
-            Some(entry) => table::load(storage, &Layout::of(&header), header.size, entry),
-            None => Bits::new(0, 16),
-        }
+        let entry = directory.entry(name)?;
+        Stored::open(storage, Layout::of(&header), header.size, entry)
     };
     read().context(|| storage.name())
+}
+
+/// All bits of the bitmap called `name` of the image in `storage`. Memory: at most 512 MiB.
+///
+/// # Errors
+///
+/// As [`open`].
+pub fn load(storage: &dyn Storage, name: &[u8]) -> Result<Bits> {
+    open(storage, name)?.load()
 }
 
 /// QEMU's choice: the cluster size, but at least 4 KiB and at most 64 KiB.
@@ -91,7 +98,8 @@ impl<'a> Bitmaps<'a> {
     pub fn add(&mut self, name: &[u8], granularity: Option<u64>) -> Result<()> {
         let entry = self.new_entry(name, granularity);
         let mut entry = self.named(entry)?;
-        table::store(&mut self.editor, &mut entry, None)?;
+        let size = self.size();
+        table::store(&mut self.editor, &mut entry, size, &mut [])?;
         self.directory.entries.push(entry);
         self.changed = true;
         let fits = self.directory.encode().map(drop);
@@ -153,9 +161,7 @@ impl<'a> Bitmaps<'a> {
 
     /// The bitmap called `name`, which must be usable.
     fn usable(&mut self, name: &[u8]) -> Result<Entry> {
-        let found = self.directory.position(name).and_then(|nth| {
-            let entry = self.directory.entries.get(nth);
-            let entry = entry.ok_or_else(|| Error::invalid("no such bitmap"))?;
+        let found = self.directory.entry(name).and_then(|entry| {
             entry.check_usable()?;
             Ok(entry.clone())
         });
@@ -177,7 +183,8 @@ impl<'a> Bitmaps<'a> {
     /// `NotFound`; `Corrupt` for an inconsistent bitmap, `Unsupported` for one with unknown extra data.
     pub fn clear(&mut self, name: &[u8]) -> Result<()> {
         let mut entry = self.usable(name)?;
-        table::store(&mut self.editor, &mut entry, None)?;
+        let size = self.size();
+        table::store(&mut self.editor, &mut entry, size, &mut [])?;
         self.put_back(entry);
         Ok(())
     }
@@ -197,28 +204,35 @@ impl<'a> Bitmaps<'a> {
         Ok(())
     }
 
-    /// Reads the bits of one of these bitmaps.
+    /// One of these bitmaps, to be read.
     ///
     /// # Errors
     ///
-    /// As [`load`].
-    pub fn bits(&mut self, name: &[u8]) -> Result<Bits> {
+    /// As [`open`].
+    pub fn stored(&mut self, name: &[u8]) -> Result<Stored<'a>> {
         let entry = self.usable(name)?;
         let layout = self.editor.layout();
-        let bits = table::load(self.editor.storage(), &layout, self.size(), &entry);
-        self.named(bits)
+        let stored = Stored::open(self.editor.storage(), layout, self.size(), &entry);
+        self.named(stored)
     }
 
-    /// Sets the bits of all that `source` has set. Memory: both, each at most 512 MiB.
+    /// Sets the bits of all that `source` has set. Memory: a piece of both, and their tables.
     ///
     /// # Errors
     ///
     /// As [`Bitmaps::clear`], and `Invalid` where `source` is of a disk of another size.
-    pub fn merge(&mut self, name: &[u8], source: &Bits) -> Result<()> {
+    pub fn merge(&mut self, name: &[u8], mut source: impl Source) -> Result<()> {
         let mut entry = self.usable(name)?;
-        let bits = self.bits(name)?;
-        self.named(bits.merge(source))?;
-        table::store(&mut self.editor, &mut entry, Some(&bits))?;
+        let size = self.size();
+        if source.size() != size {
+            return self.named(Err(Error::invalid(format!(
+                "bitmaps of disks of {size} and of {} bytes cannot be merged",
+                source.size()
+            ))));
+        }
+        let mut stored = self.stored(name)?;
+        let sources: &mut [&mut dyn Source] = &mut [&mut &mut stored, &mut source];
+        table::store(&mut self.editor, &mut entry, size, sources)?;
         self.put_back(entry);
         Ok(())
     }
@@ -235,17 +249,21 @@ impl<'a> Bitmaps<'a> {
         }
     }
 
-    /// For the bitmaps that an image in use kept in memory: those numbered `saved` are saved now.
+    /// For the bitmaps that an image in use noted changes of in memory: to those numbered so these are added now.
     pub(super) fn save<'b>(
         &mut self,
-        mut saved: impl Iterator<Item = (usize, &'b Bits)>,
+        mut changes: impl Iterator<Item = (usize, &'b Bits)>,
     ) -> Result<()> {
-        saved.try_for_each(|(nth, bits)| {
+        changes.try_for_each(|(nth, mut bits)| {
+            let (storage, layout, size) =
+                (self.editor.storage(), self.editor.layout(), self.size());
             let Some(entry) = self.directory.entries.get_mut(nth) else {
                 return Ok(());
             };
-            table::store(&mut self.editor, entry, Some(bits))?;
             entry.flags &= !BITMAP_IN_USE;
+            let mut stored = Stored::open(storage, layout, size, entry)?;
+            let sources: &mut [&mut dyn Source] = &mut [&mut &mut stored, &mut bits];
+            table::store(&mut self.editor, entry, size, sources)?;
             self.changed = true;
             Ok(())
         })
@@ -279,8 +297,8 @@ fn place(editor: &mut Editor<'_>, directory: &mut Directory, header: &mut Header
 }
 
 /// Fits the bitmaps to a disk that gets `new` bytes by the same edit: `header` is what the caller goes on to set. As
-/// QEMU has it, what the disk grows by counts as unchanged. Inconsistent bitmaps stay as they are. Memory: a bitmap
-/// before and after, each at most 512 MiB.
+/// QEMU has it, what the disk grows by counts as unchanged. Inconsistent bitmaps stay as they are. Memory: a piece of a
+/// bitmap before and after, and its tables.
 ///
 /// # Errors
 ///
@@ -298,18 +316,11 @@ pub fn resize(editor: &mut Editor<'_>, header: &mut Header, new: u64) -> Result<
     }
     let (layout, old) = (editor.layout(), editor.header().size);
     for entry in directory.entries.iter_mut().filter(|entry| !entry.in_use()) {
-        let fitted = || -> Result<Bits> {
-            let before = table::load(editor.storage(), &layout, old, entry)?;
-            let after = Bits::new(new, before.granularity_bits())?;
-            let mut at = 0;
-            while let Some((start, end)) = before.next_dirty(at) {
-                after.mark(start, end - start);
-                at = end;
-            }
-            Ok(after)
-        };
-        let after = fitted().context(|| editor.name().to_owned())?;
-        table::store(editor, entry, Some(&after))?;
+        let needed = bytes_needed(new, u32::from(entry.granularity_bits));
+        let stored =
+            check_bytes(needed).and_then(|()| Stored::open(editor.storage(), layout, old, entry));
+        let mut stored = stored.context(|| editor.name().to_owned())?;
+        table::store(editor, entry, new, &mut [&mut &mut stored])?;
     }
     place(editor, &mut directory, header)
 }

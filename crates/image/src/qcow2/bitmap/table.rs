@@ -1,14 +1,14 @@
 //! Bitmap tables, and the data that they refer to: reading them, and writing new ones.
 
-use super::bits::{Bits, Content, bytes_needed};
+use super::bits::{Bits, Content, PIECE, bytes_needed};
 use super::directory::Entry;
+use super::stored::Source;
 use crate::qcow2::check::{Layout, bitmap_data};
-use crate::qcow2::close::read_short;
 use crate::qcow2::edit::Editor;
 use block::{Context, Error, Result, Storage};
 
 /// A table entry: the cluster reads as ones.
-const ONES: u64 = 1;
+pub(super) const ONES: u64 = 1;
 
 /// Entries of the table of a bitmap on a disk of `size` bytes.
 pub(super) fn entries_needed(layout: &Layout, size: u64, granularity_bits: u8) -> u64 {
@@ -38,46 +38,6 @@ pub(super) fn read_table(
     Ok(crate::qcow2::open::words_of(&bytes))
 }
 
-/// Reads the bits of `entry`. Memory: those bits, at most 512 MiB, and the table.
-pub(super) fn load(
-    storage: &dyn Storage,
-    layout: &Layout,
-    size: u64,
-    entry: &Entry,
-) -> Result<Bits> {
-    entry.check_usable()?;
-    load_bits(storage, layout, size, entry).context(|| format!("bitmap '{}'", entry.name()))
-}
-
-fn load_bits(storage: &dyn Storage, layout: &Layout, size: u64, entry: &Entry) -> Result<Bits> {
-    let needed = entries_needed(layout, size, entry.granularity_bits);
-    if needed != u64::from(entry.entries) {
-        return Err(Error::corrupt(format!(
-            "its table has {} entries, the disk's size needs {needed}",
-            entry.entries
-        )));
-    }
-    let bits = Bits::new(size, u32::from(entry.granularity_bits))?;
-    for (index, raw) in (0..).zip(read_table(storage, layout, entry)?) {
-        match bitmap_data(layout, raw) {
-            None => {
-                return Err(Error::corrupt(format!(
-                    "its table entry {index} at {:#x} is {raw:#x}",
-                    entry.table + index * 8
-                )));
-            }
-            Some(0) if raw & ONES != 0 => bits.fill(index, layout.cluster()),
-            Some(0) => {}
-            Some(data) => {
-                let bytes = read_short(storage, data, layout.cluster() as usize)
-                    .context(|| format!("its data at {data:#x}"))?;
-                bits.take_in(index, &bytes);
-            }
-        }
-    }
-    Ok(bits)
-}
-
 /// Gives the clusters of `entry` back. What a damaged image does not count is left alone: a bitmap can
 /// always be removed.
 pub(super) fn free(editor: &mut Editor<'_>, entry: &Entry) -> Result<()> {
@@ -100,11 +60,16 @@ fn free_data(editor: &mut Editor<'_>, at: u64) -> Result<()> {
     }
 }
 
-/// Writes `bits` as the bitmap's, into clusters that are free now, where they differ from what is on disk;
-/// `entry` says afterwards where they are. An entry whose table is 0 has none yet. Without `bits` none is set.
-pub(super) fn store(editor: &mut Editor<'_>, entry: &mut Entry, bits: Option<&Bits>) -> Result<()> {
+/// Writes what `sources` have set as the bitmap's bits, for a disk of `size` bytes, into clusters that are free now, where
+/// they differ from what is on disk; `entry` says afterwards where they are. An entry whose table is 0 has none yet. Memory: a
+/// piece of the bits, and two tables.
+pub(super) fn store(
+    editor: &mut Editor<'_>,
+    entry: &mut Entry,
+    size: u64,
+    sources: &mut [&mut dyn Source],
+) -> Result<()> {
     let layout = editor.layout();
-    let size = bits.map_or(editor.header().size, Bits::size);
     let needed = entries_needed(&layout, size, entry.granularity_bits);
     let mut old = match entry.table {
         0 => Vec::new(),
@@ -112,6 +77,7 @@ pub(super) fn store(editor: &mut Editor<'_>, entry: &mut Entry, bits: Option<&Bi
     };
     let anew = old.len() as u64 != needed;
     if anew {
+        // What is there stays readable until the edit is in force.
         if entry.table != 0 {
             free(editor, entry)?;
         }
@@ -119,27 +85,34 @@ pub(super) fn store(editor: &mut Editor<'_>, entry: &mut Entry, bits: Option<&Bi
     }
     let mut table = old.clone();
     let mut cluster = vec![0; layout.cluster() as usize];
-    for (index, raw) in (0..).zip(&mut table) {
-        let before = bitmap_data(&layout, *raw).unwrap_or(0);
-        let content = bits.map_or(Content::Zeros, |bits| bits.put_out(index, &mut cluster));
-        let same = match content {
-            Content::Zeros => *raw == 0,
-            Content::Ones if *raw == ONES => true,
-            _ => before != 0 && editor.read(before, cluster.len())? == cluster,
-        };
-        if same {
-            continue;
+    let of_piece = (PIECE / 8) >> layout.cluster_bits;
+    for (nth, entries) in (0..).zip(table.chunks_mut(of_piece as usize)) {
+        let piece = Bits::piece(nth, size, u32::from(entry.granularity_bits));
+        for source in &mut *sources {
+            source.mark_in(&piece)?;
         }
-        *raw = match content {
-            Content::Zeros => 0,
-            Content::Ones => ONES,
-            Content::Mixed => {
-                let at = editor.allocate(1)?;
-                editor.write(at, &cluster)?;
-                at
+        for (index, raw) in (0..).zip(entries) {
+            let before = bitmap_data(&layout, *raw).unwrap_or(0);
+            let content = piece.put_out(index, &mut cluster);
+            let same = match content {
+                Content::Zeros => *raw == 0,
+                Content::Ones if *raw == ONES => true,
+                _ => before != 0 && editor.read(before, cluster.len())? == cluster,
+            };
+            if same {
+                continue;
             }
-        };
-        free_data(editor, before)?;
+            *raw = match content {
+                Content::Zeros => 0,
+                Content::Ones => ONES,
+                Content::Mixed => {
+                    let at = editor.allocate(1)?;
+                    editor.write(at, &cluster)?;
+                    at
+                }
+            };
+            free_data(editor, before)?;
+        }
     }
     if !anew && table == old {
         return Ok(());

@@ -1,10 +1,11 @@
 //! The enabled bitmaps of an image that is open for writing.
 //!
 //! ```text
-//!   open          their bits are read
+//!   open          their tables are looked through
 //!   first write   `in_use` is set in their directory entries, in place, by a flush before the write
-//!   each write    marks its range: atomics, no lock
-//!   close         bits, tables and a new directory without the marks, switched over by the header
+//!   each write    marks its range in memory: atomics, no lock
+//!   close         what was marked is added to the bits on disk: new ones, tables and a new directory without the marks,
+//!                 switched over by the header
 //! ```
 //!
 //! Each entry's flags are within one sector, so a crash in the middle of the marking leaves each bitmap as it was
@@ -16,7 +17,7 @@
 use super::bits::{Bits, bytes_needed};
 use super::directory::{Directory, Entry};
 use super::ops::Bitmaps;
-use super::table;
+use super::stored::Stored;
 use crate::qcow2::check::{BITMAP_BYTES_MAX, BITMAP_IN_USE, Layout};
 use crate::qcow2::close::read_short;
 use crate::qcow2::header::Header;
@@ -43,7 +44,7 @@ type Sector = (u64, [u8; SECTOR]);
 /// See the module.
 #[derive(Debug)]
 pub(in crate::qcow2) struct Tracker {
-    /// Numbers in the directory, and bits.
+    /// Numbers in the directory, and what has changed since the image was opened.
     tracked: Vec<(usize, Bits)>,
     /// Sectors of the directory with the marks set. As many bytes as it has, at most.
     sectors: Vec<Sector>,
@@ -62,8 +63,8 @@ pub(in crate::qcow2) enum Ready {
 }
 
 impl Tracker {
-    /// Reads the enabled bitmaps of an image; `None` where there are none. `is_metadata` tells clusters that
-    /// hold something else. Memory: 512 MiB of bits at most, and twice the directory.
+    /// Looks at the enabled bitmaps of an image; `None` where there are none. `is_metadata` tells clusters that
+    /// hold something else. Memory: twice the directory; by and by the bits of what is written, 512 MiB at most.
     ///
     /// # Errors
     ///
@@ -106,7 +107,9 @@ impl Tracker {
             if !is_tracked(&entry) {
                 continue;
             }
-            tracked.push((nth, table::load(storage, &layout, header.size, entry)?));
+            Stored::open(storage, layout, header.size, entry)?;
+            let bits = Bits::new(header.size, u32::from(entry.granularity_bits))?;
+            tracked.push((nth, bits));
             let sector_at = flags_at & !(SECTOR as u64 - 1);
             if sectors.last().is_none_or(|(at, _)| *at != sector_at) {
                 let mut sector = [0; SECTOR];
