@@ -77,6 +77,12 @@ pub struct Header {
     raw: Vec<u8>,
 }
 
+/// Puts the checksum of a whole header right.
+fn seal(bytes: &mut [u8]) {
+    let sum = checksum(bytes, CHECKSUM);
+    bytes[CHECKSUM..CHECKSUM + 4].copy_from_slice(&sum.to_be_bytes());
+}
+
 impl Header {
     /// A header for a disk of `blocks` blocks, with the table right behind it.
     pub fn new(table_offset: u64, table_entries: u32, block_bytes: u32) -> Self {
@@ -182,8 +188,17 @@ impl Header {
             put(at + 12, &[0; 4]);
             put(at + 16, &locator.offset.to_be_bytes());
         }
-        let sum = checksum(&bytes, CHECKSUM);
-        bytes[CHECKSUM..CHECKSUM + 4].copy_from_slice(&sum.to_be_bytes());
+        seal(&mut bytes);
+        bytes
+    }
+
+    /// Its bytes as they were read, but for where the table is and how many entries it has: that is in the first sector.
+    pub fn with_table(&self) -> Vec<u8> {
+        let mut bytes = self.raw.clone();
+        bytes.resize(HEADER_BYTES, 0);
+        bytes[16..24].copy_from_slice(&self.table_offset.to_be_bytes());
+        bytes[28..32].copy_from_slice(&self.table_entries.to_be_bytes());
+        seal(&mut bytes);
         bytes
     }
 

@@ -179,8 +179,8 @@ fn make_room(file: &dyn Storage, layout: &Layout, blocks: &Blocks, bytes: u64) -
         &layout.footer.to_bytes(),
     )?;
     file.sync()?;
-    // What changes is in the first sector.
-    let bytes = larger.to_bytes();
+    // Of the second sector not all may be understood.
+    let bytes = larger.with_table();
     let first = bytes.get(..512).unwrap_or_default();
     file.write_at(layout.footer.header_offset, first)?;
     file.sync()?;
