@@ -52,15 +52,14 @@ impl Appended {
         extend(run, self.file, host, start);
     }
 
-    fn push_granules(&self, st: &State, run: &mut FlushRun, changed: &Changed, base: u64) {
+    fn push_granules(&self, run: &mut FlushRun, changed: &Changed, base: u64) {
         let bits = self.layout.granule_bits();
         let words = self.tables.words(changed.frame);
         let per_granule = 1usize << (bits - 3);
-        // An entry as it goes to disk: without our mark.
-        let plain = |raw: u64| {
-            let host = raw & !OVERLAP;
-            let marked = raw & OVERLAP != 0 && st.places.holds(host >> self.layout.cluster_bits);
-            if marked { host } else { raw }
+        // An entry as it goes to disk: without our mark. In a file that has the bit itself nothing changes any more.
+        let plain = |raw: u64| match self.is_marked(raw) {
+            true => raw & !OVERLAP,
+            false => raw,
         };
         for granule in 0..64usize {
             if changed.granules >> granule & 1 == 0 {
@@ -101,11 +100,11 @@ impl Appended {
         st.cache.take_changed(true, |c| changed.push(c));
         changed.sort_unstable_by_key(|c| c.host);
         for c in &changed {
-            self.push_granules(st, run, c, c.host);
+            self.push_granules(run, c, c.host);
         }
         for c in changed.iter().filter(|_| !self.copies.is_empty()) {
             if let Some(host) = self.copy_of(c) {
-                self.push_granules(st, run, c, host);
+                self.push_granules(run, c, host);
             }
         }
         st.scratch = changed;

@@ -196,9 +196,9 @@ impl Appended {
         }
         match raw & (self.align - 1) {
             0 => {}
-            OVERLAP if raw - OVERLAP < self.end_at_open => return Err(Bad::Overlap),
-            OVERLAP => return Err(Bad::Outside),
-            _ => return Err(Bad::Misaligned),
+            _ if !self.is_marked(raw) => return Err(Bad::Misaligned),
+            _ if raw - OVERLAP < self.end_at_open => return Err(Bad::Overlap),
+            _ => return Err(Bad::Outside),
         }
         let end = self.end.load(Ordering::Acquire);
         let outside = raw < self.head_end || raw >= end;
@@ -206,6 +206,12 @@ impl Appended {
             return Err(Bad::Outside);
         }
         Ok(Entry::Data(raw))
+    }
+
+    /// Whether L2 entry `raw` is that of a cluster with the mark [`OVERLAP`].
+    pub(super) fn is_marked(&self, raw: u64) -> bool {
+        let compressed = raw & COMPRESSED != 0 && self.form.has_compressed();
+        !compressed && raw & (self.align - 1) == OVERLAP
     }
 
     /// The same of a compressed cluster: below bit 63 the length in as many bits as a cluster's size has, and the offset.
@@ -385,7 +391,8 @@ impl Appended {
             }
             // Marked, lest the file grows over it.
             Err(Bad::Outside) if behind => (raw | OVERLAP, true),
-            Err(Bad::Outside) => (raw, true),
+            // The file's own bit, which a flush would take for ours.
+            Err(Bad::Outside | Bad::Overlap) => (raw, true),
             _ => (raw, false),
         }
     }

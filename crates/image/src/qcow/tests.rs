@@ -380,6 +380,37 @@ fn wrong_entries_are_errors() {
     }
 }
 
+/// The mark of an entry whose cluster shares bytes with a table is never written; where the file has its bit already, nothing
+/// is written at all.
+#[test]
+fn marks_of_entries_stay_in_memory() {
+    let file = made(16 << 20, (12, 9), None);
+    let mut driver = open(&file);
+    driver.write(0, &[1; 8192]).unwrap();
+    driver.write(2 << 20, &[1; 4096]).unwrap();
+    driver.close();
+    let sound = file.bytes();
+    let [first, second] = [48, 56].map(|at| crate::words::read_u64(&sound, at).unwrap());
+    for (entry, changes) in [
+        (second, true),
+        (second + 512, true),
+        // Only the last bytes of the cluster are the table's.
+        (second - 512, true),
+        (second | 4, false),
+        (second - 508, false),
+    ] {
+        let file = MemFile::of(sound.clone());
+        file.patch(first as usize, &entry.to_be_bytes());
+        let mut driver = open(&file);
+        assert!(driver.read(0, 512).is_err(), "{entry:#x}");
+        // Its neighbour in the table's first sector.
+        assert_eq!(driver.write(8192, &[3; 512]).is_ok(), changes, "{entry:#x}");
+        driver.close();
+        let after = &file.bytes()[first as usize..first as usize + 8];
+        assert_eq!(after, entry.to_be_bytes(), "{entry:#x}");
+    }
+}
+
 #[test]
 fn new_images_are_those_of_qemu() {
     let dir = tempfile::tempdir().unwrap();
