@@ -141,11 +141,23 @@ impl Header {
             .saturating_add(u64::from(number).saturating_mul(self.bitmap_bytes + self.extent_bytes))
     }
 
-    /// Bytes of a bitmap that are read: those of an extent's sectors, in whole sectors.
+    /// Bytes of a bitmap that count: those of an extent's sectors, in whole sectors.
     fn bits_bytes(&self) -> u64 {
         (self.extent_bytes / SECTOR / 8)
             .max(1)
             .next_multiple_of(SECTOR)
+    }
+
+    /// Bytes that all bitmaps lie behind the beginning of a sector.
+    fn skew(&self) -> u64 {
+        self.bitmap_at(0) % SECTOR
+    }
+
+    /// Bytes that are loaded of a bitmap, from the beginning of a sector on: an odd number of these, since a load is aligned to
+    /// what its length is a multiple of.
+    fn load_bytes(&self) -> u64 {
+        let sectors = (self.skew() + self.bits_bytes()).div_ceil(SECTOR);
+        (sectors | 1) * SECTOR
     }
 }
 
@@ -191,8 +203,8 @@ impl Bochs {
             catalog.extend(entries.map(|entry| u32::from_le_bytes(*entry)));
             at += chunk.len() as u64;
         }
-        let frames = (CACHE_BYTES / header.bits_bytes()).min(u64::from(header.entries).max(1));
-        let bits = header.bits_bytes() * 8;
+        let frames = (CACHE_BYTES / header.load_bytes()).min(u64::from(header.entries).max(1));
+        let bits = header.load_bytes() * 8;
         Ok(Self {
             name: file.name(),
             catalog,
@@ -233,11 +245,12 @@ impl Bochs {
             return Err(self.outside(extent, number).into());
         }
         let (first, end) = (within / SECTOR, (within + len).div_ceil(SECTOR));
-        // At most 2 KiB.
-        let at = (bitmap, header.bits_bytes() as u32);
-        let run = self
-            .bitmaps
-            .ask(extent, at, |bitmaps| bitmaps.run(extent, first, end))?;
+        // At most 3 KiB.
+        let at = (bitmap - header.skew(), header.load_bytes() as u32);
+        let skew = header.skew() * 8;
+        let run = self.bitmaps.ask(extent, at, |bitmaps| {
+            bitmaps.run(extent, first + skew, end + skew)
+        })?;
         let len = len.min((first + run.sectors) * SECTOR - within);
         if !run.present {
             return Ok(Extent {

@@ -99,3 +99,31 @@ fn extents_that_the_file_does_not_have_are_errors() {
     assert!(driver.read(0, 4096).is_err());
     assert!(driver.read(8192, 4096).unwrap() == disk[8192..12288]);
 }
+
+/// Bitmaps that begin between sectors, and those that are a power of two of these, are loaded as `Load` says.
+#[test]
+fn loads_are_aligned_wherever_bitmaps_are() {
+    for (extent, more) in [(4096, 0), (4096, 3), (8 << 20, 0), (8 << 20, 100)] {
+        let disk = disk(extent, 40_000);
+        let mut bytes = image(false, extent, &disk);
+        bytes.splice(512..512, vec![0; more]);
+        bytes[68..72].copy_from_slice(&(512 + more as u32).to_le_bytes());
+        let file = MemFile::of(bytes.clone());
+        let bochs = Bochs::open(&file).unwrap();
+        let mut loads = 0;
+        for at in (0..disk.len() as u64).step_by(extent) {
+            if let Ok(crate::Step::Need(crate::Need::Load(load))) =
+                bochs.map(block::GuestOffset(at), 512)
+            {
+                loads += 1;
+                let align = (1u64 << load.len.trailing_zeros()).min(4096);
+                assert_eq!(load.offset.0 % align, 0, "{extent} {more}: {load:?}");
+                bochs.load_failed(&load);
+            }
+        }
+        assert!(loads > 1, "{extent} {more}");
+        let mut driver = Driver::of(file, Bochs::open(&MemFile::of(bytes.clone())).unwrap());
+        assert!(driver.read(0, disk.len() as u64).unwrap() == disk);
+        assert!(by_qemu("bochs", &bytes) == disk, "{extent} {more}");
+    }
+}
