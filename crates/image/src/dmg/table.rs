@@ -9,11 +9,9 @@
 
 use super::{CHUNK_BYTES_MAX, CHUNK_SECTORS_MAX, SECTOR};
 use crate::words::{read_u32, read_u64};
-use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
+use base64::engine::general_purpose::{GeneralPurpose, NO_PAD};
+use base64::{Engine, alphabet};
 use block::{Error, Result, Storage, limits};
-use quick_xml::Reader;
-use quick_xml::events::Event;
 
 /// Most bytes of a property list, as in QEMU, and of a resource fork.
 pub const TABLES_BYTES_MAX: u64 = 16 << 20;
@@ -27,6 +25,15 @@ const LOOK_BYTES: u64 = 515;
 /// Bytes of a table before its chunks, and of a chunk.
 const MISH_BYTES: usize = 204;
 const CHUNK_BYTES: usize = 40;
+
+/// What is around a table in a property list.
+const DATA_BEGIN: &[u8] = b"<data>";
+const DATA_END: &[u8] = b"</data>";
+/// Base64 whose last digit may have bits that mean nothing.
+const LENIENT: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::STANDARD,
+    NO_PAD.with_decode_allow_trailing_bits(true),
+);
 
 /// How a chunk has its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,36 +211,40 @@ fn resource_fork(fork: &[u8], data_fork: u64, chunks: &mut Vec<Chunk>) -> Result
     Ok(())
 }
 
-/// A list has each table as base64 in an element `data`; other elements are of no interest.
+/// A list has each table as base64 between `<data>` and `</data>`. As in QEMU nothing else of it matters, nor whether it is
+/// well-formed XML, nor what in the base64 is none: there are images whose lists are not what Apple's programs would write.
 fn property_list(list: &[u8], data_fork: u64, chunks: &mut Vec<Chunk>) -> Result<()> {
-    let malformed =
-        |what: &dyn std::fmt::Display| Error::corrupt(format!("no property list: {what}"));
-    let text = std::str::from_utf8(list).map_err(|error| malformed(&error))?;
-    let mut reader = Reader::from_str(text);
-    let mut data: Option<Vec<u8>> = None;
-    loop {
-        match reader.read_event().map_err(|error| malformed(&error))? {
-            Event::Start(start) if start.name().as_ref() == "data" => data = Some(Vec::new()),
-            Event::Text(text) => {
-                if let Some(data) = &mut data {
-                    let text = text.bytes().filter(|byte| !byte.is_ascii_whitespace());
-                    data.extend(text);
-                }
-            }
-            Event::End(end) if end.name().as_ref() == "data" => {
-                let text = data.take().unwrap_or_default();
-                let bytes = BASE64_STANDARD.decode(text);
-                mish(
-                    &bytes.map_err(|error| malformed(&error))?,
-                    data_fork,
-                    chunks,
-                )?;
-            }
-            Event::Eof if data.is_some() => return Err(malformed(&"it ends within an element")),
-            Event::Eof => return Ok(()),
-            _ => {}
-        }
+    let find = |bytes: &[u8], marker: &[u8]| {
+        let mut windows = bytes.windows(marker.len());
+        windows.position(|window| window == marker)
+    };
+    // A byte 0 ends it.
+    let mut rest = list.split(|byte| *byte == 0).next().unwrap_or_default();
+    while let Some(at) = find(rest, DATA_BEGIN) {
+        let text = rest.get(at + DATA_BEGIN.len()..).unwrap_or_default();
+        let Some(end) = find(text, DATA_END) else {
+            let at = list.len() - text.len();
+            return Err(Error::corrupt(format!(
+                "no property list: it ends within the table that begins at byte {at:#x} of it"
+            )));
+        };
+        let (table, behind) = text.split_at(end);
+        mish(&base64(table)?, data_fork, chunks)?;
+        rest = behind;
     }
+    Ok(())
+}
+
+/// The bytes of base64 with anything in between.
+fn base64(text: &[u8]) -> Result<Vec<u8>> {
+    let is_digit = |byte: &u8| byte.is_ascii_alphanumeric() || b"+/".contains(byte);
+    let mut digits: Vec<u8> = text.iter().copied().filter(is_digit).collect();
+    // One digit alone has no byte.
+    if digits.len() % 4 == 1 {
+        digits.pop();
+    }
+    let bytes = LENIENT.decode(digits);
+    bytes.map_err(|error| Error::corrupt(format!("no property list: {error}")))
 }
 
 /// Takes the chunks of a table; what is none is left alone.

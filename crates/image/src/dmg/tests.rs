@@ -56,6 +56,19 @@ fn open(bytes: &[u8]) -> Driver<Dmg> {
     Driver::of(file.clone(), Dmg::open(&file).unwrap())
 }
 
+/// A property list that is no XML: an element with another one's end, a name that is no UTF-8, something else in base64.
+fn strange_list(mut bytes: Vec<u8>) -> Vec<u8> {
+    for (what, with) in [
+        (&b"</plist>"[..], &b"</wrong>"[..]),
+        (b"<key>blkx", b"<key>\xff\xfe<&"),
+        (b"<data>\n\t\t", b"<data>\n!\xfe"),
+    ] {
+        let at = bytes.windows(what.len()).position(|w| w == what).unwrap();
+        bytes[at..at + with.len()].copy_from_slice(with);
+    }
+    bytes
+}
+
 #[test]
 fn images_read_as_by_qemu() {
     for tables in [Tables::List, Tables::Fork] {
@@ -72,6 +85,13 @@ fn images_read_as_by_qemu() {
             assert!(driver.write(0, &[1; 512]).is_err());
             if !with_bzip2 {
                 assert!(by_qemu("dmg", &bytes) == disk, "{tables:?}");
+            }
+            if tables == Tables::List {
+                let strange = strange_list(bytes.clone());
+                let mut driver = open(&strange);
+                let read = driver.read(0, disk.len() as u64).unwrap();
+                assert!(read == disk);
+                assert!(with_bzip2 || by_qemu("dmg", &strange) == disk);
             }
             // What was put behind the trailer, less than a sector.
             let mut longer = bytes.clone();
@@ -137,6 +157,7 @@ fn wrong_trailers_and_tables_are_refused() {
         (RAW, 1, vec![5; 512])
     }
     let end = bytes.len() - 512;
+    let last = bytes.windows(7).rposition(|w| w == b"</data>").unwrap();
     let resource = crate::words::read_u64(&fork, fork.len() - 512 + 0x28).unwrap() as usize + 16;
     let max = u64::MAX.to_be_bytes();
     for (base, at, patch, what) in [
@@ -147,7 +168,7 @@ fn wrong_trailers_and_tables_are_refused() {
         (&bytes, end + 0xe0, &max, "property list"),
         (&bytes, end + 0xe0, &[0; 8], "neither"),
         (&bytes, end + 0x1ec, &max, "sectors of the disk"),
-        (&bytes, end - 30, b"</wrong>", "no property list"),
+        (&bytes, last, b"</dado>", "it ends within the table"),
         (&fork, resource, &[0; 4], "a resource has"),
         (
             &fork,
