@@ -75,6 +75,20 @@ impl Format {
             _ => self.name(),
         }
     }
+
+    /// Whether it has metadata that a check can judge.
+    pub fn has_check(self) -> bool {
+        !matches!(
+            self,
+            Format::Raw
+                | Format::Null
+                | Format::Luks
+                | Format::Qcow
+                | Format::Bochs
+                | Format::Cloop
+                | Format::Dmg
+        )
+    }
 }
 
 impl fmt::Display for Format {

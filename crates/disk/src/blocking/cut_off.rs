@@ -9,7 +9,7 @@
 
 use crate::crypt::SECTOR;
 use block::{Error, GuestOffset, HostOffset, Storage, align_up};
-use image::Compressed;
+use image::{Compressed, Format, Image};
 
 /// What becomes of bytes of the disk that a file should have, and is too short for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,8 +22,15 @@ pub enum CutOff {
 }
 
 /// What helps, behind each message.
-const HELP: &str =
-    "'diskplane check' says what else is wrong, 'diskplane convert --salvage' copies what is left";
+fn help(image: &dyn Image) -> &'static str {
+    let format = image.describe().format.parse();
+    match format.is_ok_and(Format::has_check) {
+        true => {
+            "'diskplane check' says what else is wrong, 'diskplane convert --salvage' copies what is left"
+        }
+        false => "'diskplane convert --salvage' copies what is left",
+    }
+}
 
 /// How many of `len` bytes at `offset` a file has that ends at byte `end`: a sector that it ends in counts as a whole.
 pub(crate) fn there(end: u64, offset: HostOffset, len: u64) -> u64 {
@@ -32,30 +39,46 @@ pub(crate) fn there(end: u64, offset: HostOffset, len: u64) -> u64 {
 
 /// Bytes of the disk from `guest` on are missing, which belong at `at` of `file`.
 #[cold]
-pub(super) fn data(file: &dyn Storage, guest: GuestOffset, at: HostOffset, end: u64) -> Error {
+pub(super) fn data(
+    image: &dyn Image,
+    file: &dyn Storage,
+    guest: GuestOffset,
+    at: HostOffset,
+    end: u64,
+) -> Error {
     Error::corrupt(format!(
-        "the bytes of guest offset {:#x} are at {:#x}, but the file ends at {end:#x}: it is cut off; {HELP}",
-        guest.0, at.0
+        "the bytes of guest offset {:#x} are at {:#x}, but the file ends at {end:#x}: it is cut off; {}",
+        guest.0,
+        at.0,
+        help(image)
     ))
     .within(file.name())
 }
 
 /// A packed cluster is missing, or its end, which is why it cannot be unpacked.
 #[cold]
-pub(super) fn packed(file: &dyn Storage, packed: &Compressed, error: Error) -> Error {
+pub(super) fn packed(
+    image: &dyn Image,
+    file: &dyn Storage,
+    packed: &Compressed,
+    error: Error,
+) -> Error {
     Error::corrupt(format!(
-        "the compressed cluster at {:#x} has up to {:#x} bytes, but the file ends before: it is cut off ({error}); {HELP}",
-        packed.offset.0, packed.len
+        "the compressed cluster at {:#x} has up to {:#x} bytes, but the file ends before: it is cut off ({error}); {}",
+        packed.offset.0,
+        packed.len,
+        help(image)
     ))
     .within(file.name())
 }
 
 /// A table of the image is missing.
 #[cold]
-pub(super) fn table(file: &dyn Storage, at: HostOffset) -> Error {
+pub(super) fn table(image: &dyn Image, file: &dyn Storage, at: HostOffset) -> Error {
     Error::corrupt(format!(
-        "a table of the image is at {:#x}, behind the end of the file: it is cut off; {HELP}",
-        at.0
+        "a table of the image is at {:#x}, behind the end of the file: it is cut off; {}",
+        at.0,
+        help(image)
     ))
     .within(file.name())
 }
@@ -63,6 +86,13 @@ pub(super) fn table(file: &dyn Storage, at: HostOffset) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_check_is_named_where_there_is_one() {
+        let raw = image::Raw::with_size(1 << 20).expect("an image");
+        assert!(!help(&raw).contains("check"));
+        assert!(Format::Qcow2.has_check() && !Format::Qcow.has_check());
+    }
 
     #[test]
     fn a_sector_that_the_file_ends_in_is_there() {

@@ -84,7 +84,8 @@ impl Members {
         let mut bytes = vec![0; usize_of(u64::from(load.len))?];
         let there = read_padded(&*file, load.offset, &mut bytes)?;
         if there == 0 && fixed && self.cut_off == CutOff::Refused {
-            return Err(cut_off::table(&*file, load.offset));
+            let image = &*self.member(depth)?.image;
+            return Err(cut_off::table(image, &*file, load.offset));
         }
         Ok(bytes)
     }
@@ -101,7 +102,7 @@ impl Members {
         let storage = self.file(depth, file)?;
         let Some(encryption) = self.member(depth)?.image.encryption() else {
             let there = read_padded(&*storage, offset, buf)?;
-            return self.judge(&*storage, guest, offset, there, buf.len());
+            return self.judge(depth, &*storage, guest, offset, there, buf.len());
         };
         let cipher = cipher_of(encryption)?;
         let sector = encryption.sector(guest, offset);
@@ -110,6 +111,7 @@ impl Members {
         let start = HostOffset(offset.0 - skip as u64);
         let there = read_padded(&*storage, start, &mut sectors)?;
         self.judge(
+            depth,
             &*storage,
             guest,
             offset,
@@ -125,6 +127,7 @@ impl Members {
     /// Refuses bytes of the disk, `len` at `offset` of a file, of which only the first `there` are in it.
     fn judge(
         &self,
+        depth: usize,
         file: &dyn Storage,
         guest: GuestOffset,
         offset: HostOffset,
@@ -139,6 +142,7 @@ impl Members {
         match there == len as u64 {
             true => Ok(()),
             false => Err(cut_off::data(
+                &*self.member(depth)?.image,
                 file,
                 guest.plus(there),
                 offset.plus(there),
@@ -223,7 +227,7 @@ impl Members {
         // What is packed may end before its last sector does, and the file with it: only where it cannot be unpacked
         // something is missing.
         done.map_err(|error| match (input.len() as u64) < u64::from(packed.len) {
-            true => cut_off::packed(&*file, packed, error),
+            true => cut_off::packed(&**image, &*file, packed, error),
             false => error,
         })?;
         Ok(unpacked)
