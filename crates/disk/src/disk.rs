@@ -5,6 +5,7 @@ use crate::{
     chain::{Chain, Layer},
     commit::GroupCommit,
     grace::Epochs,
+    packed::Large,
     stats::{QueueStats, QueueTrace, Statistics},
     unsynced::Unsynced,
     wait::WaitTable,
@@ -104,6 +105,7 @@ pub struct Disk {
     /// have passed; the next queue takes it over.
     pub(crate) orphans: Mutex<Vec<(u64, Freed)>>,
     cluster_size: u64,
+    pub(crate) large: Large,
 }
 
 impl Disk {
@@ -164,6 +166,7 @@ impl Disk {
             past_stats: QueueStats::new(0, u32::from(options.trace_entries > 0)),
             orphans: Mutex::default(),
             cluster_size: description.cluster_size,
+            large: Large::default(),
             layers,
         }))
     }

@@ -2,7 +2,8 @@
 //!
 //! A cluster may have 64 MiB, and twice as much when it is packed (`cloop`), so what a queue reads of them at a time is
 //! bounded. Where what is there never changes, the last one is kept unpacked: who reads a disk in order asks for the
-//! next sectors of it.
+//! next sectors of it. Each queue keeps its last one; of large ones the disk does, for all queues, so that these take no more memory
+//! the more queues there are.
 
 use crate::{
     memory,
@@ -12,11 +13,14 @@ use crate::{
 use block::GuestError;
 use image::Compressed;
 use io::{Engine, IoOp, memory::AlignedBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Packed bytes under way above which no further ones are read.
 const BYTES_MAX: u64 = 16 << 20;
-/// Bytes of the largest cluster that is kept unpacked.
+/// Bytes of the largest cluster that a queue keeps unpacked.
 const KEPT_MAX: u32 = 2 << 20;
+/// Bytes of the largest one that a disk keeps: no format has larger ones.
+const LARGE_MAX: u32 = 64 << 20;
 
 /// A cluster as it is unpacked.
 #[derive(Debug)]
@@ -24,6 +28,27 @@ pub(crate) struct Kept {
     layer: u8,
     cluster: Compressed,
     buffer: AlignedBuf,
+}
+
+/// The last one of a disk that is too large for its queues.
+#[derive(Debug, Default)]
+pub(crate) struct Large(Mutex<Option<Arc<Kept>>>);
+
+impl Large {
+    /// Its bytes, if it is `cluster` of that image.
+    fn get(&self, layer: u8, cluster: &Compressed) -> Option<Arc<Kept>> {
+        let is_large = (KEPT_MAX + 1..=LARGE_MAX).contains(&cluster.unpacked_len);
+        if !cluster.lasting || !is_large {
+            return None;
+        }
+        let last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        last.clone().filter(|kept| kept.is(layer, cluster))
+    }
+
+    fn put(&self, kept: Kept) {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *last = Some(Arc::new(kept));
+    }
 }
 
 impl DiskQueue {
@@ -45,6 +70,10 @@ impl DiskQueue {
         if let Some(kept) = self.kept.take_if(|kept| kept.is(layer, &cluster)) {
             self.hand_out(index, &kept.buffer, &cluster, to, len);
             self.kept = Some(kept);
+            return Ok(());
+        }
+        if let Some(large) = self.disk.large.get(layer, &cluster) {
+            self.hand_out(index, &large.buffer, &cluster, to, len);
             return Ok(());
         }
         if self.packed_bytes > BYTES_MAX {
@@ -87,6 +116,11 @@ impl DiskQueue {
         to: u64,
         len: u64,
     ) -> Option<GuestError> {
+        // Somebody may have unpacked it since it was asked for.
+        if let Some(large) = self.disk.large.get(layer, cluster) {
+            self.hand_out(slot, &large.buffer, cluster, to, len);
+            return None;
+        }
         let buffer = self.subs[index as usize].buffer.as_ref()?;
         let mut unpacked = self.buffers.take(cluster.unpacked_len as usize);
         let result = self.disk.layers[layer as usize].image.decompress(
@@ -99,16 +133,18 @@ impl DiskQueue {
             return Some(self.refuse(layer, &error));
         }
         self.hand_out(slot, &unpacked, cluster, to, len);
-        if !cluster.lasting || cluster.unpacked_len > KEPT_MAX {
+        if !cluster.lasting || cluster.unpacked_len > LARGE_MAX {
             self.buffers.give(unpacked);
             return None;
         }
-        let kept = self.kept.replace(Kept {
+        let kept = Kept {
             layer,
             cluster: *cluster,
             buffer: unpacked,
-        });
-        if let Some(old) = kept {
+        };
+        if cluster.unpacked_len > KEPT_MAX {
+            self.disk.large.put(kept);
+        } else if let Some(old) = self.kept.replace(kept) {
             self.buffers.give(old.buffer);
         }
         None

@@ -16,6 +16,7 @@ mod encrypted;
 mod faults;
 mod hostile;
 mod luks;
+mod packed;
 mod queue;
 mod scripted;
 mod simulated;
