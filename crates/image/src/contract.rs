@@ -499,6 +499,12 @@ pub trait Image: Send + Sync + Debug {
     /// What the guest range is made of, from `at` on. Lock-free on a hit.
     fn map(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>>;
 
+    /// Where [`map`](Self::map) fails at `at`: how many bytes from there on it fails for, at least 1, for a reason that only
+    /// another file would change. `None` where that is not known.
+    fn unreadable(&self, _at: GuestOffset) -> Option<u64> {
+        None
+    }
+
     /// A request at `at` will come in a moment, or not: a hint to have the processor fetch what [`map`](Self::map) will
     /// look at. Takes no lock and must cost next to nothing.
     fn expect(&self, at: GuestOffset) {

@@ -81,6 +81,8 @@ pub struct Run {
     pub data: bool,
     /// Its file is cut off before it: reading it fails.
     pub lost: bool,
+    /// It is a part of what is packed.
+    pub packed: bool,
     /// Where its bytes are in one piece, where they are as the guest reads them.
     pub place: Option<Place>,
 }
@@ -103,6 +105,7 @@ impl Run {
             allocated: true,
             data: true,
             lost: false,
+            packed: false,
             place: None,
         }
     }
@@ -133,6 +136,8 @@ pub struct Source<'a> {
     damage: Damage,
     /// The map failed for the smallest part that was asked about last.
     fails: bool,
+    /// Up to where it was noted what the map says that cannot be read.
+    skipped: u64,
 }
 
 impl<'a> Source<'a> {
@@ -148,6 +153,7 @@ impl<'a> Source<'a> {
             salvage: false,
             damage: Damage::default(),
             fails: false,
+            skipped: 0,
         };
         for chain in chains {
             source.push(chain, 0, u64::MAX)?;
@@ -255,8 +261,22 @@ impl<'a> Source<'a> {
             };
             found = part.run(here, asked);
         }
+        let unreadable = match found {
+            Err(_) if salvage => part.unreadable(here),
+            _ => None,
+        };
         self.fails = found.is_err();
         match found {
+            Err(error) if let Some(len) = unreadable => {
+                // Nobody needs to read it: what a format says of it may be longer than anybody could.
+                let len = len.min(most);
+                self.skip(at, len, &error);
+                Ok(Run {
+                    zero: true,
+                    data: false,
+                    ..Run::data(len)
+                })
+            }
             Err(error) if salvage => {
                 // Whoever reads it finds out whether it is lost.
                 put(&mut self.damage.unmapped, Unreadable::new(at, unit, &error));
@@ -343,6 +363,15 @@ impl<'a> Source<'a> {
         self.salvage
     }
 
+    /// Notes that `len` bytes at `at` cannot be read, once.
+    fn skip(&mut self, at: u64, len: u64, error: &Error) {
+        let (from, end) = (at.max(self.skipped), at + len);
+        if from < end {
+            self.skipped = end;
+            self.note(Unreadable::new(from, end - from, error));
+        }
+    }
+
     fn note(&mut self, found: Unreadable) {
         self.damage.unreadable_bytes += found.len;
         let places = &mut self.damage.unreadable;
@@ -364,6 +393,16 @@ fn put(places: &mut Vec<Unreadable>, found: Unreadable) {
     }
 }
 
+/// Puts zeros in place of what cannot be read, and notes that behind what is lost before it.
+fn lose(at: u64, part: &mut [u8], error: &Error, lost: &mut Vec<Unreadable>) {
+    part.fill(0);
+    let len = part.len() as u64;
+    match lost.last_mut() {
+        Some(last) if last.at + last.len == at => last.len += len,
+        _ => lost.push(Unreadable::new(at, len, error)),
+    }
+}
+
 impl Part<'_> {
     fn run(&mut self, at: u64, most: u64) -> Result<Run> {
         let found = self.driver.extent_at(at, most)?;
@@ -380,7 +419,10 @@ impl Part<'_> {
                 (run.allocated, run.data) = (false, false);
                 return Ok(run);
             }
-            ExtentKind::Compressed(_) => return Ok(run),
+            ExtentKind::Compressed(_) => {
+                run.packed = true;
+                return Ok(run);
+            }
         };
         let Some(layer) = self.chain.layers.get(found.depth) else {
             return Ok(run);
@@ -431,34 +473,43 @@ impl Part<'_> {
         unit - at % unit
     }
 
-    /// Reads what can be read of `buf`, by sectors, and puts zeros in place of the rest.
+    /// How much from `at` on the format says that cannot be read. An image over it may have something in between.
+    fn unreadable(&self, at: u64) -> Option<u64> {
+        match &self.chain.layers[..] {
+            [layer] => layer.image.unreadable(block::GuestOffset(at)),
+            _ => None,
+        }
+    }
+
+    /// Reads what can be read of `buf`, by sectors, and puts zeros in place of the rest. What is packed can be read as a whole or
+    /// not at all.
     fn salvage(&mut self, at: u64, buf: &mut [u8], lost: &mut Vec<Unreadable>) {
         let (mut at, mut rest) = (at, buf);
         while !rest.is_empty() {
             let asked = rest.len() as u64;
-            let (len, step) = match self.run(at, asked) {
+            let (len, in_parts) = match self.run(at, asked) {
                 // Nothing of it is there.
-                Ok(run) if run.lost => (run.len, u64::MAX),
-                Ok(run) => (run.len, SECTOR),
+                Ok(run) => (run.len, !run.lost && !run.packed),
                 Err(_) => {
-                    let len = self.unit_left(at).min(asked);
+                    let len = self.unreadable(at).unwrap_or(self.unit_left(at));
+                    let len = len.min(asked);
                     // No table: nothing of the cluster.
-                    let is_mapped = self.driver.is_mapped(at, len);
-                    (len, if is_mapped { SECTOR } else { u64::MAX })
+                    (len, self.driver.is_mapped(at, len))
                 }
             };
             // At most the buffer's.
             let (now, later) = rest.split_at_mut(len as usize);
-            if self.driver.read(at, now).is_err() {
-                let step = usize::try_from(step).unwrap_or(usize::MAX).min(now.len());
-                let mut here = at;
-                for piece in now.chunks_mut(step) {
-                    if let Err(error) = self.driver.read(here, piece) {
-                        piece.fill(0);
-                        lost.push(Unreadable::new(here, piece.len() as u64, &error));
+            match self.driver.read(at, now) {
+                Ok(()) => {}
+                Err(_) if in_parts => {
+                    let parts = now.chunks_mut(SECTOR as usize);
+                    for (here, part) in (at..).step_by(SECTOR as usize).zip(parts) {
+                        if let Err(error) = self.driver.read(here, part) {
+                            lose(here, part, &error, lost);
+                        }
                     }
-                    here += piece.len() as u64;
                 }
+                Err(error) => lose(at, now, &error, lost),
             }
             at += len;
             rest = later;

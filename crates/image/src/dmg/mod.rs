@@ -65,11 +65,19 @@ impl Dmg {
         ))
     }
 
+    /// The chunk that has a sector of the disk, or else the first sector behind it that a chunk has, or could have.
+    fn chunk(&self, sector: u64) -> Result<&Chunk, u64> {
+        let behind = self.chunks.partition_point(|chunk| chunk.sector <= sector);
+        let next = self.chunks.get(behind).map(|chunk| chunk.sector);
+        let chunk = behind.checked_sub(1).and_then(|nth| self.chunks.get(nth));
+        chunk
+            .filter(|chunk| sector - chunk.sector < chunk.count)
+            .ok_or(next.unwrap_or(u64::MAX / SECTOR))
+    }
+
     fn map_at(&self, at: GuestOffset, len: u64) -> Result<Extent> {
         let sector = at.0 / SECTOR;
-        let before = self.chunks.partition_point(|chunk| chunk.sector <= sector);
-        let chunk = before.checked_sub(1).and_then(|nth| self.chunks.get(nth));
-        let Some(chunk) = chunk.filter(|chunk| sector - chunk.sector < chunk.count) else {
+        let Ok(chunk) = self.chunk(sector) else {
             return Err(Error::corrupt(format!(
                 "{}: no chunk has sector {sector} of the disk",
                 self.name
@@ -155,6 +163,19 @@ impl Image for Dmg {
 
     fn map(&self, at: GuestOffset, len: u64) -> Result<Step<Extent>> {
         Ok(Step::Done(self.map_at(at, len)?))
+    }
+
+    fn unreadable(&self, at: GuestOffset) -> Option<u64> {
+        let end = match self.chunk(at.0 / SECTOR) {
+            Ok(chunk) => chunk.sector + chunk.count,
+            Err(next) => next,
+        };
+        Some(
+            (end * SECTOR)
+                .min(self.disk_bytes)
+                .saturating_sub(at.0)
+                .max(1),
+        )
     }
 
     fn plan_write(&self, _: GuestOffset, _: u64) -> Result<Step<Plan>> {

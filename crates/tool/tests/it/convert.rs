@@ -391,3 +391,64 @@ fn a_target_that_fails_is_no_image() {
     let start = fs::read(&target).unwrap();
     assert!(start.get(..4) != Some(b"QFI\xfb"), "it shows a format");
 }
+
+/// An Apple disk image that says of most of its disk that nobody can read it: told in a few runs, however large that is.
+#[test]
+fn what_a_format_says_that_cannot_be_read_is_skipped() {
+    const LARGE: u64 = 1 << 40;
+    let dir = TempDir::new();
+    let path = dir.path("lying.dmg");
+    let raw = |byte| (testkit::dmg::RAW, 1, vec![byte; 512]);
+    let chunks = [
+        raw(5),
+        (testkit::dmg::LZFSE, LARGE, vec![1; 99]),
+        raw(6),
+        // It does not unpack.
+        (testkit::dmg::ZLIB, 4096, vec![9; 3000]),
+        raw(7),
+    ];
+    fs::write(
+        &path,
+        testkit::dmg::image(&chunks, testkit::dmg::Tables::Fork),
+    )
+    .expect("writes");
+    let options = ChainOptions {
+        format: Some(Format::Dmg),
+        read_only: true,
+        ..ChainOptions::default()
+    };
+    let chain = Chain::open(path.to_str().expect("UTF-8"), &options).expect("opens");
+    let mut source = Source::new(&chain).expect("a source").salvaging(true);
+    let (mut at, mut runs) = (0, Vec::new());
+    while at < source.size() {
+        let run = source.run(at, u64::MAX).expect("a run");
+        runs.push((run.len, run.zero));
+        at += run.len;
+    }
+    let packed = 4096 * 512;
+    let want = [
+        (512, false),
+        (LARGE * 512, true),
+        (512, false),
+        (packed, false),
+        (512, false),
+    ];
+    assert_eq!(runs, want);
+    // Asked once more it is noted once.
+    source.run(4096, 512).expect("a run");
+    let mut bytes = vec![1; packed as usize + 1024];
+    source
+        .read((1 + LARGE) * 512, &mut bytes)
+        .expect("salvaged");
+    let (first, rest) = bytes.split_at(512);
+    let (lost, last) = rest.split_at(packed as usize);
+    assert!(first == [6; 512] && last == [7; 512] && lost.iter().all(|byte| *byte == 0));
+    let damage = source.damage();
+    let places: Vec<_> = damage
+        .unreadable
+        .iter()
+        .map(|lost| (lost.at, lost.len))
+        .collect();
+    assert_eq!(places, [(512, LARGE * 512), ((2 + LARGE) * 512, packed)]);
+    assert_eq!(damage.unreadable_bytes, LARGE * 512 + packed);
+}
