@@ -15,11 +15,11 @@ use crate::{
     peer::{Programs, words},
     record::Sample,
 };
-use block::{Context, Error, ErrorKind, Result, size};
+use block::{Context, Error, ErrorKind, RangeKind, Result, Storage, size};
+use io::OpenOptions;
 use serde_json::json;
 use std::{
-    fs::{self, File},
-    io,
+    fs,
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
@@ -58,7 +58,7 @@ pub(super) fn take(
     let target = images.work().join("target");
     let taken = run(programs, images, side, job, options, files, &target);
     match remove_file(&target) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).context(|| target.display().to_string())
         }
         _ => taken,
@@ -179,30 +179,20 @@ fn sources(job: Job, images: &Images, file: &Path) -> Vec<PathBuf> {
 
 /// Has the host read a file's data, without its holes.
 fn warm(path: &Path) -> Result<()> {
-    let named = || path.display().to_string();
-    let file = File::open(path).context(named)?;
+    const PIECE: u64 = 1 << 20;
+    let file = io::File::open(path, &OpenOptions::looking())?;
+    let mut piece = vec![0; PIECE as usize];
     let mut at = 0;
-    loop {
-        use rustix::{fs::SeekFrom, fs::seek, io::Errno};
-        let data = match seek(&file, SeekFrom::Data(at)) {
-            Ok(data) => data,
-            Err(Errno::NXIO) => return Ok(()),
-            // It is read as the command comes to it.
-            Err(Errno::INVAL | Errno::NOTSUP) => return Ok(()),
-            Err(error) => return Err(io::Error::from(error)).context(named),
-        };
-        let hole = seek(&file, SeekFrom::Hole(data));
-        at = hole.map_err(io::Error::from).context(named)?;
-        seek(&file, SeekFrom::Start(data))
-            .map_err(io::Error::from)
-            .context(named)?;
-        let part = io::Read::take(&file, at - data);
-        io::copy(
-            &mut io::BufReader::with_capacity(1 << 20, part),
-            &mut io::sink(),
-        )
-        .context(named)?;
+    while let Some(run) = file.range_at(at)? {
+        let end = run.offset + run.len;
+        while run.kind == RangeKind::Data && at < end {
+            let len = (end - at).min(PIECE);
+            file.read_at(at, &mut piece[..len as usize])?;
+            at += len;
+        }
+        at = end;
     }
+    Ok(())
 }
 
 /// Says so where the target may not fit.

@@ -3,11 +3,9 @@
 use super::{Advise, facts::Facts};
 use anyhow::{Context, Result};
 use bench::load::{self, Pattern, Spec, Target};
-use block::size;
-use rustix::{
-    fs::{FallocateFlags, SeekFrom, fallocate, seek},
-    io::Errno,
-};
+use block::{RangeKind, Storage, size};
+use io::OpenOptions;
+use rustix::fs::{FallocateFlags, fallocate};
 use serde::Serialize;
 use std::{
     fs::{self, File},
@@ -160,26 +158,18 @@ const RUNS_MAX: usize = 100_000;
 
 /// The longest run of a file that is data; all of a device. An empty one where there is none.
 fn largest_data(path: &Path) -> Result<Range<u64>> {
-    let named = || path.display().to_string();
-    let file = File::open(path).with_context(named)?;
-    let length = seek(&file, SeekFrom::End(0)).with_context(named)?;
-    if !file.metadata().with_context(named)?.is_file() {
+    let file = io::File::open(path, &OpenOptions::looking())?;
+    let length = file.len()?;
+    if file.is_fixed() {
         return Ok(0..length);
     }
     let (mut largest, mut at) = (0..0, 0);
     for _ in 0..RUNS_MAX {
-        let start = match seek(&file, SeekFrom::Data(at)) {
-            // No data behind it.
-            Err(Errno::NXIO) => break,
-            // A file system that knows no holes.
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(0..length),
-            start => start.with_context(named)?,
-        };
-        let end = seek(&file, SeekFrom::Hole(start)).with_context(named)?;
-        if end - start > largest.end - largest.start {
-            largest = start..end;
+        let Some(run) = file.range_at(at)? else { break };
+        at = run.offset + run.len;
+        if run.kind == RangeKind::Data && run.len > largest.end - largest.start {
+            largest = run.offset..at;
         }
-        at = end;
     }
     Ok(largest)
 }

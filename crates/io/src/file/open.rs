@@ -42,6 +42,14 @@ impl OpenOptions {
             ..Self::default()
         }
     }
+
+    /// To look at it, whatever others do with it meanwhile.
+    pub fn looking() -> Self {
+        Self {
+            lock: Lock::None,
+            ..Self::reading()
+        }
+    }
 }
 
 impl File {
