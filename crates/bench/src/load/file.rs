@@ -15,6 +15,8 @@ use io::{
 };
 use std::{
     collections::BTreeMap,
+    fs,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -84,16 +86,19 @@ fn access(writes: bool) -> OpenOptions {
 
 /// Locks the files of loads that are to run at the same time ([`super::run_locked`]), as long as what comes back is there.
 pub(crate) fn lock(specs: &[&Spec]) -> Result<Vec<Arc<File>>> {
-    let mut files: BTreeMap<&Path, bool> = BTreeMap::new();
+    // By what they are: one file may have several names, of which each would lock out the others.
+    let mut files: BTreeMap<(u64, u64), (&Path, bool)> = BTreeMap::new();
     for spec in specs {
         let Target::File { path, .. } = &spec.target else {
             continue;
         };
         for path in [path].into_iter().chain(&spec.shape.more_files) {
-            *files.entry(path).or_default() |= spec.writes();
+            let meta = fs::metadata(path).context(|| path.display().to_string())?;
+            let key = (meta.dev(), meta.ino());
+            files.entry(key).or_insert((path, false)).1 |= spec.writes();
         }
     }
-    let locked = files.into_iter().map(|(path, writes)| {
+    let locked = files.into_values().map(|(path, writes)| {
         let options = OpenOptions {
             cache: Cache::Writeback,
             ..access(writes)

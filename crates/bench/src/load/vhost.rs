@@ -403,6 +403,9 @@ mod tests {
                 assert!(pieces[1].at >= end, "{misalign} {bytes}");
                 end = pieces[1].at + bytes;
             }
+            // And the last one within what all have together, behind which is somebody else's memory.
+            let data_end = layout.data - misalign + 3 * layout.data_bytes;
+            assert!(end <= data_end, "{misalign} {bytes}");
         }
     }
 }

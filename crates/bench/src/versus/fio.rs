@@ -213,16 +213,16 @@ fn parse(text: &str) -> Option<(Metrics, Value)> {
         .iter()
         // The whole request's, as ours.
         .filter_map(|rw| job[rw]["lat_ns"]["percentile"]["50.000000"].as_f64())
-        .fold(0.0, f64::max);
+        .reduce(f64::max);
     if iops <= 0.0 || seconds <= 0.0 {
         return None;
     }
-    let metrics = Metrics::from([
+    let mut metrics = Metrics::from([
         (Metric::Iops, iops),
         (Metric::Pairs, iops / 2.0),
         (Metric::CpuUs, percent / 100.0 / iops * 1e6),
-        (Metric::P50Us, p50 / 1000.0),
     ]);
+    metrics.extend(p50.map(|ns| (Metric::P50Us, ns / 1000.0)));
     let short = json!({
         "fio": report["fio version"], "options": job["job options"],
         "read_iops": job["read"]["iops"], "write_iops": job["write"]["iops"],
@@ -246,6 +246,9 @@ mod tests {
         assert_eq!(metrics[&Metric::Pairs], 2000.0);
         assert_eq!(metrics[&Metric::CpuUs], 75.0);
         assert_eq!(metrics[&Metric::P50Us], 90.0);
+        // What it does not say is not 0.
+        let (metrics, _) = parse(&text.replace("lat_ns", "clat_ns")).unwrap();
+        assert_eq!(metrics.get(&Metric::P50Us), None);
         assert!(parse(&text.replace("\"error\": 0", "\"error\": 5")).is_none());
         assert!(parse("fio: broken").is_none());
     }
