@@ -1,6 +1,6 @@
 //! `diskplane bench run`: the background's studies.
 
-use crate::{bench_report, bench_versus::stop_on_signals, print, signals::Signals};
+use crate::{bench_clear, bench_report, bench_versus::end_on_signals, print, signals::Signals};
 use anyhow::{Context, Result, bail};
 use bench::{
     experiment::{self, Event, Experiment, Options, Progress},
@@ -21,7 +21,8 @@ const QUICK: Duration = Duration::from_secs(570);
 #[derive(Args, Debug)]
 #[command(
     group(ArgGroup::new("extent").args(["quick", "full"])),
-    after_help = "A run that was stopped goes on where it was when it is started again with the same --out and options. \
+    after_help = "A run that was stopped goes on where it was when it is started again with the same --out and options; what a killed \
+                  one left is removed then, or by bench clear. \
                   File systems on loop devices and simulated disks need root, E2 also nbdfuse (libnbd); without, cells that want \
                   them say so."
 )]
@@ -79,10 +80,10 @@ pub fn run(args: &RunArgs) -> Result<()> {
     }
     let options = options(args, &experiment)?;
     // Before anything starts a thread, so that all of them leave these signals to the one that waits for them.
-    stop_on_signals(
-        Signals::block()?,
-        "what was measured is kept: the same command goes on with it",
-    )?;
+    let (dir, device) = (options.dir.clone(), options.device.clone());
+    end_on_signals(Signals::block()?, move |stopped| {
+        bench_clear::instead(stopped, &dir, device.as_deref())
+    })?;
     let set = drive(&experiment, &options)?;
     bench_report::report(&set, None, args.svg.as_deref(), false)?;
     let cells = experiment::cells(&experiment, options.quick, options.cells.as_deref())?;

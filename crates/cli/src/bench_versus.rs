@@ -5,7 +5,10 @@ use crate::{
     signals::{Signal, Signals},
 };
 use anyhow::{Context, Result, bail, ensure};
-use bench::versus::{self, Event, Options, Run, Sizes, report};
+use bench::{
+    machine::process::Stopped,
+    versus::{self, Event, Options, Run, Sizes, report},
+};
 use clap::Args;
 use std::{
     fmt::Write as _,
@@ -17,7 +20,7 @@ use std::{
 };
 
 /// Exit status after SIGINT, as a shell counts it.
-const INTERRUPTED: i32 = 130;
+pub(crate) const INTERRUPTED: i32 = 130;
 
 /// `bench versus`.
 #[derive(Args, Debug)]
@@ -67,10 +70,7 @@ pub fn run(args: &Versus) -> Result<()> {
         return print(&report::list(&cells));
     }
     // Before anything starts a thread, so that all of them leave these signals to the one that waits for them.
-    stop_on_signals(
-        Signals::block()?,
-        "samples that were taken are in the results",
-    )?;
+    stop_on_signals(Signals::block()?)?;
     let options = options(args)?;
     if !args.json {
         print(&report::head())?;
@@ -121,36 +121,44 @@ pub fn run(args: &Versus) -> Result<()> {
 }
 
 /// Ends the process on SIGINT, SIGTERM or SIGHUP, after everything that runs or lies around on its behalf.
-pub(crate) fn stop_on_signals(signals: Signals, then: &'static str) -> Result<()> {
-    end_on_signals(signals, move |stay| {
-        let gone = match stay.is_empty() {
-            true => "servers and images",
-            false => "servers",
-        };
-        let mut text = format!("\ndiskplane: stopped; {gone} of the run are gone; {then}\n");
-        for (folder, why) in stay {
-            let folder = folder.display();
-            text.push_str(&format!(
-                "diskplane: {folder}: cannot be removed: {why}; the next run there tries again\n"
-            ));
-        }
-        text
+fn stop_on_signals(signals: Signals) -> Result<()> {
+    end_on_signals(signals, |stopped| {
+        stopped_text(
+            stopped.remove(),
+            "samples that were taken are in the results",
+        )
     })
 }
 
-/// The same, with what is said then of folders that stay.
+/// What is said of a run that was stopped, where some folders of it may stay.
+pub(crate) fn stopped_text(stay: Vec<(PathBuf, std::io::Error)>, then: &str) -> String {
+    let gone = match stay.is_empty() {
+        true => "servers and images",
+        false => "servers",
+    };
+    let mut text = format!("\ndiskplane: stopped; {gone} of the run are gone; {then}\n");
+    for (folder, why) in stay {
+        let folder = folder.display();
+        text.push_str(&format!(
+            "diskplane: {folder}: cannot be removed: {why}; the next run there tries again\n"
+        ));
+    }
+    text
+}
+
+/// Stops the run on SIGINT, SIGTERM or SIGHUP, and ends the process after `end`, whose words are said.
 pub(crate) fn end_on_signals(
     mut signals: Signals,
-    says: impl Fn(Vec<(PathBuf, std::io::Error)>) -> String + Send + 'static,
+    end: impl FnOnce(Stopped) -> String + Send + 'static,
 ) -> Result<()> {
     thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
             while matches!(signals.wait(), Ok(Signal::Statistics)) {}
-            let stay = bench::machine::process::abort();
+            let stopped = bench::machine::process::stop();
             // Files in the making go too.
             let _held = partial::abandon();
-            crate::say(&says(stay));
+            crate::say(&end(stopped));
             process::exit(INTERRUPTED);
         })
         .context("start a thread for signals")?;

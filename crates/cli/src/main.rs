@@ -8,6 +8,7 @@
 mod advise;
 mod amend;
 mod args;
+mod bench_clear;
 mod bench_compare;
 mod bench_device;
 mod bench_ffsb;
@@ -108,6 +109,7 @@ fn main() -> ExitCode {
             BenchCommand::Device(args) => done(bench_device::run(args)),
             BenchCommand::Versus(args) => done(bench_versus::run(args)),
             BenchCommand::Run(args) => done(bench_run::run(args)),
+            BenchCommand::Clear(args) => done(bench_clear::run(args)),
             BenchCommand::Report(args) => done(bench_report::run(args)),
             BenchCommand::Compare(args) => done(bench_compare::run(args)),
             BenchCommand::Csv(args) => done(bench_compare::table(args)),

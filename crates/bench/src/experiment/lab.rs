@@ -272,16 +272,21 @@ impl Lab {
         let own = if kind.is_empty() { 0 } else { FILE_SYSTEM };
         let bytes = self.needs.get(&place).copied().unwrap_or_default() + own;
         let bytes = bytes.next_multiple_of(DEVICE_GRAIN);
-        if let Some((given, _)) = self.given.clone().filter(|_| place.medium == Medium::Own) {
+        if let Some((given, _)) = &self.given
+            && place.medium == Medium::Own
+        {
             given.has_room(bytes)?;
-            say(&format!(
-                "making {} on {}",
-                place.name(),
-                given.path.display()
-            ));
+            let path = given.path.clone();
+            say(&format!("making {} on {}", place.name(), path.display()));
             self.vacate()?;
-            self.given = Some((given.clone(), Some(place)));
-            return self.occupy(place, kind, given.path);
+            if let Some((given, there)) = &mut self.given {
+                given.is_written()?;
+                *there = Some(place);
+                if !kind.is_empty() {
+                    given.lend();
+                }
+            }
+            return self.occupy(place, kind, path);
         }
         self.room(self.work(), bytes)?;
         say(&format!(
@@ -314,7 +319,7 @@ impl Lab {
 
     /// Takes away what is on the given device.
     fn vacate(&mut self) -> Result<()> {
-        let Some((given, Some(place))) = self.given.clone() else {
+        let Some((_, Some(place))) = self.given else {
             return Ok(());
         };
         let folder = self.folder(place);
@@ -326,8 +331,13 @@ impl Lab {
             let mounted = mount::unmount(&folder);
             tracing::debug!("{}: {mounted:?}", folder.display());
         }
-        self.given = Some((given.clone(), None));
-        given.clear()
+        match &mut self.given {
+            Some((given, there)) => {
+                *there = None;
+                given.take_back().map(drop)
+            }
+            None => Ok(()),
+        }
     }
 
     /// A file whose blocks are there: else each write of a sample would have the host's file system find some first.

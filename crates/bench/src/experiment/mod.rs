@@ -3,7 +3,7 @@
 //!
 //! `DIR/records.jsonl` holds the [records](crate::record). A run that was interrupted goes on where it was: samples that
 //! are there are not taken again. What a run sets up (servers, images, file systems on loop devices) lies below `DIR/work`
-//! and ends with it: at its end, on an error, on ^C ([`crate::machine::process::abort`]), and what a killed run left
+//! and ends with it: at its end, on an error, on ^C ([`crate::machine::process::stop`], then [`clear`]), and what a killed run left
 //! is found there by the next.
 
 mod e0;
@@ -22,7 +22,7 @@ mod schedule;
 
 pub use finding::{Judged, Verdict, judge};
 pub use plan::{Cell, Experiment};
-pub use run::{Event, Options, Progress, cells, list, run};
+pub use run::{Event, Options, Progress, cells, clear, list, run};
 
 use block::{Error, Result};
 

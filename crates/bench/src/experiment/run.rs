@@ -218,6 +218,22 @@ pub fn run(
     record::read(&path)
 }
 
+/// Removes what a run in `dir` left that was killed or stopped: servers' sockets, images, file systems, loop devices, and a file system
+/// of ours on the block device that it was given. What it measured stays. Whether there was anything.
+///
+/// # Errors
+///
+/// A run is at work there; what is there is not of a run of ours; something cannot be removed, or the device is in use.
+pub fn clear(dir: &Path, device: Option<&Path>) -> Result<bool> {
+    let dir = fs::canonicalize(dir).context(|| dir.display().to_string())?;
+    let _lock = process::lock(&dir)?;
+    let work = dir.join("work");
+    let there = work.exists();
+    process::Folder::clear(&work)?;
+    let wiped = device.map_or(Ok(false), Given::clear)?;
+    Ok(there || wiped)
+}
+
 fn images(cell: &Cell) -> impl Iterator<Item = Image> {
     cell.sides
         .iter()

@@ -3,13 +3,17 @@
 //! What is attached and mounted below a folder of ours is known from the kernel, not from a list of ours: so a run that was
 //! killed in between leaves nothing that the next one would not find.
 
+use super::process;
 use block::{Context, Error, ErrorKind, Result};
+use serde::Deserialize;
 use std::{
+    collections::BTreeSet,
     ffi::OsStr,
     fs,
+    io::Read,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Command, Output, Stdio},
 };
 
 /// Where `sbin` is not in a user's path.
@@ -60,78 +64,93 @@ pub(crate) fn make(device: &Path, kind: &str) -> Result<()> {
     run(make).map(drop)
 }
 
-/// What `blkid` finds on a device: a name and a value for each property, none where it knows nothing of it.
-fn probe(device: &Path) -> Result<Vec<(String, String)>> {
-    /// It found nothing.
-    const NOTHING: i32 = 2;
-    let mut command = tool("blkid");
-    command.args(["--probe", "--output", "export"]).arg(device);
-    let output = command.output().context(|| "blkid (util-linux)")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let pairs = text.lines().filter_map(|line| line.split_once('='));
-    let pairs: Vec<(String, String)> = pairs.map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
-    match output.status.code() {
-        Some(0) => Ok(pairs),
-        Some(NOTHING) => Ok(Vec::new()),
-        // Several signatures contradict each other: there is something.
-        Some(8) => Ok(vec![("TYPE".to_owned(), "several signatures".to_owned())]),
-        _ => Err(Error::new(
-            ErrorKind::Io,
-            format!(
-                "{}: blkid failed ({}): {}",
-                device.display(),
-                output.status,
-                String::from_utf8_lossy(&output.stderr).trim()
-            ),
-        )),
+/// A signature on a device.
+#[derive(Debug, Deserialize)]
+struct Signature {
+    /// Of what, as libblkid calls it.
+    #[serde(rename = "type")]
+    kind: String,
+    label: Option<String>,
+    usage: Option<String>,
+}
+
+/// All signatures on a device. By `wipefs`, which names each of several, and of which there is one implementation: `blkid` is
+/// BusyBox's in places, which takes no options, says nothing of a device and calls that a success.
+///
+/// # Errors
+///
+/// The tool is not there, failed, or does not answer as util-linux's does.
+fn signatures(device: &Path) -> Result<Vec<Signature>> {
+    #[derive(Deserialize)]
+    struct Answer {
+        signatures: Vec<Signature>,
     }
+    let mut command = tool("wipefs");
+    command
+        .args(["--no-act", "--json", "--output", "TYPE,USAGE,LABEL"])
+        .arg(device);
+    let text = run(command)?;
+    let answer: Answer = serde_json::from_str(&text).map_err(|error| {
+        Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "{}: what is on it is not known: wipefs does not answer as that of util-linux 2.33 or later: {error}",
+                device.display()
+            ),
+        )
+    })?;
+    Ok(answer.signatures)
 }
 
-fn property<'a>(found: &'a [(String, String)], name: &str) -> Option<&'a str> {
-    found
-        .iter()
-        .find(|(own, _)| own == name)
-        .map(|(_, value)| value.as_str())
-}
-
-/// What is on a device in words, where that is known and not of our making.
+/// What is on a device in words, where that is known and not of our making: file systems, partitions, parts of arrays and volume
+/// groups, and disk images.
 ///
 /// # Errors
 ///
-/// `blkid` is not there, or failed.
+/// `wipefs` is not there, or failed; the device cannot be read.
 pub(crate) fn signature(device: &Path) -> Result<Option<String>> {
-    let found = probe(device)?;
-    let label = property(&found, "LABEL");
-    let kind = property(&found, "TYPE");
-    Ok(match (kind, property(&found, "PTTYPE")) {
-        _ if label == Some(LABEL) => None,
-        (Some(kind), _) => Some(match label {
+    let found = signatures(device)?;
+    let theirs = |own: &&Signature| own.label.as_deref() != Some(LABEL);
+    if let Some(first) = found.iter().find(theirs) {
+        let kind = match first.usage.as_deref() {
+            Some("partition-table") => format!("partitions ({})", first.kind),
+            _ => first.kind.clone(),
+        };
+        return Ok(Some(match &first.label {
             Some(label) => format!("{kind} '{label}'"),
-            None => kind.to_owned(),
-        }),
-        (None, Some(table)) => Some(format!("partitions ({table})")),
-        (None, None) => None,
-    })
+            None => kind,
+        }));
+    }
+    let named = || device.display().to_string();
+    let mut start = Vec::new();
+    let file = fs::File::open(device).context(named)?;
+    file.take(image::PROBE_BYTES as u64)
+        .read_to_end(&mut start)
+        .context(named)?;
+    Ok(image::probe_bytes(&start).map(|format| format!("a {format} image")))
 }
 
-/// The label of the file system on a device.
-///
-/// # Errors
-///
-/// `blkid` is not there, or failed.
-pub(crate) fn label(device: &Path) -> Result<Option<String>> {
-    Ok(property(&probe(device)?, "LABEL").map(str::to_owned))
-}
-
-/// Removes the signatures on a device.
+/// Removes the signatures of file systems of ours, and only these, from a device that nobody else has: whether there were any.
 ///
 /// # Errors
 ///
 /// What `wipefs` said.
-pub(crate) fn wipe(device: &Path) -> Result<()> {
+pub(crate) fn wipe_ours(device: &Path) -> Result<bool> {
+    let found = signatures(device)?;
+    let ours = found
+        .iter()
+        .filter(|one| one.label.as_deref() == Some(LABEL));
+    let kinds: BTreeSet<&str> = ours.map(|one| one.kind.as_str()).collect();
+    if kinds.is_empty() {
+        return Ok(false);
+    }
     let mut command = tool("wipefs");
-    command.args(["--all", "--quiet"]).arg(device);
-    run(command).map(drop)
+    // Whoever calls this has the device, exclusively, so the tool cannot.
+    command
+        .args(["--all", "--quiet", "--force", "--types"])
+        .arg(kinds.into_iter().collect::<Vec<_>>().join(","))
+        .arg(device);
+    run(command).map(|_| true)
 }
 
 /// Mounts a device's file system; without `barriers` its journal does not flush the device.
@@ -189,7 +208,7 @@ pub(crate) fn unmount(point: &Path) -> Result<()> {
     let how = |how: &[&str]| {
         let mut command = tool("umount");
         command.args(how).arg(point);
-        run(command).map(drop)
+        undo(command)
     };
     // Files there may still be open in this process, which is about to end: then it goes with them.
     how(&[]).or_else(|_| how(&["--lazy"]))
@@ -203,7 +222,7 @@ pub(crate) fn unmount(point: &Path) -> Result<()> {
 pub(crate) fn detach(device: &Path) -> Result<()> {
     let mut command = tool("losetup");
     command.arg("--detach").arg(device);
-    run(command).map(drop)
+    undo(command)
 }
 
 /// Unmounts what is mounted below a folder, the deepest first, and detaches loop devices whose file lies there. What is
@@ -282,13 +301,26 @@ pub(super) fn tool(name: &str) -> Command {
     command
 }
 
-/// Runs a tool; what it printed.
+/// Runs a tool that sets something up, which ^C ends; what it printed.
 fn run(mut command: Command) -> Result<String> {
-    let name = command.get_program().display().to_string();
-    let output = command.output().context(|| name.clone())?;
+    let output = process::output(&mut command)?;
+    judged(&command, &output)
+}
+
+/// Runs a tool that takes something down, after ^C too.
+fn undo(mut command: Command) -> Result<()> {
+    let output = command
+        .output()
+        .context(|| command.get_program().display().to_string())?;
+    judged(&command, &output).map(drop)
+}
+
+/// What a tool printed, where it succeeded.
+fn judged(command: &Command, output: &Output) -> Result<String> {
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
+    let name = command.get_program().display();
     let words = String::from_utf8_lossy(&output.stderr);
     let words = words.trim().replace('\n', "; ");
     let root = rustix::process::geteuid().is_root();

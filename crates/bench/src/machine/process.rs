@@ -1,5 +1,5 @@
 //! Servers as children, and the folder in which everything temporary lies. Nothing of either outlives the run:
-//! not a normal end, not an error (drop), not ^C ([`abort`]), and servers not even SIGKILL.
+//! not a normal end, not an error (drop), not ^C ([`stop`]), and servers not even SIGKILL.
 
 use super::{mount, pre_exec};
 use block::{Context, Error, ErrorKind, Result};
@@ -7,14 +7,14 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{FallocateFlags, FlockOperation, Mode, OFlags, fallocate, flock, open},
     io::Errno,
-    process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process, pidfd_open, waitid},
 };
 use std::{
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -55,10 +55,10 @@ fn leftovers() -> MutexGuard<'static, Leftovers> {
     LEFTOVERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Kills all servers and removes all temporary files. For a thread that noticed ^C, which is to exit the process next:
-/// a run under way stops at its next step, since the lock that all steps need is never given back. Returns the folders that could
-/// not be removed, and why.
-pub fn abort() -> Vec<(PathBuf, io::Error)> {
+/// Kills all servers, and the tools that set something up, and keeps the run from another step: the lock that all steps need is never
+/// given back. For a thread that noticed ^C and ends the process next, by [`Stopped::remove`] and an exit or by another program in its
+/// place, which finds what is left by the run's folder.
+pub fn stop() -> Stopped {
     let mut left = leftovers();
     for pid in left.pids.drain(..) {
         // Not waited for yet (that takes it out of the list first), so the number is still the child's.
@@ -68,14 +68,24 @@ pub fn abort() -> Vec<(PathBuf, io::Error)> {
             let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
         }
     }
-    let folders: Vec<PathBuf> = left.folders.drain(..).collect();
-    let stay = folders.into_iter().filter_map(|folder| {
-        let why = remove_at_last(&folder).err()?;
-        Some((folder, why))
-    });
-    let stay = stay.collect();
+    let folders = left.folders.drain(..).collect();
     std::mem::forget(left);
-    stay
+    Stopped(folders)
+}
+
+/// A run of this process that goes no further.
+#[derive(Debug)]
+pub struct Stopped(Vec<PathBuf>);
+
+impl Stopped {
+    /// Removes all temporary files. Returns the folders that could not be removed, and why.
+    pub fn remove(self) -> Vec<(PathBuf, io::Error)> {
+        let stay = self.0.into_iter().filter_map(|folder| {
+            let why = remove_at_last(&folder).err()?;
+            Some((folder, why))
+        });
+        stay.collect()
+    }
 }
 
 /// Removes a folder at which the run, which is stopped, may be at work still: it unmounts and detaches there too, and who comes second
@@ -91,7 +101,48 @@ fn remove_at_last(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Comes back unless [`abort`] was called: then what just failed did so because of that, and nobody is to hear of it.
+/// Runs a tool to its end, as [`Command::output`] does; [`stop`] ends it, and so does the end of this thread.
+///
+/// # Errors
+///
+/// It cannot be started.
+pub(crate) fn output(command: &mut Command) -> Result<Output> {
+    let name = command.get_program().display().to_string();
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    pre_exec::tie(command);
+    let mut child = {
+        let mut left = leftovers();
+        let child = command.spawn().context(|| name.clone())?;
+        left.pids.push(child.id());
+        child
+    };
+    let read = |pipe: Option<&mut dyn io::Read>| {
+        let mut bytes = Vec::new();
+        // What was read until it failed is what there is.
+        let _ = pipe.map(|pipe| pipe.read_to_end(&mut bytes));
+        bytes
+    };
+    let (mut out, mut err) = (child.stdout.take(), child.stderr.take());
+    let (stdout, stderr) = thread::scope(|scope| {
+        let err = scope.spawn(|| read(err.as_mut().map(|pipe| pipe as _)));
+        let out = read(out.as_mut().map(|pipe| pipe as _));
+        (out, err.join().unwrap_or_default())
+    });
+    // Without the lock until it has ended, and with it when its number becomes free.
+    let id = WaitId::Pid(Pid::from_child(&child));
+    while let Err(Errno::INTR) = waitid(id.clone(), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {
+    }
+    let mut left = leftovers();
+    left.pids.retain(|pid| *pid != child.id());
+    let status = child.wait().context(|| name)?;
+    Ok(Output {
+        status,
+        stdout,
+        stderr,
+    })
+}
+
+/// Comes back unless [`stop`] was called: then what just failed did so because of that, and nobody is to hear of it.
 pub(crate) fn goes_on() {
     drop(leftovers());
 }
@@ -275,7 +326,7 @@ impl Folder {
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        // Kept until the folder is gone: `abort` must not come in between.
+        // Kept until the folder is gone: `stop` must not come in between.
         let mut left = leftovers();
         left.folders.retain(|folder| *folder != self.0);
         if let Err(error) = remove_folder(&self.0)
@@ -430,7 +481,7 @@ impl Process {
 
     fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
         if self.ended.is_none() {
-            // Under the lock, so that `abort` never kills a number that was given to another.
+            // Under the lock, so that `stop` never kills a number that was given to another.
             let mut left = leftovers();
             self.ended = self
                 .child
@@ -571,6 +622,29 @@ mod tests {
             assert!(error.to_string().contains("move it away"), "{error}");
         }
         assert!(theirs[0].exists());
+    }
+
+    #[test]
+    fn looking_for_o_direct_touches_nothing_of_a_user() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = format!(".diskplane-{}-0", std::process::id());
+        // Any name may be taken, also the one that is tried first.
+        for name in ["direct", &first] {
+            fs::write(dir.path().join(name), "a thesis").unwrap();
+        }
+        let can = has_o_direct(dir.path());
+        let names = fs::read_dir(dir.path()).unwrap().flatten();
+        let mut names: Vec<_> = names.map(|entry| entry.file_name()).collect();
+        names.sort();
+        assert_eq!(names, [first.as_str(), "direct"]);
+        for name in ["direct", &first] {
+            let kept = fs::read_to_string(dir.path().join(name)).unwrap();
+            assert_eq!(kept, "a thesis");
+        }
+        // And that it has tried others is seen where it cannot.
+        assert!(!has_o_direct(Path::new("/proc")));
+        fs::remove_file(dir.path().join(&first)).unwrap();
+        assert_eq!(has_o_direct(dir.path()), can);
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub use serve::*;
 
 use crate::{
     advise::Advise,
+    bench_clear::Clear,
     bench_compare::{Compare as CompareRuns, Csv},
     bench_device::DeviceArgs,
     bench_ffsb::FfsbArgs,
@@ -145,6 +146,8 @@ pub enum BenchCommand {
     Versus(Versus),
     /// Repeat one of the studies that diskplane carries, beside what it found
     Run(RunArgs),
+    /// Remove what a run left that was killed: mounts, loop devices, images
+    Clear(Clear),
     /// Make a page, charts and a summary of a run's records
     Report(ReportArgs),
     /// Say what got faster or slower from one run to another, and how sure that is

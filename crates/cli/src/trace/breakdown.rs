@@ -146,9 +146,9 @@ fn of_image(args: &Args, file: &str) -> Result<Answer> {
         "{file} is a socket, not an image: a running server is asked with --control {file}"
     );
     // Before anything starts a thread, so that all of them leave these signals to the one that waits for them.
-    end_on_signals(Signals::block()?, |stay| {
+    end_on_signals(Signals::block()?, |stopped| {
         let mut text = "\ndiskplane: stopped by a signal\n".to_owned();
-        for (folder, why) in stay {
+        for (folder, why) in stopped.remove() {
             text.push_str(&format!(
                 "diskplane: {}: cannot be removed: {why}\n",
                 folder.display()

@@ -4,6 +4,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::{
     fs,
+    io::Read,
     path::Path,
     process::{Child, Command, Stdio},
     thread,
@@ -50,12 +51,16 @@ fn cell(dir: &Path, experiment: &str, cell: &str, disk: &str) -> Vec<Value> {
     samples
 }
 
-/// Whether this machine lets us attach, mount and simulate.
+/// Whether this machine lets us attach, mount and simulate; where not, that is said.
 fn can_mount() -> bool {
     let root = rustix::process::geteuid().is_root();
-    root && ["/dev/loop-control", "/dev/fuse"]
-        .iter()
-        .all(|path| Path::new(path).exists())
+    let lacks = |path: &&&str| !Path::new(path).exists();
+    let nodes = ["/dev/loop-control", "/dev/fuse"];
+    let missing = nodes.iter().find(lacks);
+    if !root || missing.is_some() {
+        eprintln!("NOT TESTED: this needs root, and {nodes:?}");
+    }
+    root && missing.is_none()
 }
 
 fn records(dir: &Path, kind: &str) -> Vec<Value> {
@@ -418,6 +423,16 @@ impl Given {
         let output = Command::new("/sbin/blkid").args(["-p", &self.0]).output();
         String::from_utf8(output.unwrap().stdout).unwrap()
     }
+
+    /// A run on it, of a cell of a file system, whose samples take long.
+    fn run(&self, dir: &Path) -> Running {
+        let long = ["--seconds", "100", "--samples", "1"];
+        let cell = ["E1", "--cells", "randread-raw-ext4"];
+        let mut command = bench(dir, &[&cell[..], &long].concat());
+        command.args(["--device", &self.0]);
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        Running(command.spawn().unwrap())
+    }
 }
 
 impl Drop for Given {
@@ -490,6 +505,125 @@ fn a_given_device_is_used_and_left_clear_and_somebodys_is_not_taken() {
         &["E1", "--cells", "randread-raw-device", "--overwrite-device"],
     );
     assert!(output.status.success(), "{output:?}");
+}
+
+/// Waits until something is so, while a run is at work.
+#[track_caller]
+fn wait_for(run: &mut Running, what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !is_so() {
+        assert!(run.0.try_wait().unwrap().is_none(), "{what}: it ended");
+        assert!(Instant::now() < deadline, "{what}: not in time");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Stops a run by ^C; what it said.
+#[track_caller]
+fn interrupt(mut run: Running) -> String {
+    kill_process(Pid::from_child(&run.0), Signal::INT).unwrap();
+    assert_eq!(run.0.wait().unwrap().code(), Some(130));
+    let mut words = String::new();
+    let mut err = run.0.stderr.take().unwrap();
+    err.read_to_string(&mut words).unwrap();
+    words
+}
+
+/// Whether any process has a file below a folder open.
+fn is_open(folder: &Path) -> bool {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let fds = processes.flat_map(|process| fs::read_dir(process.path().join("fd")));
+    let mut fds = fds.flatten().flatten();
+    fds.any(|fd| fs::read_link(fd.path()).is_ok_and(|path| path.starts_with(folder)))
+}
+
+#[test]
+fn a_given_device_is_left_clear_whatever_ends_the_run() {
+    if !can_mount() {
+        return;
+    }
+    let dir = TempDir::new();
+    let given = Given::of(&dir.path("backing"), 900 << 20);
+    // While servers have files open on its file system, which is not gone before they are.
+    let run = dir.path("stopped");
+    let mut running = given.run(&run);
+    let images = run.join("work/ext4");
+    wait_for(&mut running, "a server", || is_open(&images));
+    assert!(given.signature().contains("LABEL=\"dp-bench\""));
+    let said = interrupt(running);
+    assert!(
+        said.contains("stopped; servers and images of the run are gone"),
+        "{said}"
+    );
+    assert_gone(&run);
+    assert_eq!(given.signature(), "");
+    // After a kill something is left, which a command takes away, and the next run would.
+    let run = dir.path("killed");
+    let mut running = given.run(&run);
+    let images = run.join("work/ext4");
+    wait_for(&mut running, "a server", || is_open(&images));
+    let clear = || {
+        let mut command = Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")));
+        command.args(["bench", "clear"]).arg(&run);
+        command.args(["--device", &given.0]).output().unwrap()
+    };
+    let words = clear();
+    let said = String::from_utf8_lossy(&words.stderr);
+    assert!(said.contains("another run is at work"), "{said}");
+    running.0.kill().unwrap();
+    running.0.wait().unwrap();
+    assert!(given.signature().contains("dp-bench"));
+    for says in ["what a run had left is gone\n", "nothing was left\n"] {
+        let words = clear();
+        assert!(words.status.success(), "{words:?}");
+        assert_eq!(String::from_utf8_lossy(&words.stdout), says);
+        assert_gone(&run);
+        assert_eq!(given.signature(), "");
+    }
+    assert!(run.join("records.jsonl").exists());
+}
+
+/// On a disk on which mkfs takes seconds.
+#[test]
+fn mkfs_ends_with_the_run_that_started_it() {
+    if !can_mount() {
+        return;
+    }
+    let dir = TempDir::new();
+    let slow = dir.path("slow");
+    let mut device = Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")));
+    device.args(["bench", "device", "--size", "900M", "--write-cache", "0"]);
+    let device = device.arg(&slow).stdout(Stdio::null()).spawn().unwrap();
+    let mut device = Running(device);
+    let file = slow.join("device/mount/disk");
+    wait_for(&mut device, "a disk", || file.exists());
+    let mut losetup = Command::new("losetup");
+    losetup
+        .args(["--find", "--show", "--direct-io=on"])
+        .arg(&file);
+    let name = String::from_utf8(losetup.output().unwrap().stdout).unwrap();
+    let given = Given(name.trim().to_owned());
+    let run = dir.path("run");
+    let mut running = given.run(&run);
+    // Who has it open exclusively, by name.
+    let makers = || {
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        let ours = processes.filter(|process| {
+            let of = |name: &str| fs::read(process.path().join(name)).unwrap_or_default();
+            let line = String::from_utf8_lossy(&of("cmdline")).replace('\0', " ");
+            of("comm").starts_with(b"mkfs.ext4") && line.ends_with(&format!("{} ", given.0))
+        });
+        ours.count()
+    };
+    wait_for(&mut running, "mkfs", || makers() == 1);
+    let said = interrupt(running);
+    assert_eq!(makers(), 0, "{said}");
+    assert!(said.contains("images of the run are gone"), "{said}");
+    assert_gone(&run);
+    assert_eq!(given.signature(), "");
+    drop(given);
+    kill_process(Pid::from_child(&device.0), Signal::INT).unwrap();
+    device.0.wait().unwrap();
 }
 
 #[test]
