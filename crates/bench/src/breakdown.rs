@@ -1,20 +1,13 @@
 //! The breakdown of the latency study ([`trace::breakdown`]): requests one after the other at a server, each timed here
 //! and, stage by stage, by the server; both read the same clock of the machine.
 
-use crate::{
-    driver::{BUFFERS, Chain, FLUSH, IN, Machine, OUT, Piece, RAM, Ring, Setup, feature},
-    load::{self, Target},
-};
+use crate::{load::Target, single};
 use block::{Context, Error, ErrorKind, Result, size};
-use disk::now_ns;
-use nbd::{Client, Options, proto::transmission_flag};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
     fs::File,
     io::Read,
-    os::fd::AsFd,
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -23,11 +16,6 @@ use trace::{Breakdown, Entry, Operation, RING_ENTRIES_MAX, breakdown::Sample};
 
 /// Bytes of a request at most.
 pub const BLOCK_BYTES_MAX: u64 = 4 << 20;
-/// How long a request may take.
-const PATIENCE: Timespec = Timespec {
-    tv_sec: 60,
-    tv_nsec: 0,
-};
 
 /// How long a server may take to note what it has answered.
 const NOTED: Duration = Duration::from_secs(5);
@@ -242,16 +230,13 @@ pub fn measure(
     entries: &mut dyn FnMut(usize) -> Result<Vec<Entry>>,
 ) -> Result<Breakdown> {
     protocol.check()?;
-    let mut client: Box<dyn Client1> = match target {
-        Target::VhostUser(socket) => Box::new(Vhost::connect(socket, protocol)?),
-        Target::Nbd(uri) => Box::new(NbdClient::connect(uri, protocol)?),
-        Target::File { path, .. } => {
-            return Err(Error::invalid(format!(
-                "{}: a breakdown is of a server",
-                path.display()
-            )));
-        }
-    };
+    let mut client = single::connect(target, protocol.block_bytes)?;
+    if protocol.operation == Operation::Write && !client.writes() {
+        return Err(Error::new(
+            ErrorKind::ReadOnly,
+            format!("{}: the disk is read-only", target.name()),
+        ));
+    }
     let places = client.capacity() / protocol.block_bytes;
     if places == 0 && protocol.operation != Operation::Flush {
         return Err(Error::invalid(format!(
@@ -337,172 +322,5 @@ impl Places {
                 *state % self.count
             }
         }
-    }
-}
-
-/// A client with one request at a time.
-trait Client1 {
-    /// Bytes of the disk.
-    fn capacity(&self) -> u64;
-
-    /// Whether the disk can be written.
-    fn writes(&self) -> bool;
-
-    /// Makes a request at `at` and waits for its end: when it began and ended, in nanoseconds of [`now_ns`]. A write is of what the
-    /// read before has brought.
-    fn request(&mut self, operation: Operation, at: u64) -> Result<(u64, u64)>;
-}
-
-struct Vhost {
-    machine: Machine,
-    ring: Ring,
-    capacity: u64,
-    bytes: u32,
-    name: String,
-}
-
-const HEADER: u64 = BUFFERS;
-const STATUS: u64 = BUFFERS + 64;
-const DATA: u64 = BUFFERS + 4096;
-
-impl Vhost {
-    fn connect(socket: &Path, protocol: &Protocol) -> Result<Self> {
-        let name = socket.display().to_string();
-        let named = || name.clone();
-        let ram_bytes = (DATA - RAM + protocol.block_bytes).next_multiple_of(2 << 20);
-        let setup = Setup {
-            ram_bytes,
-            ..Setup::default()
-        };
-        let mut machine = Machine::start(socket, setup).context(named)?;
-        if protocol.operation == Operation::Write && machine.features & feature::RO != 0 {
-            return Err(Error::new(
-                ErrorKind::ReadOnly,
-                format!("{name}: the disk is read-only"),
-            ));
-        }
-        let config = machine.frontend.get_config(0, 8).context(named)?;
-        let config: [u8; 8] = config.try_into().unwrap_or_default();
-        let ring = machine.queues.pop().map(|queue| queue.into_ring());
-        let ring = ring.ok_or_else(|| Error::invalid("no queue"))?;
-        // At most 4 MiB.
-        let bytes = protocol.block_bytes as u32;
-        Ok(Self {
-            machine,
-            ring,
-            capacity: u64::from_le_bytes(config).saturating_mul(512),
-            bytes,
-            name,
-        })
-    }
-
-    /// Sleeps until the device calls.
-    fn wait(&mut self) -> Result<()> {
-        let mut fds = [
-            PollFd::from_borrowed_fd(self.ring.call_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(self.ring.err_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(self.machine.frontend.as_fd(), PollFlags::RDHUP),
-        ];
-        let why = match poll(&mut fds, Some(&PATIENCE)) {
-            Err(rustix::io::Errno::INTR) => return Ok(()),
-            Err(e) => return Err(Error::os(&self.name, e.into())),
-            Ok(_) if !fds[0].revents().is_empty() => {
-                return self.ring.wait_call().context(|| self.name.clone());
-            }
-            Ok(0) => "the server did not answer for a minute",
-            Ok(_) if !fds[1].revents().is_empty() => "the server found the ring broken",
-            Ok(_) => "the server has gone",
-        };
-        Err(Error::new(ErrorKind::Io, format!("{}: {why}", self.name)))
-    }
-}
-
-impl Client1 for Vhost {
-    fn capacity(&self) -> u64 {
-        self.capacity
-    }
-
-    fn writes(&self) -> bool {
-        self.machine.features & feature::RO == 0
-    }
-
-    fn request(&mut self, operation: Operation, at: u64) -> Result<(u64, u64)> {
-        let kind = match operation {
-            Operation::Write => OUT,
-            Operation::Flush => FLUSH,
-            _ => IN,
-        };
-        let mut header = [0; 16];
-        header[..4].copy_from_slice(&kind.to_le_bytes());
-        header[8..].copy_from_slice(&(at / 512).to_le_bytes());
-        self.machine.ram.write(HEADER, &header);
-        self.machine.ram.write(STATUS, &[0xff]);
-        let data = Piece {
-            at: DATA,
-            len: self.bytes,
-            device_writes: kind == IN,
-        };
-        let all = [Piece::read(HEADER, 16), data, Piece::write(STATUS, 1)];
-        let flush = [all[0], all[2]];
-        let pieces: &[Piece] = if kind == FLUSH { &flush } else { &all };
-        let began = now_ns();
-        // Three descriptors at most.
-        self.ring.offer(0, Chain::Pieces(pieces), false);
-        self.ring.kick().context(|| self.name.clone())?;
-        while self.ring.pop_used().is_none() {
-            if self.ring.enable_call() {
-                self.wait()?;
-            }
-        }
-        let ended = now_ns();
-        let mut status = [0xff];
-        self.machine.ram.read_into(STATUS, &mut status);
-        if status != [0] {
-            return Err(Error::new(
-                ErrorKind::Io,
-                format!(
-                    "{}: the request at {at} ended with status {}",
-                    self.name, status[0]
-                ),
-            ));
-        }
-        Ok((began, ended))
-    }
-}
-
-struct NbdClient {
-    client: Client,
-    buffer: Vec<u8>,
-}
-
-impl NbdClient {
-    fn connect(uri: &str, protocol: &Protocol) -> Result<Self> {
-        let uri = load::nbd::uri(uri)?;
-        // At most 4 MiB.
-        let buffer = vec![0x5a; protocol.block_bytes as usize];
-        Ok(Self {
-            client: Client::connect(&uri, &Options::default())?,
-            buffer,
-        })
-    }
-}
-
-impl Client1 for NbdClient {
-    fn capacity(&self) -> u64 {
-        self.client.export().size
-    }
-
-    fn writes(&self) -> bool {
-        !self.client.export().has(transmission_flag::READ_ONLY)
-    }
-
-    fn request(&mut self, operation: Operation, at: u64) -> Result<(u64, u64)> {
-        let began = now_ns();
-        match operation {
-            Operation::Write => self.client.write(at, &self.buffer)?,
-            Operation::Flush => self.client.flush()?,
-            _ => self.client.read(at, &mut self.buffer)?,
-        }
-        Ok((began, now_ns()))
     }
 }

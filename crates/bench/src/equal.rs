@@ -2,19 +2,22 @@
 //! many queues, and flushes that reach the file as often.
 //!
 //! What a server does with flushes cannot be seen at its files. So a server of each configuration is started once more, on a file
-//! of a file system of ours (FUSE) that counts them; it writes and flushes in turn, one at a time:
+//! of a file system of ours (FUSE) that counts them; a client writes and flushes in turn, and has one request at a time, so that no two
+//! flushes become one:
 //!
 //! ```text
-//!   load        write · flush · write · flush …           as often as `asked`
+//!   client      write · flush      write · flush …        pairs: `asked`
 //!   server      as the side's: engine, cache mode, format
-//!   file        write, fsync …                            `reached`: those that came
+//!   file        write · fsync …    write …                pairs in which at least one fsync came: `reached`
 //! ```
+//!
+//! A flush may take several of the file's, which make up for none of another.
 
 use crate::{
-    load::{self, Flushes, Pattern, Spec},
     machine::process::{self, Process},
     peer::{self, Programs, Seen, Setup},
     simulated::{self, Model, Mounted},
+    single::{self, Single},
 };
 use block::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
@@ -26,9 +29,13 @@ use std::{
     process::Command,
     time::Duration,
 };
+use trace::Operation;
 
 /// Pairs of a write and a flush.
 const PAIRS: u64 = 16;
+/// Bytes of a write, and from one to the next.
+const BLOCK: u64 = 4 << 10;
+const STRIDE: u64 = 128 << 10;
 /// Bytes of the disk that they go to, and of the file.
 const DISK: u64 = 8 << 20;
 const FILE: u64 = 64 << 20;
@@ -40,7 +47,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub struct Flushed {
     /// Flushes that were asked for, one at a time, each after a write.
     pub asked: u64,
-    /// Flushes of the file meanwhile.
+    /// Those by whose answer the file had been flushed since the write before was asked for.
     pub reached: u64,
 }
 
@@ -148,28 +155,28 @@ fn look(programs: &Programs, work: &Path, setup: &Setup<'_>) -> Result<Flushed> 
     let Some(target) = server.targets.first() else {
         return Err(Error::invalid("no target"));
     };
-    let spec = Spec {
-        pattern: Pattern::Write,
-        depth: 1,
-        flushes: Flushes::AfterEachWrite,
-        range_bytes: Some(DISK / 2),
-        ios_max: Some(PAIRS),
-        duration: Duration::ZERO,
-        ..Spec::new(target.clone())
-    };
-    let before = mounted.flushes();
-    let report = match load::run(&spec) {
-        Ok(report) => report,
+    let outcome = single::connect(target, BLOCK)
+        .and_then(|mut client| count(&mut *client, &|| mounted.flushes()));
+    let flushed = match outcome {
+        Ok(flushed) => flushed,
         Err(error) => return Err(server.failed(&error)),
     };
-    // Of a load that has ended, before the server closes its image.
-    let reached = mounted.flushes() - before;
     server.stop()?;
     drop(mounted);
-    Ok(Flushed {
-        asked: report.flushes,
-        reached,
-    })
+    Ok(flushed)
+}
+
+/// Asks for pairs of a write, in a cluster of its own, and a flush; `flushes` counts those of the file.
+fn count(client: &mut dyn Single, flushes: &dyn Fn() -> u64) -> Result<Flushed> {
+    let mut flushed = Flushed::default();
+    for pair in 0..PAIRS {
+        let before = flushes();
+        client.request(Operation::Write, pair * STRIDE)?;
+        client.request(Operation::Flush, 0)?;
+        flushed.asked += 1;
+        flushed.reached += u64::from(flushes() > before);
+    }
+    Ok(flushed)
 }
 
 /// Makes a file with an image of that format.
@@ -220,6 +227,7 @@ pub(crate) fn lines(seen: &[(&str, &Seen)]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::{cell::Cell, rc::Rc};
 
     fn seen(file: &str, reached: Option<u64>) -> Seen {
         Seen {
@@ -227,13 +235,60 @@ mod tests {
             bytes: vec![5],
             direct: true,
             queues: 1,
+            servers: 1,
             flushes: reached.map(|reached| Flushed { asked: 16, reached }),
+        }
+    }
+
+    /// A server on whose every so-manieth flush the file is flushed, so many times.
+    struct Server {
+        every: u64,
+        barriers: u64,
+        asked: u64,
+        flushes: Rc<Cell<u64>>,
+    }
+
+    impl Single for Server {
+        fn capacity(&self) -> u64 {
+            DISK
+        }
+
+        fn writes(&self) -> bool {
+            true
+        }
+
+        fn request(&mut self, operation: Operation, at: u64) -> Result<(u64, u64)> {
+            assert!(at + BLOCK <= DISK);
+            if operation == Operation::Flush {
+                self.asked += 1;
+                let reaches = self.every > 0 && self.asked.is_multiple_of(self.every);
+                let more = if reaches { self.barriers } else { 0 };
+                self.flushes.set(self.flushes.get() + more);
+            }
+            Ok((0, 0))
+        }
+    }
+
+    #[test]
+    fn no_flush_makes_up_for_another() {
+        for (every, barriers, reached) in [(1, 1, 16), (1, 3, 16), (2, 1, 8), (2, 2, 8), (0, 1, 0)]
+        {
+            let flushes = Rc::new(Cell::new(7));
+            let mut server = Server {
+                every,
+                barriers,
+                asked: 0,
+                flushes: Rc::clone(&flushes),
+            };
+            let flushed = count(&mut server, &|| flushes.get()).unwrap();
+            let expected = Flushed { asked: 16, reached };
+            assert_eq!(flushed, expected, "{every} {barriers}");
         }
     }
 
     #[test]
     fn who_is_equal_stands_in_one_line() {
-        let (a, b, c) = (seen("x", Some(16)), seen("x", Some(17)), seen("x", Some(0)));
+        let (a, b, c) = (seen("x", Some(16)), seen("x", Some(16)), seen("x", Some(0)));
         let (d, e) = (seen("y", Some(5)), seen("x", None));
         let all = [("a", &a), ("b", &b), ("c", &c), ("d", &d), ("e", &e)];
         assert_eq!(
@@ -271,6 +326,14 @@ mod tests {
         assert_eq!(
             several.words(),
             "2 files, buffered, 2 queues, flushes not looked at"
+        );
+        let four = Seen {
+            servers: 4,
+            ..several
+        };
+        assert_eq!(
+            four.words(),
+            "2 files in 4 servers, buffered, 2 queues, flushes not looked at"
         );
         let none = Seen::default();
         assert_eq!(none.words(), "no file, 0 queues");

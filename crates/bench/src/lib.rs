@@ -36,6 +36,7 @@ pub mod record;
 pub mod report;
 mod sampling;
 pub mod simulated;
+mod single;
 pub mod statistics;
 mod turns;
 pub mod versus;

@@ -139,7 +139,7 @@ pub(crate) struct Running {
 /// What both sides of a comparison must have in common, as seen from outside.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seen {
-    /// The files that the server has open, without their folder.
+    /// The files that the servers have open, without their folder.
     pub files: Vec<String>,
     /// Their sizes in bytes.
     pub bytes: Vec<u64>,
@@ -147,18 +147,65 @@ pub struct Seen {
     pub direct: bool,
     /// Queues that clients were offered, as asked for.
     pub queues: u16,
+    /// Servers that have them open.
+    #[serde(default = "one")]
+    pub servers: u16,
     /// What a server that is started so does with flushes, where that was looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub flushes: Option<Flushed>,
 }
 
+fn one() -> u16 {
+    1
+}
+
+/// What two sides are seen to differ in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Difference {
+    /// Their files, or how many servers have them.
+    Files,
+    /// The sizes of these; of what grows it is another each time that it is looked at.
+    Bytes,
+    /// `O_DIRECT`.
+    Direct,
+    /// The number of queues.
+    Queues,
+    /// What becomes of flushes.
+    Flushes,
+}
+
 impl Seen {
-    /// Whether another is equal in all that is to be; what grows has another size each time that it is looked at, and is not asked.
-    pub(crate) fn is_like(&self, other: &Self) -> bool {
+    /// What all servers of a side have open.
+    pub(crate) fn all(mut servers: impl Iterator<Item = Self>) -> Option<Self> {
+        let first = servers.next()?;
+        Some(servers.fold(first, |mut all, one| {
+            all.files.extend(one.files);
+            all.bytes.extend(one.bytes);
+            all.direct &= one.direct;
+            all.servers += one.servers;
+            all
+        }))
+    }
+
+    /// In what another differs.
+    pub(crate) fn differs(&self, other: &Self) -> Vec<Difference> {
         let flushed = |seen: &Self| seen.flushes.map(|f| (f.all(), f.reached == 0));
-        self.files == other.files
-            && (self.direct, self.queues) == (other.direct, other.queues)
-            && flushed(self) == flushed(other)
+        let files = |seen: &Self| (seen.files.clone(), seen.servers);
+        let all = [
+            (Difference::Files, files(self) != files(other)),
+            (Difference::Bytes, self.bytes != other.bytes),
+            (Difference::Direct, self.direct != other.direct),
+            (Difference::Queues, self.queues != other.queues),
+            (Difference::Flushes, flushed(self) != flushed(other)),
+        ];
+        let those = all.into_iter().filter(|(_, differ)| *differ);
+        those.map(|(what, _)| what).collect()
+    }
+
+    /// Whether another is equal in all that is to be.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        let differs = self.differs(other);
+        differs.iter().all(|what| *what == Difference::Bytes)
     }
 
     /// In words.
@@ -171,6 +218,10 @@ impl Seen {
             [] => return format!("no file, {queues}"),
             [file] => file.clone(),
             files => format!("{} files", files.len()),
+        };
+        let files = match self.servers {
+            0 | 1 => files,
+            n => format!("{files} in {n} servers"),
         };
         let how = if self.direct { "O_DIRECT" } else { "buffered" };
         let flushes = self
@@ -217,6 +268,7 @@ impl Running {
         let mut seen = Seen {
             direct: true,
             queues,
+            servers: 1,
             ..Seen::default()
         };
         for image in images {

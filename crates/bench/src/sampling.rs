@@ -146,8 +146,8 @@ impl Subject {
             }
         };
         let mut detail = json!({ "reports": measured.reports });
-        let mut first = None;
         let mut outcome = Ok(());
+        let mut all = Vec::new();
         for (running, seen) in self.servers {
             let command = running.command.clone();
             let has_statistics = running.control.is_some();
@@ -158,19 +158,19 @@ impl Subject {
                     continue;
                 }
             };
-            // What the others do is the same.
-            if first.is_none() {
-                first = Some(seen);
+            // What the others are started with and say is the same; what they are seen to have open may not be.
+            if all.is_empty() {
                 detail["command"] = json!(command);
                 let ratio = barriers_per_flush(&words).filter(|_| has_statistics);
                 let ratio = ratio.map(|ratio| (Metric::BarriersPerFlush, ratio));
                 measured.metrics.extend(ratio);
             }
+            all.push(seen);
         }
         outcome?;
         Ok(Sample {
             metrics: measured.metrics,
-            seen: first,
+            seen: Seen::all(all.into_iter()),
             latency: measured.latency,
             timeline: measured.timeline,
             stages: measured.stages,

@@ -19,14 +19,14 @@ use crate::{
     equal::Probe,
     machine::{Host, given::Given, process},
     metric::{Metric, number},
-    peer::Programs,
+    peer::{Programs, Seen},
     record::{self, Record, Sample, Set},
     versus::cell::Server,
 };
 use block::{Context, Error, Result};
 use serde_json::json;
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File, OpenOptions},
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -191,6 +191,7 @@ pub fn run(
         schedule,
         last: None,
         equal: Vec::new(),
+        seen: seen(&set),
     };
     record::append(&bench.file, &Record::Run(Box::new(header)))?;
     if !set.samples.is_empty() {
@@ -216,6 +217,15 @@ pub fn run(
     }
     drop(bench);
     record::read(&path)
+}
+
+/// What was seen of each side, last.
+fn seen(set: &Set) -> BTreeMap<(String, String), Seen> {
+    let samples = set.samples.iter().filter_map(|sample| {
+        let key = (sample.cell.clone(), sample.side.clone());
+        Some((key, sample.seen.clone()?))
+    });
+    samples.collect()
 }
 
 /// Removes what a run in `dir` left that was killed or stopped: servers' sockets, images, file systems, loop devices, and a file system

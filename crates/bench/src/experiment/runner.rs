@@ -39,6 +39,8 @@ pub(super) struct Runner<'a> {
     pub probe: Probe,
     /// What was said last of who is equal.
     pub equal: Vec<String>,
+    /// What was seen of sides (with their cells) before this run went on.
+    pub seen: BTreeMap<(String, String), Seen>,
 }
 
 /// A cell at work.
@@ -47,7 +49,7 @@ struct Work<'a> {
     /// How often sides failed.
     failed: BTreeMap<&'a str, usize>,
     notes: BTreeSet<String>,
-    /// What was seen of sides.
+    /// What was seen of sides, by this run last.
     seen: BTreeMap<&'a str, Seen>,
 }
 
@@ -63,7 +65,7 @@ impl Runner<'_> {
             cell,
             failed: BTreeMap::new(),
             notes: BTreeSet::new(),
-            seen: BTreeMap::new(),
+            seen: self.seen_before(cell),
         };
         let mut rounds = 0;
         while rounds < self.options.samples {
@@ -109,6 +111,16 @@ impl Runner<'_> {
         )?;
         self.equal = equal;
         Ok(true)
+    }
+
+    /// What was seen of a cell's sides before this run.
+    fn seen_before<'a>(&self, cell: &'a Cell) -> BTreeMap<&'a str, Seen> {
+        let sides = cell.sides.iter().map(|side| side.name.as_str());
+        let seen = sides.filter_map(|side| {
+            let key = (cell.name.clone(), side.to_owned());
+            Some((side, self.seen.get(&key)?.clone()))
+        });
+        seen.collect()
     }
 
     /// Whether there is any sample of a cell.
@@ -257,7 +269,7 @@ impl Runner<'_> {
         }
         work.notes
             .extend(equal::differs(&side.name, side.drops_flushes, seen.flushes));
-        work.seen.entry(&side.name).or_insert_with(|| seen.clone());
+        work.seen.insert(&side.name, seen.clone());
     }
 
     fn say(&mut self, cell: &str, what: &str) {

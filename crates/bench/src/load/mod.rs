@@ -148,6 +148,16 @@ pub enum Target {
     },
 }
 
+impl Target {
+    /// Its path or URI.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Self::VhostUser(path) | Self::File { path, .. } => path.display().to_string(),
+            Self::Nbd(uri) => uri.clone(),
+        }
+    }
+}
+
 /// Which requests, as in fio.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -2,14 +2,15 @@
 
 use crate::{
     breakdown::Answer,
+    equal,
     experiment::{self, Experiment, Judged},
     load::timeline,
     metric::Metric,
+    peer::Seen,
     record::{Failure, NOISY, Run, Sample, Set, noise, restless},
     statistics::{Figure, Summary},
 };
 use serde::Serialize;
-use serde_json::Value;
 use std::collections::BTreeMap;
 use trace::{Breakdown, Buckets, Totals};
 
@@ -143,6 +144,9 @@ impl Model {
         }
         model.notes = notes(set, &model.cells);
         model.breakdowns = set.samples.iter().filter_map(broken).collect();
+        // A run that went on may have taken one of a cell that others were of before: those of a cell stand together.
+        let place = |broken: &Broken| model.cells.iter().position(|c| c.name == broken.group);
+        model.breakdowns.sort_by_key(place);
         model
     }
 
@@ -224,18 +228,30 @@ fn is_beside(name: &str) -> bool {
         .is_some_and(|name| name.ends_with(".svg") && name.chars().all(plain))
 }
 
-/// What was said last of who is equal in a cell: lines of an experiment, one of a comparison.
+/// Who is equal in a cell: in an experiment, which may have been interrupted before it said so, by what was seen of each side last;
+/// in a comparison as it says, since what must be equal there depends on the cell.
 fn equal(set: &Set, cell: &str) -> Vec<String> {
     let own = set.cells.iter().filter(|record| record["cell"] == cell);
-    let mut said = own.filter_map(|record| match &record["equal"] {
-        Value::String(line) => Some(vec![line.clone()]),
-        Value::Array(lines) if !lines.is_empty() => {
-            let lines = lines.iter().filter_map(Value::as_str);
-            Some(lines.map(str::to_owned).collect())
+    let mut said = own.filter_map(|record| record["equal"].as_str());
+    if let Some(line) = said.next_back() {
+        return vec![line.to_owned()];
+    }
+    if set
+        .runs
+        .first()
+        .is_some_and(|run| run.experiment == "versus")
+    {
+        return Vec::new();
+    }
+    let mut seen: Vec<(&str, &Seen)> = Vec::new();
+    for sample in set.samples.iter().filter(|sample| sample.cell == cell) {
+        let Some(own) = &sample.seen else { continue };
+        match seen.iter_mut().find(|(side, _)| *side == sample.side) {
+            Some((_, last)) => *last = own,
+            None => seen.push((&sample.side, own)),
         }
-        _ => None,
-    });
-    said.next_back().unwrap_or_default()
+    }
+    equal::lines(&seen)
 }
 
 fn cells(set: &Set) -> Vec<Cell> {

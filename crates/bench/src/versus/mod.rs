@@ -36,9 +36,9 @@ pub use image::Sizes;
 pub use judge::{Judgement, Outcome, Series, Verdict};
 
 use crate::{
-    equal::Probe,
+    equal::{Flushed, Probe},
     machine::{Host, device, process},
-    peer::{self, Programs},
+    peer::{self, Difference, Programs},
     record::{self, Record},
     statistics, turns,
 };
@@ -375,38 +375,40 @@ fn compare(cell: &Cell, seen: &[Option<peer::Seen>], outcome: &mut Outcome) {
     let mut equal = Vec::new();
     for (side, theirs) in cell.sides.iter().zip(seen).skip(1) {
         let Some(theirs) = theirs else { continue };
-        if theirs.direct != ours.direct {
-            outcome.notes.push(format!(
-                "not equal: O_DIRECT is {} here and {} at {}",
-                ours.direct, theirs.direct, side.name
-            ));
-        }
-        if let (Some(here), Some(there)) = (ours.flushes, theirs.flushes)
-            && here.all() != there.all()
-        {
-            outcome.notes.push(format!(
-                "not equal: {} here; at {} {}",
-                here.words(),
-                side.name,
-                there.words()
-            ));
-        }
         let peer = matches!(
             side.server,
             Server::Qsd | Server::QemuNbd | Server::Nbdkit | Server::Spdk
         );
-        if !peer || side.image != first.image {
-            continue;
+        let same_files = peer && side.image == first.image;
+        let mut differs = ours.differs(theirs);
+        differs.retain(|what| match what {
+            Difference::Files => same_files,
+            // What grows has another size each time that it is looked at.
+            Difference::Bytes => same_files && !first.image.fresh(),
+            Difference::Queues => side.queues == first.queues,
+            Difference::Direct => true,
+            // Where one was not looked at, that is said.
+            Difference::Flushes => ours.flushes.is_some() && theirs.flushes.is_some(),
+        });
+        for what in &differs {
+            let of = |seen: &peer::Seen| match what {
+                Difference::Files => format!("{:?}", seen.files),
+                Difference::Bytes => format!("{:?} {:?}", seen.files, seen.bytes),
+                Difference::Direct => {
+                    format!("O_DIRECT {}", if seen.direct { "on" } else { "off" })
+                }
+                Difference::Queues => format!("{} queues", seen.queues),
+                Difference::Flushes => seen.flushes.map(Flushed::words).unwrap_or_default(),
+            };
+            let text = format!(
+                "not equal: {} here; {} at {}",
+                of(ours),
+                of(theirs),
+                side.name
+            );
+            outcome.notes.push(text);
         }
-        // What grows has another size each time that it is looked at.
-        if theirs.files != ours.files || (!first.image.fresh() && theirs.bytes != ours.bytes) {
-            outcome.notes.push(format!(
-                "not equal: {:?} {:?} here, {:?} {:?} at {}",
-                ours.files, ours.bytes, theirs.files, theirs.bytes, side.name
-            ));
-        } else if theirs.direct == ours.direct
-            && theirs.flushes.map(|f| f.all()) == ours.flushes.map(|f| f.all())
-        {
+        if differs.is_empty() && same_files && ours.flushes.is_some() == theirs.flushes.is_some() {
             equal.push(side.name);
         }
     }
@@ -418,7 +420,6 @@ fn compare(cell: &Cell, seen: &[Option<peer::Seen>], outcome: &mut Outcome) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::equal::Flushed;
 
     #[test]
     fn cells_are_chosen_by_name_in_the_tables_order() {
@@ -479,6 +480,7 @@ mod tests {
                 bytes: vec![bytes],
                 direct,
                 queues: 1,
+                servers: 1,
                 flushes: None,
             })
         };
@@ -499,11 +501,11 @@ mod tests {
         assert_eq!(
             outcome.notes,
             [
-                "not equal: flushes reach the file here; at qsd flushes are dropped (none of 16 reached the file)"
+                "not equal: flushes reach the file here; flushes are dropped (none of 16 reached the file) at qsd"
             ]
         );
         let mut outcome = Outcome::default();
-        compare(cell, &[flushed(16), flushed(20), None], &mut outcome);
+        compare(cell, &[flushed(16), flushed(16), None], &mut outcome);
         assert!(outcome.notes.is_empty(), "{outcome:?}");
         for other in [seen(false, 5), seen(true, 6)] {
             let mut outcome = Outcome::default();
