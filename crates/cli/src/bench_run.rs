@@ -4,7 +4,7 @@ use crate::{bench_clear, bench_report, bench_versus::end_on_signals, print, sign
 use anyhow::{Context, Result, bail};
 use bench::{
     experiment::{self, Event, Experiment, Options, Progress},
-    record::Set,
+    record::{Failure, Sample, Set},
 };
 use clap::{ArgGroup, Args};
 use std::{
@@ -22,7 +22,8 @@ const QUICK: Duration = Duration::from_secs(570);
 #[command(
     group(ArgGroup::new("extent").args(["quick", "full"])),
     after_help = "A run that was stopped goes on where it was when it is started again with the same --out and options; what a killed \
-                  one left is removed then, or by bench clear. \
+                  one left is removed then, or by bench clear. Sides that cannot be measured are named, and the run goes on; it fails \
+                  (exit status 1) if it could measure nothing of what lacked. \
                   File systems on loop devices and simulated disks need root, E2 also nbdfuse (libnbd); without, cells that want \
                   them say so."
 )]
@@ -84,49 +85,72 @@ pub fn run(args: &RunArgs) -> Result<()> {
     end_on_signals(Signals::block()?, move |stopped| {
         bench_clear::instead(stopped, &dir, device.as_deref())
     })?;
-    let set = drive(&experiment, &options)?;
-    bench_report::report(&set, None, args.svg.as_deref(), false)?;
+    let ran = drive(&experiment, &options)?;
+    bench_report::report(&ran.set, None, args.svg.as_deref(), false)?;
     let cells = experiment::cells(&experiment, options.quick, options.cells.as_deref())?;
-    let measured = set
-        .samples
-        .iter()
-        .any(|sample| cells.iter().any(|cell| cell.name == sample.cell));
-    if measured {
-        return Ok(());
-    }
-    match set.failures.last() {
-        Some(failure) => bail!(
-            "nothing could be measured: {}, {}: {}",
+    let is_there = |sample: &Sample| cells.iter().any(|cell| cell.name == sample.cell);
+    match (ran.taken, ran.failed) {
+        (0, Some(failure)) => bail!(
+            "nothing could be measured{}: {}, {}: {}",
+            match ran.set.samples.iter().any(is_there) {
+                true => " of what lacked",
+                false => "",
+            },
             failure.cell,
             failure.side,
             failure.why
         ),
-        None => bail!("nothing was measured: there was no time for it (give --samples)"),
+        (0, None) if !ran.set.samples.iter().any(is_there) => {
+            bail!("nothing was measured: there was no time for it (give --samples)")
+        }
+        _ => Ok(()),
     }
 }
 
-fn drive(experiment: &Experiment, options: &Options) -> Result<Set> {
+/// What came of a run.
+struct Ran {
+    /// All that there is in its folder.
+    set: Set,
+    /// Samples that this run took itself.
+    taken: usize,
+    /// What failed in this run last.
+    failed: Option<Failure>,
+}
+
+fn drive(experiment: &Experiment, options: &Options) -> Result<Ran> {
     let terminal = std::io::stderr().is_terminal();
+    let (mut taken, mut failed) = (0, None);
     let run = experiment::run(experiment, options, &mut |event| {
-        let mut err = std::io::stderr().lock();
-        // A line that cannot be shown is no reason to stop.
-        let _ = match event {
-            Event::Progress(progress) if terminal => {
-                write!(err, "\r\x1b[K{}", line(&progress)).and_then(|()| err.flush())
-            }
-            Event::Note(note) if terminal => writeln!(err, "\r\x1b[K{}", block::plain(note)),
-            Event::Note(note) => writeln!(err, "{}", block::plain(note)),
-            Event::Progress(progress) => {
-                tracing::info!("{}", line(&progress));
-                Ok(())
-            }
-            Event::Sample(_) => Ok(()),
+        let say = |note: &str| {
+            let clear = if terminal { "\r\x1b[K" } else { "" };
+            // A line that cannot be shown is no reason to stop.
+            let _ = writeln!(std::io::stderr(), "{clear}{}", block::plain(note));
         };
+        match event {
+            Event::Progress(progress) if terminal => {
+                let mut err = std::io::stderr().lock();
+                let _ = write!(err, "\r\x1b[K{}", line(&progress)).and_then(|()| err.flush());
+            }
+            Event::Progress(progress) => tracing::info!("{}", line(&progress)),
+            Event::Note(note) => say(note),
+            Event::Failure(failure) => {
+                say(&format!(
+                    "{}, {}: {}",
+                    failure.cell, failure.side, failure.why
+                ));
+                failed = Some(failure.clone());
+            }
+            Event::Sample(_) => taken += 1,
+        }
     });
     if terminal {
         crate::say("\r\x1b[K");
     }
-    Ok(run?)
+    Ok(Ran {
+        set: run?,
+        taken,
+        failed,
+    })
 }
 
 /// Cell, what is done, how far, time left, the last result; in the width of a terminal, mostly.

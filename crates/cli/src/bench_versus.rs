@@ -11,10 +11,11 @@ use bench::{
 };
 use clap::Args;
 use std::{
+    collections::BTreeSet,
     fmt::Write as _,
     fs,
     io::{IsTerminal, Write as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process, thread,
     time::Duration,
 };
@@ -43,8 +44,8 @@ pub struct Versus {
     /// Keep the full raw file, the full qcow2 image and the base of overlays for the next run
     #[arg(long)]
     pub keep: bool,
-    /// Also write the results as a table in Markdown; in a FILE that has them, between the lines
-    /// "<!-- versus: begin -->" and "<!-- versus: end -->"
+    /// Also write the results as a table in Markdown, in a FILE that is there between its lines
+    /// "<!-- versus: begin -->" and "<!-- versus: end -->": not where results of other cells would be lost"
     #[arg(long, value_name = "FILE")]
     pub markdown: Option<PathBuf>,
     /// Print every sample and result as a line of JSON instead of a table
@@ -68,6 +69,9 @@ pub fn run(args: &Versus) -> Result<()> {
     let cells = versus::select(&args.cells)?;
     if args.list {
         return print(&report::list(&cells));
+    }
+    if let Some(path) = &args.markdown {
+        page(path, &cells)?;
     }
     // Before anything starts a thread, so that all of them leave these signals to the one that waits for them.
     stop_on_signals(Signals::block()?)?;
@@ -111,8 +115,7 @@ pub fn run(args: &Versus) -> Result<()> {
         ))?;
     }
     if let Some(path) = &args.markdown {
-        let page = fs::read_to_string(path).unwrap_or_default();
-        let page = insert(&page, &markdown(args, &options, &run)?);
+        let page = insert(&page(path, &cells)?, &markdown(args, &options, &run)?);
         fs::write(path, page).with_context(|| path.display().to_string())?;
     }
     let measured = run.outcomes.iter().any(|outcome| outcome.failed.is_none());
@@ -228,16 +231,57 @@ fn markdown(args: &Versus, options: &Options, run: &Run) -> Result<String> {
     Ok(text)
 }
 
-/// `page` with `results` between its marks; without marks, the results alone.
+/// What surrounds results in a page.
+const BEGIN: &str = "<!-- versus: begin -->\n";
+const END: &str = "<!-- versus: end -->";
+
+/// The page that results of `cells` go into; empty where it is not there.
+///
+/// # Errors
+///
+/// It cannot be read; something of it would be lost: text without marks, or results of other cells, which are of a run of their own and
+/// have no place among those of this one.
+fn page(path: &Path, cells: &[&versus::Cell]) -> Result<String> {
+    let named = || path.display().to_string();
+    let page = match fs::read_to_string(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(String::new()),
+        page => page.with_context(named)?,
+    };
+    let Some((_, results, _)) = parts(&page) else {
+        ensure!(
+            page.trim().is_empty(),
+            "--markdown {}: it has no lines {} and {END}, and would be lost: put them where the results are to be, or give a new file",
+            named(),
+            BEGIN.trim_end()
+        );
+        return Ok(page);
+    };
+    let rows = results.lines().filter_map(|line| line.strip_prefix("| `"));
+    let rows = rows.filter_map(|row| Some(row.split_once('`')?.0));
+    let lost: BTreeSet<&str> = rows
+        .filter(|row| cells.iter().all(|cell| cell.name != *row))
+        .collect();
+    ensure!(
+        lost.is_empty(),
+        "--markdown {}: it has results of {} cells that this run leaves out ({}), which would be lost: leave out --cell, or give another file",
+        named(),
+        lost.len(),
+        lost.into_iter().collect::<Vec<_>>().join(", ")
+    );
+    Ok(page)
+}
+
+/// What stands before the results of a page, these, and what stands behind them.
+fn parts(page: &str) -> Option<(&str, &str, &str)> {
+    let (before, rest) = page.split_once(BEGIN)?;
+    let (results, after) = rest.split_once(END)?;
+    Some((before, results, after))
+}
+
+/// `page` with `results` between its marks; without marks, the results alone, between such.
 fn insert(page: &str, results: &str) -> String {
-    let (begin, end) = ("<!-- versus: begin -->\n", "<!-- versus: end -->");
-    let around = page
-        .split_once(begin)
-        .and_then(|(before, rest)| Some((before, rest.split_once(end)?.1)));
-    match around {
-        Some((before, after)) => format!("{before}{begin}{results}{end}{after}"),
-        None => results.to_owned(),
-    }
+    let (before, _, after) = parts(page).unwrap_or(("", "", "\n"));
+    format!("{before}{BEGIN}{results}{END}{after}")
 }
 
 #[cfg(test)]
@@ -253,7 +297,32 @@ mod tests {
             "# B\n<!-- versus: begin -->\nnew\n<!-- versus: end -->\nmore\n"
         );
         assert_eq!(insert(&once, "new\n"), once);
-        assert_eq!(insert("no marks", "new\n"), "new\n");
+        let new = "<!-- versus: begin -->\nnew\n<!-- versus: end -->\n";
+        assert_eq!(insert("", "new\n"), new);
+    }
+
+    #[test]
+    fn nothing_of_a_page_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("page.md");
+        let two = ["null".to_owned(), "seq-read".to_owned()];
+        let both = versus::select(&two).unwrap();
+        let one = versus::select(&two[..1]).unwrap();
+        assert_eq!(page(&path, &one).unwrap(), "");
+        let text = insert(
+            "",
+            "| cell |\n|---|\n| `null` | x |\n| | y |\n| `seq-read` | z |\n",
+        );
+        fs::write(&path, &text).unwrap();
+        assert_eq!(page(&path, &both).unwrap(), text);
+        let error = page(&path, &one).unwrap_err().to_string();
+        assert!(
+            error.contains("results of 1 cells that this run leaves out (seq-read)"),
+            "{error}"
+        );
+        fs::write(&path, "A thesis.\n").unwrap();
+        let error = page(&path, &both).unwrap_err().to_string();
+        assert!(error.contains("would be lost"), "{error}");
     }
 
     #[test]

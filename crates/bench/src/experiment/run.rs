@@ -20,7 +20,7 @@ use crate::{
     machine::{Host, given::Given, process},
     metric::{Metric, number},
     peer::{Programs, Seen},
-    record::{self, Record, Sample, Set},
+    record::{self, Failure, Record, Sample, Set},
     versus::cell::Server,
 };
 use block::{Context, Error, Result};
@@ -72,6 +72,8 @@ pub enum Event<'a> {
     Progress(Progress<'a>),
     /// A measurement ended.
     Sample(&'a Sample),
+    /// One failed.
+    Failure(&'a Failure),
     /// Something to know.
     Note(&'a str),
 }

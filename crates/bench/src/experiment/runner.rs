@@ -231,8 +231,7 @@ impl Runner<'_> {
                     side: side.name.clone(),
                     why: error.to_string(),
                 };
-                let text = format!("{}, {}: {error}", cell.name, side.name);
-                (self.watch)(Event::Note(&text));
+                (self.watch)(Event::Failure(&failure));
                 record::append(&self.file, &Record::Failure(failure))?;
                 let failed = work.failed.entry(&side.name).or_default();
                 *failed += match error.kind() {
