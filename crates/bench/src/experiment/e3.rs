@@ -116,20 +116,41 @@ fn machines(count: u8) -> Cell {
     }
 }
 
-/// Queues of one disk, on as many I/O threads where the server has them.
+/// Queues of one disk.
 fn with_queues(side: Side, count: u16) -> Side {
     Side {
         queues: count,
-        io_threads: match side.how {
-            How::Served(Server::Diskplane) => count,
-            _ => 1,
-        },
         ..side
     }
 }
 
+/// The servers of a disk with so many queues: an export of qemu-storage-daemon has one I/O thread for all of them, ours has as many as it
+/// is told; so it is told both.
+///
+/// Each with its name, and what is said of its threads.
+fn servers_of_queues(count: u16) -> Vec<(&'static str, &'static str, Side)> {
+    let of = |how, threads| Side {
+        io_threads: threads,
+        ..with_queues(side("", How::Served(how), RAW), count)
+    };
+    let (ours, qsd) = (of(Server::Diskplane, 1), of(Server::Qsd, 1));
+    match count {
+        1 => vec![("diskplane", "", ours), ("qsd", "", qsd)],
+        _ => vec![
+            ("diskplane", ", a thread each", of(Server::Diskplane, count)),
+            ("diskplane", ", one thread", ours),
+            ("qsd", ", one thread", qsd),
+        ],
+    }
+}
+
 fn queues(count: u16) -> Cell {
-    let own = |name, how| with_queues(side(name, how, RAW), count);
+    let mut sides = vec![with_queues(side("bare metal", How::Bare, RAW), count)];
+    let servers = servers_of_queues(count).into_iter();
+    sides.extend(servers.map(|(server, threads, side)| Side {
+        name: format!("{server} raw{threads}"),
+        ..side
+    }));
     Cell {
         name: format!("queues-{count}"),
         axes: vec![
@@ -138,11 +159,7 @@ fn queues(count: u16) -> Cell {
         ],
         load: RANDREAD,
         files: None,
-        sides: vec![
-            own("bare metal", How::Bare),
-            own("diskplane raw", How::Served(Server::Diskplane)),
-            own("qsd raw", How::Served(Server::Qsd)),
-        ],
+        sides,
         quick: false,
     }
 }
@@ -152,21 +169,22 @@ const QUEUED: u32 = 32;
 
 /// The same requests in flight over more queues: a disk of zeros, which is no bottleneck.
 fn queues_beside_each_other() -> Cell {
-    let mut sides = Vec::new();
-    for (name, server) in [("diskplane", Server::Diskplane), ("qsd", Server::Qsd)] {
-        for count in [1, 2, 4] {
-            let ending = if count == 1 { "" } else { "s" };
-            let name = format!("{name}, {count} queue{ending}");
-            let depth = Some(QUEUED / u32::from(count));
-            sides.push(Side {
-                driver: Driver {
-                    depth,
-                    ..Driver::USUAL
-                },
-                ..with_queues(side(name, How::Served(server), NULL), count)
-            });
-        }
-    }
+    let of = |count: u16| {
+        let ending = if count == 1 { "" } else { "s" };
+        let servers = servers_of_queues(count).into_iter();
+        servers.map(move |(server, threads, side)| Side {
+            name: format!("{server}, {count} queue{ending}{threads}"),
+            image: NULL,
+            driver: Driver {
+                depth: Some(QUEUED / u32::from(count)),
+                ..Driver::USUAL
+            },
+            ..side
+        })
+    };
+    // Those of a server side by side.
+    let mut sides: Vec<Side> = [1, 2, 4].into_iter().flat_map(of).collect();
+    sides.sort_by_key(|side| side.how == How::Served(Server::Qsd));
     factor("queues", "multiple queues", RANDREAD, sides, true)
 }
 
@@ -373,14 +391,14 @@ fn of_factors() -> Vec<Finding> {
         beside(
             "A queue for each core scales: two do more than one (diskplane)",
             "queues",
-            ("diskplane, 2 queues", "diskplane, 1 queue"),
+            ("diskplane, 2 queues, a thread each", "diskplane, 1 queue"),
             iops,
             Claim::More,
         ),
         beside(
             "… and four do more than one (diskplane)",
             "queues",
-            ("diskplane, 4 queues", "diskplane, 1 queue"),
+            ("diskplane, 4 queues, a thread each", "diskplane, 1 queue"),
             iops,
             Claim::More,
         ),
@@ -456,7 +474,8 @@ pub(super) fn experiment() -> Experiment {
                   they are vhost-user-blk and NBD, and the driver is a load generator instead of a guest's kernel. \
                   qemu-storage-daemon and qemu-nbd run with io_uring. Factors have cells of their own, whose sides differ in \
                   nothing else: copy or map (a guest's buffers where the device can take them, or two bytes behind, where the \
-                  server has to copy, and a socket, where the kernel does), kinds of rings, queues, disks and virtual machines.",
+                  server has to copy, and a socket, where the kernel does), kinds of rings, queues (an export of qemu-storage-daemon has one \
+                  I/O thread for all of them, diskplane one thread for all or one for each), disks and virtual machines.",
         cells,
         findings,
         absent: &ABSENT,

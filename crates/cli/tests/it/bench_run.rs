@@ -230,8 +230,8 @@ fn factors_are_what_their_sides_say() {
             "queues",
             &[
                 ("diskplane, 1 queue", usual(32, 1)),
-                ("diskplane, 4 queues", usual(8, 4)),
-                ("qsd, 2 queues", usual(16, 2)),
+                ("diskplane, 4 queues, a thread each", usual(8, 4)),
+                ("qsd, 2 queues, one thread", usual(16, 2)),
             ],
         ),
         (
