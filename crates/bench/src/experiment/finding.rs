@@ -51,20 +51,34 @@ pub struct Judged {
     pub verdict: Verdict,
     /// Why.
     pub why: String,
+    /// It is of a cell that a quick run leaves out.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub left_out: bool,
+}
+
+/// How many findings are of cells that a quick run leaves out, in words.
+pub fn left_out_words(count: usize) -> String {
+    match count {
+        1 => "1 finding is of a cell that a quick run leaves out (--full, or --cells)".to_owned(),
+        n => format!("{n} findings are of cells that a quick run leaves out (--full, or --cells)"),
+    }
 }
 
 /// Judges an experiment's findings by the samples of a run.
 pub fn judge(experiment: &Experiment, set: &Set) -> Vec<Judged> {
     let with_hint = |finding: &Finding| {
         let mut judged = one(finding, set);
-        judged.why += &left_out(experiment, finding, set);
+        if let Some(cell) = left_out(experiment, finding, set) {
+            judged.left_out = true;
+            judged.why += &format!(": it is one of --full, or --cells {cell}");
+        }
         judged
     };
     experiment.findings.iter().map(with_hint).collect()
 }
 
-/// Where a cell is that no run measured, since it was a quick one.
-fn left_out(experiment: &Experiment, finding: &Finding, set: &Set) -> String {
+/// The cell that no run measured, since it was a quick one.
+fn left_out<'a>(experiment: &Experiment, finding: &'a Finding, set: &Set) -> Option<&'a str> {
     let terms = [Some(&finding.left), finding.right.as_ref()];
     let quick = set.runs.iter().all(|run| run.quick);
     let lacking = terms.into_iter().flatten().find(|term| {
@@ -72,9 +86,7 @@ fn left_out(experiment: &Experiment, finding: &Finding, set: &Set) -> String {
         let of_full = cells.any(|cell| cell.name == term.cell && !cell.quick);
         quick && of_full && !set.samples.iter().any(|s| s.cell == term.cell)
     });
-    lacking.map_or_else(String::new, |term| {
-        format!(": it is one of --full, or --cells {}", term.cell)
-    })
+    lacking.map(|term| term.cell.as_str())
 }
 
 fn one(finding: &Finding, set: &Set) -> Judged {
@@ -92,6 +104,7 @@ fn one(finding: &Finding, set: &Set) -> Judged {
         ours,
         verdict,
         why,
+        left_out: false,
     };
     if left.is_empty() {
         return judged(None, Verdict::NotMeasured, missing(&finding.left));
@@ -136,10 +149,11 @@ fn one(finding: &Finding, set: &Set) -> Judged {
         }
     };
     let interval = format!(
-        "{:.2} × ({:.2}–{:.2}) in {} round{}{}",
+        "{:.2} × the {} ({}–{}) in {} round{}{}",
         figure.median,
-        figure.low,
-        figure.high,
+        finding.left.metric.title(),
+        bound(figure.low),
+        bound(figure.high),
         figure.rounds,
         if figure.rounds == 1 { "" } else { "s" },
         if paired {
@@ -167,6 +181,15 @@ fn one(finding: &Finding, set: &Set) -> Judged {
         ),
     };
     judged(Some(figure), verdict, why)
+}
+
+/// An end of an interval: with as many digits as show on which side of 1 it is.
+fn bound(ratio: f64) -> String {
+    let digits = (2..=6).find(|digits| {
+        let shown = format!("{ratio:.digits$}").parse::<f64>();
+        ratio == 1.0 || shown.is_ok_and(|shown| shown != 1.0)
+    });
+    format!("{ratio:.*}", digits.unwrap_or(6))
 }
 
 /// The term's value of each round that has it.
@@ -273,6 +296,15 @@ mod tests {
             same.why.ends_with("in 3 rounds: here they are the same"),
             "{same:?}"
         );
+    }
+
+    #[test]
+    fn an_interval_shows_why_it_decides() {
+        let shown = [0.5, 0.994, 0.996, 0.9996, 1.0, 1.004, 1.2, f64::INFINITY].map(bound);
+        let expected = [
+            "0.50", "0.99", "0.996", "0.9996", "1.00", "1.004", "1.20", "inf",
+        ];
+        assert_eq!(shown, expected);
     }
 
     #[test]

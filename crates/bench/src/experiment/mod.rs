@@ -20,7 +20,7 @@ mod run;
 mod runner;
 mod schedule;
 
-pub use finding::{Judged, Verdict, judge};
+pub use finding::{Judged, Verdict, judge, left_out_words};
 pub use plan::{Cell, Experiment};
 pub use run::{Event, Options, Progress, cells, clear, list, run};
 

@@ -9,7 +9,10 @@ use super::{
     },
     model::{Cell, Model},
 };
-use crate::metric::{Metric, number};
+use crate::{
+    experiment::{Judged, left_out_words},
+    metric::{Metric, number},
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write,
@@ -153,11 +156,30 @@ fn findings(page: &mut String, model: &Model) {
     if model.findings.is_empty() {
         return;
     }
+    page.push_str("<h2>What was published, and what is found here</h2>\n");
+    let (left_out, here): (Vec<_>, Vec<_>) = model
+        .findings
+        .iter()
+        .enumerate()
+        .partition(|(_, judged)| judged.left_out);
+    if !here.is_empty() {
+        verdicts(page, &here);
+    }
+    if !left_out.is_empty() {
+        let words = left_out_words(left_out.len());
+        let _ = writeln!(page, "<details><summary>{words}</summary>");
+        verdicts(page, &left_out);
+        page.push_str("</details>\n");
+    }
+}
+
+/// Findings, by their numbers, in a table.
+fn verdicts(page: &mut String, findings: &[(usize, &Judged)]) {
     page.push_str(
-        "<h2>What was published, and what is found here</h2>\n<div class=\"wide\"><table><tr><th>verdict</th>\
+        "<div class=\"wide\"><table><tr><th>verdict</th>\
          <th>finding</th><th class=\"n\">published</th><th class=\"n\">here</th><th>why</th></tr>\n",
     );
-    for (n, judged) in model.findings.iter().enumerate() {
+    for (n, judged) in findings {
         let verdict = judged.verdict.to_string();
         let published = judged.finding.published;
         let published = published.map_or_else(|| "–".to_owned(), |ratio| format!("{ratio:.2} ×"));

@@ -202,13 +202,21 @@ fn notes(set: &Set, cells: &[Cell]) -> Vec<String> {
             NOISY * 100.0
         )),
     }
+    // What is so in several cells is said once.
+    let mut said: Vec<(&str, Vec<&str>)> = Vec::new();
     for cell in &set.cells {
+        let name = cell["cell"].as_str().unwrap_or_default();
         for note in cell["notes"].as_array().into_iter().flatten() {
-            let name = cell["cell"].as_str().unwrap_or_default();
-            notes.push(format!("{name}: {}", note.as_str().unwrap_or_default()));
+            let note = note.as_str().unwrap_or_default();
+            match said.iter_mut().find(|(other, _)| *other == note) {
+                Some((_, cells)) if cells.contains(&name) => {}
+                Some((_, cells)) => cells.push(name),
+                None => said.push((note, vec![name])),
+            }
         }
     }
-    notes.dedup();
+    let line = |(note, cells): (&str, Vec<&str>)| format!("{}: {note}", cells.join(", "));
+    notes.extend(said.into_iter().map(line));
     notes
 }
 

@@ -1,7 +1,10 @@
 //! A summary for the terminal: bars of block characters, and verdicts.
 
 use super::model::{Cell, Model};
-use crate::metric::{Metric, number};
+use crate::{
+    experiment::left_out_words,
+    metric::{Metric, number},
+};
 use std::fmt::Write;
 
 /// Characters of a bar.
@@ -15,9 +18,17 @@ pub fn terminal(model: &Model) -> String {
     for cell in &model.cells {
         bars(&mut text, model, cell);
     }
-    for judged in &model.findings {
+    for judged in model.findings.iter().filter(|judged| !judged.left_out) {
         let _ = writeln!(text, "{:<13} {}", judged.verdict, judged.finding.says);
         let _ = writeln!(text, "{:<13} {}", "", judged.why);
+    }
+    let left_out = model
+        .findings
+        .iter()
+        .filter(|judged| judged.left_out)
+        .count();
+    if left_out > 0 {
+        let _ = writeln!(text, "· {}", left_out_words(left_out));
     }
     for (what, why) in &model.absent {
         let _ = writeln!(text, "· not here: {what}: {why}");
@@ -116,7 +127,7 @@ mod tests {
             samples: vec![sample("qsd F", 2000.0), sample("qsd default", 1000.0)],
             ..Set::default()
         };
-        let model = Model::of(&set);
+        let mut model = Model::of(&set);
         let text = terminal(&model);
         let lines = 4 + 2 * model.findings.len() + model.absent.len();
         assert_eq!(text.lines().count(), lines, "{text}");
@@ -126,5 +137,12 @@ mod tests {
             "{line}"
         );
         assert!(text.contains("undecided"), "{text}");
+        // What a quick run leaves out has one line in all.
+        for judged in &mut model.findings {
+            judged.left_out = true;
+        }
+        let text = terminal(&model);
+        assert_eq!(text.lines().count(), 5 + model.absent.len(), "{text}");
+        assert!(text.contains("findings are of cells that a quick run leaves out"));
     }
 }

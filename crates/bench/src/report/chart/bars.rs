@@ -1,7 +1,7 @@
 //! Bars with the interval of their median, in groups: a group is a cell, a bar one of its sides.
 
 use super::{
-    Chart, WIDTH, colours, file_name, server,
+    Chart, WIDTH, beside, colours, file_name, server,
     svg::{Anchor, Scale, Svg, escape, tick},
 };
 use crate::{
@@ -10,7 +10,6 @@ use crate::{
 };
 
 const ROW: f64 = 19.0;
-const LEFT: f64 = 190.0;
 const RIGHT: f64 = 130.0;
 
 /// Bars of a figure for all cells that are not drawn over sizes of requests.
@@ -32,6 +31,8 @@ pub fn bars(model: &Model, metric: Metric) -> Option<Chart> {
     );
     let mut svg = Svg::default();
     svg.text(0.0, 16.0, Anchor::Start, "head", &title);
+    let names = cells.iter().flat_map(|cell| &cell.sides);
+    let left = beside(names.map(|side| side.name.as_str()));
     let mut y = 30.0;
     for cell in cells {
         let drawn: Vec<_> = cell
@@ -41,7 +42,7 @@ pub fn bars(model: &Model, metric: Metric) -> Option<Chart> {
             .collect();
         let most = drawn.iter().map(|(_, d)| d.figure.high).fold(0.0, f64::max);
         // Each group has its own scale: cells differ by orders of magnitude.
-        let scale = Scale::linear(most, LEFT, WIDTH - RIGHT);
+        let scale = Scale::linear(most, left, WIDTH - RIGHT);
         let bottom = y + 22.0 + ROW * drawn.len() as f64;
         svg.text(0.0, y + 14.0, Anchor::Start, "head", &cell.name);
         for value in scale.ticks() {
@@ -53,7 +54,7 @@ pub fn bars(model: &Model, metric: Metric) -> Option<Chart> {
         for (side, drawn) in drawn {
             let figure = drawn.figure;
             let middle = y + ROW / 2.0;
-            svg.text(LEFT - 8.0, middle + 4.0, Anchor::End, "", &side.name);
+            svg.text(left - 8.0, middle + 4.0, Anchor::End, "", &side.name);
             let attributes = format!(
                 " data-cell=\"{}\" data-side=\"{}\" data-metric=\"{}\" data-value=\"{}\"",
                 escape(&cell.name),
@@ -73,7 +74,7 @@ pub fn bars(model: &Model, metric: Metric) -> Option<Chart> {
             );
             let colour = colours.get(server(&side.name)).copied().unwrap_or_default();
             svg.rect(
-                [LEFT, y + 3.0, scale.at(figure.median) - LEFT, ROW - 6.0],
+                [left, y + 3.0, scale.at(figure.median) - left, ROW - 6.0],
                 &format!("f{colour}"),
                 &attributes,
                 &over,
@@ -88,7 +89,7 @@ pub fn bars(model: &Model, metric: Metric) -> Option<Chart> {
             svg.text(x, middle + 4.0, Anchor::Start, "", &label);
             y += ROW;
         }
-        svg.line((LEFT, bottom), (WIDTH - RIGHT, bottom), "axis");
+        svg.line((left, bottom), (WIDTH - RIGHT, bottom), "axis");
         y = bottom + 26.0;
     }
     Some(Chart {

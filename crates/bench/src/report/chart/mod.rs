@@ -96,6 +96,12 @@ fn server(name: &str) -> &str {
     name.split([' ', ',']).next().unwrap_or(name)
 }
 
+/// Where bars begin, so that the longest of the names beside them has room.
+fn beside<'a>(names: impl Iterator<Item = &'a str>) -> f64 {
+    let longest = names.map(|name| name.chars().count()).max();
+    (longest.unwrap_or_default() as f64 * 6.6 + 12.0).clamp(190.0, WIDTH / 2.0)
+}
+
 /// Names of series with their colours, from left to right in as many lines as that takes; how high it is.
 fn legend(svg: &mut Svg, names: &[String], at: (f64, f64)) -> f64 {
     let coloured = |(n, name): (usize, &String)| (name.clone(), format!("f{}", n % COLOURS));

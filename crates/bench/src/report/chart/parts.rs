@@ -1,14 +1,13 @@
 //! Where the time of single requests goes: the parts of the latency study's protocol, stacked, in groups.
 
 use super::{
-    Chart, WIDTH, legend_of,
+    Chart, WIDTH, beside, legend_of,
     svg::{Anchor, Scale, Svg, tick},
 };
 use crate::report::model::{Broken, Model};
 use trace::breakdown::Part;
 
 const ROW: f64 = 22.0;
-const LEFT: f64 = 190.0;
 const RIGHT: f64 = 130.0;
 
 /// The colour of a part: stages have those of series, the ways to the server and back two more.
@@ -34,13 +33,14 @@ pub fn parts(model: &Model) -> Option<Chart> {
     let mut y = 34.0 + legend_of(&mut svg, &names, (0.0, 38.0));
     let mut groups: Vec<&str> = model.breakdowns.iter().map(|b| b.group.as_str()).collect();
     groups.dedup();
+    let left = beside(model.breakdowns.iter().map(|broken| broken.name.as_str()));
     for group in groups {
         let own = model.breakdowns.iter().enumerate();
         let own: Vec<(usize, &Broken)> = own.filter(|(_, b)| b.group == group).collect();
         let ends = |b: &Broken| b.breakdown.total_ns + b.breakdown.total_deviation_ns;
         let most = own.iter().map(|(_, b)| ends(b)).fold(0.0, f64::max) / 1000.0;
         // Large requests take a thousand times as long as small ones.
-        let scale = Scale::linear(most, LEFT, WIDTH - RIGHT);
+        let scale = Scale::linear(most, left, WIDTH - RIGHT);
         let bottom = y + 22.0 + ROW * own.len() as f64;
         svg.text(0.0, y + 14.0, Anchor::Start, "head", group);
         for value in scale.ticks() {
@@ -56,7 +56,7 @@ pub fn parts(model: &Model) -> Option<Chart> {
         }
         y += 22.0;
         for (n, broken) in own {
-            row(&mut svg, &scale, y, n, broken);
+            row(&mut svg, (&scale, left), y, n, broken);
             y += ROW;
         }
         y = bottom + 26.0;
@@ -69,9 +69,9 @@ pub fn parts(model: &Model) -> Option<Chart> {
     })
 }
 
-fn row(svg: &mut Svg, scale: &Scale, y: f64, n: usize, broken: &Broken) {
+fn row(svg: &mut Svg, (scale, left): (&Scale, f64), y: f64, n: usize, broken: &Broken) {
     let middle = y + ROW / 2.0;
-    svg.text(LEFT - 8.0, middle + 4.0, Anchor::End, "", &broken.name);
+    svg.text(left - 8.0, middle + 4.0, Anchor::End, "", &broken.name);
     let mut before = 0.0;
     for time in &broken.breakdown.parts {
         let us = time.mean_ns / 1000.0;
