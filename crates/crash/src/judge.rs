@@ -1,10 +1,10 @@
 //! Whether what a crash left is sound.
 
 use crate::model::{Allowed, Model, SECTOR};
-use crate::spec::Spec;
+use crate::spec::{Spec, second_passphrase};
 use crate::vmdk;
 use crate::world::World;
-use block::Storage;
+use block::{ErrorKind, Storage};
 use image::qcow2::{Header, bitmap, features, snapshot};
 use image::{Format, qed, vdi};
 use io::{SimDisk, SimOptions};
@@ -66,6 +66,9 @@ impl Judge {
         }
         if matches!(format, Format::Qed | Format::Qcow) {
             return self.judge_appended(world, model, allowed, look);
+        }
+        if format == Format::Luks {
+            return judge_luks(world, model, allowed, look);
         }
         if allowed.absent && Header::read(&**world.image()).is_err() {
             return Ok(());
@@ -289,6 +292,28 @@ impl Judge {
             )),
         }
     }
+}
+
+/// A LUKS volume opens with the key that nobody changes, and reads as it may. Each slot that is active opens with one of the
+/// passphrases: none is left half written.
+fn judge_luks(world: &World, model: &Model, allowed: &Allowed, look: Look) -> Result<(), String> {
+    let file: &dyn Storage = &**world.image();
+    let header = image::luks::header(file).map_err(|e| e.to_string())?;
+    let bytes = world.content().map_err(|e| e.to_string())?;
+    model.judge(allowed, &bytes)?;
+    let second = header.unlock(file, 0, &second_passphrase());
+    match (header.active_slots(), second) {
+        (1, Err(error)) if error.kind() == ErrorKind::Denied => {}
+        (2, Ok((1, _))) => {}
+        (slots, found) => {
+            let found = found.map(|(slot, _)| slot);
+            return Err(format!("{slots} active slots, the second key: {found:?}"));
+        }
+    }
+    if look == Look::Close {
+        go_on_writing(world, model, allowed)?;
+    }
+    Ok(())
 }
 
 /// The crashed image can be used: what is written next is there, and the rest stays.

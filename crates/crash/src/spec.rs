@@ -9,6 +9,7 @@
 //! same); `qed` is a QED image, with tables of so many clusters; `vhd` a VHD image with blocks of the cluster size, over
 //! another a differencing one; `vdi` a VDI image likewise, over nothing; `vmdk` one with grains of that size ([`vmdk`]). With `data_file` the guest's data are in a file of their own, with `luks` they are encrypted. `filled` and
 //! `compressed` images hold something from the beginning, as it is or compressed where that makes it smaller.
+//! `raw luks` is a raw image that is encrypted as a whole.
 //! `over` begins the words of the image below, which is filled and may be `raw`; `backing` is a raw one that is a little
 //! shorter. `junk` bytes follow the last cluster, as on a device that was used before.
 
@@ -195,6 +196,7 @@ impl Spec {
     /// What it is.
     pub fn format(&self) -> Format {
         match self {
+            Spec { raw: true, .. } if self.create.encryption.is_some() => Format::Luks,
             Spec { raw: true, .. } => Format::Raw,
             Spec { qcow: true, .. } => Format::Qcow,
             Spec { qed: Some(_), .. } => Format::Qed,

@@ -161,7 +161,10 @@ const OPERATIONS: &[(&str, Operation)] = &[
 
 /// The image's LUKS header, and where it is.
 fn keys(ground: &Ground) -> Result<(u64, luks::Header)> {
-    crypt::luks_header(ground.file(), &Header::read(ground.file())?)
+    match ground.world.spec.format() {
+        Format::Luks => Ok((0, image::luks::header(ground.file())?)),
+        _ => crypt::luks_header(ground.file(), &Header::read(ground.file())?),
+    }
 }
 
 /// Damages refcounts and COPIED flags, and repairs that.

@@ -491,7 +491,7 @@ pub(crate) const WORKLOADS: &[Workload] = &[
     Workload {
         name: "keys",
         script: "storm 10; key-add; crash; storm 5; key-erase; crash; storm 5",
-        images: &["cluster_size=4k size=256k luks"],
+        images: &["cluster_size=4k size=256k luks", "raw size=64k luks"],
         queues: &[0],
     },
     Workload {

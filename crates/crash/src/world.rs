@@ -9,7 +9,7 @@ use crate::vmdk;
 use block::{Context, Error, Result, Storage};
 use disk::{Chain, Layer};
 use image::qcow2::{self, ImageWriter};
-use image::{Format, Raw, Sequential, qcow, qed, vdi, vhd, vhdx};
+use image::{Format, Raw, Sequential, luks, qcow, qed, vdi, vhd, vhdx};
 use io::{File, SimClock, SimDisk, SimOptions};
 use std::sync::Arc;
 
@@ -90,7 +90,13 @@ impl World {
         };
         let mut random = Random::new(seed, 500 + depth as u64);
         let id = depth + 1;
-        if spec.raw {
+        if let (true, Some(volume)) = (spec.raw, &spec.create.encryption) {
+            luks::create(&*image, volume, spec.create.size)?;
+            // What nobody has written reads as anything.
+            let mut driver = world.open(false, None)?.driver()?;
+            driver.write_zeroes(0, spec.create.size, false)?;
+            driver.close()?;
+        } else if spec.raw {
             image.set_len(spec.create.size)?;
         } else if spec.qcow {
             qcow::create(&*image, &spec.qcow())?;
@@ -248,7 +254,14 @@ impl World {
                 Format::Vhdx if writable == Some(depth) => drop(vhdx::mend(file)?),
                 _ => {}
             }
-            let (image, format): (Arc<dyn image::Image>, _) = if spec.raw {
+            let (image, format): (Arc<dyn image::Image>, _) = if spec.format() == Format::Luks {
+                let options = luks::OpenOptions {
+                    read_only: writable != Some(depth),
+                    passphrase: Some(passphrase()),
+                };
+                let image = luks::Luks::open(file, &options).context(|| "open")?;
+                (Arc::new(image), Format::Luks)
+            } else if spec.raw {
                 (Arc::new(Raw::open(file)?), Format::Raw)
             } else if spec.qcow {
                 let options = qcow::OpenOptions {
