@@ -8,7 +8,11 @@ use std::path::Path;
 /// What the errors are called that something can be said of.
 const NOT_FOUND: &str = " (os error 2)";
 const DENIED: &str = " (os error 13)";
+const EXISTS: &str = " (os error 17)";
+const NO_DIRECTORY: &str = " (os error 20)";
+const DIRECTORY: &str = " (os error 21)";
 const FULL: &str = " (os error 28)";
+const READ_ONLY: &str = " (os error 30)";
 
 /// What is to be known besides of an error that reads `text`: `nodir/a.raw: No such file or directory (os error 2)`.
 pub fn of(text: &str) -> Option<String> {
@@ -27,6 +31,28 @@ pub fn of(text: &str) -> Option<String> {
     }
     if last.ends_with(FULL) {
         return Some("make room there, or choose another place".to_owned());
+    }
+    if last.ends_with(EXISTS) {
+        let there = names.find_map(|name| fs::metadata(name).ok());
+        return Some(match there {
+            Some(meta) if meta.is_dir() => "it is a folder: name a file in it".to_owned(),
+            Some(meta) if !meta.is_file() => {
+                "it is neither a file nor a block device: choose another name".to_owned()
+            }
+            _ => "remove it or choose another name".to_owned(),
+        });
+    }
+    if last.ends_with(NO_DIRECTORY) {
+        let file = names.find_map(|name| name.ancestors().find(|path| path.is_file()))?;
+        return Some(format!("{} is a file, no folder", file.display()));
+    }
+    if last.ends_with(DIRECTORY) {
+        return Some("name a file in it".to_owned());
+    }
+    if last.ends_with(READ_ONLY) {
+        let text =
+            "it is mounted for reading only: change a copy elsewhere, or mount it for writing";
+        return Some(text.to_owned());
     }
     None
 }
@@ -100,6 +126,33 @@ mod tests {
         assert!(
             hint.contains(&format!("the folder {path} belongs to")),
             "{hint}"
+        );
+        for (name, error, want) in [
+            ("a.raw", "File exists (os error 17)", "remove it or choose"),
+            (
+                "",
+                "File exists (os error 17)",
+                "is a folder: name a file in it",
+            ),
+            (
+                "a.raw/b",
+                "Not a directory (os error 20)",
+                "a.raw is a file, no folder",
+            ),
+            ("", "Is a directory (os error 21)", "name a file in it"),
+            (
+                "a.raw",
+                "Read-only file system (os error 30)",
+                "for reading only: change a copy",
+            ),
+        ] {
+            let hint = of(&format!("{path}/{name}: {error}")).unwrap();
+            assert!(hint.contains(want), "{name}: {error}: {hint}");
+        }
+        let device = of("/dev/full: File exists (os error 17)").unwrap();
+        assert!(
+            device.contains("neither a file nor a block device"),
+            "{device}"
         );
         assert_eq!(of("a.raw: header: wrong"), None);
         assert_eq!(of(""), None);

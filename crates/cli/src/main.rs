@@ -195,7 +195,9 @@ fn print(text: &str) -> anyhow::Result<()> {
         .write_all(&block::name::bytes(text))
         .and_then(|()| out.flush())
     {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(anyhow::Error::new(error).context("standard output"))
+        }
         _ => Ok(()),
     }
 }

@@ -3,6 +3,7 @@
 use crate::common;
 
 use common::{diskplane, good, json, qemu_img, refused, run};
+use serde_json::Value;
 use std::fs;
 use testkit::TempDir;
 
@@ -32,10 +33,21 @@ fn images_are_made_converted_mapped_and_committed() {
             root,
             &["map", "-f", "qcow", "--output=json", name],
         ));
-        assert_eq!(
-            ours.as_array().map(Vec::len),
-            theirs.as_array().map(Vec::len)
-        );
+        let runs = |map: &Value| -> Vec<Vec<Value>> {
+            let fields = [
+                "start",
+                "length",
+                "data",
+                "zero",
+                "depth",
+                "compressed",
+                "offset",
+            ];
+            let all = map.as_array().expect("runs").iter();
+            all.map(|run| fields.map(|field| run[field].clone()).to_vec())
+                .collect()
+        };
+        assert_eq!(runs(&ours), runs(&theirs), "{name}");
     }
     let info = json(&good(root, &["info", "--json", "packed.qcow"]));
     assert_eq!(info["format"], "qcow");
