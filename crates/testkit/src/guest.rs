@@ -1,13 +1,9 @@
 //! A real Linux guest on served disks.
 //!
-//! The guest is what `scripts/guest-build.sh` makes: a Debian kernel and an initramfs whose init
-//! (`guest/init`, which documents scenarios, parameters and the lines it reports) runs scenarios and powers
-//! off. Guests take the machine for themselves one at a time, whichever test runner starts the tests: two
-//! emulated guests on two cores only wait for each other.
+//! The crate `guest` boots it. Guests take the machine for themselves one at a time, whichever test runner starts the tests.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::command::Failure;
@@ -145,35 +141,19 @@ impl Guest {
 
     /// Boots the guest, to meddle with the server while it runs.
     pub fn boot(&self) -> Result<Running, Failure> {
-        let cache = GuestCache::find()?;
-        let turn = cache.take_turn()?;
+        let failed = |error: block::Error| Failure::new(error.to_string());
+        let guest = guest::Guest::at(&guest_folder()).map_err(failed)?;
+        let turn = guest.take_turn().map_err(failed)?;
         let dir = TempDir::new();
-        let memory = format!("{}M", self.memory_mb);
-        let mut command = Command::new("qemu-system-x86_64");
-        command
-            .args(["-machine", "q35,memory-backend=mem"])
-            .args(cache.accelerator());
-        command.args(["-smp", &self.cpus.to_string(), "-m", &memory]);
-        // The server maps the guest's memory, so it has to be a file that can be shared.
-        command.args([
-            "-object",
-            &format!("memory-backend-memfd,id=mem,size={memory},share=on"),
-        ]);
-        command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
-        for port in ["console.log", "results.log"] {
-            command
-                .arg("-serial")
-                .arg(format!("file:{}", dir.path(port).display()));
-        }
-        command.arg("-kernel").arg(cache.folder.join("vmlinuz"));
-        command
-            .arg("-initrd")
-            .arg(cache.folder.join("initramfs.img"));
-        // The guest is trusted: mitigations only make an emulated CPU slower.
-        command.arg("-append").arg(format!(
-            "console=ttyS0 panic=-1 quiet mitigations=off {}",
-            self.append
-        ));
+        let mut command = guest.command(&guest::Boot {
+            machine: "q35",
+            cpus: Some(self.cpus),
+            memory_mib: self.memory_mb,
+            initramfs: None,
+            console: &dir.path("console.log"),
+            results: &dir.path("results.log"),
+            parameters: &self.append,
+        });
         for (index, disk) in self.disks.iter().enumerate() {
             command.args(disk.arguments(index));
         }
@@ -295,49 +275,4 @@ pub fn guest_folder() -> PathBuf {
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest"),
         PathBuf::from,
     )
-}
-
-/// The folder with the kernel and the initramfs.
-struct GuestCache {
-    folder: PathBuf,
-}
-
-impl GuestCache {
-    fn find() -> Result<Self, Failure> {
-        let folder = guest_folder();
-        for part in ["vmlinuz", "initramfs.img", "accel"] {
-            if !folder.join(part).exists() {
-                let path = folder.join(part);
-                return Err(Failure::new(format!(
-                    "the guest is not built: no {} (run `make setup`)",
-                    path.display()
-                )));
-            }
-        }
-        Ok(Self { folder })
-    }
-
-    /// What the builder found out about KVM. Should it be gone since then, emulation still works.
-    fn accelerator(&self) -> &'static [&'static str] {
-        let found = std::fs::read_to_string(self.folder.join("accel")).unwrap_or_default();
-        let kvm_opens = || {
-            File::options()
-                .read(true)
-                .write(true)
-                .open("/dev/kvm")
-                .is_ok()
-        };
-        if found.trim() == "kvm" && kvm_opens() {
-            &["-accel", "kvm", "-cpu", "host"]
-        } else {
-            &["-accel", "tcg,thread=multi", "-cpu", "max"]
-        }
-    }
-
-    /// Waits until no other guest runs. The lock goes with the file, even when the test is killed.
-    fn take_turn(&self) -> Result<File, Failure> {
-        let path = self.folder.join("turn");
-        let locked = File::create(&path).and_then(|file| file.lock().map(|()| file));
-        locked.map_err(|e| Failure::new(format!("cannot lock {}: {e}", path.display())))
-    }
 }

@@ -36,7 +36,8 @@ use crate::{
     sampling::{self, Subject},
     versus::cell::Server,
 };
-use block::{Context, Error, ErrorKind, Result};
+use ::guest::{Boot, Guest as Linux};
+use block::{Context, Error, Result};
 use serde_json::json;
 use std::{
     collections::BTreeSet,
@@ -297,11 +298,10 @@ impl Runner<'_> {
                 "needs a guest: give --guest DIR, the folder that scripts/guest-build.sh prints",
             ));
         };
-        let turn = folder.join("turn");
-        let turn = File::create(&turn).and_then(|file| file.lock().map(|()| file));
-        let turn = turn.context(|| folder.display().to_string())?;
+        let guest = Linux::at(folder)?;
+        let turn = guest.take_turn()?;
         let work = self.lab.work();
-        let initramfs = self.initramfs(folder)?;
+        let initramfs = self.initramfs(&guest)?;
         let device = bus.device();
         let run = match asked {
             Asked::Files(files, mib) => format!(
@@ -316,39 +316,20 @@ impl Runner<'_> {
                 format!("dp.run=fio:{device} dp.fio={}", options.join(","))
             }
         };
-        let memory = "1024M";
-        let mut command = Command::new("qemu-system-x86_64");
-        // A machine that has both buses.
-        command.args(["-machine", "pc,memory-backend=mem"]);
-        let kvm = fs::read_to_string(folder.join("accel")).unwrap_or_default();
-        match kvm.trim() == "kvm"
-            && File::options()
-                .read(true)
-                .write(true)
-                .open("/dev/kvm")
-                .is_ok()
-        {
-            true => command.args(["-accel", "kvm", "-cpu", "host", "-smp", "2"]),
-            // An emulated second processor of this machine loses its timer now and then ("Possible timer handling issue"),
-            // and all stands still.
-            false => command.args(["-accel", "tcg", "-cpu", "max", "-smp", "1"]),
-        };
-        command.args(["-m", memory, "-object"]);
-        // A vhost-user server maps the guest's memory.
-        command.arg(format!(
-            "memory-backend-memfd,id=mem,size={memory},share=on"
-        ));
-        command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
         let (console, results) = (work.join("guest.console"), work.join("guest.results"));
         for port in [&console, &results] {
             let _ = fs::remove_file(port);
-            command.arg("-serial").arg(peer::joined(&[&"file:", port]));
         }
-        command.arg("-kernel").arg(folder.join("vmlinuz"));
-        command.arg("-initrd").arg(initramfs);
-        command.arg("-append").arg(format!(
-            "console=ttyS0 panic=-1 quiet mitigations=off {run}"
-        ));
+        let mut command = guest.command(&Boot {
+            // It has both buses.
+            machine: "pc",
+            cpus: None,
+            memory_mib: 1024,
+            initramfs: Some(&initramfs),
+            console: &console,
+            results: &results,
+            parameters: &run,
+        });
         attach(
             &mut command,
             bus,
@@ -368,23 +349,11 @@ impl Runner<'_> {
     }
 
     /// The guest's initramfs with this program in it, which is made once.
-    fn initramfs(&self, folder: &Path) -> Result<PathBuf> {
+    fn initramfs(&self, guest: &Linux) -> Result<PathBuf> {
         let work = self.lab.work();
         let out = work.join("guest.initramfs");
         if out.exists() {
             return Ok(out);
-        }
-        for part in ["vmlinuz", "initramfs.img"] {
-            let path = folder.join(part);
-            if !path.exists() {
-                return Err(Error::new(
-                    ErrorKind::Unsupported,
-                    format!(
-                        "no guest: {} is not there (run scripts/guest-build.sh)",
-                        path.display()
-                    ),
-                ));
-            }
         }
         // Without what only debuggers read, where there is a tool to leave it out.
         let program = work.join("guest.diskplane");
@@ -404,7 +373,7 @@ impl Runner<'_> {
         let mut files: Vec<(&str, &Path)> = vec![("diskplane", &program)];
         files.extend(libraries);
         let part = work.join("guest.initramfs.part");
-        initrd::with_files(&folder.join("initramfs.img"), &part, "dp", &files)?;
+        initrd::with_files(&guest.initramfs(), &part, "dp", &files)?;
         fs::rename(&part, &out).context(|| out.display().to_string())?;
         Ok(out)
     }
