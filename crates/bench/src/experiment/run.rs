@@ -173,7 +173,7 @@ pub fn run(
     let growth = options.disk_bytes.min(1 << 30);
     let programs = Programs::look(options.diskplane.clone(), process::has_o_direct(&dir));
     // A device is in use while a file system of a run that was killed is mounted there.
-    process::Folder::clear(&dir.join("work"))?;
+    process::Folder::clear_and_say(&dir.join("work"))?;
     let given = options.device.as_deref();
     let given = given.map(|path| Given::look(path, options.overwrite));
     let sizes = (options.disk_bytes, growth);
@@ -238,10 +238,12 @@ fn seen(set: &Set) -> BTreeMap<(String, String), Seen> {
 /// A run is at work there; what is there is not of a run of ours; something cannot be removed, or the device is in use.
 pub fn clear(dir: &Path, device: Option<&Path>) -> Result<bool> {
     let dir = fs::canonicalize(dir).context(|| dir.display().to_string())?;
-    let _lock = process::lock(&dir)?;
-    let work = dir.join("work");
-    let there = work.exists();
-    process::Folder::clear(&work)?;
+    // A run makes it first of all: where it is not there, none was.
+    let _lock = match dir.join("lock").exists() {
+        true => Some(process::lock(&dir)?),
+        false => None,
+    };
+    let there = process::Folder::clear(&dir.join("work"))?;
     let wiped = device.map_or(Ok(false), Given::clear)?;
     Ok(there || wiped)
 }

@@ -292,7 +292,7 @@ impl Folder {
     ///
     /// What is there is not of such a run.
     pub(crate) fn create(path: PathBuf) -> Result<Self> {
-        Self::clear(&path)?;
+        Self::clear_and_say(&path)?;
         let mut left = leftovers();
         fs::create_dir_all(&path).context(|| format!("{}: create", path.display()))?;
         // Before there is anything else: who is killed now leaves an empty folder.
@@ -306,16 +306,28 @@ impl Folder {
     /// # Errors
     ///
     /// What is there is not of such a run.
-    pub(crate) fn clear(path: &Path) -> Result<()> {
-        let _left = leftovers();
-        if is_left_over(path)? {
+    pub(crate) fn clear_and_say(path: &Path) -> Result<()> {
+        if Self::clear(path)? {
             tracing::warn!(
-                "{}: removing what a run that was killed left",
+                "{}: a run that was killed had left something: it is gone",
                 path.display()
             );
-            remove_folder(path).context(|| format!("{}: remove", path.display()))?;
         }
         Ok(())
+    }
+
+    /// The same without a word: whether there was anything.
+    ///
+    /// # Errors
+    ///
+    /// Likewise.
+    pub(crate) fn clear(path: &Path) -> Result<bool> {
+        let _left = leftovers();
+        let there = is_left_over(path)?;
+        if there {
+            remove_folder(path).context(|| format!("{}: remove", path.display()))?;
+        }
+        Ok(there)
     }
 
     /// Where it is.

@@ -764,7 +764,11 @@ fn what_was_interrupted_goes_on_and_has_every_sample_once() {
         assert!(output.status.success(), "{output:?}");
         let words = String::from_utf8_lossy(&output.stderr);
         assert!(words.contains("resumed: "), "{words}");
-        assert_eq!(words.contains("removing what a run"), n == 0, "{words}");
+        assert_eq!(
+            words.contains("run that was killed had left"),
+            n == 0,
+            "{words}"
+        );
         if records(&run, "sample").len() >= all {
             break;
         }
