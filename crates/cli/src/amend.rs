@@ -112,7 +112,7 @@ pub fn apply(
     }
     let storage: &dyn Storage = &*file;
     let name = storage.name();
-    let mend = options.repair.unwrap_or(check::mend);
+    let mend = options.repair.unwrap_or(check::prepare);
     mend(storage, Format::Qcow2)?;
     let header = Header::read(storage)?;
     header.check_known().map_err(|e| e.within(&name))?;

@@ -238,7 +238,7 @@ pub fn run(args: &Bitmap) -> Result<()> {
         let read = |path: &Path| qcow2(path, open::image(path, args.source_format, Access::Read)?);
         let source = args.source_file.as_deref().map(read).transpose()?;
         let source = source.as_deref().map(|file| file as &dyn Storage);
-        crate::check::mend(&*file, Format::Qcow2)?;
+        crate::check::prepare(&*file, Format::Qcow2)?;
         tool::bitmap::apply(&*file, name, &actions, source)?;
     }
     if name.is_some() && !args.json {

@@ -12,6 +12,7 @@
 //! | `corruptions-fixed`, `leaks-fixed` | what was repaired |
 //! | `total-clusters`, `allocated-clusters`, `fragmented-clusters`, `compressed-clusters` | of the guest's disk |
 //! | `overlaps` | ours: clusters that two things use which must not share one |
+//! | `cut-off` | ours: tables and clusters that the file ends before, or within: what was in the rest is lost |
 //! | `findings` | ours: array of strings, what was found, at most 1000 |
 //! | `findings-left-out` | ours: how many more there are |
 
@@ -58,6 +59,8 @@ struct Json {
     compressed_clusters: u64,
     #[serde(skip_serializing_if = "is_zero")]
     overlaps: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    cut_off: u64,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     findings: Vec<String>,
     #[serde(skip_serializing_if = "is_zero")]
@@ -122,7 +125,8 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
     Ok(ExitCode::from(match &report {
         Report {
             corruptions: 1.., ..
-        } => 2,
+        }
+        | Report { cut_off: 1.., .. } => 2,
         Report { leaks: 1.., .. } => 3,
         _ => 0,
     }))
@@ -199,6 +203,7 @@ fn json(args: &args::Check, format: Format, report: &Report) -> Result<String> {
         fragmented_clusters: report.fragmented_clusters,
         compressed_clusters: report.compressed_clusters,
         overlaps: report.overlaps,
+        cut_off: report.cut_off,
         findings: report.findings.iter().map(ToString::to_string).collect(),
         findings_left_out: report.findings_left_out,
     })
@@ -227,6 +232,15 @@ pub fn mend(storage: &dyn Storage, format: Format) -> block::Result<()> {
         );
     }
     Ok(())
+}
+
+/// The same for a command that changes the image, and could hide that its file is cut off.
+pub fn prepare(storage: &dyn Storage, format: Format) -> block::Result<()> {
+    mend(storage, format)?;
+    match format {
+        Format::Qcow2 => tool::check::refuse_cut_off(storage),
+        _ => Ok(()),
+    }
 }
 
 /// What is wrong, line by line, on stderr.
@@ -262,6 +276,11 @@ fn text(report: &Report) -> Result<String> {
         (
             report.overlaps,
             "clusters are used by two things that must not share one",
+        ),
+        (
+            report.cut_off,
+            "tables or clusters are cut off by the end of the file: what was in the rest is lost, and 'diskplane convert --salvage' \
+             copies what is left",
         ),
     ];
     for (count, what) in found.iter().filter(|(count, _)| *count > 0) {

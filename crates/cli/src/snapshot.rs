@@ -77,7 +77,7 @@ pub fn run(args: &args::Snapshot) -> Result<()> {
     }
     let storage: &dyn Storage = &*file;
     if changes {
-        crate::check::mend(storage, Format::Qcow2)?;
+        crate::check::prepare(storage, Format::Qcow2)?;
     }
     let (done, snapshot) = match (&args.create, &args.apply, &args.delete) {
         (Some(name), ..) => ("created", snapshot::create(storage, &new(name)?)?),

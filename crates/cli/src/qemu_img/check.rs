@@ -147,7 +147,8 @@ pub fn findings(report: &Report, repair: Repair) -> Vec<String> {
     let mut repaired = Vec::new();
     for finding in &report.findings {
         match finding.fact {
-            _ if finding.severity == Severity::Note => {}
+            // QEMU does not know the second.
+            _ if matches!(finding.severity, Severity::Note | Severity::CutOff) => {}
             Some(Fact::Refcount { .. }) => {
                 refcounts.extend(said(finding, false));
                 let repairs = match finding.severity {

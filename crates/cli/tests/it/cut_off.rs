@@ -82,10 +82,65 @@ fn whatever_reads_a_cut_off_image_refuses_it() {
     qemu_img(dir, &["create", "-q", "-f", "qcow2", "base", "4M"]);
     good(dir, &["rebase", "-u", "-b", "base", "-F", "qcow2", "short"]);
     let before = fs::read(dir.join("short")).unwrap();
-    is_told(&refused(dir, &["commit", "short"]));
+    changes_are_refused(dir, "short", &["commit", "short"]);
     let after = fs::read(dir.join("short")).unwrap();
     assert_eq!(before.len(), after.len());
     assert!(before[65536..] == after[65536..], "the overlay was changed");
+}
+
+/// Whatever would make the file longer, and so hide what is lost: `others` and what is done to any image.
+fn changes_are_refused(dir: &Path, name: &str, others: &[&str]) {
+    for command in [
+        others,
+        &["snapshot", "-c", "one", name],
+        &["bitmap", "--add", name, "bits"],
+        &["resize", name, "+1M"],
+        &["amend", "-o", "lazy_refcounts=on", name],
+    ] {
+        let before = fs::read(dir.join(name)).unwrap();
+        let line = refused(dir, command);
+        for words in [name, "cut off", "diskplane check", "convert --salvage"] {
+            assert!(line.contains(words), "{command:?}: {words}: {line}");
+        }
+        assert!(fs::read(dir.join(name)).unwrap() == before, "{command:?}");
+    }
+    let check = diskplane(dir, &["check", "--json", name]);
+    assert_eq!(check.status.code(), Some(2), "{check:?}");
+    let report = json(&String::from_utf8(check.stdout).unwrap());
+    assert!(report["cut-off"].as_u64() > Some(0), "{report}");
+}
+
+/// The rest of a table is not empty because the file ends before.
+#[test]
+fn a_table_that_is_not_whole_is_refused() {
+    const LEFT: u64 = 4096;
+    let dir = TempDir::new();
+    let dir = dir.root();
+    qemu_img(dir, &["create", "-q", "-f", "qcow2", "a", "1G"]);
+    // The last entries of the first table, which comes before the data.
+    qemu::io("qcow2", dir.join("a"), &["write -P 7 511M 1M"]);
+    let bytes = fs::read(dir.join("a")).unwrap();
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let table = word(word(40) as usize) & 0x00ff_ffff_ffff_fe00;
+    cut(&dir.join("a"), table + LEFT);
+    let line = refused(dir, &["convert", "a", "copy.raw"]);
+    assert!(
+        line.contains("a table of the image is at") && line.contains("cut off"),
+        "{line}"
+    );
+    let report = json(&good(
+        dir,
+        &["convert", "--salvage", "--json", "a", "copy.raw"],
+    ));
+    // What the part that is there says nothing of.
+    assert!(
+        report["unreadable-bytes"].as_u64() >= Some(1 << 20),
+        "{report}"
+    );
+    changes_are_refused(dir, "a", &["snapshot", "-c", "two", "a"]);
+    // A guest must not write to it, either.
+    let line = refused(dir, &["serve", "a", "--nbd", "unix:sock"]);
+    assert!(line.contains("cut off"), "{line}");
 }
 
 #[test]
@@ -241,6 +296,12 @@ fn files_that_end_with_their_disk_are_whole() {
         convert("full");
         for name in ["empty", "last", "full"] {
             assert_eq!(len(&dir.join(name)), (1 << 20) + 512, "{options} {name}");
+        }
+        for command in [&["check", "a"][..], &["snapshot", "-c", "one", "a"]] {
+            // Which images with an external data file cannot have.
+            if !(options.starts_with("data_file") && command[0] == "snapshot") {
+                good(dir, command);
+            }
         }
         qemu::compare("qcow2", dir.join("a"), "raw", dir.join("full"));
     }

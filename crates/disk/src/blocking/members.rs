@@ -83,9 +83,9 @@ impl Members {
         let file = self.file(depth, load.file)?;
         let mut bytes = vec![0; usize_of(u64::from(load.len))?];
         let there = read_padded(&*file, load.offset, &mut bytes)?;
-        if there == 0 && fixed && self.cut_off == CutOff::Refused {
+        if there < bytes.len() && fixed && self.cut_off == CutOff::Refused {
             let image = &*self.member(depth)?.image;
-            return Err(cut_off::table(image, &*file, load.offset));
+            return Err(cut_off::table(image, &*file, load.offset, (there, bytes.len())));
         }
         Ok(bytes)
     }

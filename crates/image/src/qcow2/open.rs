@@ -128,10 +128,20 @@ impl Qcow2 {
                 }
             };
             let mut unsound = None;
+            // Where a table is missing, what a writer appends would come to lie, and be read as that table.
+            let cut_off = |offset: u64, what: &str, index: usize| {
+                let end = file_len.next_multiple_of(512);
+                (offset.saturating_add(cluster) > end).then(|| {
+                    format!("{what} {index} at {offset:#x} ends behind the end of the file ({file_len:#x}), which is cut off")
+                })
+            };
             for (index, raw) in entries.iter().enumerate() {
                 match geometry.decode_ref(*raw) {
                     Ok(0) => {}
-                    Ok(offset) => claim("refcount block", index, offset),
+                    Ok(offset) => {
+                        unsound = unsound.or_else(|| cut_off(offset, "refcount block", index));
+                        claim("refcount block", index, offset);
+                    }
                     Err(bad) => {
                         unsound
                             .get_or_insert(format!("refcount table entry {index} {}", bad.text()));
@@ -144,7 +154,10 @@ impl Qcow2 {
                         unsound.get_or_insert(format!("L1 entry {index} is {raw:#x}"));
                     }
                     0 => {}
-                    offset => claim("L2 table", index, offset),
+                    offset => {
+                        unsound = unsound.or_else(|| cut_off(offset, "L2 table", index));
+                        claim("L2 table", index, offset);
+                    }
                 }
             }
             match snapshot::tables(storage, &header) {

@@ -53,9 +53,11 @@ pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
 mod walk;
+mod whole;
 
 pub use source::{FileSource, Source};
 pub use tally::{FINDINGS_MAX, Fact, Finding, Severity};
+pub use whole::refuse_cut_off;
 
 use self::image::Image;
 use ::image::qcow2::{Header, features};
@@ -117,6 +119,9 @@ pub struct Report {
     /// Clusters that more than one kind of thing uses, or two that must not share. Where the
     /// refcounts say so too, this is not counted as a corruption.
     pub overlaps: u64,
+    /// Tables and clusters of the guest that the file ends before, or within: what was in the rest is lost. Those that it ends
+    /// within are no corruptions, as in QEMU.
+    pub cut_off: u64,
     /// Where the last cluster in use ends.
     pub image_end_offset: u64,
     /// Clusters of the guest's disk.
@@ -148,6 +153,7 @@ impl Report {
             leaks: tally.leaks,
             check_errors: tally.check_errors,
             overlaps: tally.overlaps,
+            cut_off: tally.cut_off,
             image_end_offset: (tally.last.unwrap_or(0) + 1) * cluster,
             total_clusters: image.header.size.div_ceil(cluster),
             allocated_clusters: tally.allocated,

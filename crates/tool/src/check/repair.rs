@@ -15,8 +15,15 @@ const FREED_MAX: usize = 1 << 16;
 pub(super) fn repair(storage: &dyn Storage, options: &CheckOptions) -> Result<Report> {
     let all = options.repair == Repair::All;
     let source = FileSource::new(storage)?;
-    let image = Image::load(&source, all)?;
+    let mut image = Image::load(&source, all)?;
     let mut before = Found::search(&source, &image, options.budget_bytes)?;
+    if all && before.tally.block_cut {
+        // The refcounts that it has lost are found from what refers to the clusters; no writer may append in their place.
+        storage.set_len(image.clusters << image.layout.cluster_bits)?;
+        let source = FileSource::new(storage)?;
+        image = Image::load(&source, all)?;
+        before = Found::search(&source, &image, options.budget_bytes)?;
+    }
     let mut report = Report::of(&image, &before);
     report.take_findings(&mut before);
     let flagged = image.header.incompatible & (features::DIRTY | features::CORRUPT) != 0;

@@ -269,6 +269,9 @@ impl Walk<'_> {
         let cluster = offset >> layout.cluster_bits;
         // The usual case of `region`.
         if layout.within(offset) == 0 && offset < self.image.file_len {
+            if self.image.cuts(offset) {
+                self.cut_off(offset, &|| entry_name(table, index, offset));
+            }
             if !self.counts.refer(cluster, Role::Data, weight) {
                 return;
             }

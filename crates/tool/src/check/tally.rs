@@ -16,6 +16,8 @@ pub enum Severity {
     CheckError,
     /// Not counted: two structures, or structure and data, in one cluster.
     Overlap,
+    /// Not counted: the end of the file cuts something. What was in the rest is lost.
+    CutOff,
     /// Not counted, and nothing wrong: what the next writer will do.
     Note,
 }
@@ -28,6 +30,7 @@ impl Severity {
             Severity::Corruption => "error",
             Severity::CheckError => "check error",
             Severity::Overlap => "overlap",
+            Severity::CutOff => "cut off",
             Severity::Note => "note",
         }
     }
@@ -142,6 +145,10 @@ pub struct Tally {
     pub unread: Option<String>,
     /// Clusters that more than one kind of thing uses.
     pub overlaps: u64,
+    /// What the end of the file cuts, or is all behind it.
+    pub cut_off: u64,
+    /// A refcount block is cut.
+    pub block_cut: bool,
     /// Guest clusters with data, in the active state.
     pub allocated: u64,
     /// Those that do not follow the one before in the file.
@@ -171,6 +178,7 @@ impl Tally {
             Severity::Corruption => self.corruptions += times,
             Severity::CheckError => self.check_errors += times,
             Severity::Overlap => self.overlaps += times,
+            Severity::CutOff => self.cut_off += times,
             Severity::Note => {}
         }
         self.say(severity, text);
@@ -214,6 +222,8 @@ impl Tally {
             self.unread = other.unread;
         }
         self.overlaps += other.overlaps;
+        self.cut_off += other.cut_off;
+        self.block_cut |= other.block_cut;
         self.allocated += other.allocated;
         self.fragmented += other.fragmented;
         self.compressed += other.compressed;

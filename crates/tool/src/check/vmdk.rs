@@ -226,7 +226,8 @@ impl Checking {
     /// Judges a grain at byte `at` of the file. Its sector, where it is one in the file.
     fn grain(&mut self, (at, guest): (u64, u64), tables: &Tables, len: u64) -> Option<u32> {
         let place = || format!("guest offset {guest:#x}: its grain table entry says byte {at:#x}");
-        let grain = tables.grain * SECTOR;
+        // Of the disk's last grain no more need be there than the disk has.
+        let grain = (tables.grain * SECTOR).min((tables.capacity * SECTOR).saturating_sub(guest));
         let sector = u32::try_from(at / SECTOR)
             .ok()
             .filter(|_| at.is_multiple_of(SECTOR));
@@ -245,7 +246,7 @@ impl Checking {
             });
         } else {
             // What is there of it may lie on another one, whatever is wrong with it.
-            if tables.is_plain() && at + grain > len.next_multiple_of(grain) {
+            if tables.is_plain() && at + grain > len.next_multiple_of(SECTOR) {
                 self.tally.found(Severity::Corruption, 1, || {
                     format!(
                         "{}, and the file ends within the grain, at {len:#x}",

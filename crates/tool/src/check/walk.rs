@@ -188,6 +188,7 @@ impl<'a> Walk<'a> {
                     let text = format!("{} at {offset:#x} ends behind the file's end", what());
                     (text, Fact::Beyond { offset, len })
                 });
+                self.tally.cut_off += weight;
                 self.note_beyond(
                     offset >> layout.cluster_bits,
                     (end - 1) >> layout.cluster_bits,
@@ -195,10 +196,27 @@ impl<'a> Walk<'a> {
             }
             return;
         }
+        if end > self.image.file_len {
+            self.cut_off(offset, &what);
+        }
         for cluster in offset >> layout.cluster_bits..=(end - 1) >> layout.cluster_bits {
             if self.counts.refer(cluster, role, weight) {
                 self.clash(cluster, &what);
             }
+        }
+    }
+
+    /// Counts something that the end of the file cuts, which QEMU does not.
+    #[cold]
+    pub(super) fn cut_off(&mut self, offset: u64, what: &dyn Fn() -> String) {
+        let end = self.image.file_len;
+        if self.first {
+            self.tally.found(Severity::CutOff, 1, || {
+                format!(
+                    "{} at {offset:#x} is not whole: the file ends at {end:#x}",
+                    what()
+                )
+            });
         }
     }
 
@@ -271,6 +289,7 @@ impl<'a> Walk<'a> {
                 self.keep(offset, layout.cluster());
             } else if self.counts.holds(cluster) {
                 let what = || format!("refcount block {index}");
+                self.tally.block_cut |= offset.saturating_add(layout.cluster()) > image.file_len;
                 self.region(offset, layout.cluster(), Role::Own, 1, what);
                 // More than a refcount can say are not more than that, as in QEMU.
                 if self.counts.references(cluster).min(layout.refcount_max()) != 1 {

@@ -307,11 +307,11 @@ pub fn meddled(bytes: &[u8], way: u8, call: u64, meddling: Meddling) {
     let _ = ways[usize::from(way) % ways.len()](&storage);
 }
 
-fn storage(bytes: &[u8]) -> Arc<Memory> {
+pub fn storage(bytes: &[u8]) -> Arc<Memory> {
     Arc::new(Memory::new(bytes, SPACE, CALLS_MAX))
 }
 
-fn driver(storage: &Arc<Memory>, read_only: bool) -> Result<Driver> {
+pub fn driver(storage: &Arc<Memory>, read_only: bool) -> Result<Driver> {
     Driver::new(vec![member(storage, read_only)?], read_only)
 }
 

@@ -19,7 +19,7 @@ use tool::resize::{ResizeOptions, resize};
 mod made;
 
 /// Bytes of a QED cluster, of a VHD or VDI block and of a VMDK grain.
-const CLUSTER: u64 = 4096;
+pub const CLUSTER: u64 = 4096;
 /// Bytes of the disk behind a QED table: of one cluster.
 const REACH: u64 = CLUSTER / 8 * CLUSTER;
 /// As in `abuse`.
@@ -259,7 +259,7 @@ impl Kind {
         Ok(Member { image, files })
     }
 
-    fn driver(self, file: &Arc<Memory>, read_only: bool) -> Result<Driver> {
+    pub fn driver(self, file: &Arc<Memory>, read_only: bool) -> Result<Driver> {
         Driver::new(vec![self.member(file, read_only)?], read_only)
     }
 
@@ -366,7 +366,7 @@ fn grow(kind: Kind, file: &Arc<Memory>) -> Result<()> {
     resize(&[member], kind.format(), &options).map(drop)
 }
 
-fn is_sound(report: &Result<Report>) -> bool {
+pub fn is_sound(report: &Result<Report>) -> bool {
     matches!(
         report,
         Ok(Report {
@@ -378,7 +378,7 @@ fn is_sound(report: &Result<Report>) -> bool {
 }
 
 /// The clusters that are looked at: where data are, beside them, and the last.
-fn clusters(size: u64) -> Vec<u64> {
+pub fn clusters(size: u64) -> Vec<u64> {
     let few = (0..9)
         .chain(REACH / CLUSTER..REACH / CLUSTER + 4)
         .chain([2 * REACH / CLUSTER, (size / CLUSTER).saturating_sub(1)]);

@@ -5,6 +5,7 @@
 //! with the command, in crate `cli`.
 
 mod abuse;
+mod cut;
 mod headers;
 mod kinds;
 mod luks;
