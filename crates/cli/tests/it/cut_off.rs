@@ -125,7 +125,8 @@ fn a_table_that_is_not_whole_is_refused() {
     cut(&dir.join("a"), table + LEFT);
     let line = refused(dir, &["convert", "a", "copy.raw"]);
     assert!(
-        line.contains("a table of the image is at") && line.contains("cut off"),
+        line.contains(&format!("at {table:#x}, of which the file has {LEFT}"))
+            && line.contains("cut off"),
         "{line}"
     );
     let report = json(&good(
@@ -179,7 +180,9 @@ fn tables_that_are_missing_are_not_empty_ones() {
     fs::write(dir.join("a"), bytes).unwrap();
     let line = refused(dir, &["convert", "a", "copy.raw"]);
     assert!(
-        line.contains(&format!("a table of the image is at {behind:#x}")),
+        line.contains(&format!(
+            "a table of the image are at {behind:#x}, of which the file has 0"
+        )),
         "{line}"
     );
     assert!(!dir.join("copy.raw").exists());
@@ -304,6 +307,29 @@ fn files_that_end_with_their_disk_are_whole() {
             }
         }
         qemu::compare("qcow2", dir.join("a"), "raw", dir.join("full"));
+    }
+    // The last cluster of the file has no data in its last subclusters.
+    let dir = TempDir::new();
+    let dir = dir.root();
+    let create = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "extended_l2=on",
+        "a",
+        "2M",
+    ];
+    qemu_img(dir, &create);
+    qemu::io("qcow2", dir.join("a"), &["write -P 7 1900k 64k"]);
+    assert_ne!(len(&dir.join("a")) % 65536, 0);
+    for command in [
+        &["convert", "a", "b.raw"][..],
+        &["check", "a"],
+        &["snapshot", "-c", "one", "a"],
+    ] {
+        good(dir, command);
     }
     // A raw disk ends within a sector.
     let dir = TempDir::new();

@@ -72,11 +72,16 @@ pub(super) fn packed(
     .within(file.name())
 }
 
-/// A table of the image is missing.
+/// A table of the image is missing, or some of its `len` bytes, of which the first `there` are in the file.
 #[cold]
-pub(super) fn table(image: &dyn Image, file: &dyn Storage, at: HostOffset) -> Error {
+pub(super) fn table(
+    image: &dyn Image,
+    file: &dyn Storage,
+    at: HostOffset,
+    (there, len): (usize, usize),
+) -> Error {
     Error::corrupt(format!(
-        "a table of the image is at {:#x}, behind the end of the file: it is cut off; {}",
+        "{len} bytes of a table of the image are at {:#x}, of which the file has {there}: it is cut off; {}",
         at.0,
         help(image)
     ))

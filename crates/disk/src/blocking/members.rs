@@ -77,15 +77,21 @@ impl Members {
         done
     }
 
-    /// The table that `load` asks for. Of a file that does not grow (`fixed`) none can be missing; in one that does, a missing one
-    /// stays empty once it was looked at: what comes to lie there is none.
+    /// The table that `load` asks for. Of a file that does not grow (`fixed`) no byte of it can be missing; in one that does, what is
+    /// missing (of formats that do not look for that when they are opened for writing) stays empty once it was looked at: what comes to
+    /// lie there is no table.
     pub fn load(&self, depth: usize, load: &Load, fixed: bool) -> Result<Vec<u8>> {
         let file = self.file(depth, load.file)?;
         let mut bytes = vec![0; usize_of(u64::from(load.len))?];
         let there = read_padded(&*file, load.offset, &mut bytes)?;
         if there < bytes.len() && fixed && self.cut_off == CutOff::Refused {
             let image = &*self.member(depth)?.image;
-            return Err(cut_off::table(image, &*file, load.offset, (there, bytes.len())));
+            return Err(cut_off::table(
+                image,
+                &*file,
+                load.offset,
+                (there, bytes.len()),
+            ));
         }
         Ok(bytes)
     }

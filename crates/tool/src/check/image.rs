@@ -115,16 +115,14 @@ impl Image {
         self.file_len = clusters << self.layout.cluster_bits;
     }
 
-    /// Whether the end of the file cuts the guest's cluster at `offset`. Of the disk's last one no more is there than the disk has.
-    #[inline]
-    pub fn cuts(&self, offset: u64) -> bool {
+    /// Whether the end of the file cuts the guest's cluster at `offset`, of which the first `used` bytes are data. Of the disk's last
+    /// one no more need be there than the disk has. (One that is wholly behind the end is told as that.)
+    #[cold]
+    pub fn cuts(&self, offset: u64, used: u64) -> bool {
         let cluster = self.layout.cluster();
         let there = self.file_len.saturating_sub(offset);
-        if there >= cluster {
-            return false;
-        }
         let last = (self.header.size % cluster).next_multiple_of(512);
-        last == 0 || there < last
+        (1..used).contains(&there) && (last == 0 || there < last)
     }
 
     /// The block of the refcount table's entry `index`.

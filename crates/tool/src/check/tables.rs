@@ -223,6 +223,12 @@ impl Walk<'_> {
                         }
                         if !layout.data_file {
                             sound &= offset < image.file_len;
+                            let used = layout.used(bitmap);
+                            if offset.saturating_add(used) > image.file_len
+                                && image.cuts(offset, used)
+                            {
+                                self.cut_off(offset, &|| entry_name(table, at / step, raw));
+                            }
                             self.cluster(table, at / step, offset, weight);
                         }
                         if flags {
@@ -269,9 +275,6 @@ impl Walk<'_> {
         let cluster = offset >> layout.cluster_bits;
         // The usual case of `region`.
         if layout.within(offset) == 0 && offset < self.image.file_len {
-            if self.image.cuts(offset) {
-                self.cut_off(offset, &|| entry_name(table, index, offset));
-            }
             if !self.counts.refer(cluster, Role::Data, weight) {
                 return;
             }

@@ -88,6 +88,17 @@ impl Layout {
     pub fn entry_words(&self) -> usize {
         1 + usize::from(self.extended)
     }
+
+    /// Bytes of a cluster up to the end of its last subcluster that has data, by the bitmap of its L2 entry, where that has one: the
+    /// low half has a bit for each that does (qcow2 specification, "Extended L2 Entries").
+    #[inline]
+    pub fn used(&self, bitmap: u64) -> u64 {
+        let last = 32 - u64::from((bitmap as u32).leading_zeros());
+        match self.extended {
+            true => last << (self.cluster_bits - 5),
+            false => self.cluster(),
+        }
+    }
 }
 
 #[cfg(test)]
