@@ -7,6 +7,7 @@
 
 use crate::random::Random;
 use crate::spec::Spec;
+use image::Format;
 use io::{Change, Keep, Outage, SimDisk};
 use std::sync::Arc;
 
@@ -52,8 +53,11 @@ impl Bounds {
     /// Fewer where each takes longer: tables are as large as clusters, and keys are made slowly.
     pub fn for_image(self, spec: &Spec) -> Self {
         let mut all = self.all / (spec.create.cluster_size >> 18).max(1) as usize;
-        if spec.create.encryption.is_some() {
-            all /= 3;
+        match (spec.format(), &spec.create.encryption) {
+            // Few moments, of which each may be one of a key's: all are looked at.
+            (Format::Luks, _) => all *= 8,
+            (_, Some(_)) => all /= 3,
+            _ => {}
         }
         Self { all, ..self }
     }
