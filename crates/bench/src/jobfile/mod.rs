@@ -514,11 +514,15 @@ mod tests {
     fn jobs_of_one_file_run_at_the_same_time_and_are_told_as_one() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("shared");
+        // The same file by another name.
+        let other = dir.path().join("other");
+        std::os::unix::fs::symlink(&file, &other).unwrap();
         let text = format!(
             "[global]\nfilename={}\nsize=1m\nnorandommap\nnumber_ios=64\n[reads]\nrw=randread\nnumjobs=2\ngroup_reporting\n\
-             [writes]\nrw=randwrite\ngroup_reporting\n[apart]\nrw=randwrite\nverify=md5\nsize=512k\ngroup_reporting\n\
+             [writes]\nfilename={}\nrw=randwrite\ngroup_reporting\n[apart]\nrw=randwrite\nverify=md5\nsize=512k\ngroup_reporting\n\
              [later]\nstonewall\nrw=read\n",
-            file.display()
+            file.display(),
+            other.display()
         );
         let (jobs, reports) = ran(&text);
         let counts = reports.iter().map(|r| (r.reads, r.writes, r.errors));
