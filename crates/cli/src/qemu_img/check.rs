@@ -1,7 +1,8 @@
 //! `qemu-img check`.
 
 use super::line::usage;
-use super::open;
+use super::open::{self, Header};
+use super::refused::{self, Purpose};
 use super::spec::{Image, Output};
 use super::value;
 use crate::check::NO_CHECKS;
@@ -62,7 +63,11 @@ pub fn run(args: &Check) -> Result<u8> {
         ..CheckOptions::default()
     };
     let could_not = |error: block::Error| {
-        let why = open::explain(file, &error, access == Access::Write);
+        let header = Some(Header {
+            format,
+            window: None,
+        });
+        let why = open::explain(file, &error, header, access == Access::Write);
         anyhow!("Could not open '{file}': {why}")
     };
     let logged = has_log(&*storage, format).map_err(could_not)?;
@@ -73,10 +78,20 @@ pub fn run(args: &Check) -> Result<u8> {
         ));
     }
     open::need_key(&name, &*storage, format, &args.image.spec.objects)?;
+    // Of what is opened to be checked much is told by the check.
+    if format == Format::Qcow2
+        && let Some(why) = refused::by_header(&*storage, format, Purpose::Check)
+    {
+        return Err(anyhow!("Could not open '{file}': {why}"));
+    }
     let report = match format {
         // Ours does: diskplane check. QEMU opens it before it says so.
         Format::Vhd => {
             image::vhd::Layout::read(&*storage).map_err(could_not)?;
+            None
+        }
+        Format::Qcow => {
+            image::qcow::Header::read(&*storage).map_err(could_not)?;
             None
         }
         // It checks these, and repairs none.
@@ -85,7 +100,13 @@ pub fn run(args: &Check) -> Result<u8> {
             // With the lock that all of its files get.
             let path = storage.path().to_owned();
             drop(storage);
-            Some(crate::check::vmdk_image(&path, access, &options)?)
+            let checked = crate::check::vmdk_image(&path, access, &options);
+            Some(
+                checked.map_err(|error| match error.downcast::<block::Error>() {
+                    Ok(own) => could_not(own),
+                    Err(other) => other,
+                })?,
+            )
         }
         _ => crate::check::of(&*storage, format, &options).map_err(could_not)?,
     };

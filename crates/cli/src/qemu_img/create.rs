@@ -280,11 +280,13 @@ fn could_not_create(file: &str, error: &anyhow::Error) -> anyhow::Error {
     }
     match error.downcast_ref::<block::Error>() {
         Some(error) if own.contains("os error") || error.kind() == block::ErrorKind::Locked => {
-            let why = open::explain(file, error, true).to_string();
+            let why = open::explain(file, error, None, true).to_string();
             let why = why.strip_prefix(&format!("Could not open '{file}': "));
             match (error.kind(), why) {
                 (_, Some(why)) => anyhow!("Could not create '{file}': {why}"),
-                (block::ErrorKind::Locked, None) => anyhow!("{}", open::explain(file, error, true)),
+                (block::ErrorKind::Locked, None) => {
+                    anyhow!("{}", open::explain(file, error, None, true))
+                }
                 _ => anyhow!("Could not create '{file}': {}", open::without_number(own)),
             }
         }

@@ -21,6 +21,7 @@ mod measure;
 mod open;
 mod progress;
 mod rebase;
+mod refused;
 mod resize;
 mod snapshot;
 mod spec;

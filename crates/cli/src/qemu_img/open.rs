@@ -2,6 +2,7 @@
 //!
 //! qemu-img follows the names within images wherever they lead, and probes what has no format recorded: so does this.
 
+use super::refused::{self, Purpose};
 use crate::image_opts::{self, ImageOptions};
 use crate::open::{self, Access};
 use crate::secret::Objects;
@@ -99,7 +100,7 @@ pub fn chain_and_options(
         named.passphrases.clone_from(&how.passphrases);
     }
     let path = &block::name::text(&named.path);
-    let failed = |error: block::Error| could_not(explain(path, &error, how.write));
+    let failed = |error: block::Error| could_not(explain(path, &error, None, how.write));
     let cache = named.cache.unwrap_or(how.cache);
     let mut opened = None;
     let format = match named.format {
@@ -161,8 +162,12 @@ pub fn chain_and_options(
         allow_locked: how.allow_locked,
         ..trusting()
     };
+    let header = Some(Header {
+        format,
+        window: options.window,
+    });
     let chain = open::chain(&named.path, &options)
-        .map_err(|error| could_not(explain(path, &error, how.write)))?;
+        .map_err(|error| could_not(explain(path, &error, header, how.write)))?;
     Ok((chain, options))
 }
 
@@ -440,8 +445,18 @@ pub fn active(chain: &Chain) -> Result<&Layer> {
         .ok_or_else(|| anyhow!("a chain without an image"))
 }
 
-/// What QEMU says where a file cannot be opened, for writing or not, as far as it is the same thing.
-pub fn explain(path: &str, error: &block::Error, write: bool) -> Error {
+/// A header that may be the reason why an image cannot be opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Header {
+    /// What the image is to be.
+    pub format: Format,
+    /// The part of the file that it is in, where that is not all of it.
+    pub window: Option<Part>,
+}
+
+/// What QEMU says where a file cannot be opened, for writing or not, as far as it is the same thing. Where
+/// it is open as an image, its `header` may be the reason.
+pub fn explain(path: &str, error: &block::Error, header: Option<Header>, write: bool) -> Error {
     // Errors show the names of files, which may be no UTF-8.
     let text = match block::name::shown(path) {
         shown if shown == path => error.to_string(),
@@ -453,27 +468,36 @@ pub fn explain(path: &str, error: &block::Error, write: bool) -> Error {
         let directory = directory.parent().unwrap_or(Path::new(""));
         return anyhow!(
             "Could not open backing file: {}",
-            reason(below, error, Some(directory), false)
+            reason(below, error, Some(directory), None, false)
         );
+    }
+    if own.ends_with("say --data-file PATH") {
+        return anyhow!("'data-file' is required for this image");
     }
     if let Some(below) = own.strip_prefix("data file: ") {
         let directory = block::name::path(path);
         let directory = directory.parent().unwrap_or(Path::new(""));
         return anyhow!(
             "Could not open '{path}': {}",
-            reason(below, error, Some(directory), write)
+            reason(below, error, Some(directory), None, write)
         );
     }
-    anyhow!("{}", reason(&text, error, None, write))
+    anyhow!("{}", reason(&text, error, None, header, write))
 }
 
 /// The reason in `text`, which begins with the name of the file that it is about.
-fn reason(text: &str, error: &block::Error, directory: Option<&Path>, write: bool) -> String {
+fn reason(
+    text: &str,
+    error: &block::Error,
+    directory: Option<&Path>,
+    header: Option<Header>,
+    write: bool,
+) -> String {
     // Another image of the chain has the same trouble one step further down.
     if let Some((above, below)) = text.split_once(": backing file: ") {
         let directory = block::name::path(above);
         let directory = directory.parent().unwrap_or(Path::new(""));
-        let below = reason(below, error, Some(directory), false);
+        let below = reason(below, error, Some(directory), None, false);
         return format!("Could not open backing file: {below}");
     }
     let (name, why) = match text
@@ -506,6 +530,27 @@ fn reason(text: &str, error: &block::Error, directory: Option<&Path>, write: boo
         }
         _ if why == "is a directory, neither a file nor a block device" => {
             format!("'file' driver requires '{name}' to be a regular file")
+        }
+        ErrorKind::Corrupt | ErrorKind::Unsupported | ErrorKind::Invalid => {
+            // An image below is what it is probed for here.
+            let path = block::name::path(&name);
+            let below = || {
+                let format = directory.and_then(|_| probe(&path, None).ok())?;
+                let window = None;
+                Some(Header { format, window })
+            };
+            let purpose = match write {
+                true => Purpose::Write,
+                false => Purpose::Read,
+            };
+            let refused = header.or_else(below).and_then(|header| {
+                let mut file = File::open(&path, &looking()).ok()?;
+                if let Some(part) = header.window {
+                    file = File::window(file, part.offset, part.size).ok()?;
+                }
+                refused::by_header(&*file, header.format, purpose)
+            });
+            refused.unwrap_or_else(|| in_qemus_words(why))
         }
         _ => in_qemus_words(why),
     }
@@ -568,15 +613,6 @@ fn in_qemus_words(why: &str) -> String {
             "Specified size is not multiple of 512",
         ),
     ];
-    // More than a table can have.
-    let needed = why
-        .split_once("but the disk's size needs ")
-        .map(|(_, needed)| needed.parse::<u64>());
-    if let Some(Ok(needed)) = needed
-        && needed > i32::MAX as u64
-    {
-        return "Image is too big".to_owned();
-    }
     // Those that QEMU only reads, too.
     let only_read = |name| why.contains(&format!("{name} images are for reading only"));
     if ["bochs", "cloop", "dmg"].into_iter().any(only_read) {
@@ -646,7 +682,8 @@ pub fn shared_file(
         named.refuse_writing().map_err(could_not)?;
     }
     let path = &block::name::text(&named.path);
-    let failed = |error: &block::Error| could_not(explain(path, error, access == Access::Write));
+    let failed =
+        |error: &block::Error| could_not(explain(path, error, None, access == Access::Write));
     if named.part.or(named.window).is_some() {
         return Err(could_not(anyhow!(
             "a part of a file has no tables to work on"
@@ -739,7 +776,5 @@ mod tests {
                 format!("Unsupported qcow2 feature(s): {theirs}")
             );
         }
-        let table = "header: l1_size at byte 36 is 8, but the disk's size needs 2147483648";
-        assert_eq!(in_qemus_words(table), "Image is too big");
     }
 }

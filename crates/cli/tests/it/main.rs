@@ -42,6 +42,7 @@ mod qcow;
 mod qed;
 mod qemu_img;
 mod qemu_img_blkdebug;
+mod qemu_img_headers;
 mod qemu_img_options;
 mod qemu_img_refusals;
 mod qemu_img_repairs;
