@@ -18,7 +18,7 @@ use anyhow::{Context as _, Result};
 use block::{RangeKind, Storage, size};
 use disk::{
     blocking::{ChainExtent, CutOff, Driver},
-    chain::{Chain, ChainOptions},
+    chain::{Chain, ChainOptions, Layer},
 };
 use image::{ExtentKind, FileId, Format};
 use serde::Serialize;
@@ -48,6 +48,27 @@ pub struct Entry {
     /// Which of the image's files they are in.
     #[serde(skip)]
     pub file: FileId,
+}
+
+/// What holes in a file say of the disk whose bytes are there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holes {
+    /// The disk has zeros, which take no space.
+    Zeros,
+    /// The disk has zeros, which count as data: the image has given them a place.
+    ZeroData,
+    /// Nothing: they are not looked for.
+    Unseen,
+}
+
+impl Holes {
+    /// What they say of the images of `layer`, where it is as a user would have it.
+    pub fn of(layer: &Layer, file: FileId) -> Self {
+        match layer.holes_are_zeros(file) {
+            true => Holes::Zeros,
+            false => Holes::Unseen,
+        }
+    }
 }
 
 impl Entry {
@@ -115,7 +136,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 fn json(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
     let mut lead = "[";
-    let walked = walk(chain, range, |entry| {
+    let walked = walk(chain, range, Holes::of, |entry| {
         write!(out, "{lead}{}", serde_json::to_string(&entry)?)?;
         lead = ",\n";
         Ok(())
@@ -132,7 +153,7 @@ fn table(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
         Ok(writeln!(out, "{}", line.trim_end())?)
     };
     line("start", "length", "what", "file offset", "file")?;
-    walk(chain, range, |entry| {
+    walk(chain, range, Holes::of, |entry| {
         let offset = entry.offset.filter(|_| entry.data);
         let layer = chain.layers.get(entry.depth).filter(|_| entry.present);
         let file = layer.map(|layer| match entry.file {
@@ -162,17 +183,19 @@ fn what(entry: &Entry) -> &'static str {
 }
 
 /// Hands the runs of the disk that are in `range` to `out`, in order, each as long as it goes. Where that cannot be known the
-/// run before is not handed out, as in qemu-img: how long it goes is not known either.
+/// run before is not handed out, as in qemu-img: how long it goes is not known either. `holes` says what those in the files of
+/// an image say.
 pub fn walk(
     chain: &Chain,
     range: Range<u64>,
+    holes: impl Fn(&Layer, FileId) -> Holes,
     mut out: impl FnMut(Entry) -> Result<()>,
 ) -> Result<()> {
     let mut driver = chain.driver()?;
     let (end, mut at) = (driver.size().min(range.end), range.start);
     let mut run: Option<Entry> = None;
     while at < end {
-        let next = one(chain, &mut driver, at, end - at)
+        let next = one(chain, &mut driver, at, end - at, &holes)
             .with_context(|| format!("what byte {at:#x} of the disk is made of"))?;
         at += next.length;
         run = Some(match run {
@@ -190,7 +213,13 @@ pub fn walk(
     run.map_or(Ok(()), out)
 }
 
-fn one(chain: &Chain, driver: &mut Driver, start: u64, len: u64) -> Result<Entry> {
+fn one(
+    chain: &Chain,
+    driver: &mut Driver,
+    start: u64,
+    len: u64,
+    holes: &impl Fn(&Layer, FileId) -> Holes,
+) -> Result<Entry> {
     let ChainExtent { len, depth, kind } = driver.extent_at(start, len)?;
     let mut entry = Entry {
         start,
@@ -213,14 +242,15 @@ fn one(chain: &Chain, driver: &mut Driver, start: u64, len: u64) -> Result<Entry
             let plain = layer.is_some_and(|l| l.image.encryption().is_none());
             entry.offset = plain.then_some(offset.0);
             entry.file = file_id;
-            let tells = layer.filter(|l| l.holes_are_zeros(file_id));
+            let say = layer.map_or(Holes::Unseen, |l| holes(l, file_id));
+            let tells = layer.filter(|_| say != Holes::Unseen);
             // Only there holes say something about the disk.
             if let Some(file) = tells.and_then(|l| l.files.get(usize::from(file_id.0))) {
                 match file.range_at(offset.0)? {
                     Some(range) => {
                         entry.length = len.min(range.len);
                         entry.zero = range.kind.is_zero();
-                        entry.data = range.kind.is_allocated();
+                        entry.data = range.kind.is_allocated() || say == Holes::ZeroData;
                         if range.kind == RangeKind::Absent {
                             (entry.present, entry.offset) = (false, None);
                         }
@@ -229,7 +259,7 @@ fn one(chain: &Chain, driver: &mut Driver, start: u64, len: u64) -> Result<Entry
                     None if tells.is_some_and(|l| l.format == Format::Raw)
                         || chain.cut_off == CutOff::Zeros =>
                     {
-                        (entry.data, entry.zero) = (false, true);
+                        (entry.data, entry.zero) = (say == Holes::ZeroData, true);
                     }
                     None => {}
                 }

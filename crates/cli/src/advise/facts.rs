@@ -140,7 +140,7 @@ pub(super) fn of(args: &Advise, name: &str) -> Result<Facts> {
 
 fn walk(chain: &Chain, facts: &mut Facts) -> Result<()> {
     let began = Instant::now();
-    let walked = map::walk(chain, 0..u64::MAX, |entry| {
+    let walked = map::walk(chain, 0..u64::MAX, map::Holes::of, |entry| {
         let bytes = match (entry.compressed, entry.data, entry.zero, entry.depth) {
             (true, ..) => &mut facts.compressed,
             (_, true, _, 0) => &mut facts.data,

@@ -326,7 +326,10 @@ fn protocol(path: &Path, file: &File) -> Result<Value> {
 
 /// Whether QEMU's driver says anything of an image but its size (`bdrv_get_info`).
 fn tells_of_itself(format: Format) -> bool {
-    !matches!(format, Format::Bochs | Format::Cloop | Format::Dmg)
+    !matches!(
+        format,
+        Format::Bochs | Format::Cloop | Format::Dmg | Format::Parallels
+    )
 }
 
 /// Whether the image was not closed, as it says itself.

@@ -4,12 +4,14 @@ use super::info::full;
 use super::line;
 use super::open::{self, How};
 use super::spec::{Image, Output};
-use crate::map::{Entry, finish, walk};
+use crate::map::{Entry, Holes, finish, walk};
 use anyhow::{Result, anyhow, bail};
+use block::Storage;
 use clap::Args;
-use disk::chain::Chain;
-use image::{FileId, Format, vmdk};
-use std::io::{self, BufWriter, Write};
+use disk::chain::{Chain, Layer};
+use image::qcow2::check::each_refcount;
+use image::{FileId, Format, qcow2, vdi, vhd, vmdk};
+use std::io::{BufWriter, Write};
 use std::ops::Range;
 use std::path::Path;
 
@@ -51,14 +53,22 @@ pub fn run(args: &Map) -> Result<u8> {
     // As QEMU does, it looks below what has the disk's accesses fail.
     chain.faults = None;
     let range = start..start.saturating_add(length);
+    let told = chain.layers.iter().map(told_by_holes);
+    let told = told.collect::<block::Result<Vec<Holes>>>()?;
+    let holes = |layer: &Layer, _| {
+        let depth = chain.layers.iter().position(|l| std::ptr::eq(l, layer));
+        let told = depth.and_then(|depth| told.get(depth).copied());
+        told.unwrap_or(Holes::Unseen)
+    };
     // A map may have millions of lines: none of them is kept.
-    let mut out = BufWriter::new(io::stdout().lock());
+    let mut out = BufWriter::new(std::io::stdout().lock());
     let written = match as_json {
-        true => json(&chain, range, &mut out),
+        true => json(&chain, range, holes, &mut out),
         false => human(
             &chain,
             &names(&open::active(&chain)?.path, &chain)?,
             range,
+            holes,
             &mut out,
         ),
     };
@@ -69,7 +79,77 @@ pub fn run(args: &Map) -> Result<u8> {
     Ok(0)
 }
 
-fn json(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
+/// What QEMU takes holes in the files of an image for: where its driver says that whoever asks may look there
+/// (`BDRV_BLOCK_RECURSE`, `BDRV_BLOCK_RAW`). Of VHDX images it shows all as data, wherever they are: this shows what there is.
+fn told_by_holes(layer: &Layer) -> block::Result<Holes> {
+    let Some(file) = layer.files.first() else {
+        return Ok(Holes::Unseen);
+    };
+    if layer.image.encryption().is_some() {
+        return Ok(Holes::Unseen);
+    }
+    Ok(match layer.format {
+        Format::Raw | Format::Vhdx => Holes::Zeros,
+        Format::Vhd if vhd::Layout::read(&**file)?.header.is_none() => Holes::Zeros,
+        Format::Vdi if vdi::Layout::read(&**file)?.header.image_type == vdi::ImageType::Static => {
+            Holes::ZeroData
+        }
+        // Grains of sparse extents are written whole.
+        Format::Vmdk => Holes::ZeroData,
+        Format::Qcow2 if is_preallocated(file)? => Holes::ZeroData,
+        _ => Holes::Unseen,
+    })
+}
+
+/// Whether QEMU takes a qcow2 image for one whose clusters were laid out before they were written
+/// (`qcow2_detect_metadata_preallocation`): more of them have refcounts than the host has space for.
+fn is_preallocated(file: &io::File) -> block::Result<bool> {
+    use std::os::unix::fs::MetadataExt as _;
+    let header = qcow2::Header::read(file)?;
+    let Ok(metadata) = std::fs::metadata(file.path()) else {
+        return Ok(false);
+    };
+    let (bits, file_bytes) = (header.cluster_bits, file.len()?);
+    let real = metadata.blocks().saturating_mul(512) >> bits;
+    let enough = (real.saturating_mul(10) / 9).max(real + 2);
+    let clusters = file_bytes.div_ceil(1 << bits);
+    let entries = u64::from(header.refcount_table_clusters) << (bits - 3);
+    let per_block = 1 << (bits + 3 - header.refcount_order);
+    let (mut block, mut counted) = (vec![0; 1 << bits], 0);
+    for nth in 0..clusters.div_ceil(per_block).min(entries) {
+        let mut entry = [0; 8];
+        file.read_at(header.refcount_table_offset + nth * 8, &mut entry)?;
+        let offset = u64::from_be_bytes(entry) & !511;
+        if offset == 0 || offset >= file_bytes {
+            continue;
+        }
+        let there = (file_bytes - offset).min(1 << bits) as usize;
+        block.fill(0);
+        if let Some(part) = block.get_mut(..there) {
+            file.read_at(offset, part)?;
+        }
+        let first = nth * per_block;
+        each_refcount(
+            header.refcount_order,
+            &block,
+            (clusters - first).min(per_block),
+            |_, _| {
+                counted += 1;
+            },
+        );
+        if counted >= enough {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn json(
+    chain: &Chain,
+    range: Range<u64>,
+    holes: impl Fn(&Layer, FileId) -> Holes,
+    out: &mut impl Write,
+) -> Result<()> {
     let mut lead = "[";
     let mut put = |entry| -> Result<()> {
         let Entry {
@@ -101,7 +181,7 @@ fn json(chain: &Chain, range: Range<u64>, out: &mut impl Write) -> Result<()> {
     };
     let mut empty = true;
     let start = range.start;
-    let walked = walk(chain, range, |entry| {
+    let walked = walk(chain, range, holes, |entry| {
         empty = false;
         put(entry)
     });
@@ -159,6 +239,7 @@ fn human(
     chain: &Chain,
     names: &[Vec<String>],
     range: Range<u64>,
+    holes: impl Fn(&Layer, FileId) -> Holes,
     out: &mut impl Write,
 ) -> Result<()> {
     writeln!(
@@ -166,7 +247,7 @@ fn human(
         "{:<16}{:<16}{:<16}File",
         "Offset", "Length", "Mapped to"
     )?;
-    walk(chain, range, |entry| {
+    walk(chain, range, holes, |entry| {
         if !entry.data || entry.zero {
             return Ok(());
         }

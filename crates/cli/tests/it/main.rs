@@ -43,6 +43,7 @@ mod qed;
 mod qemu_img;
 mod qemu_img_blkdebug;
 mod qemu_img_headers;
+mod qemu_img_maps;
 mod qemu_img_options;
 mod qemu_img_refusals;
 mod qemu_img_repairs;
