@@ -19,7 +19,7 @@
 use crate::args::{self, Repair};
 use crate::open::{self, Access};
 use crate::print;
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use block::{Storage, plain};
 use disk::chain::ChainOptions;
 use image::Format;
@@ -100,6 +100,12 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
             // With the lock that all of its files get.
             drop(file);
             Some(vmdk_image(&image.path, access, &options)?)
+        }
+        Format::Qcow2 if repair != tool::check::Repair::No => {
+            // In qemu-img's place this is done, as by QEMU.
+            tool::check::refuse_cut_tables(&*file)
+                .context("not repaired, because what seems unused may be used")?;
+            of(&*file, format, &options)?
         }
         _ => of(&*file, format, &options)?,
     };
@@ -236,11 +242,11 @@ pub fn mend(storage: &dyn Storage, format: Format) -> block::Result<()> {
 
 /// The same for a command that changes the image, and could hide that its file is cut off.
 pub fn prepare(storage: &dyn Storage, format: Format) -> block::Result<()> {
-    mend(storage, format)?;
-    match format {
-        Format::Qcow2 => tool::check::refuse_cut_off(storage),
-        _ => Ok(()),
+    // First: what mends a dirty one may make the file longer.
+    if format == Format::Qcow2 {
+        tool::check::refuse_cut_off(storage)?;
     }
+    mend(storage, format)
 }
 
 /// What is wrong, line by line, on stderr.

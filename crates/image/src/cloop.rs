@@ -137,8 +137,12 @@ impl Cloop {
     fn offset(&self, index: u64) -> Ask<u64> {
         let word = OFFSETS_AT / 8 + index;
         let (page, place) = (word / PAGE_WORDS, (word % PAGE_WORDS) as usize);
-        let at = (page * PAGE_BYTES, PAGE_BYTES as u32);
-        self.pages.ask(page, at, |pages| pages.word(page, place))
+        // No more than there are: the file may end behind them.
+        let end = OFFSETS_AT + (u64::from(self.blocks) + 1) * 8;
+        let at = page * PAGE_BYTES;
+        let len = end.saturating_sub(at).min(PAGE_BYTES) as u32;
+        self.pages
+            .ask(page, (at, len), |pages| pages.word(page, place))
     }
 
     fn map_at(&self, at: GuestOffset, len: u64) -> Ask<Extent> {

@@ -130,8 +130,7 @@ impl Qcow2 {
             let mut unsound = None;
             // Where a table is missing, what a writer appends would come to lie, and be read as that table.
             let cut_off = |offset: u64, what: &str, index: usize| {
-                let end = file_len.next_multiple_of(512);
-                (offset.saturating_add(cluster) > end).then(|| {
+                (offset.saturating_add(cluster) > file_len).then(|| {
                     format!("{what} {index} at {offset:#x} ends behind the end of the file ({file_len:#x}), which is cut off")
                 })
             };

@@ -42,6 +42,8 @@ pub struct Image {
     pub layout: Layout,
     /// Bytes of the file as QEMU counts them, in whole sectors.
     pub file_len: u64,
+    /// Bytes of the file.
+    pub end: u64,
     /// Clusters of the file, the last perhaps not whole.
     pub clusters: u64,
     /// The refcount table; empty where it cannot be found.
@@ -87,6 +89,7 @@ impl Image {
         let mut image = Self {
             layout,
             file_len,
+            end: source.len(),
             clusters,
             table: Vec::new(),
             lost: false,
@@ -113,16 +116,17 @@ impl Image {
     pub fn extend(&mut self, clusters: u64) {
         self.clusters = clusters;
         self.file_len = clusters << self.layout.cluster_bits;
+        self.end = self.file_len;
     }
 
-    /// Whether the end of the file cuts the guest's cluster at `offset`, of which the first `used` bytes are data. Of the disk's last
-    /// one no more need be there than the disk has. (One that is wholly behind the end is told as that.)
+    /// Whether the end of the file cuts cluster `guest` of the disk, which is at `offset`, and of which the first `used` bytes are
+    /// data. Of the disk's last one no more need be there than the disk has. (One that is wholly behind the end is told as that.)
     #[cold]
-    pub fn cuts(&self, offset: u64, used: u64) -> bool {
-        let cluster = self.layout.cluster();
+    pub fn cuts(&self, guest: u64, offset: u64, used: u64) -> bool {
+        let before = guest.saturating_mul(self.layout.cluster());
+        let used = used.min(self.header.size.saturating_sub(before));
         let there = self.file_len.saturating_sub(offset);
-        let last = (self.header.size % cluster).next_multiple_of(512);
-        (1..used).contains(&there) && (last == 0 || there < last)
+        (1..used).contains(&there)
     }
 
     /// The block of the refcount table's entry `index`.

@@ -57,7 +57,7 @@ mod whole;
 
 pub use source::{FileSource, Source};
 pub use tally::{FINDINGS_MAX, Fact, Finding, Severity};
-pub use whole::refuse_cut_off;
+pub use whole::{refuse_cut_off, refuse_cut_tables};
 
 use self::image::Image;
 use ::image::qcow2::{Header, features};
@@ -122,6 +122,8 @@ pub struct Report {
     /// Tables and clusters of the guest that the file ends before, or within: what was in the rest is lost. Those that it ends
     /// within are no corruptions, as in QEMU.
     pub cut_off: u64,
+    /// L2 tables are among them: a repair takes what only these refer to for unused.
+    pub tables_cut: bool,
     /// Where the last cluster in use ends.
     pub image_end_offset: u64,
     /// Clusters of the guest's disk.
@@ -154,6 +156,7 @@ impl Report {
             check_errors: tally.check_errors,
             overlaps: tally.overlaps,
             cut_off: tally.cut_off,
+            tables_cut: tally.tables_cut,
             image_end_offset: (tally.last.unwrap_or(0) + 1) * cluster,
             total_clusters: image.header.size.div_ceil(cluster),
             allocated_clusters: tally.allocated,
@@ -193,6 +196,7 @@ pub fn mend_dirty(storage: &dyn Storage) -> Result<Option<Report>> {
     if header.incompatible & (features::DIRTY | features::CORRUPT) != features::DIRTY {
         return Ok(None);
     }
+    refuse_cut_tables(storage)?;
     let options = CheckOptions {
         repair: Repair::All,
         ..CheckOptions::default()

@@ -18,6 +18,8 @@ const GAP_BYTES: u64 = 64 << 10;
 #[derive(Clone, Copy, Debug)]
 struct Table {
     offset: u64,
+    /// Of an active one the L1 entry, or the first of them.
+    index: Option<u64>,
     active: u32,
     others: u32,
 }
@@ -38,12 +40,13 @@ impl Tables {
         }
     }
 
-    /// Adds the table at `offset`.
-    pub fn push(&mut self, offset: u64, active: bool, weight: u32) {
+    /// Adds the table at `offset`; `active`: of the active L1 table, by the entry of that number.
+    pub fn push(&mut self, offset: u64, active: Option<u64>, weight: u32) {
         self.list.push(Table {
             offset,
-            active: if active { weight } else { 0 },
-            others: if active { 0 } else { weight },
+            index: active,
+            active: if active.is_some() { weight } else { 0 },
+            others: if active.is_some() { 0 } else { weight },
         });
     }
 
@@ -57,6 +60,7 @@ impl Tables {
         self.list.dedup_by(|next, kept| {
             let same = next.offset == kept.offset;
             if same {
+                kept.index = kept.index.or(next.index);
                 kept.active = kept.active.saturating_add(next.active);
                 kept.others = kept.others.saturating_add(next.others);
             }
@@ -186,6 +190,8 @@ impl Walk<'_> {
         // to be trusted: their flags mean nothing.
         let own = table.offset >> layout.cluster_bits;
         let flags = active > 0 && table.offset != 0 && !self.is_lost(own);
+        // The number of its first cluster on the disk; that of a snapshot's only table may have another size.
+        let first = table.index.map(|index| index * (bytes.len() / step) as u64);
         // Where the next cluster would be if the file went on as the disk does; 0 before the first.
         let mut next = 0;
         let mut sound = true;
@@ -225,9 +231,10 @@ impl Walk<'_> {
                             sound &= offset < image.file_len;
                             let used = layout.used(bitmap);
                             if offset.saturating_add(used) > image.file_len
-                                && image.cuts(offset, used)
+                                && let Some(first) = first
+                                && image.cuts(first + (at / step) as u64, offset, used)
                             {
-                                self.cut_off(offset, &|| entry_name(table, at / step, raw));
+                                self.cut_off(offset, 1, &|| entry_name(table, at / step, raw));
                             }
                             self.cluster(table, at / step, offset, weight);
                         }

@@ -147,6 +147,8 @@ pub struct Tally {
     pub overlaps: u64,
     /// What the end of the file cuts, or is all behind it.
     pub cut_off: u64,
+    /// An L2 table is among it: what only that refers to seems unused.
+    pub tables_cut: bool,
     /// A refcount block is cut.
     pub block_cut: bool,
     /// Guest clusters with data, in the active state.
@@ -223,6 +225,7 @@ impl Tally {
         }
         self.overlaps += other.overlaps;
         self.cut_off += other.cut_off;
+        self.tables_cut |= other.tables_cut;
         self.block_cut |= other.block_cut;
         self.allocated += other.allocated;
         self.fragmented += other.fragmented;

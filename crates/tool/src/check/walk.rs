@@ -189,6 +189,7 @@ impl<'a> Walk<'a> {
                     (text, Fact::Beyond { offset, len })
                 });
                 self.tally.cut_off += weight;
+                self.tally.tables_cut |= role == Role::Table;
                 self.note_beyond(
                     offset >> layout.cluster_bits,
                     (end - 1) >> layout.cluster_bits,
@@ -196,8 +197,14 @@ impl<'a> Walk<'a> {
             }
             return;
         }
-        if end > self.image.file_len {
-            self.cut_off(offset, &what);
+        // Of a compressed cluster the length is known in sectors.
+        let there = match role {
+            Role::Data => self.image.file_len,
+            _ => self.image.end,
+        };
+        if end > there {
+            self.cut_off(offset, 1, &what);
+            self.tally.tables_cut |= role == Role::Table;
         }
         for cluster in offset >> layout.cluster_bits..=(end - 1) >> layout.cluster_bits {
             if self.counts.refer(cluster, role, weight) {
@@ -208,10 +215,10 @@ impl<'a> Walk<'a> {
 
     /// Counts something that the end of the file cuts, which QEMU does not.
     #[cold]
-    pub(super) fn cut_off(&mut self, offset: u64, what: &dyn Fn() -> String) {
-        let end = self.image.file_len;
+    pub(super) fn cut_off(&mut self, offset: u64, times: u64, what: &dyn Fn() -> String) {
+        let end = self.image.end;
         if self.first {
-            self.tally.found(Severity::CutOff, 1, || {
+            self.tally.found(Severity::CutOff, times, || {
                 format!(
                     "{} at {offset:#x} is not whole: the file ends at {end:#x}",
                     what()
@@ -289,8 +296,15 @@ impl<'a> Walk<'a> {
                 self.keep(offset, layout.cluster());
             } else if self.counts.holds(cluster) {
                 let what = || format!("refcount block {index}");
-                self.tally.block_cut |= offset.saturating_add(layout.cluster()) > image.file_len;
-                self.region(offset, layout.cluster(), Role::Own, 1, what);
+                // What it has lost can be counted anew: not a loss.
+                let mut len = layout.cluster();
+                let there = image.end.saturating_sub(offset);
+                if (1..len).contains(&there) {
+                    self.tally.block_cut = true;
+                    self.cut_off(offset, 0, &what);
+                    len = there;
+                }
+                self.region(offset, len, Role::Own, 1, what);
                 // More than a refcount can say are not more than that, as in QEMU.
                 if self.counts.references(cluster).min(layout.refcount_max()) != 1 {
                     self.tally.found(Severity::Corruption, 1, || {
@@ -505,7 +519,7 @@ impl Walk<'_> {
                     });
                 }
             }
-            tables.push(entry.table, l1.active, l1.weight);
+            tables.push(entry.table, l1.active.then_some(index), l1.weight);
             if tables.is_full() {
                 tables.work_off(self)?;
             }

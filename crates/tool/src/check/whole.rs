@@ -3,7 +3,7 @@
 use super::image::Image;
 use super::source::{FileSource, Source};
 use super::tally::Severity;
-use super::{CheckOptions, Fact, Finding, check};
+use super::{CheckOptions, Fact, Finding, Report, check};
 use ::image::qcow2::check::Block;
 use block::{Error, Result, Storage};
 
@@ -23,26 +23,44 @@ pub fn refuse_cut_off(storage: &dyn Storage) -> Result<()> {
         return Ok(());
     }
     let report = check(storage, &CheckOptions::default())?;
-    if report.cut_off == 0 {
-        return Ok(());
+    match report.cut_off {
+        0 => Ok(()),
+        _ => Err(lost(storage, &report)),
     }
+}
+
+/// Refuses a qcow2 image whose file ends before, or within, an L2 table: a repair would make it a sound one without what is lost, and give
+/// up the clusters that only that refers to.
+///
+/// # Errors
+///
+/// As [`refuse_cut_off`].
+pub fn refuse_cut_tables(storage: &dyn Storage) -> Result<()> {
+    let report = check(storage, &CheckOptions::default())?;
+    match report.tables_cut {
+        false => Ok(()),
+        true => Err(lost(storage, &report)),
+    }
+}
+
+fn lost(storage: &dyn Storage, report: &Report) -> Error {
     let lost = |finding: &&Finding| {
         finding.severity == Severity::CutOff || matches!(finding.fact, Some(Fact::Beyond { .. }))
     };
     let first = report.findings.iter().find(lost);
     let first = first.map_or(String::new(), |finding| format!(" ({})", finding.text));
-    Err(Error::corrupt(format!(
+    Error::corrupt(format!(
         "{}: is cut off: the file ends before {} of its tables and clusters end{first}; 'diskplane check' shows all, 'diskplane convert \
          --salvage' copies what is left",
         storage.name(),
         report.cut_off
-    )))
+    ))
 }
 
 /// Whether the file ends within a cluster, or clusters behind its end are in use.
 fn may_be_cut_off(source: &dyn Source, image: &Image) -> Result<bool> {
     let layout = image.layout;
-    if !image.file_len.is_multiple_of(layout.cluster()) {
+    if !image.end.is_multiple_of(layout.cluster()) {
         return Ok(true);
     }
     let block = image.clusters >> layout.block_bits();
@@ -50,8 +68,11 @@ fn may_be_cut_off(source: &dyn Source, image: &Image) -> Result<bool> {
     if image.table.iter().skip(after).any(|entry| *entry != 0) {
         return Ok(true);
     }
-    let Block::At(at) = image.block(block) else {
-        return Ok(false);
+    let at = match image.block(block) {
+        Block::At(at) if at.saturating_add(layout.cluster()) <= image.end => at,
+        Block::None => return Ok(false),
+        // Its counts are not to be had.
+        _ => return Ok(true),
     };
     // From the word on that counts the first one: it may count some before, too.
     let index = image.clusters & ((1 << layout.block_bits()) - 1);
