@@ -1,6 +1,6 @@
 //! `diskplane bench report`: pages, charts and a summary of a run's records.
 
-use crate::{partial::Partial, print};
+use crate::{partial, print};
 use anyhow::{Context, Result};
 use bench::{
     breakdown::Answer,
@@ -68,12 +68,12 @@ fn write_report(
     let (page, charts) = html(model)?;
     let beside = set.path.with_file_name("report.html");
     let out = out.unwrap_or(&beside);
-    write(out, &page)?;
+    partial::write(out, &page)?;
     if let Some(folder) = svg {
         fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
         for chart in &charts {
             let path = folder.join(format!("{}.svg", chart.name));
-            write(&path, &standalone(&chart.svg))?;
+            partial::write(&path, &standalone(&chart.svg))?;
         }
     }
     if quiet {
@@ -88,11 +88,4 @@ fn write_report(
     // Names in it may be of somebody else's making.
     let lines: Vec<String> = text.split('\n').map(block::plain).collect();
     print(&lines.join("\n"))
-}
-
-/// Under another name until it is whole.
-fn write(path: &Path, text: &str) -> Result<()> {
-    let part = Partial::new(path);
-    fs::write(part.path(), text).with_context(|| path.display().to_string())?;
-    part.replace()
 }

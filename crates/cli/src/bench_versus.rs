@@ -45,7 +45,7 @@ pub struct Versus {
     #[arg(long)]
     pub keep: bool,
     /// Also write the results as a table in Markdown, in a FILE that is there between its lines
-    /// "<!-- versus: begin -->" and "<!-- versus: end -->": not where results of other cells would be lost"
+    /// "<!-- versus: begin -->" and "<!-- versus: end -->": not where results of other cells would be lost
     #[arg(long, value_name = "FILE")]
     pub markdown: Option<PathBuf>,
     /// Print every sample and result as a line of JSON instead of a table
@@ -116,7 +116,7 @@ pub fn run(args: &Versus) -> Result<()> {
     }
     if let Some(path) = &args.markdown {
         let page = insert(&page(path, &cells)?, &markdown(args, &options, &run)?);
-        fs::write(path, page).with_context(|| path.display().to_string())?;
+        partial::write(path, &page)?;
     }
     let measured = run.outcomes.iter().any(|outcome| outcome.failed.is_none());
     ensure!(measured, "nothing could be measured: each cell says why");

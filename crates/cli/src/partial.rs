@@ -34,6 +34,13 @@ pub fn abandon() -> MutexGuard<'static, Vec<PathBuf>> {
     paths
 }
 
+/// Writes a file of text, which replaces one that is there when it is whole.
+pub fn write(path: &Path, text: &str) -> Result<()> {
+    let part = Partial::new(path);
+    fs::write(part.path(), text).with_context(|| path.display().to_string())?;
+    part.replace()
+}
+
 /// A file in the making. Dropped before [`Partial::finish`], it is removed, unless it is to be kept.
 #[derive(Debug)]
 pub struct Partial {

@@ -332,9 +332,11 @@ impl Lab {
             tracing::debug!("{}: {mounted:?}", folder.display());
         }
         match &mut self.given {
+            // What could not be taken away is tried again, before the next place and at the end.
             Some((given, there)) => {
+                given.take_back()?;
                 *there = None;
-                given.take_back().map(drop)
+                Ok(())
             }
             None => Ok(()),
         }

@@ -243,9 +243,10 @@ pub fn clear(dir: &Path, device: Option<&Path>) -> Result<bool> {
         true => Some(process::lock(&dir)?),
         false => None,
     };
-    let there = process::Folder::clear(&dir.join("work"))?;
-    let wiped = device.map_or(Ok(false), Given::clear)?;
-    Ok(there || wiped)
+    // The folder first: what is mounted in it has the device. But what is left of that is no reason to leave the device.
+    let there = process::Folder::clear(&dir.join("work"));
+    let wiped = device.map_or(Ok(false), Given::clear);
+    Ok(there? | wiped?)
 }
 
 fn images(cell: &Cell) -> impl Iterator<Item = Image> {

@@ -15,6 +15,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// How long a tool may be at work at a device that nobody has: udev looks at each that was written and closed, and locks it meanwhile.
+const LOCK_LIMIT: Duration = Duration::from_secs(2);
 /// How long a file system that was unmounted may take to be gone: what had files open there may be ending.
 const FREE_LIMIT: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(20);
@@ -64,7 +66,7 @@ impl Given {
     ///
     /// It is no block device, is in use (that is never overwritten), cannot be written, or something is on it: what, and what to do.
     pub(crate) fn look(path: &Path, overwritten: bool) -> Result<Self> {
-        let given = Self::take(path, Duration::ZERO)?;
+        let given = Self::take(path, LOCK_LIMIT, Duration::ZERO)?;
         given.is_free(overwritten)?;
         Ok(Self {
             overwritten,
@@ -72,8 +74,8 @@ impl Given {
         })
     }
 
-    /// Takes a device, whatever is on it; one that is in use is waited for until `limit` is over.
-    fn take(path: &Path, limit: Duration) -> Result<Self> {
+    /// Takes a device, whatever is on it; one that somebody has locked, or that is in use, is waited for until the limit of that is over.
+    fn take(path: &Path, locked: Duration, in_use: Duration) -> Result<Self> {
         let path = &fs::canonicalize(path).context(|| path.display().to_string())?;
         if !is_block_device(path) {
             return Err(Error::invalid(format!(
@@ -84,7 +86,7 @@ impl Given {
         let node = File::open(path).context(|| format!("--device {}", path.display()))?;
         let began = Instant::now();
         while let Err(errno) = flock(&node, FlockOperation::NonBlockingLockExclusive) {
-            if errno != Errno::WOULDBLOCK || began.elapsed() >= limit {
+            if errno != Errno::WOULDBLOCK || began.elapsed() >= locked {
                 return Err(Error::new(
                     ErrorKind::Locked,
                     format!(
@@ -102,7 +104,7 @@ impl Given {
             held: None,
             _node: node,
         };
-        given.hold(limit)?;
+        given.hold(in_use)?;
         Ok(given)
     }
 
@@ -177,7 +179,7 @@ impl Given {
     ///
     /// It is in use still, or cannot be written.
     pub(crate) fn clear(path: &Path) -> Result<bool> {
-        Self::take(path, FREE_LIMIT)?.take_back()
+        Self::take(path, FREE_LIMIT, FREE_LIMIT)?.take_back()
     }
 
     /// Whether there is room for `need` bytes.

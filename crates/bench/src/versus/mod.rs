@@ -232,6 +232,7 @@ impl Bench<'_> {
         }
         let mut equal: Vec<Option<peer::Seen>> = vec![None; cell.sides.len()];
         let mut unseen = BTreeSet::new();
+        let mut unlike = BTreeSet::new();
         let together = in_turns::possible(cell);
         for round in 0..self.options.samples {
             let times = Times {
@@ -304,6 +305,9 @@ impl Bench<'_> {
                         }));
                         (self.record)(record, self.watch)?;
                         one.rounds.push(Some(metrics));
+                        if let (Some(first), Some(seen)) = (&equal[one.side], &seen) {
+                            unlike.extend(engines(side.name, one.engine, first, seen));
+                        }
                         equal[one.side] = equal[one.side].take().or(seen);
                     }
                     Err(error) if one.side == 0 => {
@@ -328,6 +332,7 @@ impl Bench<'_> {
         }
         let mut outcome = judge::judge(cell, &series, self.cores);
         compare(cell, &equal, &mut outcome);
+        outcome.notes.extend(unlike);
         outcome.notes.extend(unseen);
         Ok(outcome)
     }
@@ -367,6 +372,35 @@ fn set_aside(cell: &Cell, series: &mut [Series]) {
     }
 }
 
+/// Which difference it is, in words.
+fn words(what: Difference, seen: &peer::Seen) -> String {
+    match what {
+        Difference::Files => format!("{:?}", seen.files),
+        Difference::Bytes => format!("{:?} {:?}", seen.files, seen.bytes),
+        Difference::Direct => format!("O_DIRECT {}", if seen.direct { "on" } else { "off" }),
+        Difference::Queues => format!("{} queues", seen.queues),
+        Difference::Flushes => seen.flushes.map(Flushed::words).unwrap_or_default(),
+    }
+}
+
+/// Whether a side's `engine` does what its first one does: what is said where it does not.
+fn engines(side: &str, engine: &str, first: &peer::Seen, seen: &peer::Seen) -> Vec<String> {
+    let mut differs = first.differs(seen);
+    differs.retain(|what| match what {
+        Difference::Direct => true,
+        Difference::Flushes => first.flushes.is_some() && seen.flushes.is_some(),
+        Difference::Files | Difference::Bytes | Difference::Queues => false,
+    });
+    let text = |what| {
+        format!(
+            "not equal: {} at {side} with {engine}; {} with its first engine",
+            words(what, seen),
+            words(what, first)
+        )
+    };
+    differs.into_iter().map(text).collect()
+}
+
 /// Says whether what ought to be equal is.
 fn compare(cell: &Cell, seen: &[Option<peer::Seen>], outcome: &mut Outcome) {
     let (Some(ours), Some(first)) = (&seen[0], cell.sides.first()) else {
@@ -391,19 +425,10 @@ fn compare(cell: &Cell, seen: &[Option<peer::Seen>], outcome: &mut Outcome) {
             Difference::Flushes => ours.flushes.is_some() && theirs.flushes.is_some(),
         });
         for what in &differs {
-            let of = |seen: &peer::Seen| match what {
-                Difference::Files => format!("{:?}", seen.files),
-                Difference::Bytes => format!("{:?} {:?}", seen.files, seen.bytes),
-                Difference::Direct => {
-                    format!("O_DIRECT {}", if seen.direct { "on" } else { "off" })
-                }
-                Difference::Queues => format!("{} queues", seen.queues),
-                Difference::Flushes => seen.flushes.map(Flushed::words).unwrap_or_default(),
-            };
             let text = format!(
                 "not equal: {} here; {} at {}",
-                of(ours),
-                of(theirs),
+                words(*what, ours),
+                words(*what, theirs),
                 side.name
             );
             outcome.notes.push(text);
