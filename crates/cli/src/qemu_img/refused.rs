@@ -377,6 +377,8 @@ fn vpc(head: &Head, file: &dyn Storage) -> Looked {
         format!("Max Table Entries too large ({})", entries.cast_signed()),
     )?;
     let table = dynamic.be64(16).saturating_add(u64::from(entries) * 4);
+    // Where a file cannot have it, it is not read.
+    expect(table < 1 << 63, "Error reading pagetable")?;
     expect(
         table.next_multiple_of(512) <= head.file_bytes,
         "block-vpc: free_data_block_offset points after the end of file. The image has been truncated.",
