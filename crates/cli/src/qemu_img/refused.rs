@@ -608,3 +608,85 @@ fn luks(head: &Head) -> Looked {
     ];
     known("Hash algorithm", &hash, &hashes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use testkit::memory::Memory;
+
+    /// Whatever a header says, looking at it ends, and does not panic.
+    #[test]
+    fn any_header_is_looked_at() {
+        let magics: [(Format, &[(usize, &[u8])]); 10] = [
+            (Format::Qcow2, &[(0, b"QFI\xfb\0\0\0\x03"), (23, b"\x10")]),
+            (Format::Qcow2, &[(0, b"QFI\xfb\0\0\0\x02"), (23, b"\x09")]),
+            (
+                Format::Qcow,
+                &[(0, b"QFI\xfb\0\0\0\x01"), (32, b"\x0c\x09")],
+            ),
+            (Format::Qed, &[(0, b"QED\0\0\x10\0\0\x01\0\0\0\x01\0\0\0")]),
+            (
+                Format::Vdi,
+                &[
+                    (0x40, b"\x7f\x10\xda\xbe\x01\0\x01\0"),
+                    (0x168, b"\0\x02\0\0"),
+                ],
+            ),
+            (
+                Format::Vhd,
+                &[
+                    (0, b"conectix"),
+                    (16, &[0; 6]),
+                    (22, b"\x02\0"),
+                    (512, b"cxsparse"),
+                ],
+            ),
+            (Format::Vmdk, &[(0, b"KDMV\x01\0\0\0")]),
+            (Format::Vmdk, &[(0, b"KDMV\x03\0\0\0"), (56, &[0xff; 8])]),
+            (Format::Parallels, &[(0, b"WithoutFreeSpace\x02\0\0\0")]),
+            (Format::Luks, &[(0, b"LUKS\xba\xbe\0\x01")]),
+        ];
+        let mut state = 1u64;
+        // Numbers that look random (Knuth's linear congruential generator); the low bits do not.
+        let mut random = move || {
+            let by = 6_364_136_223_846_793_005;
+            state = state
+                .wrapping_mul(by)
+                .wrapping_add(1_442_695_040_888_963_407);
+            state ^ state >> 32
+        };
+        let mut below = move |end: u64| random() % end;
+        for (format, magic) in magics {
+            for _ in 0..4000 {
+                let mut bytes = vec![0; 4096];
+                for _ in 0..below(12) {
+                    let at = below(200) as usize * 4 + [0, 512][below(2) as usize];
+                    let word = match below(4) {
+                        0 => u64::MAX - below(600),
+                        1 => 1 << below(64),
+                        2 => below(5000),
+                        _ => below(u64::MAX),
+                    };
+                    let word = match below(2) {
+                        0 => word.to_be_bytes(),
+                        _ => word.to_le_bytes(),
+                    };
+                    bytes[at..at + 8].copy_from_slice(&word);
+                }
+                for (at, part) in magic {
+                    bytes[*at..at + part.len()].copy_from_slice(part);
+                }
+                if format == Format::Vhd {
+                    // The checksum is right.
+                    bytes[64..68].fill(0);
+                    let sum: u32 = bytes[..512].iter().map(|byte| u32::from(*byte)).sum();
+                    bytes[64..68].copy_from_slice(&(!sum).to_be_bytes());
+                }
+                let file = Memory::new(&bytes, 1 << 20, 100);
+                for purpose in [Purpose::Read, Purpose::Write, Purpose::Check] {
+                    let _ = by_header(&file, format, purpose);
+                }
+            }
+        }
+    }
+}
