@@ -614,10 +614,13 @@ mod tests {
     use super::*;
     use testkit::memory::Memory;
 
+    /// Bytes at places of a header.
+    type Parts = &'static [(usize, &'static [u8])];
+
     /// Whatever a header says, looking at it ends, and does not panic.
     #[test]
     fn any_header_is_looked_at() {
-        let magics: [(Format, &[(usize, &[u8])]); 10] = [
+        let headers: [(Format, Parts); 10] = [
             (Format::Qcow2, &[(0, b"QFI\xfb\0\0\0\x03"), (23, b"\x10")]),
             (Format::Qcow2, &[(0, b"QFI\xfb\0\0\0\x02"), (23, b"\x09")]),
             (
@@ -636,9 +639,13 @@ mod tests {
                 Format::Vhd,
                 &[
                     (0, b"conectix"),
-                    (16, &[0; 6]),
-                    (22, b"\x02\0"),
+                    (8, b"\0\0\0\x02\0\x01\0\0\0\0\0\0\0\0\x02\0"),
+                    // A dynamic disk of 8 MiB.
+                    (48, b"\0\0\0\0\0\x80\0\0"),
+                    (60, b"\0\0\0\x03"),
                     (512, b"cxsparse"),
+                    // 4 entries, of blocks of 2 MiB.
+                    (540, b"\0\0\0\x04\0\x20\0\0"),
                 ],
             ),
             (Format::Vmdk, &[(0, b"KDMV\x01\0\0\0")]),
@@ -656,11 +663,14 @@ mod tests {
             state ^ state >> 32
         };
         let mut below = move |end: u64| random() % end;
-        for (format, magic) in magics {
+        for (format, parts) in headers {
             for _ in 0..4000 {
                 let mut bytes = vec![0; 4096];
-                for _ in 0..below(12) {
-                    let at = below(200) as usize * 4 + [0, 512][below(2) as usize];
+                for (at, part) in parts {
+                    bytes[*at..at + part.len()].copy_from_slice(part);
+                }
+                for _ in 0..below(4) {
+                    let at = [16, 80, 0x140, 520][below(4) as usize] + below(32) as usize * 4;
                     let word = match below(4) {
                         0 => u64::MAX - below(600),
                         1 => 1 << below(64),
@@ -672,9 +682,6 @@ mod tests {
                         _ => word.to_le_bytes(),
                     };
                     bytes[at..at + 8].copy_from_slice(&word);
-                }
-                for (at, part) in magic {
-                    bytes[*at..at + part.len()].copy_from_slice(part);
                 }
                 if format == Format::Vhd {
                     // The checksum is right.
