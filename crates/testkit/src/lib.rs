@@ -11,6 +11,7 @@
 //! | [`allocations`] | an allocator that counts |
 //! | [`forge`] | qcow2 images byte by byte, sound or not |
 //! | [`rich`] | sound qcow2 images with something of everything, and damage as a program |
+//! | [`rng`] | numbers from a seed |
 //! | [`memory`] | a sparse file in memory that counts what is done to it |
 //!
 //! Everything here is for tests: what a test takes for granted (a tool is installed, a file can be made)
@@ -49,6 +50,7 @@ pub mod qcow;
 pub mod qemu;
 pub mod report;
 pub mod rich;
+pub mod rng;
 pub mod scattered;
 pub mod server;
 pub mod temp;
@@ -61,6 +63,7 @@ use std::path::PathBuf;
 pub use command::{Failure, Output};
 pub use guest::{Disk, Guest, guest_folder};
 pub use report::Report;
+pub use rng::Rng;
 pub use server::{Serve, Server};
 pub use temp::TempDir;
 

@@ -16,6 +16,8 @@ pub struct Done {
     pub changes: u64,
     /// Bytes that room was reserved for.
     pub allocated: u64,
+    /// Times that it was made durable.
+    pub syncs: u64,
 }
 
 /// What somebody else does to a [`Memory`] while it is in use.
@@ -41,6 +43,7 @@ pub struct Memory {
     calls: AtomicU64,
     changes: AtomicU64,
     allocated: AtomicU64,
+    syncs: AtomicU64,
     calls_max: u64,
     /// What happens before which call.
     meddling: Option<(u64, Meddling)>,
@@ -59,6 +62,7 @@ impl Memory {
             calls: AtomicU64::new(0),
             changes: AtomicU64::new(0),
             allocated: AtomicU64::new(0),
+            syncs: AtomicU64::new(0),
             calls_max,
             meddling: None,
         }
@@ -78,6 +82,7 @@ impl Memory {
             calls: self.calls.load(Ordering::Relaxed),
             changes: self.changes.load(Ordering::Relaxed),
             allocated: self.allocated.load(Ordering::Relaxed),
+            syncs: self.syncs.load(Ordering::Relaxed),
         }
     }
 
@@ -190,6 +195,7 @@ impl Storage for Memory {
 
     fn sync(&self) -> Result<()> {
         drop(self.inner(false));
+        self.syncs.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 

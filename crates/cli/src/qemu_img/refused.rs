@@ -612,7 +612,7 @@ fn luks(head: &Head) -> Looked {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use testkit::memory::Memory;
+    use testkit::{Rng, memory::Memory};
 
     /// Bytes at places of a header.
     type Parts = &'static [(usize, &'static [u8])];
@@ -653,31 +653,23 @@ mod tests {
             (Format::Parallels, &[(0, b"WithoutFreeSpace\x02\0\0\0")]),
             (Format::Luks, &[(0, b"LUKS\xba\xbe\0\x01")]),
         ];
-        let mut state = 1u64;
-        // Numbers that look random (Knuth's linear congruential generator); the low bits do not.
-        let mut random = move || {
-            let by = 6_364_136_223_846_793_005;
-            state = state
-                .wrapping_mul(by)
-                .wrapping_add(1_442_695_040_888_963_407);
-            state ^ state >> 32
-        };
-        let mut below = move |end: u64| random() % end;
+        let mut rng = Rng::new(1);
         for (format, parts) in headers {
             for _ in 0..4000 {
                 let mut bytes = vec![0; 4096];
                 for (at, part) in parts {
                     bytes[*at..at + part.len()].copy_from_slice(part);
                 }
-                for _ in 0..below(4) {
-                    let at = [16, 80, 0x140, 520][below(4) as usize] + below(32) as usize * 4;
-                    let word = match below(4) {
-                        0 => u64::MAX - below(600),
-                        1 => 1 << below(64),
-                        2 => below(5000),
-                        _ => below(u64::MAX),
+                for _ in 0..rng.below(4) {
+                    let at =
+                        [16, 80, 0x140, 520][rng.below(4) as usize] + rng.below(32) as usize * 4;
+                    let word = match rng.below(4) {
+                        0 => u64::MAX - rng.below(600),
+                        1 => 1 << rng.below(64),
+                        2 => rng.below(5000),
+                        _ => rng.next(),
                     };
-                    let word = match below(2) {
+                    let word = match rng.below(2) {
                         0 => word.to_be_bytes(),
                         _ => word.to_le_bytes(),
                     };

@@ -1,75 +1,12 @@
 //! The driver on files in memory.
 
 use super::*;
-use block::{Range, RangeKind};
 use image::{Null, Raw};
-use std::sync::Mutex;
+use testkit::memory::Memory;
 
-#[derive(Debug, Default)]
-struct Memory {
-    bytes: Mutex<Vec<u8>>,
-    syncs: Mutex<usize>,
-}
-
-impl Memory {
-    fn with(bytes: &[u8]) -> Arc<Self> {
-        let memory = Self::default();
-        *memory.bytes.lock().unwrap() = bytes.to_vec();
-        Arc::new(memory)
-    }
-}
-
-impl Storage for Memory {
-    fn name(&self) -> String {
-        "memory".into()
-    }
-    fn len(&self) -> Result<u64> {
-        Ok(self.bytes.lock().unwrap().len() as u64)
-    }
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let at = offset as usize;
-        buf.copy_from_slice(&self.bytes.lock().unwrap()[at..at + buf.len()]);
-        Ok(())
-    }
-    fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        let end = offset as usize + buf.len();
-        let mut bytes = self.bytes.lock().unwrap();
-        if bytes.len() < end {
-            bytes.resize(end, 0);
-        }
-        bytes[offset as usize..end].copy_from_slice(buf);
-        Ok(())
-    }
-    fn sync(&self) -> Result<()> {
-        *self.syncs.lock().unwrap() += 1;
-        Ok(())
-    }
-    fn set_len(&self, len: u64) -> Result<()> {
-        self.bytes.lock().unwrap().resize(len as usize, 0);
-        Ok(())
-    }
-    fn allocate(&self, _: u64, _: u64) -> Result<Zeroed> {
-        Ok(Zeroed::No)
-    }
-    fn write_zeroes(&self, offset: u64, len: u64, _: bool) -> Result<()> {
-        let mut bytes = self.bytes.lock().unwrap();
-        let end = bytes.len().min((offset + len) as usize);
-        if let Some(part) = bytes.get_mut(offset as usize..end) {
-            part.fill(0);
-        }
-        Ok(())
-    }
-    fn discard(&self, _: u64, _: u64) -> Result<()> {
-        Ok(())
-    }
-    fn range_at(&self, offset: u64) -> Result<Option<Range>> {
-        let len = self.len()?.saturating_sub(offset);
-        Ok((len > 0).then_some(Range {
-            offset,
-            len,
-            kind: RangeKind::Data,
-        }))
-    }
+/// A file with these bytes, on a disk with room for more.
+fn with(bytes: &[u8]) -> Arc<Memory> {
+    Arc::new(Memory::new(bytes, 1 << 20, 1000))
 }
 
 fn raw(file: &Arc<Memory>, read_only: bool) -> Driver {
@@ -80,7 +17,7 @@ fn raw(file: &Arc<Memory>, read_only: bool) -> Driver {
 
 #[test]
 fn raw_reads_what_was_written_and_zeros_behind_the_file() {
-    let file = Memory::with(&[7; 700]);
+    let file = with(&[7; 700]);
     let mut disk = raw(&file, false);
     assert_eq!(disk.size(), 1024);
     let mut buf = [1; 1024];
@@ -90,7 +27,7 @@ fn raw_reads_what_was_written_and_zeros_behind_the_file() {
     disk.write(690, &[9; 20]).unwrap();
     disk.write_zeroes(0, 100, true).unwrap();
     disk.flush().unwrap();
-    assert_eq!(*file.syncs.lock().unwrap(), 1);
+    assert_eq!(file.done().syncs, 1);
     disk.read(0, &mut buf).unwrap();
     assert_eq!(buf[99..101], [0, 7]);
     assert_eq!(buf[689..711], *[&[7][..], &[9; 20], &[0]].concat());
@@ -98,7 +35,7 @@ fn raw_reads_what_was_written_and_zeros_behind_the_file() {
 
 #[test]
 fn refuses_ranges_outside_and_writes_to_a_read_only_disk() {
-    let file = Memory::with(&[7; 512]);
+    let file = with(&[7; 512]);
     let mut disk = raw(&file, true);
     let mut buf = [0; 2];
     for at in [511, 512, u64::MAX] {
@@ -113,8 +50,10 @@ fn refuses_ranges_outside_and_writes_to_a_read_only_disk() {
         assert_eq!(refused.unwrap_err().kind(), ErrorKind::ReadOnly);
     }
     disk.close().unwrap();
-    assert_eq!(*file.bytes.lock().unwrap(), [7; 512]);
-    assert_eq!(*file.syncs.lock().unwrap(), 0);
+    let mut bytes = vec![0; file.len().unwrap() as usize];
+    file.read_at(0, &mut bytes).unwrap();
+    assert_eq!(bytes, [7; 512]);
+    assert_eq!((file.done().changes, file.done().syncs), (0, 0));
 }
 
 /// A disk of `size` bytes in `file`, whatever that has.
@@ -126,7 +65,7 @@ fn raw_of(size: u64, file: &Arc<Memory>) -> Driver {
 
 #[test]
 fn what_a_file_is_too_short_for_is_read_as_asked_for() {
-    let file = Memory::with(&[7; 1000]);
+    let file = with(&[7; 1000]);
     let mut buf = [1; 4096];
     let mut disk = raw_of(4096, &file);
     let error = disk.read(0, &mut buf).unwrap_err();
@@ -197,14 +136,16 @@ impl Image for Halves {
 
 #[test]
 fn a_barrier_waits_for_files_that_were_changed() {
-    let memory = [Memory::with(&[0; 4096]), Memory::with(&[0; 4096])];
+    let memory = [with(&[0; 4096]), with(&[0; 4096])];
     let files: Vec<Arc<dyn Storage>> = memory.iter().map(|file| file.clone() as _).collect();
     let image = Arc::new(Halves);
     let mut disk = Driver::new(vec![Member { image, files }], false).unwrap();
+    let syncs = || memory.each_ref().map(|file| file.done().syncs);
     let flushed = |disk: &mut Driver| {
+        let before = syncs();
         disk.flush().unwrap();
-        let syncs = |file: &Arc<Memory>| std::mem::take(&mut *file.syncs.lock().unwrap());
-        [syncs(&memory[0]), syncs(&memory[1])]
+        let after = syncs();
+        [after[0] - before[0], after[1] - before[1]]
     };
     // Nobody knows what was done to them before.
     assert_eq!(flushed(&mut disk), [1, 1]);

@@ -15,25 +15,7 @@ use std::process::Command;
 use std::sync::Arc;
 use tool::check::Report;
 
-/// A small generator of numbers: the same for the same seed, everywhere.
-pub struct Rng(u64);
-
-impl Rng {
-    pub fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    pub fn below(&mut self, end: u64) -> u64 {
-        (self.next() >> 11) % end.max(1)
-    }
-}
+pub use testkit::Rng;
 
 /// What `qemu-img check` says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
