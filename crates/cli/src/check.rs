@@ -19,7 +19,7 @@
 use crate::args::{self, Repair};
 use crate::open::{self, Access};
 use crate::print;
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use block::{Storage, plain};
 use disk::chain::ChainOptions;
 use image::Format;
@@ -94,18 +94,13 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
     let options = CheckOptions {
         repair,
         budget_bytes: args.memory,
+        spare_cut_off: true,
     };
     let found = match format {
         Format::Vmdk => {
             // With the lock that all of its files get.
             drop(file);
             Some(vmdk_image(&image.path, access, &options)?)
-        }
-        Format::Qcow2 if repair != tool::check::Repair::No => {
-            // In qemu-img's place this is done, as by QEMU.
-            tool::check::refuse_cut_tables(&*file)
-                .context("not repaired, because what seems unused may be used")?;
-            of(&*file, format, &options)?
         }
         _ => of(&*file, format, &options)?,
     };
@@ -144,6 +139,9 @@ pub fn of(
     format: Format,
     options: &CheckOptions,
 ) -> block::Result<Option<Report>> {
+    if !format.has_check() {
+        return Ok(None);
+    }
     match format {
         Format::Qcow2 => check(storage, options).map(Some),
         Format::Qed => qed::check(storage, options).map(Some),
@@ -152,14 +150,9 @@ pub fn of(
         Format::Vdi => vdi::check(storage, options).map(Some),
         Format::Vmdk => Err(block::Error::invalid("a vmdk image may have several files")),
         Format::Parallels => parallels::check(storage, options).map(Some),
-        // Of what the last four have QEMU checks nothing either.
-        Format::Raw
-        | Format::Null
-        | Format::Luks
-        | Format::Qcow
-        | Format::Bochs
-        | Format::Cloop
-        | Format::Dmg => Ok(None),
+        _ => Err(block::Error::unsupported(format!(
+            "no check of {format} images is known"
+        ))),
     }
 }
 

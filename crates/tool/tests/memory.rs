@@ -33,6 +33,7 @@ fn with_budget(path: &std::path::Path, repair: Repair, budget_bytes: u64) -> Rep
     let options = CheckOptions {
         repair,
         budget_bytes,
+        ..CheckOptions::default()
     };
     check(&*open(path), &options).expect("checks")
 }

@@ -57,7 +57,7 @@ mod whole;
 
 pub use source::{FileSource, Source};
 pub use tally::{FINDINGS_MAX, Fact, Finding, Severity};
-pub use whole::{refuse_cut_off, refuse_cut_tables};
+pub use whole::refuse_cut_off;
 
 use self::image::Image;
 use ::image::qcow2::{Header, features};
@@ -92,6 +92,9 @@ pub struct CheckOptions {
     /// Bytes of memory for counts; less than an image needs costs time. At least enough for what
     /// one refcount block counts, whatever is said.
     pub budget_bytes: u64,
+    /// Refuse to repair a qcow2 image whose file ends before, or within, an L2 table. A repair takes what only that refers to for
+    /// unused, and makes a table of zeros of it; QEMU does so.
+    pub spare_cut_off: bool,
 }
 
 impl Default for CheckOptions {
@@ -99,6 +102,7 @@ impl Default for CheckOptions {
         Self {
             repair: Repair::No,
             budget_bytes: BUDGET_DEFAULT,
+            spare_cut_off: false,
         }
     }
 }
@@ -196,9 +200,9 @@ pub fn mend_dirty(storage: &dyn Storage) -> Result<Option<Report>> {
     if header.incompatible & (features::DIRTY | features::CORRUPT) != features::DIRTY {
         return Ok(None);
     }
-    refuse_cut_tables(storage)?;
     let options = CheckOptions {
         repair: Repair::All,
+        spare_cut_off: true,
         ..CheckOptions::default()
     };
     let report = check(storage, &options)?;

@@ -4,6 +4,7 @@ use super::image::Image;
 use super::rebuild;
 use super::source::FileSource;
 use super::walk::{CLASHES_MAX, Fix, Manner, Walk};
+use super::whole;
 use super::{CheckOptions, FINDINGS_MAX, Finding, Found, Repair, Report, windows};
 use ::image::qcow2::check::{Block, set_refcount};
 use ::image::qcow2::features;
@@ -17,6 +18,15 @@ pub(super) fn repair(storage: &dyn Storage, options: &CheckOptions) -> Result<Re
     let source = FileSource::new(storage)?;
     let mut image = Image::load(&source, all)?;
     let mut before = Found::search(&source, &image, options.budget_bytes)?;
+    if options.spare_cut_off && before.tally.tables_cut {
+        let mut report = Report::of(&image, &before);
+        report.take_findings(&mut before);
+        return Err(Error::corrupt(format!(
+            "{}: not repaired, because what seems unused may be used: it {}",
+            storage.name(),
+            whole::lost(&report)
+        )));
+    }
     if all && before.tally.block_cut {
         // The refcounts that it has lost are found from what refers to the clusters; no writer may append in their place.
         storage.set_len(image.clusters << image.layout.cluster_bits)?;

@@ -25,36 +25,26 @@ pub fn refuse_cut_off(storage: &dyn Storage) -> Result<()> {
     let report = check(storage, &CheckOptions::default())?;
     match report.cut_off {
         0 => Ok(()),
-        _ => Err(lost(storage, &report)),
+        _ => Err(Error::corrupt(format!(
+            "{}: {}",
+            storage.name(),
+            lost(&report)
+        ))),
     }
 }
 
-/// Refuses a qcow2 image whose file ends before, or within, an L2 table: a repair would make it a sound one without what is lost, and give
-/// up the clusters that only that refers to.
-///
-/// # Errors
-///
-/// As [`refuse_cut_off`].
-pub fn refuse_cut_tables(storage: &dyn Storage) -> Result<()> {
-    let report = check(storage, &CheckOptions::default())?;
-    match report.tables_cut {
-        false => Ok(()),
-        true => Err(lost(storage, &report)),
-    }
-}
-
-fn lost(storage: &dyn Storage, report: &Report) -> Error {
+/// What is lost of an image whose file is cut off, to follow its name.
+pub(super) fn lost(report: &Report) -> String {
     let lost = |finding: &&Finding| {
         finding.severity == Severity::CutOff || matches!(finding.fact, Some(Fact::Beyond { .. }))
     };
     let first = report.findings.iter().find(lost);
     let first = first.map_or(String::new(), |finding| format!(" ({})", finding.text));
-    Error::corrupt(format!(
-        "{}: is cut off: the file ends before {} of its tables and clusters end{first}; 'diskplane check' shows all, 'diskplane convert \
+    format!(
+        "is cut off: the file ends before {} of its tables and clusters end{first}; 'diskplane check' shows all, 'diskplane convert \
          --salvage' copies what is left",
-        storage.name(),
         report.cut_off
-    ))
+    )
 }
 
 /// Whether the file ends within a cluster, or clusters behind its end are in use.

@@ -172,7 +172,16 @@ fn not_even_the_end_of_a_tables_last_sector_may_be_lost() {
                 check(&*cut(), &CheckOptions::default()).unwrap().tables_cut,
                 "{lost}"
             );
-            let (mended, before) = (cut(), cut());
+            let (repaired, before) = (cut(), cut());
+            let sparing = CheckOptions {
+                repair: Repair::All,
+                spare_cut_off: true,
+                ..CheckOptions::default()
+            };
+            let error = check(&*repaired, &sparing).unwrap_err().to_string();
+            assert!(error.contains("not repaired"), "{lost}: {error}");
+            assert_eq!(repaired.done().changes, 0, "{lost}");
+            let mended = cut();
             assert_eq!(mend_dirty(&*mended).is_err(), dirty, "{lost}");
             assert_eq!(mended.len().unwrap(), before.len().unwrap(), "{lost}");
         }

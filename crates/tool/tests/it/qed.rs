@@ -217,8 +217,8 @@ fn memory_is_bounded_by_the_budget() {
             .unwrap();
     }
     let options = CheckOptions {
-        repair: Repair::No,
         budget_bytes: 0,
+        ..CheckOptions::default()
     };
     let error = qed::check(&*open(&path), &options).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
