@@ -26,6 +26,7 @@ mod convert_corners;
 mod convert_options;
 mod cut_off;
 mod dirty;
+mod documented;
 mod encryption;
 mod foreign;
 mod full_disk;
