@@ -23,8 +23,7 @@ use block::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
-    os::unix::fs::FileExt,
+    fs,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -36,7 +35,7 @@ const PAIRS: u64 = 16;
 /// Bytes of a write, and from one to the next.
 const BLOCK: u64 = 4 << 10;
 const STRIDE: u64 = 128 << 10;
-/// Bytes of the disk that they go to, and of the file.
+/// Bytes of the disk that they go to, and of the file at most.
 const DISK: u64 = 8 << 20;
 const FILE: u64 = 64 << 20;
 /// How long making an image may take.
@@ -124,13 +123,9 @@ impl Probe {
 }
 
 fn look(programs: &Programs, work: &Path, setup: &Setup<'_>) -> Result<Flushed> {
-    if matches!(setup.format, "vhd" | "vpc") {
-        return Err(Error::unsupported(
-            "a VHD image ends with its file, which is of one size here",
-        ));
-    }
     fs::create_dir_all(work).context(|| work.display().to_string())?;
     let member = work.join("member");
+    let _ = fs::remove_file(&member); // of the configuration before
     image(programs, work, setup.format, &member)?;
     let device = simulated::Setup {
         model: Model::Flash {
@@ -138,6 +133,7 @@ fn look(programs: &Programs, work: &Path, setup: &Setup<'_>) -> Result<Flushed> 
             write: Duration::ZERO,
             channels: 32,
         },
+        grows: true,
         ..simulated::Setup::new(FILE)
     };
     let mounted = Mounted::start(work, device, std::slice::from_ref(&member))?;
@@ -181,23 +177,14 @@ fn count(client: &mut dyn Single, flushes: &dyn Fn() -> u64) -> Result<Flushed> 
 
 /// Makes a file with an image of that format.
 fn image(programs: &Programs, work: &Path, format: &str, path: &Path) -> Result<()> {
-    let named = || path.display().to_string();
-    let file = File::create(path).context(named)?;
-    if format != "raw" {
-        let made = work.join("made");
-        let mut create = Command::new(&programs.diskplane);
-        create.args(["create", "-q", "-f", format]).arg(&made);
-        create.arg(DISK.to_string());
-        let mut process = Process::start("create", &mut create, work)?;
-        let status = process.wait(LIMIT)?;
-        if !status.success() {
-            return Err(process.failed(&format!("failed ({status})")));
-        }
-        let bytes = fs::read(&made).context(|| made.display().to_string())?;
-        fs::remove_file(&made).context(|| made.display().to_string())?;
-        file.write_all_at(&bytes, 0).context(named)?;
+    let mut create = Command::new(&programs.diskplane);
+    create.args(["create", "-q", "-f", format]).arg(path);
+    create.arg(DISK.to_string());
+    let mut process = Process::start("create", &mut create, work)?;
+    match process.wait(LIMIT)? {
+        status if status.success() => Ok(()),
+        status => Err(process.failed(&format!("failed ({status})"))),
     }
-    file.set_len(FILE).context(named)
 }
 
 /// Where a side does with flushes what it was not asked for, or does not do it.

@@ -124,5 +124,6 @@ fn setup(args: &DeviceArgs) -> Result<Setup> {
         members: args.members,
         chunk: args.chunk,
         bytes: args.size,
+        grows: false,
     })
 }

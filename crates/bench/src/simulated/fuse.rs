@@ -5,7 +5,7 @@ use super::{
     clock::{Answer, Clock, Kept},
 };
 use crate::simulated::Op;
-use block::Result;
+use block::{Context, Result};
 use fuser::{
     AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
     Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags,
@@ -41,6 +41,8 @@ pub(super) struct FileSystem {
     clock: Arc<Clock>,
     files: Vec<File>,
     setup: Setup,
+    /// Bytes of the disk.
+    len: AtomicU64,
     made: SystemTime,
     /// Flushes that programs asked for.
     flushes: Arc<AtomicU64>,
@@ -48,10 +50,18 @@ pub(super) struct FileSystem {
 
 impl FileSystem {
     pub(super) fn new(setup: Setup, files: Vec<File>) -> Result<Self> {
+        let len = match files.first().filter(|_| setup.grows) {
+            Some(file) => file
+                .metadata()
+                .context(|| "what it lies in".to_owned())?
+                .len(),
+            None => setup.bytes,
+        };
         Ok(Self {
             clock: Arc::new(Clock::start(setup.build()?)?),
             files,
             setup,
+            len: AtomicU64::new(len),
             made: SystemTime::now(),
             flushes: Arc::default(),
         })
@@ -68,9 +78,33 @@ impl FileSystem {
         Arc::clone(&self.flushes)
     }
 
+    /// Bytes of the disk.
+    fn len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
+    }
+
+    /// Has it be so long. The kernel asks for one change at a time, and for no write meanwhile.
+    fn set_len(&self, len: u64) -> std::result::Result<(), Errno> {
+        if len == self.len() {
+            return Ok(());
+        }
+        if !self.setup.grows {
+            // A device has the size that it has; who opens it with O_TRUNC means no harm.
+            return if len == 0 { Ok(()) } else { Err(Errno::EINVAL) };
+        }
+        if len > self.setup.bytes {
+            return Err(Errno::EFBIG);
+        }
+        for file in &self.files {
+            file.set_len(len).map_err(|error| errno(&error))?;
+        }
+        self.len.store(len, Ordering::Release);
+        Ok(())
+    }
+
     fn attr(&self, ino: INodeNo) -> FileAttr {
         let is_disk = ino == DISK_INO;
-        let size = if is_disk { self.setup.bytes } else { 0 };
+        let size = if is_disk { self.len() } else { 0 };
         FileAttr {
             ino,
             size,
@@ -159,10 +193,9 @@ impl Filesystem for FileSystem {
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        // A device has the size that it has; who opens it with O_TRUNC means no harm.
-        match size {
-            Some(size) if size != 0 && size != self.setup.bytes => reply.error(Errno::EINVAL),
-            _ => reply.attr(&TTL, &self.attr(ino)),
+        match size.map_or(Ok(()), |size| self.set_len(size)) {
+            Ok(()) => reply.attr(&TTL, &self.attr(ino)),
+            Err(errno) => reply.error(errno),
         }
     }
 
@@ -190,7 +223,7 @@ impl Filesystem for FileSystem {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let left = self.setup.bytes.saturating_sub(offset);
+        let left = self.len().saturating_sub(offset);
         let bytes = usize::try_from(left.min(u64::from(size))).unwrap_or(0);
         let mut data = vec![0; bytes];
         let read = self.each(offset, bytes, |file, at, part| {
@@ -226,6 +259,10 @@ impl Filesystem for FileSystem {
         match wrote {
             Err(error) => reply.error(errno(&error)),
             Ok(()) => {
+                if self.setup.grows {
+                    let end = offset + bytes as u64;
+                    self.len.fetch_max(end, Ordering::AcqRel);
+                }
                 let count = u32::try_from(bytes).unwrap_or(u32::MAX);
                 self.submit(
                     Op::Write,
@@ -313,7 +350,7 @@ impl Filesystem for FileSystem {
         reply: ReplyLseek,
     ) {
         // All of it is data.
-        let size = i64::try_from(self.setup.bytes).unwrap_or(i64::MAX);
+        let size = i64::try_from(self.len()).unwrap_or(i64::MAX);
         match whence {
             _ if !(0..size).contains(&offset) => reply.error(Errno::ENXIO),
             libc::SEEK_DATA => reply.offset(offset),

@@ -132,6 +132,9 @@ pub struct Setup {
     pub chunk: u64,
     /// Bytes of the whole.
     pub bytes: u64,
+    /// A file instead of a device: as long as what it has in its one member, it becomes longer by writes, and what `set_len`
+    /// says, up to `bytes`.
+    pub grows: bool,
 }
 
 /// Devices in an array at most.
@@ -147,6 +150,7 @@ impl Setup {
             members: 1,
             chunk: 64 << 10,
             bytes,
+            grows: false,
         }
     }
 
@@ -182,6 +186,9 @@ impl Setup {
                 "a size of {} bytes: it must be a multiple of {row} (a chunk of each device)",
                 self.bytes
             )));
+        }
+        if self.grows && self.members > 1 {
+            return Err(Error::invalid("a file that grows lies on one device"));
         }
         let one = || match self.model {
             Model::Spindle(drive) => {
@@ -268,6 +275,60 @@ mod tests {
             let error = setup.build().unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
         }
+    }
+
+    #[test]
+    fn a_file_may_grow_where_it_is_no_device() {
+        use std::{
+            fs::{self, OpenOptions},
+            os::unix::fs::FileExt as _,
+        };
+        let dir = testkit::TempDir::new();
+        let member = dir.path("member");
+        fs::write(&member, b"some bytes").unwrap();
+        let setup = Setup {
+            model: Model::Flash {
+                read: Duration::ZERO,
+                write: Duration::ZERO,
+                channels: 4,
+            },
+            grows: true,
+            ..Setup::new(1 << 20)
+        };
+        let mounted = Mounted::start(dir.root(), setup, std::slice::from_ref(&member)).unwrap();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(mounted.path())
+            .unwrap();
+        let len = || {
+            (
+                file.metadata().unwrap().len(),
+                fs::metadata(&member).unwrap().len(),
+            )
+        };
+        assert_eq!(len(), (10, 10));
+        file.write_all_at(b"more", 8).unwrap();
+        file.sync_all().unwrap();
+        assert_eq!(len(), (12, 12));
+        assert_eq!(fs::read(mounted.path()).unwrap(), b"some bytmore");
+        file.set_len(4).unwrap();
+        file.set_len(6).unwrap();
+        assert_eq!(len(), (6, 6));
+        assert_eq!(fs::read(mounted.path()).unwrap(), b"some\0\0");
+        // Up to its limit, and no further.
+        file.write_all_at(b"end", (1 << 20) - 3).unwrap();
+        file.sync_all().unwrap();
+        assert_eq!(len().1, 1 << 20);
+        let full = |error: std::io::Error| error.raw_os_error();
+        assert_eq!(
+            file.set_len((1 << 20) + 1).map_err(full),
+            Err(Some(libc::EFBIG))
+        );
+        let beyond = file
+            .write_all_at(b"x", 1 << 20)
+            .and_then(|()| file.sync_all());
+        assert_eq!(beyond.map_err(full), Err(Some(libc::ENOSPC)));
     }
 
     #[test]

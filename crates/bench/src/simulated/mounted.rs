@@ -67,7 +67,10 @@ impl Mounted {
         let files = if files.is_empty() { &own } else { files };
         let open: Result<Vec<File>> = files
             .iter()
-            .map(|path| open(path, setup.member_bytes()))
+            .map(|path| match setup.grows {
+                true => open(path, 0),
+                false => open(path, setup.member_bytes()),
+            })
             .collect();
         let system = fuse::FileSystem::new(setup, open?)?;
         let (kept, flushes) = (Box::new(system.kept()), system.flushes());
