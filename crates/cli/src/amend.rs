@@ -112,8 +112,8 @@ pub fn apply(
     }
     let storage: &dyn Storage = &*file;
     let name = storage.name();
-    let mend = options.repair.unwrap_or(check::prepare);
-    mend(storage, Format::Qcow2)?;
+    let repair = options.repair.unwrap_or(check::PREPARE);
+    (repair.image)(storage, Format::Qcow2)?;
     let header = Header::read(storage)?;
     header.check_known().map_err(|e| e.within(&name))?;
     let drops = changes.drop_bitmaps && changes.image.version == Some(2) && header.version > 2;

@@ -115,7 +115,7 @@ pub fn run(args: &Image) -> Result<()> {
         force_share: args.force_share,
         allow_backing: args.allow_backing.clone(),
         passphrases: args.keys.read()?,
-        repair: Some(check::mend),
+        repair: Some(check::MEND),
         ..ChainOptions::default()
     };
     let chain = open::named(&args.image, args.image_opts, &args.keys.objects, options)?;

@@ -21,8 +21,10 @@ use crate::open::{self, Access};
 use crate::print;
 use anyhow::{Result, bail};
 use block::{Storage, plain};
-use disk::chain::ChainOptions;
+use disk::chain::{Below, ChainOptions};
 use image::Format;
+use image::qcow2::{Header, features};
+use io::File;
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -94,6 +96,10 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
     let options = CheckOptions {
         repair,
         budget_bytes: args.memory,
+        data_file_len: match format {
+            Format::Qcow2 => data_file_len(&image.path, &file, args),
+            _ => None,
+        },
         spare_cut_off: true,
     };
     let found = match format {
@@ -131,6 +137,38 @@ pub fn run(args: &args::Check) -> Result<ExitCode> {
         Report { leaks: 1.., .. } => 3,
         _ => 0,
     }))
+}
+
+/// Bytes of the external data file of the qcow2 image in `file`, if it has one. One that cannot be had is told: what is in
+/// the image can be checked without.
+fn data_file_len(path: &Path, file: &File, args: &args::Check) -> Option<u64> {
+    // What is wrong with its header the check tells.
+    Header::read(file)
+        .ok()
+        .filter(|header| header.incompatible & features::DATA_FILE != 0)?;
+    let options = ChainOptions {
+        format: Some(Format::Qcow2),
+        read_only: true,
+        // The image itself is open, and locked, already; of the other file only the length is wanted.
+        force_share: true,
+        allow_locked: true,
+        allow_backing: args.allow_backing.clone(),
+        data_file: args.data_file.clone(),
+        below: vec![Below::Nothing],
+        ..ChainOptions::default()
+    };
+    let len = open::chain(path, &options).and_then(|chain| {
+        let data = chain.layers.first().and_then(|layer| layer.files.get(1));
+        data.map(|file| file.len()).transpose()
+    });
+    match len {
+        Ok(len) => len,
+        Err(error) => {
+            let name = plain(&format!("{error:#}"));
+            eprintln!("diskplane: {name}: whether its data file is whole is not known");
+            None
+        }
+    }
 }
 
 /// Checks an image of that format; `None` where it has no metadata that could be wrong.
@@ -207,6 +245,18 @@ fn json(args: &args::Check, format: Format, report: &Report) -> Result<String> {
         findings_left_out: report.findings_left_out,
     })
 }
+
+/// For commands and servers that write, and may go on where a file is cut off.
+pub const MEND: disk::chain::Repair = disk::chain::Repair {
+    image: mend,
+    data_file: None,
+};
+
+/// For commands that change an image, and could hide that it is cut off.
+pub const PREPARE: disk::chain::Repair = disk::chain::Repair {
+    image: prepare,
+    data_file: Some(tool::check::refuse_short_data_file),
+};
 
 /// Brings an image that was not closed cleanly in order before a command writes to it, and says so.
 pub fn mend(storage: &dyn Storage, format: Format) -> block::Result<()> {

@@ -39,7 +39,7 @@ pub fn run(args: &args::Commit) -> Result<()> {
         allow_backing: args.moving.allow_backing.clone(),
         cache_bytes: Some(CACHE_BYTES),
         passphrases: args.moving.keys.read()?,
-        repair: Some(check::prepare),
+        repair: Some(check::PREPARE),
         ..ChainOptions::default()
     };
     let objects = &args.moving.keys.objects;

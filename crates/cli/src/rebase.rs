@@ -129,7 +129,7 @@ fn overlay(args: &args::Rebase) -> Result<(PathBuf, ChainOptions)> {
         allow_backing: args.moving.allow_backing.clone(),
         cache_bytes: Some(CACHE_BYTES),
         passphrases: args.moving.keys.read()?,
-        repair: Some(check::prepare),
+        repair: Some(check::PREPARE),
         ..ChainOptions::default()
     };
     let objects = &args.moving.keys.objects;

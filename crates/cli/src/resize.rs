@@ -92,7 +92,7 @@ pub struct Resized {
 /// Resizes the image at `path`, which is opened as `options` say, locked against all others meanwhile.
 pub fn resize(path: &Path, options: &ChainOptions, wish: &Wish) -> Result<Resized> {
     let options = ChainOptions {
-        repair: Some(crate::check::prepare),
+        repair: Some(crate::check::PREPARE),
         ..options.clone()
     };
     let chain = open::chain(path, &options)?;

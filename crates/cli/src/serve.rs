@@ -230,7 +230,7 @@ fn chain_options(args: &args::Serve, spec: &DiskSpec) -> Result<ChainOptions> {
         allow_backing: args.allow_backing.clone(),
         data_file: spec.data_file.clone(),
         snapshot: spec.snapshot.clone(),
-        repair: Some(crate::check::mend),
+        repair: Some(crate::check::MEND),
         ..ChainOptions::default()
     })
 }

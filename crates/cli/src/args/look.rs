@@ -106,6 +106,12 @@ pub struct Check {
     /// FILE is key=value,…, as in qemu-img, rather than a file's name: driver=qcow2,file.filename=PATH
     #[arg(long)]
     pub image_opts: bool,
+    /// Look also below DIR for a qcow2 image's data file, not only below the image's own directory
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+    /// A qcow2 image's external data file, whatever name the image has for it
+    #[arg(long, value_name = "PATH")]
+    pub data_file: Option<PathBuf>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub objects: Objects,

@@ -251,7 +251,7 @@ impl Copying<'_> {
             direct_fallback: self.args.moving.cache.is_none(),
             allow_backing: self.args.moving.allow_backing.clone(),
             cache_bytes: Some(CACHE_BYTES),
-            repair: Some(crate::check::prepare),
+            repair: Some(crate::check::PREPARE),
             passphrases,
             ..ChainOptions::default()
         };

@@ -235,7 +235,14 @@ fn said(finding: &Finding, repairing: bool) -> Option<String> {
     })
 }
 
+/// For commands that write: as QEMU, which looks at no data file.
+pub const MEND: disk::chain::Repair = disk::chain::Repair {
+    image: mend,
+    data_file: None,
+};
+
 /// Brings an image that was not closed cleanly in order before it is written to, and says so as QEMU does.
+/// Brings an image that was not closed cleanly in order, and says what was wrong as QEMU does.
 pub fn mend(storage: &dyn Storage, format: Format) -> block::Result<()> {
     if format != Format::Qcow2 {
         return crate::check::mend(storage, format);

@@ -73,7 +73,7 @@ pub fn trusting() -> ChainOptions {
     ChainOptions {
         allow_backing: vec![PathBuf::from("/")],
         cache_bytes: Some(crate::convert::CACHE_BYTES),
-        repair: Some(super::check::mend),
+        repair: Some(super::check::MEND),
         probe_backing: true,
         names: Some(below),
         cut_off: CutOff::Zeros,

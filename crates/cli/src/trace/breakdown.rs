@@ -173,7 +173,7 @@ fn of_image(args: &Args, file: &str) -> Result<Answer> {
         cache: args.cache,
         direct_fallback: args.aio == Aio::Auto,
         allow_backing: args.allow_backing.clone(),
-        repair: Some(crate::check::mend),
+        repair: Some(crate::check::MEND),
         ..ChainOptions::default()
     };
     let chain = Chain::open(file, &options)?;

@@ -346,3 +346,89 @@ fn files_that_end_with_their_disk_are_whole() {
     want[1000..].fill(0);
     assert_eq!(fs::read(dir.join("copy.raw")).unwrap(), want);
 }
+
+/// Data in another file are looked for there.
+#[test]
+fn an_external_data_file_that_is_cut_off_is_told_and_left_alone() {
+    let dir = TempDir::new();
+    let dir = dir.root();
+    // QEMU looks for a relative name where it runs.
+    let option = format!("data_file={}", dir.join("data").display());
+    let create = ["create", "-q", "-f", "qcow2", "-o", &option, "a", "4100K"];
+    qemu_img(dir, &create);
+    qemu::io(
+        "qcow2",
+        dir.join("a"),
+        &["write -P 7 1M 1M", "write -P 8 4M 4K"],
+    );
+    let overlay = [
+        "create", "-q", "-f", "qcow2", "-b", "a", "-F", "qcow2", "over",
+    ];
+    qemu_img(dir, &overlay);
+    good(dir, &["check", "a"]);
+    let whole = fs::read(dir.join("data")).unwrap();
+    // The last cluster, of which the disk has 4 KiB.
+    cut(&dir.join("data"), (4 << 20) + 2048);
+    let seen = |name| fs::read(dir.join(name)).unwrap();
+    let (image, data) = (seen("a"), seen("data"));
+    for command in [
+        &["resize", "a", "8M"][..],
+        &["commit", "over"],
+        &[
+            "convert",
+            "-n",
+            "-f",
+            "raw",
+            "-O",
+            "qcow2",
+            "null:4100K",
+            "a",
+        ],
+        &["rebase", "-b", "", "a"],
+    ] {
+        let line = refused(dir, command);
+        for words in [
+            "data: ",
+            "cut off",
+            "0x400000 of the data file, which ends at 0x400800",
+        ] {
+            assert!(line.contains(words), "{command:?}: {words}: {line}");
+        }
+        assert!(seen("a") == image && seen("data") == data, "{command:?}");
+    }
+    let check = |code| {
+        let args = ["check", "--json", "a"];
+        let output = diskplane(dir, &args);
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        let report = json(&String::from_utf8(output.stdout).unwrap());
+        (
+            report["cut-off"].as_u64(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    assert_eq!(check(2).0, Some(1));
+    // Whole clusters of it are gone, and the half of one.
+    cut(&dir.join("data"), (1 << 20) + 65536 / 2);
+    assert_eq!(check(2).0, Some(17));
+    // Its tables are sound: nothing is repaired, and it is still cut off.
+    let repaired = diskplane(dir, &["check", "--repair", "all", "a"]);
+    assert_eq!(repaired.status.code(), Some(2), "{repaired:?}");
+    assert!(seen("a") == image);
+    fs::rename(dir.join("data"), dir.join("elsewhere")).unwrap();
+    let (cut_off, told) = check(0);
+    assert_eq!(cut_off, None);
+    assert!(
+        told.contains("whether its data file is whole is not known"),
+        "{told}"
+    );
+    let args = ["check", "--data-file", "elsewhere", "a"];
+    failure(&args, &diskplane(dir, &args), 2);
+    fs::write(dir.join("data"), &whole).unwrap();
+    for command in [
+        &["check", "a"][..],
+        &["resize", "a", "8M"],
+        &["commit", "over"],
+    ] {
+        good(dir, command);
+    }
+}

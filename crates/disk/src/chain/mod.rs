@@ -46,8 +46,17 @@ const HOLES_UNIT: u64 = 64 << 10;
 /// The lock of who only reads: others may read too.
 const SHARED: Lock = Lock::Read { share_write: false };
 
-/// Brings an image of that format, which was not closed cleanly, in order.
-pub type Repair = fn(&dyn Storage, Format) -> Result<()>;
+/// What is done with the active image before it is written to.
+#[derive(Clone, Copy, Debug)]
+pub struct Repair {
+    /// Brings a qcow2 or QED image, which was not closed cleanly, in order; or refuses it.
+    pub image: fn(&dyn Storage, Format) -> Result<()>,
+    /// Refuses a qcow2 image for its external data file.
+    pub data_file: Option<DataFileCheck>,
+}
+
+/// Judges a qcow2 image, and its external data file.
+pub type DataFileCheck = fn(&dyn Storage, &dyn Storage) -> Result<()>;
 
 /// A part of a file that is a raw disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,8 +147,8 @@ pub struct ChainOptions {
     pub vhd_size: Option<vhd::SizeFrom>,
     /// Open encrypted images for which there is no passphrase: their data cannot be read then.
     pub allow_locked: bool,
-    /// Called with the active qcow2 or QED image before that is opened for writing: brings one that was not closed
-    /// cleanly in order. Without it such an image is refused.
+    /// What is done with the active image before it is opened for writing. Without it one that was not closed cleanly is
+    /// refused.
     pub repair: Option<Repair>,
     /// The active image's file, where that is an NBD export and open already, for writing or not as asked here.
     pub opened: Option<Arc<File>>,
@@ -272,6 +281,11 @@ impl Chain {
         let mut active = open_active(path, &mut keys, &mut seen)?;
         let said = options.data_file.as_deref();
         open_data_file(&mut active, options, options.read_only, said, &mut seen)?;
+        if let (false, Some(refuse)) = (options.read_only, options.repair.and_then(|r| r.data_file))
+            && let (Format::Qcow2, [image, data]) = (active.format, &*active.files)
+        {
+            refuse(&**image, &**data)?;
+        }
         layers.push(active);
         while let Some(above) = layers.last() {
             if layers.len() > limits::CHAIN_LENGTH_MAX {
@@ -478,7 +492,7 @@ fn open_active(path: &Path, keys: &mut Keys<'_>, seen: &mut Seen) -> Result<Laye
         },
     };
     match (format, options.read_only, options.repair) {
-        (Format::Qcow2 | Format::Qed, false, Some(repair)) => repair(&*file, format)?,
+        (Format::Qcow2 | Format::Qed, false, Some(repair)) => (repair.image)(&*file, format)?,
         (Format::Vhd, false, _) => tell_mended(&file, vhd::mend(&*file)?),
         (Format::Vhdx, false, _) => tell_mended(&file, vhdx::mend(&*file)?),
         (Format::Vdi, false, _) => tell_mended(&file, vdi::mend(&*file)?),

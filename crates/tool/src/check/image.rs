@@ -44,6 +44,8 @@ pub struct Image {
     pub file_len: u64,
     /// Bytes of the file.
     pub end: u64,
+    /// Bytes of its external data file, in whole sectors, where it has one and that is known.
+    pub data_len: Option<u64>,
     /// Clusters of the file, the last perhaps not whole.
     pub clusters: u64,
     /// The refcount table; empty where it cannot be found.
@@ -90,6 +92,10 @@ impl Image {
             layout,
             file_len,
             end: source.len(),
+            data_len: source
+                .data_file_len()
+                .filter(|_| layout.data_file)
+                .map(|len| len.next_multiple_of(512)),
             clusters,
             table: Vec::new(),
             lost: false,
@@ -120,13 +126,24 @@ impl Image {
     }
 
     /// Whether the end of the file cuts cluster `guest` of the disk, which is at `offset`, and of which the first `used` bytes are
-    /// data. Of the disk's last one no more need be there than the disk has. (One that is wholly behind the end is told as that.)
+    /// data. (One that is wholly behind the end is told as that.)
     #[cold]
     pub fn cuts(&self, guest: u64, offset: u64, used: u64) -> bool {
-        let before = guest.saturating_mul(self.layout.cluster());
-        let used = used.min(self.header.size.saturating_sub(before));
         let there = self.file_len.saturating_sub(offset);
-        (1..used).contains(&there)
+        (1..self.needed(guest, used)).contains(&there)
+    }
+
+    /// Whether the external data file ends before the same cluster does, or begins.
+    #[cold]
+    pub fn data_file_lacks(&self, guest: u64, offset: u64, used: u64) -> bool {
+        let end = offset.saturating_add(self.needed(guest, used));
+        self.data_len.is_some_and(|len| len < end)
+    }
+
+    /// Of the disk's last cluster no more need be there than the disk has.
+    fn needed(&self, guest: u64, used: u64) -> u64 {
+        let before = guest.saturating_mul(self.layout.cluster());
+        used.min(self.header.size.saturating_sub(before))
     }
 
     /// The block of the refcount table's entry `index`.

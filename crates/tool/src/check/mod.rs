@@ -57,7 +57,7 @@ mod whole;
 
 pub use source::{FileSource, Source};
 pub use tally::{FINDINGS_MAX, Fact, Finding, Severity};
-pub use whole::refuse_cut_off;
+pub use whole::{refuse_cut_off, refuse_short_data_file};
 
 use self::image::Image;
 use ::image::qcow2::{Header, features};
@@ -92,6 +92,9 @@ pub struct CheckOptions {
     /// Bytes of memory for counts; less than an image needs costs time. At least enough for what
     /// one refcount block counts, whatever is said.
     pub budget_bytes: u64,
+    /// Bytes of the image's external data file, where it has one: data behind its end are told as cut off. `None`: it is not
+    /// looked at.
+    pub data_file_len: Option<u64>,
     /// Refuse to repair a qcow2 image whose file ends before, or within, an L2 table. A repair takes what only that refers to for
     /// unused, and makes a table of zeros of it; QEMU does so.
     pub spare_cut_off: bool,
@@ -102,6 +105,7 @@ impl Default for CheckOptions {
         Self {
             repair: Repair::No,
             budget_bytes: BUDGET_DEFAULT,
+            data_file_len: None,
             spare_cut_off: false,
         }
     }
@@ -183,7 +187,10 @@ impl Report {
 /// writing fails with. A repair that failed leaves the image no worse than it was.
 pub fn check(storage: &dyn Storage, options: &CheckOptions) -> Result<Report> {
     match options.repair {
-        Repair::No => inspect(&FileSource::new(storage)?, options.budget_bytes),
+        Repair::No => {
+            let source = FileSource::new(storage)?.with_data_file(options.data_file_len);
+            inspect(&source, options.budget_bytes)
+        }
         _ => repair::repair(storage, options),
     }
 }

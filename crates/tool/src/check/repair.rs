@@ -15,7 +15,7 @@ const FREED_MAX: usize = 1 << 16;
 
 pub(super) fn repair(storage: &dyn Storage, options: &CheckOptions) -> Result<Report> {
     let all = options.repair == Repair::All;
-    let source = FileSource::new(storage)?;
+    let source = FileSource::new(storage)?.with_data_file(options.data_file_len);
     let mut image = Image::load(&source, all)?;
     let mut before = Found::search(&source, &image, options.budget_bytes)?;
     if options.spare_cut_off && before.tally.tables_cut {
@@ -30,7 +30,7 @@ pub(super) fn repair(storage: &dyn Storage, options: &CheckOptions) -> Result<Re
     if all && before.tally.block_cut {
         // The refcounts that it has lost are found from what refers to the clusters; no writer may append in their place.
         storage.set_len(image.clusters << image.layout.cluster_bits)?;
-        let source = FileSource::new(storage)?;
+        let source = FileSource::new(storage)?.with_data_file(options.data_file_len);
         image = Image::load(&source, all)?;
         before = Found::search(&source, &image, options.budget_bytes)?;
     }
@@ -81,7 +81,7 @@ pub(super) fn repair(storage: &dyn Storage, options: &CheckOptions) -> Result<Re
     work.mark_dirty(&image)?;
     work.run(image, before)?;
     // As the file is now, from scratch.
-    let source = FileSource::new(storage)?;
+    let source = FileSource::new(storage)?.with_data_file(options.data_file_len);
     let image = Image::load(&source, false)?;
     let after = Found::search(&source, &image, options.budget_bytes)?;
     let sound = after.tally.errors() == 0 && after.tally.check_errors == 0;
@@ -157,7 +157,7 @@ impl Work<'_> {
 
     /// The image as it is after what was written.
     fn again(&self, truncate: bool) -> Result<(Image, Found)> {
-        let source = FileSource::new(self.storage)?;
+        let source = FileSource::new(self.storage)?.with_data_file(self.options.data_file_len);
         let image = Image::load(&source, truncate)?;
         let found = Found::search(&source, &image, self.options.budget_bytes)?;
         Ok((image, found))

@@ -17,6 +17,11 @@ pub trait Source: Sync + fmt::Debug {
         self.len() == 0
     }
 
+    /// Bytes of the image's external data file, where that is known.
+    fn data_file_len(&self) -> Option<u64> {
+        None
+    }
+
     /// Fills `buf` from `offset`. Bytes behind the end read as zeros.
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
 
@@ -29,6 +34,7 @@ pub trait Source: Sync + fmt::Debug {
 pub struct FileSource<'a> {
     storage: &'a dyn Storage,
     len: u64,
+    data_file_len: Option<u64>,
 }
 
 impl<'a> FileSource<'a> {
@@ -37,7 +43,15 @@ impl<'a> FileSource<'a> {
         Ok(Self {
             storage,
             len: storage.len()?,
+            data_file_len: None,
         })
+    }
+
+    /// The same, with an external data file of so many bytes.
+    #[must_use]
+    pub fn with_data_file(mut self, len: Option<u64>) -> Self {
+        self.data_file_len = len;
+        self
     }
 }
 
@@ -48,6 +62,10 @@ impl Source for FileSource<'_> {
 
     fn len(&self) -> u64 {
         self.len
+    }
+
+    fn data_file_len(&self) -> Option<u64> {
+        self.data_file_len
     }
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {

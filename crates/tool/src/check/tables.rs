@@ -227,7 +227,15 @@ impl Walk<'_> {
                             }
                             next = offset.saturating_add(layout.cluster());
                         }
-                        if !layout.data_file {
+                        if layout.data_file {
+                            let used = layout.used(bitmap);
+                            if offset.saturating_add(used) > image.data_len.unwrap_or(u64::MAX)
+                                && let Some(first) = first
+                                && image.data_file_lacks(first + (at / step) as u64, offset, used)
+                            {
+                                self.lacks_data(offset, &|| entry_name(table, at / step, raw));
+                            }
+                        } else {
                             sound &= offset < image.file_len;
                             let used = layout.used(bitmap);
                             if offset.saturating_add(used) > image.file_len

@@ -227,6 +227,20 @@ impl<'a> Walk<'a> {
         }
     }
 
+    /// Counts a cluster that the external data file ends before.
+    #[cold]
+    pub(super) fn lacks_data(&mut self, offset: u64, what: &dyn Fn() -> String) {
+        if self.first {
+            let end = self.image.data_len.unwrap_or(0);
+            self.tally.found(Severity::CutOff, 1, || {
+                format!(
+                    "{} is at {offset:#x} of the data file, which ends at {end:#x}",
+                    what()
+                )
+            });
+        }
+    }
+
     #[cold]
     fn note_beyond(&mut self, first: u64, last: u64) {
         let end = self.image.clusters;

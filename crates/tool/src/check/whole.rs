@@ -4,6 +4,7 @@ use super::image::Image;
 use super::source::{FileSource, Source};
 use super::tally::Severity;
 use super::{CheckOptions, Fact, Finding, Report, check};
+use ::image::qcow2::Header;
 use ::image::qcow2::check::Block;
 use block::{Error, Result, Storage};
 
@@ -28,6 +29,33 @@ pub fn refuse_cut_off(storage: &dyn Storage) -> Result<()> {
         _ => Err(Error::corrupt(format!(
             "{}: {}",
             storage.name(),
+            lost(&report)
+        ))),
+    }
+}
+
+/// Refuses the qcow2 image in `storage` where its external data file `data` ends before data of the disk: as [`refuse_cut_off`].
+///
+/// Tables are looked through only where the data file is shorter than the disk.
+///
+/// # Errors
+///
+/// As [`refuse_cut_off`].
+pub fn refuse_short_data_file(storage: &dyn Storage, data: &dyn Storage) -> Result<()> {
+    let len = data.len()?;
+    if len >= Header::read(storage)?.size {
+        return Ok(());
+    }
+    let options = CheckOptions {
+        data_file_len: Some(len),
+        ..CheckOptions::default()
+    };
+    let report = check(storage, &options)?;
+    match report.cut_off {
+        0 => Ok(()),
+        _ => Err(Error::corrupt(format!(
+            "{}: {}",
+            data.name(),
             lost(&report)
         ))),
     }
