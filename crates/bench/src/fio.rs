@@ -4,7 +4,7 @@
 //! are. (Its `clat` begins when the request was submitted.)
 
 use crate::{
-    load::{Flushes, Latencies, Percentiles, Report, Spec, Target},
+    load::{Flushes, Latencies, Percentiles, Report, Spec, Target, psync},
     machine::{pre_exec, process},
 };
 use block::{Context, Error, ErrorKind, Result};
@@ -149,7 +149,7 @@ pub(crate) fn arguments(spec: &Spec) -> Result<Vec<OsString>> {
         } => {
             let engine = match (engine.as_str(), spec.depth) {
                 ("native", _) => "libaio",
-                ("threads", 1) => "psync",
+                ("threads", 1) | (psync::NAME, _) => "psync",
                 ("threads", _) => "posixaio",
                 _ => "io_uring",
             };

@@ -107,7 +107,8 @@ pub struct Load {
     /// The server's control socket (diskplane serve --control): report the time that requests spend in its stages
     #[arg(long, value_name = "SOCK", conflicts_with = "file")]
     pub control: Option<PathBuf>,
-    /// With --file: auto, threads, native or io_uring. With --file, --nbd or --fio: fio, which has fio itself make the requests
+    /// With --file: auto, threads, native or io_uring; or psync, a system call for each request (--depth 1). With --file, --nbd or
+    /// --fio: fio, which has fio itself make the requests
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<Engine>)]
     pub engine: Engine,
     /// Draw where --pid's processes, or with --file this one, spend CPU meanwhile, into FILE.svg (needs perf, which slows them a little)
@@ -179,6 +180,8 @@ const JOBS_SAY: [&str; 18] = [
 pub enum Engine {
     /// We do; to a file by this engine.
     Ours(Aio),
+    /// We do, by a system call for each.
+    Psync,
     /// fio does.
     Fio,
 }
@@ -189,6 +192,7 @@ impl std::str::FromStr for Engine {
     fn from_str(name: &str) -> block::Result<Self> {
         match name {
             "fio" => Ok(Self::Fio),
+            "psync" => Ok(Self::Psync),
             name => name.parse().map(Self::Ours),
         }
     }
@@ -234,7 +238,7 @@ pub fn run(args: &Load) -> Result<()> {
     let spec = spec(args)?;
     let report = match args.engine {
         Engine::Fio => bench::fio::run(&spec)?,
-        Engine::Ours(_) => match &args.flamegraph {
+        Engine::Ours(_) | Engine::Psync => match &args.flamegraph {
             Some(out) => flamegraph(args, &spec, out)?,
             None => load::run(&spec)?,
         },
@@ -395,10 +399,10 @@ fn say_jobs(args: &Load, answers: &[JobAnswer<'_>]) -> Result<()> {
 
 /// Where requests go, as far as the command line says.
 fn target(args: &Load) -> Result<Option<Target>> {
-    let of_files = matches!(args.engine, Engine::Ours(Aio::Only(_)));
+    let of_files = matches!(args.engine, Engine::Ours(Aio::Only(_)) | Engine::Psync);
     ensure!(
         args.file.is_some() || !of_files,
-        "--engine: threads, native and io_uring are ways to a file: give --file"
+        "--engine: threads, native, io_uring and psync are ways to a file: give --file"
     );
     Ok(Some(match (&args.vhost_user, &args.nbd, &args.file) {
         (Some(socket), None, None) => Target::VhostUser(socket.clone()),
@@ -411,6 +415,7 @@ fn target(args: &Load) -> Result<Option<Target>> {
             },
             direct: !args.buffered,
         },
+                Engine::Psync => "psync".into(),
         (None, None, None) => return Ok(None),
         _ => bail!("give one of --vhost-user, --nbd and --file"),
     }))

@@ -7,7 +7,7 @@ use super::{
     options::{Raw, Size},
 };
 use crate::load::{
-    Flushes, Pattern, Random, Shape, Spec, Target, Verify,
+    Flushes, Pattern, Random, Shape, Spec, Target, Verify, psync,
     shape::{Pause, Rate, Rates, Runs, Sizes},
 };
 use block::Error;
@@ -113,14 +113,22 @@ impl Raw {
                     path: first.clone(),
                     engine: match engine {
                         "io_uring" => "io_uring",
-                        "libaio" => "native",
-                        _ => "threads",
+                        "libaio" if self.direct => "native",
+                        "posixaio" => "threads",
+                        _ => psync::NAME,
                     }
                     .to_owned(),
                     direct: self.direct,
                 }
             }
         };
+        if setting.target.is_none() && engine == "libaio" && !self.direct {
+            notes.insert(
+                "ioengine=libaio without direct=1: the kernel makes such requests one by one while they are submitted, so they \
+                 are made one at a time, as by psync, whatever iodepth says"
+                    .to_owned(),
+            );
+        }
         let count = paths.len().max(1) as u64;
         let bytes = |size: Option<Size>, of: &str| bytes_of(size, paths.first(), of);
         let increment = bytes(self.offset_increment, "offset_increment")?.unwrap_or(0);
@@ -175,7 +183,7 @@ impl Raw {
             pattern,
             read_percent: self.read_percent.unwrap_or(50),
             block_bytes: most,
-            depth: self.depth(),
+            depth: self.depth(&target),
             flushes,
             start_bytes: start,
             range_bytes: range,
@@ -222,10 +230,12 @@ impl Raw {
         })
     }
 
-    /// Requests at a time: one with an engine that has no more, whatever the depth.
-    fn depth(&self) -> u32 {
+    /// Requests at a time: one where there are no more, whatever the depth.
+    fn depth(&self, target: &Target) -> u32 {
+        let one = matches!(target, Target::File { engine, .. } if engine == psync::NAME);
         match self.engine() {
             "psync" | "sync" | "vsync" | "pvsync" | "pvsync2" => 1,
+            _ if one => 1,
             _ => self.depth.unwrap_or(1),
         }
     }

@@ -342,12 +342,38 @@ mod tests {
     }
 
     #[test]
+    fn engines_are_what_they_are_in_fio() {
+        let text = "[global]\nfilename=/x\nsize=1m\niodepth=8\n[plain]\n[pv]\nioengine=pvsync2\n[aio]\nioengine=libaio\ndirect=1\n\
+                    [cached]\nioengine=libaio\n[pool]\nioengine=posixaio\n[ring]\nioengine=io_uring\n";
+        let jobs = jobs(text).unwrap();
+        let engines = jobs.jobs.iter().map(|job| match &job.spec.target {
+            Target::File { engine, .. } => (engine.as_str(), job.spec.depth),
+            _ => panic!("{job:?}"),
+        });
+        // Who calls the kernel for each request has one at a time, and so has Linux AIO without O_DIRECT, which waits in io_submit.
+        let expected = [
+            ("psync", 1),
+            ("psync", 1),
+            ("native", 8),
+            ("psync", 1),
+            ("threads", 8),
+            ("io_uring", 8),
+        ];
+        assert_eq!(engines.collect::<Vec<_>>(), expected);
+        let said = jobs
+            .notes
+            .iter()
+            .filter(|note| note.contains("libaio without direct=1"));
+        assert_eq!(said.count(), 1, "{:?}", jobs.notes);
+    }
+
+    #[test]
     fn jobs_have_shapes() {
         let text = "[global]\ndirectory=/d\nsize=3m\n\
                     [a]\nnrfiles=3\nfile_service_type=random:2\nrw=randrw\nbssplit=4k/70:64k/30,512-512\n\
                     bssplit=4k/70:64k/30,8k/100\nrate=1m,2m\nrate_process=poisson\nend_fsync=1\nunlink=1\n\
                     [b]\nfilename=x:y\nwait_for=a\nstartdelay=2\nrw=read:-8k\nloops=2\nnumjobs=2\noffset_increment=1m\n\
-                    [c]\nioengine=libaio\niodepth=8\nrw=randwrite:4\nrw_sequencer=identical\nthinktime=9\nthinktime_spin=4\n\
+                    [c]\nioengine=libaio\ndirect=1\niodepth=8\nrw=randwrite:4\nrw_sequencer=identical\nthinktime=9\nthinktime_spin=4\n\
                     thinktime_blocks=3\nthinktime_blocks_type=issue\nio_size=1m\nfsync=7\nblockalign=1k\n\
                     [d]\nrw=randread\nbs=8k\n[e]\nrw=randread\npercentage_random=20\nbsrange=4k-16k\n";
         let text = text.replace("bssplit=4k/70:64k/30,512-512\n", "");

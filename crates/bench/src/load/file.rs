@@ -6,6 +6,7 @@ use super::{
     drive::{Client, Ended},
     fill,
     plan::{Geometry, Kind, Places, Request},
+    psync::{self, Psync},
     run::run_queues,
 };
 use block::{Context, Error, ErrorKind, IoVec, Result};
@@ -33,7 +34,10 @@ pub(crate) fn run(
     by: By<'_>,
 ) -> Result<Report> {
     let named = || path.display().to_string();
-    let aio: Aio = engine.parse()?;
+    let aio: Option<Aio> = match engine {
+        psync::NAME => None,
+        engine => Some(engine.parse()?),
+    };
     let options = OpenOptions {
         cache: if direct {
             Cache::None
@@ -54,7 +58,8 @@ pub(crate) fn run(
         .chain(spec.shape.more_files.iter().map(PathBuf::as_path));
     let files = paths.map(|path| io::wait_for_lock(|| File::open(path, &options)));
     let files = files.collect::<Result<Vec<_>>>()?;
-    let kind = io::choose(aio, &files).context(named)?.kind;
+    let kind = aio.map(|aio| io::choose(aio, &files)).transpose();
+    let kind = kind.context(named)?.map(|choice| choice.kind);
     let mut capacity = u64::MAX;
     for file in &files {
         capacity = capacity.min(file.len()?);
@@ -69,11 +74,34 @@ pub(crate) fn run(
     };
     let places = Places::new(spec, &geometry).context(named)?;
     let span = places.span();
-    let openers = (0..spec.queues).map(|queue| {
-        let files = files.clone();
-        move || Bare::new(spec, &files, span, kind, queue).context(|| path.display().to_string())
-    });
-    run_queues(spec, places, openers.collect(), by).context(named)
+    let queues = 0..spec.queues;
+    let report = match kind {
+        Some(kind) => {
+            let openers = queues.map(|queue| {
+                let files = &files;
+                move || {
+                    Bare::new(spec, files, span, kind, queue).context(|| path.display().to_string())
+                }
+            });
+            run_queues(spec, places, openers.collect(), by)
+        }
+        None => {
+            let openers = queues.map(|queue| {
+                let files = files.clone();
+                move || Ok(Psync::new(spec, files, span, queue))
+            });
+            run_queues(spec, places, openers.collect(), by)
+        }
+    };
+    report.context(named)
+}
+
+/// Which of `count` files has what is at `offset` of all, `span` bytes each, and where.
+pub(super) fn place(offset: u64, span: u64, count: usize) -> (usize, u64) {
+    match count {
+        1 => (0, offset),
+        _ => ((offset / span) as usize, offset % span),
+    }
 }
 
 /// How files are opened that are written or read.
@@ -166,13 +194,7 @@ impl Client for Bare {
             Kind::Write => IoOp::Write,
             Kind::Flush => IoOp::Sync,
         };
-        let (file, offset) = match self.files.len() {
-            1 => (0, request.offset),
-            _ => (
-                (request.offset / self.span) as usize,
-                request.offset % self.span,
-            ),
-        };
+        let (file, offset) = place(request.offset, self.span, self.files.len());
         let Some(file) = self.files.get(file) else {
             return Err(Error::new(ErrorKind::Io, "a request for no file"));
         };

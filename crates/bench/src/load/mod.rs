@@ -7,6 +7,7 @@ mod merged;
 pub(crate) mod nbd;
 mod pace;
 mod plan;
+pub(crate) mod psync;
 mod random;
 mod run;
 pub mod shape;
@@ -141,7 +142,7 @@ pub enum Target {
     File {
         /// The file.
         path: PathBuf,
-        /// `auto`, `threads`, `native` or `io_uring`.
+        /// `auto`, `threads`, `native` or `io_uring`; `psync`: none, but a system call for each request, at a depth of 1.
         engine: String,
         /// With `O_DIRECT`.
         direct: bool,

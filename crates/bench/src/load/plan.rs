@@ -1,6 +1,6 @@
 //! Which request comes next: offsets, the mix of reads and writes, flushes.
 
-use super::{Against, Flushes, Pattern, Random, Spec, Target, walk::Walk};
+use super::{Against, Flushes, Pattern, Random, Spec, Target, psync, walk::Walk};
 use block::{Error, Result, size};
 use std::time::Duration;
 
@@ -109,6 +109,14 @@ impl Spec {
                 "--queues {}: it is 1 to {}",
                 self.queues,
                 super::QUEUES_MAX
+            ));
+        }
+        if matches!(&self.target, Target::File { engine, .. } if engine == psync::NAME)
+            && self.depth > 1
+        {
+            return wrong(format!(
+                "--engine psync makes one request at a time, not {}: give --depth 1, and --queues for more of them",
+                self.depth
             ));
         }
         let bytes = self.block_bytes * u64::from(self.depth) * u64::from(self.queues);
