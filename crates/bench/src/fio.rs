@@ -230,16 +230,24 @@ fn job(job: &Value) -> Option<Job> {
         }
         (of, latencies)
     };
-    let (read, mut both) = direction("read");
+    let (read, mut all) = direction("read");
     let (write, write_latency) = direction("write");
-    let (read_latency, read_histogram) = (both.percentiles(), both.histogram());
-    both.merge(&write_latency);
+    // Not in reports of old versions.
+    let (trim, trim_latency) = direction("trim");
+    let (read_latency, read_histogram) = (all.percentiles(), all.histogram());
+    all.merge(&write_latency);
+    all.merge(&trim_latency);
     let count = |of: &Value| of["total_ios"].as_u64();
-    let sum = |field: &str| Some(read[field].as_f64()? + write[field].as_f64()?);
+    let of_trims = |field: &str| trim[field].as_f64().unwrap_or(0.0);
+    let sum = |field: &str| Some(read[field].as_f64()? + write[field].as_f64()? + of_trims(field));
     let (reads, writes) = (count(read)?, count(write)?);
-    let ios = (reads + writes).max(1) as f64;
+    let trims = count(trim).unwrap_or(0);
+    let ios = (reads + writes + trims).max(1) as f64;
     let runtime = |of: &Value| of["runtime"].as_f64().unwrap_or(0.0) / 1000.0;
-    let seconds = runtime(read).max(runtime(write));
+    let seconds = [read, write, trim]
+        .map(runtime)
+        .into_iter()
+        .fold(0.0, f64::max);
     // Of a core, over the job's whole time; of all copies together the mean.
     let cpu = |field: &str| job[field].as_f64().unwrap_or(0.0) / 100.0 * seconds * 1e6 / ios;
     let sync = &job["sync"]["lat_ns"];
@@ -254,7 +262,10 @@ fn job(job: &Value) -> Option<Job> {
             writes,
             flushes,
             errors: u64::from(job["error"].as_i64()? != 0),
-            bytes: read["io_bytes"].as_u64()? + write["io_bytes"].as_u64()?,
+            trims,
+            bytes: read["io_bytes"].as_u64()?
+                + write["io_bytes"].as_u64()?
+                + trim["io_bytes"].as_u64().unwrap_or(0),
             iops: sum("iops")?,
             mb_s: sum("bw_bytes")? / 1e6,
             read_latency,
@@ -266,10 +277,11 @@ fn job(job: &Value) -> Option<Job> {
                 max_us: us(&sync["max"]),
                 ..Percentiles::default()
             },
-            latency: both.percentiles(),
+            trim_latency: trim_latency.percentiles(),
+            latency: all.percentiles(),
             client_cpu_us_per_io: cpu("usr_cpu") + cpu("sys_cpu"),
             client_user_us_per_io: cpu("usr_cpu"),
-            histogram: both.histogram(),
+            histogram: all.histogram(),
             kinds: [
                 read_histogram,
                 write_latency.histogram(),
@@ -376,6 +388,19 @@ mod tests {
             expected.map(|e| (e.1, e.2, e.3)).to_vec(),
             ours.iter().map(|o| (o.1, o.2, o.3)).collect::<Vec<_>>()
         );
+    }
+
+    #[test]
+    fn trims_are_requests_too() {
+        let text = r#"{"jobs": [{"jobname": "x", "error": 0, "usr_cpu": 1.0, "sys_cpu": 1.0, "sync": {},
+            "read": {"total_ios": 0, "io_bytes": 0, "iops": 0.0, "bw_bytes": 0, "runtime": 0},
+            "write": {"total_ios": 0, "io_bytes": 0, "iops": 0.0, "bw_bytes": 0, "runtime": 0},
+            "trim": {"total_ios": 3, "io_bytes": 12288, "iops": 1.5, "bw_bytes": 6144, "runtime": 2000,
+                     "lat_ns": {"bins": {"9000": 3}}}}]}"#;
+        let report = parse(text).unwrap().remove(0).report;
+        assert_eq!((report.trims, report.reads, report.bytes), (3, 0, 12288));
+        assert_eq!((report.iops, report.seconds), (1.5, 2.0));
+        assert_eq!((report.trim_latency.count, report.latency.count), (3, 3));
     }
 
     #[test]

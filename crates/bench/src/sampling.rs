@@ -70,12 +70,13 @@ pub(crate) fn fill(target: &Target, bytes: u64) -> Result<()> {
         ..Spec::new(target.clone())
     };
     let report = load::run(&spec)?;
-    if report.errors > 0 || report.bytes < bytes / BLOCK * BLOCK {
+    if report.failed() > 0 || report.bytes < bytes / BLOCK * BLOCK {
         return Err(Error::new(
             ErrorKind::Io,
             format!(
                 "filling wrote {} of {bytes} bytes, {} requests failed",
-                report.bytes, report.errors
+                report.bytes,
+                report.failed()
             ),
         ));
     }
@@ -187,7 +188,7 @@ impl Subject {
 ///
 /// Requests failed, or none ended.
 pub(crate) fn figures(reports: &[Report], pids: &[u32]) -> Result<Measured> {
-    let errors: u64 = reports.iter().map(|r| r.errors).sum();
+    let errors: u64 = reports.iter().map(Report::failed).sum();
     if errors > 0 {
         return Err(Error::new(
             ErrorKind::Io,

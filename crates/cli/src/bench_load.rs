@@ -273,15 +273,15 @@ fn flamegraph(args: &Load, spec: &Spec, out: &Path) -> Result<Report> {
 
 /// Whether anything was measured, nothing failed, and all that was verified is as it must be.
 fn is_sound<'a>(reports: impl Iterator<Item = &'a Report> + Clone) -> Result<()> {
-    let mut failed = 0;
-    let mut all = 0;
+    let (mut failed, mut besides, mut all) = (0, 0, 0);
     for report in reports.clone() {
-        let ended = report.reads + report.writes + report.flushes;
+        let ended = report.reads + report.writes + report.flushes + report.trims;
         ensure!(
             ended > 0,
             "no request ended while it was measured: give more --seconds"
         );
         failed += report.errors;
+        besides += report.errors_besides;
         all += ended;
     }
     let verified = reports.filter_map(|report| report.verify.as_ref());
@@ -293,6 +293,10 @@ fn is_sound<'a>(reports: impl Iterator<Item = &'a Report> + Clone) -> Result<()>
     ensure!(
         failed == 0,
         "{failed} of {all} requests failed: figures of what failed say nothing of the disk"
+    );
+    ensure!(
+        besides == 0,
+        "{besides} requests failed before what was measured (in --ramp) or after it: what the disk does then is not to be relied on"
     );
     Ok(())
 }
@@ -411,11 +415,11 @@ fn target(args: &Load) -> Result<Option<Target>> {
             path: path.clone(),
             engine: match args.engine {
                 Engine::Ours(Aio::Only(kind)) => kind.to_string(),
+                Engine::Psync => "psync".into(),
                 Engine::Ours(Aio::Auto) | Engine::Fio => "auto".into(),
             },
             direct: !args.buffered,
         },
-                Engine::Psync => "psync".into(),
         (None, None, None) => return Ok(None),
         _ => bail!("give one of --vhost-user, --nbd and --file"),
     }))
@@ -497,6 +501,20 @@ fn text(spec: &Spec, report: &Report) -> String {
     );
     if report.errors > 0 {
         let _ = writeln!(text, "{} requests FAILED", report.errors);
+    }
+    if report.errors_besides > 0 {
+        let _ = writeln!(
+            text,
+            "{} requests FAILED before or after what was measured",
+            report.errors_besides
+        );
+    }
+    if report.unsent > 0 {
+        let _ = writeln!(
+            text,
+            "{} more requests were due and never sent, since --depth were in flight to the end: latencies count what these waited",
+            report.unsent
+        );
     }
     text.push_str(&latencies(report));
     let _ = writeln!(
@@ -603,6 +621,7 @@ fn latencies(report: &Report) -> String {
         ("reads", &report.read_latency),
         ("writes", &report.write_latency),
         ("flushes", &report.flush_latency),
+        ("trims", &report.trim_latency),
     ] {
         if latency.count > 0 {
             table.add_row(row(name, latency));

@@ -100,6 +100,10 @@ pub(crate) struct Outcome {
     pub writes: u64,
     pub flushes: u64,
     pub errors: u64,
+    /// Requests that failed while nothing counted.
+    pub errors_besides: u64,
+    /// Requests that were due and never sent: every place was taken to the end. They are in no count but the latencies'.
+    pub unsent: u64,
     /// Of reads and writes that did not fail.
     pub bytes: u64,
     pub read_latency: Latencies,
@@ -134,9 +138,20 @@ impl Outcome {
             self.merge(tail);
             return;
         }
+        self.errors_besides += tail.errors;
         self.read_latency.merge(&tail.read_latency);
         self.write_latency.merge(&tail.write_latency);
         self.flush_latency.merge(&tail.flush_latency);
+    }
+
+    /// Notes `count` requests that were due and never sent: they have waited so long, and nobody knows how much longer they would have.
+    fn missed(&mut self, kind: Kind, waited: Duration, count: u64) {
+        self.unsent += count;
+        match kind {
+            Kind::Read => self.read_latency.add_many(waited, count),
+            Kind::Write => self.write_latency.add_many(waited, count),
+            Kind::Flush => {}
+        }
     }
 
     fn notified(&mut self, before: (u64, u64), now: (u64, u64)) {
@@ -150,6 +165,8 @@ impl Outcome {
         self.writes += other.writes;
         self.flushes += other.flushes;
         self.errors += other.errors;
+        self.errors_besides += other.errors_besides;
+        self.unsent += other.unsent;
         self.bytes += other.bytes;
         self.read_latency.merge(&other.read_latency);
         self.write_latency.merge(&other.write_latency);
@@ -195,7 +212,7 @@ pub(crate) struct Course<'a, 'v> {
 /// Keeps [`Course::depth`] requests in flight until `phase` says [`STOP`] or as many were counted as are to be,
 /// and until all of them have ended. When it says [`REST`] and none is in flight, `rest` is called, which returns at
 /// the next turn, or when there is none. Where there is a pace, requests begin when they are due instead, as far
-/// as the depth allows, and their latency counts from then; where the plan has a time to think, each slot rests for that long after an
+/// as the depth allows, and their latency counts from then, also of those for which no place became free before the end; where the plan has a time to think, each slot rests for that long after an
 /// answer. With a verifier blocks are what that says, and a queue that has written flushes at its end.
 pub(crate) fn drive(
     client: &mut impl Client,
@@ -232,6 +249,8 @@ pub(crate) fn drive(
     // Slots that think, and until when.
     let mut resting: VecDeque<(Instant, usize)> = VecDeque::new();
     let mut written = false;
+    // When the end was seen: what was due before is sent still, as far as places are free, and is missed otherwise.
+    let mut stopped: Option<Instant> = None;
     if let Some(pace) = &mut pace {
         pace.restart(began);
     }
@@ -259,6 +278,10 @@ pub(crate) fn drive(
         let goes_on = matches!(state, RAMP | MEASURE) && left.0 > 0 && left.1 > 0;
         // Taken before the first is submitted: a server that polls may answer before the last is.
         let now = Instant::now();
+        let last_round = state == STOP && stopped.is_none();
+        if last_round {
+            stopped = Some(now);
+        }
         while let Some((_, slot)) = resting.pop_front_if(|(until, _)| *until <= now) {
             ready.push_back(slot);
         }
@@ -268,13 +291,14 @@ pub(crate) fn drive(
             if state == REST || state != STOP && (!is_time || holds) {
                 break;
             }
+            let is_late = last_round && pace.is_some() && is_time && !holds;
             let Some(slot) = ready.pop_front() else {
                 break;
             };
             let mut since = now;
             let request = match plan.flush(slot) {
                 Some(flush) if state != STOP => flush,
-                None if state != STOP && left.0 > 0 && left.1 > 0 => {
+                None if (state != STOP || is_late) && left.0 > 0 && left.1 > 0 => {
                     let request = plan.next(slot, pace.as_ref().and_then(Pace::kind));
                     left.0 -= 1;
                     left.1 = left.1.saturating_sub(request.bytes);
@@ -349,8 +373,10 @@ pub(crate) fn drive(
             if let Some(verifier) = &mut verifier {
                 verifier.end(client, slot, ok);
             }
-            if let Some(tail) = &mut tail {
-                tail.count(&request, now.saturating_duration_since(since), ok);
+            match &mut tail {
+                Some(tail) => tail.count(&request, now.saturating_duration_since(since), ok),
+                None if !measuring && !ok => outcome.errors_besides += 1,
+                None => {}
             }
             if measuring {
                 outcome.count(&request, now.saturating_duration_since(since), ok);
@@ -375,6 +401,14 @@ pub(crate) fn drive(
     }
     if measuring {
         outcome.notified(before, client.notifications());
+        let paced = pace.filter(|_| left.0 > 0 && left.1 > 0);
+        if let Some((pace, stopped)) = paced.zip(stopped) {
+            let now = Instant::now();
+            for late in pace.overdue(stopped) {
+                let kind = late.kind.unwrap_or_else(|| plan.next(0, None).kind);
+                outcome.missed(kind, now.saturating_duration_since(late.due), late.count);
+            }
+        }
     }
     if written {
         match verifier {
@@ -584,17 +618,64 @@ mod tests {
         assert!(longest >= 40_000.0, "{longest}");
     }
 
+    /// Fails its second answer, after which the ramp is over.
+    struct Failing<'a>(Stalling, &'a AtomicU8);
+
+    impl Client for Failing<'_> {
+        fn submit(&mut self, slot: usize, request: Request) -> Result<()> {
+            self.0.submit(slot, request)
+        }
+
+        fn send(&mut self) -> Result<()> {
+            Ok(())
+        }
+
+        fn reap(&mut self, ended: &mut Vec<Ended>) -> Result<()> {
+            self.0.reap(ended)?;
+            if self.0.answered == 2 {
+                ended.iter_mut().for_each(|ended| ended.ok = false);
+                self.1.store(MEASURE, Ordering::Relaxed);
+            }
+            Ok(())
+        }
+
+        fn put(&mut self, _: usize, _: &[u8]) {}
+
+        fn get(&mut self, _: usize, _: &mut [u8]) {}
+
+        fn notifications(&self) -> (u64, u64) {
+            (0, 0)
+        }
+    }
+
+    #[test]
+    fn what_fails_before_anything_counts_is_known() {
+        let spec = Spec {
+            depth: 3,
+            ..Spec::new(Target::VhostUser("none".into()))
+        };
+        let phase = AtomicU8::new(RAMP);
+        let mut client = Failing(Stalling::default(), &phase);
+        let outcome = drive(&mut client, course(&spec, Some(9)), &phase, Rest::default).unwrap();
+        assert_eq!(
+            (outcome.reads, outcome.errors, outcome.errors_besides),
+            (9, 0, 3)
+        );
+    }
+
     #[test]
     fn the_usual_rest_of_a_turn_is_noted_and_does_not_count() {
         let spec = Spec::new(Target::VhostUser("none".into()));
         let request = course(&spec, None).plan.next(0, None);
         let mut tail = Outcome::default();
         tail.count(&request, Duration::from_millis(20), true);
-        for (counts, reads) in [(false, 0), (true, 1)] {
+        tail.count(&request, Duration::from_millis(20), false);
+        for (counts, reads, errors) in [(false, 0, (0, 1)), (true, 1, (1, 0))] {
             let mut outcome = Outcome::default();
             outcome.drained(&tail, counts);
-            assert_eq!((outcome.reads, outcome.bytes), (reads, reads * 4096));
-            assert_eq!(outcome.read_latency.percentiles().count, 1);
+            assert_eq!((outcome.reads, outcome.bytes), (2 * reads, reads * 4096));
+            assert_eq!((outcome.errors, outcome.errors_besides), errors);
+            assert_eq!(outcome.read_latency.percentiles().count, 2);
         }
     }
 

@@ -82,6 +82,8 @@ impl Report {
             writes: sum(|r| r.writes),
             flushes: sum(|r| r.flushes),
             errors: sum(|r| r.errors),
+            errors_besides: sum(|r| r.errors_besides),
+            unsent: sum(|r| r.unsent),
             bytes: sum(|r| r.bytes),
             iops,
             mb_s: rate(|r| r.mb_s),

@@ -389,13 +389,23 @@ pub struct Report {
     pub writes: u64,
     /// Flushes that ended.
     pub flushes: u64,
+    /// Trims (discards) that ended: of fio's jobs, our own generators make none.
+    #[serde(default)]
+    pub trims: u64,
     /// Requests that ended with an error; the load goes on.
     pub errors: u64,
-    /// Bytes read and written.
+    /// Requests that ended with an error before or after what was measured: in the ramp, or when a turn was over.
+    #[serde(default)]
+    pub errors_besides: u64,
+    /// Requests of a rate that were due while it was measured and never sent, since all of [`Spec::depth`] were in flight to the end. They
+    /// are in no other count than those of the latencies, where they have what they waited: that is the least that they would have taken.
+    #[serde(default)]
+    pub unsent: u64,
+    /// Bytes read, written and trimmed.
     pub bytes: u64,
-    /// Reads and writes together, per second.
+    /// Reads, writes and trims together, per second.
     pub iops: f64,
-    /// 10^6 bytes read and written per second.
+    /// 10^6 bytes read, written and trimmed per second.
     pub mb_s: f64,
     /// Latency of reads.
     pub read_latency: Percentiles,
@@ -403,7 +413,10 @@ pub struct Report {
     pub write_latency: Percentiles,
     /// Latency of flushes.
     pub flush_latency: Percentiles,
-    /// Latency of reads and writes together.
+    /// Latency of trims.
+    #[serde(default)]
+    pub trim_latency: Percentiles,
+    /// Latency of reads, writes and trims together.
     pub latency: Percentiles,
     /// Notifications to the server (kicks, or `send` calls; on a file system calls that submit) per request.
     pub kicks_per_io: f64,
@@ -455,6 +468,11 @@ pub struct Report {
 }
 
 impl Report {
+    /// Requests that failed, measured or not.
+    pub fn failed(&self) -> u64 {
+        self.errors + self.errors_besides
+    }
+
     /// What follows from counts and latencies alone, of `seconds` that are not zero.
     pub(crate) fn counted(
         seconds: f64,

@@ -9,10 +9,26 @@ use std::time::{Duration, Instant};
 /// As good as never.
 const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
+/// Requests that were due and not sent are told one by one up to so many of a lane, and of more some together.
+const OVERDUE_MAX: u64 = 100_000;
+
+/// Requests that were due and not sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Overdue {
+    /// What they are, where that is said by when they are due.
+    pub kind: Option<Kind>,
+    /// When they were due, in the mean.
+    pub due: Instant,
+    /// How many.
+    pub count: u64,
+}
+
 /// Requests that are due at their time, whatever has ended until then.
 #[derive(Debug)]
 pub(super) struct Pace {
     lanes: Vec<Lane>,
+    /// [`Spec::block_bytes`].
+    block_bytes: u64,
     poisson: Option<Random>,
 }
 
@@ -62,6 +78,7 @@ impl Pace {
         lanes.retain(|lane| lane.kind.is_none_or(|kind| spec.has(kind)));
         (!lanes.is_empty()).then(|| Self {
             lanes,
+            block_bytes: spec.block_bytes,
             poisson: rates
                 .poisson
                 .then(|| Random::new(spec.seed ^ 0x9015_5011 ^ u64::from(queue))),
@@ -84,6 +101,31 @@ impl Pace {
     /// What the next request is, where that is said by when it is due.
     pub(super) fn kind(&self) -> Option<Kind> {
         self.lanes.iter().min_by_key(|lane| lane.due)?.kind
+    }
+
+    /// What was due before `end` and was not sent, as if all were of the largest size and at even distances.
+    pub(super) fn overdue(&self, end: Instant) -> impl Iterator<Item = Overdue> + '_ {
+        self.lanes.iter().flat_map(move |lane| {
+            let late = end.saturating_duration_since(lane.due);
+            let time = lane.rate.time(self.block_bytes).min(FAR).as_secs_f64();
+            let all = match late.is_zero() {
+                true => 0,
+                // A time of zero is of a rate that nothing keeps.
+                false => (late.as_secs_f64() / time.max(1e-9)).ceil() as u64,
+            };
+            let parts = all.min(OVERDUE_MAX);
+            let edge =
+                move |part: u64| (u128::from(all) * u128::from(part) / u128::from(parts)) as u64;
+            (0..parts).map(move |part| {
+                let (first, next) = (edge(part), edge(part + 1));
+                let middle = (first + next - 1) as f64 / 2.0;
+                Overdue {
+                    kind: lane.kind,
+                    due: lane.due + Duration::try_from_secs_f64(time * middle).unwrap_or(late),
+                    count: next - first,
+                }
+            })
+        })
     }
 
     /// The request that was due first is sent, with so many bytes.
@@ -181,6 +223,43 @@ mod tests {
         (0..1000).for_each(|_| pace.sent(4096));
         let seconds = (pace.due() - now).as_secs_f64();
         assert!((0.85..1.15).contains(&seconds), "{seconds}");
+    }
+
+    #[test]
+    fn what_was_due_and_not_sent_is_known() {
+        let spec = |rate| Spec {
+            rate: Some(rate),
+            poll: true,
+            ..Spec::new(Target::Nbd("x".into()))
+        };
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        let mut pace = Pace::new(&spec(10.0), 0).unwrap();
+        pace.restart(now);
+        (0..4).for_each(|_| pace.sent(4096));
+        // Of the second's ten four were sent; that of its end is not due yet.
+        let left: Vec<_> = pace.overdue(now + second).collect();
+        let dues: Vec<_> = left
+            .iter()
+            .map(|late| (late.due - now).as_millis())
+            .collect();
+        assert_eq!(dues, [400, 500, 600, 700, 800, 900]);
+        assert!(
+            left.iter()
+                .all(|late| late.count == 1 && late.kind.is_none())
+        );
+        assert_eq!(pace.overdue(now).count(), 0);
+        // Very many are told together, and none is forgotten.
+        let mut pace = Pace::new(&spec(1e8), 0).unwrap();
+        pace.restart(now);
+        let left: Vec<_> = pace.overdue(now + second).collect();
+        assert_eq!(left.len() as u64, OVERDUE_MAX);
+        let all: u64 = left.iter().map(|late| late.count).sum();
+        assert!((99_999_999..=100_000_001).contains(&all), "{all}");
+        assert!(
+            left.is_sorted_by_key(|late| late.due)
+                && left.iter().all(|late| late.due < now + second)
+        );
     }
 
     #[test]

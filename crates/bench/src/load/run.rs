@@ -299,6 +299,8 @@ fn report(spec: &Spec, total: &Outcome, seconds: Duration, used: Usage) -> Resul
     let mut report = Report {
         flushes: total.flushes,
         errors: total.errors,
+        errors_besides: total.errors_besides,
+        unsent: total.unsent,
         flush_latency: total.flush_latency.percentiles(),
         kicks_per_io: total.kicks as f64 / requests,
         calls_per_io: total.calls as f64 / requests,
@@ -331,6 +333,25 @@ mod tests {
         });
         change(&mut spec);
         run(&spec).unwrap()
+    }
+
+    #[test]
+    fn what_never_had_its_turn_is_in_the_latencies() {
+        // More than any file takes.
+        let report = reads(|spec| {
+            (spec.rate, spec.poll) = (Some(1e8), true);
+            (spec.depth, spec.duration) = (2, Duration::from_millis(200));
+        });
+        let latency = report.read_latency;
+        assert!(report.unsent > report.reads, "{report:?}");
+        assert_eq!(latency.count, report.reads + report.unsent);
+        // All of them wait until the end, and half of them for half of the time at least.
+        assert!(latency.p50_us >= 90_000.0, "{latency:?}");
+        let report = reads(|spec| {
+            (spec.rate, spec.poll) = (Some(100.0), true);
+            (spec.depth, spec.duration) = (32, Duration::from_millis(200));
+        });
+        assert_eq!((report.unsent, report.latency.count), (0, report.reads));
     }
 
     #[test]
