@@ -127,24 +127,30 @@ pub fn run(args: &Versus) -> Result<()> {
 fn stop_on_signals(signals: Signals) -> Result<()> {
     end_on_signals(signals, |stopped| {
         stopped_text(
-            stopped.remove(),
+            &stayed(stopped.remove()),
             "samples that were taken are in the results",
         )
     })
 }
 
-/// What is said of a run that was stopped, where some folders of it may stay.
-pub(crate) fn stopped_text(stay: Vec<(PathBuf, std::io::Error)>, then: &str) -> String {
+/// What is said of folders that stay.
+pub(crate) fn stayed(stay: Vec<(PathBuf, std::io::Error)>) -> Vec<String> {
+    let said = stay.into_iter().map(|(folder, why)| {
+        let folder = folder.display();
+        format!("{folder}: cannot be removed: {why}; the next run there tries again")
+    });
+    said.collect()
+}
+
+/// What is said of a run that was stopped, and of what stays of it.
+pub(crate) fn stopped_text(stay: &[String], then: &str) -> String {
     let gone = match stay.is_empty() {
         true => "servers and images",
         false => "servers",
     };
     let mut text = format!("\ndiskplane: stopped; {gone} of the run are gone; {then}\n");
-    for (folder, why) in stay {
-        let folder = folder.display();
-        text.push_str(&format!(
-            "diskplane: {folder}: cannot be removed: {why}; the next run there tries again\n"
-        ));
+    for why in stay {
+        text.push_str(&format!("diskplane: {why}\n"));
     }
     text
 }

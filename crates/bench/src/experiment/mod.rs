@@ -22,7 +22,7 @@ mod schedule;
 
 pub use finding::{Judged, Verdict, judge, left_out_words};
 pub use plan::{Cell, Experiment};
-pub use run::{Event, Options, Progress, cells, clear, list, run};
+pub use run::{Cleared, Event, Options, Progress, cells, clear, list, run};
 
 use block::{Error, Result};
 

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     equal::Probe,
-    machine::{Host, given::Given, process},
+    machine::{Host, disk::Identity, given::Given, process},
     metric::{Metric, number},
     peer::{Programs, Seen},
     record::{self, Failure, Record, Sample, Set},
@@ -167,8 +167,9 @@ pub fn run(
     let dir = fs::canonicalize(&options.dir).context(|| options.dir.display().to_string())?;
     let _lock = process::lock(&dir)?;
     let path = dir.join("records.jsonl");
-    let header = header(experiment, options, &dir);
-    let (file, set) = open(&path, &header)?;
+    let device = options.device.as_deref().map(Identity::of).transpose()?;
+    let header = header(experiment, options, device.as_ref(), &dir);
+    let (file, set) = open(&path, &header, device.as_ref())?;
     let images: Vec<BTreeSet<Image>> = cells.iter().map(|cell| images(cell).collect()).collect();
     let growth = options.disk_bytes.min(1 << 30);
     let programs = Programs::look(options.diskplane.clone(), process::has_o_direct(&dir));
@@ -230,13 +231,22 @@ fn seen(set: &Set) -> BTreeMap<(String, String), Seen> {
     samples.collect()
 }
 
+/// What came of [`clear`].
+#[derive(Debug, Default)]
+pub struct Cleared {
+    /// There was something.
+    pub any: bool,
+    /// What could not be done: the folder is somebody's, or cannot be removed; the device is in use. Each says which.
+    pub failed: Vec<Error>,
+}
+
 /// Removes what a run in `dir` left that was killed or stopped: servers' sockets, images, file systems, loop devices, and a file system
-/// of ours on the block device that it was given. What it measured stays. Whether there was anything.
+/// of ours on the block device that it was given. What it measured stays.
 ///
 /// # Errors
 ///
-/// A run is at work there; what is there is not of a run of ours; something cannot be removed, or the device is in use.
-pub fn clear(dir: &Path, device: Option<&Path>) -> Result<bool> {
+/// There is no such folder, or a run is at work there.
+pub fn clear(dir: &Path, device: Option<&Path>) -> Result<Cleared> {
     let dir = fs::canonicalize(dir).context(|| dir.display().to_string())?;
     // A run makes it first of all: where it is not there, none was.
     let _lock = match dir.join("lock").exists() {
@@ -246,7 +256,14 @@ pub fn clear(dir: &Path, device: Option<&Path>) -> Result<bool> {
     // The folder first: what is mounted in it has the device. But what is left of that is no reason to leave the device.
     let there = process::Folder::clear(&dir.join("work"));
     let wiped = device.map_or(Ok(false), Given::clear);
-    Ok(there? | wiped?)
+    let mut cleared = Cleared::default();
+    for outcome in [there, wiped] {
+        match outcome {
+            Ok(any) => cleared.any |= any,
+            Err(error) => cleared.failed.push(error),
+        }
+    }
+    Ok(cleared)
 }
 
 fn images(cell: &Cell) -> impl Iterator<Item = Image> {
@@ -256,7 +273,12 @@ fn images(cell: &Cell) -> impl Iterator<Item = Image> {
         .map(|side| side.image)
 }
 
-fn header(experiment: &Experiment, options: &Options, dir: &Path) -> record::Run {
+fn header(
+    experiment: &Experiment,
+    options: &Options,
+    device: Option<&Identity>,
+    dir: &Path,
+) -> record::Run {
     record::Run {
         schema: record::SCHEMA,
         experiment: experiment.name.to_owned(),
@@ -267,7 +289,7 @@ fn header(experiment: &Experiment, options: &Options, dir: &Path) -> record::Run
         ramp_s: options.ramp.as_secs_f64(),
         duration_s: options.duration.as_secs_f64(),
         quick: options.quick,
-        sizes: match &options.device {
+        sizes: match device {
             Some(device) => json!({ "disk": options.disk_bytes, "device": device }),
             None => json!({ "disk": options.disk_bytes }),
         },
@@ -275,7 +297,7 @@ fn header(experiment: &Experiment, options: &Options, dir: &Path) -> record::Run
 }
 
 /// Opens the records for more of them; those of another run are refused, a torn line is cut off.
-fn open(path: &Path, header: &record::Run) -> Result<(File, Set)> {
+fn open(path: &Path, header: &record::Run, device: Option<&Identity>) -> Result<(File, Set)> {
     let named = || path.display().to_string();
     let set = match path.exists() {
         true => record::read(path)?,
@@ -295,7 +317,13 @@ fn open(path: &Path, header: &record::Run) -> Result<(File, Set)> {
             ("experiment", first.experiment != header.experiment),
             ("--seconds", first.duration_s != header.duration_s),
             ("size of the disks", of(first, "disk") != of(header, "disk")),
-            ("--device", of(first, "device") != of(header, "device")),
+            (
+                "--device",
+                match (of(first, "device"), device) {
+                    (Some(was), Some(is)) => !is.is_recorded(&was),
+                    (was, is) => was.is_some() != is.is_some(),
+                },
+            ),
             ("kernel", first.host.kernel != header.host.kernel),
             (
                 "version of diskplane",
@@ -385,17 +413,17 @@ mod tests {
             duration_s: 0.5,
             ..record::Run::default()
         };
-        let (file, _) = open(&path, &header).unwrap();
+        let (file, _) = open(&path, &header, None).unwrap();
         record::append(&file, &Record::Run(Box::new(header.clone()))).unwrap();
         let whole = file.metadata().unwrap().len();
         std::io::Write::write_all(&mut &file, b"{\"record\":\"sa").unwrap();
-        let (file, set) = open(&path, &header).unwrap();
+        let (file, set) = open(&path, &header, None).unwrap();
         assert_eq!((file.metadata().unwrap().len(), set.runs.len()), (whole, 1));
         let other = record::Run {
             duration_s: 2.0,
             ..header
         };
-        let error = open(&path, &other).unwrap_err().to_string();
+        let error = open(&path, &other, None).unwrap_err().to_string();
         assert!(error.contains("another --seconds"), "{error}");
     }
 }

@@ -1,6 +1,6 @@
 //! A block device that a user gives to a run: what is on it is lost, so it is looked at before.
 
-use super::mount;
+use super::{disk, mount};
 use block::{Context, Error, ErrorKind, Result};
 use rustix::{
     fs::{FlockOperation, Mode, OFlags, flock, open},
@@ -17,8 +17,13 @@ use std::{
 
 /// How long a tool may be at work at a device that nobody has: udev looks at each that was written and closed, and locks it meanwhile.
 const LOCK_LIMIT: Duration = Duration::from_secs(2);
-/// How long a file system that was unmounted may take to be gone: what had files open there may be ending.
-const FREE_LIMIT: Duration = Duration::from_secs(10);
+/// How long another run, which is ending, may be at it.
+const ENDING_LIMIT: Duration = Duration::from_secs(10);
+/// How long a file system that was unmounted may take to be gone: what had files open there may be ending, and what was written goes to
+/// a disk that may be slow. Nobody who can be named is waited for.
+const FREE_LIMIT: Duration = Duration::from_secs(60);
+/// After so long it is said that something is waited for.
+const SILENT: Duration = Duration::from_secs(2);
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// Whether a file is a block device.
@@ -40,7 +45,8 @@ pub(crate) fn bytes(path: &Path) -> Result<u64> {
 /// A device that may be written over, and that nobody else takes meanwhile:
 ///
 /// ```text
-///   from the first look to the end    a lock of its node (flock), as util-linux's tools and udev take it
+///   from the first look to the end    a lock of the whole disk's node (flock), as udev and tools that make partitions take it: no other
+///                                     run of ours is at a part of it, and udev looks at none of them
 ///   while no file system is on it     open, exclusively: it cannot be mounted, nor become part of something
 ///   while mkfs runs, and mounted      the same, by these
 /// ```
@@ -78,20 +84,20 @@ impl Given {
     fn take(path: &Path, locked: Duration, in_use: Duration) -> Result<Self> {
         let path = &fs::canonicalize(path).context(|| path.display().to_string())?;
         if !is_block_device(path) {
-            return Err(Error::invalid(format!(
-                "--device {}: it is no block device; of a file system on one give --out a folder",
-                path.display()
-            )));
+            return Err(disk::not_a_device(path));
         }
-        let node = File::open(path).context(|| format!("--device {}", path.display()))?;
+        let disk = disk::whole(path);
+        let node = File::open(&disk);
+        let node = node.context(|| format!("--device {}: {}", path.display(), disk.display()))?;
         let began = Instant::now();
         while let Err(errno) = flock(&node, FlockOperation::NonBlockingLockExclusive) {
             if errno != Errno::WOULDBLOCK || began.elapsed() >= locked {
                 return Err(Error::new(
                     ErrorKind::Locked,
                     format!(
-                        "--device {}: another run, or a tool that makes file systems or partitions, is at work there ({errno})",
-                        path.display()
+                        "--device {}: another run, or a tool that makes file systems or partitions, is at work at {} ({errno})",
+                        path.display(),
+                        disk.display()
                     ),
                 ));
             }
@@ -108,26 +114,36 @@ impl Given {
         Ok(given)
     }
 
-    /// Opens it exclusively: the kernel says who has it, mounted or as a part of something.
+    /// Opens it exclusively: the kernel says whether anybody has it, mounted or as a part of something.
     fn hold(&mut self, limit: Duration) -> Result<()> {
         let flags = OFlags::RDWR | OFlags::EXCL | OFlags::CLOEXEC;
         let began = Instant::now();
-        let errno = loop {
+        let mut silent = true;
+        let why = loop {
             match open(&self.path, flags, Mode::empty()) {
                 Ok(held) => {
                     self.held = Some(held);
                     return Ok(());
                 }
-                Err(Errno::BUSY) if began.elapsed() < limit => thread::sleep(PAUSE),
-                Err(errno) => break errno,
+                Err(Errno::BUSY) => {}
+                Err(errno) => break errno.to_string(),
             }
-        };
-        let why = match errno {
-            Errno::BUSY => {
-                "it is in use (mounted, swap, or part of a volume group or an array): free it first"
-                    .to_owned()
+            let user = disk::user(&self.path);
+            if user.is_some() || began.elapsed() >= limit {
+                let user = user.unwrap_or_else(|| {
+                    "by a process, or a file system that is not gone yet".to_owned()
+                });
+                break format!("it is in use ({user}): free it first");
             }
-            errno => errno.to_string(),
+            if silent && began.elapsed() >= SILENT {
+                silent = false;
+                tracing::warn!(
+                    "{}: waiting until it is free, {} s at most",
+                    self.path.display(),
+                    limit.as_secs()
+                );
+            }
+            thread::sleep(PAUSE);
         };
         Err(Error::new(
             ErrorKind::Locked,
@@ -179,7 +195,7 @@ impl Given {
     ///
     /// It is in use still, or cannot be written.
     pub(crate) fn clear(path: &Path) -> Result<bool> {
-        Self::take(path, FREE_LIMIT, FREE_LIMIT)?.take_back()
+        Self::take(path, ENDING_LIMIT, FREE_LIMIT)?.take_back()
     }
 
     /// Whether there is room for `need` bytes.
@@ -289,7 +305,9 @@ mod tests {
         mount::mount(path, "ext4", &point, true).unwrap();
         let words = said(look(true));
         mount::unmount(&point).unwrap();
-        assert!(words.contains("it is in use"), "{words}");
+        let point = fs::canonicalize(&point).unwrap();
+        let where_ = format!("it is in use (mounted at {})", point.display());
+        assert!(words.contains(&where_), "{words}");
         // An image is something too, of which libblkid knows nothing.
         tool("wipefs", &["--all", "--quiet"], path);
         let node = File::options().write(true).open(path).unwrap();
@@ -297,6 +315,19 @@ mod tests {
         drop(node);
         let words = said(look(false));
         assert!(words.contains("it holds a qcow2 image"), "{words}");
+        // So is one that only its end shows.
+        let node = File::options().write(true).open(path).unwrap();
+        node.write_all_at(&[0; 4096], 0).unwrap();
+        assert!(look(false).is_ok());
+        let end = bytes(path).unwrap();
+        node.write_all_at(b"koly\0\0\0\x04\0\0\x02\0", end - 512)
+            .unwrap();
+        drop(node);
+        let words = said(look(false));
+        assert!(
+            words.contains("it holds what ends as a disk image"),
+            "{words}"
+        );
     }
 
     #[test]

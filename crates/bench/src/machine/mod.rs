@@ -1,6 +1,7 @@
 //! The machine that measurements run on: what it is, what else it does meanwhile, and what they leave on it.
 
 pub(crate) mod device;
+pub(crate) mod disk;
 pub(crate) mod file;
 pub(crate) mod given;
 pub mod host;

@@ -5,12 +5,12 @@
 
 use super::process;
 use block::{Context, Error, ErrorKind, Result};
+use io::{Lock, OpenOptions};
 use serde::Deserialize;
 use std::{
     collections::BTreeSet,
     ffi::OsStr,
     fs,
-    io::Read,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
@@ -121,13 +121,20 @@ pub(crate) fn signature(device: &Path) -> Result<Option<String>> {
             None => kind,
         }));
     }
-    let named = || device.display().to_string();
-    let mut start = Vec::new();
-    let file = fs::File::open(device).context(named)?;
-    file.take(image::PROBE_BYTES as u64)
-        .read_to_end(&mut start)
-        .context(named)?;
-    Ok(image::probe_bytes(&start).map(|format| format!("a {format} image")))
+    // Whoever calls this may have it, and has looked whether others do.
+    let options = OpenOptions {
+        lock: Lock::None,
+        ..OpenOptions::reading()
+    };
+    let file = io::File::open(device, &options)?;
+    match image::probe(&*file) {
+        Ok(found) => Ok(found.map(|format| format!("a {format} image"))),
+        // Of fixed VHD and Apple's images only the last sector says so, which a raw disk may have too.
+        Err(error) if error.kind() == ErrorKind::Invalid => Ok(Some(
+            "what ends as a disk image (a fixed VHD, or an Apple disk image)".to_owned(),
+        )),
+        Err(error) => Err(error),
+    }
 }
 
 /// Removes the signatures of file systems of ours, and only these, from a device that nobody else has: whether there were any.
@@ -269,8 +276,8 @@ fn mounted(line: &str) -> Option<(bool, PathBuf)> {
     Some((kind == "fuse" || kind.starts_with("fuse."), point))
 }
 
-/// A path of `/proc/self/mountinfo`: blanks and backslashes are octal there.
-fn unescaped(text: &str) -> PathBuf {
+/// A path of `/proc/self/mountinfo` or `/proc/swaps`: blanks and backslashes are octal there.
+pub(super) fn unescaped(text: &str) -> PathBuf {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let [first, tail @ ..] = rest {

@@ -202,18 +202,19 @@ pub(crate) fn remove_folder(folder: &Path) -> io::Result<()> {
     fs::remove_dir_all(folder)
 }
 
-/// Whether `path` is what a run of ours left when it was killed (or an empty folder), rather than somebody's own; false where
-/// nothing is there.
+/// Whether `path` is what a run of ours left when it was killed; false where nothing is there, or an empty folder, which may be used and
+/// is nobody's to remove. An error where it is somebody's own.
 pub(crate) fn is_left_over(path: &Path) -> Result<bool> {
     let named = || path.display().to_string();
     let kind = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         meta => meta.context(named)?.file_type(),
     };
-    let ours = kind.is_dir()
-        && (path.join(MARK).is_file() || fs::read_dir(path).context(named)?.next().is_none());
-    match ours {
-        true => Ok(true),
+    if kind.is_dir() && path.join(MARK).is_file() {
+        return Ok(true);
+    }
+    match kind.is_dir() && fs::read_dir(path).context(named)?.next().is_none() {
+        true => Ok(false),
         false => Err(Error::invalid(format!(
             "{}: no run of diskplane made it (it has no {MARK}), and it would be removed: move it away, or give another folder",
             path.display()
@@ -621,9 +622,11 @@ mod tests {
         assert!(!path.join("old").exists() && fs::read_dir(&path).unwrap().count() == 1);
         drop(folder);
         assert!(!path.exists());
-        // Nobody's, and so ours.
+        // An empty one is used, but nobody's leftover.
         fs::create_dir(&path).unwrap();
+        assert!(!Folder::clear(&path).unwrap() && path.exists());
         drop(Folder::create(path.clone()).unwrap());
+        assert!(!path.exists());
         // Somebody's.
         fs::create_dir(&path).unwrap();
         fs::write(path.join("thesis"), "x").unwrap();

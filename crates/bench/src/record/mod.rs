@@ -76,7 +76,7 @@ pub struct Run {
     pub duration_s: f64,
     /// Fewer cells, shorter samples.
     pub quick: bool,
-    /// Sizes of the images in bytes, by name.
+    /// Sizes of the images in bytes, by name; and of an experiment on a device what that is (`device`).
     pub sizes: Value,
 }
 

@@ -1,11 +1,15 @@
 //! Devices that a user gives to a run: used, and left clear.
 
 use super::{Running, assert_gone, bench, can_mount, records};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    fs::{Mode, OFlags, open},
+    process::{Pid, Signal, kill_process},
+};
 use serde_json::Value;
 use std::{
     fs,
     io::Read,
+    os::unix::fs::FileExt,
     path::Path,
     process::{Command, Stdio},
     thread,
@@ -226,10 +230,79 @@ fn mkfs_ends_with_the_run_that_started_it() {
     wait_for(&mut running, "mkfs", || makers() == 1);
     let said = interrupt(running);
     assert_eq!(makers(), 0, "{said}");
+    // It was killed, not waited for: it ends with the copies of the superblock, of which the first lies in the second group.
+    let mut magic = [0; 2];
+    let disk = fs::File::open(&given.0).unwrap();
+    disk.read_exact_at(&mut magic, (128 << 20) + 0x38).unwrap();
+    assert_ne!(magic, [0x53, 0xef], "{said}");
     assert!(said.contains("images of the run are gone"), "{said}");
     assert_gone(&run);
     assert_eq!(given.signature(), "");
     drop(given);
     kill_process(Pid::from_child(&device.0), Signal::INT).unwrap();
     device.0.wait().unwrap();
+}
+
+/// Who is stopped twice has waited enough, and is told what to do.
+#[test]
+fn a_second_signal_ends_what_clears_up_behind_the_first() {
+    if !can_mount() {
+        return;
+    }
+    let dir = TempDir::new();
+    let given = Given::of(&dir.path("backing"), 64 << 20);
+    // In use by somebody whom the kernel does not name: it is waited for.
+    let flags = OFlags::RDWR | OFlags::EXCL | OFlags::CLOEXEC;
+    let held = open(&given.0, flags, Mode::empty()).unwrap();
+    let run = dir.path("run");
+    fs::create_dir(&run).unwrap();
+    let mut command = Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")));
+    command
+        .args(["bench", "clear", "--stopped", "--device", &given.0])
+        .arg(&run);
+    let mut running = Running(command.stderr(Stdio::piped()).spawn().unwrap());
+    // The first ones may be of those that stopped the run.
+    for _ in 0..30 {
+        thread::sleep(Duration::from_millis(100));
+        if running.0.try_wait().unwrap().is_some() {
+            break;
+        }
+        let _ = kill_process(Pid::from_child(&running.0), Signal::INT);
+    }
+    assert_eq!(running.0.wait().unwrap().code(), Some(130));
+    let mut words = String::new();
+    running
+        .0
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut words)
+        .unwrap();
+    let again = format!(
+        "diskplane bench clear --device {} {}",
+        given.0,
+        run.display()
+    );
+    assert!(
+        words.contains("stopped again") && words.contains(&again),
+        "{words}"
+    );
+    drop(held);
+    // What fails is laid to what it is of.
+    fs::create_dir_all(run.join("work/thesis")).unwrap();
+    let mut command = Command::new(testkit::diskplane(env!("CARGO_BIN_EXE_diskplane")));
+    command
+        .args(["bench", "clear", "--stopped", "--device", "/dev/null"])
+        .arg(&run);
+    let output = command.output().unwrap();
+    let words = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert!(
+        words.contains("work: no run of diskplane made it"),
+        "{words}"
+    );
+    assert!(
+        words.contains("--device /dev/null: it is no block device"),
+        "{words}"
+    );
 }
