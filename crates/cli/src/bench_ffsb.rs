@@ -3,7 +3,12 @@
 //! With `--json` an array of objects, one for each scenario and number of threads: `spec` and `outcome`, whole.
 
 use crate::{
-    args::bytes, bench_load::seconds as seconds_or_none, bench_versus::seconds, print, table,
+    args::bytes,
+    bench_load::seconds as seconds_or_none,
+    bench_versus::{end_on_signals, seconds, stayed},
+    print,
+    signals::Signals,
+    table,
 };
 use anyhow::{Context, Result};
 use bench::{
@@ -15,7 +20,12 @@ use bench::{
 use block::size;
 use clap::Args;
 use serde::Serialize;
-use std::{fs::OpenOptions, path::PathBuf, time::Duration};
+use std::{
+    fmt::Write as _,
+    fs::{File, OpenOptions},
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 /// `bench ffsb`.
 #[derive(Args, Debug)]
@@ -85,30 +95,56 @@ struct Answer {
     outcome: Outcome,
 }
 
-/// Runs the scenarios, one after the other.
+/// Runs the scenarios, one after the other. What was measured before one fails is told, and recorded, all the same.
 pub fn run(args: &FfsbArgs) -> Result<()> {
+    // Before anything starts a thread, so that all of them leave these signals to the one that waits for them.
+    let (dir, clean) = (args.dir.clone(), args.clean);
+    end_on_signals(Signals::block()?, move |stopped| {
+        let mut left = stayed(stopped.remove());
+        // Where nothing was made there is nothing to clean.
+        if clean && dir.join("ffsb").exists() {
+            left.extend(ffsb::clean(&dir).err().map(|why| why.to_string()));
+        }
+        let mut text = "\ndiskplane: stopped\n".to_owned();
+        for why in left {
+            let _ = writeln!(text, "diskplane: {why}");
+        }
+        text
+    })?;
+    let mut answers = Vec::new();
+    let measured = measure(args, &mut answers);
+    let cleaned = match args.clean && args.dir.join("ffsb").exists() {
+        true => ffsb::clean(&args.dir),
+        false => Ok(()),
+    };
+    if measured.is_ok() || !answers.is_empty() {
+        match args.json {
+            true => print(&crate::json(&answers)?)?,
+            false => print(&text(&answers))?,
+        }
+    }
+    measured.and(cleaned.map_err(Into::into))
+}
+
+fn measure(args: &FfsbArgs, answers: &mut Vec<Answer>) -> Result<()> {
     let all = match &args.scenario[..] {
         [] => &Scenario::ALL[..],
         some => some,
     };
-    let mut answers = Vec::new();
+    let records = args.records.as_ref();
+    let records = records.map(|path| open_records(args, path)).transpose()?;
     for scenario in all {
         for threads in &args.threads {
             let spec = spec(args, *scenario, *threads);
             let outcome = ffsb::run(&spec).with_context(|| scenario.name())?;
-            answers.push(Answer { spec, outcome });
+            let answer = Answer { spec, outcome };
+            if let Some(file) = &records {
+                write_record(file, &answer)?;
+            }
+            answers.push(answer);
         }
     }
-    if let Some(path) = &args.records {
-        write_records(args, path, &answers)?;
-    }
-    if args.clean {
-        ffsb::clean(&args.dir)?;
-    }
-    match args.json {
-        true => print(&crate::json(&answers)?),
-        false => print(&text(&answers)),
-    }
+    Ok(())
 }
 
 fn spec(args: &FfsbArgs, scenario: Scenario, threads: usize) -> Spec {
@@ -127,7 +163,8 @@ fn spec(args: &FfsbArgs, scenario: Scenario, threads: usize) -> Spec {
     }
 }
 
-fn write_records(args: &FfsbArgs, path: &PathBuf, answers: &[Answer]) -> Result<()> {
+/// The file of records, with what is said of this run.
+fn open_records(args: &FfsbArgs, path: &Path) -> Result<File> {
     let named = || path.display().to_string();
     let mut options = OpenOptions::new();
     let file = options.create(true).append(true).open(path);
@@ -144,15 +181,16 @@ fn write_records(args: &FfsbArgs, path: &PathBuf, answers: &[Answer]) -> Result<
         ..record::Run::default()
     };
     record::append(&file, &Record::Run(Box::new(header)))?;
-    for Answer { spec, outcome } in answers {
-        let sample = Sample {
-            side: "file system".to_owned(),
-            seconds: record::now(),
-            ..outcome.sample(spec)?
-        };
-        record::append(&file, &Record::Sample(Box::new(sample)))?;
-    }
-    Ok(())
+    Ok(file)
+}
+
+fn write_record(file: &File, Answer { spec, outcome }: &Answer) -> Result<()> {
+    let sample = Sample {
+        side: "file system".to_owned(),
+        seconds: record::now(),
+        ..outcome.sample(spec)?
+    };
+    Ok(record::append(file, &Record::Sample(Box::new(sample)))?)
 }
 
 /// A row for each.

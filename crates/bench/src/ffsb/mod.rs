@@ -5,7 +5,7 @@
 //!   DIR/ffsb/set.json      what files there are: who finds the same set uses it again
 //!   DIR/ffsb/data/f0 …     files of one size, written in full, that are read and written   (set)
 //!   DIR/ffsb/mail/00/0 …   a mail server's: many, of many sizes, in directories
-//!   DIR/ffsb/new/T-N       files that the threads create, gone at the end
+//!   DIR/ffsb/new/T-N       files that the threads create, gone at the end, with their folder
 //! ```
 //!
 //! Each thread works as a program would: it picks a file, opens it, does its share, closes it ([`Scenario`] says which share),

@@ -10,7 +10,7 @@ use crate::{
         Report,
         usage::{Usage, Watched},
     },
-    machine::process,
+    machine::process::{self, Folder},
 };
 use block::{Context, Error, ErrorKind, Result};
 use std::{
@@ -45,7 +45,11 @@ pub fn clean(dir: &Path) -> Result<()> {
 
 /// A load whose files are there.
 #[derive(Debug)]
-pub struct Prepared<'a>(Shared<'a>);
+pub struct Prepared<'a> {
+    shared: Shared<'a>,
+    /// Of what is created, which goes with it.
+    _new: Folder,
+}
 
 /// Makes the files that are not there.
 ///
@@ -54,13 +58,17 @@ pub struct Prepared<'a>(Shared<'a>);
 /// As [`run()`].
 pub fn prepare(spec: &Spec) -> Result<Prepared<'_>> {
     spec.check()?;
-    Ok(Prepared(Shared {
-        spec,
-        set: Set::ready(spec)?,
-        phase: AtomicU8::new(if spec.ramp.is_zero() { MEASURE } else { RAMP }),
-        left: AtomicU64::new(spec.ios_max.unwrap_or(u64::MAX)),
-        space: AtomicU64::new(0),
-    }))
+    let set = Set::ready(spec)?;
+    Ok(Prepared {
+        _new: set.new_files()?,
+        shared: Shared {
+            spec,
+            set,
+            phase: AtomicU8::new(if spec.ramp.is_zero() { MEASURE } else { RAMP }),
+            left: AtomicU64::new(spec.ios_max.unwrap_or(u64::MAX)),
+            space: AtomicU64::new(0),
+        },
+    })
 }
 
 impl Prepared<'_> {
@@ -70,11 +78,7 @@ impl Prepared<'_> {
     ///
     /// As [`run()`].
     pub fn run(self) -> Result<Outcome> {
-        let outcome = drive(&self.0);
-        let swept = self.0.set.sweep();
-        let outcome = outcome?;
-        swept?;
-        Ok(outcome)
+        drive(&self.shared).inspect_err(|_| process::goes_on())
     }
 }
 
@@ -132,8 +136,7 @@ fn drive(shared: &Shared<'_>) -> Result<Outcome> {
             .phase
             .compare_exchange(RAMP, MEASURE, Ordering::Relaxed, Ordering::Relaxed);
         wait((!spec.duration.is_zero()).then_some(spec.duration));
-        let seconds = began.elapsed().as_secs_f64();
-        let after = watched.end();
+        let window = began.elapsed();
         shared.phase.store(STOP, Ordering::Relaxed);
         let mut all = Tally::default();
         let mut failed = None;
@@ -146,7 +149,12 @@ fn drive(shared: &Shared<'_>) -> Result<Outcome> {
         }
         match failed {
             Some(error) => Err(error),
-            None => report(spec, &all, seconds, after?.since(&before?)),
+            None => {
+                // Until the last of what was at work then had ended.
+                let last = all.last.map_or(window, |last| last - began);
+                let used = watched.end()?.since(&before?);
+                report(spec, &all, window.max(last).as_secs_f64(), used)
+            }
         }
     })
 }
@@ -164,6 +172,7 @@ impl Tally {
         self.write_latency.merge(&other.write_latency);
         self.fsync_latency.merge(&other.fsync_latency);
         self.timeline.merge(&other.timeline);
+        self.last = self.last.max(other.last);
     }
 }
 
@@ -265,7 +274,7 @@ mod tests {
                     }
                 }
                 // What was created besides the set is gone.
-                assert_eq!(files(&dir.path().join("ffsb/new")).len(), 0, "{named}");
+                assert!(!dir.path().join("ffsb/new").exists(), "{named}");
             }
         }
         let data = files(&dir.path().join("ffsb/data"));
@@ -309,6 +318,11 @@ mod tests {
         // Nobody's, and so ours.
         fs::create_dir(&root).unwrap();
         run(&load).unwrap();
+        // So is what a load left that was killed, also one that made no mark there.
+        fs::create_dir(root.join("new")).unwrap();
+        fs::write(root.join("new/0-0"), "x").unwrap();
+        run(&load).unwrap();
+        assert!(!root.join("new").exists());
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! The files that are there before a load begins.
 
 use super::{GRAIN, KIB, Scenario, Spec};
-use crate::{load::Random, machine::process};
+use crate::{
+    load::Random,
+    machine::process::{self, Folder},
+};
 use block::{Context, Error, ErrorKind, Result};
 use io::memory::AlignedBuf;
 use rustix::fs::OFlags;
@@ -72,7 +75,6 @@ impl Set {
         }
         fs::create_dir_all(&root).context(|| root.display().to_string())?;
         process::mark(&root)?;
-        fs::create_dir_all(root.join("new")).context(|| root.display().to_string())?;
         let mail = spec.scenario == Scenario::MailServer;
         let mut set = Self {
             root,
@@ -118,16 +120,18 @@ impl Set {
         Ok(set)
     }
 
-    /// Removes what threads of an earlier load created.
-    pub(super) fn sweep(&self) -> Result<()> {
+    /// Removes what threads of an earlier load created that was killed: there is room for the set before that is made.
+    fn sweep(&self) -> Result<()> {
         let new = self.root.join("new");
-        for entry in fs::read_dir(&new)
-            .context(|| new.display().to_string())?
-            .flatten()
-        {
-            fs::remove_file(entry.path()).context(|| entry.path().display().to_string())?;
+        match fs::remove_dir_all(&new) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            done => done.context(|| new.display().to_string()),
         }
-        Ok(())
+    }
+
+    /// Where threads create files, which goes with them, also on ^C.
+    pub(super) fn new_files(&self) -> Result<Folder> {
+        Folder::create(self.root.join("new"))
     }
 
     fn make(&self, sizes: &[u64], made: Made) -> Result<()> {

@@ -13,7 +13,7 @@ use std::{
     fs::{self, File},
     os::unix::fs::FileExt,
     sync::atomic::{AtomicU8, AtomicU64, Ordering},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Bytes of a file that a thread touches at random before it closes it (FFSB's `read_size` and `write_size`).
@@ -52,6 +52,8 @@ pub(super) struct Tally {
     pub fsync_latency: Latencies,
     pub timeline: Timeline,
     began: Option<Instant>,
+    /// When the last that counts ended.
+    pub last: Option<Instant>,
 }
 
 /// A thread of a load.
@@ -114,6 +116,20 @@ impl<'a> Worker<'a> {
         counts
     }
 
+    /// Does something to a file system, in how long, and whether that counts: what was at work when the time was over does, so that no
+    /// end of a load hides a file system that stalls.
+    fn timed(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<(Duration, bool)> {
+        let counted = self.counts();
+        let began = Instant::now();
+        work(self)?;
+        let ended = Instant::now();
+        let counts = counted || self.counts();
+        if counts {
+            self.tally.last = Some(ended);
+        }
+        Ok((ended - began, counts))
+    }
+
     /// Counts something done to a file.
     fn count(&mut self, which: fn(&mut Counts) -> &mut u64) {
         if self.counts() {
@@ -124,14 +140,14 @@ impl<'a> Worker<'a> {
     /// Reads or writes a block.
     fn block(&mut self, file: &File, at: u64, bytes: u64, read: bool) -> Result<()> {
         let piece = usize::try_from(bytes).unwrap_or(0).min(self.data.len());
-        let began = Instant::now();
-        let done = match read {
-            true => file.read_exact_at(&mut self.data[..piece], at),
-            false => file.write_all_at(&self.data[..piece], at),
-        };
-        done.context(|| format!("{} at offset {at}", if read { "read" } else { "write" }))?;
-        let took = began.elapsed();
-        if !self.counts() {
+        let (took, counts) = self.timed(|own| {
+            let done = match read {
+                true => file.read_exact_at(&mut own.data[..piece], at),
+                false => file.write_all_at(&own.data[..piece], at),
+            };
+            done.context(|| format!("{} at offset {at}", if read { "read" } else { "write" }))
+        })?;
+        if !counts {
             return Ok(());
         }
         // The last one is counted once by one thread.
@@ -158,10 +174,9 @@ impl<'a> Worker<'a> {
         if !self.shared.spec.fsync {
             return Ok(());
         }
-        let began = Instant::now();
-        file.sync_all().context(|| "fsync".to_owned())?;
-        if self.counts() {
-            self.tally.fsync_latency.add(began.elapsed());
+        let (took, counts) = self.timed(|_| file.sync_all().context(|| "fsync".to_owned()))?;
+        if counts {
+            self.tally.fsync_latency.add(took);
         }
         Ok(())
     }
@@ -324,5 +339,53 @@ impl<'a> Worker<'a> {
             .directory(directory)
             .push(Entry { id, bytes });
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{sync::mpsc, thread};
+
+    /// A load of which the time is over while a thread is at work.
+    fn tally(ends: u8) -> Tally {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = Spec {
+            direct: false,
+            files: 1,
+            ..Spec::new(dir.path().to_owned(), Scenario::RandomReads, 1, 1 << 20)
+        };
+        let shared = Shared {
+            spec: &spec,
+            set: Set::ready(&spec).unwrap(),
+            phase: AtomicU8::new(MEASURE),
+            left: AtomicU64::new(u64::MAX),
+            space: AtomicU64::new(0),
+        };
+        let (say, heard) = mpsc::channel();
+        thread::scope(|scope| {
+            let shared = &shared;
+            let worker = scope.spawn(move || {
+                let mut worker = Worker::new(shared, 0);
+                let done = worker.timed(|_| {
+                    say.send(()).unwrap();
+                    thread::sleep(Duration::from_millis(20));
+                    Ok(())
+                });
+                let (took, counts) = done.unwrap();
+                assert!(counts && took >= Duration::from_millis(20), "{took:?}");
+                // What begins then counts no more.
+                assert!(!worker.timed(|_| Ok(())).unwrap().1);
+                worker.tally
+            });
+            heard.recv().unwrap();
+            shared.phase.store(ends, Ordering::Relaxed);
+            worker.join().unwrap()
+        })
+    }
+
+    #[test]
+    fn what_is_at_work_when_the_time_is_over_counts() {
+        assert!(tally(STOP).last.is_some());
     }
 }
