@@ -14,6 +14,9 @@ use std::{
     time::Duration,
 };
 
+/// Rounds of each cell; and of those of a quick run whose findings are undecided then, as far as there is time.
+const SAMPLES: usize = 5;
+const SAMPLES_MORE: usize = 20;
 /// A quick run takes so long at most, with what it sets up and takes down.
 const QUICK: Duration = Duration::from_secs(570);
 
@@ -40,7 +43,8 @@ pub struct RunArgs {
     /// Only cells whose names match, * standing for anything; also such as --quick leaves out
     #[arg(long, value_name = "PATTERN")]
     pub cells: Option<String>,
-    /// Rounds: samples of each side of a cell, taken in turn [default: 5, with --quick as many as there is time for]
+    /// Rounds: samples of each side of a cell, taken in turn [default: 5; with --quick as many as there is time for, and more of
+    /// cells that leave a finding undecided]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub samples: Option<u16>,
     /// Seconds that each sample measures [default: 2, with --quick 0.5]
@@ -184,6 +188,9 @@ fn options(args: &RunArgs, experiment: &Experiment) -> Result<Options> {
         false => (Duration::from_secs(2), Duration::from_millis(400)),
     };
     let duration = args.seconds.unwrap_or(duration);
+    let samples = args.samples.map_or(SAMPLES, usize::from);
+    // Who says how many has said how long.
+    let limit = (quick && args.samples.is_none()).then_some(QUICK);
     Ok(Options {
         guest: args.guest.clone(),
         flamegraphs: args.flamegraph,
@@ -193,12 +200,15 @@ fn options(args: &RunArgs, experiment: &Experiment) -> Result<Options> {
             .clone()
             .unwrap_or_else(|| experiment.name.to_lowercase().into()),
         cells: args.cells.clone(),
-        samples: args.samples.map_or(5, usize::from),
+        samples,
+        samples_more: match limit {
+            Some(_) => samples.max(SAMPLES_MORE),
+            None => samples,
+        },
         duration,
         ramp: ramp.min(duration),
         quick,
-        // Who says how many has said how long.
-        limit: (quick && args.samples.is_none()).then_some(QUICK),
+        limit,
         disk_bytes,
         device: args.device.clone(),
         overwrite: args.overwrite_device,

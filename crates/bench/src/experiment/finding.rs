@@ -56,6 +56,14 @@ pub struct Judged {
     pub left_out: bool,
 }
 
+impl Judged {
+    /// Whether more rounds may decide it: it is undecided, and not since both sides are the same.
+    pub fn may_be_decided(&self) -> bool {
+        let same = |ours: Figure| ours.low > 1.0 - SAME && ours.high < 1.0 + SAME;
+        self.verdict == Verdict::Undecided && !self.ours.is_some_and(same)
+    }
+}
+
 /// How many findings are of cells that a quick run leaves out, in words.
 pub fn left_out_words(count: usize) -> String {
     match count {
@@ -289,6 +297,7 @@ mod tests {
                 "{claim:?} {left} {right}: {judged:?}"
             );
             assert!(!judged.why.is_empty());
+            assert_eq!(judged.may_be_decided(), expected == Verdict::Undecided);
         }
         let same = one(&finding(Claim::More, iops("a"), Some(iops("a"))), &set);
         assert_eq!(same.verdict, Verdict::Undecided);
@@ -296,6 +305,7 @@ mod tests {
             same.why.ends_with("in 3 rounds: here they are the same"),
             "{same:?}"
         );
+        assert!(!same.may_be_decided());
     }
 
     #[test]

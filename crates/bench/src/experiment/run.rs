@@ -7,9 +7,12 @@
 //!       for each side           image · server · look at it · load · stop · append the sample    (measure, mounted, guest)
 //!     or all of them in turns of a tenth of a second, where their files allow it                 (crate::turns)
 //!     append what is said of the cell: noise, sides that are not what was asked for
+//!   the same once more for cells with undecided findings, where a quick run has time left: so many rounds more as it has time for,
+//!   before anybody looks at the findings again (who looked after each round would decide by chance before long)
 //! ```
 
 use super::{
+    finding,
     lab::Lab,
     plan::{Cell, Experiment, How, Image},
     runner::Runner,
@@ -43,6 +46,8 @@ pub struct Options {
     pub cells: Option<String>,
     /// Rounds of each cell.
     pub samples: usize,
+    /// Rounds of cells whose findings are undecided after these, where there is time for more; no fewer than `samples`.
+    pub samples_more: usize,
     /// Seconds of a measurement.
     pub duration: Duration,
     /// Seconds of load before.
@@ -185,6 +190,7 @@ pub fn run(
         schedule.has(&sample.cell, &sample.side, sample.round);
     }
     schedule.go_on();
+    let again: Vec<&Cell>;
     let mut bench = Runner {
         options,
         probe: Probe::new(lab.work()),
@@ -205,21 +211,41 @@ pub fn run(
         );
         (bench.watch)(Event::Note(&text));
     }
-    for (n, cell) in cells.iter().enumerate() {
-        if !bench.cell(cell)? {
+    let left_out = bench.cells(&cells)?;
+    if left_out > 0 {
+        let text = format!(
+            "{left_out} of {} cells were left out, the time is over: --out with the same folder goes on with them",
+            cells.len()
+        );
+        (bench.watch)(Event::Note(&text));
+    } else if options.samples_more > options.samples {
+        again = undecided(experiment, &record::read(&path)?, &cells);
+        if !again.is_empty() {
             let text = format!(
-                "{} of {} cells were left out, the time is over: --out with the same folder goes on with them",
-                cells.len() - n,
+                "{} of {} cells leave findings undecided: they get more rounds in the time that is left",
+                again.len(),
                 cells.len()
             );
             (bench.watch)(Event::Note(&text));
-            break;
+            bench.schedule.again(&again, options.samples_more);
+            bench.cells(&again)?;
         }
-        let later = cells[n + 1..].iter().flat_map(|cell| self::images(cell));
-        bench.lab.keep_only(&later.collect());
     }
     drop(bench);
     record::read(&path)
+}
+
+/// Those of `cells` of which more rounds may decide a finding.
+fn undecided<'a>(experiment: &Experiment, set: &Set, cells: &[&'a Cell]) -> Vec<&'a Cell> {
+    let judged = finding::judge(experiment, set);
+    let open = judged.iter().filter(|judged| judged.may_be_decided());
+    let terms = open.flat_map(|judged| {
+        let finding = &judged.finding;
+        [Some(&finding.left), finding.right.as_ref()]
+    });
+    let names: BTreeSet<&str> = terms.flatten().map(|term| term.cell.as_str()).collect();
+    let own = cells.iter().filter(|cell| names.contains(&cell.name[..]));
+    own.copied().collect()
 }
 
 /// What was seen of each side, last.
@@ -266,7 +292,7 @@ pub fn clear(dir: &Path, device: Option<&Path>) -> Result<Cleared> {
     Ok(cleared)
 }
 
-fn images(cell: &Cell) -> impl Iterator<Item = Image> {
+pub(super) fn images(cell: &Cell) -> impl Iterator<Item = Image> {
     cell.sides
         .iter()
         .filter(|side| !matches!(side.how, How::Served(Server::Spdk)))
@@ -402,6 +428,36 @@ mod tests {
         ] {
             assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
         }
+    }
+
+    #[test]
+    fn cells_of_undecided_findings_get_more_rounds() {
+        let e0 = crate::experiment::find("E0").unwrap();
+        let of_run = cells(&e0, true, None).unwrap();
+        let sample = |side: &str, round, iops| Sample {
+            cell: "randwrite".to_owned(),
+            side: side.to_owned(),
+            round,
+            metrics: [(Metric::Iops, iops)].into(),
+            ..Sample::default()
+        };
+        let mut set = Set::default();
+        let names = |set: &Set| {
+            let cells = undecided(&e0, set, &of_run);
+            cells
+                .into_iter()
+                .map(|cell| cell.name.clone())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(names(&set), [] as [&str; 0]);
+        for round in 0..5 {
+            set.samples.push(sample("qsd F", round, 100.0));
+            set.samples.push(sample("qsd default", round, 10.0));
+        }
+        assert_eq!(names(&set), [] as [&str; 0]);
+        set.samples[1] = sample("qsd default", 0, 1000.0);
+        set.samples[3] = sample("qsd default", 1, 1000.0);
+        assert_eq!(names(&set), ["randwrite"]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::{
     lab::Lab,
     plan::{Cell, How, Side},
-    run::{Event, Options, Progress, in_a_line},
+    run::{self, Event, Options, Progress, in_a_line},
     schedule::Schedule,
 };
 use crate::{
@@ -54,8 +54,20 @@ struct Work<'a> {
 }
 
 impl Runner<'_> {
+    /// Runs cells, one after the other; how many there was no time for.
+    pub fn cells(&mut self, cells: &[&Cell]) -> Result<usize> {
+        for (n, cell) in cells.iter().enumerate() {
+            if !self.cell(cell)? {
+                return Ok(cells.len() - n);
+            }
+            let later = cells[n + 1..].iter().flat_map(|cell| run::images(cell));
+            self.lab.keep_only(&later.collect());
+        }
+        Ok(0)
+    }
+
     /// Runs a cell; false where there is no time for it.
-    pub fn cell(&mut self, cell: &Cell) -> Result<bool> {
+    fn cell(&mut self, cell: &Cell) -> Result<bool> {
         let lacks = |schedule: &Schedule<'_>, round: usize| {
             let mut sides = cell.sides.iter();
             sides.any(|side| schedule.lacks(&cell.name, &side.name, round))
@@ -68,7 +80,7 @@ impl Runner<'_> {
             seen: self.seen_before(cell),
         };
         let mut rounds = 0;
-        while rounds < self.options.samples {
+        while rounds < self.schedule.wanted() {
             if lacks(&self.schedule, rounds) {
                 // The machine may be slower than it was: it is asked again before each.
                 if rounds >= self.schedule.rounds() {

@@ -29,8 +29,10 @@ pub(super) struct Schedule<'a> {
     expected: Duration,
     /// Samples that this run took or tried, and how long they took.
     costs: (u32, Duration),
-    /// Images that were made for all of the run, and how long that took.
-    images: (BTreeSet<Image>, Duration),
+    /// Images that are there for the rest of the run.
+    images: BTreeSet<Image>,
+    /// Images of that kind that this run made, and how long that took.
+    makings: (u32, Duration),
 }
 
 impl<'a> Schedule<'a> {
@@ -52,7 +54,8 @@ impl<'a> Schedule<'a> {
             given_up: BTreeSet::new(),
             expected: load + AROUND,
             costs: (0, Duration::ZERO),
-            images: (BTreeSet::new(), Duration::ZERO),
+            images: BTreeSet::new(),
+            makings: (0, Duration::ZERO),
         }
     }
 
@@ -66,6 +69,18 @@ impl<'a> Schedule<'a> {
     pub(super) fn go_on(&mut self) {
         let next = (1..=self.rounds).find(|rounds| self.left(*rounds) > 0);
         self.least = next.unwrap_or(1);
+    }
+
+    /// All cells have had their rounds: these get more of them, `rounds` in all, as far as there is time.
+    pub(super) fn again(&mut self, cells: &'a [&'a Cell], rounds: usize) {
+        (self.cells, self.rounds, self.least) = (cells, rounds, 1);
+        // They went with the last cell that needed them.
+        self.images.clear();
+    }
+
+    /// Rounds that each cell is to have, where there is time.
+    pub(super) fn wanted(&self) -> usize {
+        self.rounds
     }
 
     /// A side of a cell is not measured any more.
@@ -84,8 +99,9 @@ impl<'a> Schedule<'a> {
 
     /// An image was made that stays.
     pub(super) fn made(&mut self, image: Image, time: Duration) {
-        self.images.0.insert(image);
-        self.images.1 += time;
+        self.images.insert(image);
+        self.makings.0 += 1;
+        self.makings.1 += time;
     }
 
     /// A cell has ended.
@@ -152,8 +168,8 @@ impl<'a> Schedule<'a> {
             (samples, time) => time / samples,
         };
         let many = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-        let (made, time) = &self.images;
-        let image = time.checked_div(many(made.len())).unwrap_or_default();
+        let (makings, time) = self.makings;
+        let image = time.checked_div(makings).unwrap_or_default();
         let sides = self.cells.iter().flat_map(|cell| {
             let named = |side: &'a super::plan::Side| (&cell.name, side);
             cell.sides.iter().map(named)
@@ -164,7 +180,10 @@ impl<'a> Schedule<'a> {
         let stay = lacking
             .map(|(_, side)| side.image)
             .filter(|image| image.stays());
-        let unmade = stay.collect::<BTreeSet<_>>().difference(made).count();
+        let unmade = stay
+            .collect::<BTreeSet<_>>()
+            .difference(&self.images)
+            .count();
         each.saturating_mul(many(self.left(rounds)))
             .saturating_add(image.saturating_mul(many(unmade)))
     }
@@ -259,6 +278,37 @@ mod tests {
         }
         let third = schedule.left(3);
         assert_eq!(schedule.time_for(3), u32::try_from(third).unwrap() * S);
+    }
+
+    #[test]
+    fn cells_that_get_more_rounds_get_as_many_as_there_is_time_for() {
+        let e3 = find("E3").unwrap();
+        let cells = cells(&e3, true, Some("read-*k")).unwrap();
+        let mut schedule = Schedule::new(&cells, 5, S - AROUND, Some(S), Instant::now());
+        for cell in &cells {
+            for side in &cell.sides {
+                for round in 0..5 {
+                    schedule.has(&cell.name, &side.name, round);
+                }
+            }
+        }
+        for _ in &cells {
+            schedule.ended();
+        }
+        let raw = cells[0].sides[0].image;
+        schedule.made(raw, 7 * S);
+        let some = &cells[..2];
+        schedule.again(some, 20);
+        assert_eq!(schedule.wanted(), 20);
+        let sides: usize = some.iter().map(|cell| cell.sides.len()).sum();
+        let round = u32::try_from(sides).unwrap() * S;
+        assert_eq!((schedule.left(5), schedule.left(8)), (0, 3 * sides));
+        // Their images are made anew.
+        let images = schedule.time_for(6) - round;
+        assert!(images >= 7 * S, "{images:?}");
+        assert_eq!(schedule.rounds_in(images + 3 * round), 8);
+        // None is begun that there is no time for.
+        assert_eq!(schedule.rounds_in(images + round - S), 5);
     }
 
     #[test]
