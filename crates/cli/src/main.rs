@@ -190,6 +190,11 @@ fn say(text: &str) {
 
 /// Prints `text`; a reader that has gone (`diskplane map … | head`) is no error.
 fn print(text: &str) -> anyhow::Result<()> {
+    print_on(text).map(|_| ())
+}
+
+/// [`print`], for who would go on and on: whether anybody still reads.
+fn print_on(text: &str) -> anyhow::Result<bool> {
     let mut out = std::io::stdout().lock();
     match out
         .write_all(&block::name::bytes(text))
@@ -198,6 +203,6 @@ fn print(text: &str) -> anyhow::Result<()> {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             Err(anyhow::Error::new(error).context("standard output"))
         }
-        _ => Ok(()),
+        printed => Ok(printed.is_ok()),
     }
 }

@@ -7,6 +7,8 @@
 //!     thread   the same queue, for requests that overlap those of the first; and so on
 //! ```
 //!
+//! Threads have small numbers of their own: readers keep them in 32 bits, and queues of a long-lived server are many.
+//!
 //! Slices of a thread must nest, so each request is put on the first thread of its queue that is free when it begins.
 //! Times are microseconds with fractions of a nanosecond's size, from the first request on.
 
@@ -18,9 +20,6 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
-/// A track of the file; an event's `pid` and `tid`.
-const LANES: u64 = 1 << 16;
-
 /// The file, for requests of these disks.
 pub fn document(disks: &[DiskInfo], requests: &[Traced]) -> Value {
     let mut requests: Vec<&Traced> = requests.iter().collect();
@@ -30,15 +29,15 @@ pub fn document(disks: &[DiskInfo], requests: &[Traced]) -> Value {
     for disk in disks {
         events.push(metadata("process_name", disk.disk, 0, &disk.file));
     }
-    // When each thread of a queue is free again.
-    let mut free: BTreeMap<(usize, u64), Vec<u64>> = BTreeMap::new();
+    // The threads of each queue, and when they are free again.
+    let mut free: BTreeMap<(usize, u64), Vec<(u64, u64)>> = BTreeMap::new();
+    let mut threads = 0;
     for traced in requests {
-        let queue = traced.queue.unwrap_or(u64::MAX >> 17);
+        let queue = traced.queue.unwrap_or(u64::MAX);
         let (entry, total) = (&traced.entry, traced.entry.total_ns());
         let lanes = free.entry((traced.disk, queue)).or_default();
-        let found = lanes.iter().position(|free| *free <= entry.begin_ns);
+        let found = lanes.iter().position(|(_, free)| *free <= entry.begin_ns);
         let lane = found.unwrap_or(lanes.len());
-        let thread = queue * LANES + lane as u64;
         if lane == lanes.len() {
             let name = disks
                 .iter()
@@ -49,10 +48,12 @@ pub fn document(disks: &[DiskInfo], requests: &[Traced]) -> Value {
                 0 => name,
                 lane => format!("{name}, {} at a time", lane + 1),
             };
-            events.push(metadata("thread_name", traced.disk, thread, &name));
-            lanes.push(0);
+            threads += 1;
+            events.push(metadata("thread_name", traced.disk, threads, &name));
+            lanes.push((threads, 0));
         }
-        lanes[lane] = entry.begin_ns.saturating_add(total);
+        let thread = lanes[lane].0;
+        lanes[lane].1 = entry.begin_ns.saturating_add(total);
         let begin = entry.begin_ns - origin;
         let slice = |name: &str, category: &'static str, at: u64, ns: u64, args: Option<Value>| {
             let event = Slice {
@@ -177,7 +178,7 @@ mod tests {
             // Overlaps the first; then both are free again.
             traced(0, 3, 0, 2_500, [0, 0, 3, 4, 3000, 0, 5, 6]),
             traced(0, 3, 2, 9_000, [1, 1, 1, 1, 1, 1, 1, 1]),
-            traced(1, 0, 0, 2_100, [0, 0, 0, 0, 0, 0, 0, 0]),
+            traced(1, 1 << 40, 0, 2_100, [0, 0, 0, 0, 0, 0, 0, 0]),
         ];
         let document = document(&disks, &requests);
         assert_eq!(document["displayTimeUnit"], "ns");
@@ -198,6 +199,10 @@ mod tests {
                 "queue 3: vhost-user 0, 2 at a time"
             ]
         );
+        let mut threads: Vec<u64> = events.iter().filter_map(|e| e["tid"].as_u64()).collect();
+        threads.sort_unstable();
+        threads.dedup();
+        assert_eq!(threads, [0, 1, 2, 3], "0 is the processes' names");
         let device = events
             .iter()
             .find(|event| event["name"] == "device")

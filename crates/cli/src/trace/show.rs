@@ -1,7 +1,7 @@
 //! What a server remembers: its last requests, its slowest, and the latencies of all.
 
 use super::{Dump, Histogram, Perfetto, Server, Slowest, us};
-use crate::{print, table};
+use crate::{print, print_on, table};
 use ::trace::{
     Stage,
     control::{Client, DiskInfo, Latencies, Line, Request, Traced},
@@ -96,7 +96,9 @@ pub fn dump(args: &Dump) -> Result<()> {
                         text.push('\n');
                         Ok(())
                     })?;
-                print(&text)?;
+                if !print_on(&text)? {
+                    return Ok(());
+                }
                 if lost > 0 && !first {
                     eprintln!(
                         "diskplane: disk {}, queue {}: {lost} requests were overwritten before they were read",

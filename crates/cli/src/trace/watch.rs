@@ -1,7 +1,7 @@
 //! `trace watch`: what each disk did since the last look.
 
 use super::{Watch, us};
-use crate::{print, table};
+use crate::{print_on, table};
 use ::trace::{
     Operation, Snapshot, Stage,
     control::{Client, Line, Request},
@@ -48,13 +48,16 @@ pub fn run(args: &Watch) -> Result<()> {
             table.add_row(row(*disk, now, &before));
         }
         let text = table::indented(&table);
-        print(&match terminal {
+        let reads = print_on(&match terminal {
             // To the top, and nothing of the last look behind it.
             true => format!(
                 "\x1b[H\x1b[J{text}latencies in µs, of reads and writes since the last look\n"
             ),
             false => text,
         })?;
+        if !reads {
+            break;
+        }
         last = now;
         left = left.map(|left| left - 1);
     }

@@ -4,6 +4,7 @@ use bench::driver::{IN, Machine, OUT, Setup};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::{
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -145,6 +146,26 @@ fn a_running_server_is_looked_at() {
     assert_eq!(answer["breakdown"]["requests"], 10);
     assert_eq!(answer["breakdown"]["parts"].as_array().unwrap().len(), 8);
 
+    // Who goes on as long as somebody reads ends when nobody does (`… | head -1`).
+    for endless in [&["dump", "--follow"][..], &["watch", "--interval", "0.01"]] {
+        let mut command = Command::new(binary());
+        command.arg("trace").args(endless);
+        command.args(["--control", control]).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        assert!(!line.is_empty(), "{endless:?}");
+        let status = loop {
+            vm.request(0, IN, 7, &[], 512);
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+        };
+        assert!(status.success(), "{endless:?}: {status}");
+    }
+
     for wrong in [
         &["dump", "--control", control, "--disk", "1"][..],
         &["dump", "--control", control, "--disk", "0", "--queue", "9"],
@@ -271,30 +292,29 @@ fn probes_are_there() {
     let output = Command::new("readelf").arg("-n").arg(binary()).output();
     let output = output.expect("readelf, of binutils");
     let text = String::from_utf8_lossy(&output.stdout);
-    let mut names: Vec<&str> = Vec::new();
-    let mut lines = text.lines();
-    while let Some(line) = lines.next() {
-        if line.trim() == "Provider: diskplane" {
-            names.extend(
-                lines
-                    .next()
-                    .and_then(|line| line.trim().strip_prefix("Name: ")),
-            );
-        }
+    // A name is followed by its places and its arguments, each with its size.
+    let mut found: Vec<(&str, usize)> = Vec::new();
+    let mut lines = text.lines().map(str::trim);
+    while lines.by_ref().any(|line| line == "Provider: diskplane") {
+        let mut of = |what| lines.by_ref().find_map(|line| line.strip_prefix(what));
+        let name = of("Name: ").unwrap();
+        let arguments = of("Arguments: ").unwrap();
+        found.push((name, arguments.split("@").count() - 1));
     }
-    names.sort_unstable();
-    names.dedup();
+    found.sort_unstable();
+    found.dedup();
+    // As the documentation of the crate `trace` has them.
     let all = [
-        "completed",
-        "device_done",
-        "kicked",
-        "mapped",
-        "notified",
-        "parsed",
-        "submitted",
-        "taken",
+        ("completed", 3),
+        ("device_done", 2),
+        ("kicked", 1),
+        ("mapped", 2),
+        ("notified", 5),
+        ("parsed", 5),
+        ("submitted", 2),
+        ("taken", 3),
     ];
-    assert_eq!(names, all);
+    assert_eq!(found, all);
 }
 
 #[test]
