@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use bench::machine::Host;
 use block::size;
 use disk::chain::{Chain, ChainOptions};
+use image::Format;
 use io::{Aio, Cache, File, FileKind, Lock, OpenOptions};
 use serde::Serialize;
 use std::{
@@ -43,6 +44,8 @@ pub(crate) struct Facts {
     pub compressed: u64,
     pub zeros: u64,
     pub unallocated: u64,
+    /// Bytes of data that would lie behind the end of their file: it was cut off.
+    pub lost: u64,
     /// Pieces that lie one behind the other in their files.
     pub runs: u64,
     /// The walk ended early: the figures are of what it saw.
@@ -61,6 +64,7 @@ pub(crate) struct Facts {
     /// Whether the file system can allocate space without writing it; unknown for most.
     pub fallocate: Option<bool>,
     pub device: String,
+    /// Whether the device has an arm. Unknown where a virtual machine's disk is said to have one: most are, whatever is below them.
     pub rotational: Option<bool>,
     pub scheduler: Option<String>,
     pub cores: usize,
@@ -149,6 +153,7 @@ fn walk(chain: &Chain, facts: &mut Facts) -> Result<()> {
             _ => &mut facts.unallocated,
         };
         *bytes += entry.length;
+        facts.lost += behind_end(chain, &entry)?;
         facts.runs += u64::from(entry.data || entry.compressed);
         match facts.runs >= RUNS_MAX || began.elapsed() >= WALK {
             true => Err(Enough.into()),
@@ -160,6 +165,55 @@ fn walk(chain: &Chain, facts: &mut Facts) -> Result<()> {
         walked => walked?,
     }
     Ok(())
+}
+
+/// Bytes of a run of data that its file is too short for.
+fn behind_end(chain: &Chain, entry: &map::Entry) -> Result<u64> {
+    let layer = chain.layers.get(entry.depth);
+    // What a raw disk's file is too short for are zeros.
+    let layer = layer.filter(|layer| entry.data && layer.format != Format::Raw);
+    let file = layer.and_then(|layer| layer.files.get(usize::from(entry.file.0)));
+    let (Some(file), Some(offset)) = (file, entry.offset) else {
+        return Ok(0);
+    };
+    let end = offset.saturating_add(entry.length);
+    Ok(end.saturating_sub(file.len()?).min(entry.length))
+}
+
+/// Whether the device whose folder of sysfs this is has an arm.
+fn rotational(device: &Path) -> Option<bool> {
+    let mut device = device.to_owned();
+    // A loop device is what its file lies on; that may be on a loop device again.
+    for _ in 0..8 {
+        let Ok(file) = fs::read_to_string(device.join("loop/backing_file")) else {
+            break;
+        };
+        let meta = fs::metadata(file.trim_end()).ok()?;
+        device = of_number(match meta.file_type().is_block_device() {
+            true => meta.rdev(),
+            false => meta.dev(),
+        });
+    }
+    let says = queue(&device, "rotational")? == "1";
+    let full = fs::canonicalize(&device).unwrap_or_default();
+    let names = full.to_string_lossy().into_owned();
+    // virtio-blk and Xen's disks.
+    let is_virtual = names.contains("/virtio") || names.contains("/vbd-");
+    (!says || !is_virtual).then_some(says)
+}
+
+/// The folder in sysfs of the device of this number.
+fn of_number(number: u64) -> PathBuf {
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
+}
+
+/// An attribute of the queue of a device. A partition has its queue one above.
+fn queue(device: &Path, name: &str) -> Option<String> {
+    let own = fs::read_to_string(device.join("queue").join(name));
+    let above = || fs::read_to_string(device.join("../queue").join(name));
+    let text = own.or_else(|_| above()).ok()?;
+    Some(text.trim().to_owned())
 }
 
 /// What file and device can do.
@@ -186,20 +240,13 @@ fn of_host(facts: &mut Facts, path: &Path) -> Result<()> {
         let host = Host::look(path);
         (facts.file_system, facts.device) = (host.file_system, host.device);
     }
-    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
-    let device = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
-    // A partition has its queue one above.
-    let of = |name: &str| {
-        let own = fs::read_to_string(device.join("queue").join(name));
-        let above = || fs::read_to_string(device.join("../queue").join(name));
-        own.or_else(|_| above()).ok()
-    };
-    facts.rotational = of("rotational").map(|text| text.trim() == "1");
+    let device = of_number(number);
+    facts.rotational = rotational(&device);
     // What stands on other devices leaves the order of requests to them.
     let stacked = ["loop", "dm", "md"]
         .iter()
         .any(|kind| device.join(kind).exists());
-    facts.scheduler = of("scheduler")
+    facts.scheduler = queue(&device, "scheduler")
         .filter(|_| !stacked)
         .and_then(|text| Some(text.split(['[', ']']).nth(1)?.to_owned()));
     let kind = facts.file_system.split(' ').next().unwrap_or_default();

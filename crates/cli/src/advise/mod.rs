@@ -4,6 +4,7 @@
 //! `--measure` or `--write-test`) and `advice`, an array of objects with `topic`, `do`, `because` and `rests-on` (`image`,
 //! `file-system`, `device`, `kernel` or `measurement`).
 
+mod durable;
 mod facts;
 mod measure;
 mod rules;
@@ -13,7 +14,11 @@ use anyhow::{Context, Result};
 use clap::Args;
 use image::Format;
 use serde::Serialize;
-use std::{fmt::Write as _, path::PathBuf, time::Duration};
+use std::{
+    fmt::Write as _,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 /// `advise`.
 #[derive(Args, Debug)]
@@ -24,13 +29,14 @@ pub struct Advise {
     /// Also open backing and data files below DIR, not only below each image's own directory
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
-    /// Read the images for a while, by each engine and in each cache mode, to find out which is best. Writes nothing
+    /// Read the images for a while, one read at a time and many, by each engine, on one thread and on two, all in turns. Writes nothing
     #[arg(long)]
     pub measure: bool,
     /// With --measure or --write-test: seconds that all measurements together may take
     #[arg(long, value_name = "S", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=60))]
     pub seconds: u64,
-    /// Make a file in DIR, write to it, and remove it: what allocating, punching holes and flushing cost there
+    /// Make a file in DIR and write to it, past the page cache and through it, into holes, into allocated space and over data: what
+    /// preallocation and the cache are worth there. The file is gone afterwards
     #[arg(long, value_name = "DIR")]
     pub write_test: Option<PathBuf>,
     /// Print JSON
@@ -91,18 +97,40 @@ struct Answer {
 
 /// Looks at images and says what to do.
 pub fn run(args: &Advise) -> Result<()> {
-    let share = Duration::from_secs(args.seconds) / args.files.len().max(1) as u32;
+    let end = Instant::now() + Duration::from_secs(args.seconds);
     let mut answers = Vec::new();
-    for file in &args.files {
-        let facts = facts::of(args, file)?;
-        let measured = measure::of(args, &facts, share).with_context(|| file.clone())?;
-        answers.push(Answer {
-            file: file.clone(),
-            advice: rules::advice(&facts, measured.as_ref()),
-            facts,
-            measured,
-        });
+    let mut failed = Vec::new();
+    for (nth, file) in args.files.iter().enumerate() {
+        // What others did not need is for those that follow.
+        let left = end.saturating_duration_since(Instant::now());
+        let share = left / (args.files.len() - nth).max(1) as u32;
+        match answer(args, file, share) {
+            Ok(answer) => answers.push(answer),
+            Err(error) => failed.push(error),
+        }
     }
+    if !answers.is_empty() {
+        show(args, &answers)?;
+    }
+    // Who asked about several images gets what there is to say of the others, and hears of each that there is none of.
+    let last = failed.pop();
+    failed.iter().for_each(crate::complain);
+    last.map_or(Ok(()), Err)
+}
+
+fn answer(args: &Advise, file: &str, share: Duration) -> Result<Answer> {
+    let facts = facts::of(args, file)?;
+    let deadline = Instant::now() + share;
+    let measured = measure::of(args, &facts, deadline).with_context(|| file.to_owned())?;
+    Ok(Answer {
+        file: file.to_owned(),
+        advice: rules::advice(&facts, measured.as_ref()),
+        facts,
+        measured,
+    })
+}
+
+fn show(args: &Advise, answers: &[Answer]) -> Result<()> {
     if args.json {
         return print(&crate::json(&answers)?);
     }
@@ -116,6 +144,9 @@ fn text(answer: &Answer) -> String {
         for line in measured.lines() {
             let _ = writeln!(text, "  measured: {line}");
         }
+    }
+    if answer.advice.is_empty() {
+        return text + "  nothing to advise\n";
     }
     let mut table = table::headed(&["about", "do", "because", "rests on"], 4);
     for advice in &answer.advice {

@@ -2,7 +2,7 @@
 
 use crate::common;
 
-use common::{good, qemu_img, refused};
+use common::{diskplane, good, qemu_img, refused};
 use serde_json::Value;
 use std::fs;
 use testkit::TempDir;
@@ -72,7 +72,7 @@ fn advice_follows_from_what_the_image_is() {
     assert!(has(0, "convert without -c"), "{answers}");
     assert_eq!(answers[0]["facts"]["compressed"], 2 << 20);
     assert!(
-        has(1, "compat=1.1") && has(1, "--metadata-cache 134217728"),
+        has(1, "compat=1.1") && has(1, "--metadata-cache 128M"),
         "{answers}"
     );
     assert!(
@@ -102,7 +102,7 @@ fn it_measures_only_when_asked_and_leaves_nothing() {
         "raw",
         "--measure",
         "--seconds",
-        "1",
+        "8",
         "--write-test",
         "w",
         "--json",
@@ -114,7 +114,7 @@ fn it_measures_only_when_asked_and_leaves_nothing() {
     assert!(rates.len() >= 2, "{measured}");
     assert!(rates.iter().all(|rate| rate["iops"].as_f64() > Some(0.0)));
     assert!(
-        measured["write"]["flush-us"].as_f64() > Some(0.0),
+        measured["write"]["hole-us"].as_f64() > Some(0.0),
         "{measured}"
     );
     let based = answers[0]["advice"].as_array().unwrap().iter();
@@ -127,6 +127,47 @@ fn it_measures_only_when_asked_and_leaves_nothing() {
         text.contains("disk.raw: raw of 4 MiB") && text.contains("rests on"),
         "{text}"
     );
+}
+
+#[test]
+fn one_that_cannot_be_looked_at_keeps_nothing_of_the_others_back() {
+    let dir = TempDir::new();
+    let dir = dir.path("").to_owned();
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "a.qcow2", "1G"]);
+    // Half of what was written is gone.
+    fs::write(dir.join("data"), vec![0x5a; 2 << 20]).unwrap();
+    qemu_img(
+        &dir,
+        &["convert", "-f", "raw", "-O", "qcow2", "data", "cut.qcow2"],
+    );
+    let whole = good(&dir, &["advise", "--json", "cut.qcow2"]);
+    let whole: Value = serde_json::from_str(&whole).unwrap();
+    assert_eq!(whole[0]["facts"]["lost"], 0);
+    let cut = fs::File::options().write(true).open(dir.join("cut.qcow2"));
+    let cut = cut.unwrap();
+    let len = cut.metadata().unwrap().len();
+    cut.set_len(len - (1 << 20)).unwrap();
+    fs::write(dir.join("none.qcow2"), b"QFI\xfb\0\0\0\x03").unwrap();
+    let args = [
+        "advise",
+        "--json",
+        "a.qcow2",
+        "none.qcow2",
+        "missing",
+        "cut.qcow2",
+    ];
+    let output = diskplane(&dir, &args);
+    assert_eq!(output.status.code(), Some(1));
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(error.lines().count(), 2, "{error}");
+    assert!(error.contains("none.qcow2") && error.contains("missing"));
+    let answers: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(answers.as_array().unwrap().len(), 2);
+    assert_eq!(answers[1]["facts"]["lost"], 1 << 20);
+    let told = topics(&answers[1]);
+    assert!(told.iter().any(|l| l.starts_with("damage: ")), "{told:?}");
+    let told = topics(&answers[0]);
+    assert!(!told.iter().any(|l| l.starts_with("damage: ")), "{told:?}");
 }
 
 #[test]
