@@ -65,6 +65,8 @@ pub enum Metric {
     CpuPercentPerMb,
     /// Server CPU in percent of a core.
     CpuPercent,
+    /// CPU of the whole machine, whoever used it, percent of all its cores: the load's and the server's part too.
+    HostPercent,
     /// Context switches of the server per request.
     Switches,
     /// System calls of the server per request, counted in a short load of its own after the one that is timed; absent where
@@ -94,6 +96,12 @@ pub enum Metric {
     NumaMigrated,
     /// CPU that a guest's kernel says it used, of all its cores, percent of one.
     GuestPercent,
+    /// [`Metric::GuestPercent`] in user mode.
+    GuestUserPercent,
+    /// [`Metric::GuestPercent`] in the kernel, interrupts too.
+    GuestSystemPercent,
+    /// [`Metric::GuestPercent`] for each MB/s: the storage-stack study's "%vcpu per MB/sec".
+    GuestPercentPerMb,
     /// CPU of the guest's QEMU, percent of a core: the guest's own work too.
     EmulatorPercent,
     /// Interrupts in the guest per read or write of its load.
@@ -135,6 +143,7 @@ impl Metric {
             Self::ClientSystemUs => "client system µs/IO",
             Self::CpuPercentPerMb => "CPU % per MB/s",
             Self::CpuPercent => "CPU %",
+            Self::HostPercent => "host CPU %",
             Self::Switches => "context switches/IO",
             Self::Syscalls => "system calls/IO",
             Self::PageFaults => "page faults/IO",
@@ -149,6 +158,9 @@ impl Metric {
             Self::NumaOther => "NUMA other/s",
             Self::NumaMigrated => "NUMA migrated/s",
             Self::GuestPercent => "guest CPU %",
+            Self::GuestUserPercent => "guest user %",
+            Self::GuestSystemPercent => "guest system %",
+            Self::GuestPercentPerMb => "guest CPU % per MB/s",
             Self::EmulatorPercent => "QEMU CPU %",
             Self::GuestInterrupts => "guest interrupts/IO",
             Self::StealPercent => "stolen CPU %",
@@ -175,6 +187,9 @@ impl Metric {
                 | Self::DeviceMergedPercent
                 | Self::DeviceBusyPercent
                 | Self::GuestPercent
+                | Self::GuestUserPercent
+                | Self::GuestSystemPercent
+                | Self::GuestPercentPerMb
                 | Self::EmulatorPercent
                 | Self::GuestInterrupts
                 | Self::StealPercent
@@ -185,6 +200,7 @@ impl Metric {
                 | Self::NumaMigrated
                 | Self::Interrupts
                 | Self::CpuPercent
+                | Self::HostPercent
         )
     }
 

@@ -63,11 +63,15 @@ impl<I: Ord> Company<I> {
 /// virtual machine's disk) would answer: with the slower sides in favour, since they follow the faster ones. It depends on the
 /// side's name alone, so that a run which goes on asks what the whole one would have.
 pub(crate) fn own_seed(seed: u64, side: &str) -> u64 {
-    // FNV-1a. Loads of several disks count on from it, and rounds by a thousand.
-    let hash = side.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    seed + (hash >> 32) * 1_000_000
+    // Loads of several disks count on from it, and rounds by a thousand.
+    seed + (fnv(side.as_bytes()) >> 32) * 1_000_000
+}
+
+/// FNV-1a: the same on each machine and of each build.
+pub(crate) fn fnv(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// One who takes part.

@@ -54,6 +54,8 @@ pub(super) struct Lab {
     given: Option<(Given, Option<Place>)>,
     /// The block device of [`System::Device`].
     bare: Option<PathBuf>,
+    /// Parts of devices that several disks are, as loop devices, by the image.
+    parts: BTreeMap<Image, Vec<PathBuf>>,
     disk_bytes: u64,
     /// Bytes by which an image may grow in a sample.
     pub growth: u64,
@@ -80,6 +82,7 @@ impl Lab {
             devices: BTreeMap::new(),
             given: given.map(|given| (given, None)),
             bare: None,
+            parts: BTreeMap::new(),
             disk_bytes,
             growth,
             needs: BTreeMap::new(),
@@ -171,6 +174,7 @@ impl Lab {
         )
         .to_lowercase();
         let paths: Vec<PathBuf> = match image.place.system {
+            _ if image.disks > 1 && Self::is_device(image.place) => self.parts(image)?,
             System::Device => vec![folder.clone()],
             _ if Self::is_device(image.place) => vec![folder.join("disk")],
             _ => (0..image.disks.max(1))
@@ -199,6 +203,46 @@ impl Lab {
         }
         self.made.insert(image);
         Ok(paths)
+    }
+
+    /// Each disk's part of a device. They end with the folder, for what they are attached to lies in it.
+    fn parts(&mut self, image: Image) -> Result<Vec<PathBuf>> {
+        if let Some(parts) = self.parts.get(&image) {
+            return Ok(parts.clone());
+        }
+        let file = match image.place.medium {
+            Medium::Own if self.given.is_some() => {
+                return Err(Error::unsupported(
+                    "--device is one disk here: without it, files in --out stand for several",
+                ));
+            }
+            Medium::Own => self.loop_file(&image.place.name()),
+            _ => self.folder(image.place).join("disk"),
+        };
+        let bytes = self.bytes(image);
+        let mut parts = Vec::new();
+        for n in 0..u64::from(image.disks) {
+            match mount::attach_part(&file, Some((n * bytes, bytes))) {
+                Ok(part) => parts.push(part),
+                Err(error) => {
+                    for part in parts {
+                        let detached = mount::detach(&part);
+                        tracing::debug!("{}: {detached:?}", part.display());
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        self.parts.insert(image, parts.clone());
+        Ok(parts)
+    }
+
+    /// What is looked at for the work of the device below an image: of parts of a device of ours, what its file lies on.
+    pub fn device_below(&self, image: Image) -> PathBuf {
+        match (image.place.medium, image.place.system) {
+            (Medium::Own, System::Device) if image.disks > 1 => self.work().to_owned(),
+            _ => self.folder(image.place),
+        }
     }
 
     /// Whether an image is there, and stays.
@@ -344,9 +388,13 @@ impl Lab {
 
     /// A file whose blocks are there: else each write of a sample would have the host's file system find some first.
     fn preallocated(&self, name: &str, bytes: u64) -> Result<PathBuf> {
-        let path = self.work().join(format!("{name}.loop"));
+        let path = self.loop_file(name);
         preallocate(&path, bytes)?;
         Ok(path)
+    }
+
+    fn loop_file(&self, name: &str) -> PathBuf {
+        self.work().join(format!("{name}.loop"))
     }
 
     /// A simulated device: a process of its own, whose CPU time is not the server's nor the load's.

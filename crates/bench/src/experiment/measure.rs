@@ -292,7 +292,7 @@ mod tests {
         };
         let expected: [&[&str]; 4] = [
             // Two servers do not write one qcow2 image.
-            &["ioping"],
+            &["ioping", "randread"],
             &[
                 "read-raw-ext4",
                 "randread-raw-ext4",

@@ -20,7 +20,7 @@ mod run;
 mod runner;
 mod schedule;
 
-pub use finding::{Judged, Verdict, judge, left_out_words};
+pub use finding::{Judged, Verdict, judge, left_out_words, tally};
 pub use plan::{Cell, Experiment};
 pub use run::{Cleared, Event, Options, Progress, cells, clear, list, run};
 
@@ -81,7 +81,8 @@ mod tests {
             let known = |term: &Term| {
                 let cell = experiment.cells.iter().find(|cell| cell.name == term.cell);
                 let cell = cell.unwrap_or_else(|| panic!("{term:?}"));
-                for side in [Some(&term.side), term.over.as_ref()].into_iter().flatten() {
+                let others = [term.over.as_ref(), term.or.as_ref()].into_iter().flatten();
+                for side in others.chain([&term.side]) {
                     assert!(cell.sides.iter().any(|s| s.name == *side), "{term:?}");
                 }
             };

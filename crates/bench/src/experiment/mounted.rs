@@ -207,7 +207,7 @@ impl Runner<'_> {
             ..spec
         };
         let prepared = ffsb::prepare(&spec)?;
-        let device = Device::below(&self.lab.folder(side.image.place)).watch();
+        let device = Device::below(&self.lab.device_below(side.image)).watch();
         let fuse = stack.fuse.as_ref().map(|(process, _)| process.pid());
         let watch = Watch::begin(&pid.into_iter().chain(fuse).collect::<Vec<_>>());
         let outcome = prepared.run()?;

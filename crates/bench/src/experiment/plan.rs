@@ -3,6 +3,7 @@
 use crate::{
     ffsb::Scenario,
     metric::Metric,
+    turns,
     versus::cell::{Load, Polling, RANDREAD, Server},
 };
 use serde::Serialize;
@@ -28,6 +29,14 @@ pub struct Experiment {
     pub figures: &'static [Metric],
     /// Bytes of a disk in a full run, and in a quick one.
     pub disk_bytes: (u64, u64),
+}
+
+impl Experiment {
+    /// What tells its cells, their loads and their sides from others of the same name: samples of these are of one series.
+    pub fn definition(&self) -> String {
+        let text = format!("{:?}", self.cells);
+        format!("{:016x}", turns::fnv(text.as_bytes()))
+    }
 }
 
 /// One load on several sides in turn.
@@ -399,6 +408,9 @@ pub struct Term {
     pub side: String,
     /// Divided by this side's, where given.
     pub over: Option<String>,
+    /// Or this side's, where that does better (by the medians).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub or: Option<String>,
     /// The figure.
     pub metric: Metric,
 }
@@ -417,11 +429,14 @@ pub enum Claim {
     NotLess(f64),
 }
 
-/// Something that a document found.
+/// Something that a document found, or that diskplane is to reach.
 #[derive(Clone, Debug, Serialize)]
 pub struct Finding {
     /// In a sentence.
     pub says: String,
+    /// It is no document's: a goal of ours.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub goal: bool,
     /// The first term.
     pub left: Term,
     /// The second; the number 1 where there is none.
@@ -430,6 +445,51 @@ pub struct Finding {
     pub claim: Claim,
     /// The first by the second as published, where figures were.
     pub published: Option<f64>,
+    /// What is otherwise here than it was there, and may turn the answer; empty where nothing is known to.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub otherwise: &'static str,
+}
+
+impl Finding {
+    /// One of two terms, without figures.
+    pub fn new(says: impl Into<String>, left: Term, right: Term, claim: Claim) -> Self {
+        Self {
+            says: says.into(),
+            goal: false,
+            left,
+            right: Some(right),
+            claim,
+            published: None,
+            otherwise: "",
+        }
+    }
+
+    /// The same of the first term alone: it is a ratio already.
+    pub fn of_ratio(says: impl Into<String>, ratio: Term, claim: Claim) -> Self {
+        let of_two = Self::new(says, ratio.clone(), ratio, claim);
+        Self {
+            right: None,
+            ..of_two
+        }
+    }
+
+    /// With the first by the second as published.
+    pub fn published(self, ratio: f64) -> Self {
+        Self {
+            published: Some(ratio),
+            ..self
+        }
+    }
+
+    /// As a goal of ours.
+    pub fn goal(self) -> Self {
+        Self { goal: true, ..self }
+    }
+
+    /// With what is otherwise here.
+    pub fn otherwise(self, otherwise: &'static str) -> Self {
+        Self { otherwise, ..self }
+    }
 }
 
 /// The term of a figure.
@@ -438,6 +498,25 @@ pub fn term(cell: &str, side: &str, metric: Metric) -> Term {
         cell: cell.to_owned(),
         side: side.to_owned(),
         over: None,
+        or: None,
         metric,
+    }
+}
+
+impl Term {
+    /// Divided by another side's.
+    pub fn over(self, side: &str) -> Self {
+        Self {
+            over: Some(side.to_owned()),
+            ..self
+        }
+    }
+
+    /// Or another side's, where that does better.
+    pub fn or(self, side: &str) -> Self {
+        Self {
+            or: Some(side.to_owned()),
+            ..self
+        }
     }
 }

@@ -184,7 +184,7 @@ impl Runner<'_> {
             let subject = self.begin(cell, side, &files?, seed, &folder, &mut work.notes)?;
             Ok(Entrant {
                 what: What::Subject(subject),
-                device: Device::below(&self.lab.folder(side.image.place)),
+                device: Device::below(&self.lab.device_below(side.image)),
             })
         };
         let players = sides.iter().zip(files);
@@ -270,7 +270,10 @@ impl Runner<'_> {
         let Some(seen) = &mut sample.seen else { return };
         let files: Vec<PathBuf> = seen.files.iter().map(PathBuf::from).collect();
         let setup = self.setup(side, server, &files);
+        let began = Instant::now();
         let looked = self.probe.look(self.lab.programs(), &setup);
+        // It is once for each way to start a server, but part of what the run takes.
+        self.schedule.spent(0, began.elapsed());
         match looked {
             Ok(flushes) => seen.flushes = flushes,
             Err(why) => {
@@ -345,7 +348,7 @@ impl Runner<'_> {
         }
         let folder = self.lab.work().to_owned();
         let subject = self.begin(cell, side, files, seed, &folder, &mut work.notes)?;
-        let device = Device::below(&self.lab.folder(side.image.place)).watch();
+        let device = Device::below(&self.lab.device_below(side.image)).watch();
         let mut measured = subject.measure();
         if let Ok(measured) = &mut measured {
             device.add_to(&mut measured.metrics);

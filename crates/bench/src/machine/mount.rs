@@ -28,10 +28,22 @@ pub(crate) const LABEL: &str = "dp-bench";
 ///
 /// Not root, no loop devices, or what `losetup` said.
 pub(crate) fn attach(file: &Path) -> Result<PathBuf> {
+    attach_part(file, None)
+}
+
+/// The same of a part of a file: from an offset so many bytes.
+///
+/// # Errors
+///
+/// Those of [`attach`].
+pub(crate) fn attach_part(file: &Path, part: Option<(u64, u64)>) -> Result<PathBuf> {
     let mut command = tool("losetup");
-    command
-        .args(["--find", "--show", "--direct-io=on"])
-        .arg(file);
+    command.args(["--find", "--show", "--direct-io=on"]);
+    if let Some((offset, bytes)) = part {
+        command.args(["--offset", &offset.to_string()]);
+        command.args(["--sizelimit", &bytes.to_string()]);
+    }
+    command.arg(file);
     let device = run(command)?;
     let device = device.trim();
     if !device.starts_with("/dev/") {

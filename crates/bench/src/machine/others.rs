@@ -17,6 +17,8 @@ const TICKS: f64 = 100.0;
 /// Counters of the machine, at a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Kernel {
+    /// Cores that are there.
+    cores: usize,
     /// Seconds of all cores that were not idle.
     busy_s: f64,
     /// Of these, those that the hypervisor gave to others.
@@ -107,10 +109,12 @@ impl Watch {
         let ours =
             now.own.saturating_sub(self.own) + now.servers_used.saturating_sub(self.servers_used);
         let busy_s = now.kernel.busy_s - self.kernel.busy_s;
+        let stolen_s = (now.kernel.stolen_s - self.kernel.stolen_s).max(0.0);
         Activity {
             seconds: self.began.elapsed().as_secs_f64(),
+            core_s: (busy_s - stolen_s).max(0.0) / now.kernel.cores.max(1) as f64,
             others_s: busy_s - ours.as_secs_f64(),
-            stolen_s: (now.kernel.stolen_s - self.kernel.stolen_s).max(0.0),
+            stolen_s,
             interrupts: now.kernel.interrupts.saturating_sub(self.kernel.interrupts),
             sources: now.sources.since(&self.sources),
             numa: now
@@ -127,6 +131,8 @@ impl Watch {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Activity {
     seconds: f64,
+    /// CPU time that all used here, of a core on average.
+    core_s: f64,
     /// CPU time that neither we nor the servers used: other processes, the kernel's own threads, and what the hypervisor gave
     /// to others. Of a short stretch it may be less than nothing: the kernel counts all in ticks of 10 ms, and what we used finer. Over
     /// several stretches that evens out.
@@ -146,6 +152,7 @@ impl Activity {
             self.load = other.load;
         }
         self.seconds += other.seconds;
+        self.core_s += other.core_s;
         self.others_s += other.others_s;
         self.stolen_s += other.stolen_s;
         self.interrupts += other.interrupts;
@@ -170,6 +177,7 @@ impl Activity {
     pub(crate) fn add_to(&self, metrics: &mut Metrics) {
         let seconds = self.seconds.max(1e-3);
         metrics.insert(Metric::OthersPercent, self.others_percent());
+        metrics.insert(Metric::HostPercent, self.core_s / seconds * 100.0);
         metrics.insert(Metric::LoadAverage, self.load);
         metrics.insert(Metric::StealPercent, self.stolen_s / seconds * 100.0);
         let rate = |count: u64| count as f64 / seconds;
@@ -194,26 +202,42 @@ impl Kernel {
             let mut lines = stat.lines();
             lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
         };
-        // user nice system IDLE IOWAIT irq softirq STEAL; guests are part of user.
-        let ticks: Vec<f64> = line("cpu")
-            .unwrap_or_default()
-            .split_whitespace()
-            .take(8)
-            .filter_map(|ticks| ticks.parse().ok())
-            .collect();
+        let ticks = ticks(stat);
         let busy = ticks.iter().enumerate();
         let busy: f64 = busy
             .filter(|(n, _)| !matches!(n, 3 | 4))
             .map(|(_, t)| t)
             .sum();
         let first = |text: &str| text.split_whitespace().next()?.parse().ok();
+        let core = |line: &&str| {
+            let rest = line.strip_prefix("cpu");
+            rest.is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+        };
         Self {
+            cores: stat.lines().filter(core).count(),
             busy_s: busy / TICKS,
             stolen_s: ticks.get(7).copied().unwrap_or_default() / TICKS,
             interrupts: line("intr").and_then(first).unwrap_or_default(),
             numa: vmstat.as_deref().map(Numa::parse),
         }
     }
+}
+
+/// Ticks of all cores, from a `/proc/stat`: user nice system IDLE IOWAIT irq softirq STEAL; guests are part of user.
+fn ticks(stat: &str) -> Vec<f64> {
+    let own = stat.lines().find_map(|line| line.strip_prefix("cpu "));
+    let ticks = own.unwrap_or_default().split_whitespace().take(8);
+    ticks.filter_map(|ticks| ticks.parse().ok()).collect()
+}
+
+/// Seconds of all cores in user mode, and in the kernel (interrupts too), from a `/proc/stat`.
+pub(crate) fn modes_s(stat: &str) -> (f64, f64) {
+    let ticks = ticks(stat);
+    let sum = |which: &[usize]| -> f64 {
+        let own = which.iter().filter_map(|n| ticks.get(*n));
+        own.sum::<f64>() / TICKS
+    };
+    (sum(&[0, 1]), sum(&[2, 5, 6]))
 }
 
 /// Seconds of all cores that were not idle, from a `/proc/stat`.
@@ -237,6 +261,7 @@ mod tests {
         let vmstat = "numa_hit 5\nnuma_miss 17\nnuma_foreign 3\nnuma_pages_migrated 9\n";
         let kernel = Kernel::parse(stat, &Some(vmstat.to_owned()));
         let expected = Kernel {
+            cores: 1,
             busy_s: 2.0,
             stolen_s: 0.67,
             interrupts: 4321,
@@ -249,6 +274,7 @@ mod tests {
         };
         assert_eq!(kernel, expected);
         assert_eq!(Kernel::parse("", &None), Kernel::default());
+        assert_eq!((modes_s(stat), modes_s("")), ((1.1, 0.23), (0.0, 0.0)));
         assert_eq!(load_average("1.25 0.9 0.8 2/300 12\n"), 1.25);
     }
 
@@ -258,6 +284,7 @@ mod tests {
         let mut metrics = Metrics::from([(Metric::Iops, 10.0)]);
         activity.add_to(&mut metrics);
         for metric in [
+            Metric::HostPercent,
             Metric::OthersPercent,
             Metric::LoadAverage,
             Metric::StealPercent,
@@ -271,6 +298,7 @@ mod tests {
     fn stretches_add_up() {
         let one = |seconds, others_s, interrupts, miss| Activity {
             seconds,
+            core_s: seconds / 2.0,
             others_s,
             interrupts,
             stolen_s: 0.25 * seconds,
@@ -287,6 +315,7 @@ mod tests {
         let mut metrics = Metrics::from([(Metric::Iops, 10.0)]);
         all.add_to(&mut metrics);
         for (metric, expected) in [
+            (Metric::HostPercent, 50.0),
             (Metric::OthersPercent, 20.0),
             (Metric::StealPercent, 25.0),
             (Metric::Interrupts, 3.0),

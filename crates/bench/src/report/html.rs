@@ -10,7 +10,7 @@ use super::{
     model::{Cell, Model},
 };
 use crate::{
-    experiment::{Judged, left_out_words},
+    experiment::{Judged, left_out_words, tally},
     metric::{Metric, number},
 };
 use std::{
@@ -23,12 +23,15 @@ const PAGE_STYLE: &str = "\
 background:#fff;color:#1f2328}h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin:2.2rem 0 .6rem;\
 border-bottom:1px solid #d1d9e0}table{border-collapse:collapse;font-size:13px;margin:.6rem 0}\
 th,td{padding:.25rem .6rem;border-bottom:1px solid #d1d9e0;text-align:left;vertical-align:top}\
+tbody th[scope=row]{font-weight:400}caption{text-align:left;padding:.2rem .6rem;color:#59636e}.says{min-width:14rem}\
+.wide:focus-visible,summary:focus-visible{outline:2px solid #0072b2;outline-offset:2px}\
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}\
 .verdict{font-weight:600;white-space:nowrap}.reproduced{color:#1a7f37}.reversed{color:#bc4c00}.dim{color:#59636e}\
 code{font-size:13px}figure{margin:1rem 0}.wide{overflow-x:auto}summary{cursor:pointer;font-weight:600;padding:.3rem 0}\
 @media screen and (prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}h2,th,td{border-color:#3d444d}\
-.dim{color:#9198a1}.reproduced{color:#3fb950}.reversed{color:#f0883e}}\
+.dim,caption{color:#9198a1}.reproduced{color:#3fb950}.reversed{color:#f0883e}}\
 @page{size:A4 landscape;margin:10mm}\
+@media screen and (max-width:760px){svg.chart{min-width:700px}}\
 @media print{body{max-width:none;margin:0}figure,tr{break-inside:avoid}.wide{overflow:visible}.wide table{font-size:9px}\
 .wide th,.wide td{padding:1px 4px}details::details-content{content-visibility:visible}}";
 
@@ -73,7 +76,12 @@ pub fn html(model: &Model) -> Result<(String, Vec<Chart>), serde_json::Error> {
     notes(&mut page, model);
     page.push_str("<h2>Charts</h2>\n");
     for chart in charts.iter().filter(|chart| chart.cell.is_none()) {
-        let _ = writeln!(page, "<figure class=\"wide\">{}</figure>", chart.svg);
+        let _ = writeln!(
+            page,
+            "<figure class=\"wide\" role=\"region\" tabindex=\"0\" aria-label=\"{}\">{}</figure>",
+            escape(&chart.title),
+            chart.svg
+        );
     }
     page.push_str("<h2>Cells</h2>\n");
     for (n, cell) in model.cells.iter().enumerate() {
@@ -91,7 +99,12 @@ pub fn html(model: &Model) -> Result<(String, Vec<Chart>), serde_json::Error> {
         flamegraphs(&mut page, cell);
         let own = |chart: &&Chart| chart.cell.as_deref() == Some(&cell.name);
         for chart in charts.iter().filter(own) {
-            let _ = writeln!(page, "<figure class=\"wide\">{}</figure>", chart.svg);
+            let _ = writeln!(
+                page,
+                "<figure class=\"wide\" role=\"region\" tabindex=\"0\" aria-label=\"{}\">{}</figure>",
+                escape(&chart.title),
+                chart.svg
+            );
         }
         page.push_str("</details>\n");
     }
@@ -156,31 +169,43 @@ fn findings(page: &mut String, model: &Model) {
     if model.findings.is_empty() {
         return;
     }
-    page.push_str("<h2>What was published, and what is found here</h2>\n");
-    let (left_out, here): (Vec<_>, Vec<_>) = model
-        .findings
-        .iter()
-        .enumerate()
+    let all = model.findings.iter().enumerate();
+    let (goals, published): (Vec<_>, Vec<_>) = all.partition(|(_, judged)| judged.finding.goal);
+    let (left_out, here): (Vec<_>, Vec<_>) = published
+        .into_iter()
         .partition(|(_, judged)| judged.left_out);
+    page.push_str("<h2>What was published, and what is found here</h2>\n");
     if !here.is_empty() {
-        verdicts(page, &here);
+        verdicts(page, &here, "what was published");
     }
     if !left_out.is_empty() {
         let words = left_out_words(left_out.len());
         let _ = writeln!(page, "<details><summary>{words}</summary>");
-        verdicts(page, &left_out);
+        verdicts(
+            page,
+            &left_out,
+            "what was published and is not measured by a quick run",
+        );
         page.push_str("</details>\n");
+    }
+    if !goals.is_empty() {
+        page.push_str("<h2>What diskplane is to reach</h2>\n");
+        verdicts(page, &goals, "goals of diskplane");
     }
 }
 
 /// Findings, by their numbers, in a table.
-fn verdicts(page: &mut String, findings: &[(usize, &Judged)]) {
-    page.push_str(
-        "<div class=\"wide\"><table><tr><th>verdict</th>\
-         <th>finding</th><th class=\"n\">published</th><th class=\"n\">here</th><th>why</th></tr>\n",
+fn verdicts(page: &mut String, findings: &[(usize, &Judged)], what: &str) {
+    let all: Vec<&Judged> = findings.iter().map(|(_, judged)| *judged).collect();
+    let _ = writeln!(
+        page,
+        "<p>{}</p>\n{}<tr><th scope=\"col\">verdict</th><th scope=\"col\">finding</th>\
+         <th scope=\"col\" class=\"n\">published</th><th scope=\"col\" class=\"n\">here</th><th scope=\"col\">why</th></tr>",
+        escape(&tally(&all)),
+        wide(&format!("verdicts: {what}"))
     );
     for (n, judged) in findings {
-        let verdict = judged.verdict.to_string();
+        let (verdict, class) = (judged.word(), judged.verdict.word(false));
         let published = judged.finding.published;
         let published = published.map_or_else(|| "–".to_owned(), |ratio| format!("{ratio:.2} ×"));
         let ours = match judged.ours {
@@ -192,7 +217,7 @@ fn verdicts(page: &mut String, findings: &[(usize, &Judged)]) {
         };
         let _ = writeln!(
             page,
-            "<tr><td class=\"verdict {verdict}\">{verdict}</td><td>{}</td><td class=\"n\">{published}</td>{ours}<td>{}</td></tr>",
+            "<tr><td class=\"verdict {class}\">{verdict}</td><td class=\"says\">{}</td><td class=\"n\">{published}</td>{ours}<td class=\"says\">{}</td></tr>",
             escape(&judged.finding.says),
             escape(&judged.why)
         );
@@ -223,6 +248,14 @@ fn notes(page: &mut String, model: &Model) {
     page.push_str("</ul>\n");
 }
 
+/// The beginning of a table that may be wider than the page: a box that can be scrolled, by keys too, and that says what is in it.
+fn wide(title: &str) -> String {
+    let title = escape(title);
+    format!(
+        "<div class=\"wide\" role=\"region\" tabindex=\"0\" aria-label=\"{title}\"><table><caption>{title}</caption>\n"
+    )
+}
+
 /// All figures of a cell: median, and the standard deviation beside it.
 fn table(page: &mut String, cell: &Cell) {
     let metrics: BTreeSet<Metric> = cell
@@ -231,13 +264,22 @@ fn table(page: &mut String, cell: &Cell) {
         .flat_map(|side| side.figures.keys().copied())
         .collect();
     // A column for each side: there are more figures than sides, and a page is higher than wide.
-    page.push_str("<div class=\"wide\"><table><tr><th></th>");
+    let title = format!("{}: median of the rounds ± standard deviation", cell.name);
+    let _ = write!(page, "{}<tr><th scope=\"col\">figure</th>", wide(&title));
     for side in &cell.sides {
-        let _ = write!(page, "<th class=\"n\">{}</th>", escape(&side.name));
+        let _ = write!(
+            page,
+            "<th scope=\"col\" class=\"n\">{}</th>",
+            escape(&side.name)
+        );
     }
     page.push_str("</tr>\n");
     for metric in &metrics {
-        let _ = write!(page, "<tr><td>{}</td>", escape(metric.title()));
+        let _ = write!(
+            page,
+            "<tr><th scope=\"row\">{}</th>",
+            escape(metric.title())
+        );
         for side in &cell.sides {
             match side.figures.get(metric) {
                 Some(drawn) => {
@@ -258,7 +300,7 @@ fn table(page: &mut String, cell: &Cell) {
         }
         page.push_str("</tr>\n");
     }
-    page.push_str("<tr><td>rounds</td>");
+    page.push_str("<tr><th scope=\"row\">rounds</th>");
     for side in &cell.sides {
         let rounds = side.figures.values().map(|drawn| drawn.figure.rounds);
         let _ = write!(page, "<td class=\"n\">{}</td>", rounds.max().unwrap_or(0));
@@ -282,13 +324,22 @@ fn interrupts(page: &mut String, cell: &Cell) {
     }
     sources.sort_by(|a, b| b.1.total_cmp(&a.1));
     sources.truncate(SOURCES_MAX);
-    page.push_str("<div class=\"wide\"><table><tr><th>interrupts/s</th>");
+    let title = format!("{}: interrupts a second, by source", cell.name);
+    let _ = write!(
+        page,
+        "{}<tr><th scope=\"col\">interrupts/s</th>",
+        wide(&title)
+    );
     for (source, _) in &sources {
-        let _ = write!(page, "<th class=\"n\">{}</th>", escape(source));
+        let _ = write!(
+            page,
+            "<th scope=\"col\" class=\"n\">{}</th>",
+            escape(source)
+        );
     }
     page.push_str("</tr>\n");
     for side in &cell.sides {
-        let _ = write!(page, "<tr><td>{}</td>", escape(&side.name));
+        let _ = write!(page, "<tr><th scope=\"row\">{}</th>", escape(&side.name));
         for (source, _) in &sources {
             match side.interrupts.get(*source) {
                 Some(n) => {
@@ -598,6 +649,25 @@ mod tests {
             stages.svg
         );
         assert!(stages.svg.contains("commit: 2.00 µs, 2.4 %"));
+    }
+
+    /// What a screen reader and keys need: tables with a name, whose heads say of what they are, boxes that can be scrolled
+    /// without a mouse, and charts with a name.
+    #[test]
+    fn tables_and_charts_have_names_and_can_be_reached_by_keys() {
+        let model = Model::of(&set());
+        let (page, _) = html(&model).unwrap();
+        let count = |text: &str| page.matches(text).count();
+        assert!(count("<table>") > 3);
+        assert_eq!(count("<table><caption>"), count("<table>"));
+        assert_eq!((count("<th>"), count("<th class")), (0, 0));
+        assert_eq!(
+            count("class=\"wide\""),
+            count("class=\"wide\" role=\"region\" tabindex=\"0\" aria-label=\"")
+        );
+        assert_eq!(count("<svg "), count("role=\"img\" aria-label=\""));
+        let findings: Vec<&Judged> = model.findings.iter().collect();
+        assert!(page.contains(&format!("<p>{}</p>", tally(&findings))));
     }
 
     #[test]

@@ -105,6 +105,7 @@ impl Model {
         let first = set.runs.first();
         let name = first.map_or_else(String::new, |run| run.experiment.clone());
         let known: Option<Experiment> = experiment::find(&name).ok();
+        let order = known.as_ref().map(Order::of);
         let mut model = Self {
             title: match &known {
                 Some(known) => known.title.to_owned(),
@@ -132,6 +133,9 @@ impl Model {
             name,
             ..Self::default()
         };
+        if let Some(order) = order {
+            order.sort(&mut model.cells);
+        }
         // What failed once may have been measured later.
         for failure in &set.failures {
             let measured = set
@@ -165,6 +169,35 @@ impl Model {
     pub fn has(&self, metric: Metric) -> bool {
         let mut sides = self.cells.iter().flat_map(|cell| &cell.sides);
         sides.any(|side| side.figures.contains_key(&metric))
+    }
+}
+
+/// Places of cells and their sides in an experiment. A run that went on, with other cells or after failures, took its samples in another
+/// order.
+struct Order(BTreeMap<String, (usize, BTreeMap<String, usize>)>);
+
+impl Order {
+    fn of(experiment: &Experiment) -> Self {
+        let place = |(n, cell): (usize, &experiment::Cell)| {
+            let sides = cell.sides.iter().enumerate();
+            let sides = sides.map(|(n, side)| (side.name.clone(), n));
+            (cell.name.clone(), (n, sides.collect()))
+        };
+        Self(experiment.cells.iter().enumerate().map(place).collect())
+    }
+
+    /// Those that it does not know come last, as they came.
+    fn sort(&self, cells: &mut [Cell]) {
+        for cell in &mut *cells {
+            let Some((_, sides)) = self.0.get(&cell.name) else {
+                continue;
+            };
+            let place = |side: &Side| sides.get(&side.name).copied();
+            cell.sides
+                .sort_by_key(|side| place(side).unwrap_or(usize::MAX));
+        }
+        let place = |cell: &Cell| self.0.get(&cell.name).map(|(n, _)| *n);
+        cells.sort_by_key(|cell| place(cell).unwrap_or(usize::MAX));
     }
 }
 
@@ -334,4 +367,57 @@ fn cells(set: &Set) -> Vec<Cell> {
         side.timeline = middle.map_or_else(timeline::Stored::default, |s| s.timeline.clone());
     }
     cells
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_has_the_order_of_its_experiment_however_often_the_run_went_on() {
+        let sample = |cell: &str, side: &str| Sample {
+            cell: cell.to_owned(),
+            side: side.to_owned(),
+            axes: vec![("load".to_owned(), "read".to_owned())],
+            metrics: [(Metric::Iops, 1.0)].into(),
+            ..Sample::default()
+        };
+        let set = Set {
+            runs: vec![Run {
+                experiment: "E3".to_owned(),
+                ..Run::default()
+            }],
+            samples: vec![
+                sample("of another build", "b"),
+                sample("queues", "diskplane, 1 queue"),
+                sample("read-64k", "qsd raw"),
+                sample("read-4k", "a side of another build"),
+                sample("read-4k", "qsd raw"),
+                sample("read-64k", "bare metal"),
+                sample("read-4k", "diskplane raw"),
+                sample("read-4k", "bare metal"),
+            ],
+            ..Set::default()
+        };
+        let model = Model::of(&set);
+        let shown = model.cells.iter().map(|cell| {
+            let sides: Vec<&str> = cell.sides.iter().map(|side| &side.name[..]).collect();
+            (&cell.name[..], sides)
+        });
+        let expected = [
+            (
+                "read-4k",
+                vec![
+                    "bare metal",
+                    "diskplane raw",
+                    "qsd raw",
+                    "a side of another build",
+                ],
+            ),
+            ("read-64k", vec!["bare metal", "qsd raw"]),
+            ("queues", vec!["diskplane, 1 queue"]),
+            ("of another build", vec!["b"]),
+        ];
+        assert_eq!(shown.collect::<Vec<_>>(), expected);
+    }
 }

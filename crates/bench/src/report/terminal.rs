@@ -2,7 +2,7 @@
 
 use super::model::{Cell, Model};
 use crate::{
-    experiment::left_out_words,
+    experiment::{Judged, Verdict, left_out_words, tally},
     metric::{Metric, number},
 };
 use std::fmt::Write;
@@ -18,9 +18,26 @@ pub fn terminal(model: &Model) -> String {
     for cell in &model.cells {
         bars(&mut text, model, cell);
     }
-    for judged in model.findings.iter().filter(|judged| !judged.left_out) {
-        let _ = writeln!(text, "{:<13} {}", judged.verdict, judged.finding.says);
+    let (goals, published): (Vec<&Judged>, Vec<&Judged>) = model
+        .findings
+        .iter()
+        .filter(|judged| !judged.left_out)
+        .partition(|judged| judged.finding.goal);
+    // Goals that are reached are many, and all alike.
+    let open = goals
+        .iter()
+        .filter(|goal| goal.verdict != Verdict::Reproduced);
+    for judged in published.iter().chain(open) {
+        let _ = writeln!(text, "{:<13} {}", judged.word(), judged.finding.says);
         let _ = writeln!(text, "{:<13} {}", "", judged.why);
+    }
+    for (what, findings) in [
+        ("published findings", &published),
+        ("goals of diskplane", &goals),
+    ] {
+        if !findings.is_empty() {
+            let _ = writeln!(text, "{what}: {}", tally(findings));
+        }
     }
     let left_out = model
         .findings
@@ -129,14 +146,37 @@ mod tests {
         };
         let mut model = Model::of(&set);
         let text = terminal(&model);
-        let lines = 4 + 2 * model.findings.len() + model.absent.len();
+        // Besides the bars, and how many stand how.
+        let lines = 5 + 2 * model.findings.len() + model.absent.len();
         assert_eq!(text.lines().count(), lines, "{text}");
-        let line = text.lines().nth(1).unwrap();
+        // In the experiment's order, in which F comes after the default.
+        let line = text.lines().nth(2).unwrap();
         assert!(
             line.contains(&"█".repeat(WIDTH)) && line.contains("2.00 CPU µs/IO"),
             "{line}"
         );
-        assert!(text.contains("undecided"), "{text}");
+        let count = model.findings.len();
+        let tallied = format!(
+            "published findings: 1 undecided, {} not measured\n",
+            count - 1
+        );
+        assert!(text.contains(&tallied), "{text}");
+        // Goals have words of their own, and those that are reached one line in all.
+        let goal = |verdict| {
+            let mut goal = model.findings[0].clone();
+            (goal.finding.goal, goal.verdict) = (true, verdict);
+            goal
+        };
+        let mut with_goals = model.clone();
+        let goals = [Verdict::Reproduced, Verdict::Reproduced, Verdict::Reversed].map(goal);
+        with_goals.findings.extend(goals);
+        let text = terminal(&with_goals);
+        assert_eq!(text.lines().count(), lines + 3, "{text}");
+        assert!(
+            text.contains("goals of diskplane: 2 reached, 1 missed\n"),
+            "{text}"
+        );
+        assert!(text.contains("\nmissed        Random write"), "{text}");
         // What a quick run leaves out has one line in all.
         for judged in &mut model.findings {
             judged.left_out = true;

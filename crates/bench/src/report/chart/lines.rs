@@ -13,6 +13,8 @@ use block::size;
 const LEFT: f64 = 70.0;
 const RIGHT: f64 = 20.0;
 const HEIGHT: f64 = 300.0;
+/// Pixels between the points of curves at the same size of requests.
+const DODGE: f64 = 3.0;
 /// Points that make a curve.
 const POINTS_MIN: usize = 3;
 /// Sides of a cell whose percentiles are drawn: more cannot be told apart.
@@ -109,7 +111,9 @@ fn over(cells: &[&Cell], load: &str, metric: Metric) -> Option<Chart> {
                 continue;
             };
             let figure = drawn.figure;
-            let at = (x.at(bytes as f64), y.at(figure.median));
+            // Side by side, so that no interval hides another.
+            let beside = (n as f64 - (names.len() - 1) as f64 / 2.0) * DODGE;
+            let at = (x.at(bytes as f64) + beside, y.at(figure.median));
             points.push(at);
             svg.line(
                 (at.0, y.at(figure.low)),

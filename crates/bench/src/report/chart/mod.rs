@@ -113,7 +113,7 @@ fn legend(svg: &mut Svg, names: &[String], at: (f64, f64)) -> f64 {
 fn legend_of(svg: &mut Svg, names: &[(String, String)], (left, top): (f64, f64)) -> f64 {
     let (mut x, mut y) = (left, top);
     for (name, class) in names {
-        let width = 26.0 + name.chars().count() as f64 * 6.6;
+        let width = 34.0 + name.chars().count() as f64 * 6.8;
         if x + width > WIDTH && x > left {
             x = left;
             y += 18.0;

@@ -1,14 +1,13 @@
 //! Where diskplane's time goes: the mean times of a request's stages, one behind the other.
 
 use super::{
-    Chart, WIDTH, file_name, legend,
+    Chart, WIDTH, beside, file_name, legend,
     svg::{Anchor, Scale, Svg, tick},
 };
 use crate::report::model::Model;
 use trace::Stage;
 
 const ROW: f64 = 22.0;
-const LEFT: f64 = 300.0;
 const RIGHT: f64 = 80.0;
 
 /// The stages of the operation that each side did most.
@@ -30,8 +29,9 @@ pub fn stack(model: &Model) -> Option<Chart> {
     let mut svg = Svg::default();
     svg.text(0.0, 16.0, Anchor::Start, "head", &title);
     let mut y = 34.0 + legend(&mut svg, &names, (0.0, 38.0));
+    let left = beside(rows.iter().map(|(name, _)| name.as_str()));
     // Large requests take a thousand times as long as small ones: parts of each, and the time beside them.
-    let scale = Scale::linear(100.0, LEFT, WIDTH - RIGHT);
+    let scale = Scale::linear(100.0, left, WIDTH - RIGHT);
     let bottom = y + ROW * rows.len() as f64;
     for value in scale.ticks() {
         let x = scale.at(value);
@@ -45,7 +45,7 @@ pub fn stack(model: &Model) -> Option<Chart> {
         );
     }
     for (name, stages) in rows {
-        svg.text(LEFT - 8.0, y + ROW / 2.0 + 4.0, Anchor::End, "", &name);
+        svg.text(left - 8.0, y + ROW / 2.0 + 4.0, Anchor::End, "", &name);
         let total = stages.total_us();
         let mut before = 0.0;
         for (n, stage) in Stage::ALL.into_iter().enumerate() {

@@ -40,7 +40,6 @@ pub fn verdicts(model: &Model) -> Option<Chart> {
     let mut y = 30.0;
     let bottom = y + ROW * measured.len() as f64;
     for value in x.ticks() {
-        svg.line((x.at(value), y), (x.at(value), bottom), "grid");
         svg.text(
             x.at(value),
             bottom + 14.0,
@@ -49,7 +48,6 @@ pub fn verdicts(model: &Model) -> Option<Chart> {
             &tick(value),
         );
     }
-    svg.line((x.at(1.0), y), (x.at(1.0), bottom), "one");
     for (n, judged, ours) in measured {
         let says: String = match judged.finding.says.char_indices().nth(104) {
             Some((end, _)) => format!("{}…", &judged.finding.says[..end]),
@@ -57,6 +55,17 @@ pub fn verdicts(model: &Model) -> Option<Chart> {
         };
         svg.text(10.0, y + 14.0, Anchor::Start, "", &says);
         let middle = y + 27.0;
+        // Beside the words, which nothing crosses.
+        let row = |value: f64| {
+            let at = x.at(value);
+            ((at, middle - 8.0), (at, middle + 9.0))
+        };
+        for value in x.ticks() {
+            let (from, to) = row(value);
+            svg.line(from, to, "grid");
+        }
+        let (from, to) = row(1.0);
+        svg.line(from, to, "one");
         svg.line(
             (x.at(ours.low), middle),
             (x.at(ours.high), middle),
@@ -92,7 +101,7 @@ pub fn verdicts(model: &Model) -> Option<Chart> {
             middle + 4.0,
             Anchor::Start,
             "",
-            &judged.verdict.to_string(),
+            judged.word(),
         );
         y += ROW;
     }
