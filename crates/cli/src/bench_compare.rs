@@ -65,5 +65,5 @@ pub fn run(args: &Compare) -> Result<()> {
 
 /// Prints a run's samples as CSV.
 pub fn table(args: &Csv) -> Result<()> {
-    print(&record::csv(&record::read(&args.run)?.samples))
+    print(&record::csv(&record::read(&args.run)?))
 }

@@ -66,6 +66,7 @@ impl Judged {
         let same = |ours: Figure| ours.low > 1.0 - SAME && ours.high < 1.0 + SAME;
         self.verdict == Verdict::Undecided && !self.ours.is_some_and(same)
     }
+
     /// The verdict in a word.
     pub fn word(&self) -> &'static str {
         self.verdict.word(self.finding.goal)

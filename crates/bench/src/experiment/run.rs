@@ -315,6 +315,7 @@ fn header(
         ramp_s: options.ramp.as_secs_f64(),
         duration_s: options.duration.as_secs_f64(),
         quick: options.quick,
+        definition: experiment.definition(),
         sizes: match device {
             Some(device) => json!({ "disk": options.disk_bytes, "device": device }),
             None => json!({ "disk": options.disk_bytes }),
@@ -351,6 +352,10 @@ fn open(path: &Path, header: &record::Run, device: Option<&Identity>) -> Result<
                 },
             ),
             ("kernel", first.host.kernel != header.host.kernel),
+            (
+                "definition of its cells (another build of diskplane)",
+                first.definition != header.definition,
+            ),
             (
                 "version of diskplane",
                 first.host.diskplane != header.host.diskplane,
@@ -477,9 +482,21 @@ mod tests {
         assert_eq!((file.metadata().unwrap().len(), set.runs.len()), (whole, 1));
         let other = record::Run {
             duration_s: 2.0,
-            ..header
+            ..header.clone()
         };
         let error = open(&path, &other, None).unwrap_err().to_string();
         assert!(error.contains("another --seconds"), "{error}");
+        // A side that has another name, or does another thing under the same one, would be a series with what it was before.
+        let mut e3 = crate::experiment::find("E3").unwrap();
+        let before = e3.definition();
+        assert_eq!(before, crate::experiment::find("E3").unwrap().definition());
+        e3.cells[0].sides[0].queues += 1;
+        assert_ne!(e3.definition(), before);
+        let other = record::Run {
+            definition: before,
+            ..header
+        };
+        let error = open(&path, &other).unwrap_err().to_string();
+        assert!(error.contains("another definition of its cells"), "{error}");
     }
 }

@@ -1,59 +1,192 @@
-//! Samples as a table (RFC 4180): a line each, a column for each figure that any of them has.
+//! Samples as a table (RFC 4180): a line each, a column for each thing that any of them has. Histograms, latencies over time and whole reports
+//! are in the records alone.
+//!
+//! ```text
+//!   cell side engine round in-turns seconds seed     which sample
+//!   load block …                                     the cell's factors
+//!   o-direct queues servers flushes-asked flushes-reached command   how the server was started, and is seen to be
+//!   iops cpu-us p50-us …                             every figure, by its name in the records
+//!   stage-read-device-us …                           mean time of a stage of diskplane, by operation
+//!   breakdown-device-us …                            the same of single requests, by the protocol of the latency study
+//!   experiment run-seconds quick duration-s … kernel file-system device cpu diskplane …      the run's surroundings
+//! ```
 
-use super::Sample;
+use super::{Run, Sample, Set};
 use crate::metric::Metric;
 use std::{collections::BTreeSet, fmt::Write};
+use trace::Stage;
 
-/// The table of some samples, with a head. Figures that a sample lacks are empty.
-pub fn csv(samples: &[Sample]) -> String {
-    let metrics: BTreeSet<Metric> = samples
-        .iter()
-        .flat_map(|s| s.metrics.keys().copied())
-        .collect();
-    let mut axes: Vec<&str> = Vec::new();
-    for (name, _) in samples.iter().flat_map(|s| &s.axes) {
-        if !axes.contains(&name.as_str()) {
-            axes.push(name);
+/// The table of a run's samples, with a head. What a sample lacks is empty.
+pub fn csv(set: &Set) -> String {
+    let mut table = Table {
+        samples: &set.samples,
+        columns: Vec::new(),
+    };
+    table.which();
+    table.factors();
+    table.server();
+    table.figures();
+    table.stages();
+    if let Some(run) = set.runs.first() {
+        table.surroundings(run);
+    }
+    table.text()
+}
+
+/// A table, column by column.
+struct Table<'a> {
+    samples: &'a [Sample],
+    columns: Vec<(String, Vec<String>)>,
+}
+
+/// A number, or nothing.
+fn number<N: ToString>(value: Option<N>) -> String {
+    value.map_or_else(String::new, |value| value.to_string())
+}
+
+impl Table<'_> {
+    fn add(&mut self, name: impl Into<String>, value: impl Fn(&Sample) -> String) {
+        let values = self.samples.iter().map(value).collect();
+        self.columns.push((name.into(), values));
+    }
+
+    /// The same of all samples.
+    fn constant(&mut self, name: &str, value: &dyn ToString) {
+        let value = value.to_string();
+        self.add(name, |_| value.clone());
+    }
+
+    fn which(&mut self) {
+        self.add("cell", |s| s.cell.clone());
+        self.add("side", |s| s.side.clone());
+        self.add("engine", |s| s.engine.clone());
+        self.add("round", |s| s.round.to_string());
+        self.add("in-turns", |s| s.in_turns.to_string());
+        self.add("seconds", |s| s.seconds.to_string());
+        self.add("seed", |s| s.seed.to_string());
+    }
+
+    fn factors(&mut self) {
+        let mut axes: Vec<&str> = Vec::new();
+        for (name, _) in self.samples.iter().flat_map(|s| &s.axes) {
+            if !axes.contains(&name.as_str()) {
+                axes.push(name);
+            }
+        }
+        for axis in axes {
+            self.add(axis, |s| {
+                let own = s.axes.iter().find(|(name, _)| name == axis);
+                own.map_or_else(String::new, |(_, value)| value.clone())
+            });
         }
     }
-    let mut text = String::from("cell,side,engine,round,seconds,seed");
-    for axis in &axes {
-        let _ = write!(text, ",{}", field(axis));
+
+    fn server(&mut self) {
+        let seen = |s: &Sample| s.seen.clone();
+        self.add("o-direct", |s| number(seen(s).map(|s| s.direct)));
+        self.add("queues", |s| number(seen(s).map(|s| s.queues)));
+        self.add("servers", |s| number(seen(s).map(|s| s.servers)));
+        let flushes = |s: &Sample| seen(s)?.flushes;
+        self.add("flushes-asked", |s| number(flushes(s).map(|f| f.asked)));
+        self.add("flushes-reached", |s| number(flushes(s).map(|f| f.reached)));
+        self.add("command", |s| {
+            let words = s.detail["command"].as_array().into_iter().flatten();
+            let words: Vec<&str> = words.filter_map(|word| word.as_str()).collect();
+            words.join(" ")
+        });
     }
-    for metric in &metrics {
-        let _ = write!(text, ",{}", metric.name());
+
+    fn figures(&mut self) {
+        let all = self.samples.iter().flat_map(|s| s.metrics.keys().copied());
+        for metric in all.collect::<BTreeSet<Metric>>() {
+            self.add(metric.name(), |s| number(s.metric(metric)));
+        }
     }
-    text.push_str("\r\n");
-    for sample in samples {
-        let _ = write!(
-            text,
-            "{},{},{},{},{},{}",
-            field(&sample.cell),
-            field(&sample.side),
-            field(&sample.engine),
-            sample.round,
-            sample.seconds,
-            sample.seed
+
+    fn stages(&mut self) {
+        let operations = self.samples.iter().flat_map(|s| s.stages.keys());
+        for operation in operations.collect::<BTreeSet<_>>() {
+            for stage in Stage::ALL {
+                self.add(format!("stage-{operation}-{}-us", stage.name()), |s| {
+                    let own = s.stages.get(operation).filter(|totals| totals.count > 0);
+                    number(own.map(|totals| totals.mean_us(stage)))
+                });
+            }
+        }
+        let mut parts = Vec::new();
+        for time in self
+            .samples
+            .iter()
+            .flat_map(|s| &s.breakdown)
+            .flat_map(|b| &b.parts)
+        {
+            if !parts.contains(&time.part) {
+                parts.push(time.part);
+            }
+        }
+        for part in parts {
+            self.add(format!("breakdown-{}-us", part.name()), |s| {
+                let mut own = s.breakdown.iter().flat_map(|b| &b.parts);
+                let own = own.find(|time| time.part == part);
+                number(own.map(|time| time.mean_ns / 1000.0))
+            });
+        }
+    }
+
+    /// A run that went on has the same as the first: else it would have been refused.
+    fn surroundings(&mut self, run: &Run) {
+        let host = &run.host;
+        let none = String::new();
+        let version = |version: &Option<String>| version.clone().unwrap_or_else(|| none.clone());
+        let columns: [(&str, &dyn ToString); 21] = [
+            ("experiment", &run.experiment),
+            ("run-seconds", &run.seconds),
+            ("run-command", &run.command),
+            ("quick", &run.quick),
+            ("samples", &run.samples),
+            ("ramp-s", &run.ramp_s),
+            ("duration-s", &run.duration_s),
+            ("sizes", &run.sizes),
+            ("kernel", &host.kernel),
+            ("cpu", &host.cpu),
+            ("cores", &host.cores),
+            ("memory-mib-host", &host.memory_mib),
+            ("file-system", &host.file_system),
+            ("device", &host.device),
+            ("diskplane", &host.diskplane),
+            ("qemu-storage-daemon", &version(&host.qemu_storage_daemon)),
+            ("qemu-nbd", &version(&host.qemu_nbd)),
+            ("fio", &version(&host.fio)),
+            ("spdk", &version(&host.spdk)),
+            ("nbdkit", &version(&host.nbdkit)),
+            ("tapdisk", &version(&host.tapdisk)),
+        ];
+        for (name, value) in columns {
+            self.constant(name, value);
+        }
+    }
+
+    fn text(&self) -> String {
+        let mut text = String::new();
+        let line = |cells: &mut dyn Iterator<Item = &str>, text: &mut String| {
+            for (n, cell) in cells.enumerate() {
+                let comma = if n == 0 { "" } else { "," };
+                let _ = write!(text, "{comma}{}", field(cell));
+            }
+            text.push_str("\r\n");
+        };
+        line(
+            &mut self.columns.iter().map(|(name, _)| name.as_str()),
+            &mut text,
         );
-        for axis in &axes {
-            let value = sample.axes.iter().find(|(name, _)| name == axis);
-            let _ = write!(
-                text,
-                ",{}",
-                value.map_or_else(String::new, |(_, v)| field(v))
+        for n in 0..self.samples.len() {
+            line(
+                &mut self.columns.iter().map(|(_, values)| values[n].as_str()),
+                &mut text,
             );
         }
-        for metric in &metrics {
-            let value = sample.metric(*metric);
-            let _ = write!(
-                text,
-                ",{}",
-                value.map_or_else(String::new, |v| v.to_string())
-            );
-        }
-        text.push_str("\r\n");
+        text
     }
-    text
 }
 
 /// In quotes where it has to be.
@@ -67,6 +200,11 @@ fn field(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{equal::Flushed, machine::Host, peer::Seen};
+    use trace::{
+        Breakdown, Times, Totals,
+        breakdown::{Part, PartTime},
+    };
 
     #[test]
     fn numbers_are_those_of_the_records() {
@@ -79,8 +217,11 @@ mod tests {
         ] {
             let json = format!("{{\"metrics\":{{\"iops\":{text}}}}}");
             let sample: Sample = serde_json::from_str(&json).unwrap();
-            let table = csv(std::slice::from_ref(&sample));
-            let shown = table.trim_end().rsplit(',').next().unwrap();
+            let set = Set {
+                samples: vec![sample.clone()],
+                ..Set::default()
+            };
+            let shown = &column(&csv(&set), "iops")[0];
             assert_eq!(shown.parse::<f64>(), text.parse::<f64>());
             assert!(
                 serde_json::to_string(&sample)
@@ -106,16 +247,105 @@ mod tests {
             metrics: [(Metric::CpuUs, 2.0)].into(),
             ..one.clone()
         };
-        let text = csv(&[one, two]);
+        let set = Set {
+            samples: vec![one, two],
+            ..Set::default()
+        };
+        let text = csv(&set);
         let lines: Vec<&str> = text.split("\r\n").collect();
         assert_eq!(
             lines,
             [
-                "cell,side,engine,round,seconds,seed,block,iops,cpu-us",
-                "\"a,\"\"b\"\"\",x,auto,0,0,0,4 KiB,1.5,",
-                "\"a,\"\"b\"\"\",x,auto,0,0,0,,,2",
+                "cell,side,engine,round,in-turns,seconds,seed,block,o-direct,queues,servers,flushes-asked,flushes-reached,command,iops,cpu-us",
+                "\"a,\"\"b\"\"\",x,auto,0,false,0,0,4 KiB,,,,,,,1.5,",
+                "\"a,\"\"b\"\"\",x,auto,0,false,0,0,,,,,,,,,2",
                 ""
             ]
         );
+    }
+
+    /// The values of a column, of a table without quotes.
+    fn column(table: &str, name: &str) -> Vec<String> {
+        let mut lines = table.trim_end().split("\r\n");
+        let head: Vec<&str> = lines.next().unwrap().split(',').collect();
+        let place = head.iter().position(|own| *own == name).expect(name);
+        lines
+            .map(|line| line.split(',').nth(place).unwrap().to_owned())
+            .collect()
+    }
+
+    #[test]
+    fn configuration_stages_and_surroundings_are_there() {
+        let sample = Sample {
+            cell: "c".to_owned(),
+            in_turns: true,
+            seen: Some(Seen {
+                direct: true,
+                queues: 4,
+                servers: 2,
+                flushes: Some(Flushed {
+                    asked: 16,
+                    reached: 3,
+                }),
+                ..Seen::default()
+            }),
+            stages: [(
+                "read".to_owned(),
+                Totals {
+                    count: 4,
+                    sum_ns: Times([0, 0, 0, 0, 8000, 0, 0, 0]),
+                },
+            )]
+            .into(),
+            breakdown: Some(Breakdown {
+                parts: vec![PartTime {
+                    part: Part::Kick,
+                    mean_ns: 1500.0,
+                    deviation_ns: 0.0,
+                    share: 1.0,
+                }],
+                runs: 1,
+                requests: 1,
+                dropped: 0,
+                total_ns: 1500.0,
+                total_deviation_ns: 0.0,
+            }),
+            detail: serde_json::json!({ "command": ["qsd", "--blockdev"] }),
+            ..Sample::default()
+        };
+        let set = Set {
+            runs: vec![Run {
+                experiment: "E3".to_owned(),
+                duration_s: 0.5,
+                host: Host {
+                    kernel: "6.1".to_owned(),
+                    file_system: "ext4".to_owned(),
+                    fio: Some("3.33".to_owned()),
+                    ..Host::default()
+                },
+                ..Run::default()
+            }],
+            samples: vec![sample],
+            ..Set::default()
+        };
+        let text = csv(&set);
+        for (name, value) in [
+            ("in-turns", "true"),
+            ("o-direct", "true"),
+            ("queues", "4"),
+            ("servers", "2"),
+            ("flushes-reached", "3"),
+            ("command", "qsd --blockdev"),
+            ("stage-read-device-us", "2"),
+            ("breakdown-kick-us", "1.5"),
+            ("experiment", "E3"),
+            ("duration-s", "0.5"),
+            ("kernel", "6.1"),
+            ("file-system", "ext4"),
+            ("fio", "3.33"),
+            ("tapdisk", ""),
+        ] {
+            assert_eq!(column(&text, name), [value], "{name}");
+        }
     }
 }

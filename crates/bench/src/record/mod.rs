@@ -7,7 +7,8 @@
 //! - `failure` ([`Failure`]): a side of a cell that could not be measured, and why;
 //! - other kinds are ignored by those who do not know them.
 //!
-//! Readers of a schema read earlier ones, and refuse later ones. [`csv()`] makes a table of the samples.
+//! Readers of a schema read earlier ones, and refuse later ones. [`csv()`] makes a table of the samples, with
+//! their configuration and the run's surroundings.
 
 mod csv;
 mod noise;
@@ -34,7 +35,7 @@ use trace::{Breakdown, Buckets, Totals};
 
 /// [`Run::schema`] of what is written. 2 added `experiment`, `seconds`, `axes`, `latency`, `timeline` and `stages`. 3 made
 /// `stages` the totals of all eight: those of 2 had the means of five, which are read as totals too; it added `flamegraph`,
-/// and later `interrupts`, `guest_interrupts` and `breakdown`.
+/// and later `interrupts`, `guest_interrupts`, `breakdown` and `definition`.
 pub const SCHEMA: u32 = 3;
 
 /// A line.
@@ -78,6 +79,9 @@ pub struct Run {
     pub quick: bool,
     /// Sizes of the images in bytes, by name; and of an experiment on a device what that is (`device`).
     pub sizes: Value,
+    /// What tells the experiment's cells and sides from those of another build of diskplane; empty of a comparison.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub definition: String,
 }
 
 /// One side of a cell, measured once.

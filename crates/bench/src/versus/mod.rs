@@ -167,6 +167,7 @@ pub fn run(options: &Options, watch: &mut dyn FnMut(Event<'_>)) -> Result<Run> {
         duration_s: options.duration.as_secs_f64(),
         quick: false,
         sizes: serde_json::to_value(options.sizes).unwrap_or_default(),
+        definition: String::new(),
     }));
     (bench.record)(head, bench.watch)?;
     let mut outcomes = Vec::with_capacity(cells.len());
