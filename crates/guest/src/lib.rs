@@ -13,10 +13,15 @@
 use block::{Context, Error, ErrorKind, Result};
 use std::{
     ffi::OsString,
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     path::{Path, PathBuf},
     process::Command,
+    thread,
+    time::{Duration, Instant},
 };
+
+/// How often who waits for a turn looks.
+const TURN_LOOK: Duration = Duration::from_millis(50);
 
 /// What the folder of a guest has.
 const PARTS: [&str; 3] = ["vmlinuz", "initramfs.img", "accel"];
@@ -74,16 +79,34 @@ impl Guest {
         self.folder.join("initramfs.img")
     }
 
-    /// Waits until no other guest runs: two emulated ones on two cores only wait for each other. The turn goes with the file, also when
-    /// its process is killed.
+    /// Waits until no other guest runs, `limit` at most: two emulated ones on two cores only wait for each other. The turn goes with the
+    /// file, also when its process is killed.
     ///
     /// # Errors
     ///
-    /// The folder cannot be written.
-    pub fn take_turn(&self) -> Result<File> {
+    /// The folder cannot be written; another guest had its turn all the time.
+    pub fn take_turn(&self, limit: Duration) -> Result<File> {
         let path = self.folder.join("turn");
-        let locked = File::create(&path).and_then(|file| file.lock().map(|()| file));
-        locked.context(|| path.display().to_string())
+        let named = || path.display().to_string();
+        let file = File::create(&path).context(named)?;
+        let began = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::Error(error)) => return Err(error).context(named),
+                Err(TryLockError::WouldBlock) if began.elapsed() >= limit => {
+                    return Err(Error::new(
+                        ErrorKind::Locked,
+                        format!(
+                            "{}: another guest is at work, and did not end within {} s: wait for it, or end its qemu-system-x86_64",
+                            named(),
+                            limit.as_secs()
+                        ),
+                    ));
+                }
+                Err(TryLockError::WouldBlock) => thread::sleep(TURN_LOOK),
+            }
+        }
     }
 
     /// Whether KVM runs it, as whoever built it found out; should it be gone since then, emulation still works.
@@ -183,10 +206,15 @@ mod tests {
             "{line}"
         );
         // One at a time.
-        let turn = guest.take_turn().unwrap();
-        let second = File::open(dir.path().join("turn")).unwrap();
-        assert!(second.try_lock().is_err());
+        let turn = guest.take_turn(Duration::ZERO).unwrap();
+        let error = guest.take_turn(Duration::from_millis(1)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Locked);
+        assert!(
+            error.to_string().contains("another guest is at work"),
+            "{error}"
+        );
+        let waits = thread::spawn(move || guest.take_turn(Duration::from_secs(60)).map(drop));
         drop(turn);
-        second.try_lock().unwrap();
+        waits.join().unwrap().unwrap();
     }
 }

@@ -14,6 +14,8 @@ use crate::{Server, TempDir};
 /// How long a guest may run if the test says nothing else: ten times what it takes under emulation, since the
 /// machine may be busy with other things.
 const TIMEOUT: Duration = Duration::from_secs(360);
+/// How long guests of other tests, one after the other, may be waited for.
+const TURN_LIMIT: Duration = Duration::from_secs(3600);
 
 /// How many lines of the console a failure shows.
 const CONSOLE_LINES_MAX: usize = 60;
@@ -143,7 +145,7 @@ impl Guest {
     pub fn boot(&self) -> Result<Running, Failure> {
         let failed = |error: block::Error| Failure::new(error.to_string());
         let guest = guest::Guest::at(&guest_folder()).map_err(failed)?;
-        let turn = guest.take_turn().map_err(failed)?;
+        let turn = guest.take_turn(TURN_LIMIT).map_err(failed)?;
         let dir = TempDir::new();
         let mut command = guest.command(&guest::Boot {
             machine: "q35",

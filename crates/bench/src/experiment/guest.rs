@@ -114,6 +114,8 @@ impl Guest {
 struct Counted {
     seconds: f64,
     busy_s: f64,
+    /// In user mode, and in the kernel.
+    modes_s: (f64, f64),
     interrupts: Sources,
 }
 
@@ -129,6 +131,7 @@ impl Counted {
                 .and_then(|s| s.parse().ok())
                 .unwrap_or_default(),
             busy_s: others::busy_s(&of("stat")),
+            modes_s: others::modes_s(&of("stat")),
             interrupts: Sources::parse(&of("interrupts")),
         }
     }
@@ -232,7 +235,7 @@ impl Runner<'_> {
         let (before, began) = (watched.begin()?, Instant::now());
         let qemu_before = usage::cpu(guest.qemu.pid())?;
         let watch = Watch::begin(&[&pids[..], &[guest.qemu.pid()]].concat());
-        let device = Device::below(&self.lab.folder(side.image.place)).watch();
+        let device = Device::below(&self.lab.device_below(side.image)).watch();
         guest.wait_for("bench=end")?;
         let (used, seconds) = (watched.end()?.since(&before), began.elapsed().as_secs_f64());
         let qemu_s = usage::cpu(guest.qemu.pid())?
@@ -262,10 +265,24 @@ impl Runner<'_> {
         let (earlier, later) = (Counted::at(&lines, "before"), Counted::at(&lines, "after"));
         let inside_s = (later.seconds - earlier.seconds).max(1e-2);
         let interrupts = later.interrupts.since(&earlier.interrupts);
+        let percent =
+            |of: fn(&Counted) -> f64| (of(&later) - of(&earlier)).max(0.0) / inside_s * 100.0;
+        let busy = percent(|counted| counted.busy_s);
+        let mb_s = measured
+            .metrics
+            .get(&Metric::MbS)
+            .filter(|mb_s| **mb_s > 0.0);
+        let per_mb = mb_s.map(|mb_s| (Metric::GuestPercentPerMb, busy / mb_s));
+        measured.metrics.extend(per_mb);
         measured.metrics.extend([
+            (Metric::GuestPercent, busy),
             (
-                Metric::GuestPercent,
-                (later.busy_s - earlier.busy_s).max(0.0) / inside_s * 100.0,
+                Metric::GuestUserPercent,
+                percent(|counted| counted.modes_s.0),
+            ),
+            (
+                Metric::GuestSystemPercent,
+                percent(|counted| counted.modes_s.1),
             ),
             (Metric::EmulatorPercent, qemu_s / seconds.max(1e-3) * 100.0),
             (Metric::GuestInterrupts, interrupts.all() as f64 / ios),
@@ -299,7 +316,7 @@ impl Runner<'_> {
             ));
         };
         let guest = Linux::at(folder)?;
-        let turn = guest.take_turn()?;
+        let turn = guest.take_turn(LIMIT)?;
         let work = self.lab.work();
         let initramfs = self.initramfs(&guest)?;
         let device = bus.device();
@@ -474,6 +491,8 @@ mod tests {
             (after.seconds - before.seconds, after.busy_s - before.busy_s),
             (2.0, 2.0)
         );
+        let user_s = after.modes_s.0 - before.modes_s.0;
+        assert_eq!((user_s, after.modes_s.1), (2.0, 0.0));
         let interrupts = after.interrupts.since(&before.interrupts);
         assert_eq!(interrupts.all(), 20);
         assert_eq!(
