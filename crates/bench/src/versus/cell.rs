@@ -308,6 +308,8 @@ pub enum Limit {
     Below(f64),
     /// No bound; shown beside the others.
     Shown,
+    /// No bound, since who is beside is not equal: why.
+    Unequal(&'static str),
 }
 
 /// One thing that the first side of a cell must reach.
@@ -348,13 +350,29 @@ pub const fn shown(metric: Metric, side: &'static str) -> Bar {
     }
 }
 
+/// Shown beside the figure of a side that is not equal, and why it is not.
+pub const fn unequal(metric: Metric, side: &'static str, why: &'static str) -> Bar {
+    Bar {
+        metric,
+        against: Against::Side(side),
+        limit: Limit::Unequal(why),
+    }
+}
+
+impl Limit {
+    /// Nothing is reached or missed.
+    pub fn is_open(self) -> bool {
+        matches!(self, Self::Shown | Self::Unequal(_))
+    }
+}
+
 impl std::fmt::Display for Limit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::AtLeast(bound) => write!(f, "≥ {bound}"),
             Self::AtMost(bound) => write!(f, "≤ {bound}"),
             Self::Below(bound) => write!(f, "< {bound}"),
-            Self::Shown => f.write_str("–"),
+            Self::Shown | Self::Unequal(_) => f.write_str("–"),
         }
     }
 }

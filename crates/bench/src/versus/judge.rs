@@ -245,7 +245,7 @@ fn verdict(limit: Limit, figure: Option<Figure>, host_too_small: bool) -> Verdic
         Limit::AtLeast(bound) => (low >= bound, high < bound),
         Limit::AtMost(bound) => (high <= bound, low > bound),
         Limit::Below(bound) => (high < bound, low >= bound),
-        Limit::Shown => return Verdict::Shown,
+        Limit::Shown | Limit::Unequal(_) => return Verdict::Shown,
     };
     // One round has no interval.
     let (kept, missed) = (kept && rounds > 1, missed && rounds > 1);

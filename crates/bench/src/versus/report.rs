@@ -84,7 +84,7 @@ pub fn markdown(cells: &[&Cell], outcomes: &[Outcome]) -> String {
                 row.ratio,
                 row.range,
                 row.bar,
-                emphasis(judgement.verdict)
+                emphasis(judgement.verdict, &row.verdict)
             );
         }
     }
@@ -136,10 +136,10 @@ pub fn list(cells: &[&Cell]) -> String {
     text
 }
 
-fn emphasis(verdict: Verdict) -> String {
+fn emphasis(verdict: Verdict, words: &str) -> String {
     match verdict {
-        Verdict::NotReached => format!("**{verdict}**"),
-        _ => verdict.to_string(),
+        Verdict::NotReached => format!("**{words}**"),
+        _ => escape(words),
     }
 }
 
@@ -197,10 +197,13 @@ fn row(judgement: &Judgement) -> Row {
         ratio,
         range,
         bar: match judgement.limit {
-            Limit::Shown => String::new(),
+            limit if limit.is_open() => String::new(),
             limit => limit.to_string(),
         },
-        verdict: judgement.verdict.to_string(),
+        verdict: match (judgement.verdict, judgement.limit) {
+            (Verdict::Shown, Limit::Unequal(why)) => format!("not judged: {why}"),
+            (verdict, _) => verdict.to_string(),
+        },
     }
 }
 
@@ -246,5 +249,12 @@ mod tests {
         );
         assert!(table.contains("- `null`: A disk of zeros"), "{table}");
         assert!(list(&[cell]).contains("IOPS ≥ 2.5 of qsd's"));
+        // Where there is no bar, since they are not equal, the row says why.
+        let cell = CELLS.iter().find(|cell| cell.name == "nbdkit-randread");
+        let outcome = judge(cell.unwrap(), &[series(0, 3.0), series(1, 1.0)], 2);
+        let lines = text(&outcome);
+        let why = "not judged: it has no O_DIRECT";
+        assert_eq!(lines.matches(why).count(), 2, "{lines}");
+        assert_eq!(markdown(&[], &[outcome]).matches(why).count(), 2);
     }
 }
