@@ -606,6 +606,34 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_several_servers_have_open_is_told_of_all() {
+        let of = |name: &str, direct| Seen {
+            files: vec![name.to_owned()],
+            bytes: vec![name.len() as u64],
+            direct,
+            queues: 2,
+            servers: 1,
+            flushes: None,
+        };
+        assert_eq!(Seen::all(std::iter::empty()), None);
+        assert_eq!(Seen::all([of("a", true)].into_iter()), Some(of("a", true)));
+        // One that is buffered is enough for all not to be.
+        for (direct, all) in [([true, true, true], true), ([true, false, true], false)] {
+            let names = ["a", "bb", "ccc"].into_iter().zip(direct);
+            let seen = Seen::all(names.map(|(name, direct)| of(name, direct))).unwrap();
+            let expected = Seen {
+                files: ["a", "bb", "ccc"].map(str::to_owned).into(),
+                bytes: vec![1, 2, 3],
+                direct: all,
+                queues: 2,
+                servers: 3,
+                flushes: None,
+            };
+            assert_eq!(seen, expected);
+        }
+    }
+
+    #[test]
     fn flags_are_read() {
         assert_eq!(
             flags("pos:\t0\nflags:\t0140002\nmnt_id:\t29\n").map(|f| f & O_DIRECT != 0),

@@ -233,6 +233,9 @@ mod tests {
         assert_eq!(schedule.rounds_in(4 * side * S), 4);
         schedule.spent(10, 20 * S);
         assert_eq!(schedule.rounds_in(4 * side * S), 2);
+        // And what is done besides, which is no sample of its own.
+        schedule.spent(0, 20 * S);
+        assert_eq!(schedule.rounds_in(4 * side * S), 1);
         // So do images that are to be made: a raw file is there, a qcow2 image is not.
         let before = schedule.time_for(1);
         schedule.made(first.sides[0].image, 7 * S);

@@ -97,7 +97,7 @@ const PATHS: [&str; 8] = [
     "qsd raw",
     "qsd qcow2",
     "qemu-nbd raw",
-    "nbdkit raw",
+    "nbdkit raw, page cache",
 ];
 
 #[test]
@@ -504,6 +504,42 @@ fn what_a_run_did_not_make_is_not_removed() {
         "{words}"
     );
     assert_eq!(fs::read_to_string(&thesis).unwrap(), "42");
+}
+
+/// What a run that goes on lacks fails again, whole: it says so, and that there is more than that.
+#[test]
+fn a_run_that_measures_nothing_of_what_lacked_has_failed() {
+    let dir = TempDir::new();
+    let run = dir.path("run");
+    let args = [
+        "E3",
+        "--cells",
+        "null",
+        "--samples",
+        "1",
+        "--seconds",
+        "0.1",
+    ];
+    let go = |path: &str| bench(&run, &args).env("PATH", path).output().unwrap();
+    let path = std::env::var("PATH").unwrap();
+    // Of all servers ours alone are there.
+    let first = go("/nonexistent");
+    assert!(first.status.success(), "{first:?}");
+    let before = records(&run, "sample").len();
+    assert_eq!(before, 3, "{first:?}");
+    let second = go("/nonexistent");
+    let words = String::from_utf8_lossy(&second.stderr);
+    assert_eq!(second.status.code(), Some(1), "{words}");
+    assert!(
+        words.contains("nothing could be measured of what lacked: null, "),
+        "{words}"
+    );
+    // Where one of them is there by then, that is no failure.
+    let third = go(&path);
+    let words = String::from_utf8_lossy(&third.stderr);
+    let more = records(&run, "sample").len() > before;
+    assert_eq!(third.status.success(), more, "{words}");
+    assert_gone(&run);
 }
 
 /// A cell that takes turns and one that does not, stopped and killed in between: every sample is there once.
