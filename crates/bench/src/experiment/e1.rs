@@ -353,6 +353,7 @@ fn row((test, disk, ahead, ratio): &(&str, &str, Ahead, Option<f64>)) -> Finding
     let says = format!("{}, {first} {words} {second} at {test}", where_of(disk));
     Finding {
         published: *ratio,
+        otherwise: "QEMU 10's export on vhost-user-blk under a load generator, for QEMU 2.3's virtio-blk under a KVM guest's fio; and another device",
         ..Finding::new(says, of(first), of(second), claim)
     }
 }

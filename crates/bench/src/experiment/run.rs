@@ -496,7 +496,7 @@ mod tests {
             definition: before,
             ..header
         };
-        let error = open(&path, &other).unwrap_err().to_string();
+        let error = open(&path, &other, None).unwrap_err().to_string();
         assert!(error.contains("another definition of its cells"), "{error}");
     }
 }

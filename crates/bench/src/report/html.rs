@@ -31,7 +31,7 @@ code{font-size:13px}figure{margin:1rem 0}.wide{overflow-x:auto}summary{cursor:po
 @media screen and (prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}h2,th,td{border-color:#3d444d}\
 .dim,caption{color:#9198a1}.reproduced{color:#3fb950}.reversed{color:#f0883e}}\
 @page{size:A4 landscape;margin:10mm}\
-@media screen and (max-width:760px){svg.chart{min-width:700px}}\
+@media screen and (max-width:760px){svg.chart{min-width:700px}.says{min-width:10rem}}\
 @media print{body{max-width:none;margin:0}figure,tr{break-inside:avoid}.wide{overflow:visible}.wide table{font-size:9px}\
 .wide th,.wide td{padding:1px 4px}details::details-content{content-visibility:visible}}";
 
