@@ -7,6 +7,8 @@
 #   ROUNDS      how often each has its turn (default 9)
 #   SECONDS_EACH  how long a turn is (default 2)
 #   DISKPLANE   the program (default: target/release/diskplane)
+#   VHOST_PEER  the independent driver of vhost-user-blk (default: target/release/examples/vhost_peer, which
+#               cargo build --release -p bench --example vhost_peer makes)
 #
 # Prints a table: medians of the rounds, and the ratio of ours to theirs, taken round by round: its median, and as an interval its
 # second smallest and second largest value, which of 9 rounds holds the median with a certainty of 96 %. Needs fio with its nbd
@@ -18,6 +20,7 @@ folder=${1:-$root/target/generators}
 rounds=${ROUNDS:-9}
 each=${SECONDS_EACH:-2}
 diskplane=${DISKPLANE:-$root/target/release/diskplane}
+vhost_peer=${VHOST_PEER:-$root/target/release/examples/vhost_peer}
 script=${0##*/}
 die() { printf '%s: %s\n' "$script" "$*" >&2; exit 1; }
 [[ -x $diskplane ]] || die "$diskplane is not there: cargo build --release, or name one by DISKPLANE"
@@ -50,6 +53,13 @@ if command -v qemu-nbd >/dev/null; then
     qemu-nbd -t -f raw --cache=none --aio=io_uring -e 4 -k "$work/theirs" "$work/other.raw" >"$work/theirs.log" 2>&1 &
     servers+=($!)
     await "$work/theirs"
+fi
+# A disk for vhost-user-blk alone, to which both generators come in turns.
+if [[ -x $vhost_peer ]]; then
+    cp --sparse=never "$file" "$work/guest.raw"
+    "$diskplane" serve -f raw "$work/guest.raw" --cache none --vhost-user "$work/guest" >"$work/guest.log" 2>&1 &
+    servers+=($!)
+    await "$work/guest"
 fi
 uri() { printf 'nbd+unix:///?socket=%s' "$work/$1"; }
 
@@ -107,6 +117,15 @@ if command -v fio >/dev/null; then
         [[ $server = ours ]] && of=diskplane || of=qemu-nbd
         row "NBD, $of: randread 4 KiB, depth 32, beside fio (nbd)" \
             ours --nbd "$(uri $server)" --rw randread -- fios --nbd "$(uri $server)" --rw randread
+    done
+fi
+if [[ -x $vhost_peer ]]; then
+    # The crate knows no indirect descriptors.
+    for load in 'randread 32' 'randwrite 32' 'randread 1' 'randwrite 1'; do
+        read -r rw depth <<<"$load"
+        row "vhost-user-blk, diskplane: $rw 4 KiB, depth $depth, beside the crate virtio-driver" \
+            ours --vhost-user "$work/guest" --no-indirect --rw "$rw" --depth "$depth" -- \
+            "$vhost_peer" "$work/guest" "$rw" "$depth" "$each"
     done
 fi
 if command -v qemu-img >/dev/null; then

@@ -1,0 +1,117 @@
+//! Load on a vhost-user-blk server by an independent driver: the crate `virtio-driver`, which is that of libblkio, by other people than
+//! ours. `scripts/generators.sh` has it and `diskplane bench load` take turns. Prints reads or writes per second.
+//!
+//! ```text
+//! vhost_peer SOCKET randread|randwrite DEPTH SECONDS
+//! ```
+
+use memmap2::MmapMut;
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    fs::{MemfdFlags, memfd_create},
+};
+use std::{
+    env,
+    error::Error,
+    fs::File,
+    io::ErrorKind,
+    os::fd::{AsRawFd, BorrowedFd},
+    time::{Duration, Instant},
+};
+use virtio_driver::{
+    VhostUser, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags,
+};
+
+/// Bytes of a request.
+const BLOCK: usize = 4096;
+/// Entries of the virtqueue.
+const ENTRIES: u16 = 128;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args: Vec<String> = env::args().skip(1).collect();
+    let [socket, pattern, depth, seconds] = &args[..] else {
+        return Err("usage: vhost_peer SOCKET randread|randwrite DEPTH SECONDS".into());
+    };
+    let writes = match pattern.as_str() {
+        "randread" => false,
+        "randwrite" => true,
+        _ => return Err(format!("{pattern}: randread and randwrite are possible").into()),
+    };
+    let depth: usize = depth.parse()?;
+    // Each has a header, a block and a status.
+    if !(1..=usize::from(ENTRIES) / 3).contains(&depth) {
+        return Err(format!("{depth}: depths from 1 to {} are possible", ENTRIES / 3).into());
+    }
+    let time = Duration::from_secs_f64(seconds.parse()?);
+
+    // For a driver that could not ask for a flush a server would make every write durable.
+    let wanted = VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX;
+    let wanted = wanted.bits() | VirtioBlkFeatureFlags::FLUSH.bits();
+    let mut transport: Box<VirtioBlkTransport> = Box::new(VhostUser::new(socket, wanted)?);
+    let mut queues = VirtioBlkQueue::setup_queues(&mut *transport, 1, ENTRIES)?;
+    let queue = &mut queues[0];
+    let memory: File = memfd_create("guest", MemfdFlags::CLOEXEC)?.into();
+    let bytes = depth * BLOCK;
+    memory.set_len(bytes as u64)?;
+    // SAFETY: nobody makes the file shorter; what the server puts into it is not looked at.
+    let mut memory_map = unsafe { MmapMut::map_mut(&memory) }?;
+    memory_map.fill(0x5a);
+    transport.map_mem_region(memory_map.as_ptr().addr(), bytes, memory.as_raw_fd(), 0)?;
+    let kick = transport.get_submission_notifier(0);
+    let call = transport.get_completion_fd(0);
+    let blocks = u64::from(transport.get_config()?.capacity) * 512 / BLOCK as u64;
+    if blocks == 0 {
+        return Err("the disk is smaller than a block".into());
+    }
+
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut submit = |queue: &mut VirtioBlkQueue<'_, usize>, slot: usize| {
+        // Xorshift.
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        let at = state % blocks * BLOCK as u64;
+        let block = &mut memory_map[slot * BLOCK..][..BLOCK];
+        match writes {
+            true => queue.write(at, block, slot),
+            false => queue.read(at, block, slot),
+        }
+    };
+    queue.set_used_notif_enabled(true);
+    for slot in 0..depth {
+        submit(queue, slot)?;
+    }
+    kick.notify()?;
+    let began = Instant::now();
+    let mut ended = 0_u64;
+    let mut slots = Vec::with_capacity(depth);
+    while began.elapsed() < time {
+        for completion in queue.completions() {
+            if completion.ret != 0 {
+                return Err(format!("a request failed: errno {}", -completion.ret).into());
+            }
+            slots.push(completion.context);
+        }
+        if slots.is_empty() {
+            // A server may have made it non-blocking, as QEMU's does.
+            if let Err(error) = call.read() {
+                if error.kind() != ErrorKind::WouldBlock {
+                    return Err(error.into());
+                }
+                // SAFETY: `call` keeps it open.
+                let call = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
+                poll(&mut [PollFd::from_borrowed_fd(call, PollFlags::IN)], None)?;
+            }
+            continue;
+        }
+        ended += slots.len() as u64;
+        for slot in slots.drain(..) {
+            submit(queue, slot)?;
+        }
+        if queue.avail_notif_needed() {
+            kick.notify()?;
+        }
+    }
+    println!("{:.1}", ended as f64 / began.elapsed().as_secs_f64());
+    Ok(())
+}
