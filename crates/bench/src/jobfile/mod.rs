@@ -343,7 +343,7 @@ mod tests {
 
     #[test]
     fn engines_are_what_they_are_in_fio() {
-        let text = "[global]\nfilename=/x\nsize=1m\niodepth=8\n[plain]\n[pv]\nioengine=pvsync2\n[aio]\nioengine=libaio\ndirect=1\n\
+        let text = "[global]\nfilename=/x\nsize=1m\niodepth=8\npercentile_list=50:99\nregisterfiles\nsoftrandommap=1\n[plain]\n[pv]\nioengine=pvsync2\n[aio]\nioengine=libaio\ndirect=1\n\
                     [cached]\nioengine=libaio\n[pool]\nioengine=posixaio\n[ring]\nioengine=io_uring\n";
         let jobs = jobs(text).unwrap();
         let engines = jobs.jobs.iter().map(|job| match &job.spec.target {

@@ -12,7 +12,7 @@ use block::{Error, Result};
 use std::{path::PathBuf, time::Duration};
 
 /// Options that change nothing here, or say what is so anyway.
-const OF_NO_MEANING: [&str; 21] = [
+const OF_NO_MEANING: [&str; 31] = [
     "name",
     "description",
     "thread",
@@ -29,6 +29,17 @@ const OF_NO_MEANING: [&str; 21] = [
     "disable_slat",
     "disable_bw_measurement",
     "clat_percentiles",
+    "lat_percentiles",
+    "slat_percentiles",
+    "percentile_list",
+    "significant_figures",
+    "gtod_cpu",
+    // The order of places needs no memory here, and requests are made with registered files, and vectors, as the engine can.
+    "softrandommap",
+    "registerfiles",
+    "fixedbufs",
+    "nonvectored",
+    "userspace_reap",
     "new_group",
     "openfiles",
     // Who has a rate does not wait for answers, as with `offload`.
