@@ -4,6 +4,7 @@
 
 use crate::{
     args::bytes,
+    at_work,
     bench_load::seconds as seconds_or_none,
     bench_versus::{end_on_signals, seconds, stayed},
     print,
@@ -133,8 +134,24 @@ fn measure(args: &FfsbArgs, answers: &mut Vec<Answer>) -> Result<()> {
     };
     let records = args.records.as_ref();
     let records = records.map(|path| open_records(args, path)).transpose()?;
+    let count = all.len() * args.threads.len();
+    let line = at_work::line("");
     for scenario in all {
         for threads in &args.threads {
+            let last = answers.last().map(|Answer { spec, outcome }| {
+                let number = bench::metric::number;
+                let name = named(spec.scenario, spec.threads);
+                format!(
+                    " · {name}: {} MB/s",
+                    number(Metric::MbS, outcome.report.mb_s)
+                )
+            });
+            line.set_message(format!(
+                "{}, {}/{count}{}",
+                named(*scenario, *threads),
+                answers.len() + 1,
+                last.unwrap_or_default()
+            ));
             let spec = spec(args, *scenario, *threads);
             let outcome = ffsb::run(&spec).with_context(|| scenario.name())?;
             let answer = Answer { spec, outcome };
@@ -145,6 +162,11 @@ fn measure(args: &FfsbArgs, answers: &mut Vec<Answer>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn named(scenario: Scenario, threads: usize) -> String {
+    let plural = if threads == 1 { "" } else { "s" };
+    format!("{}, {threads} thread{plural}", scenario.name())
 }
 
 fn spec(args: &FfsbArgs, scenario: Scenario, threads: usize) -> Spec {

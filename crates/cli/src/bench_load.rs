@@ -2,7 +2,7 @@
 //!
 //! With `--json` one object: `spec`, the whole [`Spec`] with its defaults, and `report`, the whole [`Report`].
 
-use crate::{args::bytes, print, table};
+use crate::{args::bytes, at_work, print, table};
 use ::trace::Stage;
 use anyhow::{Context as _, Result, bail, ensure};
 use bench::load::{self, Flushes, Pattern, Percentiles, Report, Spec, Target, Verified, Verify};
@@ -236,6 +236,7 @@ pub fn run(args: &Load) -> Result<()> {
         return jobs(args, path);
     }
     let spec = spec(args)?;
+    let line = at_work::line(spec.title());
     let report = match args.engine {
         Engine::Fio => bench::fio::run(&spec)?,
         Engine::Ours(_) | Engine::Psync => match &args.flamegraph {
@@ -243,6 +244,7 @@ pub fn run(args: &Load) -> Result<()> {
             None => load::run(&spec)?,
         },
     };
+    line.finish_and_clear();
     if args.json {
         #[derive(Serialize)]
         struct Answer<'a> {
@@ -354,10 +356,14 @@ fn jobs(args: &Load, path: &Path) -> Result<()> {
     for note in &jobs.notes {
         eprintln!("diskplane: note: {}", block::plain(note));
     }
+    let line = at_work::line("making files");
     let reports = jobs.run(|group| {
         let names: Vec<&str> = group.iter().map(|job| job.name.as_str()).collect();
-        tracing::info!("running {}", names.join(", "));
+        let names = names.join(", ");
+        line.set_message(block::plain(&names));
+        tracing::info!("running {names}");
     })?;
+    line.finish_and_clear();
     let told = jobs.told(&reports);
     let answers: Vec<JobAnswer<'_>> = told.iter().filter_map(JobAnswer::of).collect();
     say_jobs(args, &answers)?;

@@ -8,6 +8,7 @@
 mod advise;
 mod amend;
 mod args;
+mod at_work;
 mod bench_clear;
 mod bench_compare;
 mod bench_device;
