@@ -27,7 +27,15 @@ pub fn terminal(model: &Model) -> String {
     let open = goals
         .iter()
         .filter(|goal| goal.verdict != Verdict::Reproduced);
-    for judged in published.iter().chain(open) {
+    // Of cells that a run was not asked for, how many there are says enough; why one could not be measured is said.
+    let tried = |judged: &&&Judged| {
+        let finding = &judged.finding;
+        let terms = [Some(&finding.left), finding.right.as_ref()];
+        let failed = |cell: &str| model.failures.iter().any(|failure| failure.cell == cell);
+        judged.verdict != Verdict::NotMeasured
+            || terms.into_iter().flatten().any(|term| failed(&term.cell))
+    };
+    for judged in published.iter().filter(tried).chain(open) {
         let _ = writeln!(text, "{:<13} {}", judged.word(), judged.finding.says);
         let _ = writeln!(text, "{:<13} {}", "", judged.why);
     }
@@ -115,7 +123,7 @@ fn bar(part: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::{Run, Sample, Set};
+    use crate::record::{Failure, Run, Sample, Set};
 
     #[test]
     fn bars_are_as_long_as_their_values() {
@@ -147,8 +155,17 @@ mod tests {
         let mut model = Model::of(&set);
         let text = terminal(&model);
         // Besides the bars, and how many stand how.
-        let lines = 5 + 2 * model.findings.len() + model.absent.len();
+        let lines = 5 + 2 + model.absent.len();
         assert_eq!(text.lines().count(), lines, "{text}");
+        // Why one that was tried is not there is said, twice: with its finding, and of the side.
+        let mut failed = model.clone();
+        failed.failures.push(Failure {
+            cell: "ioping".to_owned(),
+            side: "qsd F".to_owned(),
+            why: "not installed".to_owned(),
+        });
+        let said = terminal(&failed);
+        assert_eq!(said.lines().count(), lines + 2 + 1, "{said}");
         // In the experiment's order, in which F comes after the default.
         let line = text.lines().nth(2).unwrap();
         assert!(
