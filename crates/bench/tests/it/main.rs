@@ -3,5 +3,6 @@
 mod breakdown;
 mod common;
 mod jobs;
+mod libblkio;
 mod load;
 mod verify;
