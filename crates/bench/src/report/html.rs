@@ -7,6 +7,7 @@ use super::{
         Chart, charts,
         svg::{STYLE, escape},
     },
+    failures::reasons,
     model::{Cell, Model},
 };
 use crate::{
@@ -233,14 +234,9 @@ fn notes(page: &mut String, model: &Model) {
     for (what, why) in &model.absent {
         let _ = writeln!(page, "<li>not here: {}: {}</li>", escape(what), escape(why));
     }
-    for failure in &model.failures {
-        let _ = writeln!(
-            page,
-            "<li>not measured: {}, {}: {}</li>",
-            escape(&failure.cell),
-            escape(&failure.side),
-            escape(&failure.why)
-        );
+    for (why, who) in reasons(&model.failures) {
+        let (who, why) = (escape(&who), escape(why));
+        let _ = writeln!(page, "<li>not measured: {who}: {why}</li>");
     }
     for note in &model.notes {
         let _ = writeln!(page, "<li>{}</li>", escape(note));

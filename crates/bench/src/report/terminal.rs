@@ -1,6 +1,9 @@
 //! A summary for the terminal: bars of block characters, and verdicts.
 
-use super::model::{Cell, Model};
+use super::{
+    failures::reasons,
+    model::{Cell, Model},
+};
 use crate::{
     experiment::{Judged, Verdict, left_out_words, tally},
     metric::{Metric, number},
@@ -58,12 +61,8 @@ pub fn terminal(model: &Model) -> String {
     for (what, why) in &model.absent {
         let _ = writeln!(text, "· not here: {what}: {why}");
     }
-    for failure in &model.failures {
-        let _ = writeln!(
-            text,
-            "· not measured: {}, {}: {}",
-            failure.cell, failure.side, failure.why
-        );
+    for (why, who) in reasons(&model.failures) {
+        let _ = writeln!(text, "· not measured: {who}: {why}");
     }
     for note in &model.notes {
         let _ = writeln!(text, "· {note}");
