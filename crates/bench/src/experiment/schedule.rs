@@ -9,6 +9,9 @@ use std::{
 /// What a sample costs besides its load, before the first was seen.
 const AROUND: Duration = Duration::from_millis(450);
 
+/// Of a run's time, what rounds more than were asked for leave: a round may take longer than was thought.
+const SPARE: Duration = Duration::from_secs(30);
+
 /// The samples of a run: those that are there, those that are to come, and the time for them.
 #[derive(Debug)]
 pub(super) struct Schedule<'a> {
@@ -74,6 +77,8 @@ impl<'a> Schedule<'a> {
     /// All cells have had their rounds: these get more of them, `rounds` in all, as far as there is time.
     pub(super) fn again(&mut self, cells: &'a [&'a Cell], rounds: usize) {
         (self.cells, self.rounds, self.least) = (cells, rounds, 1);
+        // What is not needed is not worth a run that takes longer than was said.
+        self.limit = self.limit.map(|limit| limit.saturating_sub(SPARE));
         // They went with the last cell that needed them.
         self.images.clear();
     }
