@@ -18,7 +18,7 @@ use std::{
 const SAMPLES: usize = 5;
 const SAMPLES_MORE: usize = 20;
 /// A quick run takes so long at most, with what it sets up and takes down.
-const QUICK: Duration = Duration::from_secs(570);
+const QUICK: Duration = Duration::from_secs(560);
 
 /// `bench run`.
 #[derive(Args, Debug)]
