@@ -125,25 +125,24 @@ impl Image {
         self.end = self.file_len;
     }
 
-    /// Whether the end of the file cuts cluster `guest` of the disk, which is at `offset`, and of which the first `used` bytes are
-    /// data. (One that is wholly behind the end is told as that.)
+    /// Where the file ends in which clusters of the disk lie; the last byte that there can be, where that is not known.
+    pub fn data_end(&self) -> u64 {
+        match self.layout.data_file {
+            true => self.data_len.unwrap_or(u64::MAX),
+            false => self.file_len,
+        }
+    }
+
+    /// Whether [`data_end`](Self::data_end) cuts cluster `guest` of the disk, which is at `offset`, and of which the first `used` bytes are
+    /// data. Of the disk's last one no more need be there than the disk has. (One that is wholly behind the end of the image's own
+    /// file is told as that.)
     #[cold]
     pub fn cuts(&self, guest: u64, offset: u64, used: u64) -> bool {
-        let there = self.file_len.saturating_sub(offset);
-        (1..self.needed(guest, used)).contains(&there)
-    }
-
-    /// Whether the external data file ends before the same cluster does, or begins.
-    #[cold]
-    pub fn data_file_lacks(&self, guest: u64, offset: u64, used: u64) -> bool {
-        let end = offset.saturating_add(self.needed(guest, used));
-        self.data_len.is_some_and(|len| len < end)
-    }
-
-    /// Of the disk's last cluster no more need be there than the disk has.
-    fn needed(&self, guest: u64, used: u64) -> u64 {
         let before = guest.saturating_mul(self.layout.cluster());
-        used.min(self.header.size.saturating_sub(before))
+        let needed = used.min(self.header.size.saturating_sub(before));
+        let there = self.data_end().saturating_sub(offset);
+        let least = u64::from(!self.layout.data_file);
+        (least..needed).contains(&there)
     }
 
     /// The block of the refcount table's entry `index`.

@@ -227,23 +227,15 @@ impl Walk<'_> {
                             }
                             next = offset.saturating_add(layout.cluster());
                         }
-                        if layout.data_file {
-                            let used = layout.used(bitmap);
-                            if offset.saturating_add(used) > image.data_len.unwrap_or(u64::MAX)
-                                && let Some(first) = first
-                                && image.data_file_lacks(first + (at / step) as u64, offset, used)
-                            {
-                                self.lacks_data(offset, &|| entry_name(table, at / step, raw));
-                            }
-                        } else {
+                        let used = layout.used(bitmap);
+                        if offset.saturating_add(used) > image.data_end()
+                            && let Some(first) = first
+                            && image.cuts(first + (at / step) as u64, offset, used)
+                        {
+                            self.cut_data(offset, &|| entry_name(table, at / step, raw));
+                        }
+                        if !layout.data_file {
                             sound &= offset < image.file_len;
-                            let used = layout.used(bitmap);
-                            if offset.saturating_add(used) > image.file_len
-                                && let Some(first) = first
-                                && image.cuts(first + (at / step) as u64, offset, used)
-                            {
-                                self.cut_off(offset, 1, &|| entry_name(table, at / step, raw));
-                            }
                             self.cluster(table, at / step, offset, weight);
                         }
                         if flags {

@@ -227,11 +227,13 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Counts a cluster that the external data file ends before.
+    /// Counts a cluster of the disk that is cut.
     #[cold]
-    pub(super) fn lacks_data(&mut self, offset: u64, what: &dyn Fn() -> String) {
-        if self.first {
-            let end = self.image.data_len.unwrap_or(0);
+    pub(super) fn cut_data(&mut self, offset: u64, what: &dyn Fn() -> String) {
+        if !self.image.layout.data_file {
+            self.cut_off(offset, 1, what);
+        } else if self.first {
+            let end = self.image.data_end();
             self.tally.found(Severity::CutOff, 1, || {
                 format!(
                     "{} is at {offset:#x} of the data file, which ends at {end:#x}",

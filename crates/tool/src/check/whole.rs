@@ -23,15 +23,7 @@ pub fn refuse_cut_off(storage: &dyn Storage) -> Result<()> {
     if !may_be_cut_off(&source, &image)? {
         return Ok(());
     }
-    let report = check(storage, &CheckOptions::default())?;
-    match report.cut_off {
-        0 => Ok(()),
-        _ => Err(Error::corrupt(format!(
-            "{}: {}",
-            storage.name(),
-            lost(&report)
-        ))),
-    }
+    refuse(storage, &check(storage, &CheckOptions::default())?)
 }
 
 /// Refuses the qcow2 image in `storage` where its external data file `data` ends before data of the disk: as [`refuse_cut_off`].
@@ -50,14 +42,14 @@ pub fn refuse_short_data_file(storage: &dyn Storage, data: &dyn Storage) -> Resu
         data_file_len: Some(len),
         ..CheckOptions::default()
     };
-    let report = check(storage, &options)?;
+    refuse(data, &check(storage, &options)?)
+}
+
+/// Refuses an image of which the check found something cut off; `file` is what ends too early.
+fn refuse(file: &dyn Storage, report: &Report) -> Result<()> {
     match report.cut_off {
         0 => Ok(()),
-        _ => Err(Error::corrupt(format!(
-            "{}: {}",
-            data.name(),
-            lost(&report)
-        ))),
+        _ => Err(Error::corrupt(format!("{}: {}", file.name(), lost(report)))),
     }
 }
 
