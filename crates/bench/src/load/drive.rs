@@ -545,14 +545,13 @@ mod tests {
         assert!(slow(Some(1000.0)) >= 30);
     }
 
-    /// Answers at once until its third answer, which comes after the end of the turn and `late`.
-    struct Late<'a> {
+    /// A server whose answers somebody meddles with.
+    struct Meddled<F> {
         inner: Stalling,
-        phase: &'a AtomicU8,
-        late: Duration,
+        reap: F,
     }
 
-    impl Client for Late<'_> {
+    impl<F: FnMut(&mut Stalling, &mut Vec<Ended>) -> Result<()>> Client for Meddled<F> {
         fn submit(&mut self, slot: usize, request: Request) -> Result<()> {
             self.inner.submit(slot, request)
         }
@@ -562,18 +561,7 @@ mod tests {
         }
 
         fn reap(&mut self, ended: &mut Vec<Ended>) -> Result<()> {
-            if self.inner.answered == 2 {
-                self.phase.store(REST, Ordering::Relaxed);
-            }
-            // The load sees the turn's end before the answer.
-            if self.inner.answered == 3 {
-                std::thread::sleep(self.late);
-            }
-            match self.inner.answered {
-                2 => self.inner.answered = 3,
-                _ => self.inner.reap(ended)?,
-            }
-            Ok(())
+            (self.reap)(&mut self.inner, ended)
         }
 
         fn put(&mut self, _: usize, _: &[u8]) {}
@@ -593,10 +581,24 @@ mod tests {
                 ..Spec::new(Target::VhostUser("none".into()))
             };
             let phase = AtomicU8::new(MEASURE);
-            let mut client = Late {
+            // Answers at once until its third answer, which comes after the end of the turn and `late`.
+            let reap = |inner: &mut Stalling, ended: &mut Vec<Ended>| {
+                if inner.answered == 2 {
+                    phase.store(REST, Ordering::Relaxed);
+                }
+                // The load sees the turn's end before the answer.
+                if inner.answered == 3 {
+                    std::thread::sleep(late);
+                }
+                match inner.answered {
+                    2 => inner.answered = 3,
+                    _ => inner.reap(ended)?,
+                }
+                Ok(())
+            };
+            let mut client = Meddled {
                 inner: Stalling::default(),
-                phase: &phase,
-                late,
+                reap,
             };
             let over = || Rest {
                 goes_on: false,
@@ -618,36 +620,6 @@ mod tests {
         assert!(longest >= 40_000.0, "{longest}");
     }
 
-    /// Fails its second answer, after which the ramp is over.
-    struct Failing<'a>(Stalling, &'a AtomicU8);
-
-    impl Client for Failing<'_> {
-        fn submit(&mut self, slot: usize, request: Request) -> Result<()> {
-            self.0.submit(slot, request)
-        }
-
-        fn send(&mut self) -> Result<()> {
-            Ok(())
-        }
-
-        fn reap(&mut self, ended: &mut Vec<Ended>) -> Result<()> {
-            self.0.reap(ended)?;
-            if self.0.answered == 2 {
-                ended.iter_mut().for_each(|ended| ended.ok = false);
-                self.1.store(MEASURE, Ordering::Relaxed);
-            }
-            Ok(())
-        }
-
-        fn put(&mut self, _: usize, _: &[u8]) {}
-
-        fn get(&mut self, _: usize, _: &mut [u8]) {}
-
-        fn notifications(&self) -> (u64, u64) {
-            (0, 0)
-        }
-    }
-
     #[test]
     fn what_fails_before_anything_counts_is_known() {
         let spec = Spec {
@@ -655,7 +627,19 @@ mod tests {
             ..Spec::new(Target::VhostUser("none".into()))
         };
         let phase = AtomicU8::new(RAMP);
-        let mut client = Failing(Stalling::default(), &phase);
+        // Its second answer fails, and the ramp is over then.
+        let reap = |inner: &mut Stalling, ended: &mut Vec<Ended>| {
+            inner.reap(ended)?;
+            if inner.answered == 2 {
+                ended.iter_mut().for_each(|ended| ended.ok = false);
+                phase.store(MEASURE, Ordering::Relaxed);
+            }
+            Ok(())
+        };
+        let mut client = Meddled {
+            inner: Stalling::default(),
+            reap,
+        };
         let outcome = drive(&mut client, course(&spec, Some(9)), &phase, Rest::default).unwrap();
         assert_eq!(
             (outcome.reads, outcome.errors, outcome.errors_besides),
