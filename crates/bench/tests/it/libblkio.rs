@@ -4,20 +4,13 @@
 
 use crate::common;
 
+#[path = "../../examples/vhost_peer/guest.rs"]
+mod guest;
+
 use common::{LEN, serve};
-use memmap2::MmapMut;
-use rustix::{
-    event::{PollFd, PollFlags, poll},
-    fs::{MemfdFlags, memfd_create},
-};
-use std::{
-    fs::File,
-    os::fd::{AsRawFd, BorrowedFd},
-};
+use std::os::fd::AsRawFd;
 use trace::Operation;
-use virtio_driver::{
-    VhostUser, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags,
-};
+use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkTransport};
 
 /// Bytes of a request, and how many requests there are of each kind, all at a time.
 const BLOCK: usize = 8192;
@@ -46,9 +39,7 @@ fn finish(
             ended.sort_unstable();
             return ended;
         }
-        // SAFETY: `call` keeps it open.
-        let fd = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
-        poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], None).unwrap();
+        guest::wait(&*call).unwrap();
         let _ = call.read();
     }
 }
@@ -56,8 +47,7 @@ fn finish(
 #[test]
 fn libblkios_driver_is_served() {
     let served = serve(false);
-    let wanted = VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX;
-    let wanted = wanted.bits() | VirtioBlkFeatureFlags::FLUSH.bits();
+    let wanted = guest::features();
     let socket = served.dir.path("vhost");
     let vhost = VhostUser::new(socket.to_str().unwrap(), wanted).unwrap();
     let mut transport: Box<VirtioBlkTransport> = Box::new(vhost);
@@ -67,11 +57,8 @@ fn libblkios_driver_is_served() {
     let mut queues = VirtioBlkQueue::setup_queues(&mut *transport, 1, 128).unwrap();
     let queue = &mut queues[0];
     queue.set_used_notif_enabled(true);
-    let file: File = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap().into();
     let bytes = 2 * COUNT * BLOCK;
-    file.set_len(bytes as u64).unwrap();
-    // SAFETY: nobody makes the file shorter, and nobody looks at it while the server writes to it.
-    let mut memory = unsafe { MmapMut::map_mut(&file) }.unwrap();
+    let (file, mut memory) = guest::memory(bytes).unwrap();
     let address = memory.as_ptr().addr();
     transport
         .map_mem_region(address, bytes, file.as_raw_fd(), 0)

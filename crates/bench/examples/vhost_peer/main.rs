@@ -5,22 +5,16 @@
 //! vhost_peer SOCKET randread|randwrite DEPTH SECONDS
 //! ```
 
-use memmap2::MmapMut;
-use rustix::{
-    event::{PollFd, PollFlags, poll},
-    fs::{MemfdFlags, memfd_create},
-};
+mod guest;
+
 use std::{
     env,
     error::Error,
-    fs::File,
     io::ErrorKind,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::AsRawFd,
     time::{Duration, Instant},
 };
-use virtio_driver::{
-    VhostUser, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags,
-};
+use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkTransport};
 
 /// Bytes of a request.
 const BLOCK: usize = 4096;
@@ -44,19 +38,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let time = Duration::from_secs_f64(seconds.parse()?);
 
-    // For a driver that could not ask for a flush a server would make every write durable.
-    let wanted = VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX;
-    let wanted = wanted.bits() | VirtioBlkFeatureFlags::FLUSH.bits();
-    let mut transport: Box<VirtioBlkTransport> = Box::new(VhostUser::new(socket, wanted)?);
+    let vhost = VhostUser::new(socket, guest::features())?;
+    let mut transport: Box<VirtioBlkTransport> = Box::new(vhost);
     let mut queues = VirtioBlkQueue::setup_queues(&mut *transport, 1, ENTRIES)?;
     let queue = &mut queues[0];
-    let memory: File = memfd_create("guest", MemfdFlags::CLOEXEC)?.into();
     let bytes = depth * BLOCK;
-    memory.set_len(bytes as u64)?;
-    // SAFETY: nobody makes the file shorter; what the server puts into it is not looked at.
-    let mut memory_map = unsafe { MmapMut::map_mut(&memory) }?;
-    memory_map.fill(0x5a);
-    transport.map_mem_region(memory_map.as_ptr().addr(), bytes, memory.as_raw_fd(), 0)?;
+    let (file, mut memory) = guest::memory(bytes)?;
+    memory.fill(0x5a);
+    transport.map_mem_region(memory.as_ptr().addr(), bytes, file.as_raw_fd(), 0)?;
     let kick = transport.get_submission_notifier(0);
     let call = transport.get_completion_fd(0);
     let blocks = u64::from(transport.get_config()?.capacity) * 512 / BLOCK as u64;
@@ -71,7 +60,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         state ^= state >> 7;
         state ^= state << 17;
         let at = state % blocks * BLOCK as u64;
-        let block = &mut memory_map[slot * BLOCK..][..BLOCK];
+        let block = &mut memory[slot * BLOCK..][..BLOCK];
         match writes {
             true => queue.write(at, block, slot),
             false => queue.read(at, block, slot),
@@ -93,14 +82,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             slots.push(completion.context);
         }
         if slots.is_empty() {
-            // A server may have made it non-blocking, as QEMU's does.
             if let Err(error) = call.read() {
                 if error.kind() != ErrorKind::WouldBlock {
                     return Err(error.into());
                 }
-                // SAFETY: `call` keeps it open.
-                let call = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
-                poll(&mut [PollFd::from_borrowed_fd(call, PollFlags::IN)], None)?;
+                guest::wait(&*call)?;
             }
             continue;
         }
