@@ -1,10 +1,11 @@
 //! What the block device below the images had to do while a sample was taken.
 
+use super::disk::folder_below;
 use crate::metric::{Metric, Metrics};
 use block::{Context, Result};
 use std::{
     fs::{self, File},
-    os::unix::fs::{FileExt, FileTypeExt, MetadataExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -159,14 +160,8 @@ pub(crate) struct Device(Option<PathBuf>);
 impl Device {
     /// That of `place`'s file system, or itself where it is one; a file system without a block device is never busy.
     pub(crate) fn below(place: &Path) -> Self {
-        Self(fs::metadata(place).ok().map(|meta| {
-            let number = match meta.file_type().is_block_device() {
-                true => meta.rdev(),
-                false => meta.dev(),
-            };
-            let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
-            PathBuf::from(format!("/sys/dev/block/{major}:{minor}/stat"))
-        }))
+        let meta = fs::metadata(place).ok();
+        Self(meta.map(|meta| folder_below(&meta).join("stat")))
     }
 
     /// Watches it from now on.

@@ -30,6 +30,16 @@ fn number(path: &Path) -> Option<String> {
         .then(|| format!("{major}:{minor}"))
 }
 
+/// The folder in sysfs of a block device, or of the one that a file lies on; a file system without one has a number that is none there.
+pub fn folder_below(meta: &fs::Metadata) -> PathBuf {
+    let number = match meta.file_type().is_block_device() {
+        true => meta.rdev(),
+        false => meta.dev(),
+    };
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
+}
+
 /// Its folder in sysfs.
 fn folder(number: &str) -> Option<PathBuf> {
     fs::canonicalize(Path::new("/sys/dev/block").join(number)).ok()

@@ -12,4 +12,5 @@ pub(crate) mod others;
 pub(crate) mod pre_exec;
 pub mod process;
 
+pub use disk::folder_below;
 pub use host::Host;

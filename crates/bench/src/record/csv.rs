@@ -82,11 +82,10 @@ impl Table<'_> {
     }
 
     fn server(&mut self) {
-        let seen = |s: &Sample| s.seen.clone();
-        self.add("o-direct", |s| number(seen(s).map(|s| s.direct)));
-        self.add("queues", |s| number(seen(s).map(|s| s.queues)));
-        self.add("servers", |s| number(seen(s).map(|s| s.servers)));
-        let flushes = |s: &Sample| seen(s)?.flushes;
+        self.add("o-direct", |s| number(s.seen.as_ref().map(|s| s.direct)));
+        self.add("queues", |s| number(s.seen.as_ref().map(|s| s.queues)));
+        self.add("servers", |s| number(s.seen.as_ref().map(|s| s.servers)));
+        let flushes = |s: &Sample| s.seen.as_ref()?.flushes;
         self.add("flushes-asked", |s| number(flushes(s).map(|f| f.asked)));
         self.add("flushes-reached", |s| number(flushes(s).map(|f| f.reached)));
         self.add("command", |s| {

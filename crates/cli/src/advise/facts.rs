@@ -3,7 +3,7 @@
 use super::Advise;
 use crate::map;
 use anyhow::{Context as _, Result, bail};
-use bench::machine::Host;
+use bench::machine::{Host, folder_below};
 use block::size;
 use disk::chain::{Chain, ChainOptions};
 use image::Format;
@@ -11,7 +11,7 @@ use io::{Aio, Cache, File, FileKind, Lock, OpenOptions};
 use serde::Serialize;
 use std::{
     fs,
-    os::unix::fs::{FileTypeExt, MetadataExt},
+    os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -188,11 +188,7 @@ fn rotational(device: &Path) -> Option<bool> {
         let Ok(file) = fs::read_to_string(device.join("loop/backing_file")) else {
             break;
         };
-        let meta = fs::metadata(file.trim_end()).ok()?;
-        device = of_number(match meta.file_type().is_block_device() {
-            true => meta.rdev(),
-            false => meta.dev(),
-        });
+        device = folder_below(&fs::metadata(file.trim_end()).ok()?);
     }
     let says = queue(&device, "rotational")? == "1";
     let full = fs::canonicalize(&device).unwrap_or_default();
@@ -200,12 +196,6 @@ fn rotational(device: &Path) -> Option<bool> {
     // virtio-blk and Xen's disks.
     let is_virtual = names.contains("/virtio") || names.contains("/vbd-");
     (!says || !is_virtual).then_some(says)
-}
-
-/// The folder in sysfs of the device of this number.
-fn of_number(number: u64) -> PathBuf {
-    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
-    PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
 }
 
 /// An attribute of the queue of a device. A partition has its queue one above.
@@ -231,16 +221,11 @@ fn of_host(facts: &mut Facts, path: &Path) -> Result<()> {
     let choice = io::choose(Aio::Auto, std::slice::from_ref(&file))?;
     (facts.engine, facts.engine_because) = (choice.kind.to_string(), choice.reason);
     let meta = fs::metadata(path).with_context(|| path.display().to_string())?;
-    let is_device = meta.file_type().is_block_device();
-    let number = match is_device {
-        true => meta.rdev(),
-        false => meta.dev(),
-    };
-    if !is_device {
+    if !meta.file_type().is_block_device() {
         let host = Host::look(path);
         (facts.file_system, facts.device) = (host.file_system, host.device);
     }
-    let device = of_number(number);
+    let device = folder_below(&meta);
     facts.rotational = rotational(&device);
     // What stands on other devices leaves the order of requests to them.
     let stacked = ["loop", "dm", "md"]
