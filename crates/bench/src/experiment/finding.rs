@@ -40,6 +40,10 @@ impl Verdict {
 /// Two terms that differ by no more than this part, and of which one is said to be ahead, are the same here.
 const SAME: f64 = 0.02;
 
+fn are_same(ratio: &Figure) -> bool {
+    ratio.low > 1.0 - SAME && ratio.high < 1.0 + SAME
+}
+
 /// Rounds below which nothing is decided.
 const ROUNDS_MIN: usize = 3;
 
@@ -63,8 +67,7 @@ pub struct Judged {
 impl Judged {
     /// Whether more rounds may decide it: it is undecided, and not since both sides are the same.
     pub fn may_be_decided(&self) -> bool {
-        let same = |ours: Figure| ours.low > 1.0 - SAME && ours.high < 1.0 + SAME;
-        self.verdict == Verdict::Undecided && !self.ours.is_some_and(same)
+        self.verdict == Verdict::Undecided && !self.ours.as_ref().is_some_and(are_same)
     }
 
     /// The verdict in a word.
@@ -210,9 +213,7 @@ fn weigh(finding: &Finding, figure: &Figure) -> (Verdict, String) {
             };
             (Verdict::Reversed, format!(": {so}"))
         }
-        _ if figure.low > 1.0 - SAME && figure.high < 1.0 + SAME => {
-            (Verdict::Undecided, ": here they are the same".to_owned())
-        }
+        _ if are_same(figure) => (Verdict::Undecided, ": here they are the same".to_owned()),
         _ => {
             let over = match finding.claim {
                 Claim::More | Claim::Less => "on both sides of 1".to_owned(),
